@@ -1,0 +1,49 @@
+# `make` lists the targets. Each one that needs the environment makes it first; the second time that costs nothing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+# Models come from installed packages or from local folders; a hub is never asked.
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench reproduce format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## compress a sentence encoder to an eighth; writes demo/ and demo/report.html
+	$(BIN)/python examples/demo.py
+
+test: $(READY) ## run all tests
+	$(BIN)/python -m pytest -q --durations=15
+
+check: $(READY) ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY) ## run the benchmark on MiniLM
+	$(BIN)/python benchmarks/minilm.py
+
+reproduce: $(READY) ## run the acceptance checks and print their figures
+	$(BIN)/python benchmarks/acceptance.py
+
+format: $(READY) ## format the code and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove caches, builds and demo/; .venv stays
+	rm -rf build dist demo src/*.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests -type d \( -name __pycache__ -o -name .mypy_cache \) -prune -exec rm -rf {} +
+
+# The stamp is written last, so an install that was interrupted is done again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	@echo "Installing Octavo and what its tests need into .venv; the first time this takes some minutes."
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,24 @@
+"""Octavo folds a neural network into the size you state, and proves what it cost."""
+
+from octavo.artifact import Artifact
+from octavo.compress import Compressed, compress
+from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
+from octavo.integrations.transformers import register as _register
+from octavo.verify import load, verify
+
+__version__ = "0.1.0"
+
+_register()
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "BudgetError",
+    "Compressed",
+    "MissingExtraError",
+    "OctavoError",
+    "RequestError",
+    "compress",
+    "load",
+    "verify",
+]

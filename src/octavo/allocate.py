@@ -1,0 +1,230 @@
+"""Choosing a point for every site: one multiplier over all sites and families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from octavo.budget import Budget
+from octavo.errors import BudgetError, RequestError
+from octavo.methods import get_method
+from octavo.profile import Point, Profile, densified, interpolate
+
+
+@dataclass
+class Plan:
+    """The chosen point of every site.
+
+    Parameters
+    ----------
+    points
+        Site name to point. An estimated point's bytes are known exactly only once it is encoded.
+    label
+        ``mixed``, or the uniform choice it stands for.
+    """
+
+    budget: Budget
+    points: dict[str, Point]
+    expected: float
+    fixed_bytes: int
+    label: str = "mixed"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Expected artifact bytes."""
+        return self.fixed_bytes + sum(point.bytes for point in self.points.values())
+
+    def save(self, path: Path) -> None:
+        """Write as YAML that can be read and edited."""
+        sites = {
+            name: {"method": p.method, "setting": dict(p.setting), "bytes": p.bytes, "loss": float(f"{p.loss:.4g}")}
+            for name, p in self.points.items()
+        }
+        data = {"octavo_plan": 1, "asked": self.budget.asked, "budget": self.budget.bytes, "label": self.label, "sites": sites}
+        head = "# One entry a site. Change a method or a setting and run: octavo compress SOURCE --plan THIS --out DIR\n"
+        path.write_text(head + yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+
+
+def load_plan(path: Path, profile: Profile) -> Plan:
+    """Read a plan for the source of ``profile``; every site must be there, and nothing else.
+
+    Raises
+    ------
+    RequestError
+        If the file is no plan, a site is missing or unknown, or a method is not known.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sites = data["sites"]
+        points = {
+            name: Point(entry["method"], dict(entry["setting"]), int(entry.get("bytes", 0)), float(entry.get("loss", 0)), True)
+            for name, entry in sites.items()
+        }
+        budget = Budget(int(data["budget"]), str(data["asked"]))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RequestError(f"{path}: not a plan: {error}") from error
+    known = {curve.site for curve in profile.curves}
+    for name in sorted(known ^ set(points)):
+        raise RequestError(f"{path}: site {name!r} is {'missing' if name in known else 'not in the source'}")
+    for point in points.values():
+        get_method(point.method)
+    return Plan(budget, points, float("nan"), profile.fixed_bytes, str(data.get("label", "edited")))
+
+
+class Choices:
+    """All points of all sites as arrays, so that one multiplier is solved for in microseconds."""
+
+    def __init__(self, profile: Profile, methods: Iterable[str] | None = None, *, interpolate: bool = True) -> None:
+        allowed = None if methods is None else set(methods)
+        self.profile = profile
+        self.points: list[list[Point]] = []
+        for curve in profile.curves:
+            every = densified(curve) if interpolate else curve.points
+            points = [p for p in every if allowed is None or p.method in allowed]
+            if not points:
+                points = [p for p in curve.points if p.method == "keep"] or list(curve.points)
+            self.points.append(points)
+        width = max(map(len, self.points), default=0)
+        self.bytes = np.full((len(self.points), width), 2**62, dtype=np.int64)
+        self.loss = np.full((len(self.points), width), np.inf)
+        for row, (curve, points) in enumerate(zip(profile.curves, self.points, strict=True)):
+            self.bytes[row, : len(points)] = [p.bytes for p in points]
+            self.loss[row, : len(points)] = [profile.corrected(curve, p.loss) for p in points]
+
+    def solve(self, room: int) -> np.ndarray:
+        """Index of the chosen point of every site, at most ``room`` bytes in sum.
+
+        Lagrangian: for one multiplier every site takes its least ``loss + multiplier * bytes``, which lies on its lower
+        hull; the multiplier is found by bisection. What room is then left is given, step by step, to the site that
+        gains most per byte, points off the hull included.
+        """
+        rows = np.arange(len(self.points))
+        low, high = -80.0, 40.0
+        chosen = self.bytes.argmin(1)
+        for _ in range(80):
+            middle = (low + high) / 2
+            trial = (self.loss + np.exp(middle) * self.bytes).argmin(1)
+            if self.bytes[rows, trial].sum() <= room:
+                chosen, high = trial, middle
+            else:
+                low = middle
+        left = room - int(self.bytes[rows, chosen].sum())
+        while True:
+            more = self.bytes - self.bytes[rows, chosen][:, None]
+            gain = self.loss[rows, chosen][:, None] - self.loss
+            worth = np.where((more > 0) & (more <= left) & (gain > 0), gain / np.maximum(more, 1), 0.0)
+            best = int(worth.argmax()) if worth.size else 0
+            if not worth.size or worth.flat[best] <= 0:
+                return chosen
+            row, column = divmod(best, worth.shape[1])
+            left -= int(more[row, column])
+            chosen[row] = column
+
+    def plan(self, budget: Budget, room: int, label: str = "mixed") -> Plan:
+        """The best plan within ``room`` bytes for all sites."""
+        chosen = self.solve(room)
+        points = {curve.site: self.points[row][chosen[row]] for row, curve in enumerate(self.profile.curves)}
+        expected = float(self.loss[np.arange(len(chosen)), chosen].sum())
+        return Plan(budget, points, expected, self.profile.fixed_bytes, label)
+
+
+def allocate(
+    profile: Profile,
+    budget: Budget,
+    *,
+    margin: float = 0.0,
+    methods: Iterable[str] | None = None,
+    interpolate: bool = True,
+) -> Plan:
+    """The plan of least expected loss within the budget.
+
+    Parameters
+    ----------
+    margin
+        Share of the budget left free, since interpolated points miss their bytes by a little.
+    methods
+        Names of the only methods to use; all by default.
+    interpolate
+        Whether settings between the measured ones may be chosen.
+
+    Raises
+    ------
+    BudgetError
+        If even the smallest points do not fit.
+    """
+    choices = Choices(profile, methods, interpolate=interpolate)
+    smallest = int(choices.bytes.min(1).sum()) + profile.fixed_bytes
+    if smallest > budget.bytes:
+        raise unreachable(budget, profile.original_bytes, smallest)
+    room = max(int(budget.bytes * (1 - margin)), smallest) - profile.fixed_bytes
+    return choices.plan(budget, room)
+
+
+def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
+    """The error that names what can be reached."""
+    limit = int(original_bytes / smallest * 100) / 100
+    return BudgetError(
+        f"{budget.asked} asks for {budget.bytes} bytes; the smallest artifact of this source takes {smallest}. "
+        f"Ask for a ratio of at most {limit:g}.",
+        limit,
+    )
+
+
+def uniform(profile: Profile, budget: Budget) -> list[Plan]:
+    """For every method the best plan that uses one setting everywhere, within the budget; best expected loss first.
+
+    Sites at which the method does not apply, or was screened out, are kept as they are in 16 bits.
+    """
+    plans = []
+    names = sorted({point.method for curve in profile.curves for point in curve.points})
+    for name in names:
+        knob = get_method(name).elastic
+        candidates = _elastic(profile, budget, name, knob) if knob else _settings(profile, name)
+        fitting = [plan for plan in candidates if _total(profile, plan) <= budget.bytes]
+        if fitting:
+            best = min(fitting, key=lambda points: _loss(profile, points))
+            example = next(p for p in best.values() if p.method == name)
+            label = f"{name} " + " ".join(f"{key}={value}" for key, value in example.setting.items())
+            plans.append(Plan(budget, best, _loss(profile, best), profile.fixed_bytes, label))
+    return sorted(plans, key=lambda plan: plan.expected)
+
+
+def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
+    seen: dict[str, dict[str, Any]] = {}
+    for curve in profile.curves:
+        seen.update({repr(p.setting): p.setting for p in curve.points if p.method == name})
+    plans = []
+    for setting in seen.values():
+        points = {}
+        for curve in profile.curves:
+            exact = [p for p in curve.points if p.method == name and p.setting == setting]
+            kept = [p for p in curve.points if p.method == "keep"]
+            points[curve.site] = (exact or sorted(kept, key=lambda p: p.bytes) or curve.points)[0]
+        plans.append(points)
+    return plans
+
+
+def _elastic(profile: Profile, budget: Budget, name: str, knob: str) -> list[dict[str, Point]]:
+    """One step for all sites, the finest that fits; it is in units of loss, so it means the same everywhere."""
+    if any(all(point.method != name for point in curve.points) for curve in profile.curves):
+        return []
+    low, high = -60.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        points = {curve.site: interpolate(curve, name, 2**middle) for curve in profile.curves}
+        low, high = (low, middle) if _total(profile, points) <= budget.bytes else (middle, high)
+    return [{curve.site: interpolate(curve, name, 2**high) for curve in profile.curves}]
+
+
+def _total(profile: Profile, points: Mapping[str, Point]) -> int:
+    return profile.fixed_bytes + sum(point.bytes for point in points.values())
+
+
+def _loss(profile: Profile, points: Mapping[str, Point]) -> float:
+    return sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)

@@ -1,0 +1,77 @@
+"""The size that was asked for, in bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from octavo.errors import RequestError
+
+#: The share of the budget that must be used, unless more bytes no longer lower the measured loss.
+USED = 0.98
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that the artifact may take.
+
+    Parameters
+    ----------
+    bytes
+        The most that the artifact may take, as ``stat`` counts its files.
+    asked
+        The request in the user's words.
+    """
+
+    bytes: int
+    asked: str
+
+    @property
+    def least(self) -> int:
+        """The fewest bytes that count as having used the budget."""
+        return math.ceil(self.bytes * USED)
+
+
+def parse_size(text: str | int | float) -> int:
+    """Bytes of ``11MB``, ``1.5 GiB`` or a plain number."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?i?b?)\s*", str(text).lower())
+    if not match or match[2] not in _UNITS:
+        raise RequestError(f"size {text!r} is not a number of bytes; write it like 11MB, 1.5GiB or 11000000")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def budget(
+    original_bytes: int,
+    weights: int,
+    *,
+    ratio: float | None = None,
+    size: str | int | None = None,
+    bits: float | None = None,
+) -> Budget:
+    """The budget from exactly one of ``ratio``, ``size`` and ``bits`` per weight.
+
+    Raises
+    ------
+    RequestError
+        If none or several are given, or the number is not finite and positive, or a ratio is below 1.
+    """
+    given = {name: value for name, value in (("ratio", ratio), ("size", size), ("bits", bits)) if value is not None}
+    if len(given) != 1:
+        raise RequestError(f"give exactly one of ratio, size and bits (got {', '.join(given) or 'none of them'})")
+    ((name, value),) = given.items()
+    if name == "size":
+        total, asked = parse_size(value), f"size {value}"
+    else:
+        number = float(value)
+        if not math.isfinite(number) or number <= 0:
+            raise RequestError(f"{name} {value} is not a positive finite number")
+        if name == "ratio" and number < 1:
+            raise RequestError(f"ratio {value} is below 1: the artifact would be larger than the source")
+        total = int(original_bytes / number) if name == "ratio" else int(weights * number / 8)
+        asked = f"ratio {number:g}" if name == "ratio" else f"{number:g} bits per weight"
+    if total <= 0:
+        raise RequestError(f"{asked} leaves no bytes at all")
+    return Budget(total, asked)

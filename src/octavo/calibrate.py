@@ -1,0 +1,296 @@
+"""Evidence: what calibration saw at each site.
+
+One forward and one backward pass over the calibration data give, for every site, what it takes to tell how much an
+error ``E`` in its matrix costs the whole model, to second order:
+
+    expected loss = 1/2 * sum_i rows[i] * E[i] @ columns @ E[i].T
+
+For a layer ``columns`` is the second moment of its inputs and ``rows`` that of the gradients at its outputs; for an
+embedding ``columns`` is the second moment of the gradients at its output and ``rows`` says how often a token is met.
+This is the Gauss-Newton matrix of the model's own divergence, with the usual independence of inputs and output
+gradients (K-FAC; spec 10.3), so all sites and all families of methods are told apart in one currency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import RequestError
+from octavo.objective import Batch, Objective, mask_of, sequences_in
+from octavo.sites import Site, Source
+
+#: Calibration moments overfit: a share of their mean is added to every direction. Measured on MiniLM with 256
+#: sentences, 0.1 was the best of 0.01, 0.03, 0.1, 0.3 and 1 on held-out text, from 2 to 4 bits (docs/decisions.md).
+DAMPING = 0.1
+#: Token frequencies are raised to this power. The quadratic model overrates how little a rare token's error matters:
+#: one garbled word ruins its sentence. 1/2 beat 0 and 1 on held-out text (docs/decisions.md).
+FREQUENCY_POWER = 0.5
+#: Positions of a convolution that are read per batch; more of them are neighbours that say the same.
+_PATCHES = 8192
+MINIMUM_SEQUENCES = 8
+
+
+@dataclass
+class Evidence:
+    """What is known about the inputs and outputs of one site.
+
+    Parameters
+    ----------
+    rows
+        (rows,) weights of the rows in units of loss, damped.
+    columns
+        (columns, columns) second moment, damped; None for the identity.
+    samples
+        Number of positions seen (0: data-free).
+    """
+
+    rows: Tensor
+    columns: Tensor | None
+    samples: int = 0
+
+    def loss(self, error: Tensor) -> float:
+        """Expected increase of the whole model's loss for ``error`` (rows, columns)."""
+        error = error.float()
+        squared = error.square() if self.columns is None else (error @ self.columns) * error
+        return float(self.rows @ squared.sum(1)) / 2
+
+    def moment(self, columns: int) -> Tensor:
+        """The column moment as a dense (columns, columns) float32 matrix."""
+        return torch.eye(columns) if self.columns is None else self.columns
+
+
+@dataclass
+class Calibration:
+    """Evidence of all sites and what it was gathered from."""
+
+    evidence: dict[str, Evidence]
+    sequences: int = 0
+    tokens: int = 0
+    text: str = "none (data-free)"
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Watch:
+    """Accumulates the moments of one site while batches go through the model."""
+
+    def __init__(self, site: Site, module: nn.Module, shared: dict[Any, Any]) -> None:
+        self.site, self.module, self.shared = site, module, shared
+        self.embedding = isinstance(module, nn.Embedding)
+        self.rows = torch.zeros(site.rows, dtype=torch.float64)
+        self.columns: Tensor | None = None
+        self.samples = 0
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        mask = self.shared["mask"]
+        inputs = args[0]
+        if self.embedding:
+            self._embedding(inputs, output, mask)
+            return
+        keep = _live(inputs, mask)
+        moment, count = self._input_moment(inputs, keep)
+        self.columns = moment if self.columns is None else self.columns + moment
+        self.samples += count
+        axis = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or self.site.layout.kind == "transposed" else -1
+
+        def backward(gradient: Tensor) -> None:
+            flat = gradient.movedim(axis, -1) if keep is None else gradient[keep]
+            self.rows += flat.reshape(-1, self.site.rows).float().square().sum(0).double().cpu()
+
+        output.register_hook(backward)
+
+    def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> None:
+        live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
+        shown = tokens if live is None else tokens.expand(live.shape)[live]
+        self.rows += torch.bincount(shown.flatten().cpu(), minlength=self.site.rows).double()
+        self.samples += shown.numel()
+
+        def backward(gradient: Tensor) -> None:
+            flat = gradient[live] if live is not None and live.shape == gradient.shape[:-1] else gradient.flatten(0, -2)
+            moment = (flat.float().t() @ flat.float()).double().cpu()
+            self.columns = moment if self.columns is None else self.columns + moment
+
+        if output.is_leaf:
+            output.requires_grad_(True)
+        output.register_hook(backward)
+
+    def _input_moment(self, inputs: Tensor, keep: Tensor | None) -> tuple[Tensor, int]:
+        # Query, key and value read the same tensor: its moment is taken once. Keyed by identity while it is alive.
+        key = (id(inputs), self.site.columns, type(self.module).__name__)
+        if key not in self.shared:
+            flat = _columns_of(self.module, self.site, inputs.detach() if keep is None else inputs.detach()[keep])
+            if len(flat) > _PATCHES and keep is None:
+                flat = flat[:: -(-len(flat) // _PATCHES)]
+            moment = (flat.t() @ flat).double().cpu()
+            if self.site.layout.kind == "transposed":
+                kernel = self.site.columns // len(moment)
+                moment = torch.kron(moment, torch.eye(kernel, dtype=torch.float64))
+            self.shared[key] = (inputs, moment, len(flat))
+        _, moment, count = self.shared[key]
+        return moment, count
+
+
+def _live(inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as bools if it fits the leading dimensions of the inputs."""
+    return mask.bool() if mask is not None and inputs.ndim == 3 and inputs.shape[:2] == mask.shape else None
+
+
+def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
+    """Input vectors of a site as (samples, columns); of grouped layers, those of all groups, one after another."""
+    inputs = inputs.float()
+    if site.layout.kind == "transposed":
+        channels = inputs.movedim(1, -1).reshape(-1, inputs.shape[1] // site.layout.groups)
+        return channels
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        two_d = isinstance(module, nn.Conv2d)
+        image = inputs if two_d else inputs[..., None, :]
+        kernel, stride, dilation = (tuple(getattr(module, part)) for part in ("kernel_size", "stride", "dilation"))
+        pad = module._reversed_padding_repeated_twice
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        image = nn.functional.pad(image, [*pad, *([] if two_d else [0, 0])], mode=mode)
+        if not two_d:
+            kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+        patches = nn.functional.unfold(image, kernel, dilation=dilation, stride=stride)
+        return patches.reshape(len(image), module.groups, -1, patches.shape[-1]).movedim(2, -1).reshape(-1, site.columns)
+    return inputs.reshape(-1, site.columns)
+
+
+def calibrate(
+    source: Source,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    text: str = "",
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Calibration:
+    """Gather the evidence of all sites from one pass over ``batches``.
+
+    Parameters
+    ----------
+    batches
+        What ``source.module`` takes. Padding is left out by ``attention_mask``.
+    progress
+        Called with the number of batches done and their total.
+
+    Raises
+    ------
+    RequestError
+        If there are fewer than eight sequences, or an output or a gradient is not finite.
+    """
+    if source.module is None:
+        return data_free(source, sites)
+    total = sum(sequences_in(batch) for batch in batches)
+    if total < MINIMUM_SEQUENCES:
+        raise RequestError(f"calibration has {total} sequences, at least {MINIMUM_SEQUENCES} are needed; give more data")
+    shared: dict[Any, Any] = {"mask": None}
+    watches, handles = {}, []
+    generator = torch.Generator().manual_seed(seed)
+    training, wanted = source.module.training, {p: p.requires_grad for p in source.module.parameters()}
+    source.module.eval().requires_grad_(False)
+    try:
+        for site in sites:
+            owner = source.owner(site.name)
+            if owner is not None:
+                watches[site.name] = _Watch(site, owner, shared)
+                handles.append(owner.register_forward_pre_hook(_require_gradient))
+                handles.append(owner.register_forward_hook(watches[site.name]))
+        for done, batch in enumerate(batches):
+            for key in [key for key in shared if key != "mask"]:
+                del shared[key]
+            shared["mask"] = mask_of(batch)
+            outputs = objective.outputs(source.module, batch)
+            if not bool(torch.isfinite(outputs).all()):
+                raise RequestError(f"the model's outputs on calibration batch {done} are not finite; check the data")
+            objective.probe(outputs, generator).backward()
+            progress(done + 1, len(batches))
+    finally:
+        for handle in handles:
+            handle.remove()
+        source.module.train(training)
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+    return _conclude(source, sites, watches, total, text)
+
+
+def _require_gradient(module: nn.Module, args: tuple) -> tuple | None:
+    """Let gradients begin at the first site, since no parameter asks for one."""
+    first = args[0] if args else None
+    if isinstance(first, Tensor) and first.is_floating_point() and not first.requires_grad:
+        return (first.detach().requires_grad_(True), *args[1:])
+    return None
+
+
+def _conclude(source: Source, sites: Sequence[Site], watches: dict[str, _Watch], sequences: int, text: str) -> Calibration:
+    result = Calibration({}, sequences, 0, text)
+    unseen: list[Site] = []
+    moments: dict[tuple, Tensor] = {}
+    for site in sites:
+        watch = watches.get(site.name)
+        if watch is None or watch.columns is None or not watch.samples or not bool(watch.columns.any()) or not bool(watch.rows.any()):
+            unseen.append(site)
+            continue
+        result.tokens = max(result.tokens, watch.samples)
+        if watch.embedding:
+            # The mean of the squared gradient over the tokens of a sequence times their number gives loss a sequence.
+            rows = _frequencies(watch.rows) * (watch.samples / sequences)
+            columns = watch.columns / watch.samples
+        else:
+            if watch.samples < site.columns:
+                result.warnings.append(
+                    f"{site.name}: {watch.samples} calibration positions for {site.columns} input columns; "
+                    f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
+                )
+            rows, columns = watch.rows / sequences, watch.columns / watch.samples
+        rows = rows + DAMPING * rows.mean()
+        # Sites that read the same inputs have equal moments: one copy serves them all.
+        key = (watch.embedding, watch.samples, float(columns.sum()))
+        if key not in moments:
+            columns = columns + DAMPING * columns.diagonal().mean() * torch.eye(len(columns), dtype=columns.dtype)
+            moments[key] = columns.float()
+        watch.columns = None
+        result.evidence[site.name] = Evidence(rows.float(), moments[key], watch.samples)
+    _fill(source, result, unseen, [site for site in sites if site.name in result.evidence])
+    return result
+
+
+def _frequencies(counts: Tensor) -> Tensor:
+    """Smoothed token frequencies that sum to one.
+
+    Tokens never seen share the Good-Turing mass (the share of tokens seen once), spread evenly.
+    """
+    total, unseen = counts.sum(), counts == 0
+    missing = (counts == 1).sum().clamp_min(1) / total if bool(unseen.any()) else torch.zeros((), dtype=counts.dtype)
+    frequencies = counts / total * (1 - missing)
+    frequencies[unseen] = missing / unseen.sum().clamp_min(1)
+    powered = frequencies.clamp_min(1e-12) ** FREQUENCY_POWER
+    return powered / powered.sum()
+
+
+def _fill(source: Source, result: Calibration, unseen: Sequence[Site], seen: Sequence[Site]) -> None:
+    """Weigh sites without evidence so that a given relative error costs what it costs at a typical site."""
+    levels = [result.evidence[site.name].loss(site.layout.to_matrix(source.read(site.name))) for site in seen]
+    level = float(torch.tensor(levels).median()) if levels else 1.0
+    for site in unseen:
+        power = float(source.read(site.name).float().square().sum())
+        result.evidence[site.name] = Evidence(torch.full((site.rows,), 2 * level / max(power, 1e-30)), None)
+        result.warnings.append(f"{site.name}: no output depends on it in calibration; it was weighed as a typical site")
+
+
+def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
+    """Evidence without data: a relative error of a weight costs the same at every site, per weight.
+
+    Every site's loss is the share of its energy that is lost, times its share of all weights.
+    """
+    result = Calibration({})
+    weights = sum(site.parameters for site in sites)
+    for site in sites:
+        power = float(source.read(site.name).float().square().sum())
+        level = 2 * site.parameters / weights / max(power, 1e-30)
+        result.evidence[site.name] = Evidence(torch.full((site.rows,), level), None)
+    return result

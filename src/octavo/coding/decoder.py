@@ -1,0 +1,91 @@
+"""Decoding of any blob."""
+
+import numpy as np
+import torch
+
+from octavo.coding import bitpack, unpacking
+from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, STORAGE, Header, Parsed, parse
+from octavo.coding.parallel import run
+from octavo.errors import ArtifactError
+
+
+def decode(blob: bytes | memoryview | np.ndarray, *, max_elements: int | None = None) -> torch.Tensor:
+    """Return the tensor that `encode` stored.
+
+    Parameters
+    ----------
+    blob : bytes, memoryview or numpy.ndarray
+        A blob, not necessarily a trusted one.
+    max_elements : int, optional
+        Largest number of elements to accept.
+
+    Raises
+    ------
+    ArtifactError
+        If the blob is damaged or not one at all, or holds more than `max_elements`.
+    """
+    return _decode(blob, max_elements, 0)
+
+
+def describe(blob: bytes | memoryview | np.ndarray, *, max_elements: int | None = None) -> Header:
+    """Return what a blob holds, without decoding it.
+
+    Parameters
+    ----------
+    blob : bytes, memoryview or numpy.ndarray
+        A blob, not necessarily a trusted one.
+    max_elements : int, optional
+        Largest number of elements to accept.
+
+    Raises
+    ------
+    ArtifactError
+        If the header is damaged, or the blob holds more than `max_elements`.
+    """
+    return parse(blob, max_elements).header
+
+
+def _decode(blob: bytes | memoryview | np.ndarray, max_elements: int | None, depth: int) -> torch.Tensor:
+    if depth > MAX_DEPTH:
+        raise ArtifactError("coded tensor: blobs nested too deeply")
+    parsed = parse(blob, max_elements)
+    if parsed.header.codec in ("raw", "bits"):
+        values = _decode_fixed(parsed)
+    else:
+        values = unpacking.decode(parsed, lambda data, limit: _decode(data, limit, depth + 1))
+    dtype = parsed.header.dtype
+    values = values.reshape(parsed.header.shape)
+    if dtype == torch.bool:
+        if values.size and values.max() > 1:
+            raise ArtifactError("coded tensor: a truth value is neither 0 nor 1")
+        return torch.from_numpy(values.view(np.bool_))
+    return torch.from_numpy(values.astype(STORAGE[DTYPES.index(dtype)], copy=False))
+
+
+def _decode_fixed(parsed: Parsed) -> np.ndarray:
+    """Decode ``raw`` and ``bits``."""
+    elements, storage = parsed.header.elements, parsed.storage
+    if len(parsed.chunks) != -(-elements // CHUNK):
+        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks for {elements} elements")
+    low = width = 0
+    if parsed.header.codec == "bits":
+        low = int.from_bytes(parsed.tables.take(8), "little", signed=True)
+        width = parsed.tables.take(1)[0]
+        limits = np.iinfo(storage)
+        if width > 64 or not limits.min <= low <= limits.max:
+            raise ArtifactError(f"coded tensor: {width} bits from {low} on for {storage} values")
+    if parsed.tables.data:
+        raise ArtifactError(f"coded tensor: {len(parsed.tables.data)} bytes too many in the head")
+    values = np.empty(elements, storage)
+
+    def decode_piece(index: int) -> None:
+        data, part = parsed.chunk(index), values[index * CHUNK : (index + 1) * CHUNK]
+        if parsed.header.codec == "bits":
+            bitpack.unpack(data, low, width, part)
+        elif len(data) != part.nbytes:
+            raise ArtifactError(f"coded tensor: raw chunk {index} of {len(data)} bytes instead of {part.nbytes}")
+        else:
+            part[:] = np.frombuffer(data, storage)
+
+    run(decode_piece, range(len(parsed.chunks)), elements)
+    return values

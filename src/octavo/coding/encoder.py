@@ -1,0 +1,112 @@
+"""Encoding with whatever codec is smallest."""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+
+from octavo.coding import bitpack, packed
+from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, NARROW, STORAGE, assemble
+from octavo.coding.contexts import Plan, plan
+from octavo.coding.parallel import run
+from octavo.errors import RequestError
+
+# ANS decodes several times slower than Huffman codes and holds the interpreter lock, so a large
+# tensor must become this much smaller to be worth it. For a small one only its size matters.
+ANS_GAIN = 0.04
+SMALL = 65536
+# Below this, classes cost more than they save.
+CONTEXT_ELEMENTS = 16384
+
+
+def encode(tensor: torch.Tensor) -> bytes:
+    """Store a tensor losslessly in as few bytes as possible.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        Of type bool, uint8, int8, int16, int32 or int64, of any shape.
+
+    Returns
+    -------
+    bytes
+        A self-describing blob, the same for the same tensor.
+
+    Raises
+    ------
+    RequestError
+        If the tensor has another type.
+    """
+    return _encode(tensor, 0)
+
+
+def _encode(tensor: torch.Tensor, depth: int) -> bytes:
+    if tensor.dtype not in DTYPES:
+        raise RequestError(f"only integers can be coded, not {tensor.dtype} of shape {tuple(tensor.shape)}")
+    array = tensor.detach().cpu().contiguous().numpy()
+    if not array.size:
+        return assemble("raw", tensor.dtype, tensor.shape, STORAGE[DTYPES.index(tensor.dtype)], b"", [])
+    array = array.astype(STORAGE[DTYPES.index(tensor.dtype)], copy=False)
+    low, high = int(array.min()), int(array.max())
+    values = array.astype(_narrowest(array.dtype, low, high), copy=False)
+    seal = partial(assemble, dtype=tensor.dtype, shape=tensor.shape, storage=values.dtype)
+
+    width = bitpack.width_of(low, high)
+    fixed_bytes = min(values.nbytes, bitpack.packed_bytes(values.size, width))
+    candidates = _packed(values, low, high, fixed_bytes, depth) if width else []
+    best = min((seal(codec, tables=t, chunks=c) for codec, t, c in candidates), key=len, default=None)
+    if best is not None and len(best) < fixed_bytes:
+        return best
+    pieces = [values.reshape(-1)[start : start + CHUNK] for start in range(0, values.size, CHUNK)]
+    if values.nbytes <= fixed_bytes:
+        return seal("raw", tables=b"", chunks=[piece.tobytes() for piece in pieces])
+    tables = low.to_bytes(8, "little", signed=True) + bytes([width])
+    return seal("bits", tables=tables, chunks=run(lambda p: bitpack.pack(p, low, width), pieces, values.size))
+
+
+def _packed(
+    values: np.ndarray, low: int, high: int, fixed_bytes: int, depth: int
+) -> list[tuple[str, bytes, list[bytes]]]:
+    """Return what is worth comparing of ``huffman`` and ``ans``: codec, tables and chunks."""
+    if depth == MAX_DEPTH and high - low > 255:
+        return []
+    flat = values.reshape(-1)
+    probe = flat[:: -(-flat.size // 4096)]
+    middle = int(np.partition(probe, len(probe) // 2)[len(probe) // 2])
+    plans = [Plan(None, 0.0)]
+    if depth == 0 and values.ndim > 1 and values.size >= CONTEXT_ELEMENTS and 1 < len(values) < values.size:
+        plans = plan(values.reshape(len(values), -1), middle)
+        if plans[0].bits > 8.1 * fixed_bytes:
+            return []
+    escape_bits = math.inf if depth == MAX_DEPTH else 4.0 + min((high - low).bit_length(), 12)
+
+    def attempt(codec: str, layout_plan: Plan) -> tuple[str, bytes, list[bytes]]:
+        layout = layout_plan.layout
+        source = values.reshape(len(values), -1) if layout else flat
+        nested = partial(_encode, depth=depth + 1)
+        return codec, *packed.encode(source, layout, codec, middle, escape_bits, nested)
+
+    close = [candidate for candidate in plans if candidate.bits <= 1.01 * plans[0].bits]
+    found = [attempt("huffman", candidate) for candidate in close]
+    smallest = min(_size(candidate) for candidate in found)
+    if flat.size < SMALL:
+        found += [attempt("ans", candidate) for candidate in close]
+    elif plans[0].bits < 8 * (1 - ANS_GAIN) * 1.02 * min(smallest, fixed_bytes):
+        other = attempt("ans", plans[0])
+        if _size(other) < (1 - ANS_GAIN) * min(smallest, fixed_bytes):
+            found.append(other)
+    return found
+
+
+def _size(candidate: tuple[str, bytes, list[bytes]]) -> int:
+    return len(candidate[1]) + sum(len(chunk) for chunk in candidate[2])
+
+
+def _narrowest(dtype: np.dtype, low: int, high: int) -> np.dtype:
+    """Return the first type that holds the range and is within the tensor's own."""
+    for candidate in NARROW:
+        limits = np.iinfo(candidate)
+        if np.can_cast(candidate, dtype, "safe") and limits.min <= low and high <= limits.max:
+            return candidate
+    return dtype

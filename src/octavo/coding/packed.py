@@ -1,0 +1,80 @@
+"""Encoding as ``huffman`` or ``ans``: context classes, windows and escapes around either coder."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from octavo.coding import ans, huffman, windows
+from octavo.coding.fields import Writer
+from octavo.coding.layout import Layout, Stream
+from octavo.coding.parallel import run
+
+# Encodes a vector that belongs to the tables.
+Nested = Callable[[torch.Tensor], bytes]
+
+
+def encode(
+    values: np.ndarray, layout: Layout | None, codec: str, middle: int, escape_bits: float, nested: Nested
+) -> tuple[bytes, list[bytes]]:
+    """Return the tables and chunks of a flat array, or of a matrix if there is a layout.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        Integers of the narrowest type that holds them.
+    layout : Layout or None
+        Context classes of a matrix.
+    codec : str
+        ``huffman`` or ``ans``.
+    middle : int
+        A typical value.
+    escape_bits : float
+        See `windows.choose`.
+    nested : callable
+        Encodes the vectors of classes and escapes.
+    """
+    writer = Writer()
+    sizes = [values.size]
+    writer.unsigned(layout.streams if layout else 0)
+    if layout:
+        writer.unsigned(layout.merge)
+        writer.unsigned(layout.base)
+        writer.block(nested(torch.from_numpy(layout.rows)))
+        writer.block(nested(torch.from_numpy(layout.columns)))
+        values, sizes = layout.gather(values), layout.sizes
+
+    cost = huffman.cost if codec == "huffman" else ans.cost
+    chunks: list[bytes] = []
+    escapes: list[np.ndarray] = []
+    start = 0
+    for size in sizes:
+        if not size:
+            continue
+        part = values[start : start + size]
+        window, weights = windows.choose(*windows.histogram(part, middle), size, escape_bits, cost)
+        stream = Stream(start, size, window, ans.quantize(weights) if codec == "ans" else None)
+        writer.signed(window.low)
+        writer.unsigned(window.span)
+        if stream.table is not None:
+            writer.data += stream.table.tobytes()
+        for chunk, positions in run(partial(_encode_piece, values, stream), stream.pieces(), size):
+            chunks.append(chunk)
+            escapes.append(positions)
+        start += size
+
+    positions = np.concatenate(escapes)
+    writer.unsigned(len(positions))
+    if len(positions):
+        writer.block(nested(torch.from_numpy(np.diff(positions, prepend=-1) - 1)))
+        writer.block(nested(torch.from_numpy(values[positions])))
+    return bytes(writer.data), chunks
+
+
+def _encode_piece(values: np.ndarray, stream: Stream, piece: tuple[int, int]) -> tuple[bytes, np.ndarray]:
+    """Return a chunk and the positions of its escapes."""
+    digits, escapes = stream.window.digitize(values[piece[0] : piece[1]])
+    joined = stream.window.join(digits)
+    coded = huffman.compress(joined) if stream.table is None else ans.compress(joined, stream.table)
+    return coded, escapes + piece[0]

@@ -1,0 +1,92 @@
+"""Decoding of ``huffman`` and ``ans``: everything `packed` wrote, none of it trusted."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from octavo.coding import ans, huffman
+from octavo.coding.container import Parsed
+from octavo.coding.fields import Reader
+from octavo.coding.layout import MAX_CLASSES, Layout, Stream
+from octavo.coding.parallel import run
+from octavo.coding.radix import Window
+from octavo.errors import ArtifactError
+
+# Decodes a vector that belongs to the tables, of at most so many elements.
+Nested = Callable[[memoryview, int], torch.Tensor]
+
+
+def decode(parsed: Parsed, nested: Nested) -> np.ndarray:
+    """Return the values, flat or as a matrix, of blobs of either codec."""
+    header, tables = parsed.header, parsed.tables
+    if not header.elements:
+        raise ArtifactError(f"coded tensor: codec {header.codec} for no elements")
+    layout = _read_layout(tables, header.shape, nested)
+    streams, start = [], 0
+    for size in layout.sizes if layout else [header.elements]:
+        if size:
+            streams.append(_read_stream(tables, start, size, header.codec, parsed.storage))
+            start += size
+    positions, escaped = _read_escapes(parsed, nested)
+    if tables.data:
+        raise ArtifactError(f"coded tensor: {len(tables.data)} bytes too many in the head")
+    jobs = [(stream, piece) for stream in streams for piece in stream.pieces()]
+    if len(jobs) != len(parsed.chunks):
+        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks instead of {len(jobs)}")
+
+    values = np.empty(header.elements, parsed.storage)
+
+    def decode_piece(index: int) -> None:
+        stream, (first, last) = jobs[index]
+        data, count = parsed.chunk(index), -(-(last - first) // stream.window.digits)
+        joined = huffman.decompress(data, count) if stream.table is None else ans.decompress(data, count, stream.table)
+        stream.window.split(joined, values[first:last])
+
+    run(decode_piece, range(len(jobs)), header.elements)
+    values[positions] = escaped
+    return layout.scatter(values) if layout else values
+
+
+def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> Layout | None:
+    streams = tables.unsigned()
+    if streams == 0:
+        return None
+    merge, base = tables.unsigned(), tables.unsigned()
+    if streams > 2 * MAX_CLASSES or not 1 <= merge <= MAX_CLASSES or base > 2 * MAX_CLASSES or len(shape) < 2:
+        raise ArtifactError(f"coded tensor: context classes {streams}, {merge}, {base} for shape {shape}")
+    height, width = shape[0], math.prod(shape[1:])
+    vectors = []
+    for length in (height, width):
+        vector = nested(tables.block(), length)
+        if vector.dtype != torch.uint8 or vector.shape != (length,) or int(vector.max()) >= MAX_CLASSES:
+            raise ArtifactError(f"coded tensor: context classes are not {length} bytes below {MAX_CLASSES}")
+        vectors.append(vector.numpy())
+    return Layout(vectors[0], vectors[1], merge, base, streams)
+
+
+def _read_stream(tables: Reader, start: int, size: int, codec: str, storage: np.dtype) -> Stream:
+    window = Window(tables.signed(), tables.unsigned())
+    window.check(storage)
+    table = np.frombuffer(tables.take(window.span), np.uint8) if codec == "ans" else None
+    return Stream(start, size, window, table)
+
+
+def _read_escapes(parsed: Parsed, nested: Nested) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions and values of the escapes."""
+    count, elements = parsed.tables.unsigned(), parsed.header.elements
+    if count == 0:
+        return np.empty(0, np.int64), np.empty(0, parsed.storage)
+    if count > elements:
+        raise ArtifactError(f"coded tensor: {count} escapes among {elements} elements")
+    gaps, escaped = (nested(parsed.tables.block(), count).numpy() for _ in range(2))
+    if gaps.shape != (count,) or escaped.shape != (count,) or gaps.dtype != np.int64 or escaped.dtype != parsed.storage:
+        raise ArtifactError(f"coded tensor: positions and values of {count} escapes have other shapes or types")
+    # Gaps below the number of elements cannot overflow before a position is out of range.
+    if gaps.min() < 0 or gaps.max() >= elements:
+        raise ArtifactError("coded tensor: gap between escapes out of range")
+    positions = np.cumsum(gaps + 1) - 1
+    if positions.min() < 0 or positions.max() >= elements:
+        raise ArtifactError("coded tensor: position of an escape out of range")
+    return positions, escaped

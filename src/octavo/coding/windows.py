@@ -1,0 +1,85 @@
+"""Choice of the window of values that a stream is coded in."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from octavo.coding.radix import SPANS, Window, digits_of
+
+# Values further than this from the middle are always escapes: a window spans 256 at most.
+_REACH = 1024
+# Values counted at a time; bounds the temporary indices, eight bytes each.
+_BLOCK = 1 << 18
+
+Cost = Callable[[np.ndarray, int], float]
+
+
+def histogram(values: np.ndarray, middle: int) -> tuple[int, np.ndarray]:
+    """Count the values near `middle`; return the value of the first bin and the bins."""
+    limits = np.iinfo(values.dtype)
+    if values.dtype.itemsize == 1:
+        bins = np.zeros(256, np.int64)
+        unsigned = values.view(np.uint8)
+        for start in range(0, len(values), _BLOCK):
+            bins += np.bincount(unsigned[start : start + _BLOCK], minlength=256)
+        return int(limits.min), np.roll(bins, -int(limits.min))
+    first = max(int(limits.min), min(middle - _REACH, int(limits.max) - 2 * _REACH))
+    bins = np.zeros(2 * _REACH, np.int64)
+    for start in range(0, len(values), _BLOCK):
+        part = values[start : start + _BLOCK]
+        near = part[(part >= first) & (part < first + 2 * _REACH)].astype(np.int64) - first
+        bins += np.bincount(near, minlength=2 * _REACH)
+    return first, bins
+
+
+def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: Cost) -> tuple[Window, np.ndarray]:
+    """Return the cheapest window and the count of each of its digits, escapes included.
+
+    Parameters
+    ----------
+    first : int
+        Value that the first bin counts.
+    bins : numpy.ndarray
+        Counts as of `histogram`.
+    total : int
+        Number of values, counted in a bin or not.
+    escape_bits : float
+        Bits that a value outside the window takes besides its placeholder. Infinity forbids them.
+    cost : callable
+        Bits taken by symbols of given counts with a given number of digits in a byte.
+    """
+    used = np.flatnonzero(bins)
+    start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+    best: tuple[float, Window, np.ndarray] | None = None
+    for span in SPANS.values():
+        low, high = _heaviest(bins, start, stop, span)
+        weights = bins[low:high].copy()
+        escapes = total - int(weights.sum())
+        filler = int(weights.argmax())
+        weights[filler] += escapes
+        side = escapes * (escape_bits + math.log2(total / escapes)) if escapes else 0.0
+        # Often escapes alone already cost more than the best window so far.
+        if best is None or side < best[0]:
+            bits = side + cost(weights, digits_of(high - low))
+            if best is None or bits < best[0]:
+                best = bits, Window(first + low, high - low, filler), weights
+        if high - low >= stop - start:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def _heaviest(bins: np.ndarray, start: int, stop: int, span: int) -> tuple[int, int]:
+    """Return the bounds of the `span` neighbouring bins that count most, without empty ends."""
+    if stop - start > span:
+        sums = np.cumsum(bins[start:stop])
+        covered = sums[span - 1 :].copy()
+        covered[1:] -= sums[:-span]
+        start += int(covered.argmax())
+        inside = np.flatnonzero(bins[start : start + span])
+        start, stop = start + int(inside[0]), start + int(inside[-1]) + 1
+    # A window has two values at least; the bins cover more, so there is room on one side.
+    if stop - start < 2:
+        start, stop = (start, start + 2) if start + 2 <= len(bins) else (start - 1, start + 1)
+    return start, stop

@@ -1,0 +1,126 @@
+"""What a form is: how the content of a site is stored, restored and run."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from octavo.errors import ArtifactError
+
+_FORMS: dict[str, type[Form]] = {}
+
+#: Forms nest (``Sum(Grid, LowRank(Grid, Grid))``); a stranger's manifest may not nest deeper than this.
+MAX_DEPTH = 6
+
+
+class Form(ABC):
+    """A matrix of ``rows`` x ``columns`` in some compressed representation.
+
+    A form never sees a module: sites turn their weights into a matrix (see :class:`octavo.sites.Layout`),
+    methods find forms for it. Integer tensors in :meth:`tensors` are coded by :mod:`octavo.coding`, whichever
+    codec is smallest; floating tensors are stored as they are.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to store, by part name. Parts of a nested form are prefixed ``child/``."""
+
+    @abstractmethod
+    def meta(self) -> dict[str, Any]:
+        """Plain JSON stored in the manifest; ``form`` names the class."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Form:
+        """Exact inverse of :meth:`tensors` and :meth:`meta`; everything is checked against ``shape``."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The float32 matrix it stands for."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x @ dense().T`` for ``x`` of shape (..., columns), without the dense matrix where that is cheaper."""
+        return x @ self.dense().to(x.dtype).t()
+
+
+def form(name: str) -> Callable[[type[Form]], type[Form]]:
+    """Register a form class under the name that stands in manifests."""
+
+    def register(cls: type[Form]) -> type[Form]:
+        if name in _FORMS:
+            raise ValueError(f"a form named {name!r} is already registered: {_FORMS[name].__qualname__}")
+        cls.name = name
+        _FORMS[name] = cls
+        return cls
+
+    return register
+
+
+def form_names() -> list[str]:
+    """Names of all registered forms."""
+    return sorted(_FORMS)
+
+
+def restore(tensors: Mapping[str, Tensor], meta: Any, shape: tuple[int, int], *, depth: int = 0) -> Form:
+    """Rebuild a form of ``shape`` from stored parts; anything inconsistent is an :class:`ArtifactError`."""
+    if depth > MAX_DEPTH:
+        raise ArtifactError(f"forms nest deeper than {MAX_DEPTH}; this manifest was not written by Octavo")
+    kind = meta.get("form") if isinstance(meta, Mapping) else None
+    if not isinstance(kind, str) or kind not in _FORMS:
+        raise ArtifactError(f"unknown form {kind!r}; this version knows {', '.join(form_names())}")
+    try:
+        return _FORMS[kind].restore(tensors, {**meta, "_depth": depth}, shape)
+    except ArtifactError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
+        raise ArtifactError(f"the parts of a {kind} form of shape {shape} do not fit together: {error}") from error
+
+
+def child(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str, shape: tuple[int, int]) -> Form:
+    """Restore the nested form called ``name`` of a form that is itself being restored."""
+    prefix = f"{name}/"
+    parts = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    return restore(parts, meta[name], shape, depth=int(meta.get("_depth", 0)) + 1)
+
+
+def nest(**children: Form) -> dict[str, Tensor]:
+    """Part names of nested forms: ``child/part``."""
+    return {f"{name}/{part}": tensor for name, inner in children.items() for part, tensor in inner.tensors().items()}
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise :class:`ArtifactError` unless ``condition`` holds: the check of everything read from a file."""
+    if not condition:
+        raise ArtifactError(message)
+
+
+def expect_integers(tensor: Tensor, shape: tuple[int, ...], part: str) -> Tensor:
+    """Check dtype and shape of an integer part."""
+    expect(not tensor.dtype.is_floating_point, f"part {part!r} should hold integers, it holds {tensor.dtype}")
+    expect(tuple(tensor.shape) == shape, f"part {part!r} has shape {tuple(tensor.shape)}, expected {shape}")
+    return tensor
+
+
+def expect_floats(tensor: Tensor, part: str, *, elements: int | None = None) -> Tensor:
+    """Check that a floating part is floating, finite and, if given, has ``elements`` elements."""
+    expect(tensor.dtype.is_floating_point, f"part {part!r} should hold floats, it holds {tensor.dtype}")
+    expect(elements is None or tensor.numel() == elements, f"part {part!r} has {tensor.numel()} elements, not {elements}")
+    expect(bool(torch.isfinite(tensor).all()), f"part {part!r} holds NaN or Inf")
+    return tensor
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Number of elements of a shape."""
+    return math.prod(shape)

@@ -1,0 +1,235 @@
+"""``transformers``: model folders as sources, and ``AutoModel.from_pretrained`` on artifacts."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import MissingExtraError, RequestError
+
+if TYPE_CHECKING:
+    from octavo.objective import Objective
+    from octavo.sites import Source
+
+_TARGET = "transformers.quantizers.auto"
+#: Longer texts are cut: calibration gains little from them and costs the square of their length.
+MAX_TOKENS = 128
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            "this needs transformers, which is not installed: pip install 'octavo[hf]'"
+        ) from error
+    return transformers
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model folder."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"{file}: not a JSON object")
+    return config
+
+
+def attach_module(source: Source, folder: Path) -> None:
+    """Load the model of a folder in float32 and match its parameters with the tensors of the source."""
+    transformers = _transformers()
+    name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
+    cls = getattr(transformers, name, None) or transformers.AutoModel
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RequestError(f"{folder}: {name}.from_pretrained failed: {error}") from error
+    source.module, source.is_transformers = module, True
+    source.parameters = match_names(source, module)
+
+
+def match_names(source: Source, module: nn.Module) -> dict[str, str]:
+    """Tensor names of the source to names in the module, which may have gained or lost the base model's prefix."""
+    state = module.state_dict()
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    names = {}
+    for name, shape in source.shapes.items():
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in state and tuple(state[candidate].shape) == shape:
+                names[name] = candidate
+                break
+    return names
+
+
+def default_objective(source: Source, folder: Path | None) -> Objective:
+    """KL for models with a head of classes or tokens, cosine of the sentence vector for encoders."""
+    from octavo.objective import KL, Cosine
+
+    if folder is not None and (folder / "modules.json").exists():
+        pooling = folder / "1_Pooling" / "config.json"
+        cls = pooling.exists() and json.loads(pooling.read_text(encoding="utf-8")).get("pooling_mode_cls_token")
+        return Cosine("cls" if cls else "mean")
+    name = type(source.module).__name__
+    return KL() if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "Classification")) else Cosine()
+
+
+def text_batches(folder: Path, texts: Sequence[str], *, size: int = 32) -> list[dict[str, Tensor]]:
+    """Tokenised, padded batches of texts. Neighbours in length share a batch, so that little is padding."""
+    transformers = _transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ordered = sorted(texts, key=len)
+    return [
+        dict(tokenizer(ordered[at : at + size], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"))
+        for at in range(0, len(ordered), size)
+    ]
+
+
+def artifact_config(folder: Path) -> dict[str, Any]:
+    """The source's config with the note by which ``from_pretrained`` finds Octavo."""
+    return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model of an artifact folder, of the class that its config names."""
+    transformers = _transformers()
+    register()
+    name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
+    cls = getattr(transformers, name, None) or transformers.AutoModel
+    return cls.from_pretrained(folder, local_files_only=True).eval()
+
+
+def register() -> None:
+    """Make ``from_pretrained`` understand artifacts, now or as soon as ``transformers`` is imported."""
+    if _TARGET in sys.modules:
+        _register_quantizer()
+    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+        # Importing transformers takes longer than everything else together; whoever does not use it need not wait.
+        sys.meta_path.insert(0, _OnImport())
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Registers the quantizer right after ``transformers.quantizers.auto`` was imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != _TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _register_quantizer()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register_quantizer() -> None:
+    from transformers.quantizers import auto
+
+    if "octavo" in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from octavo.artifact import Artifact
+
+    @auto.register_quantization_config("octavo")
+    class OctavoConfig(QuantizationConfigMixin):
+        """Says that the weights of this folder are an Octavo artifact."""
+
+        def __init__(self, quant_method: str = "octavo", **_: Any) -> None:
+            self.quant_method = quant_method  # type: ignore[assignment]
+
+    class Decode(ConversionOps):
+        """Exchanges the packed bytes of a site for its weight."""
+
+        def __init__(self, hf_quantizer: OctavoQuantizer) -> None:
+            self.hf_quantizer = hf_quantizer
+
+        def __deepcopy__(self, memo: dict) -> Decode:
+            return self  # The loader copies converters; the decoded weights must not be copied with them.
+
+        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+            model, name = kwargs.get("model"), kwargs.get("full_layer_name", "")
+            wanted = model.state_dict(keep_vars=True).get(name) if model is not None else None
+            dtype = None if wanted is None else wanted.dtype
+            return {
+                pattern: [self.hf_quantizer.decoded(tensor, dtype) for tensor in _as_list(tensors)]
+                for pattern, tensors in input_dict.items()
+            }
+
+    @auto.register_quantizer("octavo")
+    class OctavoQuantizer(HfQuantizer):
+        """Decodes an artifact while ``from_pretrained`` loads it; the model then runs with ordinary dense weights."""
+
+        requires_calibration = True
+
+        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+            super().__init__(quantization_config, **kwargs)
+            self._weights: dict[int, Tensor] = {}
+            self._leaves: list[str] = []
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            files = kwargs.get("checkpoint_files") or []
+            if files:
+                artifact = Artifact(Path(files[0]).parent)
+                coded = {name: entry["crc"] for name, entry in artifact.sites.items()}
+                coded.update({name: entry[0] for name, entry in artifact.coded.items()})
+                state = artifact.state(coded)
+                # Names may change on the way into the model; a blob's checksum does not.
+                self._weights = {crc: state[name] for name, crc in coded.items()}
+                self._leaves = sorted({name.rpartition(".")[2] for name in coded})
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            self._weights = {}
+            return model
+
+        def get_weight_conversions(self) -> list:
+            return [WeightConverter(leaf, leaf, [Decode(self)]) for leaf in self._leaves]
+
+        def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+            for converter in weight_conversions:
+                if isinstance(converter, WeightConverter):
+                    converter.operations.insert(0, Decode(self))
+            return weight_conversions + self.get_weight_conversions()
+
+        def decoded(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+            if tensor.dtype == torch.uint8 and tensor.ndim == 1:
+                found = self._weights.get(zlib.crc32(tensor.cpu().numpy()))
+                tensor = tensor if found is None else found
+            return tensor if dtype is None else tensor.to(dtype)
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,297 @@
+"""One source with everything that the steps share: its sites, its data, its objective and its workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import octavo.sites as sites_module
+from octavo.artifact import Contents, Entry, Packed, pack, unpack
+from octavo.calibrate import Calibration, calibrate
+from octavo.data.texts import builtin_texts, check_texts, read_texts
+from octavo.errors import RequestError
+from octavo.methods import Method, Setting, get_method
+from octavo.objective import Batch, Objective, objective, sequences_in
+from octavo.sites import Site, Source
+from octavo.workspace import Workspace
+
+#: Called with a step's name, how much of it is done and how much there is.
+Progress = Callable[[str, int, int], Any]
+
+#: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
+_HELD = 96
+#: Norms, biases and the like are stored in 16 bits if all of them together cost less than this (in units of the metric).
+_FREE = 1e-7
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@dataclass
+class Job:
+    """A source, and what is known about it so far."""
+
+    source: Source
+    sites: list[Site]
+    left: dict[str, str]
+    objective: Objective
+    calibration_data: list[Batch]
+    held_data: list[Batch]
+    text: str
+    methods: list[Method]
+    pinned: dict[str, tuple[str, Setting]] = field(default_factory=dict)
+    seed: int = 0
+    progress: Progress = silent
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reference: list[Tensor] | None = None
+        self._by_name = {site.name: site for site in self.sites}
+
+    def site(self, name: str) -> Site:
+        """The site of that name."""
+        return self._by_name[name]
+
+    def matrix(self, site: Site) -> Tensor:
+        """A site's weight as a float32 matrix."""
+        return site.layout.to_matrix(self.source.read(site.name).float())
+
+    def calibrate(self, workspace: Workspace) -> Calibration:
+        """Evidence of all sites, from the workspace if it is there."""
+        found = workspace.load_calibration()
+        if found is None:
+            found = calibrate(
+                self.source,
+                self.sites,
+                self.calibration_data,
+                self.objective,
+                seed=self.seed,
+                text=self.text,
+                progress=lambda done, total: self.progress("evidence", done, total),
+            )
+            workspace.save_calibration(found)
+        return found
+
+    def encode(self, site: Site, method: str, setting: Setting, calibration: Calibration, workspace: Workspace) -> Packed:
+        """A site's packed form, from the workspace if it is there."""
+        found = workspace.load_packed(site.name, method, setting)
+        if found is None:
+            form = get_method(method).encode(self.matrix(site), setting, calibration.evidence[site.name])
+            found = pack(form)
+            workspace.save_packed(site.name, method, setting, found)
+        return found
+
+    def kept(self, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, torch.dtype]]:
+        """Tensors that are no sites, floating ones in ``dtype`` if that is narrower than they are."""
+        result = {}
+        for name, reason in self.left.items():
+            tensor = self.source.read(name).detach().cpu()
+            narrow = dtype is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > dtype.itemsize
+            # What the user asked to leave alone is left alone.
+            if narrow and not reason.startswith("ignored"):
+                tensor = tensor.to(dtype)
+            result[name] = (tensor, self.source.dtypes[name])
+        return result
+
+    def kept_dtype(self) -> torch.dtype | None:
+        """float16 if storing everything that is no site in it costs nothing measurable, else None."""
+        kept = {name: pair[0] for name, pair in self.kept(torch.float16).items() if pair[0].dtype == torch.float16}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in kept.values()):
+            return None
+        if self.source.module is None or not self.held_data:
+            close = all(torch.allclose(kept[name].float(), self.source.read(name).float(), rtol=1e-3, atol=1e-6) for name in kept)
+            return torch.float16 if close else None
+        return torch.float16 if float(self.measure(kept).mean()) < _FREE else None
+
+    def contents(self, packed: Mapping[str, Packed], dtype: torch.dtype | None) -> Contents:
+        """Everything that goes into an artifact."""
+        source = {
+            "title": self.source.title,
+            "fingerprint": self.source.fingerprint(),
+            "bytes": self.source.original_bytes,
+            "weights": self.source.weights,
+        }
+        entries = {
+            name: Entry(item, self.site(name).shape, self.site(name).dtype, self.site(name).layout)
+            for name, item in packed.items()
+        }
+        return Contents(source, entries, self.kept(dtype), self.source.aliases)
+
+    def weights(self, packed: Mapping[str, Packed]) -> dict[str, Tensor]:
+        """Packed sites as tensors of the source."""
+        result = {}
+        for name, item in packed.items():
+            site = self.site(name)
+            form = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
+            result[name] = site.layout.from_matrix(form.dense(), site.shape).to(site.dtype)
+        return result
+
+    def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Divergence of every held-back example with some tensors of the source replaced."""
+        module = self.source.module
+        if module is None or not self.held_data:
+            raise RequestError("nothing can be measured without a model and data")
+        if self._reference is None:
+            self._reference = self.objective.reference(module, self.held_data)
+        with replaced(module, {self.source.parameters[n]: w for n, w in weights.items() if n in self.source.parameters}):
+            return self.objective.measure(module, self.held_data, self._reference)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether plans can be measured."""
+        return self.source.module is not None and bool(self.held_data)
+
+
+class replaced:  # noqa: N801
+    """A context in which some tensors of a module have other values; the old ones come back at its end."""
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self.module, self.weights = module, weights
+
+    def __enter__(self) -> None:
+        self.state = self.module.state_dict(keep_vars=True)
+        self.old = {name: self.state[name].data for name in self.weights}
+        for name, weight in self.weights.items():
+            target = self.state[name]
+            target.data = weight.to(device=target.device, dtype=target.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        for name, old in self.old.items():
+            self.state[name].data = old
+
+
+def open_source(source: str | Path | nn.Module | Source) -> Source:
+    """A source from a path or a module; NaN and Inf in it are refused."""
+    if isinstance(source, nn.Module):
+        opened = sites_module.from_module(source.eval())
+    else:
+        opened = source if isinstance(source, Source) else sites_module.from_path(source)
+    sites_module.check_finite(opened)
+    return opened
+
+
+def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Batch], str]:
+    """Batches from what the user gave, and what to call them in the report.
+
+    ``data`` is a file of texts, a list of texts, or an iterable of batches; None takes the built-in text for a text model.
+    """
+    folder = source.path if source.path is not None and source.path.is_dir() else None
+    if source.module is None:
+        if data is not None:
+            raise RequestError(f"{source.title}: without a model, calibration data cannot be used; leave it out")
+        return [], "none (data-free)"
+    is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
+    if data is None or isinstance(data, str | Path) or is_texts:
+        if folder is None or not source.is_transformers:
+            if data is None:
+                return [], "none (data-free)"
+            raise RequestError(f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead")
+        from octavo.integrations.transformers import text_batches
+
+        if data is None:
+            texts, label = builtin_texts(), "built-in English text"
+        elif isinstance(data, list):
+            check_texts(data, "data")
+            texts, label = list(data), "texts given"
+        else:
+            texts, label = read_texts(data), Path(data).name
+        texts = texts[:limit]
+        return text_batches(folder, texts), f"{label}, {len(texts)} texts"
+    batches = list(data)
+    total = sum(sequences_in(batch) for batch in batches)
+    return batches, f"{total} examples given"
+
+
+def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Calibration and held-back parts: of every four sequences, one is held back, up to 96."""
+    calibration, held, count = [], [], 0
+    for batch in batches:
+        size = sequences_in(batch)
+        take = min(size // 4, _HELD - count)
+        keep = torch.ones(size, dtype=torch.bool)
+        keep[3 :: 4][:take] = False
+        count += take
+        calibration.append(_select(batch, keep, size))
+        if take:
+            held.append(_select(batch, ~keep, size))
+    return calibration, held
+
+
+def _select(batch: Batch, keep: Tensor, size: int) -> Batch:
+    def pick(value: Any) -> Any:
+        return value[keep] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+
+    if isinstance(batch, Mapping):
+        return {key: pick(value) for key, value in batch.items()}
+    return type(batch)(pick(value) for value in batch) if isinstance(batch, tuple | list) else pick(batch)
+
+
+def choose_objective(source: Source, wanted: str | Objective | None) -> Objective:
+    """The objective asked for, or the one that fits the source."""
+    if wanted is not None:
+        return objective(wanted)
+    if source.is_transformers:
+        from octavo.integrations.transformers import default_objective
+
+        return default_objective(source, source.path)
+    return objective("kl")
+
+
+def apply_patterns(
+    sites: list[Site], left: dict[str, str], ignore: Iterable[str], keep: Mapping[str, str]
+) -> tuple[list[Site], dict[str, str], dict[str, tuple[str, Setting]]]:
+    """Sites that remain after ``ignore`` globs, reasons for the rest, and the choices pinned by ``keep``.
+
+    Raises
+    ------
+    RequestError
+        If a pattern matches nothing, or a specification cannot be read.
+    """
+    left, pinned = dict(left), {}
+    for pattern in ignore:
+        matched = [site for site in sites if fnmatchcase(site.name, pattern)]
+        if not matched:
+            raise RequestError(f"--ignore {pattern!r} matches no site; sites are named like {_example(sites)}")
+        left.update({site.name: f"ignored by {pattern!r}" for site in matched})
+        sites = [site for site in sites if site not in matched]
+    for pattern, spec in keep.items():
+        matched = [site for site in sites if fnmatchcase(site.name, pattern)]
+        if not matched:
+            raise RequestError(f"--keep {pattern!r} matches no site; sites are named like {_example(sites)}")
+        pinned.update({site.name: parse_spec(spec) for site in matched})
+    return sites, left, pinned
+
+
+def _example(sites: list[Site]) -> str:
+    return ", ".join(repr(site.name) for site in sites[:2]) or "(there are none left)"
+
+
+def parse_spec(spec: str) -> tuple[str, Setting]:
+    """``float16`` or ``gptq:bits=4,group=64`` as a method and a setting."""
+    if spec in ("float32", "float16", "bfloat16"):
+        return "keep", {"dtype": spec}
+    name, _, knobs = spec.partition(":")
+    get_method(name)
+    setting: Setting = {}
+    for knob in filter(None, knobs.split(",")):
+        key, separator, value = knob.partition("=")
+        if not separator:
+            raise RequestError(f"{spec!r}: write a choice like gptq:bits=4,group=64 or float16")
+        setting[key] = _number(value)
+    return name, setting
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

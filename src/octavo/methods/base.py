@@ -1,0 +1,132 @@
+"""What a method is, and the registry that finds all of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.errors import RequestError
+from octavo.forms import Form
+from octavo.sites import Site
+
+#: One choice of a method's knobs, plain JSON: ``{"bits": 4, "group": 64}``.
+Setting = dict[str, Any]
+
+PRESETS = ("fast", "default", "best")
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+class Method(ABC):
+    """An algorithm that finds forms for a weight matrix; its dataclass fields are its knobs.
+
+    A method only *finds*. How a form is stored and run is the form's business, which setting is taken is the
+    allocator's.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    source: ClassVar[str]
+    #: The cheapest preset that tries this method.
+    preset: ClassVar[str] = "default"
+    #: Name of a knob that changes the size continuously, so that a budget can be met exactly; None if there is none.
+    elastic: ClassVar[str | None] = None
+
+    def accepts(self, site: Site) -> bool:
+        """Whether the method makes sense at this site."""
+        return True
+
+    @abstractmethod
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """The settings worth trying, from largest to smallest."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
+        """A form of ``weight`` (rows, columns), float32."""
+
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
+        """Forms of several settings; methods that can share work between settings override this.
+
+        ``settings`` may be lazy: the next one is asked for only after the form of the last was taken.
+        """
+        for setting in settings:
+            yield self.encode(weight, setting, evidence)
+
+
+def method(name: str, *, family: str, source: str, preset: str = "default") -> Callable[[M], M]:
+    """Register a method.
+
+    Parameters
+    ----------
+    name
+        The name users write.
+    family
+        ``quantize``, ``prune``, ``factorize``, ``structure`` or ``share``.
+    source
+        Where the algorithm was published.
+    preset
+        The cheapest preset that tries it: ``fast``, ``default`` or ``best``.
+    """
+
+    def register(cls: M) -> M:
+        if name in _METHODS:
+            raise ValueError(f"a method named {name!r} is already registered: {_METHODS[name].__qualname__}")
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} of method {name!r} is none of {PRESETS}")
+        cls.name, cls.family, cls.source, cls.preset = name, family, source, preset
+        _METHODS[name] = cls
+        return cls
+
+    return register
+
+
+@cache
+def _load_all() -> None:
+    """Import every method file of this package and of the ``octavo.methods`` entry points; each registers itself."""
+    import octavo.methods as package
+
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    for entry in entry_points(group="octavo.methods"):
+        entry.load()
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name."""
+    _load_all()
+    return dict(sorted(_METHODS.items()))
+
+
+def get_method(name: str) -> Method:
+    """The method of that name with its default knobs."""
+    known = methods()
+    if name not in known:
+        raise RequestError(f"method {name!r} is not known; choose from {', '.join(known)}")
+    return known[name]()
+
+
+def select_methods(names: Sequence[str] | None, preset: str) -> list[Method]:
+    """The methods of a preset, or those named by method or family."""
+    if preset not in PRESETS:
+        raise RequestError(f"preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
+    known = methods()
+    if not names:
+        allowed = PRESETS[: PRESETS.index(preset) + 1]
+        return [cls() for cls in known.values() if cls.preset in allowed]
+    chosen: dict[str, Method] = {}
+    for name in names:
+        matches = [cls for cls in known.values() if name in (cls.name, cls.family)]
+        if not matches:
+            families = sorted({cls.family for cls in known.values()})
+            raise RequestError(f"{name!r} is no method ({', '.join(known)}) and no family ({', '.join(families)})")
+        chosen.update((cls.name, cls()) for cls in matches)
+    return list(chosen.values())

@@ -1,0 +1,37 @@
+"""No compression, or half of it: a matrix kept in a floating dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.errors import RequestError
+from octavo.forms import Dense, Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.knobs import choice
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@method("keep", family="keep", preset="fast", source="IEEE 754 and bfloat16")
+@dataclass(frozen=True)
+class Keep(Method):
+    """The matrix itself, in float32, bfloat16 (8 bits of precision, any range) or float16 (11 bits, below 65504)."""
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """All dtypes that hold the weights."""
+        return [{"dtype": name} for name, dtype in _DTYPES.items() if _largest(weight) < torch.finfo(dtype).max]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        name = choice(self.name, setting, "dtype", tuple(_DTYPES))
+        dtype, largest = _DTYPES[name], _largest(weight)
+        if not largest < torch.finfo(dtype).max:
+            raise RequestError(f"{self.name}: dtype {name} ends at {torch.finfo(dtype).max:g}, a weight is {largest:g}")
+        return Dense(weight.to(dtype))
+
+
+def _largest(weight: Tensor) -> float:
+    return float(weight.abs().max()) if weight.numel() else 0.0

@@ -1,0 +1,42 @@
+"""Reading a setting's values: whoever edits a plan by hand is told which value of which method cannot be used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from octavo.errors import RequestError
+from octavo.methods.base import Setting
+
+
+def whole(method: str, setting: Setting, knob: str, low: int, high: int | None = None) -> int:
+    """The integer at ``knob``, at least ``low`` and at most ``high``."""
+    value = _given(method, setting, knob)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{method}: {knob} is {value!r} in the setting {setting}; it must be an integer {limits}")
+    return value
+
+
+def real(method: str, setting: Setting, knob: str, low: float, high: float = math.inf) -> float:
+    """The finite number at ``knob``, at least ``low`` and below ``high``."""
+    value = _given(method, setting, knob)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high or math.isinf(value):
+        limits = f"at least {low:g}" if math.isinf(high) else f"at least {low:g} and below {high:g}"
+        raise RequestError(f"{method}: {knob} is {value!r} in the setting {setting}; it must be a number {limits}")
+    return float(value)
+
+
+def choice(method: str, setting: Setting, knob: str, known: Sequence[str]) -> str:
+    """The word at ``knob``, one of ``known``."""
+    value = _given(method, setting, knob)
+    if value not in known:
+        raise RequestError(f"{method}: {knob} is {value!r} in the setting {setting}; choose from {', '.join(known)}")
+    return str(value)
+
+
+def _given(method: str, setting: Setting, knob: str) -> Any:
+    if knob not in setting:
+        raise RequestError(f"{method}: the setting {setting} has no {knob!r}")
+    return setting[knob]

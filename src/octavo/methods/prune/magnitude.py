@@ -1,0 +1,32 @@
+"""Magnitude pruning: the smallest weights go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.prune import masks
+
+
+@method("magnitude", family="prune", preset="best", source="Han et al. (2015), arXiv 1506.02626; baseline of spec 0.2")
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Keep the largest ``|W[i, j]|`` of the whole matrix (or n of every m neighbours in a row), quantized uniformly.
+
+    ``W`` is (rows, columns); exactly ``sparsity * rows * columns`` weights are pruned, and those that the step of the
+    survivors rounds to zero with them (:mod:`octavo.methods.prune.masks`).
+    """
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 where they divide the columns."""
+        return masks.settings(weight.shape[1])
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        request = masks.read(self.name, setting, weight.shape[1])
+        weight = weight.float()
+        mask = masks.choose(weight.abs(), request, by_row=False)
+        return masks.quantized(weight, mask, request.bits, request.pattern)

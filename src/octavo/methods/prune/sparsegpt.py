@@ -1,0 +1,95 @@
+"""SparseGPT: pruning and quantization in one sweep with error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.prune import masks
+
+#: Columns whose mask is chosen together, a multiple of the block of the feedback, so that all of them have been fed alike.
+_BLOCK = 128
+#: Rows are swept in chunks that fit the cache.
+_CHUNK = 1 << 22
+
+
+@method("sparsegpt", family="prune", source="SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774); spec 10.1")
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """Prune and round the columns one after another; those to come make up for both (optimal brain surgeon).
+
+    With ``loss = 1/2 sum_ij r[i] d[j] F[i, j]^2`` (:mod:`octavo.methods.feedback`) pruning a weight costs
+    ``r[i] d[j] target[i, j]^2``, where ``target`` is the weight after the feedback of the columns before it and
+    ``1 / d[j]`` the ``[H^-1]_jj`` of the paper. The mask of a block of columns is chosen by that cost when the sweep gets
+    there. How many weights each block keeps is set beforehand by the costs in the whole matrix: blocks are not alike.
+    Survivors are rounded to the same uniform grid as in the other pruning methods. ``W`` is (rows, columns). Without a
+    moment there is no feedback.
+
+    Parameters
+    ----------
+    order
+        Columns of large inputs first. n:m patterns need neighbours together and keep their order.
+    """
+
+    order: bool = True
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 where they divide the columns."""
+        return masks.settings(weight.shape[1])
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+        """Settings that sweep the columns in the same order share the factorisation."""
+        weight, rows = weight.float(), evidence.rows.float()
+        # Of a row that does not matter at all the largest weights are kept nevertheless.
+        rows = (rows / rows.max().clamp_min(1e-30)).clamp_min(1e-9)
+        factors: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
+        for setting in settings:
+            request = masks.read(self.name, setting, weight.shape[1])
+            if evidence.columns is None:
+                mask = masks.choose(weight.square() * rows[:, None], request, by_row=False)
+                yield masks.quantized(weight, mask, request.bits, request.pattern)
+                continue
+            ordered = self.order and request.pattern is None
+            if ordered not in factors:
+                order = important_first(evidence.columns) if ordered else torch.arange(weight.shape[1])
+                factors[ordered] = (order, *factor(evidence.columns, order))
+            yield _sweep(weight, rows, request, *factors[ordered])
+
+
+def _sweep(weight: Tensor, rows: Tensor, request: masks.Request, order: Tensor, curvature: Tensor, feedback: Tensor) -> Form:
+    """One pass over the columns in ``order``."""
+    costs = rows[:, None] * curvature
+    planned = masks.choose(weight[:, order].square() * costs, request, by_row=False)
+    step = masks.step_of(weight[:, order], planned, request.bits)
+    codes, mask = torch.empty(weight.shape), torch.empty(weight.shape, dtype=torch.bool)
+    height = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), height):
+        span = slice(start, min(start + height, len(weight)))
+        targets = weight[span].t()[order].contiguous()
+        chosen = torch.empty(targets.shape, dtype=torch.bool)
+
+        def quantize(j: int, target: Tensor, span: slice = span, targets: Tensor = targets, chosen: Tensor = chosen) -> Tensor:
+            if j % _BLOCK == 0:
+                block = slice(j, j + _BLOCK)
+                scores = targets[block].t().square() * costs[span, block]
+                if request.pattern is not None:
+                    best = masks.largest_by_group(scores, request.pattern)
+                else:
+                    best = masks.largest(scores, int(planned[span, block].sum()))
+                chosen[block] = best.t()
+            return (target / step).round_().mul_(chosen[j]).mul_(step)
+
+        rounded = round_columns(targets, feedback, quantize)
+        codes[span, order] = rounded.div_(step).round_().t()
+        mask[span, order] = chosen.t()
+    return masks.survivors(codes, mask, step, request.pattern)

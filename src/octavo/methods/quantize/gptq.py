@@ -1,0 +1,81 @@
+"""GPTQ: round to nearest with error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, nearest
+
+#: Rows are rounded in chunks that fit the cache; they do not depend on each other.
+_CHUNK = 1 << 22
+
+
+@method("gptq", family="quantize", source="GPTQ (Frantar et al., 2022, arXiv 2210.17323); spec 10.1")
+@dataclass(frozen=True)
+class GPTQ(Method):
+    """The grid of ``rtn``, but every column is rounded after it has taken up the errors of the columns before it.
+
+    Minimises ``tr(E C E^T)`` greedily, column after column: ``codes[:, j] = round(target[:, j] / scale) + zero`` with
+    ``target = W - sum_k F[:, k] inverse(V)[k, j]`` (:mod:`octavo.methods.feedback`); ``W``, ``E`` are (rows, columns),
+    ``C`` (columns, columns) is the second moment of the inputs. The grids are fitted to the groups of the original
+    matrix before the first column is rounded ("static groups"), so columns can go in any order and keep their groups.
+    Without a moment it is ``rtn``.
+
+    Parameters
+    ----------
+    order
+        Round the columns of large inputs first ("activation order"), while most others can still make up for them.
+    symmetric
+        Grids around zero, without zero points.
+    """
+
+    order: bool = True
+    symmetric: bool = False
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """8 to 2 bits in groups of 64."""
+        return [dict(setting) for setting in SETTINGS]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+        """All settings share the factorisation of the moment."""
+        weight = weight.float()
+        feedback = None
+        if evidence.columns is not None:
+            order = important_first(evidence.columns) if self.order else torch.arange(weight.shape[1])
+            feedback = factor(evidence.columns, order)[1]
+        for setting in settings:
+            fitted = fit(self.name, weight, setting, self.symmetric)
+            yield fitted.grid(nearest(weight, fitted) if feedback is None else _sweep(weight, fitted, feedback, order))
+
+
+def _sweep(weight: Tensor, fitted: Fitted, feedback: Tensor, order: Tensor) -> Tensor:
+    """Codes (rows, columns) of one pass over the columns in ``order``."""
+    codes = torch.empty(weight.shape, dtype=fitted.dtype)
+    groups = (order // fitted.width).tolist()
+    height = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), height):
+        stop = min(start + height, len(weight))
+        scale, zero = fitted.spread(start, stop)
+        # Codes without their zero points run from the one bound to the other.
+        low, high = (torch.as_tensor(bound - zero).expand_as(scale) for bound in (fitted.low, fitted.high))
+
+        def quantize(j: int, target: Tensor, scale: Tensor = scale, low: Tensor = low, high: Tensor = high) -> Tensor:
+            g = groups[j]
+            return (target / scale[g]).round_().clamp_(low[g], high[g]).mul_(scale[g])
+
+        rounded = round_columns(weight[start:stop].t()[order].contiguous(), feedback, quantize)
+        # The values are exact multiples of their steps, up to the last bit: dividing gives back their codes.
+        steps = rounded.div_(scale[groups]).round_().add_(zero if isinstance(zero, float) else zero[groups])
+        codes[start:stop, order] = steps.t().to(fitted.dtype)
+    return codes

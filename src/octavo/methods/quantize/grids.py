@@ -1,0 +1,105 @@
+"""The grid that round-to-nearest and GPTQ share: steps and zero points fitted to groups of columns.
+
+A group of a row with extremes ``low <= 0 <= high`` (zero always belongs to it, so that it stays exact) has
+
+    scale = (high - low) / (2^bits - 1),    zero = round(-low / scale),    codes in 0 .. 2^bits - 1
+
+or, symmetric, ``scale = max|w| / (2^(bits-1) - 1)`` without a zero point and codes of either sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.forms import Grid
+from octavo.methods.base import Setting
+from octavo.methods.knobs import whole
+
+#: Bits and groups that are worth trying, from largest to smallest file.
+SETTINGS: tuple[Setting, ...] = tuple({"bits": bits, "group": 64} for bits in (8, 6, 5, 4, 3, 2))
+
+_SMALLEST_NORMAL, _SMALLEST, _LARGEST = 2.0**-14, 2.0**-24, 65504.0
+
+
+def compact(values: Tensor) -> Tensor:
+    """Positive values as float16 where their range allows it, else float32; none of them becomes zero.
+
+    A few values below the range of float16 do not make all the others twice as large: beside them their error is nothing.
+    """
+    values = values.float().clamp_min(torch.finfo(torch.float32).tiny)
+    if values.numel() == 0 or (float(values.max()) <= _LARGEST and float(values.median()) >= _SMALLEST_NORMAL):
+        return values.clamp_min(_SMALLEST).half()
+    return values
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Steps and zero points of all groups of a matrix.
+
+    Parameters
+    ----------
+    scale
+        (rows, groups), all positive.
+    zero
+        (rows, groups) uint8, or None if symmetric.
+    width
+        Columns a group; the last one may be shorter.
+    low, high
+        Smallest and largest code.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    width: int
+    low: int
+    high: int
+
+    def spread(self, start: int, stop: int) -> tuple[Tensor, Tensor | float]:
+        """Steps and zero points of rows ``start`` to ``stop``, transposed to (groups, rows) floats."""
+        zero = 0.0 if self.zero is None else self.zero[start:stop].t().float().contiguous()
+        return self.scale[start:stop].t().float().contiguous(), zero
+
+    def grid(self, codes: Tensor) -> Grid:
+        """The form of codes on this grid."""
+        return Grid(codes, self.scale, self.zero)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the codes."""
+        return torch.int8 if self.zero is None else torch.uint8
+
+
+def fit(method: str, weight: Tensor, setting: Setting, symmetric: bool) -> Fitted:
+    """Fit the groups of ``weight`` to their extremes."""
+    bits = whole(method, setting, "bits", 2, 8)
+    rows, columns = weight.shape
+    groups = -(-columns // min(whole(method, setting, "group", 1), columns))
+    # The form spreads the columns evenly: 100 columns in groups of 64 are two groups of 50.
+    width = -(-columns // groups)
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * width - columns)).view(rows, groups, width)
+    if symmetric:
+        high = 2 ** (bits - 1) - 1
+        scale = compact(padded.abs().amax(2) / high)
+        return Fitted(scale, None, width, -high - 1, high)
+    levels = 2**bits - 1
+    # Divided before they are subtracted, which could overflow.
+    low, top = padded.amin(2).clamp_max(0) / levels, padded.amax(2).clamp_min(0) / levels
+    scale = compact(top - low)
+    zero = (low / scale.float() * -levels).round_().clamp_(0, levels).to(torch.uint8)
+    return Fitted(scale, zero, width, 0, levels)
+
+
+def nearest(weight: Tensor, fitted: Fitted) -> Tensor:
+    """Nearest codes (rows, columns)."""
+    codes = torch.empty(weight.shape, dtype=fitted.dtype)
+    scale = fitted.scale.float()
+    for group in range(scale.shape[1]):
+        span = slice(group * fitted.width, (group + 1) * fitted.width)
+        values = (weight[:, span] / scale[:, group, None]).round_()
+        if fitted.zero is not None:
+            values += fitted.zero[:, group, None]
+        codes[:, span] = values.clamp_(fitted.low, fitted.high).to(fitted.dtype)
+    return codes

@@ -1,0 +1,107 @@
+"""Scalar codebooks by weighted k-means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Codebook, Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.knobs import whole
+from octavo.methods.quantize.grids import compact
+
+_SIZES = (256, 64, 32, 16, 8, 4)
+#: Cells of the histogram: 32 for each value of the largest codebook.
+_BINS = 8192
+#: A row's scale takes 16 bits: half a bit for every weight of a row this long.
+_SCALED_COLUMNS = 32
+
+
+@method("kmeans", family="quantize", preset="best", source="Lloyd (1982); Deep Compression (Han et al., 2015); spec 3.4")
+@dataclass(frozen=True)
+class KMeans(Method):
+    """``W[i, j] = scale[i] * values[codes[i, j]]`` with the values of least ``sum_ij r[i] C[j, j] E[i, j]^2``.
+
+    That is the loss without the cross terms of ``C`` (columns, columns), which leaves a one-dimensional k-means with
+    weights ``r[i] scale[i]^2 C[j, j]``. It is solved on a histogram whose cells are equally wide in ``arcsinh(w)``: fine
+    where the weights are, and of any range, so that an outlier does not empty it. Cells keep their exact weighted
+    means; Lloyd's iteration on them starts from the quantiles of ``density^(1/3)``, which is optimal for many values.
+
+    Parameters
+    ----------
+    row_scale
+        Give every row its root mean square as a scale (where a row is long enough to pay for it).
+    iterations
+        Most iterations of Lloyd; most matrices need fewer.
+    """
+
+    row_scale: bool = True
+    iterations: int = 200
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Codebooks of 256 to 4 values."""
+        return [{"values": size} for size in _SIZES]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        size = whole(self.name, setting, "values", 1, 65536)
+        weight, importance, scale = weight.float(), evidence.rows.float(), None
+        if self.row_scale and weight.shape[1] >= _SCALED_COLUMNS:
+            peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            scale = compact(peak * (weight / peak).square().mean(1, keepdim=True).sqrt())
+            weight = weight / scale.float()
+            # Relative to the largest, whose square may be out of range.
+            importance = importance * (scale.float() / scale.float().max()).square().flatten()
+        diagonal = torch.ones(weight.shape[1]) if evidence.columns is None else evidence.columns.diagonal()
+        means, masses = _histogram(weight, importance[:, None], diagonal[None])
+        values = _half(_lloyd(means, masses, size, self.iterations)).unique()
+        edges = (values[1:].float() / 2 + values[:-1].float() / 2).contiguous()
+        codes = torch.bucketize(weight, edges, out_int32=True)
+        return Codebook(codes.to(torch.uint8 if len(values) <= 256 else torch.int32), values, scale)
+
+
+def _histogram(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted means and total weights of the cells in use, by rising mean, float64."""
+    typical = weight.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    warped = torch.asinh(weight / typical)
+    low, high = float(warped.min()), float(warped.max())
+    cells = warped.sub_(low).mul_((_BINS - 1) / max(high - low, 1e-6)).round_().to(torch.int64).flatten()
+    # A weight that no input ever meets still belongs to some cell.
+    importance = (rows * columns).clamp_min_(float(rows.max() * columns.max()) * 1e-9).clamp_min_(1e-30)
+    masses = torch.bincount(cells, importance.flatten().double(), _BINS)
+    sums = torch.bincount(cells, importance.mul_(weight).flatten().double(), _BINS)
+    used = masses > 0
+    means = sums[used] / masses[used]
+    return means, masses[used]
+
+
+def _lloyd(means: Tensor, masses: Tensor, size: int, iterations: int) -> Tensor:
+    """Values of least weighted squared error on a histogram, float64."""
+    if len(means) <= size:
+        return means
+    # Density is mass over the width of a cell; its cube root times the width is what each value gets an equal share of.
+    width = torch.gradient(means)[0].clamp_min(1e-300)
+    shares = masses ** (1 / 3) * width ** (2 / 3)
+    shares = shares.cumsum(0) / shares.sum()
+    places = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    values = means[torch.searchsorted(shares, places).clamp_max(len(means) - 1)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    mass, moment = torch.cat([zero, masses.cumsum(0)]), torch.cat([zero, (masses * means).cumsum(0)])
+    for _ in range(iterations):
+        edges = torch.searchsorted(means, (values[1:] + values[:-1]) / 2)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), edges, torch.tensor([len(means)])])
+        inside = mass[bounds].diff()
+        centres = torch.where(inside > 0, moment[bounds].diff() / inside, values)
+        if torch.equal(centres, values):
+            break
+        values = centres
+    return values
+
+
+def _half(values: Tensor) -> Tensor:
+    """float16 where its range allows it, else float32."""
+    size = values.abs()
+    fits = float(size.max()) <= 65504.0 and float(size.median()) >= 2.0**-14
+    return values.half() if fits else values.float()

@@ -1,0 +1,37 @@
+"""Round to nearest: the simplest quantizer, which every other has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.quantize.grids import SETTINGS, fit, nearest
+
+
+@method("rtn", family="quantize", source="Round to nearest on a grid per group; the baseline of spec 0.2")
+@dataclass(frozen=True)
+class RoundToNearest(Method):
+    """Every weight becomes the nearest point of its group's grid, whatever the inputs are.
+
+    ``codes[i, j] = clamp(round(W[i, j] / scale[i, g]) + zero[i, g], 0, 2^bits - 1)`` with ``W`` (rows, columns) and
+    ``scale``, ``zero`` (rows, groups) fitted to the extremes of every group (:mod:`octavo.methods.quantize.grids`).
+
+    Parameters
+    ----------
+    symmetric
+        Grids around zero, without zero points.
+    """
+
+    symmetric: bool = False
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """8 to 2 bits in groups of 64."""
+        return [dict(setting) for setting in SETTINGS]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        fitted = fit(self.name, weight, setting, self.symmetric)
+        return fitted.grid(nearest(weight.float(), fitted))

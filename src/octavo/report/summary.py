@@ -1,0 +1,187 @@
+"""The few figures that matter: one sentence, a console table and a model card."""
+
+import re
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from octavo.report.text import (
+    NOT_MEASURED,
+    count,
+    figures,
+    known,
+    moment,
+    percent,
+    plain,
+    ratio,
+    script,
+    setting,
+    size,
+    things,
+    timed,
+)
+
+NOTHING = "–"
+
+
+class Row(NamedTuple):
+    """One line of the before/after comparison."""
+
+    label: str
+    original: str
+    artifact: str
+    uniform: str
+
+
+def headline(data: dict[str, Any]) -> str:
+    """Return the outcome in one sentence.
+
+    Parameters
+    ----------
+    data : dict
+        The report.
+
+    Returns
+    -------
+    str
+        Such as ``90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031``.
+    """
+    artifact, quality = data["artifact"], data["quality"]
+    sizes = f"{size(data['source']['bytes'])} -> {size(artifact['bytes'])}"
+    smaller = f"{ratio(artifact['ratio'])} smaller".replace("×", "x")  # plain ASCII, for logs
+    return f"{sizes}, {smaller}, {plain(quality['metric'], 60)} {figures(quality['value'])}"
+
+
+def comparison(data: dict[str, Any]) -> list[Row]:
+    """Return the rows of the before/after table: the original, the artifact, one setting for all."""
+    source, artifact, quality, uniform = data["source"], data["artifact"], data["quality"], data["uniform"]
+    smaller = source["bytes"] / uniform["bytes"] if uniform.get("bytes") else None
+    width = 8 * source["bytes"] / source["parameters"] if source["parameters"] else None
+    better = "lower is better" if quality["lower_is_better"] else "higher is better"
+    rows = [
+        Row("Size", size(source["bytes"]), size(artifact["bytes"]), size(uniform.get("bytes"))),
+        Row("Ratio", "1×", ratio(artifact["ratio"]), ratio(smaller)),
+        Row("Bits per weight", figures(width), figures(artifact["bits_per_weight"]), NOTHING),
+        Row(
+            f"{plain(quality['metric'], 60)} ({better})",
+            "reference",
+            figures(quality["value"]),
+            figures(quality.get("uniform")),
+        ),
+        Row("  95th percentile", NOTHING, figures(quality.get("p95")), NOTHING),
+    ]
+    latency = data.get("latency") or {}
+    unit = latency.get("unit", "ms")
+    for label, before, after in (
+        ("Latency", "original", "artifact"),
+        ("Load time", "load_original", "load_artifact"),
+    ):
+        rows.append(Row(label, timed(latency.get(before), unit), timed(latency.get(after), unit), NOTHING))
+    return rows
+
+
+def verdict(data: dict[str, Any]) -> str:
+    """Say whether choosing site by site paid off against one setting for all."""
+    quality, uniform = data["quality"], data["uniform"]
+    named = f"{plain(uniform.get('method'), 60)} ({setting(uniform.get('setting'))})"
+    metric, value, other = plain(quality["metric"], 60), figures(quality["value"]), figures(quality.get("uniform"))
+    if data["winner"] == "uniform":
+        return f"Choosing site by site did not beat one setting for all, so every site has {named}: {metric} {value}."
+    if not known(quality.get("uniform")):
+        return f"Methods were chosen site by site; the best single setting, {named}, was {NOT_MEASURED}."
+    return f"Methods were chosen site by site: {metric} {value}, against {other} with the best single setting, {named}."
+
+
+def budget(data: dict[str, Any]) -> str:
+    """Say what was asked for and how much of it was used."""
+    asked, used = data["budget"], data["artifact"]["used"]
+    return f"Asked for {plain(asked['asked'])}: at most {size(asked['bytes'])}, of which {percent(used)} is used."
+
+
+def table(data: dict[str, Any]) -> Table:
+    """Return the before/after comparison for the console.
+
+    Parameters
+    ----------
+    data : dict
+        The report.
+
+    Returns
+    -------
+    rich.table.Table
+        To be printed with a :class:`rich.console.Console`.
+    """
+    # Text, not str: rich would read "[bold]" in a name as markup.
+    result = Table(
+        title=Text(f"{plain(data['title'])}: {headline(data)}"),
+        caption=Text(f"{verdict(data)} {budget(data)}"),
+        title_justify="left",
+        caption_justify="left",
+    )
+    result.add_column("")
+    for name in ("original", "octavo", "best uniform"):
+        result.add_column(name, justify="right", style="bold" if name == "octavo" else None)
+    for row in comparison(data):
+        result.add_row(*(Text(cell) for cell in row))
+    return result
+
+
+def _mark(value: object) -> str:
+    """Escape for markdown, where a name could otherwise bring links, pictures or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", plain(value))
+
+
+def card(data: dict[str, Any]) -> str:
+    """Return a short model card for the folder of the artifact.
+
+    Parameters
+    ----------
+    data : dict
+        The report.
+
+    Returns
+    -------
+    str
+        Markdown, for ``README.md``.
+    """
+    source, calibration = data["source"], data["calibration"]
+    rows = "\n".join("| " + " | ".join(_mark(cell.strip()) for cell in row) + " |" for row in comparison(data))
+    families = ", ".join(
+        f"{_mark(name)} ({things(family['sites'], 'site')}, {size(family['bytes'])})"
+        for name, family in data["families"].items()
+    )
+    amount = f"{count(calibration['sequences'])} sequences, {count(calibration['tokens'])} tokens"
+    command = script(data["command"])
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
+    warnings = "".join(f"\n- Warning: {_mark(warning)}" for warning in calibration["warnings"][:20])
+    note = f"\n{_mark(data['artifact']['note'])}\n" if data["artifact"]["note"] else ""
+    return f"""---
+library_name: octavo
+tags:
+- octavo
+- compressed
+---
+
+# {_mark(data["title"])}, compressed
+
+**{_mark(headline(data).replace(" -> ", " → ", 1))}**
+
+{_mark(verdict(data))} {_mark(budget(data))}
+{note}
+| | Original | Octavo | Best uniform |
+|---|---:|---:|---:|
+{rows}
+
+Quality was measured on {_mark(data["quality"]["data"])}.
+
+- Source: {_mark(source["path"])}, {count(source["parameters"])} parameters, {_mark(source["fingerprint"])}
+- Methods: {families or "none"}
+- Left alone: {things(len(data["kept"]), "tensor")}
+- Calibrated on {_mark(calibration["text"])}: {amount}{warnings}
+- Made by Octavo {_mark(data["octavo_version"])} on {moment(data["created"])}, seed {_mark(data["seed"])}
+
+{fence}sh
+{command}
+{fence}
+"""

@@ -1,0 +1,341 @@
+"""Sources, and the sites in them where one decision is made each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from octavo.errors import RequestError
+
+#: A weight with fewer elements is kept as it is: its bookkeeping would cost more than coding could save.
+SMALLEST_SITE = 512
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is read as a matrix of output rows and input columns.
+
+    Parameters
+    ----------
+    kind
+        ``rows_first`` (linear, embedding, convolution: dimension 0 is the output), ``columns_first`` (GPT-2
+        ``Conv1D``: dimension 1 is the output) or ``transposed`` (transposed convolution: (in, out / groups, *kernel)).
+    groups
+        Groups of a transposed convolution.
+    """
+
+    kind: str = "rows_first"
+    groups: int = 1
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of the matrix of a weight of ``shape``."""
+        total = math.prod(shape)
+        rows = shape[0] if self.kind == "rows_first" else shape[1] * (self.groups if self.kind == "transposed" else 1)
+        return (rows, total // rows if rows else 0)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (rows, columns), contiguous."""
+        rows, columns = self.matrix_shape(tuple(weight.shape))
+        if self.kind == "columns_first":
+            return weight.t().contiguous()
+        if self.kind == "transposed":
+            split = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+            return split.permute(0, 2, 1, 3).reshape(rows, columns).contiguous()
+        return weight.reshape(rows, columns).contiguous()
+
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Exact inverse of :meth:`to_matrix`."""
+        if self.kind == "columns_first":
+            return matrix.t().contiguous()
+        if self.kind == "transposed":
+            split = matrix.reshape(self.groups, shape[1], shape[0] // self.groups, -1)
+            return split.permute(0, 2, 1, 3).reshape(shape).contiguous()
+        return matrix.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that is given one method and one setting.
+
+    Parameters
+    ----------
+    name
+        Name of the tensor in the source.
+    kind
+        ``linear``, ``convolution``, ``embedding`` or ``head``.
+    shape
+        Shape of the tensor; :attr:`rows` and :attr:`columns` are those of its matrix.
+    dtype
+        Floating dtype in which it is stored in the source.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout = Layout()
+    tied: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix (outputs, or tokens of an embedding)."""
+        return self.layout.matrix_shape(self.shape)[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix (inputs, or channels of an embedding)."""
+        return self.layout.matrix_shape(self.shape)[1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass
+class Source:
+    """What is to be compressed: named tensors, and, where there is one, the module that uses them.
+
+    Parameters
+    ----------
+    title
+        A short name for reports.
+    path
+        The folder or file it came from, or None for a module in memory.
+    shapes, dtypes
+        Of every distinct tensor.
+    aliases
+        Tied names: alias to the name under which the tensor is stored.
+    read
+        Reads one tensor by name.
+    module
+        The module, or None for bare tensors (data-free).
+    parameters
+        Tensor name to parameter or buffer name in ``module`` (they differ by prefixes at times).
+    """
+
+    title: str
+    path: Path | None
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    aliases: dict[str, str]
+    read: Callable[[str], Tensor]
+    module: nn.Module | None = None
+    parameters: dict[str, str] = field(default_factory=dict)
+    is_transformers: bool = False
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of the distinct tensors at the precision they are stored in."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    @property
+    def weights(self) -> int:
+        """Number of elements of the distinct tensors."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints."""
+        digest = hashlib.sha256()
+        for name in sorted(self.shapes):
+            digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]}\n".encode())
+            digest.update(self.read(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def owner(self, name: str) -> nn.Module | None:
+        """The module that holds the tensor ``name``, if there is one."""
+        if self.module is None or name not in self.parameters:
+            return None
+        return self.module.get_submodule(self.parameters[name].rpartition(".")[0])
+
+    def sites(self) -> tuple[list[Site], dict[str, str]]:
+        """All sites in the order of the source, and the reason for every tensor that is none."""
+        tied: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items():
+            tied.setdefault(name, []).append(alias)
+        sites, reasons = [], {}
+        for name, shape in self.shapes.items():
+            dtype = self.dtypes[name]
+            if not dtype.is_floating_point:
+                reasons[name] = "not a floating tensor: coded without loss"
+            elif len(shape) < 2:
+                reasons[name] = f"{len(shape)}-d tensor"
+            elif math.prod(shape) < SMALLEST_SITE:
+                reasons[name] = f"fewer than {SMALLEST_SITE} weights"
+            else:
+                kind, layout = self._kind(name, shape, tuple(tied.get(name, ())))
+                sites.append(Site(name, kind, shape, dtype, layout, tuple(tied.get(name, ()))))
+        return sites, reasons
+
+    def _kind(self, name: str, shape: tuple[int, ...], tied: tuple[str, ...]) -> tuple[str, Layout]:
+        owner = self.owner(name)
+        if isinstance(owner, _TRANSPOSED):
+            return "convolution", Layout("transposed", owner.groups)
+        if isinstance(owner, _CONVOLUTIONS) or (owner is None and len(shape) > 2):
+            return "convolution", Layout()
+        if type(owner).__name__ == "Conv1D" and len(shape) == 2:
+            return "linear", Layout("columns_first")
+        if isinstance(owner, nn.Embedding):
+            return "embedding", Layout()
+        if self.is_transformers and self.module is not None and owner is not None:
+            head = getattr(self.module, "get_output_embeddings", lambda: None)()
+            if owner is head:
+                return "head", Layout()
+        # Without code a table of tokens is told from a layer by its name alone.
+        return ("embedding" if owner is None and "embed" in name.lower() else "linear"), Layout()
+
+
+def from_module(module: nn.Module, *, title: str | None = None) -> Source:
+    """A source from any module in memory; tied tensors are those that share their storage."""
+    tensors, aliases, seen = {}, {}, {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        tensors[name] = tensor
+    if not tensors:
+        raise RequestError(f"{type(module).__name__} has no parameters or buffers: there is nothing to compress")
+    return Source(
+        title=title or type(module).__name__,
+        path=None,
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+        aliases=aliases,
+        read=lambda name: tensors[name].detach(),
+        module=module,
+        parameters={name: name for name in tensors},
+    )
+
+
+def from_path(path: str | Path) -> Source:
+    """A source from a ``transformers`` folder, a ``.safetensors`` file or a sharded index.
+
+    Raises
+    ------
+    RequestError
+        If there is nothing there, or a file is truncated, or is not safetensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder")
+    files = _weight_files(path)
+    config = path / "config.json" if path.is_dir() else None
+    if config is not None and config.exists():
+        if "quant_method" in json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}):
+            raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
+    source = _from_files(path, files)
+    if config is not None and config.exists():
+        from octavo.integrations.transformers import attach_module
+
+        attach_module(source, path)
+    return source
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.name.endswith(".index.json"):
+            return _indexed(path)
+        if path.suffix != ".safetensors":
+            raise RequestError(f"{path}: only .safetensors files and their .index.json can be read (pickles run code)")
+        return [path]
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        return _indexed(index)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise RequestError(f"{path}: no .safetensors file in this folder; save the model with save_pretrained first")
+    return files
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (KeyError, ValueError, AttributeError) as error:
+        raise RequestError(f"{index}: not an index of safetensors shards: {error}") from error
+    files = [index.parent / name for name in sorted(names)]
+    for file in files:
+        if not file.exists():
+            raise RequestError(f"{index}: names the shard {file.name}, which is missing beside it")
+    return files
+
+
+def _from_files(path: Path, files: list[Path]) -> Source:
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    where: dict[str, Any] = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
+        for name in handle.keys():
+            where[name] = handle
+            tensor = handle.get_slice(name)
+            shapes[name] = tuple(tensor.get_shape())
+            dtypes[name] = _DTYPES.get(tensor.get_dtype(), torch.uint8)
+            if tensor.get_dtype() not in _DTYPES:
+                raise RequestError(f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported")
+    if not shapes:
+        raise RequestError(f"{path}: holds no tensors")
+    source = Source(path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, lambda name: where[name].get_tensor(name))
+    for alias, name in _equal_tensors(source):
+        source.aliases[alias] = name
+        del source.shapes[alias], source.dtypes[alias]
+    return source
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def _equal_tensors(source: Source) -> Iterator[tuple[str, str]]:
+    """Weights that stand twice in the files with equal content, such as an embedding and its tied head."""
+    groups: dict[tuple, list[str]] = {}
+    for name, shape in source.shapes.items():
+        if len(shape) >= 2 and math.prod(shape) >= SMALLEST_SITE:
+            groups.setdefault((shape, source.dtypes[name]), []).append(name)
+    for names in groups.values():
+        first: dict[bytes, str] = {}
+        for name in names if len(names) > 1 else ():
+            tensor = source.read(name).reshape(-1)
+            # A sample is enough to tell most apart without reading everything; equal samples are compared in full.
+            key = tensor[:: max(1, tensor.numel() // 64)].contiguous().view(torch.uint8).numpy().tobytes()
+            if key in first and torch.equal(source.read(first[key]), source.read(name)):
+                yield name, first[key]
+            first.setdefault(key, name)
+
+
+def check_finite(source: Source) -> None:
+    """Raise :class:`RequestError` naming the first tensor that holds NaN or Inf, and where in it."""
+    for name, dtype in source.dtypes.items():
+        if dtype.is_floating_point:
+            tensor = source.read(name)
+            bad = ~torch.isfinite(tensor)
+            if bool(bad.any()):
+                index = tuple(int(i) for i in bad.nonzero()[0])
+                raise RequestError(
+                    f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; "
+                    "a model with NaN or Inf weights cannot be compressed, repair it first"
+                )
+
+
+def states(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the tied names of ``source`` filled in."""
+    return {**tensors, **{alias: tensors[name] for alias, name in source.aliases.items() if name in tensors}}

@@ -1,0 +1,171 @@
+"""The folder in which unfinished work is kept, so that a killed run continues where it was.
+
+A saved profile is such a folder too: ``octavo profile`` leaves it, ``octavo compress`` removes it when it is done.
+Every file is written aside and renamed, so a file that is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from octavo.artifact import Packed
+from octavo.calibrate import Calibration, Evidence
+from octavo.errors import OctavoError, RequestError
+
+_JOB, _CALIBRATION, _EVIDENCE = "job.json", "calibration.json", "evidence.safetensors"
+
+
+class Workspace:
+    """A folder of finished steps of one job.
+
+    Parameters
+    ----------
+    path
+        The folder; made if it is not there.
+    job
+        What makes this job itself: source, data, methods. Plain JSON.
+    resume
+        Whether finished steps found in the folder may be used. Without it they are removed.
+
+    Raises
+    ------
+    RequestError
+        If the folder holds another job's work and ``resume`` is set, or cannot be written.
+    """
+
+    def __init__(self, path: Path, job: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        try:
+            if path.exists() and not resume:
+                shutil.rmtree(path)
+            for folder in ("points", "curves"):
+                (path / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be written: {error}") from error
+        found = self.read_json(_JOB)
+        if found is None:
+            self.write_json(_JOB, job)
+        elif found != job:
+            odd = ", ".join(sorted(key for key in {*found, *job} if found.get(key) != job.get(key)))
+            raise RequestError(f"{path}: holds the work of another job (different: {odd}); remove it, or run without --resume")
+
+    def read_json(self, name: str) -> Any:
+        """What was written under that name, or None."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RequestError(f"{self.path / name}: damaged: {error}; remove {self.path} and start again") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write JSON, whole or not at all."""
+        self.write_bytes(name, json.dumps(value).encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        write_file(self.path / name, content)
+
+    def save_calibration(self, calibration: Calibration) -> None:
+        """Keep the evidence of all sites; moments shared by sites are written once."""
+        tensors: dict[str, Tensor] = {}
+        columns: dict[int, str] = {}
+        index = {}
+        for name, evidence in calibration.evidence.items():
+            tensors[f"{name}/rows"] = evidence.rows
+            if evidence.columns is not None and id(evidence.columns) not in columns:
+                columns[id(evidence.columns)] = f"{name}/columns"
+                tensors[f"{name}/columns"] = evidence.columns
+            index[name] = [evidence.samples, columns.get(id(evidence.columns))]
+        aside = self.path / f"{_EVIDENCE}.part"
+        save_file(tensors, aside)
+        os.replace(aside, self.path / _EVIDENCE)
+        data = {key: getattr(calibration, key) for key in ("sequences", "tokens", "text", "warnings")}
+        self.write_json(_CALIBRATION, {**data, "evidence": index})
+
+    def load_calibration(self) -> Calibration | None:
+        """The evidence that was kept, or None."""
+        data = self.read_json(_CALIBRATION)
+        if data is None:
+            return None
+        try:
+            tensors = load_file(self.path / _EVIDENCE)
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"{self.path / _EVIDENCE}: damaged: {error}; remove {self.path} and start again") from error
+        evidence = {
+            name: Evidence(tensors[f"{name}/rows"], None if columns is None else tensors[columns], samples)
+            for name, (samples, columns) in data.pop("evidence").items()
+        }
+        return Calibration(evidence, **data)
+
+    def save_packed(self, site: str, method: str, setting: dict[str, Any], packed: Packed) -> None:
+        """Keep an encoded form. Dense ones are not worth the disk: they are made again as fast as they are read."""
+        if method == "keep":
+            return
+        head = json.dumps({"parts": packed.parts, "meta": packed.meta, "codecs": packed.codecs}).encode()
+        content = len(head).to_bytes(4, "little") + head + packed.blob
+        # Not flushed to the disk one by one: a form lost in a power cut is encoded again.
+        write_file(self.path / self._point(site, method, setting), content, flush=False)
+
+    def load_packed(self, site: str, method: str, setting: dict[str, Any]) -> Packed | None:
+        """An encoded form that was kept, or None."""
+        try:
+            content = (self.path / self._point(site, method, setting)).read_bytes()
+        except FileNotFoundError:
+            return None
+        split = 4 + int.from_bytes(content[:4], "little")
+        head = json.loads(content[4:split])
+        return Packed(content[split:], head["parts"], head["meta"], head["codecs"])
+
+    def _point(self, site: str, method: str, setting: dict[str, Any]) -> str:
+        key = json.dumps([site, method, setting], sort_keys=True).encode()
+        return f"points/{hashlib.sha256(key).hexdigest()[:32]}.bin"
+
+    def remove(self) -> None:
+        """Remove the folder with everything in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes, *, flush: bool = True) -> None:
+    """Write a file aside, flush it to the disk, and rename it into place."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OctavoError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def hash_tensors(batches: Any) -> str:
+    """A digest of calibration batches: nested lists, tuples and mappings of tensors."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            for key in sorted(value):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+
+    add(batches)
+    return digest.hexdigest()

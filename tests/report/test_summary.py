@@ -1,0 +1,65 @@
+"""The headline, the console table and the model card."""
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from octavo.report import card, headline, table
+
+
+def printed(data: dict[str, Any], width: int = 100) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(table(data))
+    return stream.getvalue()
+
+
+def test_the_headline_says_it_in_one_sentence(report: dict[str, Any]) -> None:
+    assert headline(report) == "90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031"
+
+
+def test_the_table_compares_before_after_and_uniform(report: dict[str, Any]) -> None:
+    text = printed(report)
+    for figure in ("90.87 MB", "11.29 MB", "11.30 MB", "8.05×", "8.04×", "3.98", "0.0031", "0.0042", "0.006"):
+        assert figure in text
+    assert "12.1 ms" in text
+    assert "entropy (step=0.1)" in text
+    assert "99.4 %" in text
+
+
+def test_the_table_prints_names_as_they_are(report: dict[str, Any]) -> None:
+    report["title"] = "[bold red]x[/] \x1b[31m"
+    text = printed(report)
+    assert "[bold red]x[/]" in text
+    assert "\x1b" not in text
+
+
+def test_the_table_says_what_was_not_measured(report: dict[str, Any]) -> None:
+    del report["latency"], report["quality"]["p95"]
+    report["quality"]["uniform"] = None
+    assert printed(report).count("not measured") == 7
+
+
+def test_the_card_contains_the_figures(report: dict[str, Any]) -> None:
+    text = card(report)
+    assert text.startswith("---\nlibrary_name: octavo\n")
+    assert "# all-MiniLM-L6-v2, compressed" in text
+    for figure in ("90.87 MB → 11.29 MB", "8.05x smaller", "0.0042", "22.7 million", "quantize (35 sites", "3.98"):
+        assert figure in text
+    assert f"```sh\n{report['command']}\n```" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {5}
+
+
+def test_the_card_admits_that_one_setting_won(report: dict[str, Any]) -> None:
+    report["winner"] = "uniform"
+    report["quality"]["value"] = 0.0042
+    assert "did not beat one setting for all, so every site has entropy (step=0.1): 1 - cosine 0.0042" in card(report)
+
+
+def test_the_card_escapes_markdown_of_strangers(report: dict[str, Any]) -> None:
+    report["title"] = "![x](y) <script>|a|\n# big"
+    report["command"] = "octavo compress '```\n```' \\\n  --ratio 8"
+    text = card(report)
+    assert "# !\\[x\\](y) \\<script\\>\\|a\\| # big, compressed" in text
+    assert "````sh\noctavo compress '```\n```' \\\n  --ratio 8\n````" in text
