@@ -4,6 +4,7 @@ from octavo.artifact import Artifact
 from octavo.compress import Compressed, compress
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
 from octavo.integrations.transformers import register as _register
+from octavo.steps import evaluate, frontier, plan, profile
 from octavo.verify import load, verify
 
 __version__ = "0.1.0"
@@ -19,6 +20,10 @@ __all__ = [
     "OctavoError",
     "RequestError",
     "compress",
+    "evaluate",
+    "frontier",
     "load",
+    "plan",
+    "profile",
     "verify",
 ]

@@ -52,6 +52,8 @@ class Evidence:
     rows: Tensor
     columns: Tensor | None
     samples: int = 0
+    #: Results that depend on the moments alone and are needed more than once.
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def loss(self, error: Tensor) -> float:
         """Expected increase of the whole model's loss for ``error`` (rows, columns)."""

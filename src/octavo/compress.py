@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,6 +71,7 @@ class Compressed:
     preset: str
     timings: dict[str, float] = field(default_factory=dict)
     command: str = ""
+    workspace: Path | None = None
 
     @property
     def ratio(self) -> float:
@@ -81,6 +83,11 @@ class Compressed:
         from octavo.verify import save
 
         return save(self, Path(path), overwrite=overwrite)
+
+    def forget_workspace(self) -> None:
+        """Remove the folder of unfinished work, once it is finished."""
+        if self.workspace is not None:
+            shutil.rmtree(self.workspace, ignore_errors=True)
 
 
 def compress(
@@ -157,7 +164,8 @@ def compress(
         clock.lap("encode")
     if rival is not None and rival.quality < best.quality:
         best, rival = rival, best
-    return Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps)
+    kept = None if workspace is None else Path(workspace)
+    return Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps, workspace=kept)
 
 
 def open_job(

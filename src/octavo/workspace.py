@@ -131,10 +131,6 @@ class Workspace:
         key = json.dumps([site, method, setting], sort_keys=True).encode()
         return f"points/{hashlib.sha256(key).hexdigest()[:32]}.bin"
 
-    def remove(self) -> None:
-        """Remove the folder with everything in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
 
 def write_file(path: Path, content: bytes, *, flush: bool = True) -> None:
     """Write a file aside, flush it to the disk, and rename it into place."""

@@ -58,11 +58,18 @@ def _encode(tensor: torch.Tensor, depth: int) -> bytes:
     best = min((seal(codec, tables=t, chunks=c) for codec, t, c in candidates), key=len, default=None)
     if best is not None and len(best) < fixed_bytes:
         return best
+    fixed = _fixed(values, low, width, values.nbytes <= fixed_bytes)
+    plain = seal(fixed[0], tables=fixed[1], chunks=fixed[2])
+    return plain if best is None or len(plain) <= len(best) else best
+
+
+def _fixed(values: np.ndarray, low: int, width: int, raw: bool) -> tuple[str, bytes, list[bytes]]:
+    """Return codec, tables and chunks of ``raw`` or ``bits``."""
     pieces = [values.reshape(-1)[start : start + CHUNK] for start in range(0, values.size, CHUNK)]
-    if values.nbytes <= fixed_bytes:
-        return seal("raw", tables=b"", chunks=[piece.tobytes() for piece in pieces])
+    if raw:
+        return "raw", b"", [piece.tobytes() for piece in pieces]
     tables = low.to_bytes(8, "little", signed=True) + bytes([width])
-    return seal("bits", tables=tables, chunks=run(lambda p: bitpack.pack(p, low, width), pieces, values.size))
+    return "bits", tables, run(lambda piece: bitpack.pack(piece, low, width), pieces, values.size)
 
 
 def _packed(

@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from octavo.calibrate import Evidence
+
 #: Columns whose feedback is applied one by one before it is applied to the rest by one matrix product.
 _BLOCK = 64
 
@@ -38,6 +40,18 @@ def factor(columns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 def important_first(columns: Tensor) -> Tensor:
     """Columns by falling second moment (GPTQ's activation order)."""
     return columns.diagonal().argsort(descending=True, stable=True)
+
+
+def factored(evidence: Evidence, *, ordered: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of processing and the two results of :func:`factor`, worked out once for all settings of a site."""
+    key = f"factored {ordered}"
+    if key not in evidence.cache:
+        columns = evidence.columns
+        if columns is None:
+            raise ValueError("evidence without a moment has nothing to factor")
+        order = important_first(columns) if ordered else torch.arange(len(columns))
+        evidence.cache[key] = (order, *factor(columns, order))
+    return evidence.cache[key]
 
 
 def round_columns(targets: Tensor, feedback: Tensor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ def read(method: str, setting: Setting, columns: int) -> Request:
 
 def settings(columns: int) -> list[Setting]:
     """Sparsities, and the patterns that divide the columns, from largest to smallest file."""
-    sized = [(_mask_bits(zeros) + (1 - zeros) * (bits + 0.4 - 1.6 * zeros), {"sparsity": zeros, "bits": bits}) for zeros, bits in _CHOICES]
+    sized = [(_mask_bits(zeros) + (1 - zeros) * (bits + 0.8 - 2.2 * zeros), {"sparsity": zeros, "bits": bits}) for zeros, bits in _CHOICES]
     for keep, group in _PATTERNS:
         if columns % group == 0:
             for bits in (4, 3):

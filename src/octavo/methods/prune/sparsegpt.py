@@ -14,8 +14,8 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factor, important_first, round_columns
 from octavo.methods.prune import masks
 
-#: Columns whose mask is chosen together, a multiple of the block of the feedback, so that all of them have been fed alike.
-_BLOCK = 128
+#: Columns whose mask is chosen together. Their costs are as fresh as the feedback, which reaches ahead in blocks of this size.
+_BLOCK = 64
 #: Rows are swept in chunks that fit the cache.
 _CHUNK = 1 << 22
 

@@ -13,10 +13,13 @@ from octavo.calibrate import Evidence
 from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.feedback import factored, round_columns
 
-#: Rows are rounded in chunks that fit the cache; with error feedback along columns rows do not depend on each other.
-_CHUNK = 1 << 22
+#: Rows are rounded in chunks: they do not depend on each other, a chunk fits the cache, and its vectors are short enough that
+#: no operation is split over threads, whose meeting at every column would cost more than the work (measured: 8 times).
+_CHUNK = 1 << 19
+#: Mean magnitudes that rounding tells apart, in quarters of an octave of a step: 1/32 to 2048.
+_LOW, _HIGH = -20, 44
 
 
 @method(
@@ -82,8 +85,7 @@ class _Prepared:
             self.order = torch.arange(columns)
             curvature, self.feedback = torch.ones(columns), None
         else:
-            self.order = important_first(evidence.columns)
-            curvature, self.feedback = factor(evidence.columns, self.order)
+            self.order, curvature, self.feedback = factored(evidence)
         # Zero weights would ask for infinite steps; they are bounded by what the exponents can hold.
         self.row_exponents = _exponents(evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-12).clamp_min(1e-30))
         self.column_exponents = _exponents(curvature.clamp_min(float(curvature.max()) * 1e-12))
@@ -114,40 +116,51 @@ class _Prepared:
 
     def _round(self, targets: Tensor, rate: float) -> Tensor:
         """Rounded codes (columns, rows) of targets in units of steps."""
-        dead, shift = _thresholds(targets, rate)
+        thresholds = _Thresholds(targets, rate)
 
         def quantize(j: int, target: Tensor) -> Tensor:
+            leave, shift = thresholds.of(j)
             size = target.abs()
-            code = size.add(shift[j]).floor_().clamp_min_(1.0).mul_(size > dead[j])
-            return torch.copysign(code, target)
+            return torch.copysign(size.add(shift).floor_().masked_fill_(size <= leave, 0.0), target)
 
         if self.feedback is None:
             return torch.stack([quantize(j, target) for j, target in enumerate(targets)])
         return round_columns(targets, self.feedback, quantize)
 
 
-def _thresholds(targets: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+class _Thresholds:
     """Decision thresholds of rate-aware rounding.
 
-    A level ``q`` is preferred to ``q - 1`` when ``size > q - 1/2 + rate / 2 * (bits[q] - bits[q - 1])``. The increments
-    are those of a Laplacian of the weight's own magnitude, predicted from its row and column (a rank-one model, the same
-    that the coder's classes follow): constant for q >= 2, and at q = 1 with the bit for the sign.
+    Level ``q`` is preferred to ``q - 1`` when ``size > q - 1/2 + rate / 2 * (bits[q] - bits[q - 1])``. The increments are
+    those of a Laplacian of the weight's own magnitude, predicted from its row and column (a rank-one model, which the
+    coder's classes follow too): constant for q >= 2, and at q = 1 with the bit for the sign.
 
-    Returns
-    -------
-    (columns, rows) thresholds of leaving zero, and (columns, rows) shifts before the floor of larger levels.
+    Magnitudes are rounded to quarters of an octave, so that thresholds are looked up and not computed.
     """
-    size = targets.abs()
-    across, along = size.mean(0, keepdim=True), size.mean(1, keepdim=True)
-    mean = (across * along / along.mean().clamp_min(1e-30)).clamp_(0.05, 1e4)
-    # Laplacian with mean magnitude m: P(|q| = k) falls by exp(-1/m) a level.
-    decay = mean.reciprocal_()
-    bits = decay / math.log(2)
-    zero = 1 - torch.exp(-decay / 2)
-    one = (torch.exp(-decay / 2) * (1 - torch.exp(-decay)) / 2).clamp_min_(1e-9)
-    leave = (zero / one).log2_().clamp_min_(0.0)
-    # Beyond half a step a threshold would skip levels that the data do contain.
-    return 0.5 + (leave * (rate / 2)).clamp_max_(0.45), 0.5 - bits.mul_(rate / 2).clamp_max_(0.45)
+
+    def __init__(self, targets: Tensor, rate: float) -> None:
+        size = targets.abs()
+        across, along = size.mean(0).clamp_min_(1e-30), size.mean(1).clamp_min_(1e-30)
+        rows, columns = across.log2(), (along / along.mean()).log2()
+        self._rows = (rows * 4).round().long()
+        self._columns = (columns * 4).round().long().tolist()
+        mean = 2 ** (torch.arange(_LOW, _HIGH + 1, dtype=torch.float64) / 4)
+        # Laplacian with mean magnitude m: the probability of a level falls by exp(-1 / m) from one to the next.
+        bits = 1 / mean / math.log(2)
+        half = torch.exp(-0.5 / mean)
+        leave = torch.maximum(torch.log2(2 / (half * (1 + half))), bits)
+        # Half a step more, and a level that the data do contain would never be taken.
+        self._leave = (0.5 + (leave * (rate / 2)).clamp_max_(0.45)).float()
+        self._shift = (0.5 - (bits * (rate / 2)).clamp_max_(0.45)).float()
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, column: int) -> tuple[Tensor, Tensor]:
+        """For a column: sizes up to the first are zero, to larger ones the second is added before the floor; (rows,) each."""
+        key = self._columns[column]
+        if key not in self._known:
+            index = (self._rows + key).clamp_(_LOW, _HIGH) - _LOW
+            self._known[key] = (self._leave[index], self._shift[index])
+        return self._known[key]
 
 
 def _exponents(weights: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from octavo.calibrate import Evidence
 from octavo.forms import Codebook, Form
 from octavo.methods.base import Method, Setting, method
+from octavo.methods.feedback import factor, important_first, round_columns
 from octavo.methods.knobs import whole
 from octavo.methods.quantize.grids import compact
 
@@ -23,22 +25,27 @@ _SCALED_COLUMNS = 32
 @method("kmeans", family="quantize", preset="best", source="Lloyd (1982); Deep Compression (Han et al., 2015); spec 3.4")
 @dataclass(frozen=True)
 class KMeans(Method):
-    """``W[i, j] = scale[i] * values[codes[i, j]]`` with the values of least ``sum_ij r[i] C[j, j] E[i, j]^2``.
+    """``W[i, j] = scale[i] * values[codes[i, j]]`` with the values of least ``sum_ij r[i] d[j] E[i, j]^2``.
 
-    That is the loss without the cross terms of ``C`` (columns, columns), which leaves a one-dimensional k-means with
-    weights ``r[i] scale[i]^2 C[j, j]``. It is solved on a histogram whose cells are equally wide in ``arcsinh(w)``: fine
-    where the weights are, and of any range, so that an outlier does not empty it. Cells keep their exact weighted
-    means; Lloyd's iteration on them starts from the quantiles of ``density^(1/3)``, which is optimal for many values.
+    ``W`` is (rows, columns) and ``d`` what an error costs that later columns can make up for (:mod:`octavo.methods.feedback`);
+    without feedback it is the diagonal of ``C``. That leaves a one-dimensional k-means with weights ``r[i] scale[i]^2 d[j]``,
+    solved on a histogram whose cells are equally wide in ``arcsinh(w)``: fine where the weights are, and of any range, so
+    that an outlier does not empty it. Cells keep their exact weighted means; Lloyd's iteration on them starts from the
+    quantiles of ``density^(1/3)``, which is optimal for many values. Then every column takes its nearest values, fed with
+    the errors of those before it.
 
     Parameters
     ----------
     row_scale
         Give every row its root mean square as a scale (where a row is long enough to pay for it).
+    feedback
+        Let later columns make up for the errors of earlier ones, as GPTQ does.
     iterations
         Most iterations of Lloyd; most matrices need fewer.
     """
 
     row_scale: bool = True
+    feedback: bool = True
     iterations: int = 200
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
@@ -46,7 +53,11 @@ class KMeans(Method):
         return [{"values": size} for size in _SIZES]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
-        size = whole(self.name, setting, "values", 1, 65536)
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+        """All settings share the histogram and the factorisation of the moment."""
+        sizes = [whole(self.name, setting, "values", 1, 65536) for setting in settings]
         weight, importance, scale = weight.float(), evidence.rows.float(), None
         if self.row_scale and weight.shape[1] >= _SCALED_COLUMNS:
             peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -54,12 +65,30 @@ class KMeans(Method):
             weight = weight / scale.float()
             # Relative to the largest, whose square may be out of range.
             importance = importance * (scale.float() / scale.float().max()).square().flatten()
-        diagonal = torch.ones(weight.shape[1]) if evidence.columns is None else evidence.columns.diagonal()
-        means, masses = _histogram(weight, importance[:, None], diagonal[None])
-        values = _half(_lloyd(means, masses, size, self.iterations)).unique()
-        edges = (values[1:].float() / 2 + values[:-1].float() / 2).contiguous()
-        codes = torch.bucketize(weight, edges, out_int32=True)
-        return Codebook(codes.to(torch.uint8 if len(values) <= 256 else torch.int32), values, scale)
+        order, curvature, feedback = None, torch.ones(weight.shape[1]), None
+        if evidence.columns is not None:
+            curvature = evidence.columns.diagonal()
+            if self.feedback:
+                order = important_first(evidence.columns)
+                importances, feedback = factor(evidence.columns, order)
+                curvature = torch.empty_like(importances)
+                curvature[order] = importances
+        means, masses = _histogram(weight, importance[:, None], curvature[None])
+        for size in sizes:
+            values = _half(_lloyd(means, masses, size, self.iterations)).unique()
+            codes = _nearest(weight, values.float(), order, feedback)
+            yield Codebook(codes.to(torch.uint8 if len(values) <= 256 else torch.int32), values, scale)
+
+
+def _nearest(weight: Tensor, values: Tensor, order: Tensor | None, feedback: Tensor | None) -> Tensor:
+    """Indices (rows, columns) of the nearest values, column after column if there is feedback."""
+    edges = (values[1:] / 2 + values[:-1] / 2).contiguous()
+    if feedback is not None:
+        targets = weight.t()[order].contiguous()
+        rounded = round_columns(targets, feedback, lambda j, target: values[torch.bucketize(target, edges)])
+        weight = torch.empty_like(weight)
+        weight[:, order] = rounded.t()
+    return torch.bucketize(weight, edges, out_int32=True)
 
 
 def _histogram(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

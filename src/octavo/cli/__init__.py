@@ -1,0 +1,68 @@
+"""The ``octavo`` command. Commands are thin: each parses its words, calls one Python function, and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+
+import octavo
+from octavo.errors import OctavoError
+
+app = typer.Typer(
+    name="octavo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fold a neural network into the size you state, and prove what it cost.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 bad request or bad input, 3 budget unreachable.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose Octavo errors become one clear line and an exit code."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except OctavoError as error:
+            _fail(error, as_json=bool(kwargs.get("json_output")))
+        except KeyboardInterrupt:
+            errors.print("interrupted; run the same command with --resume to continue")
+            sys.exit(130)
+
+    return app.command(name=function.__name__.rstrip("_"))(guarded)
+
+
+def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
+    if as_json:
+        show_json({"error": type(error).__name__, "message": str(error), **_details(error)})
+    errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+    errors.print(str(error), markup=False, highlight=False)
+    sys.exit(error.exit_code)
+
+
+def _details(error: OctavoError) -> dict[str, Any]:
+    return {"limit": error.limit} if isinstance(error, octavo.BudgetError) else {}
+
+
+def show_json(value: Any) -> None:
+    """Print JSON for machines on standard output, and nothing else."""
+    sys.stdout.write(json.dumps(value, default=str) + "\n")
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+from octavo.cli import folding, looking  # noqa: E402, F401  (commands register themselves)

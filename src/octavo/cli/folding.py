@@ -1,0 +1,176 @@
+"""Commands that make something: compress, profile, plan, frontier."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import octavo
+from octavo import report
+from octavo.cli import command, console, errors, options, show_json
+from octavo.cli.progress import progress
+from octavo.steps import request_of
+from octavo.verify import REPORT, check_writable
+
+
+@command
+def compress(
+    source: options.SOURCE,
+    out: options.OUT,
+    ratio: options.RATIO = None,
+    size: options.SIZE = None,
+    bits: options.BITS = None,
+    data: options.DATA = None,
+    objective: options.OBJECTIVE = None,
+    methods: options.METHODS = None,
+    preset: options.PRESET = "default",
+    ignore: options.IGNORE = None,
+    keep: options.KEEP = None,
+    profile: Annotated[Path | None, typer.Option(help="A saved profile to solve, in place of measuring again.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan to carry out as it is, from 'octavo plan' or edited.")] = None,
+    resume: options.RESUME = False,
+    overwrite: options.OVERWRITE = False,
+    seed: options.SEED = 0,
+    json_output: options.JSON = False,
+) -> None:
+    """Compress SOURCE to a size, and write artifact and report to --out.
+
+    Example: octavo compress all-MiniLM-L6-v2 --ratio 8 --out folded
+    """
+    check_writable(out, overwrite=overwrite)
+    request: dict[str, Any] = {
+        "data": data,
+        "objective": objective,
+        "methods": options.listed(methods),
+        "preset": preset,
+        "ignore": ignore or [],
+        "keep": options.pairs(keep),
+        "seed": seed,
+    }
+    # Beside the output, so that it is on the same disk, and found again by --resume.
+    workspace = profile or out.parent / f".{out.resolve().name}.octavo-work"
+    if profile is not None:
+        request = request_of(profile)
+    with progress(errors, quiet=json_output) as show:
+        done = octavo.compress(
+            source, ratio=ratio, size=size, bits=bits, plan=plan, workspace=workspace,
+            resume=resume or profile is not None, progress=show, **request,
+        )  # fmt: skip
+        done.command = shlex.join(["octavo", *sys.argv[1:]])
+        result = done.save(out, overwrite=overwrite)
+    if profile is None:
+        done.forget_workspace()
+    if json_output:
+        show_json({key: value for key, value in result.items() if key not in ("sites", "kept", "curve", "code_lengths")})
+        return
+    console.print(report.table(result))
+    if result["artifact"]["note"]:
+        console.print(f"note: {result['artifact']['note']}", markup=False)
+    for warning in result["calibration"]["warnings"][:3]:
+        console.print(f"note: {warning}", markup=False)
+    console.print(f"Artifact: {out}    Report: {out / REPORT}", markup=False)
+
+
+@command
+def profile_(
+    source: options.SOURCE,
+    out: options.OUT,
+    data: options.DATA = None,
+    objective: options.OBJECTIVE = None,
+    methods: options.METHODS = None,
+    preset: options.PRESET = "default",
+    ignore: options.IGNORE = None,
+    keep: options.KEEP = None,
+    resume: options.RESUME = False,
+    overwrite: options.OVERWRITE = False,
+    seed: options.SEED = 0,
+    json_output: options.JSON = False,
+) -> None:
+    """Measure SOURCE once over all sizes; 'octavo plan' and 'octavo compress --profile' then solve it for any.
+
+    Example: octavo profile all-MiniLM-L6-v2 --out measured
+    """
+    check_writable(out, overwrite=overwrite or resume)
+    with progress(errors, quiet=json_output) as show:
+        result = octavo.profile(
+            source, out, data=data, objective=objective, methods=options.listed(methods), preset=preset,
+            ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, progress=show,
+        )  # fmt: skip
+    points = sum(len(curve.points) for curve in result.curves)
+    summary = {"profile": str(out), "sites": len(result.curves), "points": points, "smallest_bytes": result.smallest}
+    summary["largest_ratio"] = round(result.original_bytes / result.smallest, 2)
+    if json_output:
+        show_json(summary)
+    else:
+        console.print(f"{summary['sites']} sites, {points} points; ratios up to {summary['largest_ratio']:g}", markup=False)
+        console.print(f"Next: octavo plan {out} --ratio 8", markup=False)
+
+
+@command
+def plan_(
+    profile: Annotated[Path, typer.Argument(help="Folder of a saved profile.")],
+    ratio: options.RATIO = None,
+    size: options.SIZE = None,
+    bits: options.BITS = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="YAML file to write; default: PROFILE/plan.yaml.")] = None,
+    json_output: options.JSON = False,
+) -> None:
+    """Solve a saved profile for a size, in a moment, and write the plan as YAML that can be edited.
+
+    Example: octavo plan measured --ratio 12
+    """
+    target = out or profile / "plan.yaml"
+    result = octavo.plan(profile, ratio=ratio, size=size, bits=bits)
+    result.save(target)
+    if json_output:
+        show_json({"plan": str(target), "budget": result.budget.bytes, "bytes": result.bytes, "expected": result.expected})
+        return
+    table = Table("site", "method", "setting", "bytes", title=f"{result.budget.asked}: {result.bytes:,} bytes expected")
+    for name, point in result.points.items():
+        table.add_row(name, point.method, ", ".join(f"{k}={v}" for k, v in point.setting.items()), f"{point.bytes:,}")
+    console.print(table)
+    console.print(f"Expected loss {result.expected:.3g}. Plan: {target}", markup=False)
+
+
+@command
+def frontier(
+    source: options.SOURCE,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the profile, used again if it is there.")],
+    ratios: Annotated[str, typer.Option(help="Comma-separated ratios.")] = "4,6,8,12,16",
+    families: Annotated[bool, typer.Option("--families", help="Also give the best plan of every single family.")] = False,
+    data: options.DATA = None,
+    objective: options.OBJECTIVE = None,
+    methods: options.METHODS = None,
+    preset: options.PRESET = "default",
+    seed: options.SEED = 0,
+    json_output: options.JSON = False,
+) -> None:
+    """Build SOURCE at several ratios and measure each, next to the best uniform plan of the same bytes.
+
+    Example: octavo frontier all-MiniLM-L6-v2 --ratios 4,8,16 --out measured
+    """
+    try:
+        wanted = [float(part) for part in ratios.split(",")]
+    except ValueError as error:
+        raise octavo.RequestError(f"--ratios {ratios!r}: write numbers with commas, such as 4,8,16") from error
+    with progress(errors, quiet=json_output) as show:
+        rows = octavo.frontier(
+            source, wanted, workspace=out, families=families, progress=show, data=data, objective=objective,
+            methods=options.listed(methods), preset=preset, seed=seed,
+        )  # fmt: skip
+    if json_output:
+        show_json(rows)
+        return
+    table = Table("asked", "ratio", "bytes", "of budget", "quality", "uniform", "winner")
+    for row in rows:
+        other = "-" if row["uniform"] is None else f"{row['uniform']:.4g}"
+        table.add_row(
+            f"{row['asked']:g}", f"{row['ratio']:.3f}", f"{row['bytes']:,}", f"{row['used']:.2%}", f"{row['quality']:.4g}",
+            other, row["winner"],
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,116 @@
+"""Commands that look at something: inspect, verify, evaluate, methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+import octavo
+from octavo.cli import command, console, options, show_json
+from octavo.methods import methods as known_methods
+
+ARTIFACT = Annotated[Path, typer.Argument(help="Folder of an artifact.")]
+
+
+@command
+def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
+    """Show what an artifact holds, from its manifest alone; nothing is decoded.
+
+    Example: octavo inspect folded
+    """
+    opened = octavo.Artifact(artifact)
+    sites = {
+        name: {"form": entry["form"]["form"], "shape": entry["shape"], "dtype": entry["dtype"], "bytes": _size(entry)}
+        for name, entry in opened.sites.items()
+    }
+    source = opened.manifest["source"]
+    summary = {
+        "path": str(artifact),
+        "source": source,
+        "bytes": opened.bytes,
+        "ratio": source["bytes"] / opened.bytes,
+        "bits_per_weight": opened.bytes * 8 / source["weights"],
+        "kept": len(opened.kept) + len(opened.coded),
+        "tied": dict(opened.aliases),
+        "sites": sites,
+    }
+    if json_output:
+        show_json(summary)
+        return
+    table = Table("site", "form", "shape", "bytes", "bits/weight")
+    for name, entry in sites.items():
+        count = 1
+        for dimension in entry["shape"]:
+            count *= dimension
+        table.add_row(
+            name, entry["form"], "x".join(map(str, entry["shape"])), f"{entry['bytes']:,}", f"{entry['bytes'] * 8 / count:.2f}"
+        )
+    console.print(table)
+    console.print(
+        f"{source['title']}: {source['bytes']:,} -> {opened.bytes:,} bytes, ratio {summary['ratio']:.3f}, "
+        f"{summary['bits_per_weight']:.2f} bits per weight; {summary['kept']} tensors kept",
+        markup=False,
+    )
+
+
+def _size(entry: dict) -> int:
+    return sum(part[1] for part in entry["parts"].values())
+
+
+@command
+def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
+    """Read an artifact back: sizes, checksums, weights and outputs as recorded when it was written.
+
+    Example: octavo verify folded
+    """
+    result = octavo.verify(artifact)
+    if json_output:
+        show_json(result)
+        return
+    words = {True: "equal, bit for bit", False: "DIFFERENT", None: "not recorded"}
+    console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}", markup=False)
+    console.print(f"weights: {words[result['weights_match']]}; outputs: {words[result['outputs_match']]}", markup=False)
+    if result["outputs_match"] is False:
+        # Other machines and thread counts round differently; the weights are what the artifact promises.
+        console.print("outputs differ in their last bits on machines or thread counts other than the writer's")
+
+
+@command
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model folder or an artifact.")],
+    data: Annotated[Path | None, typer.Option(help="Texts, or for spearman a CSV of sentence,sentence,score.")] = None,
+    against: Annotated[Path | None, typer.Option(help="The source to compare with, for divergence.")] = None,
+    metric: Annotated[str, typer.Option(help="divergence or spearman.")] = "divergence",
+    objective: options.OBJECTIVE = None,
+    json_output: options.JSON = False,
+) -> None:
+    """Measure a model or an artifact on data.
+
+    Example: octavo evaluate folded --against all-MiniLM-L6-v2 --data sentences.txt
+    """
+    result = octavo.evaluate(model, data=data, against=against, metric=metric, objective=objective)
+    if json_output:
+        show_json(result)
+        return
+    for key, value in result.items():
+        console.print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}", markup=False)
+
+
+@command
+def methods(json_output: options.JSON = False) -> None:
+    """List all methods with family, preset and source."""
+    rows = [
+        {"name": cls.name, "family": cls.family, "preset": cls.preset, "source": cls.source, "what": (cls.__doc__ or "").split("\n")[0]}
+        for cls in known_methods().values()
+    ]
+    if json_output:
+        show_json(rows)
+        return
+    table = Table("method", "family", "from preset", "what", "source")
+    for row in rows:
+        table.add_row(row["name"], row["family"], row["preset"], row["what"], row["source"])
+    console.print(table)
+

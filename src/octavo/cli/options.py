@@ -1,0 +1,52 @@
+"""Options that several commands share, with the words that ``--help`` teaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.errors import RequestError
+
+SOURCE = Annotated[str, typer.Argument(help="A transformers folder, a .safetensors file, or a sharded index.")]
+OUT = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be empty or not exist.")]
+RATIO = Annotated[float | None, typer.Option(help="Original bytes / artifact bytes, such as 8.")]
+SIZE = Annotated[str | None, typer.Option(help="Size of the artifact, such as 11MB.")]
+BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole artifact, such as 3.5.")]
+DATA = Annotated[
+    Path | None,
+    typer.Option(help="Calibration texts, one a line, or .jsonl with 'text'. Default: a built-in English text."),
+]
+OBJECTIVE = Annotated[
+    str | None, typer.Option(help="What to keep: cosine, kl or squared. Default: what fits the model.")
+]
+METHODS = Annotated[
+    str | None, typer.Option(help="Comma-separated methods or families to choose from; see 'octavo methods'.")
+]
+PRESET = Annotated[str, typer.Option(help="fast, default or best: how much is tried.")]
+IGNORE = Annotated[list[str] | None, typer.Option(help="Glob of sites to leave as they are. Repeatable.")]
+KEEP = Annotated[
+    list[str] | None,
+    typer.Option(help="GLOB=SPEC: a choice for some sites, such as 'embeddings.*=float16' or '*=gptq:bits=4,group=64'."),
+]
+SEED = Annotated[int, typer.Option(help="Same seed, same bytes.")]
+RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and no progress.")]
+
+
+def listed(text: str | None) -> list[str] | None:
+    """``a,b`` as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
+def pairs(items: list[str] | None) -> dict[str, str]:
+    """``GLOB=SPEC`` items as a mapping; the first ``=`` separates."""
+    result = {}
+    for item in items or []:
+        glob, separator, spec = item.partition("=")
+        if not separator or not glob or not spec:
+            raise RequestError(f"--keep {item!r}: write GLOB=SPEC, such as 'embeddings.*=float16'")
+        result[glob] = spec
+    return result

@@ -1,0 +1,39 @@
+"""Low-rank factors that keep a layer's outputs, not its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.factorize import factors
+
+
+@method("activation-svd", family="factorize", source="Atomic feature mimicking and SVD-LLM, whitened on both sides; spec 0.4 A")
+@dataclass(frozen=True)
+class ActivationSVD(Method):
+    """The product of that rank of least ``sum_i r[i] E[i] C E[i]^T``.
+
+    ``left = diag(1 / sqrt r) U S^(1/2)``, ``right = S^(1/2) V^T L^-1`` from the SVD of ``diag(sqrt r) W L`` with ``C = L
+    L^T`` (:mod:`octavo.methods.factorize.factors`). ``W`` is (rows, columns), ``left`` (rows, rank), ``right`` (rank,
+    columns), ``r`` the weights of the outputs and ``C`` the second moment of the inputs: inputs that hardly vary cost no
+    rank. Both factors are quantized with one step in units of the loss.
+    """
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""
+        return factors.settings(*weight.shape)
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+        """All settings share the decomposition."""
+        requests = [factors.read(self.name, setting) for setting in settings]
+        parts = factors.factors(weight, evidence)
+        for rank, bits in requests:
+            yield factors.quantized(parts.first(rank), bits, evidence)

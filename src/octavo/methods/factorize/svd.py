@@ -1,0 +1,39 @@
+"""Truncated singular value decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.factorize import factors
+
+
+@method("svd", family="factorize", preset="best", source="Eckart & Young (1936); baseline of spec 0.2")
+@dataclass(frozen=True)
+class SVD(Method):
+    """``W = left @ right``, the product of that rank nearest to the weights: ``left = U S^(1/2)``, ``right = S^(1/2) V^T``.
+
+    ``W`` is (rows, columns), ``left`` (rows, rank), ``right`` (rank, columns). Both are quantized with one step in units
+    of the error of the product (:func:`octavo.methods.factorize.factors.quantized`). Evidence is not looked at.
+    """
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""
+        return factors.settings(*weight.shape)
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+        """All settings share the decomposition."""
+        requests = [factors.read(self.name, setting) for setting in settings]
+        plain = Evidence(torch.ones(len(weight)), None)
+        parts = factors.factors(weight, plain)
+        for rank, bits in requests:
+            yield factors.quantized(parts.first(rank), bits, plain)
