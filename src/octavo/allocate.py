@@ -46,8 +46,16 @@ class Plan:
             name: {"method": p.method, "setting": dict(p.setting), "bytes": p.bytes, "loss": float(f"{p.loss:.4g}")}
             for name, p in self.points.items()
         }
-        data = {"octavo_plan": 1, "asked": self.budget.asked, "budget": self.budget.bytes, "label": self.label, "sites": sites}
-        head = "# One entry a site. Change a method or a setting and run: octavo compress SOURCE --plan THIS --out DIR\n"
+        data = {
+            "octavo_plan": 1,
+            "asked": self.budget.asked,
+            "budget": self.budget.bytes,
+            "label": self.label,
+            "sites": sites,
+        }
+        head = (
+            "# One entry a site. Change a method or a setting and run: octavo compress SOURCE --plan THIS --out DIR\n"
+        )
         path.write_text(head + yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
@@ -63,7 +71,9 @@ def load_plan(path: Path, profile: Profile) -> Plan:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         sites = data["sites"]
         points = {
-            name: Point(entry["method"], dict(entry["setting"]), int(entry.get("bytes", 0)), float(entry.get("loss", 0)), True)
+            name: Point(
+                entry["method"], dict(entry["setting"]), int(entry.get("bytes", 0)), float(entry.get("loss", 0)), True
+            )
             for name, entry in sites.items()
         }
         budget = Budget(int(data["budget"]), str(data["asked"]))

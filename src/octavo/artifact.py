@@ -396,7 +396,11 @@ def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _shape(name: str, entry: Any) -> tuple[int, ...]:
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not all(isinstance(n, int) and 0 < n < 2**40 for n in shape):
+    if (
+        not isinstance(shape, list)
+        or not 2 <= len(shape) <= 8
+        or not all(isinstance(n, int) and 0 < n < 2**40 for n in shape)
+    ):
         raise ArtifactError(f"site {name!r} has shape {shape!r}")
     return tuple(shape)
 
@@ -405,7 +409,11 @@ def _layout(name: str, entry: Mapping[str, Any]) -> Layout:
     kind, groups = entry.get("layout", ["rows_first", 1]) if isinstance(entry.get("layout", []), list) else (None, None)
     shape = _shape(name, entry)
     whole = isinstance(groups, int) and groups > 0 and (kind != "transposed" or shape[0] % groups == 0)
-    if kind not in ("rows_first", "columns_first", "transposed") or not whole or (kind == "columns_first" and len(shape) != 2):
+    if (
+        kind not in ("rows_first", "columns_first", "transposed")
+        or not whole
+        or (kind == "columns_first" and len(shape) != 2)
+    ):
         raise ArtifactError(f"site {name!r} has layout {entry.get('layout')!r} for shape {list(shape)}")
     return Layout(kind, groups)
 

@@ -97,7 +97,9 @@ class _Watch:
         moment, count = self._input_moment(inputs, keep)
         self.columns = moment if self.columns is None else self.columns + moment
         self.samples += count
-        axis = 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or self.site.layout.kind == "transposed" else -1
+        axis = (
+            1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or self.site.layout.kind == "transposed" else -1
+        )
 
         def backward(gradient: Tensor) -> None:
             flat = gradient.movedim(axis, -1) if keep is None else gradient[keep]
@@ -157,7 +159,9 @@ def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
         if not two_d:
             kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
         patches = nn.functional.unfold(image, kernel, dilation=dilation, stride=stride)
-        return patches.reshape(len(image), module.groups, -1, patches.shape[-1]).movedim(2, -1).reshape(-1, site.columns)
+        return (
+            patches.reshape(len(image), module.groups, -1, patches.shape[-1]).movedim(2, -1).reshape(-1, site.columns)
+        )
     return inputs.reshape(-1, site.columns)
 
 
@@ -189,7 +193,9 @@ def calibrate(
         return data_free(source, sites)
     total = sum(sequences_in(batch) for batch in batches)
     if total < MINIMUM_SEQUENCES:
-        raise RequestError(f"calibration has {total} sequences, at least {MINIMUM_SEQUENCES} are needed; give more data")
+        raise RequestError(
+            f"calibration has {total} sequences, at least {MINIMUM_SEQUENCES} are needed; give more data"
+        )
     shared: dict[Any, Any] = {"mask": None}
     watches, handles = {}, []
     generator = torch.Generator().manual_seed(seed)
@@ -228,13 +234,21 @@ def _require_gradient(module: nn.Module, args: tuple) -> tuple | None:
     return None
 
 
-def _conclude(source: Source, sites: Sequence[Site], watches: dict[str, _Watch], sequences: int, text: str) -> Calibration:
+def _conclude(
+    source: Source, sites: Sequence[Site], watches: dict[str, _Watch], sequences: int, text: str
+) -> Calibration:
     result = Calibration({}, sequences, 0, text)
     unseen: list[Site] = []
     moments: dict[tuple, Tensor] = {}
     for site in sites:
         watch = watches.get(site.name)
-        if watch is None or watch.columns is None or not watch.samples or not bool(watch.columns.any()) or not bool(watch.rows.any()):
+        if (
+            watch is None
+            or watch.columns is None
+            or not watch.samples
+            or not bool(watch.columns.any())
+            or not bool(watch.rows.any())
+        ):
             unseen.append(site)
             continue
         result.tokens = max(result.tokens, watch.samples)

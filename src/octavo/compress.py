@@ -21,7 +21,7 @@ from octavo.artifact import Contents, Packed, pack
 from octavo.budget import Budget
 from octavo.budget import budget as budget_of
 from octavo.calibrate import Calibration, data_free
-from octavo.errors import OctavoError, RequestError
+from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job, Progress, silent
 from octavo.methods import get_method, select_methods
 from octavo.methods.quantize.entropy import Entropy
@@ -59,7 +59,7 @@ class Compressed:
     Parameters
     ----------
     built
-        The better of the mixed and the uniform plan; ``rival`` is the other, where one could be built.
+        The best of the plans that were measured; ``rival`` is the best uniform plan at the same bytes, if it is another.
     """
 
     job: Job
@@ -160,12 +160,16 @@ def compress(
         chosen = load_plan(Path(plan), profile) if plan else allocate(profile, asked, margin=_MARGIN)
         clock.lap("plan")
         best = finish(job, profile, calibration, room, chosen, asked, exact=plan is None)
-        rival = None if plan else _uniform(job, profile, calibration, room, asked, best)
+        rivals = [] if plan else _rivals(job, profile, calibration, room, asked, best)
         clock.lap("encode")
-    if rival is not None and rival.quality < best.quality:
-        best, rival = rival, best
+    # The better of the plans that were measured wins; equal ones in favour of the simpler.
+    candidates = sorted([*rivals, best], key=lambda built: built.quality)
+    best, uniform_one = (
+        candidates[0],
+        next((built for built in rivals if built.plan.label not in ("mixed", "one family")), None),
+    )
     kept = None if workspace is None else Path(workspace)
-    return Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps, workspace=kept)
+    return Compressed(job, profile, calibration, asked, best, uniform_one, preset, clock.laps, workspace=kept)
 
 
 def open_job(
@@ -301,7 +305,14 @@ def fit_power(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def finish(
-    job: Job, profile: Profile, calibration: Calibration, room: Workspace, plan: Plan, asked: Budget, *, exact: bool = True
+    job: Job,
+    profile: Profile,
+    calibration: Calibration,
+    room: Workspace,
+    plan: Plan,
+    asked: Budget,
+    *,
+    exact: bool = True,
 ) -> Built:
     """Encode a plan and, if ``exact``, move continuous settings until the artifact uses the budget.
 
@@ -343,7 +354,9 @@ def finish(
     expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
     done_plan = Plan(plan.budget, points, expected, kept_bytes, plan.label, plan.notes)
     if not exact and total > asked.bytes:
-        raise RequestError(f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites")
+        raise RequestError(
+            f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites"
+        )
     if losses is None:
         return Built(done_plan, packed, contents, total, expected)
     return Built(done_plan, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
@@ -385,16 +398,48 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, attempt: 
     return moved
 
 
-def _uniform(job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, best: Built) -> Built | None:
-    """The best uniform plan at the same bytes, encoded and measured; None if no uniform choice fits."""
-    for plan in uniform(profile, Budget(int(asked.bytes * (1 - _MARGIN)), asked.asked)):
-        if {n: p.setting for n, p in plan.points.items()} == {n: p.setting for n, p in best.plan.points.items()}:
-            return None
+def _rivals(
+    job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, best: Built
+) -> list[Built]:
+    """What the mixed plan must beat: the best uniform plan at the same bytes, and the best plan of a single family."""
+    plans = uniform(profile, Budget(int(asked.bytes * (1 - _MARGIN)), asked.asked))[:1]
+    plans += single_families(profile, asked)[:1]
+    built: list[Built] = []
+    for plan in plans:
+        if any(_same(plan, other.plan) for other in (best, *built)):
+            continue
         try:
-            return finish(job, profile, calibration, room, plan, asked)
+            built.append(finish(job, profile, calibration, room, plan, asked))
         except OctavoError as error:
-            job.notes.append(f"the uniform plan {plan.label} could not be built: {error}")
-    return None
+            job.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
+    return built
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    """Whether two plans differ by no more than the finishing of their continuous settings."""
+    if {name: point.method for name, point in one.points.items()} != {n: p.method for n, p in other.points.items()}:
+        return False
+    return all(
+        abs(math.log((point.bytes + 1) / (other.points[name].bytes + 1))) < _MARGIN
+        for name, point in one.points.items()
+    )
+
+
+def single_families(profile: Profile, asked: Budget) -> list[Plan]:
+    """The best plan of every family on its own, best expected loss first. Dense storage belongs to every family."""
+    used = {point.method for curve in profile.curves for point in curve.points}
+    families: dict[str, list[str]] = {}
+    for name in sorted(used - {"keep"}):
+        families.setdefault(get_method(name).family, []).append(name)
+    plans = []
+    for family, names in families.items():
+        try:
+            plan = allocate(profile, asked, margin=_MARGIN, methods=[*names, "keep"])
+        except BudgetError:
+            continue
+        plan.label, plan.notes = "one family", [family]
+        plans.append(plan)
+    return sorted(plans, key=lambda plan: plan.expected)
 
 
 def refuse_unreachable(job: Job, asked: Budget) -> None:

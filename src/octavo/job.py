@@ -79,7 +79,9 @@ class Job:
             workspace.save_calibration(found)
         return found
 
-    def encode(self, site: Site, method: str, setting: Setting, calibration: Calibration, workspace: Workspace) -> Packed:
+    def encode(
+        self, site: Site, method: str, setting: Setting, calibration: Calibration, workspace: Workspace
+    ) -> Packed:
         """A site's packed form, from the workspace if it is there."""
         found = workspace.load_packed(site.name, method, setting)
         if found is None:
@@ -106,7 +108,10 @@ class Job:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in kept.values()):
             return None
         if self.source.module is None or not self.held_data:
-            close = all(torch.allclose(kept[name].float(), self.source.read(name).float(), rtol=1e-3, atol=1e-6) for name in kept)
+            close = all(
+                torch.allclose(kept[name].float(), self.source.read(name).float(), rtol=1e-3, atol=1e-6)
+                for name in kept
+            )
             return torch.float16 if close else None
         return torch.float16 if float(self.measure(kept).mean()) < _FREE else None
 
@@ -140,7 +145,9 @@ class Job:
             raise RequestError("nothing can be measured without a model and data")
         if self._reference is None:
             self._reference = self.objective.reference(module, self.held_data)
-        with replaced(module, {self.source.parameters[n]: w for n, w in weights.items() if n in self.source.parameters}):
+        with replaced(
+            module, {self.source.parameters[n]: w for n, w in weights.items() if n in self.source.parameters}
+        ):
             return self.objective.measure(module, self.held_data, self._reference)
 
     @property
@@ -149,7 +156,7 @@ class Job:
         return self.source.module is not None and bool(self.held_data)
 
 
-class replaced:  # noqa: N801
+class replaced:
     """A context in which some tensors of a module have other values; the old ones come back at its end."""
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -192,7 +199,9 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
         if folder is None or not source.is_transformers:
             if data is None:
                 return [], "none (data-free)"
-            raise RequestError(f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead")
+            raise RequestError(
+                f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
+            )
         from octavo.integrations.transformers import text_batches
 
         if data is None:
@@ -216,7 +225,7 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         size = sequences_in(batch)
         take = min(size // 4, _HELD - count)
         keep = torch.ones(size, dtype=torch.bool)
-        keep[3 :: 4][:take] = False
+        keep[3::4][:take] = False
         count += take
         calibration.append(_select(batch, keep, size))
         if take:

@@ -87,7 +87,9 @@ class Cosine(Objective):
         result = run(module, batch)
         states = getattr(result, "last_hidden_state", result)
         if not isinstance(states, Tensor):
-            raise RequestError(f"the model returns {type(result).__name__}: cosine needs a tensor or a last_hidden_state")
+            raise RequestError(
+                f"the model returns {type(result).__name__}: cosine needs a tensor or a last_hidden_state"
+            )
         if states.ndim == 3:
             mask = mask_of(batch)
             if self.pooling == "cls":
@@ -116,7 +118,9 @@ class KL(Objective):
         result = run(module, batch)
         logits = getattr(result, "logits", result)
         if not isinstance(logits, Tensor) or logits.ndim < 2:
-            raise RequestError(f"the model returns {type(result).__name__}: KL needs logits of shape (examples, ..., classes)")
+            raise RequestError(
+                f"the model returns {type(result).__name__}: KL needs logits of shape (examples, ..., classes)"
+            )
         logs = logits.float().log_softmax(-1)
         mask = mask_of(batch)
         if logs.ndim == 3 and mask is not None:
@@ -126,7 +130,11 @@ class KL(Objective):
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
         terms = (reference.exp() * (reference - outputs)).double().sum(-1)
-        return terms if terms.ndim == 1 else terms.flatten(1).sum(1) / (reference != 0).any(-1).flatten(1).sum(1).clamp_min(1)
+        return (
+            terms
+            if terms.ndim == 1
+            else terms.flatten(1).sum(1) / (reference != 0).any(-1).flatten(1).sum(1).clamp_min(1)
+        )
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         flat = outputs.reshape(-1, outputs.shape[-1])
@@ -147,7 +155,9 @@ class Squared(Objective):
         result = run(module, batch)
         states = getattr(result, "last_hidden_state", result)
         if not isinstance(states, Tensor):
-            raise RequestError(f"the model returns {type(result).__name__}: give an objective with an `outputs` of its own")
+            raise RequestError(
+                f"the model returns {type(result).__name__}: give an objective with an `outputs` of its own"
+            )
         return states.float().flatten(1)
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102

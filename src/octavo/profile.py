@@ -156,7 +156,9 @@ def profile_site(
     return curve
 
 
-def _walk(method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve) -> Iterator[tuple[Setting, Any]]:
+def _walk(
+    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve
+) -> Iterator[tuple[Setting, Any]]:
     """Settings of a method from the middle outwards, until they leave the window or turn out hopeless."""
     settings = method.settings(weight, evidence)
     if method.elastic is not None:
@@ -244,4 +246,3 @@ def interpolate(curve: Curve, method: str, value: float) -> Point:
     size = float(np.exp(sum(mix)))
     loss = float(np.exp((1 - share) * np.log(max(fine.loss, 1e-300)) + share * np.log(max(coarse.loss, 1e-300))))
     return Point(method, {**fine.setting, knob: float(f"{value:.5g}")}, round(size), loss, estimated=True)
-

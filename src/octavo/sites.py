@@ -292,7 +292,9 @@ def _from_files(path: Path, files: list[Path]) -> Source:
                 raise RequestError(f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported")
     if not shapes:
         raise RequestError(f"{path}: holds no tensors")
-    source = Source(path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, lambda name: where[name].get_tensor(name))
+    source = Source(
+        path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, lambda name: where[name].get_tensor(name)
+    )
     for alias, name in _equal_tensors(source):
         source.aliases[alias] = name
         del source.shapes[alias], source.dtypes[alias]

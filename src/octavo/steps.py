@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import nn
 
 from octavo import job as jobs
 from octavo.allocate import Plan, allocate
 from octavo.artifact import MANIFEST, Artifact
 from octavo.budget import budget as budget_of
-from octavo.compress import build_profile, compress, describe, open_job
-from octavo.errors import RequestError
+from octavo.compress import Compressed, build_profile, compress, describe, finish, open_job, single_families
+from octavo.errors import MissingExtraError, RequestError
 from octavo.job import Progress, silent
 from octavo.objective import Objective
 from octavo.profile import Profile
@@ -133,27 +132,19 @@ def frontier(
             "winner": done.built.plan.label,
         }
         if families:
-            row["families"] = _single_families(done)
+            row["families"] = _families(done, Path(workspace))
         rows.append(row)
     return rows
 
 
-def _single_families(done: Any) -> dict[str, float]:
-    """Expected loss of the best plan that uses one family only (sites that it does not reach stay in 16 bits)."""
-    from octavo.errors import BudgetError
-    from octavo.methods import get_method
-
-    used = {point.method for curve in done.profile.curves for point in curve.points}
-    families: dict[str, list[str]] = {}
-    for name in sorted(used):
-        families.setdefault(get_method(name).family, []).append(name)
-    losses = {}
-    for family, names in families.items():
-        try:
-            losses[family] = allocate(done.profile, done.budget, methods=names).expected
-        except BudgetError:
-            continue
-    return losses
+def _families(done: Compressed, workspace: Path) -> dict[str, float]:
+    """Measured quality of the best plan of every single family at the same bytes."""
+    room = Workspace(workspace, describe(done.job, done.preset), resume=True)
+    plans = single_families(done.profile, done.budget)
+    return {
+        plan.notes[0]: finish(done.job, done.profile, done.calibration, room, plan, done.budget).quality
+        for plan in plans
+    }
 
 
 def evaluate(
@@ -186,7 +177,11 @@ def evaluate(
     path = Path(path)
     source = _open(path)
     if metric == "spearman":
-        return {"path": str(path), "metric": metric, **_spearman(source, data, jobs.choose_objective(source, objective))}
+        return {
+            "path": str(path),
+            "metric": metric,
+            **_spearman(source, data, jobs.choose_objective(source, objective)),
+        }
     if metric != "divergence":
         raise RequestError(f"metric {metric!r} is not known; choose divergence or spearman")
     if against is None:
@@ -224,6 +219,10 @@ def _open(path: Path) -> Source:
 def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     from octavo.integrations.transformers import text_batches
 
+    try:
+        from scipy.stats import spearmanr
+    except ImportError as error:
+        raise MissingExtraError("spearman needs scipy, which is not installed: pip install 'octavo[hf]'") from error
     if data is None or source.path is None or source.module is None:
         raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
     try:
@@ -239,4 +238,3 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
     return {"pairs": len(rows), "spearman": float(spearmanr(similarity, [score for *_, score in rows]).statistic)}
-

@@ -139,7 +139,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
         hidden = any(part.startswith(".") for part in relative.parts)
         if not file.is_file() or hidden or file.suffix not in _COPIED or file.name.endswith(".index.json"):
             continue
-        if len(relative.parts) > 2 or file.name in (MANIFEST, "config.json") and len(relative.parts) == 1:
+        if len(relative.parts) > 2 or (file.name in (MANIFEST, "config.json") and len(relative.parts) == 1):
             continue
         target = folder / relative
         target.parent.mkdir(exist_ok=True)
@@ -170,12 +170,17 @@ def _compare(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> 
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
 
 
-def digest_of(state: dict[str, Tensor]) -> str:
-    """SHA-256 over all restored tensors: equal digests mean equal weights, bit for bit."""
+def digest_of(artifact: Artifact) -> str:
+    """SHA-256 over the decoded content of every tensor: codes, steps, factors.
+
+    It is the same on every machine, which a product of two factors, rounded as the machine's library likes, is not.
+    """
     digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name} {dtype_name(state[name].dtype)} {tuple(state[name].shape)}\n".encode())
-        digest.update(state[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name in sorted(artifact.names()):
+        parts = artifact.form(name).tensors() if name in artifact.sites else {"": artifact.tensor(name)}
+        for part, tensor in sorted(parts.items()):
+            digest.update(f"{name} {part} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -206,7 +211,7 @@ def verify(path: str | Path) -> dict[str, Any]:
     artifact = Artifact(path)
     state = artifact.state()
     recorded = _recorded(artifact.path)
-    digest = digest_of(state)
+    digest = digest_of(artifact)
     result: dict[str, Any] = {
         "path": str(path),
         "bytes": artifact.bytes,
@@ -245,7 +250,7 @@ def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) 
     """The report's data; quality is measured on the tensors that were read back."""
     job, profile, built = done.job, done.profile, done.built
     quality, p95 = built.quality, built.p95
-    digests: dict[str, str | None] = {"weights": digest_of(state), "outputs": None}
+    digests: dict[str, str | None] = {"weights": digest_of(artifact), "outputs": None}
     if job.source.module is not None:
         names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
         losses = job.measure(state)
@@ -292,7 +297,9 @@ def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) 
         "quality": {
             "metric": job.objective.metric if job.measurable else "expected relative error of the weights",
             "lower_is_better": True,
-            "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}" if job.measurable else job.text,
+            "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}"
+            if job.measurable
+            else job.text,
             "value": quality,
             "uniform": done.rival.quality if done.rival else None,
             "p95": p95,
@@ -304,7 +311,7 @@ def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) 
             "tokens": done.calibration.tokens,
             "warnings": done.calibration.warnings + job.notes,
         },
-        "winner": "mixed" if built.plan.label == "mixed" else "uniform",
+        "winner": "uniform" if built is done.rival else "mixed",
         "uniform": _uniform_row(done),
         "curve": curve_data(done),
         "sites": sites,
@@ -391,7 +398,7 @@ def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
 
 
 def _uniform_row(done: Compressed) -> dict[str, Any] | None:
-    plan = done.built if done.built.plan.label != "mixed" else done.rival
+    plan = done.rival
     if plan is None:
         return None
     point = next(iter(plan.plan.points.values()))
@@ -419,7 +426,14 @@ def curve_data(done: Compressed) -> dict[str, Any]:
         method, _, setting = plan.label.partition(" ")
         ratio = profile.original_bytes / plan.bytes
         rivals.append(
-            {"method": method, "setting": setting, "ratio": ratio, "bytes": plan.bytes, "expected": plan.expected, "measured": None}
+            {
+                "method": method,
+                "setting": setting,
+                "ratio": ratio,
+                "bytes": plan.bytes,
+                "expected": plan.expected,
+                "measured": None,
+            }
         )
     if done.rival is not None:
         for row in rivals:
@@ -469,10 +483,15 @@ def _latency(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> 
 
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
         pairs = [
-            (timed(lambda: _touch(type(module).from_pretrained(job.source.path))), timed(lambda: _touch(load_model(artifact.path))))
+            (
+                timed(lambda: _touch(type(module).from_pretrained(job.source.path))),
+                timed(lambda: _touch(load_model(artifact.path))),
+            )
             for _ in range(4)
         ]
-        result["load_original"], result["load_artifact"] = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
+        result["load_original"], result["load_artifact"] = (
+            statistics.median(column) for column in zip(*pairs[1:], strict=True)
+        )
     return result
 
 

@@ -57,7 +57,9 @@ class Workspace:
             self.write_json(_JOB, job)
         elif found != job:
             odd = ", ".join(sorted(key for key in {*found, *job} if found.get(key) != job.get(key)))
-            raise RequestError(f"{path}: holds the work of another job (different: {odd}); remove it, or run without --resume")
+            raise RequestError(
+                f"{path}: holds the work of another job (different: {odd}); remove it, or run without --resume"
+            )
 
     def read_json(self, name: str) -> Any:
         """What was written under that name, or None."""
@@ -101,7 +103,9 @@ class Workspace:
         try:
             tensors = load_file(self.path / _EVIDENCE)
         except (OSError, SafetensorError) as error:
-            raise RequestError(f"{self.path / _EVIDENCE}: damaged: {error}; remove {self.path} and start again") from error
+            raise RequestError(
+                f"{self.path / _EVIDENCE}: damaged: {error}; remove {self.path} and start again"
+            ) from error
         evidence = {
             name: Evidence(tensors[f"{name}/rows"], None if columns is None else tensors[columns], samples)
             for name, (samples, columns) in data.pop("evidence").items()

@@ -32,7 +32,9 @@ def compress(
     ignore: options.IGNORE = None,
     keep: options.KEEP = None,
     profile: Annotated[Path | None, typer.Option(help="A saved profile to solve, in place of measuring again.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan to carry out as it is, from 'octavo plan' or edited.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan to carry out as it is, from 'octavo plan' or edited.")
+    ] = None,
     resume: options.RESUME = False,
     overwrite: options.OVERWRITE = False,
     seed: options.SEED = 0,
@@ -66,7 +68,9 @@ def compress(
     if profile is None:
         done.forget_workspace()
     if json_output:
-        show_json({key: value for key, value in result.items() if key not in ("sites", "kept", "curve", "code_lengths")})
+        show_json(
+            {key: value for key, value in result.items() if key not in ("sites", "kept", "curve", "code_lengths")}
+        )
         return
     console.print(report.table(result))
     if result["artifact"]["note"]:
@@ -107,7 +111,9 @@ def profile_(
     if json_output:
         show_json(summary)
     else:
-        console.print(f"{summary['sites']} sites, {points} points; ratios up to {summary['largest_ratio']:g}", markup=False)
+        console.print(
+            f"{summary['sites']} sites, {points} points; ratios up to {summary['largest_ratio']:g}", markup=False
+        )
         console.print(f"Next: octavo plan {out} --ratio 8", markup=False)
 
 
@@ -117,7 +123,9 @@ def plan_(
     ratio: options.RATIO = None,
     size: options.SIZE = None,
     bits: options.BITS = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="YAML file to write; default: PROFILE/plan.yaml.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="YAML file to write; default: PROFILE/plan.yaml.")
+    ] = None,
     json_output: options.JSON = False,
 ) -> None:
     """Solve a saved profile for a size, in a moment, and write the plan as YAML that can be edited.
@@ -128,7 +136,9 @@ def plan_(
     result = octavo.plan(profile, ratio=ratio, size=size, bits=bits)
     result.save(target)
     if json_output:
-        show_json({"plan": str(target), "budget": result.budget.bytes, "bytes": result.bytes, "expected": result.expected})
+        show_json(
+            {"plan": str(target), "budget": result.budget.bytes, "bytes": result.bytes, "expected": result.expected}
+        )
         return
     table = Table("site", "method", "setting", "bytes", title=f"{result.budget.asked}: {result.bytes:,} bytes expected")
     for name, point in result.points.items():
@@ -142,7 +152,9 @@ def frontier(
     source: options.SOURCE,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the profile, used again if it is there.")],
     ratios: Annotated[str, typer.Option(help="Comma-separated ratios.")] = "4,6,8,12,16",
-    families: Annotated[bool, typer.Option("--families", help="Also give the best plan of every single family.")] = False,
+    families: Annotated[
+        bool, typer.Option("--families", help="Also give the best plan of every single family.")
+    ] = False,
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
     methods: options.METHODS = None,

@@ -46,7 +46,11 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
         for dimension in entry["shape"]:
             count *= dimension
         table.add_row(
-            name, entry["form"], "x".join(map(str, entry["shape"])), f"{entry['bytes']:,}", f"{entry['bytes'] * 8 / count:.2f}"
+            name,
+            entry["form"],
+            "x".join(map(str, entry["shape"])),
+            f"{entry['bytes']:,}",
+            f"{entry['bytes'] * 8 / count:.2f}",
         )
     console.print(table)
     console.print(
@@ -103,7 +107,13 @@ def evaluate(
 def methods(json_output: options.JSON = False) -> None:
     """List all methods with family, preset and source."""
     rows = [
-        {"name": cls.name, "family": cls.family, "preset": cls.preset, "source": cls.source, "what": (cls.__doc__ or "").split("\n")[0]}
+        {
+            "name": cls.name,
+            "family": cls.family,
+            "preset": cls.preset,
+            "source": cls.source,
+            "what": (cls.__doc__ or "").split("\n")[0],
+        }
         for cls in known_methods().values()
     ]
     if json_output:
@@ -113,4 +123,3 @@ def methods(json_output: options.JSON = False) -> None:
     for row in rows:
         table.add_row(row["name"], row["family"], row["preset"], row["what"], row["source"])
     console.print(table)
-

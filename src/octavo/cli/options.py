@@ -28,7 +28,9 @@ PRESET = Annotated[str, typer.Option(help="fast, default or best: how much is tr
 IGNORE = Annotated[list[str] | None, typer.Option(help="Glob of sites to leave as they are. Repeatable.")]
 KEEP = Annotated[
     list[str] | None,
-    typer.Option(help="GLOB=SPEC: a choice for some sites, such as 'embeddings.*=float16' or '*=gptq:bits=4,group=64'."),
+    typer.Option(
+        help="GLOB=SPEC: a choice for some sites, such as 'embeddings.*=float16' or '*=gptq:bits=4,group=64'."
+    ),
 ]
 SEED = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]

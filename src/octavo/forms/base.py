@@ -116,7 +116,9 @@ def expect_integers(tensor: Tensor, shape: tuple[int, ...], part: str) -> Tensor
 def expect_floats(tensor: Tensor, part: str, *, elements: int | None = None) -> Tensor:
     """Check that a floating part is floating, finite and, if given, has ``elements`` elements."""
     expect(tensor.dtype.is_floating_point, f"part {part!r} should hold floats, it holds {tensor.dtype}")
-    expect(elements is None or tensor.numel() == elements, f"part {part!r} has {tensor.numel()} elements, not {elements}")
+    expect(
+        elements is None or tensor.numel() == elements, f"part {part!r} has {tensor.numel()} elements, not {elements}"
+    )
     expect(bool(torch.isfinite(tensor).all()), f"part {part!r} holds NaN or Inf")
     return tensor
 

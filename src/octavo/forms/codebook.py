@@ -48,10 +48,12 @@ class Codebook(Form):
         expect(values.ndim == 1 and values.numel() >= 1, "a codebook needs at least one value")
         if codes.numel():
             low, high = int(codes.min()), int(codes.max())
-            expect(0 <= low and high < values.numel(), f"codes reach {low}..{high} in a codebook of {values.numel()}")
+            expect(low >= 0 and high < values.numel(), f"codes reach {low}..{high} in a codebook of {values.numel()}")
         scale = tensors.get("scale")
         if scale is not None:
-            expect(tuple(scale.shape) == (shape[0], 1), f"scale has shape {tuple(scale.shape)}, expected {(shape[0], 1)}")
+            expect(
+                tuple(scale.shape) == (shape[0], 1), f"scale has shape {tuple(scale.shape)}, expected {(shape[0], 1)}"
+            )
             expect_floats(scale, "scale")
         return cls(codes, values, scale)
 

@@ -87,7 +87,11 @@ class Grid(Form):
             weight.mul_(steps)
         else:
             width = -(-columns // groups)
-            spread = [part.float().repeat_interleave(width, 1)[:, :columns] for part in (self.scale, self.zero) if part is not None]
+            spread = [
+                part.float().repeat_interleave(width, 1)[:, :columns]
+                for part in (self.scale, self.zero)
+                if part is not None
+            ]
             weight = (weight if self.zero is None else weight - spread[1]).mul_(spread[0])
             if self.rows is not None:
                 weight.mul_(exponent_steps(self.rows)[:, None])

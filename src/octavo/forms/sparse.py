@@ -80,7 +80,10 @@ class Sparse(Form):
             expect(0 < keep <= group <= 8 and shape[1] % group == 0, f"pattern {keep}:{group} for {shape[1]} columns")
             pattern, table = (keep, group), _patterns(keep, group)
             index = expect_integers(tensors["patterns"], (total // group,), "patterns").long()
-            expect(index.numel() == 0 or (int(index.min()) >= 0 and int(index.max()) < len(table)), "a pattern number is out of range")
+            expect(
+                index.numel() == 0 or (int(index.min()) >= 0 and int(index.max()) < len(table)),
+                "a pattern number is out of range",
+            )
             mask = table[index].view(shape)
         elif "gaps" in tensors:
             gaps = expect_integers(tensors["gaps"], (kept,), "gaps").long()

@@ -29,9 +29,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtraError(
-            "this needs transformers, which is not installed: pip install 'octavo[hf]'"
-        ) from error
+        raise MissingExtraError("this needs transformers, which is not installed: pip install 'octavo[hf]'") from error
     return transformers
 
 
@@ -97,7 +95,11 @@ def text_batches(folder: Path, texts: Sequence[str], *, size: int = 32) -> list[
         tokenizer.pad_token = tokenizer.eos_token
     ordered = sorted(texts, key=len)
     return [
-        dict(tokenizer(ordered[at : at + size], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"))
+        dict(
+            tokenizer(
+                ordered[at : at + size], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            )
+        )
         for at in range(0, len(ordered), size)
     ]
 

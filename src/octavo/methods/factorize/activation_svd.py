@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,15 +13,15 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 
 
-@method("activation-svd", family="factorize", source="Atomic feature mimicking and SVD-LLM, whitened on both sides; spec 0.4 A")
+@method("activation-svd", family="factorize", source="SVD of both-sided whitened weights; spec 0.4 A")
 @dataclass(frozen=True)
 class ActivationSVD(Method):
     """The product of that rank of least ``sum_i r[i] E[i] C E[i]^T``.
 
-    ``left = diag(1 / sqrt r) U S^(1/2)``, ``right = S^(1/2) V^T L^-1`` from the SVD of ``diag(sqrt r) W L`` with ``C = L
-    L^T`` (:mod:`octavo.methods.factorize.factors`). ``W`` is (rows, columns), ``left`` (rows, rank), ``right`` (rank,
-    columns), ``r`` the weights of the outputs and ``C`` the second moment of the inputs: inputs that hardly vary cost no
-    rank. Both factors are quantized with one step in units of the loss.
+    ``left = diag(1 / sqrt r) U S^(1/2)``, ``right = S^(1/2) V^T L^-1`` from the SVD of ``diag(sqrt r) W L`` with ``C
+    = L L^T`` (:mod:`octavo.methods.factorize.factors`). ``W`` is (rows, columns), ``left`` (rows, rank), ``right``
+    (rank, columns), ``r`` the weights of the outputs and ``C`` the second moment of the inputs: inputs that hardly
+    vary cost no rank. Both factors are quantized with one step in units of the loss.
     """
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
@@ -31,9 +31,9 @@ class ActivationSVD(Method):
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
-    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition."""
-        requests = [factors.read(self.name, setting) for setting in settings]
         parts = factors.factors(weight, evidence)
-        for rank, bits in requests:
+        for setting in settings:
+            rank, bits = factors.read(self.name, setting)
             yield factors.quantized(parts.first(rank), bits, evidence)

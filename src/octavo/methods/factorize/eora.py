@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,11 +20,11 @@ from octavo.methods.quantize.entropy import Entropy
 class EoRA(Method):
     """``base + left @ right``: what quantization lost, put back where the inputs have their energy.
 
-    With ``W`` (rows, columns), ``base`` its entropy-constrained quantization, ``D = W - base`` and ``C = L L^T`` the second
-    moment of the inputs, ``left @ right`` is the rank-``k`` matrix of least ``sum_i r[i] (D - left right)[i] C (D - left
-    right)[i]^T``: ``U S V^T`` the truncated SVD of ``diag(sqrt r) D L``, ``left = diag(1 / sqrt r) U S^(1/2)``, ``right =
-    S^(1/2) V^T L^-1``. Any square root ``L`` of ``C`` gives the same product as the paper's ``Q sqrt(eigenvalues)``; ``r``,
-    the weights of the outputs, are added here.
+    With ``W`` (rows, columns), ``base`` its entropy-constrained quantization, ``D = W - base`` and ``C = L L^T`` the
+    second moment of the inputs, ``left @ right`` is the rank-``k`` matrix of least ``sum_i r[i] (D - left right)[i] C
+    (D - left right)[i]^T``: ``U S V^T`` the truncated SVD of ``diag(sqrt r) D L``, ``left = diag(1 / sqrt r) U
+    S^(1/2)``, ``right = S^(1/2) V^T L^-1``. Any square root ``L`` of ``C`` gives the same product as the paper's ``Q
+    sqrt(eigenvalues)``; ``r``, the weights of the outputs, are added here.
 
     Parameters
     ----------
@@ -56,16 +56,16 @@ class EoRA(Method):
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
-    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """Settings of one step share the base and the decomposition of what it lost."""
         weight = weight.float()
-        most = max((whole(self.name, setting, "rank", 1) for setting in settings), default=1)
-        known: dict[float, tuple[Form, factors.Factors]] = {}
+        known: dict[tuple[float, int], tuple[Form, factors.Factors]] = {}
         for setting in settings:
             step = real(self.name, setting, "step", 1e-38)
             rank, bits = whole(self.name, setting, "rank", 1), real(self.name, setting, "bits", 1, 16)
-            if step not in known:
+            key = step, max(rank, *self.ranks, 1)
+            if key not in known:
                 base = Entropy().encode(weight, {"step": step}, evidence)
-                known[step] = (base, factors.factors(weight - base.dense(), evidence, most))
-            base, parts = known[step]
+                known[key] = base, factors.factors(weight - base.dense(), evidence, key[1])
+            base, parts = known[key]
             yield Sum(base, factors.quantized(parts.first(rank), bits, evidence))

@@ -5,9 +5,9 @@ With row weights ``r`` and column moment ``C = L L^T`` the loss of a rank-``k`` 
     sum_i r[i] E[i] C E[i]^T = |diag(sqrt r) W L - U S V^T|^2,    U S V^T the truncated SVD of diag(sqrt r) W L
     left = diag(1 / sqrt r) U S^(1/2),    right = S^(1/2) V^T L^-1
 
-(spec 0.4 A and 1.7). Only the Gram matrix of the smaller side is decomposed: with more rows than columns ``L^T W^T diag(r)
-W L`` gives ``V`` and ``left = W L V S^(-1/2)``; otherwise ``diag(sqrt r) W C W^T diag(sqrt r)`` gives ``U`` and ``right =
-S^(-1/2) U^T diag(sqrt r) W``, without any inverse.
+(spec 0.4 A and 1.7). Only the Gram matrix of the smaller side is decomposed: with more rows than columns ``L^T W^T
+diag(r) W L`` gives ``V`` and ``left = W L V S^(-1/2)``; otherwise ``diag(sqrt r) W C W^T diag(sqrt r)`` gives ``U``
+and ``right = S^(-1/2) U^T diag(sqrt r) W``, without any inverse.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from octavo.calibrate import Evidence
 from octavo.forms import Form, LowRank
 from octavo.methods.base import Setting
+from octavo.methods.feedback import factored
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 
@@ -106,10 +107,10 @@ def read(method: str, setting: Setting) -> tuple[int, float]:
 def quantized(parts: Factors, bits: float, evidence: Evidence) -> Form:
     """Both factors by :class:`Entropy`, each with the evidence that the other one implies.
 
-    An error of ``left[i, k]`` costs ``r[i] S[k]``, one of ``right[k]`` costs ``S[k]`` times the column moment. One step in
-    units of the loss serves all coefficients, as in transform coding: strong components get more bits than weak ones, and
-    ``bits`` is about their mean. The right factor is then fitted anew to the left one as it was stored:
-    ``right = (L^T diag(r) L)^-1 L^T diag(r) W``, where ``W`` is the product of the exact factors.
+    An error of ``left[i, k]`` costs ``r[i] S[k]``, one of ``right[k]`` costs ``S[k]`` times the column moment. One
+    step in units of the loss serves all coefficients, as in transform coding: strong components get more bits than
+    weak ones, and ``bits`` is about their mean. The right factor is then fitted anew to the left one as it was
+    stored: ``right = (L^T diag(r) L)^-1 L^T diag(r) W``, where ``W`` is the product of the exact factors.
     """
     left, right, values = parts.left, parts.right, parts.values
     step = _step(parts, bits)
@@ -121,15 +122,20 @@ def quantized(parts: Factors, bits: float, evidence: Evidence) -> Form:
     # Components rounded to nothing have nothing to fit: the ridge leaves them at zero.
     normal.diagonal().add_(float(normal.diagonal().max().clamp_min(1e-300)) * 1e-9)
     refitted = torch.linalg.solve(normal, (heavy.t() @ left.double()) @ right.double()).float()
-    second = Entropy().encode(refitted, {"step": step}, Evidence(normal.diagonal().float(), evidence.columns))
+    implied = Evidence(normal.diagonal().float(), evidence.columns)
+    if evidence.columns is not None:
+        factored(evidence)
+        # What depends on the inputs alone serves all ranks.
+        implied.cache.update((key, value) for key, value in evidence.cache.items() if key.startswith("factored"))
+    second = Entropy().encode(refitted, {"step": step}, implied)
     return LowRank(first, second)
 
 
 def _step(parts: Factors, bits: float) -> float:
     """The step at which the coefficients take about ``bits`` on average.
 
-    In units of the loss the coefficients of component ``k`` have the root mean square ``S[k] / sqrt(rows)`` on the left and
-    ``S[k] / sqrt(columns)`` on the right, and a Gaussian takes ``log2(deviation / step) + 2.05`` bits.
+    In units of the loss the coefficients of component ``k`` have the root mean square ``S[k] / sqrt(rows)`` on the
+    left and ``S[k] / sqrt(columns)`` on the right, and a Gaussian takes ``log2(deviation / step) + 2.05`` bits.
     """
     rows, columns = len(parts.left), parts.right.shape[1]
     spread = parts.values.double().log2().mean()

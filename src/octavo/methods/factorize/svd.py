@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,10 @@ from octavo.methods.factorize import factors
 @method("svd", family="factorize", preset="best", source="Eckart & Young (1936); baseline of spec 0.2")
 @dataclass(frozen=True)
 class SVD(Method):
-    """``W = left @ right``, the product of that rank nearest to the weights: ``left = U S^(1/2)``, ``right = S^(1/2) V^T``.
+    """``W = left @ right`` with ``left = U S^(1/2)``, ``right = S^(1/2) V^T``: of that rank the nearest to the weights.
 
-    ``W`` is (rows, columns), ``left`` (rows, rank), ``right`` (rank, columns). Both are quantized with one step in units
-    of the error of the product (:func:`octavo.methods.factorize.factors.quantized`). Evidence is not looked at.
+    ``W`` is (rows, columns), ``left`` (rows, rank), ``right`` (rank, columns). Both are quantized with one step in
+    units of the error of the product (:func:`octavo.methods.factorize.factors.quantized`). Evidence is not looked at.
     """
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
@@ -30,10 +30,10 @@ class SVD(Method):
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
-    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition."""
-        requests = [factors.read(self.name, setting) for setting in settings]
         plain = Evidence(torch.ones(len(weight)), None)
         parts = factors.factors(weight, plain)
-        for rank, bits in requests:
+        for setting in settings:
+            rank, bits = factors.read(self.name, setting)
             yield factors.quantized(parts.first(rank), bits, plain)

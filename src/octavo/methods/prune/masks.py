@@ -15,7 +15,19 @@ from octavo.methods.knobs import real, whole
 
 _PATTERNS = ((2, 4), (4, 8))
 #: Finer survivors than 4 bits do not lower the loss any more once half of the weights are gone.
-_CHOICES = ((0.3, 6), (0.3, 5), (0.3, 4), (0.5, 4), (0.5, 3), (0.7, 4), (0.7, 3), (0.8, 3), (0.8, 2), (0.9, 3), (0.9, 2))
+_CHOICES = (
+    (0.3, 6),
+    (0.3, 5),
+    (0.3, 4),
+    (0.5, 4),
+    (0.5, 3),
+    (0.7, 4),
+    (0.7, 3),
+    (0.8, 3),
+    (0.8, 2),
+    (0.9, 3),
+    (0.9, 2),
+)
 #: Codes stay below this, where float32 holds every integer.
 _LARGEST_CODE = 2.0**23
 
@@ -51,7 +63,11 @@ def read(method: str, setting: Setting, columns: int) -> Request:
 
 def settings(columns: int) -> list[Setting]:
     """Sparsities, and the patterns that divide the columns, from largest to smallest file."""
-    sized = [(_mask_bits(zeros) + (1 - zeros) * (bits + 0.8 - 2.2 * zeros), {"sparsity": zeros, "bits": bits}) for zeros, bits in _CHOICES]
+    # The more are pruned, the more alike are the survivors.
+    sized: list[tuple[float, Setting]] = [
+        (_mask_bits(zeros) + (1 - zeros) * (bits + 0.8 - 2.2 * zeros), {"sparsity": zeros, "bits": bits})
+        for zeros, bits in _CHOICES
+    ]
     for keep, group in _PATTERNS:
         if columns % group == 0:
             for bits in (4, 3):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from torch import Tensor
 from octavo.calibrate import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.feedback import factored, round_columns
 from octavo.methods.prune import masks
 
-#: Columns whose mask is chosen together. Their costs are as fresh as the feedback, which reaches ahead in blocks of this size.
+#: Columns whose mask is chosen together: as many as the feedback reaches ahead at once, so the costs are fresh.
 _BLOCK = 64
-#: Rows are swept in chunks that fit the cache.
-_CHUNK = 1 << 22
+#: Rows are swept in chunks, which do not depend on each other, fit the cache and are too short to be split over
+#: threads: meeting at every column would cost these more than the work.
+_CHUNK = 1 << 19
 
 
 @method("sparsegpt", family="prune", source="SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774); spec 10.1")
@@ -25,12 +27,12 @@ _CHUNK = 1 << 22
 class SparseGPT(Method):
     """Prune and round the columns one after another; those to come make up for both (optimal brain surgeon).
 
-    With ``loss = 1/2 sum_ij r[i] d[j] F[i, j]^2`` (:mod:`octavo.methods.feedback`) pruning a weight costs
-    ``r[i] d[j] target[i, j]^2``, where ``target`` is the weight after the feedback of the columns before it and
-    ``1 / d[j]`` the ``[H^-1]_jj`` of the paper. The mask of a block of columns is chosen by that cost when the sweep gets
-    there. How many weights each block keeps is set beforehand by the costs in the whole matrix: blocks are not alike.
-    Survivors are rounded to the same uniform grid as in the other pruning methods. ``W`` is (rows, columns). Without a
-    moment there is no feedback.
+    With ``loss = 1/2 sum_ij r[i] d[j] F[i, j]^2`` (:mod:`octavo.methods.feedback`) pruning a weight costs ``r[i] d[j]
+    target[i, j]^2``, where ``target`` is the weight after the feedback of the columns before it and ``1 / d[j]`` the
+    ``[H^-1]_jj`` of the paper. The mask of a block of columns is chosen by that cost when the sweep gets there. How
+    many weights each block keeps is set beforehand by the costs in the whole matrix: blocks are not alike. Survivors
+    are rounded to the same uniform grid as in the other pruning methods. ``W`` is (rows, columns). Without a moment
+    there is no feedback.
 
     Parameters
     ----------
@@ -47,27 +49,24 @@ class SparseGPT(Method):
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
-    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """Settings that sweep the columns in the same order share the factorisation."""
         weight, rows = weight.float(), evidence.rows.float()
         # Of a row that does not matter at all the largest weights are kept nevertheless.
         rows = (rows / rows.max().clamp_min(1e-30)).clamp_min(1e-9)
-        factors: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         for setting in settings:
             request = masks.read(self.name, setting, weight.shape[1])
             if evidence.columns is None:
                 mask = masks.choose(weight.square() * rows[:, None], request, by_row=False)
                 yield masks.quantized(weight, mask, request.bits, request.pattern)
                 continue
-            ordered = self.order and request.pattern is None
-            if ordered not in factors:
-                order = important_first(evidence.columns) if ordered else torch.arange(weight.shape[1])
-                factors[ordered] = (order, *factor(evidence.columns, order))
-            yield _sweep(weight, rows, request, *factors[ordered])
+            factors = factored(evidence, ordered=self.order and request.pattern is None)
+            yield _sweep(weight, rows, request, factors)
 
 
-def _sweep(weight: Tensor, rows: Tensor, request: masks.Request, order: Tensor, curvature: Tensor, feedback: Tensor) -> Form:
-    """One pass over the columns in ``order``."""
+def _sweep(weight: Tensor, rows: Tensor, request: masks.Request, factors: tuple[Tensor, ...]) -> Form:
+    """One pass over the columns in the order of their factors."""
+    order, curvature, feedback = factors
     costs = rows[:, None] * curvature
     planned = masks.choose(weight[:, order].square() * costs, request, by_row=False)
     step = masks.step_of(weight[:, order], planned, request.bits)
@@ -77,19 +76,30 @@ def _sweep(weight: Tensor, rows: Tensor, request: masks.Request, order: Tensor, 
         span = slice(start, min(start + height, len(weight)))
         targets = weight[span].t()[order].contiguous()
         chosen = torch.empty(targets.shape, dtype=torch.bool)
-
-        def quantize(j: int, target: Tensor, span: slice = span, targets: Tensor = targets, chosen: Tensor = chosen) -> Tensor:
-            if j % _BLOCK == 0:
-                block = slice(j, j + _BLOCK)
-                scores = targets[block].t().square() * costs[span, block]
-                if request.pattern is not None:
-                    best = masks.largest_by_group(scores, request.pattern)
-                else:
-                    best = masks.largest(scores, int(planned[span, block].sum()))
-                chosen[block] = best.t()
-            return (target / step).round_().mul_(chosen[j]).mul_(step)
-
+        quantize = partial(_quantize, targets, costs[span], planned[span], chosen, step, request.pattern)
         rounded = round_columns(targets, feedback, quantize)
         codes[span, order] = rounded.div_(step).round_().t()
         mask[span, order] = chosen.t()
     return masks.survivors(codes, mask, step, request.pattern)
+
+
+def _quantize(
+    targets: Tensor,
+    costs: Tensor,
+    planned: Tensor,
+    chosen: Tensor,
+    step: float,
+    pattern: tuple[int, int] | None,
+    j: int,
+    target: Tensor,
+) -> Tensor:
+    """Round the target of column ``j`` where it survives; at the first column of a block choose who does."""
+    if j % _BLOCK == 0:
+        block = slice(j, j + _BLOCK)
+        scores = targets[block].t().square() * costs[:, block]
+        if pattern is not None:
+            best = masks.largest_by_group(scores, pattern)
+        else:
+            best = masks.largest(scores, int(planned[:, block].sum()))
+        chosen[block] = best.t()
+    return (target / step).round_().mul_(chosen[j]).mul_(step)

@@ -14,6 +14,7 @@ from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored, round_columns
+from octavo.methods.knobs import real
 
 #: Rows are rounded in chunks: they do not depend on each other, a chunk fits the cache, and its vectors are short enough that
 #: no operation is split over threads, whose meeting at every column would cost more than the work (measured: 8 times).
@@ -67,7 +68,7 @@ class Entropy(Method):
         """All settings share the factorisation; each is one pass over the columns."""
         prepared = _Prepared(weight, evidence)
         for setting in settings:
-            yield prepared.encode(float(setting["step"]), self.rate)
+            yield prepared.encode(real(self.name, setting, "step", 1e-30), self.rate)
 
 
 def _rounded(step: float) -> float:
@@ -97,8 +98,10 @@ class _Prepared:
 
     def deviation(self) -> float:
         """Root mean square of the matrix in units of step 1."""
-        weighted = (self.weight / self.row_steps[:, None]).square_().mean(0)[self.order] / self.column_steps.square()
-        return float(weighted.double().mean().sqrt())
+        # Divided first and scaled back last: the squares of large weights would overflow.
+        units = self.weight[:, self.order] / self.row_steps[:, None] / self.column_steps
+        largest = float(units.abs().max()) if units.numel() else 0.0
+        return float((units / largest).square().mean().sqrt()) * largest if largest > 0 else 0.0
 
     def encode(self, step: float, rate: float) -> Grid:
         rows, columns = self.shape
@@ -106,7 +109,9 @@ class _Prepared:
         chunk = max(1, _CHUNK // columns)
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            targets = (self.weight[start:stop].t()[self.order] / self.column_steps[:, None]) / (self.row_steps[start:stop] * step)
+            targets = (self.weight[start:stop].t()[self.order] / self.column_steps[:, None]) / (
+                self.row_steps[start:stop] * step
+            )
             codes[start:stop, self.order] = self._round(targets, rate).t().to(torch.int32)
         column_exponents = torch.empty_like(self.column_exponents)
         column_exponents[self.order] = self.column_exponents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from octavo.calibrate import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.feedback import factored, round_columns
 from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, nearest
 
-#: Rows are rounded in chunks that fit the cache; they do not depend on each other.
-_CHUNK = 1 << 22
+#: Rows are rounded in chunks, which do not depend on each other, fit the cache and are too short to be split over
+#: threads: meeting at every column would cost these more than the work.
+_CHUNK = 1 << 19
 
 
 @method("gptq", family="quantize", source="GPTQ (Frantar et al., 2022, arXiv 2210.17323); spec 10.1")
@@ -47,19 +48,19 @@ class GPTQ(Method):
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
-    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation of the moment."""
         weight = weight.float()
-        feedback = None
-        if evidence.columns is not None:
-            order = important_first(evidence.columns) if self.order else torch.arange(weight.shape[1])
-            feedback = factor(evidence.columns, order)[1]
         for setting in settings:
             fitted = fit(self.name, weight, setting, self.symmetric)
-            yield fitted.grid(nearest(weight, fitted) if feedback is None else _sweep(weight, fitted, feedback, order))
+            if evidence.columns is None:
+                yield fitted.grid(nearest(weight, fitted))
+                continue
+            order, _, feedback = factored(evidence, ordered=self.order)
+            yield fitted.grid(_sweep(weight, fitted, order, feedback))
 
 
-def _sweep(weight: Tensor, fitted: Fitted, feedback: Tensor, order: Tensor) -> Tensor:
+def _sweep(weight: Tensor, fitted: Fitted, order: Tensor, feedback: Tensor) -> Tensor:
     """Codes (rows, columns) of one pass over the columns in ``order``."""
     codes = torch.empty(weight.shape, dtype=fitted.dtype)
     groups = (order // fitted.width).tolist()

@@ -27,7 +27,8 @@ _SMALLEST_NORMAL, _SMALLEST, _LARGEST = 2.0**-14, 2.0**-24, 65504.0
 def compact(values: Tensor) -> Tensor:
     """Positive values as float16 where their range allows it, else float32; none of them becomes zero.
 
-    A few values below the range of float16 do not make all the others twice as large: beside them their error is nothing.
+    A few values below the range of float16 do not make all the others twice as large: beside them their error is
+    nothing.
     """
     values = values.float().clamp_min(torch.finfo(torch.float32).tiny)
     if values.numel() == 0 or (float(values.max()) <= _LARGEST and float(values.median()) >= _SMALLEST_NORMAL):

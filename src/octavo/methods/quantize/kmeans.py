@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.calibrate import Evidence
 from octavo.forms import Codebook, Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.feedback import factored, round_columns
 from octavo.methods.knobs import whole
 from octavo.methods.quantize.grids import compact
 
@@ -20,19 +20,24 @@ _SIZES = (256, 64, 32, 16, 8, 4)
 _BINS = 8192
 #: A row's scale takes 16 bits: half a bit for every weight of a row this long.
 _SCALED_COLUMNS = 32
+#: Rows are rounded in chunks, which do not depend on each other, fit the cache and are too short to be split over
+#: threads: meeting at every column would cost these more than the work.
+_CHUNK = 1 << 19
 
 
-@method("kmeans", family="quantize", preset="best", source="Lloyd (1982); Deep Compression (Han et al., 2015); spec 3.4")
+@method(
+    "kmeans", family="quantize", preset="best", source="Lloyd (1982); Han et al. (2015), arXiv 1510.00149; spec 3.4"
+)
 @dataclass(frozen=True)
 class KMeans(Method):
     """``W[i, j] = scale[i] * values[codes[i, j]]`` with the values of least ``sum_ij r[i] d[j] E[i, j]^2``.
 
-    ``W`` is (rows, columns) and ``d`` what an error costs that later columns can make up for (:mod:`octavo.methods.feedback`);
-    without feedback it is the diagonal of ``C``. That leaves a one-dimensional k-means with weights ``r[i] scale[i]^2 d[j]``,
-    solved on a histogram whose cells are equally wide in ``arcsinh(w)``: fine where the weights are, and of any range, so
-    that an outlier does not empty it. Cells keep their exact weighted means; Lloyd's iteration on them starts from the
-    quantiles of ``density^(1/3)``, which is optimal for many values. Then every column takes its nearest values, fed with
-    the errors of those before it.
+    ``W`` is (rows, columns) and ``d`` what an error costs that later columns can make up for
+    (:mod:`octavo.methods.feedback`); without feedback it is the diagonal of ``C``. That leaves a one-dimensional
+    k-means with weights ``r[i] scale[i]^2 d[j]``, solved on a histogram whose cells are equally wide in
+    ``arcsinh(w)``: fine where the weights are, and of any range, so that an outlier does not empty it. Cells keep
+    their exact weighted means; Lloyd's iteration on them starts from the quantiles of ``density^(1/3)``, which is
+    optimal for many values. Then every column takes its nearest values, fed with the errors of those before it.
 
     Parameters
     ----------
@@ -55,9 +60,8 @@ class KMeans(Method):
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
-    def encode_all(self, weight: Tensor, settings: Sequence[Setting], evidence: Evidence) -> Iterator[Form]:
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the histogram and the factorisation of the moment."""
-        sizes = [whole(self.name, setting, "values", 1, 65536) for setting in settings]
         weight, importance, scale = weight.float(), evidence.rows.float(), None
         if self.row_scale and weight.shape[1] >= _SCALED_COLUMNS:
             peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -69,12 +73,12 @@ class KMeans(Method):
         if evidence.columns is not None:
             curvature = evidence.columns.diagonal()
             if self.feedback:
-                order = important_first(evidence.columns)
-                importances, feedback = factor(evidence.columns, order)
+                order, importances, feedback = factored(evidence)
                 curvature = torch.empty_like(importances)
                 curvature[order] = importances
         means, masses = _histogram(weight, importance[:, None], curvature[None])
-        for size in sizes:
+        for setting in settings:
+            size = whole(self.name, setting, "values", 1, 65536)
             values = _half(_lloyd(means, masses, size, self.iterations)).unique()
             codes = _nearest(weight, values.float(), order, feedback)
             yield Codebook(codes.to(torch.uint8 if len(values) <= 256 else torch.int32), values, scale)
@@ -84,10 +88,12 @@ def _nearest(weight: Tensor, values: Tensor, order: Tensor | None, feedback: Ten
     """Indices (rows, columns) of the nearest values, column after column if there is feedback."""
     edges = (values[1:] / 2 + values[:-1] / 2).contiguous()
     if feedback is not None:
-        targets = weight.t()[order].contiguous()
-        rounded = round_columns(targets, feedback, lambda j, target: values[torch.bucketize(target, edges)])
-        weight = torch.empty_like(weight)
-        weight[:, order] = rounded.t()
+        given, weight = weight, torch.empty_like(weight)
+        height = max(1, _CHUNK // weight.shape[1])
+        for start in range(0, len(weight), height):
+            targets = given[start : start + height].t()[order].contiguous()
+            rounded = round_columns(targets, feedback, lambda j, target: values[torch.bucketize(target, edges)])
+            weight[start : start + height, order] = rounded.t()
     return torch.bucketize(weight, edges, out_int32=True)
 
 

@@ -1,0 +1,126 @@
+"""SVD, its activation-aware kind, and EoRA."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from octavo.calibrate import Evidence
+from octavo.errors import RequestError
+from octavo.forms import LowRank, Sum
+from octavo.methods import get_method
+from octavo.methods.factorize import factors
+from octavo.methods.quantize.entropy import Entropy
+
+NAMES = ("svd", "activation-svd", "eora")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edges(name, edge, check_edge):
+    check_edge(name, edge)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(256, 384), (384, 256)])
+def test_settings_fall_in_size(name, shape, evidence_of, size):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*shape, generator=generator) * 0.05
+    evidence, method = evidence_of(*shape), get_method(name)
+    sizes = [size(form) for form in method.encode_all(weight, method.settings(weight, evidence), evidence)]
+    assert all(after < 1.03 * before for before, after in pairwise(sizes))
+    assert sizes[-1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_factors_are_the_best_of_their_rank(shape, evidence_of):
+    """The loss left is the energy of the singular values left out, and no other product of that rank has less."""
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    evidence = evidence_of(*shape)
+    parts = factors.factors(weight, evidence)
+    assert torch.allclose(parts.left @ parts.right, weight, atol=1e-4)
+    some = parts.first(7)
+    left_out = float(parts.values[7:].square().sum()) / 2
+    loss = evidence.loss(weight - some.left @ some.right)
+    assert loss == pytest.approx(left_out, rel=1e-3)
+    for seed in range(5):
+        noise = torch.randn(some.left.shape, generator=torch.Generator().manual_seed(seed)) * 0.01
+        assert evidence.loss(weight - (some.left + noise) @ some.right) > loss
+
+
+def test_exact_rank_is_found_exactly(evidence_of):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(60, 5, generator=generator) @ torch.randn(5, 48, generator=generator)
+    for name in ("svd", "activation-svd"):
+        form = get_method(name).encode(weight, {"rank": 20, "bits": 14}, evidence_of(60, 48))
+        assert form.left.shape[1] == 5
+        assert float((weight - form.dense()).norm() / weight.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [8, 24, 48])
+def test_activations_lower_the_loss(rank, matrix, evidence):
+    setting = {"rank": rank, "bits": 6}
+    blind, seeing = (get_method(name).encode(matrix, setting, evidence).dense() for name in ("svd", "activation-svd"))
+    assert evidence.loss(matrix - seeing) < 0.8 * evidence.loss(matrix - blind)
+    # And the other way round for the weights themselves.
+    assert float((matrix - blind).norm()) < float((matrix - seeing).norm())
+
+
+def test_bits_are_bits(evidence_of, size):
+    """A coefficient takes about the bits stated, and quantization adds little to what truncation lost."""
+    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * 0.05
+    evidence = evidence_of(300, 200)
+    for bits in (8, 6, 4):
+        form = get_method("activation-svd").encode(weight, {"rank": 64, "bits": bits}, evidence)
+        assert size(form) * 8 / (64 * 500) == pytest.approx(bits, abs=0.9)
+    parts = factors.factors(weight, evidence).first(64)
+    exact = evidence.loss(weight - parts.left @ parts.right)
+    stored = get_method("activation-svd").encode(weight, {"rank": 64, "bits": 6}, evidence).dense()
+    assert exact <= evidence.loss(weight - stored) < 1.05 * exact
+
+
+def test_the_right_factor_makes_up_for_the_left(matrix, evidence):
+    parts = factors.factors(matrix, evidence).first(32)
+    form = factors.quantized(parts, 4, evidence)
+    assert isinstance(form, LowRank)
+    exact = parts.left @ parts.right
+    alone = Entropy().encode(parts.right, {"step": float(form.right.scale)}, Evidence(parts.values, evidence.columns))
+    assert evidence.loss(exact - form.dense()) < evidence.loss(exact - form.left.dense() @ alone.dense())
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_eora_beats_the_svd_of_what_was_lost(rank, matrix, evidence):
+    step = Entropy(levels=(1.5,)).settings(matrix, evidence)[0]["step"]
+    form = get_method("eora").encode(matrix, {"step": step, "rank": rank, "bits": 6}, evidence)
+    assert isinstance(form, Sum)
+    base = form.base.dense()
+    plain = Evidence(torch.ones(len(matrix)), None)
+    blind = factors.quantized(factors.factors(matrix - base, plain).first(rank), 6, plain).dense()
+    corrected, uncorrected = evidence.loss(matrix - form.dense()), evidence.loss(matrix - base)
+    assert corrected < uncorrected
+    assert corrected < evidence.loss(matrix - base - blind)
+
+
+def test_eora_gains_with_rank(matrix, evidence):
+    step = Entropy(levels=(1.5,)).settings(matrix, evidence)[0]["step"]
+    settings = [{"step": step, "rank": rank, "bits": 6} for rank in (2, 8, 32)]
+    forms = list(get_method("eora").encode_all(matrix, iter(settings), evidence))
+    losses = [evidence.loss(matrix - form.dense()) for form in forms]
+    assert losses == sorted(losses, reverse=True)
+    alone = get_method("eora").encode(matrix, settings[1], evidence)
+    assert torch.equal(alone.dense(), forms[1].dense())
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "word"),
+    [
+        ("svd", {"rank": 0, "bits": 6}, "rank"),
+        ("svd", {"rank": 8}, "bits"),
+        ("activation-svd", {"rank": 8.5, "bits": 6}, "rank"),
+        ("activation-svd", {"rank": 8, "bits": 40}, "bits"),
+        ("eora", {"step": 0, "rank": 8, "bits": 6}, "step"),
+        ("eora", {"step": 0.1, "rank": -1, "bits": 6}, "rank"),
+    ],
+)
+def test_unusable_settings_are_named(name, setting, word, matrix, evidence):
+    with pytest.raises(RequestError, match=f"{name}.*{word}"):
+        get_method(name).encode(matrix, setting, evidence)
