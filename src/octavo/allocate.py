@@ -14,6 +14,7 @@ from octavo.budget import Budget
 from octavo.errors import BudgetError, RequestError
 from octavo.methods import get_method
 from octavo.profile import Point, Profile, densified, interpolate
+from octavo.workspace import write_file
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Plan:
         head = (
             "# One entry a site. Change a method or a setting and run: octavo compress SOURCE --plan THIS --out DIR\n"
         )
-        path.write_text(head + yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+        write_file(path, (head + yaml.safe_dump(data, sort_keys=False)).encode())
 
 
 def load_plan(path: Path, profile: Profile) -> Plan:
@@ -71,8 +72,12 @@ def load_plan(path: Path, profile: Profile) -> Plan:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         sites = data["sites"]
         points = {
-            name: Point(
-                entry["method"], dict(entry["setting"]), int(entry.get("bytes", 0)), float(entry.get("loss", 0)), True
+            str(name): Point(
+                str(entry["method"]),
+                dict(entry["setting"]),
+                int(entry.get("bytes", 0)),
+                float(entry.get("loss", 0)),
+                True,
             )
             for name, entry in sites.items()
         }
@@ -194,8 +199,7 @@ def uniform(profile: Profile, budget: Budget) -> list[Plan]:
     plans = []
     names = sorted({point.method for curve in profile.curves for point in curve.points})
     for name in names:
-        knob = get_method(name).elastic
-        candidates = _elastic(profile, budget, name, knob) if knob else _settings(profile, name)
+        candidates = _elastic(profile, budget, name) if _one_knob(profile, name) else _settings(profile, name)
         fitting = [plan for plan in candidates if _total(profile, plan) <= budget.bytes]
         if fitting:
             best = min(fitting, key=lambda points: _loss(profile, points))
@@ -220,16 +224,21 @@ def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
     return plans
 
 
-def _elastic(profile: Profile, budget: Budget, name: str, knob: str) -> list[dict[str, Point]]:
+def _one_knob(profile: Profile, name: str) -> bool:
+    """Whether a method has points at every site, and its settings are nothing but one continuous knob."""
+    knob = get_method(name).elastic
+    found = [[point.setting for point in curve.points if point.method == name] for curve in profile.curves]
+    return knob is not None and all(found) and all(set(setting) == {knob} for settings in found for setting in settings)
+
+
+def _elastic(profile: Profile, budget: Budget, name: str) -> list[dict[str, Point]]:
     """One step for all sites, the finest that fits; it is in units of loss, so it means the same everywhere."""
-    if any(all(point.method != name for point in curve.points) for curve in profile.curves):
-        return []
     low, high = -60.0, 40.0
     for _ in range(60):
         middle = (low + high) / 2
-        points = {curve.site: interpolate(curve, name, 2**middle) for curve in profile.curves}
+        points = {curve.site: interpolate(curve, name, middle) for curve in profile.curves}
         low, high = (low, middle) if _total(profile, points) <= budget.bytes else (middle, high)
-    return [{curve.site: interpolate(curve, name, 2**high) for curve in profile.curves}]
+    return [{curve.site: interpolate(curve, name, high) for curve in profile.curves}]
 
 
 def _total(profile: Profile, points: Mapping[str, Point]) -> int:

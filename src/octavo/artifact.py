@@ -104,29 +104,49 @@ def pack(form: forms.Form) -> Packed:
 
 def unpack(blob: memoryview, parts: Any, meta: Any, shape: tuple[int, int]) -> forms.Form:
     """Inverse of :func:`pack`; anything that does not fit is an :class:`ArtifactError`."""
-    limit = max(4 * math.prod(shape) + 4096, 4 * sum(shape))
+    # All parts together; every form there is stays far below.
+    left = 8 * (math.prod(shape) + sum(shape)) + 4096
     tensors = {}
-    if not isinstance(parts, Mapping):
-        raise ArtifactError("the manifest's parts are not a mapping")
-    for name, entry in parts.items():
-        if not (isinstance(entry, list) and len(entry) >= 2 and all(isinstance(v, int) and v >= 0 for v in entry[:2])):
-            raise ArtifactError(f"part {name!r} has no offset and length")
-        offset, length = entry[:2]
-        if offset + length > len(blob):
-            raise ArtifactError(f"part {name!r} ends at byte {offset + length} of {len(blob)}")
-        chunk = blob[offset : offset + length]
-        tensors[name] = coding.decode(chunk, max_elements=limit) if len(entry) == 2 else _floats(name, chunk, entry[2:])
+    for name, entry in _check_parts(parts, len(blob)).items():
+        chunk = blob[entry[0] : entry[0] + entry[1]]
+        tensors[name] = coding.decode(chunk, max_elements=left) if len(entry) == 2 else _floats(name, chunk, entry[2:])
+        left -= tensors[name].numel()
     return forms.restore(tensors, meta, shape)
+
+
+def _check_parts(parts: Any, size: int) -> Mapping[str, list]:
+    """Parts lie one after another and leave out no byte of a blob of ``size``: so none can be dropped or read twice."""
+    end = 0
+    if not isinstance(parts, dict):
+        raise ArtifactError(f"the parts are {parts!r}, not a mapping")
+    for name, entry in parts.items():
+        if not (isinstance(entry, list) and len(entry) >= 2 and _naturals(entry[:2]) and entry[0] == end):
+            raise ArtifactError(f"part {name!r} should begin at byte {end} and have a length, it says {entry!r}")
+        end += entry[1]
+    if end != size:
+        raise ArtifactError(f"the parts end at byte {end} of {size}")
+    return parts
+
+
+def _naturals(values: Iterable[Any]) -> bool:
+    """Whether all are integers of at least zero that fit 62 bits; JSON's true and false are none."""
+    return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
 def _floats(name: str, chunk: memoryview, entry: list) -> Tensor:
     dtype, shape = _DTYPES.get(entry[0]) if isinstance(entry[0], str) else None, entry[1:]
     if dtype is None or not dtype.is_floating_point:
         raise ArtifactError(f"part {name!r} has unknown dtype {entry[0]!r}")
-    if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(chunk):
+    if not _naturals(shape) or math.prod(shape) * dtype.itemsize != len(chunk):
         raise ArtifactError(f"part {name!r}: {len(chunk)} bytes do not hold shape {shape} of {entry[0]}")
-    # A copy: bytes in a file need not be aligned, and the mapping is closed after loading.
-    return torch.from_numpy(np.frombuffer(chunk, np.uint8).copy()).view(dtype).reshape(shape)
+    return _from_bytes(chunk, dtype, shape)
+
+
+def _from_bytes(content: memoryview, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
+    """A tensor of its own: bytes in a file need not be aligned, and the mapping is closed after loading."""
+    if not len(content):
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype).reshape(tuple(shape))
 
 
 @dataclass
@@ -245,13 +265,14 @@ class Artifact:
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
         self.coded: Mapping[str, Any] = _mapping(self.manifest, "coded")
         self.aliases: Mapping[str, Any] = _mapping(self.manifest, "aliases")
-        if {*self.sites, *self.kept, *self.coded} != set(self._tensors):
-            odd = sorted({*self.sites, *self.kept, *self.coded} ^ set(self._tensors))[:3]
-            raise ArtifactError(f"{self.path}: manifest and files do not name the same tensors: {', '.join(odd)}")
+        named = [*self.sites, *self.kept, *self.coded]
+        if set(named) != set(self._tensors) or len(named) != len(self._tensors):
+            odd = sorted(set(named) ^ set(self._tensors))[:3]
+            raise ArtifactError(f"{self.path}: manifest and files do not name the same tensors once: {', '.join(odd)}")
         for alias, name in self.aliases.items():
-            if name not in self._tensors:
-                raise ArtifactError(f"{self.path}: {alias!r} is tied to {name!r}, which is not in the artifact")
-        self._check_size()
+            if not isinstance(name, str) or name not in self._tensors or alias in self._tensors:
+                raise ArtifactError(f"{self.path}: {alias!r} cannot be tied to {name!r}")
+        self._check_entries()
 
     @property
     def bytes(self) -> int:
@@ -271,10 +292,10 @@ class Artifact:
     def form(self, name: str) -> forms.Form:
         """The form of a site, checksum verified."""
         entry = self.sites[name]
-        shape, layout = _shape(name, entry), _layout(name, entry)
-        matrix = layout.matrix_shape(shape)
+        matrix = _layout(name, entry).matrix_shape(_shape(name, entry))
+        content = self._content(name, entry.get("crc"))
         try:
-            return unpack(self._content(name, entry.get("crc")), entry.get("parts"), entry.get("form"), matrix)
+            return unpack(content, entry["parts"], entry["form"], matrix)
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
 
@@ -292,8 +313,7 @@ class Artifact:
             return tensor
         crc, dtype = self.kept[name]
         content, stored, shape = self._content(name, crc), *self._tensors[name][1:]
-        tensor = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(stored).reshape(shape)
-        return tensor.to(_dtype(name, dtype))
+        return _from_bytes(content, stored, shape).to(_dtype(name, dtype))
 
     def state(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel."""
@@ -303,17 +323,18 @@ class Artifact:
             tensors = dict(zip(order, pool.map(self.tensor, order), strict=True))
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
 
-    def _open(self, name: Any, entry: Any) -> None:
-        if not _FILE_NAME.fullmatch(str(name)):
+    def _open(self, name: str, entry: Any) -> None:
+        if not _FILE_NAME.fullmatch(name):
             raise ArtifactError(f"{self.path}: the manifest names the file {name!r}; only model*.safetensors are read")
         file = self.path / name
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(value, int) for value in entry)):
+        if not (isinstance(entry, list) and len(entry) == 2 and _naturals(entry)):
             raise ArtifactError(f"{self.path}: the manifest does not say size and checksum of {name}")
         if file.is_symlink() or not file.is_file():
             raise ArtifactError(f"{file}: missing, or not a plain file")
         if file.stat().st_size != entry[0]:
             raise ArtifactError(f"{file}: has {file.stat().st_size} bytes, the manifest says {entry[0]}: truncated?")
-        content = memoryview(np.memmap(file, np.uint8, mode="r"))  # type: ignore[arg-type]
+        # An empty file cannot be mapped.
+        content = memoryview(np.memmap(file, np.uint8, mode="r") if entry[0] else b"")  # type: ignore[arg-type]
         length = struct.unpack("<Q", content[:8])[0] if len(content) >= 8 else 0
         if not 2 <= length <= len(content) - 8 or zlib.crc32(content[: 8 + length]) != entry[1]:
             raise ArtifactError(f"{file}: the header is damaged (checksum mismatch)")
@@ -323,7 +344,8 @@ class Artifact:
                 continue
             try:
                 dtype, shape, (start, stop) = _SAFETENSORS[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
-                fits = 0 <= start <= stop <= len(data) and stop - start == math.prod(shape) * dtype.itemsize
+                whole = _naturals((start, stop, *shape)) and start <= stop <= len(data)
+                fits = whole and stop - start == math.prod(shape) * dtype.itemsize
             except (KeyError, TypeError, ValueError) as error:
                 raise ArtifactError(f"{file}: the entry of {tensor!r} is malformed: {error}") from error
             if not fits or tensor in self._tensors:
@@ -336,21 +358,37 @@ class Artifact:
             raise ArtifactError(f"{self.path}: tensor {name!r} is damaged (checksum mismatch); copy the artifact again")
         return content
 
-    def _check_size(self) -> None:
-        """Refuse to decode what is implausibly larger than the artifact, before any memory is taken."""
+    def _check_entries(self) -> None:
+        """Refuse what is malformed, or implausibly larger than the artifact, before any memory is taken."""
+        source = _mapping(self.manifest, "source")
+        sizes = [source.get(key) for key in ("bytes", "weights")]
+        words = [self.manifest.get("octavo"), *(source.get(key) for key in ("title", "fingerprint"))]
+        if not (_naturals(sizes) and all(sizes)) or not all(isinstance(word, str) for word in words):
+            raise ArtifactError(f"{self.path}: the manifest does not say what was compressed, and with which version")
         total = 0
         for name, entry in self.sites.items():
             shape = _shape(name, entry)
-            _layout(name, entry).matrix_shape(shape)
+            _layout(name, entry)
+            if not _dtype(name, entry.get("dtype")).is_floating_point:
+                raise ArtifactError(f"{self.path}: site {name!r} has dtype {entry['dtype']}; weights are floats")
+            kind = entry["form"].get("form") if isinstance(entry.get("form"), dict) else None
+            if not isinstance(kind, str) or kind not in forms.form_names():
+                raise ArtifactError(f"{self.path}: site {name!r} has the unknown form {kind!r}")
+            try:
+                _check_parts(entry.get("parts"), len(self._tensors[name][0]))
+            except ArtifactError as error:
+                raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
             total += math.prod(shape) * 4
         for name, entry in self.coded.items():
-            if not isinstance(entry, list) or len(entry) < 1 or not all(isinstance(n, int) and n >= 0 for n in entry):
+            if not isinstance(entry, list) or not entry or not _naturals(entry):
                 raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
             total += math.prod(entry[1:]) * 8
         for name, entry in self.kept.items():
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
             _dtype(name, entry[1])
+            # Other loaders read these tensors as they are, and check nothing.
+            self._content(name, entry[0])
         if total > _LARGEST_RATIO * self.bytes + _SLACK:
             raise ArtifactError(
                 f"{self.path}: claims {total} bytes of weights in {self.bytes} bytes of files; refused, since no artifact "
@@ -396,25 +434,21 @@ def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _shape(name: str, entry: Any) -> tuple[int, ...]:
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    if (
-        not isinstance(shape, list)
-        or not 2 <= len(shape) <= 8
-        or not all(isinstance(n, int) and 0 < n < 2**40 for n in shape)
-    ):
+    if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not _naturals(shape) or 0 in shape:
         raise ArtifactError(f"site {name!r} has shape {shape!r}")
     return tuple(shape)
 
 
 def _layout(name: str, entry: Mapping[str, Any]) -> Layout:
-    kind, groups = entry.get("layout", ["rows_first", 1]) if isinstance(entry.get("layout", []), list) else (None, None)
-    shape = _shape(name, entry)
-    whole = isinstance(groups, int) and groups > 0 and (kind != "transposed" or shape[0] % groups == 0)
+    layout, shape = entry.get("layout", ["rows_first", 1]), _shape(name, entry)
+    kind, groups = layout if isinstance(layout, list) and len(layout) == 2 else (None, 0)
+    whole = _naturals([groups]) and groups > 0 and (groups == 1 or (kind == "transposed" and shape[0] % groups == 0))
     if (
         kind not in ("rows_first", "columns_first", "transposed")
         or not whole
         or (kind == "columns_first" and len(shape) != 2)
     ):
-        raise ArtifactError(f"site {name!r} has layout {entry.get('layout')!r} for shape {list(shape)}")
+        raise ArtifactError(f"site {name!r} has layout {layout!r} for shape {list(shape)}")
     return Layout(kind, groups)
 
 

@@ -40,7 +40,13 @@ def parse_size(text: str | int | float) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?i?b?)\s*", str(text).lower())
     if not match or match[2] not in _UNITS:
         raise RequestError(f"size {text!r} is not a number of bytes; write it like 11MB, 1.5GiB or 11000000")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return _whole(float(match[1]) * _UNITS[match[2]], f"size {text}")
+
+
+def _whole(value: float, asked: str) -> int:
+    if value >= 2**62:
+        raise RequestError(f"{asked} is more bytes than any disk has")
+    return int(value)
 
 
 def budget(
@@ -65,13 +71,15 @@ def budget(
     if name == "size":
         total, asked = parse_size(value), f"size {value}"
     else:
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
         if not math.isfinite(number) or number <= 0:
-            raise RequestError(f"{name} {value} is not a positive finite number")
+            raise RequestError(f"{name} {value!r} is not a positive finite number")
         if name == "ratio" and number < 1:
             raise RequestError(f"ratio {value} is below 1: the artifact would be larger than the source")
-        total = int(original_bytes / number) if name == "ratio" else int(weights * number / 8)
         asked = f"ratio {number:g}" if name == "ratio" else f"{number:g} bits per weight"
-    if total <= 0:
-        raise RequestError(f"{asked} leaves no bytes at all")
+        total = _whole(original_bytes / number if name == "ratio" else weights * number / 8, asked)
+    # A ratio that leaves no bytes is unreachable, not malformed: it is refused with the ratio that can be reached.
     return Budget(total, asked)

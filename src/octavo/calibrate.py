@@ -13,6 +13,8 @@ gradients (K-FAC; spec 10.3), so all sites and all families of methods are told 
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,15 +89,23 @@ class _Watch:
         self.columns: Tensor | None = None
         self.samples = 0
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
         mask = self.shared["mask"]
-        inputs = args[0]
+        inputs = args[0] if args else None
+        if not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
+            return None
         if self.embedding:
-            self._embedding(inputs, output, mask)
-            return
-        keep = _live(inputs, mask)
+            return self._embedding(inputs, output, mask)
+        convolution = self.site.kind == "convolution"
+        # Attention, recurrent and other modules hold matrices that are not what turns their input into their output.
+        if not output.requires_grad or not (convolution or self._turns(inputs, output)):
+            return None
+        keep = None if convolution else _live(inputs, mask)
         moment, count = self._input_moment(inputs, keep)
         self.columns = moment if self.columns is None else self.columns + moment
+        if self.site.layout.kind == "transposed":
+            # An element of the kernel meets every input once: the mean is one over outputs, of which there are more.
+            count = output.numel() // self.site.rows * self.site.layout.groups
         self.samples += count
         axis = (
             1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or self.site.layout.kind == "transposed" else -1
@@ -105,9 +115,16 @@ class _Watch:
             flat = gradient.movedim(axis, -1) if keep is None else gradient[keep]
             self.rows += flat.reshape(-1, self.site.rows).float().square().sum(0).double().cpu()
 
+        # Hooks of a view are lost when models go on in place, as with ReLU(inplace=True); those of a copy are not.
+        output = output.clone() if output._is_view() else output
         output.register_hook(backward)
+        return output
 
-    def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> None:
+    def _turns(self, inputs: Tensor, output: Tensor) -> bool:
+        """Whether inputs have the columns of the matrix, and outputs its rows."""
+        return inputs.ndim > 0 and inputs.shape[-1] == self.site.columns and output.shape[-1] == self.site.rows
+
+    def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
         shown = tokens if live is None else tokens.expand(live.shape)[live]
         self.rows += torch.bincount(shown.flatten().cpu(), minlength=self.site.rows).double()
@@ -119,12 +136,14 @@ class _Watch:
             self.columns = moment if self.columns is None else self.columns + moment
 
         if output.is_leaf:
-            output.requires_grad_(True)
+            # A copy, since models may go on in place, which a leaf does not allow.
+            output = output.detach().requires_grad_(True).clone()
         output.register_hook(backward)
+        return output
 
     def _input_moment(self, inputs: Tensor, keep: Tensor | None) -> tuple[Tensor, int]:
         # Query, key and value read the same tensor: its moment is taken once. Keyed by identity while it is alive.
-        key = (id(inputs), self.site.columns, type(self.module).__name__)
+        key = (id(inputs), inputs._version, self.site.columns, _geometry(self.module))
         if key not in self.shared:
             flat = _columns_of(self.module, self.site, inputs.detach() if keep is None else inputs.detach()[keep])
             if len(flat) > _PATCHES and keep is None:
@@ -143,25 +162,28 @@ def _live(inputs: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask.bool() if mask is not None and inputs.ndim == 3 and inputs.shape[:2] == mask.shape else None
 
 
+def _geometry(module: nn.Module) -> str:
+    """What else than its input decides which patches a convolution sees; nothing for other layers."""
+    parts = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "groups")
+    return " ".join(str(getattr(module, part, "")) for part in parts)
+
+
 def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
     """Input vectors of a site as (samples, columns); of grouped layers, those of all groups, one after another."""
     inputs = inputs.float()
     if site.layout.kind == "transposed":
         channels = inputs.movedim(1, -1).reshape(-1, inputs.shape[1] // site.layout.groups)
         return channels
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        two_d = isinstance(module, nn.Conv2d)
-        image = inputs if two_d else inputs[..., None, :]
-        kernel, stride, dilation = (tuple(getattr(module, part)) for part in ("kernel_size", "stride", "dilation"))
-        pad = module._reversed_padding_repeated_twice
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        image = nn.functional.pad(image, [*pad, *([] if two_d else [0, 0])], mode=mode)
-        if not two_d:
-            kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-        patches = nn.functional.unfold(image, kernel, dilation=dilation, stride=stride)
-        return (
-            patches.reshape(len(image), module.groups, -1, patches.shape[-1]).movedim(2, -1).reshape(-1, site.columns)
-        )
+        patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        for axis, (kernel, stride, dilation) in enumerate(windows, 2):
+            patches = patches.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+        # (examples, channels, *positions, *kernel)
+        positions = math.prod(patches.shape[2 : 2 + len(module.kernel_size)])
+        split = patches.reshape(len(patches), module.groups, site.shape[1], positions, -1)
+        return split.movedim(2, 3).reshape(-1, site.columns)
     return inputs.reshape(-1, site.columns)
 
 
@@ -199,7 +221,8 @@ def calibrate(
     shared: dict[Any, Any] = {"mask": None}
     watches, handles = {}, []
     generator = torch.Generator().manual_seed(seed)
-    training, wanted = source.module.training, {p: p.requires_grad for p in source.module.parameters()}
+    training = {module: module.training for module in source.module.modules()}
+    wanted = {p: p.requires_grad for p in source.module.parameters()}
     source.module.eval().requires_grad_(False)
     try:
         for site in sites:
@@ -215,12 +238,14 @@ def calibrate(
             outputs = objective.outputs(source.module, batch)
             if not bool(torch.isfinite(outputs).all()):
                 raise RequestError(f"the model's outputs on calibration batch {done} are not finite; check the data")
-            objective.probe(outputs, generator).backward()
+            if outputs.requires_grad:
+                objective.probe(outputs, generator).backward()
             progress(done + 1, len(batches))
     finally:
         for handle in handles:
             handle.remove()
-        source.module.train(training)
+        for module, flag in training.items():
+            module.training = flag
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
     return _conclude(source, sites, watches, total, text)
@@ -265,7 +290,7 @@ def _conclude(
             rows, columns = watch.rows / sequences, watch.columns / watch.samples
         rows = rows + DAMPING * rows.mean()
         # Sites that read the same inputs have equal moments: one copy serves them all.
-        key = (watch.embedding, watch.samples, float(columns.sum()))
+        key = (watch.embedding, columns.shape, hashlib.sha256(columns.contiguous().numpy()).digest())
         if key not in moments:
             columns = columns + DAMPING * columns.diagonal().mean() * torch.eye(len(columns), dtype=columns.dtype)
             moments[key] = columns.float()
@@ -295,7 +320,7 @@ def _fill(source: Source, result: Calibration, unseen: Sequence[Site], seen: Seq
     for site in unseen:
         power = float(source.read(site.name).float().square().sum())
         result.evidence[site.name] = Evidence(torch.full((site.rows,), 2 * level / max(power, 1e-30)), None)
-        result.warnings.append(f"{site.name}: no output depends on it in calibration; it was weighed as a typical site")
+        result.warnings.append(f"{site.name}: calibration saw no output depend on it; it was weighed as a typical site")
 
 
 def data_free(source: Source, sites: Sequence[Site]) -> Calibration:

@@ -20,14 +20,13 @@ from octavo.allocate import Plan, allocate, load_plan, uniform, unreachable
 from octavo.artifact import Contents, Packed, pack
 from octavo.budget import Budget
 from octavo.budget import budget as budget_of
-from octavo.calibrate import Calibration, data_free
+from octavo.calibrate import Calibration, Evidence, data_free
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job, Progress, silent
 from octavo.methods import get_method, select_methods
-from octavo.methods.quantize.entropy import Entropy
 from octavo.objective import Objective
 from octavo.profile import Curve, Point, Profile, Window, profile_site
-from octavo.sites import Source
+from octavo.sites import SMALLEST_SITE, Site, Source
 from octavo.workspace import Workspace, hash_tensors
 
 #: Texts read at most, and settings skipped, by preset.
@@ -38,6 +37,10 @@ _MARGIN = 0.004
 _ROUNDS = 8
 #: Budgets of fewer bits per weight are checked for being reachable before anything else.
 _SUSPICIOUS = 0.6
+#: Bytes of a tensor's entries in manifest and header, roughly.
+_ENTRY = 256
+#: Below this share of the smallest artifact found without data, a budget is refused at once.
+_SURE = 0.9
 
 
 @dataclass
@@ -156,6 +159,9 @@ def compress(
         calibration = job.calibrate(room)
         clock.lap("evidence")
         profile = build_profile(job, calibration, room, asked.bytes * 8 / job.source.weights, preset)
+        if profile.smallest > asked.bytes:
+            # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
+            profile = build_profile(job, calibration, room, 0.0, preset)
         clock.lap("profile")
         chosen = load_plan(Path(plan), profile) if plan else allocate(profile, asked, margin=_MARGIN)
         clock.lap("plan")
@@ -185,8 +191,15 @@ def open_job(
 ) -> Job:
     """Check a request and gather what all steps share."""
     chosen = select_methods(methods, preset)
+    if not -(2**63) <= seed < 2**63:
+        raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
     opened = jobs.open_source(source)
     sites, left, pinned = jobs.apply_patterns(*opened.sites(), ignore, keep)
+    if not sites:
+        raise RequestError(
+            f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
+            "weights that is not ignored"
+        )
     batches, text = jobs.load_data(opened, data, limit=_TEXTS[preset])
     calibration, held = jobs.split(batches)
     if opened.module is not None and not batches:
@@ -239,8 +252,7 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     profile.fixed_bytes = job.contents(packed, dtype).bytes - sum(item.bytes for item in packed.values())
     if job.measurable and preset != "fast":
         correct(job, profile, calibration, room, bits or 4.0)
-    profile.save(room.path / "profile.json.part")
-    (room.path / "profile.json.part").replace(room.path / "profile.json")
+    profile.save(room.path / "profile.json")
     return profile
 
 
@@ -388,13 +400,13 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, attempt: 
     # At one bit less per weight the step doubles; at low rates a bit is worth more steps, hence the second factor.
     rate = sum(point.bytes for point in moving.values()) * 8 / weights
     octaves = -missing * 8 / weights * max(1.0, 1.6 / max(rate, 0.1))
+    octaves = float(np.clip(octaves, -2, 2))
     moved = {}
     for name, point in moving.items():
-        knob = get_method(point.method).elastic or ""
-        value = float(f"{point.setting[knob] * 2 ** float(np.clip(octaves, -2, 2)):.5g}")
-        if value != point.setting[knob]:
-            loss = point.loss * 4 ** float(np.clip(octaves, -2, 2))
-            moved[name] = Point(point.method, {**point.setting, knob: value}, point.bytes, loss, estimated=True)
+        method = get_method(point.method)
+        setting = method.at(point.setting, method.octaves(point.setting) + octaves)
+        if setting != point.setting:
+            moved[name] = Point(point.method, setting, point.bytes, point.loss * 4**octaves, estimated=True)
     return moved
 
 
@@ -446,20 +458,35 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
     """Refuse a hopeless budget before any work is done, naming what can be reached.
 
     What can be reached is found by encoding every site at its coarsest setting, without data: a second's work, and only
-    done when so few bits are asked for that it may matter.
+    done when so few bits are asked for that it may matter. What is close to the limit goes through, and is decided when
+    the profile is known.
     """
-    if asked.bytes * 8 > _SUSPICIOUS * job.source.weights:
+    shapes = job.source.shapes
+    beside = _ENTRY * len(shapes) + sum(2 * math.prod(shapes[name]) for name in job.left)
+    if (asked.bytes - beside) * 8 > _SUSPICIOUS * job.source.weights:
         return
     evidence = data_free(job.source, job.sites).evidence
-    packed = {}
-    for site in job.sites:
-        weight = job.matrix(site)
-        setting = Entropy().settings(weight, evidence[site.name])[-1]
-        packed[site.name] = pack(Entropy().encode(weight, setting, evidence[site.name]))
-    # With data, steps differ by row and column and cost a few bytes more.
-    smallest = int(job.contents(packed, None).bytes * 1.05)
-    if smallest > asked.bytes:
-        raise unreachable(asked, job.source.original_bytes, smallest)
+    packed = {site.name: _coarsest(job, site, evidence[site.name]) for site in job.sites}
+    if asked.bytes > _SURE * job.contents(packed, torch.float16).bytes:
+        return
+    if job.measurable:
+        # With data, steps differ by row and column, half a byte each, and what is no site may not bear 16 bits.
+        steps = sum(site.rows + site.columns for site in job.sites) // 2
+        smallest = int(1.05 * (job.contents(packed, None).bytes + steps))
+    else:
+        smallest = job.contents(packed, job.kept_dtype()).bytes
+    raise unreachable(asked, job.source.original_bytes, smallest)
+
+
+def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:
+    """About the smallest form of a site: what was pinned, or the coarsest setting of the methods that may be used."""
+    weight = job.matrix(site)
+    if site.name in job.pinned:
+        name, setting = job.pinned[site.name]
+        return pack(get_method(name).encode(weight, setting, evidence))
+    methods = [method for method in job.methods if method.elastic] or job.methods
+    coarsest = (method.encode(weight, method.settings(weight, evidence)[-1], evidence) for method in methods)
+    return min(map(pack, coarsest), key=lambda packed: packed.bytes)
 
 
 def _budget(job: Job, plan: str | Path | None, ratio: float | None, size: Any, bits: float | None) -> Budget:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import octavo.sites as sites_module
 from octavo.artifact import Contents, Entry, Packed, pack, unpack
-from octavo.calibrate import Calibration, calibrate
+from octavo.calibrate import MINIMUM_SEQUENCES, Calibration, calibrate
 from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
@@ -85,7 +85,10 @@ class Job:
         """A site's packed form, from the workspace if it is there."""
         found = workspace.load_packed(site.name, method, setting)
         if found is None:
-            form = get_method(method).encode(self.matrix(site), setting, calibration.evidence[site.name])
+            try:
+                form = get_method(method).encode(self.matrix(site), setting, calibration.evidence[site.name])
+            except RequestError as error:
+                raise RequestError(f"site {site.name!r}: {error}") from error
             found = pack(form)
             workspace.save_packed(site.name, method, setting, found)
         return found
@@ -213,23 +216,42 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             texts, label = read_texts(data), Path(data).name
         texts = texts[:limit]
         return text_batches(folder, texts), f"{label}, {len(texts)} texts"
+    if not isinstance(data, Iterable):
+        raise RequestError(f"data is {type(data).__name__}; give a file or list of texts, or an iterable of batches")
     batches = list(data)
     total = sum(sequences_in(batch) for batch in batches)
+    if not total:
+        raise RequestError(
+            f"data: no examples in {len(batches)} batches; a batch is a tensor, or a tuple or mapping of tensors, "
+            "examples first"
+        )
     return batches, f"{total} examples given"
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Calibration and held-back parts: of every four sequences, one is held back, up to 96."""
-    calibration, held, count = [], [], 0
+    """Calibration and held-back parts: of every four sequences, one is held back, up to 96.
+
+    Raises
+    ------
+    RequestError
+        If there are sequences, but too few are left to calibrate on.
+    """
+    calibration, held, seen, count = [], [], 0, 0
     for batch in batches:
         size = sequences_in(batch)
-        take = min(size // 4, _HELD - count)
         keep = torch.ones(size, dtype=torch.bool)
-        keep[3::4][:take] = False
-        count += take
-        calibration.append(_select(batch, keep, size))
-        if take:
+        # Counted over all batches, so that batches of one sequence are divided as well.
+        keep[3 - seen % 4 :: 4][: _HELD - count] = False
+        seen, count = seen + size, count + int((~keep).sum())
+        if bool(keep.any()):
+            calibration.append(_select(batch, keep, size))
+        if not bool(keep.all()):
             held.append(_select(batch, ~keep, size))
+    if seen and seen - count < MINIMUM_SEQUENCES:
+        raise RequestError(
+            f"data: of {seen} sequences {count} are held back to measure on, and {seen - count} left to calibrate on; "
+            f"at least {MINIMUM_SEQUENCES} are needed, so give 10 or more (256 serve well)"
+        )
     return calibration, held
 
 

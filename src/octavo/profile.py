@@ -6,6 +6,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from octavo.artifact import pack
 from octavo.calibrate import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
+from octavo.methods.base import PRESETS
 from octavo.sites import Site
+from octavo.workspace import write_file
 
-#: A method whose first point loses this many times more than the best known curve at the same bytes is not tried further
-#: at that site.
+#: A method whose first point loses this many times more than the best known curve at the same bytes is not tried
+#: further at that site.
 SCREEN = 3.0
+#: One that loses less than this many times more is tried further, catching up or not.
+PROMISING = 1.15
 FORMAT = 1
 
 
@@ -94,9 +99,8 @@ class Profile:
         return self.fixed_bytes + sum(min(point.bytes for point in curve.points) for curve in self.curves)
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
-        data = {"octavo_profile": FORMAT, **asdict(self)}
-        path.write_text(json.dumps(data), encoding="utf-8")
+        """Write as JSON, whole or not at all."""
+        write_file(path, json.dumps({"octavo_profile": FORMAT, **asdict(self)}).encode())
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -140,12 +144,12 @@ def profile_site(
     weight
         The site's matrix (rows, columns), float32.
     methods
-        The first one sets the curve that the others are screened against.
+        Those of the cheapest preset go first and set the curve that the others are screened against.
     keep
         Called with every packed form, for callers that want to reuse one.
     """
     curve = Curve(site.name, site.kind, site.shape, [])
-    for method in sorted(methods, key=lambda method: method.elastic is None):
+    for method in sorted(methods, key=lambda method: (PRESETS.index(method.preset), method.elastic is None)):
         if not method.accepts(site):
             continue
         for setting, form in _walk(method, weight, evidence, window, curve):
@@ -164,24 +168,30 @@ def _walk(
     if method.elastic is not None:
         settings = settings[:: window.stride] if len(settings) > 2 else settings
     start = len(settings) // 2
-    reference = envelope(curve)
-    seen: dict[int, tuple[float, float]] = {}
+    # How dense storage compares is no question of settings: all of its few are always there.
+    reference = None if method.family == "keep" else envelope(curve)
+    seen: dict[int, Point] = {}
 
     def bits(index: int) -> float:
-        return seen[index][0] * 8 / max(weight.numel(), 1)
+        return seen[index].bytes * 8 / max(weight.numel(), 1)
+
+    def excess(index: int) -> float:
+        """Loss over that of the best curve so far at the same bytes."""
+        return 0.0 if reference is None else seen[index].loss / reference(seen[index].bytes)
+
+    def outwards(step: int, wanted: Callable[[int], bool]) -> Iterator[int]:
+        index = start
+        while 0 <= index + step < len(settings) and wanted(index):
+            index += step
+            yield index
+            if excess(index) > PROMISING and excess(index) > 0.95 * excess(index - step):
+                return  # behind, and not catching up
 
     def order() -> Iterator[int]:
         yield start
-        if not method.elastic and reference is not None and _hopeless(seen[start], reference):
-            return
-        index = start
-        while index + 1 < len(settings) and bits(index) > window.least:
-            index += 1
-            yield index
-        index = start
-        while index > 0 and bits(index) < window.most:
-            index -= 1
-            yield index
+        if excess(start) <= SCREEN:
+            yield from outwards(1, lambda index: bits(index) > window.least)
+            yield from outwards(-1, lambda index: bits(index) < window.most)
 
     taken: list[int] = []
 
@@ -192,12 +202,7 @@ def _walk(
 
     for form in method.encode_all(weight, lazily(), evidence):
         yield settings[taken[-1]], form
-        seen[taken[-1]] = (curve.points[-1].bytes, curve.points[-1].loss)
-
-
-def _hopeless(point: tuple[float, float], reference: Callable[[float], float]) -> bool:
-    size, loss = point
-    return loss > SCREEN * reference(size)
+        seen[taken[-1]] = curve.points[-1]
 
 
 def envelope(curve: Curve) -> Callable[[float], float] | None:
@@ -211,38 +216,50 @@ def envelope(curve: Curve) -> Callable[[float], float] | None:
 
 
 def densified(curve: Curve, between: int = 7) -> list[Point]:
-    """The points of a curve, with estimated ones between neighbours of a method with a continuous setting.
+    """The points of a curve, with estimated ones between neighbours that differ in a continuous setting alone.
 
-    Step, bytes and loss are all close to exponential in each other over one gap, so logarithms are interpolated.
+    Octaves, and logarithms of bytes and loss, are close to linear in each other over one gap, so they are interpolated.
     """
     result = list(curve.points)
-    for name in {point.method for point in curve.points}:
-        knob = get_method(name).elastic
-        if knob is None:
-            continue
-        points = sorted((p for p in curve.points if p.method == name), key=lambda p: p.setting[knob])
-        for fine, coarse in zip(points, points[1:], strict=False):
-            if coarse.bytes >= fine.bytes or fine.loss <= 0 or coarse.loss <= 0:
-                continue
-            ends = [np.log([p.setting[knob], p.bytes, p.loss]) for p in (fine, coarse)]
-            for share in np.arange(1, between + 1) / (between + 1):
-                step, size, loss = np.exp((1 - share) * ends[0] + share * ends[1])
-                setting = {**fine.setting, knob: float(f"{step:.5g}")}
-                result.append(Point(name, setting, round(float(size)), float(loss), estimated=True))
+    for points in _families(curve).values():
+        for fine, coarse in pairwise(points):
+            if coarse.bytes < fine.bytes and fine.loss > 0 and coarse.loss > 0:
+                shares = np.arange(1, between + 1) / (between + 1)
+                result += [_between(fine, coarse, float(share)) for share in shares]
     return result
 
 
-def interpolate(curve: Curve, method: str, value: float) -> Point:
-    """The point of an elastic method at a knob's value, clamped to the measured range."""
-    knob = get_method(method).elastic
-    points = sorted((p for p in curve.points if p.method == method), key=lambda p: p.setting[knob])
-    steps = [point.setting[knob] for point in points]
-    place = bisect_left(steps, value)
+def _families(curve: Curve) -> dict[str, list[Point]]:
+    """Points of methods with a continuous knob, those equal in all else together, from fine to coarse."""
+    families: dict[str, list[Point]] = {}
+    for point in curve.points:
+        method = get_method(point.method)
+        if method.elastic is not None:
+            rest = {key: value for key, value in point.setting.items() if key != method.elastic}
+            families.setdefault(f"{point.method} {sorted(rest.items())}", []).append(point)
+    for points in families.values():
+        points.sort(key=lambda point: get_method(point.method).octaves(point.setting))
+    return families
+
+
+def _between(fine: Point, coarse: Point, share: float) -> Point:
+    """The point at a share of the way from one to another."""
+    method = get_method(fine.method)
+    ends = [
+        np.array([method.octaves(p.setting), np.log(max(p.bytes, 1)), np.log(max(p.loss, 1e-300))])
+        for p in (fine, coarse)
+    ]
+    octaves, size, loss = (1 - share) * ends[0] + share * ends[1]
+    setting = method.at(fine.setting, float(octaves))
+    return Point(fine.method, setting, round(float(np.exp(size))), float(np.exp(loss)), estimated=True)
+
+
+def interpolate(curve: Curve, method: str, octaves: float) -> Point:
+    """The point of a method with one continuous knob at ``octaves``, clamped to the measured range."""
+    points = next(points for points in _families(curve).values() if points[0].method == method)
+    places = [get_method(method).octaves(point.setting) for point in points]
+    place = bisect_left(places, octaves)
     if place == 0 or place == len(points):
         return points[min(place, len(points) - 1)]
-    fine, coarse = points[place - 1], points[place]
-    share = np.log(value / steps[place - 1]) / np.log(steps[place] / steps[place - 1])
-    mix = [np.log(max(p.bytes, 1)) * w for p, w in ((fine, 1 - share), (coarse, share))]
-    size = float(np.exp(sum(mix)))
-    loss = float(np.exp((1 - share) * np.log(max(fine.loss, 1e-300)) + share * np.log(max(coarse.loss, 1e-300))))
-    return Point(method, {**fine.setting, knob: float(f"{value:.5g}")}, round(size), loss, estimated=True)
+    share = (octaves - places[place - 1]) / (places[place] - places[place - 1])
+    return _between(points[place - 1], points[place], share)

@@ -203,7 +203,10 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        if tensor.dtype not in _DTYPES.values():
+            raise RequestError(f"{type(module).__name__}: {name!r} has dtype {tensor.dtype}, which is not supported")
+        # A transposed view of a square weight has its address and shape, but other strides: it is another tensor.
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
             continue
@@ -237,7 +240,9 @@ def from_path(path: str | Path) -> Source:
     files = _weight_files(path)
     config = path / "config.json" if path.is_dir() else None
     if config is not None and config.exists():
-        if "quant_method" in json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}):
+        from octavo.integrations.transformers import read_config
+
+        if read_config(path).get("quantization_config"):
             raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
     source = _from_files(path, files)
     if config is not None and config.exists():
@@ -265,8 +270,10 @@ def _weight_files(path: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RequestError(f"{index}: not an index of safetensors shards: {error}") from error
+    if not all(isinstance(name, str) for name in names):
+        raise RequestError(f"{index}: not an index of safetensors shards: a shard's name is not a string")
     files = [index.parent / name for name in sorted(names)]
     for file in files:
         if not file.exists():

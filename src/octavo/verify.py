@@ -55,6 +55,8 @@ def load(path: str | Path, into: nn.Module | None = None) -> Any:
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
         from octavo.integrations.transformers import load_model
 
+        # The loader of transformers opens the files first, and its errors are not ours.
+        Artifact(path)
         return load_model(path)
     state = Artifact(path).state()
     if into is None:
@@ -78,8 +80,11 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
     ArtifactError
         If what was read back is not what was written.
     """
-    check_writable(path, overwrite=overwrite)
+    # The folder itself: a link to it stays a link, and "." has a name.
+    path = path.resolve()
+    check_writable(path, overwrite=overwrite, source=done.job.source.path)
     started = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         _write(done, aside)
@@ -99,16 +104,18 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
     return data
 
 
-def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that is in use, or cannot be written, before work starts."""
+def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = None) -> None:
+    """Refuse an output folder that is in use, holds the source, or cannot be written, before work starts."""
+    path = path.resolve()
+    if source is not None and Path(source).resolve().is_relative_to(path):
+        raise RequestError(f"{path}: holds the source, which would be replaced; choose another folder")
     if path.exists() and not path.is_dir():
         raise RequestError(f"{path}: is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise RequestError(f"{path}: the folder is not empty; choose another, or give --overwrite to replace it")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Asking the file system is the only test that holds for every user, root included.
-        with tempfile.TemporaryDirectory(prefix=".octavo-", dir=path.parent):
+        with tempfile.TemporaryDirectory(prefix=".octavo-", dir=next(p for p in path.parents if p.exists())):
             pass
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -149,13 +156,16 @@ def _copy_companions(source: Path, folder: Path) -> None:
 def _publish(aside: Path, path: Path) -> None:
     """Rename the finished folder into place; an old one is moved aside first and removed last."""
     os.chmod(aside, 0o755)
-    old = None
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.replace(path, old / "folder")
-    os.replace(aside, path)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    if not path.exists():
+        os.replace(aside, path)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.old.", dir=path.parent, ignore_cleanup_errors=True) as old:
+        os.replace(path, Path(old) / "folder")
+        try:
+            os.replace(aside, path)
+        except OSError:
+            os.replace(Path(old) / "folder", path)
+            raise
 
 
 def _compare(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> None:
@@ -180,7 +190,8 @@ def digest_of(artifact: Artifact) -> str:
         parts = artifact.form(name).tensors() if name in artifact.sites else {"": artifact.tensor(name)}
         for part, tensor in sorted(parts.items()):
             digest.update(f"{name} {part} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            if tensor.numel():
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -397,10 +408,10 @@ def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
     }
 
 
-def _uniform_row(done: Compressed) -> dict[str, Any] | None:
+def _uniform_row(done: Compressed) -> dict[str, Any]:
     plan = done.rival
     if plan is None:
-        return None
+        return {}
     point = next(iter(plan.plan.points.values()))
     return {"method": plan.plan.label, "setting": point.setting, "bytes": plan.bytes, "quality": plan.quality}
 

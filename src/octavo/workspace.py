@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +42,32 @@ class Workspace:
     Raises
     ------
     RequestError
-        If the folder holds another job's work and ``resume`` is set, or cannot be written.
+        If the folder holds another job's work and ``resume`` is set, or anything else, or cannot be written.
     """
 
     def __init__(self, path: Path, job: dict[str, Any], *, resume: bool) -> None:
         self.path = path
         try:
-            if path.exists() and not resume:
+            names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+            if names - {f"{_JOB}.part"} and _JOB not in names:
+                # Removing it would remove somebody's files.
+                raise RequestError(f"{path}: is neither empty nor a folder of Octavo's own work; name another folder")
+            if names and not resume:
                 shutil.rmtree(path)
+            path.mkdir(parents=True, exist_ok=True)
+            found = self.read_json(_JOB)
+            if found is None:
+                self.write_json(_JOB, job)
+            elif found != job:
+                odd = ", ".join(sorted(key for key in {*found, *job} if found.get(key) != job.get(key)))
+                raise RequestError(
+                    f"{path}: holds the work of another job (different: {odd}); ask for the same as then, name another "
+                    "folder, or run without --resume to begin anew"
+                )
             for folder in ("points", "curves"):
-                (path / folder).mkdir(parents=True, exist_ok=True)
+                (path / folder).mkdir(exist_ok=True)
         except OSError as error:
-            raise RequestError(f"{path}: cannot be written: {error}") from error
-        found = self.read_json(_JOB)
-        if found is None:
-            self.write_json(_JOB, job)
-        elif found != job:
-            odd = ", ".join(sorted(key for key in {*found, *job} if found.get(key) != job.get(key)))
-            raise RequestError(
-                f"{path}: holds the work of another job (different: {odd}); remove it, or run without --resume"
-            )
+            raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def read_json(self, name: str) -> Any:
         """What was written under that name, or None."""
@@ -90,8 +98,14 @@ class Workspace:
                 tensors[f"{name}/columns"] = evidence.columns
             index[name] = [evidence.samples, columns.get(id(evidence.columns))]
         aside = self.path / f"{_EVIDENCE}.part"
-        save_file(tensors, aside)
-        os.replace(aside, self.path / _EVIDENCE)
+        try:
+            save_file(tensors, aside)
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, self.path / _EVIDENCE)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise OctavoError(f"{self.path / _EVIDENCE}: cannot be written: {error}") from error
         data = {key: getattr(calibration, key) for key in ("sequences", "tokens", "text", "warnings")}
         self.write_json(_CALIBRATION, {**data, "evidence": index})
 
@@ -118,17 +132,20 @@ class Workspace:
             return
         head = json.dumps({"parts": packed.parts, "meta": packed.meta, "codecs": packed.codecs}).encode()
         content = len(head).to_bytes(4, "little") + head + packed.blob
+        content = zlib.crc32(content).to_bytes(4, "little") + content
         # Not flushed to the disk one by one: a form lost in a power cut is encoded again.
         write_file(self.path / self._point(site, method, setting), content, flush=False)
 
     def load_packed(self, site: str, method: str, setting: dict[str, Any]) -> Packed | None:
-        """An encoded form that was kept, or None."""
+        """An encoded form that was kept, or None, also if it did not reach the disk in whole."""
         try:
             content = (self.path / self._point(site, method, setting)).read_bytes()
         except FileNotFoundError:
             return None
-        split = 4 + int.from_bytes(content[:4], "little")
-        head = json.loads(content[4:split])
+        if len(content) < 8 or zlib.crc32(content[4:]) != int.from_bytes(content[:4], "little"):
+            return None
+        split = 8 + int.from_bytes(content[4:8], "little")
+        head = json.loads(content[8:split])
         return Packed(content[split:], head["parts"], head["meta"], head["codecs"])
 
     def _point(self, site: str, method: str, setting: dict[str, Any]) -> str:
@@ -147,7 +164,8 @@ def write_file(path: Path, content: bytes, *, flush: bool = True) -> None:
                 os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise OctavoError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

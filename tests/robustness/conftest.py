@@ -134,11 +134,8 @@ class Result:
         return " ".join(self.err.split())
 
 
-Command = Callable[..., Result]
-
-
 @pytest.fixture
-def command() -> Command:
+def command() -> Callable[..., Result]:
     """Run a command in this process; an exception that would be a traceback is a failure."""
 
     def run(*words: object) -> Result:
@@ -168,13 +165,12 @@ def spawn(*words: object, **options: Any) -> Result:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every file and folder below, hidden ones too, with contents."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
-    }
+    every = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in every}
 
 
 @pytest.fixture
-def refused(command: Command, tmp_path: Path) -> Callable[..., Result]:
+def refused(command: Callable[..., Result], tmp_path: Path) -> Callable[..., Result]:
     """Run ``octavo compress`` that must be refused: exit code, one clear error, and nothing left behind."""
 
     def run(*words: object, code: int = 2, says: str = "", out: Path | None = None) -> Result:
@@ -196,3 +192,23 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / "octavo.json").read_text())
     del manifest["sha256"]
     return manifest
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The tools above, for tests, which cannot import from here."""
+
+    net: Callable[[], Net] = net
+    write_bert: Callable[..., Path] = write_bert
+    write_bare: Callable[..., Path] = write_bare
+    write_texts: Callable[..., Path] = write_texts
+    tree: Callable[[Path], dict[str, bytes | None]] = tree
+    environment: Callable[[], dict[str, str]] = environment
+    arguments: Callable[..., list[str]] = arguments
+    spawn: Callable[..., Result] = spawn
+    manifest_of: Callable[[Path], dict[str, Any]] = manifest_of
+
+
+@pytest.fixture(scope="session")
+def lab() -> Lab:
+    return Lab()

@@ -47,7 +47,8 @@ def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
     if as_json:
         show_json({"error": type(error).__name__, "message": str(error), **_details(error)})
     errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-    errors.print(str(error), markup=False, highlight=False)
+    # Whole, however narrow the terminal: paths are copied from it, and logs are searched.
+    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
     sys.exit(error.exit_code)
 
 

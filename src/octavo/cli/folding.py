@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,17 @@ from octavo.cli import command, console, errors, options, show_json
 from octavo.cli.progress import progress
 from octavo.steps import request_of
 from octavo.verify import REPORT, check_writable
+
+#: What a request says if none of its options is given.
+_UNSAID: dict[str, Any] = {
+    "data": None,
+    "objective": None,
+    "methods": None,
+    "preset": "default",
+    "ignore": [],
+    "keep": {},
+    "seed": 0,
+}
 
 
 @command
@@ -44,7 +56,7 @@ def compress(
 
     Example: octavo compress all-MiniLM-L6-v2 --ratio 8 --out folded
     """
-    check_writable(out, overwrite=overwrite)
+    check_writable(out, overwrite=overwrite, source=source)
     request: dict[str, Any] = {
         "data": data,
         "objective": objective,
@@ -55,16 +67,27 @@ def compress(
         "seed": seed,
     }
     # Beside the output, so that it is on the same disk, and found again by --resume.
-    workspace = profile or out.parent / f".{out.resolve().name}.octavo-work"
+    workspace = profile or out.resolve().parent / f".{out.resolve().name}.octavo-work"
     if profile is not None:
+        if request != _UNSAID:
+            raise octavo.RequestError(
+                "--profile brings the data, objective, methods, preset, ignore, keep and seed that it was made with: "
+                "leave these out, or leave --profile out to measure again"
+            )
         request = request_of(profile)
-    with progress(errors, quiet=json_output) as show:
-        done = octavo.compress(
-            source, ratio=ratio, size=size, bits=bits, plan=plan, workspace=workspace,
-            resume=resume or profile is not None, progress=show, **request,
-        )  # fmt: skip
-        done.command = shlex.join(["octavo", *sys.argv[1:]])
-        result = done.save(out, overwrite=overwrite)
+    try:
+        with progress(errors, quiet=json_output) as show:
+            done = octavo.compress(
+                source, ratio=ratio, size=size, bits=bits, plan=plan, workspace=workspace,
+                resume=resume or profile is not None, progress=show, **request,
+            )  # fmt: skip
+            done.command = shlex.join(["octavo", *sys.argv[1:]])
+            result = done.save(out, overwrite=overwrite)
+    except (octavo.RequestError, octavo.BudgetError):
+        # Going on from here would end here again.
+        if profile is None and not resume:
+            shutil.rmtree(workspace, ignore_errors=True)
+        raise
     if profile is None:
         done.forget_workspace()
     if json_output:

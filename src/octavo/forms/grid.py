@@ -76,23 +76,16 @@ class Grid(Form):
         return cls(expect_integers(tensors["codes"], shape, "codes"), scale, zero, rows, columns)
 
     def dense(self) -> Tensor:  # noqa: D102
-        weight = self.codes.float()
-        rows, columns = weight.shape
-        groups = self.scale.shape[1]
-        if groups == 1:
-            weight = weight if self.zero is None else weight - self.zero.float()
-            steps = self.scale.float()
-            if self.rows is not None:
-                steps = steps * exponent_steps(self.rows)[:, None]
-            weight.mul_(steps)
-        else:
-            width = -(-columns // groups)
-            spread = [
-                part.float().repeat_interleave(width, 1)[:, :columns]
-                for part in (self.scale, self.zero)
-                if part is not None
-            ]
-            weight = (weight if self.zero is None else weight - spread[1]).mul_(spread[0])
-            if self.rows is not None:
-                weight.mul_(exponent_steps(self.rows)[:, None])
+        columns, groups = self.codes.shape[1], self.scale.shape[1]
+
+        def spread(part: Tensor) -> Tensor:
+            """Per-group values as per-column values."""
+            part = part.float()
+            return part if groups == 1 else part.repeat_interleave(-(-columns // groups), 1)[:, :columns]
+
+        steps = spread(self.scale)
+        if self.rows is not None:
+            steps = steps * exponent_steps(self.rows)[:, None]
+        weight = self.codes.float() if self.zero is None else self.codes.float().sub_(spread(self.zero))
+        weight.mul_(steps)
         return weight if self.columns is None else weight.mul_(exponent_steps(self.columns)[None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,14 @@ class Method(ABC):
     def accepts(self, site: Site) -> bool:
         """Whether the method makes sense at this site."""
         return True
+
+    def octaves(self, setting: Setting) -> float:
+        """Where a setting's continuous knob stands; one octave more is about one bit a weight less."""
+        return math.log2(setting[self.elastic or ""])
+
+    def at(self, setting: Setting, octaves: float) -> Setting:
+        """The setting with its continuous knob moved to ``octaves``, as a short decimal that survives YAML."""
+        return {**setting, self.elastic or "": float(f"{2.0**octaves:.5g}")}
 
     @abstractmethod
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

@@ -24,6 +24,14 @@ class ActivationSVD(Method):
     vary cost no rank. Both factors are quantized with one step in units of the loss.
     """
 
+    elastic = "bits"
+
+    def octaves(self, setting: Setting) -> float:  # noqa: D102
+        return -float(setting["bits"])
+
+    def at(self, setting: Setting, octaves: float) -> Setting:  # noqa: D102
+        return {**setting, "bits": round(min(max(-octaves, 1.0), 16.0), 4)}
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""
         return factors.settings(*weight.shape)

@@ -94,7 +94,8 @@ def _largest(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
 
 def settings(rows: int, columns: int) -> list[Setting]:
     """Ranks and bits, from largest to smallest file."""
-    even = rows * columns / (rows + columns)
+    # A tall matrix is worth its full rank: the factors then are a rotation, whose own cost hardly counts.
+    even = columns if rows > 8 * columns else rows * columns / (rows + columns)
     pairs = dict.fromkeys((max(1, round(share * even)), bits) for share, bits in _CHOICES)
     return [{"rank": rank, "bits": bits} for rank, bits in sorted(pairs, key=lambda pair: -pair[0] * pair[1])]
 

@@ -1,0 +1,303 @@
+"""The contract of every form: stored parts give back the same matrix, and nothing else passes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.artifact import pack, unpack
+from octavo.errors import ArtifactError
+from octavo.forms import Codebook, Dense, Grid, LowRank, Sparse, Sum, form_names, restore
+from octavo.forms.base import MAX_DEPTH
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def dense(rows, columns, seed, dtype=torch.float32):
+    return Dense(torch.randn(rows, columns, generator=_generator(seed)).to(dtype))
+
+
+def grid(rows, columns, seed, kind="tensor"):
+    g = _generator(seed)
+    codes = torch.randint(-9, 10, (rows, columns), generator=g, dtype=torch.int8)
+    groups = {"group": min(3, columns), "zero": min(2, columns)}.get(kind, 1)
+    scale = torch.rand(1 if kind in ("tensor", "steps") else rows, groups, generator=g) + 0.1
+    # Groups are as wide as they can be: all of them must have a column.
+    scale = scale[:, : math.ceil(columns / math.ceil(columns / groups))].contiguous()
+    zero = torch.randint(0, 5, scale.shape, generator=g, dtype=torch.uint8) if kind == "zero" else None
+    if kind != "steps":
+        return Grid(codes, scale.half() if kind == "group" else scale, zero)
+    exponents = [torch.randint(-60, 60, (n,), generator=g, dtype=torch.int16) for n in (rows, columns)]
+    return Grid(codes, scale, None, *exponents)
+
+
+def codebook(rows, columns, seed, scaled=False, values=7):
+    g = _generator(seed)
+    codes = torch.randint(0, values, (rows, columns), generator=g, dtype=torch.int32 if values > 256 else torch.uint8)
+    return Codebook(codes, torch.randn(values, generator=g).half(), torch.rand(rows, 1, generator=g) if scaled else None)
+
+
+def sparse(rows, columns, seed, share=0.3, values=grid):
+    mask = torch.rand(rows, columns, generator=_generator(seed)) < share
+    empty = Grid(torch.zeros(1, 0, dtype=torch.int8), torch.ones(1, 1))
+    return Sparse(mask, values(1, int(mask.sum()), seed + 1) if mask.any() else empty)
+
+
+def n_of_m(rows, columns, seed, keep=2, group=4):
+    columns = group * math.ceil(columns / group)
+    scores = torch.rand(rows, columns // group, group, generator=_generator(seed))
+    mask = (scores.argsort(-1).argsort(-1) < keep).reshape(rows, columns)
+    return Sparse(mask, grid(1, int(mask.sum()), seed + 1), (keep, group))
+
+
+def lowrank(rows, columns, seed, inner=grid):
+    rank = max(1, min(rows, columns) // 2)
+    return LowRank(inner(rows, rank, seed), inner(rank, columns, seed + 1))
+
+
+FORMS = {
+    "dense": dense,
+    "dense float16": lambda r, c, s: dense(r, c, s, torch.float16),
+    "dense bfloat16": lambda r, c, s: dense(r, c, s, torch.bfloat16),
+    "grid": grid,
+    "grid per channel": lambda r, c, s: grid(r, c, s, "channel"),
+    "grid per group": lambda r, c, s: grid(r, c, s, "group"),
+    "grid with zeros": lambda r, c, s: grid(r, c, s, "zero"),
+    "grid with steps": lambda r, c, s: grid(r, c, s, "steps"),
+    "codebook": codebook,
+    "codebook with scale": lambda r, c, s: codebook(r, c, s, scaled=True),
+    "codebook of many": lambda r, c, s: codebook(r, c, s, values=700),
+    "lowrank(grid, grid)": lowrank,
+    "lowrank(dense, dense)": lambda r, c, s: lowrank(r, c, s, dense),
+    "sparse(grid) dense mask": lambda r, c, s: sparse(r, c, s, 0.6),
+    "sparse(grid) few": lambda r, c, s: sparse(r, c, s, 0.03),
+    "sparse nothing": lambda r, c, s: sparse(r, c, s, 0.0),
+    "sparse(dense)": lambda r, c, s: sparse(r, c, s, 0.1, dense),
+    "sparse nothing of dense": lambda r, c, s: Sparse(torch.zeros(r, c, dtype=torch.bool), dense(1, 0, s)),
+    "sparse everything": lambda r, c, s: sparse(r, c, s, 1.1),
+    "sparse(codebook)": lambda r, c, s: sparse(r, c, s, values=codebook),
+    "sparse 2:4": n_of_m,
+    "sparse 4:8": lambda r, c, s: n_of_m(r, c, s, 4, 8),
+    "sparse 1:2": lambda r, c, s: n_of_m(r, c, s, 1, 2),
+    "sum(grid, lowrank)": lambda r, c, s: Sum(grid(r, c, s), lowrank(r, c, s + 7)),
+    "sum(grid, sparse)": lambda r, c, s: Sum(grid(r, c, s, "steps"), sparse(r, c, s + 7)),
+    "lowrank(sum, sparse)": lambda r, c, s: LowRank(
+        Sum(grid(r, min(2, max(r, c)), s), codebook(r, min(2, max(r, c)), s + 1)), sparse(min(2, max(r, c)), c, s + 2, 0.5)
+    ),
+}  # fmt: skip
+
+#: Parts whose absence makes another valid form of the same class.
+OPTIONAL = {"zero", "rows", "columns", "scale"}
+
+
+def everything(meta):
+    yield meta["form"]
+    for value in meta.values():
+        if isinstance(value, dict):
+            yield from everything(value)
+
+
+def cases(rows=9, columns=16, seed=3):
+    return {name: make(rows, columns, seed) for name, make in FORMS.items()}
+
+
+def test_every_registered_form_is_in_the_table():
+    covered = {kind for form in cases().values() for kind in everything(form.meta())}
+    assert covered == set(form_names())
+
+
+def parts_of(form):
+    return {name: part.clone() for name, part in form.tensors().items()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 19), columns=st.integers(1, 33), seed=st.integers(0, 2**20))
+def test_restored_forms_are_bit_equal(name, rows, columns, seed):
+    form = FORMS[name](rows, columns, seed)
+    matrix = form.dense()
+    assert matrix.dtype == torch.float32 and tuple(matrix.shape) == form.shape
+    again = restore(form.tensors(), form.meta(), form.shape)
+    assert type(again) is type(form) and again.shape == form.shape
+    assert torch.equal(again.dense(), matrix)
+    assert torch.equal(form.dense(), matrix), "asking for the matrix changed the form"
+    packed = pack(form)
+    assert sum(packed.codecs.values()) == packed.bytes == len(packed.blob)
+    read = unpack(memoryview(packed.blob), packed.parts, packed.meta, form.shape)
+    assert torch.equal(read.dense(), matrix)
+    assert pack(read).blob == packed.blob
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=st.integers(1, 19), columns=st.integers(1, 33), seed=st.integers(0, 2**20),
+    lead=st.sampled_from([(), (1,), (5,), (2, 3)]),
+)  # fmt: skip
+def test_apply_is_the_product_with_the_matrix(name, rows, columns, seed, lead):
+    form = FORMS[name](rows, columns, seed)
+    x = torch.randn(*lead, form.shape[1], generator=_generator(seed))
+    expected = x.double() @ form.dense().double().T
+    got = form.apply(x)
+    assert got.dtype == x.dtype and got.shape == (*lead, form.shape[0])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * (1 + float(expected.abs().max())))
+
+
+def test_what_forms_stand_for():
+    codes = torch.tensor([[1, -2, 3], [0, 5, -6]], dtype=torch.int8)
+    scale, zero = torch.tensor([[0.5, 2.0], [1.0, 4.0]]), torch.tensor([[1, 0], [2, 1]], dtype=torch.uint8)
+    grouped = Grid(codes, scale, zero).dense()
+    assert torch.equal(grouped, torch.tensor([[0.0, -1.5, 6.0], [-2.0, 3.0, -28.0]]))
+    steps = Grid(codes, torch.ones(1, 1), None, torch.tensor([8, 0]), torch.tensor([0, -8, 16])).dense()
+    assert torch.equal(steps, torch.tensor([[2.0, -2.0, 24.0], [0.0, 2.5, -24.0]]))
+    book = Codebook(torch.tensor([[0, 1], [2, 0]]), torch.tensor([1.0, -2, 3]), torch.tensor([[1.0], [10]])).dense()
+    assert torch.equal(book, torch.tensor([[1.0, -2], [30, 10]]))
+    mask = torch.tensor([[True, False], [False, True]])
+    assert torch.equal(Sparse(mask, Dense(torch.tensor([[4.0, 5.0]]))).dense(), torch.tensor([[4.0, 0], [0, 5]]))
+    two = Dense(torch.eye(2))
+    assert torch.equal(Sum(two, two).dense(), 2 * torch.eye(2))
+    product = LowRank(Dense(torch.tensor([[1.0], [2]])), Dense(torch.tensor([[3.0, 4]]))).dense()
+    assert torch.equal(product, torch.tensor([[3.0, 4], [6, 8]]))
+
+
+def test_a_mask_is_stored_in_the_smallest_way():
+    def mask_bytes(form):
+        packed = pack(form)
+        return {name: entry[1] for name, entry in packed.parts.items() if "/" not in name}
+
+    few, many = mask_bytes(sparse(64, 64, 0, 0.01)), mask_bytes(sparse(64, 64, 0, 0.5))
+    assert set(few) <= {"gaps", "mask"} and sum(few.values()) < 64 * 64 / 8 / 3
+    assert sum(many.values()) < 64 * 64 / 8 + 64
+    patterns = mask_bytes(n_of_m(64, 64, 0))
+    # log2(6) bits for every four weights.
+    assert set(patterns) == {"patterns"} and patterns["patterns"] < 64 * 64 / 4 * 2.6 / 8 + 128
+
+
+def refused(parts, meta, shape):
+    with pytest.raises(ArtifactError):
+        restore(parts, meta, shape)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_malformed_parts_are_refused(name):
+    form = cases()[name]
+    meta, shape = form.meta(), form.shape
+    assert restore(parts_of(form), meta, shape).shape == shape
+    for part, tensor in parts_of(form).items():
+        if part.rpartition("/")[2] not in OPTIONAL:
+            refused({key: value for key, value in parts_of(form).items() if key != part}, meta, shape)
+        refused({**parts_of(form), part: tensor[None]}, meta, shape)
+        if tensor.is_floating_point():
+            refused({**parts_of(form), part: tensor.to(torch.int32)}, meta, shape)
+            for value in (math.nan, math.inf) if tensor.numel() else ():
+                bad = tensor.clone()
+                bad.view(-1)[-1] = value
+                refused({**parts_of(form), part: bad}, meta, shape)
+        else:
+            refused({**parts_of(form), part: tensor.float()}, meta, shape)
+            refused({**parts_of(form), part: torch.cat([tensor, tensor[:1]])} if len(tensor) else {}, meta, shape)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_another_matrix_shape_is_refused(name):
+    form = cases()[name]
+    rows, columns = form.shape
+    if not form.dense().any():
+        pytest.skip("nothing but zeros fits every shape")
+    for shape in ((rows + 1, columns), (rows, columns + 1), (columns, rows), (rows * columns, 1)):
+        refused(parts_of(form), form.meta(), shape)
+
+
+def test_indices_out_of_range_are_refused():
+    for value in (7, 200):
+        form = codebook(5, 6, 0)
+        form.codes[2, 3] = value
+        refused(form.tensors(), form.meta(), form.shape)
+    form = codebook(5, 6, 0, values=700)
+    form.codes[2, 3] = -1
+    refused(form.tensors(), form.meta(), form.shape)
+    pattern = n_of_m(4, 8, 0)
+    parts = parts_of(pattern)
+    parts["patterns"][3] = 6
+    refused(parts, pattern.meta(), pattern.shape)
+    steps = grid(4, 8, 0, "steps")
+    parts = parts_of(steps)
+    parts["rows"][1] = 3000
+    refused(parts, steps.meta(), steps.shape)
+    few = sparse(40, 40, 0, 0.02)
+    parts = parts_of(few)
+    assert "gaps" in parts
+    for value in (-2, 1600, 2**62):
+        refused({**parts, "gaps": parts["gaps"].clone().index_fill_(0, torch.tensor(1), value)}, few.meta(), few.shape)
+
+
+def test_a_mask_that_keeps_another_number_is_refused():
+    form = sparse(9, 16, 3, 0.6)
+    mask = form.mask.to(torch.uint8)
+    mask[tuple((mask == 0).nonzero()[0])] = 1
+    refused({**parts_of(form), "mask": mask}, form.meta(), form.shape)
+
+
+BAD_META = [
+    ("lowrank(grid, grid)", "rank", [0, -1, 5, 17, 10**30, "x", None, [4], {}, math.nan, math.inf]),
+    ("lowrank(grid, grid)", "left", [None, {}, "grid", {"form": "dense"}, {"form": None}, []]),
+    ("sparse 2:4", "pattern", [[0, 4], [5, 4], [2, 16], [2, 3], [2], [1, 2, 3], 7, "x:", None, [math.nan, 4], {}]),
+    ("sparse 2:4", "kept", [0, -1, 71, 73, 145, 10**30, "x", None, [], math.nan]),
+    ("sum(grid, lowrank)", "base", [None, {}, {"form": "sum"}]),
+    ("grid", "form", ["nothing", None, 3, [], "Grid", {}]),
+]
+
+
+@pytest.mark.parametrize("name, key, values", BAD_META, ids=[f"{name} {key}" for name, key, _ in BAD_META])
+def test_malformed_meta_is_refused(name, key, values):
+    form = cases()[name]
+    for value in values:
+        refused(parts_of(form), {**form.meta(), key: value}, form.shape)
+    if key != "pattern":
+        refused(parts_of(form), {k: v for k, v in form.meta().items() if k != key}, form.shape)
+
+
+@pytest.mark.parametrize("meta", [None, [], "grid", 3, {}])
+def test_meta_that_is_no_mapping_with_a_form_is_refused(meta):
+    refused({}, meta, (2, 2))
+
+
+def test_forms_nest_so_deep_and_no_deeper():
+    def nested(levels):
+        form = dense(2, 3, 0)
+        for _ in range(levels):
+            form = Sum(form, dense(2, 3, 1))
+        return form
+
+    deepest = nested(MAX_DEPTH)
+    assert torch.equal(restore(deepest.tensors(), deepest.meta(), (2, 3)).dense(), deepest.dense())
+    deeper = nested(MAX_DEPTH + 1)
+    refused(deeper.tensors(), deeper.meta(), (2, 3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(FORMS)))
+def test_any_damage_gives_a_matrix_or_an_artifact_error(data, name):
+    """Whatever stands in parts and meta: a finite answer of the right shape, or the one error that callers expect."""
+    form = cases()[name]
+    parts, meta = parts_of(form), form.meta()
+    junk = st.one_of(
+        st.none(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=3), st.lists(st.integers(-3, 9), max_size=3),
+        st.just({}), st.sampled_from([{"form": kind} for kind in form_names()]),
+    )  # fmt: skip
+    if data.draw(st.booleans()) and parts:
+        part = data.draw(st.sampled_from(sorted(parts)))
+        shape = data.draw(st.lists(st.integers(0, 17), max_size=3))
+        dtype = data.draw(st.sampled_from([torch.uint8, torch.int64, torch.int8, torch.float32, torch.bool, torch.float16]))
+        parts[part] = (torch.randn(shape, generator=_generator(data.draw(st.integers(0, 99)))) * 9).to(dtype)
+    else:
+        meta = {**meta, data.draw(st.sampled_from([*meta, "pattern", "rank", "kept"])): data.draw(junk)}
+    try:
+        matrix = restore(parts, meta, form.shape).dense()
+    except ArtifactError:
+        return
+    assert tuple(matrix.shape) == form.shape

@@ -1,0 +1,254 @@
+"""The contract of every method (design, section 6): it holds for each that is registered, at every kind of site.
+
+Each case is a site, a dtype and the evidence of a real calibration. All of them are encoded here, written to artifacts,
+and read by one fresh process; a new method is covered by registering itself.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import octavo
+from octavo.artifact import Contents, Entry, pack
+from octavo.calibrate import Evidence, calibrate, data_free
+from octavo.errors import RequestError
+from octavo.methods import get_method, methods
+from octavo.objective import objective
+from octavo.sites import Layout, Site, from_module, from_path
+
+METHODS = sorted(methods())
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+MODULES = {
+    "linear": (lambda: nn.Linear(48, 24), (12, 48)),
+    "gpt2 conv1d": (lambda: Conv1D(24, 48), (12, 48)),
+    "conv1d": (lambda: nn.Conv1d(12, 20, 5), (8, 12, 9)),
+    "conv2d": (lambda: nn.Conv2d(8, 12, 3), (8, 8, 7, 6)),
+    "grouped": (lambda: nn.Conv2d(16, 24, 3, groups=4), (8, 16, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(64, 64, 3, groups=64), (8, 64, 4, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(12, 20, 3, stride=2), (8, 12, 4, 4)),
+    "transposed grouped": (lambda: nn.ConvTranspose1d(24, 20, 4, groups=2), (8, 24, 6)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(40, 16), nn.Flatten()), None),
+}
+HEADS = {"tied": True, "untied": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    site: Site
+    weight: Tensor
+    evidence: Evidence
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.site.layout.to_matrix(self.weight.float())
+
+
+def _usual() -> dict[str, Case]:
+    cases = {}
+    for name, (make, shape) in MODULES.items():
+        torch.manual_seed(0)
+        module = make()
+        x = torch.randint(0, 40, (8, 5)) if shape is None else torch.randn(shape)
+        source = from_module(module)
+        sites, _ = source.sites()
+        seen, blind = calibrate(source, sites, [x], objective("squared")), data_free(source, sites)
+        for dtype_name, dtype in DTYPES.items():
+            for evidence_name, found in (("moment", seen), ("data-free", blind)):
+                (site,) = from_module(make().to(dtype)).sites()[0]
+                weight = source.read(site.name).to(dtype)
+                cases[f"{name} {dtype_name} {evidence_name}"] = Case(site, weight, found.evidence[site.name])
+    return cases
+
+
+def _heads(folder) -> dict[str, Case]:
+    cases = {}
+    config = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    for name, tied in HEADS.items():
+        for dtype_name, dtype in DTYPES.items():
+            torch.manual_seed(0)
+            path = folder / f"{name}-{dtype_name}"
+            GPT2LMHeadModel(GPT2Config(**config, tie_word_embeddings=tied)).to(dtype).save_pretrained(path)
+            source = from_path(path)
+            (site,) = (s for s in source.sites()[0] if s.name in ("lm_head.weight", "transformer.wte.weight") and (tied or s.kind == "head"))
+            assert site.dtype == dtype and site.kind == ("embedding" if tied else "head")
+            tokens = {"input_ids": torch.randint(0, 64, (8, 6))}
+            for evidence_name, found in (
+                ("moment", calibrate(source, [site], [tokens], objective("kl"))), ("data-free", data_free(source, [site])),
+            ):  # fmt: skip
+                cases[f"{name} head {dtype_name} {evidence_name}"] = Case(site, source.read(site.name), found.evidence[site.name])
+    return cases
+
+
+def _edge_weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    usual = torch.randn(7, 13, generator=generator)
+    outlier = usual.clone()
+    outlier[3, 5] = 6e4
+    shapes = {f"{rows}x{columns}": (rows, columns) for rows, columns in ((1, 1), (1, 9), (1, 600), (9, 1), (600, 1), (7, 13), (64, 8))}
+    return {
+        **{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        "zeros": torch.zeros(7, 13),
+        "zero rows": torch.where(torch.arange(7)[:, None] % 2 == 0, 0.0, usual),
+        "constant": torch.full((7, 13), -0.7),
+        "constant rows": torch.linspace(-2, 2, 7)[:, None].expand(7, 13).contiguous(),
+        "outlier": outlier,
+    }  # fmt: skip
+
+
+def _edges() -> dict[str, Case]:
+    cases = {}
+    for name, weight in _edge_weights().items():
+        rows, columns = weight.shape
+        inputs = torch.randn(40, columns, generator=torch.Generator().manual_seed(3))
+        moment = inputs.T @ inputs / 40 + 0.1 * torch.eye(columns)
+        for dtype_name, dtype in DTYPES.items():
+            for evidence_name, columns_moment in (("moment", moment), ("data-free", None)):
+                site = Site("w", "linear", (rows, columns), dtype, Layout())
+                evidence = Evidence(torch.linspace(0.5, 2, rows), columns_moment, 40)
+                cases[f"{name} {dtype_name} {evidence_name}"] = Case(site, weight.to(dtype), evidence)
+    return cases
+
+
+USUAL = [f"{kind} {d} {e}" for kind in (*MODULES, "tied head", "untied head") for d in DTYPES for e in ("moment", "data-free")]
+EDGES = [f"{name} {d} {e}" for name in _edge_weights() for d in DTYPES for e in ("moment", "data-free")]
+
+READER = """
+import hashlib, json, sys, torch
+torch.set_num_threads(1)
+import octavo
+def digest(t):
+    return hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+print(json.dumps({path: {name: digest(t) for name, t in octavo.Artifact(path).state().items()} for path in sys.argv[1:]}))
+"""
+
+
+def digest(t: Tensor) -> str:
+    content = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + content).hexdigest()
+
+
+def _chosen(settings: list, edge: bool) -> list:
+    """The finest, the coarsest and one between; edges only at the ends."""
+    places = {0, len(settings) - 1} if edge else {0, len(settings) // 2, len(settings) - 1}
+    return [settings[place] for place in sorted(places)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Per method: outcomes by tensor name (restored here, restored there, stated bytes, bytes on disk), and refusals."""
+    folder = tmp_path_factory.mktemp("contract")
+    usual, edges = {**_usual(), **_heads(folder)}, _edges()
+    assert set(usual) == set(USUAL) and set(edges) == set(EDGES)
+    found, paths = {}, {}
+    for name in METHODS:
+        here, stated, problems = {}, {}, {}
+        contents = Contents({"title": "contract", "fingerprint": "0" * 64, "bytes": 1, "weights": 1})
+        for edge, cases in ((False, usual), (True, edges)):
+            for key, case in cases.items():
+                method = get_method(name)
+                if not method.accepts(case.site):
+                    problems[key] = None
+                    continue
+                try:
+                    settings = method.settings(case.matrix, case.evidence)
+                    for number, setting in enumerate(_chosen(settings, edge)):
+                        form = method.encode(case.matrix, setting, case.evidence)
+                        packed, tensor = pack(form), f"{key}/{number}"
+                        restored = case.site.layout.from_matrix(form.dense(), case.site.shape).to(case.site.dtype)
+                        here[tensor], stated[tensor] = restored, packed.bytes
+                        contents.entries[tensor] = Entry(packed, case.site.shape, case.site.dtype, case.site.layout)
+                except Exception as error:
+                    problems[key] = error
+        path = folder / name
+        path.mkdir()
+        for file, content in contents.files().items():
+            (path / file).write_bytes(content)
+        paths[name], found[name] = path, [here, {}, stated, {}, problems, contents]
+        for part in path.glob("*.safetensors"):
+            header = json.loads(part.read_bytes()[8 : 8 + int.from_bytes(part.read_bytes()[:8], "little")])
+            found[name][3].update({t: e["data_offsets"][1] - e["data_offsets"][0] for t, e in header.items() if t != "__metadata__"})
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *map(str, paths.values())], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout)
+    for name, path in paths.items():
+        found[name][1] = there[str(path)]
+    return found, paths
+
+
+def check(written, name, key):
+    here, there, stated, on_disk, problems, _ = written[0][name]
+    if key in problems:
+        if problems[key] is None:
+            pytest.skip(f"{name} does not accept this site")
+        raise problems[key]
+    tensors = [tensor for tensor in here if tensor.startswith(f"{key}/")]
+    assert tensors
+    for tensor in tensors:
+        assert there[tensor] == digest(here[tensor]), "a fresh process restores other bits"
+        assert on_disk[tensor] == stated[tensor], "bytes on disk are not those stated"
+        assert bool(torch.isfinite(here[tensor]).all()), "restored weights are not finite"
+
+
+@pytest.mark.parametrize("key", USUAL)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_kind_of_site(written, name, key):
+    check(written, name, key)
+
+
+@pytest.mark.parametrize("key", EDGES)
+@pytest.mark.parametrize("name", METHODS)
+def test_edges(written, name, key):
+    check(written, name, key)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_files_have_the_bytes_that_were_stated(written, name):
+    contents, path = written[0][name][5], written[1][name]
+    assert sum(file.stat().st_size for file in path.iterdir()) == contents.bytes == octavo.Artifact(path).bytes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_finest_setting_is_the_nearest(written, name):
+    """A method finds what it is asked for: its largest setting resembles the weights, and more than its smallest."""
+    here = written[0][name][0]
+    for kind in MODULES:
+        tensors = [here[key] for key in here if key.startswith(f"{kind} float32 moment/")]
+        if not tensors:
+            continue
+        make, _ = MODULES[kind]
+        torch.manual_seed(0)
+        weight = next(p for p in make().parameters() if p.ndim > 1).detach()
+        errors = [float((tensor - weight).norm() / weight.norm()) for tensor in (tensors[0], tensors[-1])]
+        assert errors[0] < 0.9 and errors[0] <= errors[1] + 1e-6, kind
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_request_gives_the_same_bytes(name):
+    torch.manual_seed(0)
+    weight, evidence = torch.randn(24, 48), Evidence(torch.rand(24) + 0.1, torch.eye(48) + 0.1, 9)
+    for setting in _chosen(get_method(name).settings(weight, evidence), edge=False):
+        before = weight.clone()
+        first = pack(get_method(name).encode(weight, setting, evidence))
+        again = pack(get_method(name).encode(weight, setting, Evidence(evidence.rows, evidence.columns, 9)))
+        assert first.blob == again.blob and first.parts == again.parts and first.meta == again.meta
+        assert torch.equal(weight, before), "encoding changed the weights that it was given"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", METHODS)
+def test_values_that_are_not_finite_are_refused_by_name(name, value):
+    module = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    module[1].weight.data[4, 7] = value
+    with pytest.raises(RequestError, match=r"'1\.weight'.*\(4, 7\)"):
+        octavo.compress(module, ratio=2, methods=[name])
