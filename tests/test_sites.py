@@ -16,6 +16,8 @@ import octavo
 from octavo.errors import RequestError
 from octavo.sites import SMALLEST_SITE, Layout, check_finite, from_module, from_path
 
+TRANSPOSED = Layout("transposed")
+
 #: Module, an input, the axis of the output's channels, and the kind and layout expected.
 KINDS = {
     "linear": (lambda: nn.Linear(40, 24), (5, 40), -1, "linear", Layout()),
@@ -25,9 +27,9 @@ KINDS = {
     "conv3d": (lambda: nn.Conv3d(3, 8, 3), (2, 3, 5, 6, 5), 1, "convolution", Layout()),
     "grouped": (lambda: nn.Conv2d(16, 24, 3, groups=4), (2, 16, 6, 6), 1, "convolution", Layout()),
     "depthwise": (lambda: nn.Conv2d(64, 64, 3, groups=64, dilation=2), (2, 64, 7, 7), 1, "convolution", Layout()),
-    "transposed 1d": (lambda: nn.ConvTranspose1d(12, 20, 4, stride=2), (2, 12, 6), 1, "convolution", Layout("transposed")),
-    "transposed 2d": (lambda: nn.ConvTranspose2d(12, 20, 3, stride=2), (2, 12, 5, 4), 1, "convolution", Layout("transposed")),
-    "transposed 3d": (lambda: nn.ConvTranspose3d(6, 8, 3), (2, 6, 3, 4, 3), 1, "convolution", Layout("transposed")),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(12, 20, 4, stride=2), (2, 12, 6), 1, "convolution", TRANSPOSED),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(12, 20, 3, stride=2), (2, 12, 5, 4), 1, "convolution", TRANSPOSED),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(6, 8, 3), (2, 6, 3, 4, 3), 1, "convolution", TRANSPOSED),
     "transposed grouped": (
         lambda: nn.ConvTranspose2d(12, 20, 3, groups=2), (2, 12, 4, 5), 1, "convolution", Layout("transposed", 2),
     ),
@@ -110,7 +112,10 @@ def test_the_columns_of_a_transposed_convolution_are_inputs_times_kernel(name):
     contributions = torch.einsum("goik,ngip->ngokp", matrix, x.flatten(2).unflatten(1, (groups, -1)))
     expected = module(x)
     folded = nn.functional.fold(
-        contributions.reshape(shape[0], site.rows * kernel, -1), expected.shape[2:], module.kernel_size, stride=module.stride
+        contributions.reshape(shape[0], site.rows * kernel, -1),
+        expected.shape[2:],
+        module.kernel_size,
+        stride=module.stride,
     )
     torch.testing.assert_close(folded + module.bias[:, None, None], expected, rtol=1e-4, atol=1e-5)
 
@@ -294,7 +299,10 @@ def sharded(folder):
     one, two = {"a": torch.randn(40, 40)}, {"b": torch.randn(40, 40), "c": torch.randn(40)}
     save_file(one, folder / "model-00001-of-00002.safetensors")
     save_file(two, folder / "model-00002-of-00002.safetensors")
-    where = {**dict.fromkeys(one, "model-00001-of-00002.safetensors"), **dict.fromkeys(two, "model-00002-of-00002.safetensors")}
+    where = {
+        **dict.fromkeys(one, "model-00001-of-00002.safetensors"),
+        **dict.fromkeys(two, "model-00002-of-00002.safetensors"),
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return {**one, **two}
 
@@ -348,4 +356,7 @@ def test_the_fingerprint_follows_names_dtypes_and_contents():
     assert from_module(module).fingerprint() == first
     module.big.weight.data[0, 0] += 1e-3
     assert from_module(module).fingerprint() != first
-    assert from_module(nn.Sequential(nn.Linear(4, 4))).fingerprint() != from_module(nn.ModuleDict({"x": nn.Linear(4, 4)})).fingerprint()
+    assert (
+        from_module(nn.Sequential(nn.Linear(4, 4))).fingerprint()
+        != from_module(nn.ModuleDict({"x": nn.Linear(4, 4)})).fingerprint()
+    )

@@ -27,6 +27,7 @@ from torch import Tensor
 import octavo.forms as forms
 from octavo import coding
 from octavo.errors import ArtifactError
+from octavo.raw import narrowed, raw_bytes
 from octavo.sites import Layout
 
 FORMAT_VERSION = 1
@@ -89,7 +90,7 @@ def pack(form: forms.Form) -> Packed:
     chunks, parts, codecs, offset = [], {}, dict[str, int](), 0
     for name, tensor in form.tensors().items():
         if tensor.dtype.is_floating_point:
-            chunk = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            chunk = raw_bytes(tensor).tobytes()
             parts[name] = [offset, len(chunk), dtype_name(tensor.dtype), *tensor.shape]
             codec = "raw"
         else:
@@ -204,7 +205,7 @@ class Contents:
         for name, (tensor, dtype) in self.kept.items():
             if tensor.dtype.is_floating_point:
                 tensors[name] = tensor.contiguous()
-                manifest["kept"][name] = [_crc(tensor), dtype_name(dtype)]
+                manifest["kept"][name] = [zlib.crc32(raw_bytes(tensor)), dtype_name(dtype)]
             else:
                 blob = coding.encode(tensor)
                 tensors[name] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
@@ -221,10 +222,6 @@ class Contents:
     def bytes(self) -> int:
         """Artifact bytes, exactly."""
         return sum(map(len, self.files().values()))
-
-
-def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -304,7 +301,8 @@ class Artifact:
         if name in self.sites:
             entry = self.sites[name]
             matrix = self.form(name).dense()
-            return _layout(name, entry).from_matrix(matrix, _shape(name, entry)).to(_dtype(name, entry.get("dtype")))
+            weight = _layout(name, entry).from_matrix(matrix, _shape(name, entry))
+            return narrowed(weight, _dtype(name, entry.get("dtype")))
         if name in self.coded:
             crc, *shape = self.coded[name]
             tensor = coding.decode(self._content(name, crc), max_elements=math.prod(shape))
@@ -319,8 +317,11 @@ class Artifact:
         """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel."""
         # Largest first, so that no thread is left alone with the largest at the end.
         order = sorted(self._tensors if names is None else names, key=lambda name: -len(self._tensors[name][0]))
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        threads = torch.get_num_threads()
+        # One thread a site: operations that split themselves over threads again would wait for each other.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             tensors = dict(zip(order, pool.map(self.tensor, order), strict=True))
+        torch.set_num_threads(threads)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
 
     def _open(self, name: str, entry: Any) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.objective import Batch, Objective, mask_of, sequences_in
+from octavo.raw import raw_bytes
 from octavo.sites import Site, Source
 
 #: Calibration moments overfit: a share of their mean is added to every direction. Measured on MiniLM with 256
@@ -290,7 +291,7 @@ def _conclude(
             rows, columns = watch.rows / sequences, watch.columns / watch.samples
         rows = rows + DAMPING * rows.mean()
         # Sites that read the same inputs have equal moments: one copy serves them all.
-        key = (watch.embedding, columns.shape, hashlib.sha256(columns.contiguous().numpy()).digest())
+        key = (watch.embedding, columns.shape, hashlib.sha256(raw_bytes(columns)).digest())
         if key not in moments:
             columns = columns + DAMPING * columns.diagonal().mean() * torch.eye(len(columns), dtype=columns.dtype)
             moments[key] = columns.float()

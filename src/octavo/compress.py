@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,10 @@ def compress(
     job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress)
     asked = _budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
-    with tempfile.TemporaryDirectory(prefix="octavo-") as temporary:
+    # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
+    with nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(prefix="octavo-") as folder:
         clock.lap("open")
-        room = Workspace(Path(workspace or temporary), describe(job, preset), resume=resume)
+        room = Workspace(Path(folder), describe(job, preset), resume=resume)
         calibration = job.calibrate(room)
         clock.lap("evidence")
         profile = build_profile(job, calibration, room, asked.bytes * 8 / job.source.weights, preset)
@@ -228,7 +230,9 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     ``bits`` per weight tells around which size points are wanted; None takes all.
     """
     spread = {"fast": (0.45, 1.9), "default": (0.25, 2.5), "best": (0.1, 4.0)}[preset]
-    window = Window() if bits is None else Window(bits * spread[0], max(bits * spread[1], 6.0), _STRIDE[preset])
+    # Near the smallest artifact every site needs its coarsest point, wherever that lies.
+    least = 0.0 if bits is None or bits < 1 else bits * spread[0]
+    window = Window() if bits is None else Window(least, max(bits * spread[1], 6.0), _STRIDE[preset])
     saved = room.read_json("profile.json")
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")
@@ -362,7 +366,8 @@ def finish(
         total = contents.bytes
         if total > asked.bytes:
             raise unreachable(asked, profile.original_bytes, total)
-    losses = job.measure(job.weights(packed)).numpy() if job.measurable else None
+    stored = {name: tensor.to(old) for name, (tensor, old) in contents.kept.items()}
+    losses = job.measure({**job.weights(packed), **stored}).numpy() if job.measurable else None
     expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
     done_plan = Plan(plan.budget, points, expected, kept_bytes, plan.label, plan.notes)
     if not exact and total > asked.bytes:
@@ -470,8 +475,8 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
     if asked.bytes > _SURE * job.contents(packed, torch.float16).bytes:
         return
     if job.measurable:
-        # With data, steps differ by row and column, half a byte each, and what is no site may not bear 16 bits.
-        steps = sum(site.rows + site.columns for site in job.sites) // 2
+        # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
+        steps = sum(site.rows + site.columns for site in job.sites)
         smallest = int(1.05 * (job.contents(packed, None).bytes + steps))
     else:
         smallest = job.contents(packed, job.kept_dtype()).bytes

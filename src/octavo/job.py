@@ -18,6 +18,7 @@ from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.objective import Batch, Objective, objective, sequences_in
+from octavo.raw import narrowed
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
 
@@ -138,7 +139,7 @@ class Job:
         for name, item in packed.items():
             site = self.site(name)
             form = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
-            result[name] = site.layout.from_matrix(form.dense(), site.shape).to(site.dtype)
+            result[name] = narrowed(site.layout.from_matrix(form.dense(), site.shape), site.dtype)
         return result
 
     def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
@@ -147,7 +148,8 @@ class Job:
         if module is None or not self.held_data:
             raise RequestError("nothing can be measured without a model and data")
         if self._reference is None:
-            self._reference = self.objective.reference(module, self.held_data)
+            with replaced(module, {}):
+                self._reference = self.objective.reference(module, self.held_data)
         with replaced(
             module, {self.source.parameters[n]: w for n, w in weights.items() if n in self.source.parameters}
         ):
@@ -160,12 +162,17 @@ class Job:
 
 
 class replaced:
-    """A context in which some tensors of a module have other values; the old ones come back at its end."""
+    """A context in which a module is in evaluation mode and some of its tensors have other values.
+
+    At its end everything is as it was, the mode of every submodule included.
+    """
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self.module, self.weights = module, weights
 
     def __enter__(self) -> None:
+        self.training = [submodule for submodule in self.module.modules() if submodule.training]
+        self.module.eval()
         self.state = self.module.state_dict(keep_vars=True)
         self.old = {name: self.state[name].data for name in self.weights}
         for name, weight in self.weights.items():
@@ -175,12 +182,14 @@ class replaced:
     def __exit__(self, *_: object) -> None:
         for name, old in self.old.items():
             self.state[name].data = old
+        for submodule in self.training:
+            submodule.training = True
 
 
 def open_source(source: str | Path | nn.Module | Source) -> Source:
     """A source from a path or a module; NaN and Inf in it are refused."""
     if isinstance(source, nn.Module):
-        opened = sites_module.from_module(source.eval())
+        opened = sites_module.from_module(source)
     else:
         opened = source if isinstance(source, Source) else sites_module.from_path(source)
     sites_module.check_finite(opened)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
+from octavo.raw import raw_bytes
 
 #: A weight with fewer elements is kept as it is: its bookkeeping would cost more than coding could save.
 SMALLEST_SITE = 512
@@ -151,7 +152,7 @@ class Source:
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
             digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]}\n".encode())
-            digest.update(self.read(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(raw_bytes(self.read(name)))
         return digest.hexdigest()
 
     def owner(self, name: str) -> nn.Module | None:
@@ -199,7 +200,9 @@ class Source:
 
 def from_module(module: nn.Module, *, title: str | None = None) -> Source:
     """A source from any module in memory; tied tensors are those that share their storage."""
-    tensors, aliases, seen = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue
@@ -290,7 +293,7 @@ def _from_files(path: Path, files: list[Path]) -> Source:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
-        for name in handle.keys():
+        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             where[name] = handle
             tensor = handle.get_slice(name)
             shapes[name] = tuple(tensor.get_shape())
@@ -325,7 +328,7 @@ def _equal_tensors(source: Source) -> Iterator[tuple[str, str]]:
         for name in names if len(names) > 1 else ():
             tensor = source.read(name).reshape(-1)
             # A sample is enough to tell most apart without reading everything; equal samples are compared in full.
-            key = tensor[:: max(1, tensor.numel() // 64)].contiguous().view(torch.uint8).numpy().tobytes()
+            key = raw_bytes(tensor[:: max(1, tensor.numel() // 64)]).tobytes()
             if key in first and torch.equal(source.read(first[key]), source.read(name)):
                 yield name, first[key]
             first.setdefault(key, name)

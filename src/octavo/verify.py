@@ -25,6 +25,7 @@ from octavo.artifact import MANIFEST, WEIGHTS, Artifact, dtype_name
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.job import replaced
 from octavo.objective import run
+from octavo.raw import raw_bytes
 
 if TYPE_CHECKING:
     from octavo.compress import Compressed
@@ -191,7 +192,7 @@ def digest_of(artifact: Artifact) -> str:
         for part, tensor in sorted(parts.items()):
             digest.update(f"{name} {part} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
             if tensor.numel():
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -480,7 +481,8 @@ def _latency(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> 
     original, compressed = [], []
     with torch.inference_mode():
         for _ in range(_PAIRS + 1):
-            original.append(timed(lambda: run(module, batch)))
+            with replaced(module, {}):
+                original.append(timed(lambda: run(module, batch)))
             with replaced(module, weights):
                 compressed.append(timed(lambda: run(module, batch)))
     result = {

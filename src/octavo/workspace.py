@@ -23,6 +23,7 @@ from torch import Tensor
 from octavo.artifact import Packed
 from octavo.calibrate import Calibration, Evidence
 from octavo.errors import OctavoError, RequestError
+from octavo.raw import raw_bytes
 
 _JOB, _CALIBRATION, _EVIDENCE = "job.json", "calibration.json", "evidence.safetensors"
 
@@ -176,7 +177,7 @@ def hash_tensors(batches: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(raw_bytes(value))
         elif isinstance(value, dict):
             for key in sorted(value):
                 digest.update(str(key).encode())

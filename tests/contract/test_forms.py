@@ -38,7 +38,9 @@ def grid(rows, columns, seed, kind="tensor"):
 def codebook(rows, columns, seed, scaled=False, values=7):
     g = _generator(seed)
     codes = torch.randint(0, values, (rows, columns), generator=g, dtype=torch.int32 if values > 256 else torch.uint8)
-    return Codebook(codes, torch.randn(values, generator=g).half(), torch.rand(rows, 1, generator=g) if scaled else None)
+    return Codebook(
+        codes, torch.randn(values, generator=g).half(), torch.rand(rows, 1, generator=g) if scaled else None
+    )
 
 
 def sparse(rows, columns, seed, share=0.3, values=grid):
@@ -86,7 +88,8 @@ FORMS = {
     "sum(grid, lowrank)": lambda r, c, s: Sum(grid(r, c, s), lowrank(r, c, s + 7)),
     "sum(grid, sparse)": lambda r, c, s: Sum(grid(r, c, s, "steps"), sparse(r, c, s + 7)),
     "lowrank(sum, sparse)": lambda r, c, s: LowRank(
-        Sum(grid(r, min(2, max(r, c)), s), codebook(r, min(2, max(r, c)), s + 1)), sparse(min(2, max(r, c)), c, s + 2, 0.5)
+        Sum(grid(r, min(2, max(r, c)), s), codebook(r, min(2, max(r, c)), s + 1)),
+        sparse(min(2, max(r, c)), c, s + 2, 0.5)
     ),
 }  # fmt: skip
 
@@ -286,13 +289,16 @@ def test_any_damage_gives_a_matrix_or_an_artifact_error(data, name):
     form = cases()[name]
     parts, meta = parts_of(form), form.meta()
     junk = st.one_of(
-        st.none(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=3), st.lists(st.integers(-3, 9), max_size=3),
+        st.none(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=3),
+        st.lists(st.integers(-3, 9), max_size=3),
         st.just({}), st.sampled_from([{"form": kind} for kind in form_names()]),
     )  # fmt: skip
     if data.draw(st.booleans()) and parts:
         part = data.draw(st.sampled_from(sorted(parts)))
         shape = data.draw(st.lists(st.integers(0, 17), max_size=3))
-        dtype = data.draw(st.sampled_from([torch.uint8, torch.int64, torch.int8, torch.float32, torch.bool, torch.float16]))
+        dtype = data.draw(
+            st.sampled_from([torch.uint8, torch.int64, torch.int8, torch.float32, torch.bool, torch.float16])
+        )
         parts[part] = (torch.randn(shape, generator=_generator(data.draw(st.integers(0, 99)))) * 9).to(dtype)
     else:
         meta = {**meta, data.draw(st.sampled_from([*meta, "pattern", "rank", "kept"])): data.draw(junk)}

@@ -78,13 +78,20 @@ def _heads(folder) -> dict[str, Case]:
             path = folder / f"{name}-{dtype_name}"
             GPT2LMHeadModel(GPT2Config(**config, tie_word_embeddings=tied)).to(dtype).save_pretrained(path)
             source = from_path(path)
-            (site,) = (s for s in source.sites()[0] if s.name in ("lm_head.weight", "transformer.wte.weight") and (tied or s.kind == "head"))
+            (site,) = (
+                s
+                for s in source.sites()[0]
+                if s.name in ("lm_head.weight", "transformer.wte.weight") and (tied or s.kind == "head")
+            )
             assert site.dtype == dtype and site.kind == ("embedding" if tied else "head")
             tokens = {"input_ids": torch.randint(0, 64, (8, 6))}
             for evidence_name, found in (
-                ("moment", calibrate(source, [site], [tokens], objective("kl"))), ("data-free", data_free(source, [site])),
+                ("moment", calibrate(source, [site], [tokens], objective("kl"))),
+                ("data-free", data_free(source, [site])),
             ):  # fmt: skip
-                cases[f"{name} head {dtype_name} {evidence_name}"] = Case(site, source.read(site.name), found.evidence[site.name])
+                cases[f"{name} head {dtype_name} {evidence_name}"] = Case(
+                    site, source.read(site.name), found.evidence[site.name]
+                )
     return cases
 
 
@@ -93,7 +100,10 @@ def _edge_weights() -> dict[str, Tensor]:
     usual = torch.randn(7, 13, generator=generator)
     outlier = usual.clone()
     outlier[3, 5] = 6e4
-    shapes = {f"{rows}x{columns}": (rows, columns) for rows, columns in ((1, 1), (1, 9), (1, 600), (9, 1), (600, 1), (7, 13), (64, 8))}
+    shapes = {
+        f"{rows}x{columns}": (rows, columns)
+        for rows, columns in ((1, 1), (1, 9), (1, 600), (9, 1), (600, 1), (7, 13), (64, 8))
+    }
     return {
         **{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
         "zeros": torch.zeros(7, 13),
@@ -118,7 +128,12 @@ def _edges() -> dict[str, Case]:
     return cases
 
 
-USUAL = [f"{kind} {d} {e}" for kind in (*MODULES, "tied head", "untied head") for d in DTYPES for e in ("moment", "data-free")]
+USUAL = [
+    f"{kind} {d} {e}"
+    for kind in (*MODULES, "tied head", "untied head")
+    for d in DTYPES
+    for e in ("moment", "data-free")
+]
 EDGES = [f"{name} {d} {e}" for name in _edge_weights() for d in DTYPES for e in ("moment", "data-free")]
 
 READER = """
@@ -126,8 +141,10 @@ import hashlib, json, sys, torch
 torch.set_num_threads(1)
 import octavo
 def digest(t):
-    return hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-print(json.dumps({path: {name: digest(t) for name, t in octavo.Artifact(path).state().items()} for path in sys.argv[1:]}))
+    content = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode() + content).hexdigest()
+states = {path: octavo.Artifact(path).state() for path in sys.argv[1:]}
+print(json.dumps({path: {name: digest(t) for name, t in state.items()} for path, state in states.items()}))
 """
 
 
@@ -144,7 +161,7 @@ def _chosen(settings: list, edge: bool) -> list:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Per method: outcomes by tensor name (restored here, restored there, stated bytes, bytes on disk), and refusals."""
+    """Per method, by tensor: restored here, restored there, stated bytes, bytes on disk; then refusals and contents."""
     folder = tmp_path_factory.mktemp("contract")
     usual, edges = {**_usual(), **_heads(folder)}, _edges()
     assert set(usual) == set(USUAL) and set(edges) == set(EDGES)
@@ -175,7 +192,9 @@ def written(tmp_path_factory):
         paths[name], found[name] = path, [here, {}, stated, {}, problems, contents]
         for part in path.glob("*.safetensors"):
             header = json.loads(part.read_bytes()[8 : 8 + int.from_bytes(part.read_bytes()[:8], "little")])
-            found[name][3].update({t: e["data_offsets"][1] - e["data_offsets"][0] for t, e in header.items() if t != "__metadata__"})
+            found[name][3].update(
+                {t: e["data_offsets"][1] - e["data_offsets"][0] for t, e in header.items() if t != "__metadata__"}
+            )
     done = subprocess.run(
         [sys.executable, "-c", READER, *map(str, paths.values())], capture_output=True, text=True, timeout=300
     )

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 import octavo
 from octavo.cli import app
 
-WORDS = "a the of and in is to it he she we you they was one two red old new big sun sea ship map king road tree house".split()
+WORDS = (
+    "a the of and in is to it he she we you they was one two red old new big sun sea ship map king road tree house"
+).split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,8 +62,8 @@ def write_bert(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0
     tokenizer.pre_tokenizer = Whitespace()
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=120, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2 * hidden,
-        max_position_embeddings=32,
+        vocab_size=120, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=2 * hidden, max_position_embeddings=32,
     )  # fmt: skip
     BertModel(config).eval().save_pretrained(folder)
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -112,11 +114,35 @@ def artifact(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+class Zoo(nn.Module):
+    """A layer for every form, layout and kind of entry that a manifest can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("grid", "codebook", "dense", "mask", "pattern", "product", "sum"):
+            setattr(self, name, nn.Linear(64, 24, bias=False))
+        self.transposed = nn.ConvTranspose2d(16, 12, 3, groups=2)
+        self.norm = nn.BatchNorm1d(24)
+        self.tied = nn.Linear(64, 24, bias=False)
+        self.tied.weight = self.grid.weight
+
+
 @pytest.fixture(scope="session")
-def bare_artifact(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of the bare tensors, every form in it."""
-    out = tmp_path_factory.mktemp("artifact") / "bare"
-    octavo.compress(bare, ratio=5, preset="fast").save(out)
+def zoo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of the zoo."""
+    out = tmp_path_factory.mktemp("artifact") / "zoo"
+    torch.manual_seed(0)
+    keep = {
+        "grid.*": "rtn:bits=4,group=16",
+        "codebook.*": "kmeans:values=8",
+        "dense.*": "bfloat16",
+        "mask.*": "magnitude:sparsity=0.8,bits=4",
+        "pattern.*": "wanda:pattern=4:8,bits=3",
+        "product.*": "svd:rank=5,bits=4",
+        "sum.*": "eora:step=0.5,rank=4,bits=4",
+        "transposed.*": "entropy:step=0.1",
+    }
+    octavo.compress(Zoo().eval(), ratio=2, keep=keep).save(out)
     return out
 
 

@@ -292,5 +292,5 @@ def test_modules_that_cannot_be_compressed(lab: Any) -> None:
         octavo.compress(torch.nn.ReLU(), ratio=2)
     module = lab.net()
     module.register_buffer("spectrum", torch.zeros(4, dtype=torch.complex64))
-    with pytest.raises(octavo.RequestError, match="'spectrum' has dtype torch.complex64"):
+    with pytest.raises(octavo.RequestError, match="'spectrum' has dtype"):
         octavo.compress(module, ratio=2)

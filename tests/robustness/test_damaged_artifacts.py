@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 import octavo
+from octavo import coding
 from octavo.errors import ArtifactError
 
 #: A fixture of conftest.py: a command run in this process.
@@ -24,10 +26,10 @@ Command = Callable[..., Any]
 COUNTED = ("model.safetensors", "octavo.json")
 
 
-@pytest.fixture(scope="module", params=["bert", "bare"])
+@pytest.fixture(scope="module", params=["bert", "zoo"])
 def sound(request: pytest.FixtureRequest) -> Path:
     """Of both kinds of source."""
-    return request.getfixturevalue({"bert": "artifact", "bare": "bare_artifact"}[request.param])
+    return request.getfixturevalue({"bert": "artifact", "zoo": "zoo_artifact"}[request.param])
 
 
 @pytest.fixture
@@ -54,8 +56,8 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
     return octavo.Artifact(folder).state()
 
 
-def refused(folder: Path, match: str = "") -> None:
-    with pytest.raises(ArtifactError, match=match) as found:
+def refused(folder: Path) -> None:
+    with pytest.raises(ArtifactError) as found:
         read_all(folder)
     assert str(found.value)
 
@@ -252,19 +254,34 @@ def sign_header(folder: Path, header: bytes, data: bytes) -> None:
     sign(folder, manifest)
 
 
+def _entry(dtype: Any = "U8", shape: Any = (4,), data_offsets: Any = (0, 4)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": data_offsets}
+
+
 @pytest.mark.parametrize(
     "entry",
     [
-        {}, [], None, 5, {"dtype": "U8"}, {"dtype": "F8", "shape": [4], "data_offsets": [0, 4]},
-        {"dtype": ["U8"], "shape": [4], "data_offsets": [0, 4]}, {"dtype": "U8", "shape": [5], "data_offsets": [0, 4]},
-        {"dtype": "U8", "shape": [-2, -2], "data_offsets": [0, 4]}, {"dtype": "U8", "shape": [4.0], "data_offsets": [0, 4]},
-        {"dtype": "U8", "shape": [4], "data_offsets": [0.0, 4.0]}, {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]},
-        {"dtype": "U8", "shape": [2**40], "data_offsets": [0, 2**40]}, {"dtype": "U8", "shape": [0, 2**70], "data_offsets": [0, 0]},
-        {"dtype": "U8", "shape": 4, "data_offsets": [0, 4]}, {"dtype": "U8", "shape": [4], "data_offsets": [0, 2, 4]},
-        {"dtype": "U8", "shape": [4], "data_offsets": "04"}, {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]},
+        {},
+        [],
+        None,
+        5,
+        {"dtype": "U8"},
+        _entry(dtype="F8"),
+        _entry(dtype=["U8"]),
+        _entry(shape=[5]),
+        _entry(shape=[-2, -2]),
+        _entry(shape=[4.0]),
+        _entry(shape=4),
+        _entry(shape=[2**40], data_offsets=[0, 2**40]),
+        _entry(shape=[0, 2**70], data_offsets=[0, 0]),
+        _entry(data_offsets=[0.0, 4.0]),
+        _entry(data_offsets=[-4, 0]),
+        _entry(data_offsets=[4, 0]),
+        _entry(data_offsets=[0, 2, 4]),
+        _entry(data_offsets="04"),
     ],
     ids=lambda value: json.dumps(value)[:60],
-)  # fmt: skip
+)
 def test_signed_headers(damaged: Path, entry: Any) -> None:
     content = (damaged / "model.safetensors").read_bytes()
     end = 8 + struct.unpack("<Q", content[:8])[0]
@@ -283,19 +300,26 @@ def test_signed_headers_that_are_none(damaged: Path, header: bytes) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{" + '"a":{' * 100_000 + "}" * 100_001, '{"a":' + "[" * 100_000, "{" + '"a":' * 3, '{"format":"octavo"}', "{}",
-        '{"version":' + "9" * 5000 + "}", '{"format":"octavo","version":1,"sites":[]}', '{"a":"\udcff"}'.encode("utf-8", "replace").decode(),
+        "{" + '"a":{' * 100_000 + "}" * 100_001,
+        '{"a":' + "[" * 100_000,
+        "{" + '"a":' * 3,
+        "{}",
+        '{"format":"octavo"}',
+        '{"format":"octavo","version":1,"sites":[]}',
+        '{"version":' + "9" * 5000 + "}",
     ],
     ids=lambda text: f"{text[:24]}",
-)  # fmt: skip
+)
 def test_signed_text_that_is_no_manifest(damaged: Path, text: str) -> None:
     write_signed(damaged, text)
     refused(damaged)
 
 
 def paths(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    """The way to every value within."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    """The way to every value within; of many tensors of one kind the last three stand for all."""
+    keys = list(value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ())
+    for key in keys[-3:] if at == ("kept",) or (at == ("sites",) and len(keys) > 10) else keys:
+        inner = value[key]
         yield (*at, key)
         yield from paths(inner, (*at, key))
 
@@ -327,6 +351,8 @@ def test_every_missing_key_is_noticed(damaged: Path, sound: Path, lab: Any) -> N
         changed = copy.deepcopy(manifest)
         del holder(changed, path)[path[-1]]
         sign(damaged, changed)
+        if path[0] == "aliases" and len(path) == 2:
+            continue  # A tied name that is not there was perhaps never there.
         refused(damaged)
 
 
@@ -334,8 +360,8 @@ def test_every_missing_key_is_noticed(damaged: Path, sound: Path, lab: Any) -> N
 def test_every_other_value_is_noticed(damaged: Path, sound: Path, lab: Any, value: Any) -> None:
     manifest, expected = lab.manifest_of(sound), read_all(sound)
     for path in paths(manifest):
-        if holder(manifest, path)[path[-1]] == value:
-            continue
+        if holder(manifest, path)[path[-1]] == value or (path, value) == (("aliases",), {}):
+            continue  # The same, or no tied names, which there need not be.
         changed = copy.deepcopy(manifest)
         holder(changed, path)[path[-1]] = value
         sign(damaged, changed)
@@ -358,12 +384,36 @@ print(peak() - before)
 """
 
 
-def test_huge_claims_take_no_memory(bare_artifact: Path, tmp_path: Path, lab: Any) -> None:
+def inflate(folder: Path) -> None:
+    """Give a site fifty parts of few bytes, each of which decodes to as much as one alone may."""
+    content = (folder / "model.safetensors").read_bytes()
+    tensors = load(content)
+    manifest = json.loads((folder / "octavo.json").read_text())
+    name, site = next(iter(manifest["sites"].items()))
+    part = coding.encode(torch.zeros(8 * site["shape"][0] * site["shape"][1], dtype=torch.int64))
+    tensors[name] = torch.frombuffer(bytearray(part * 50), dtype=torch.uint8)
+    site["parts"] = {f"part {k}": [k * len(part), len(part)] for k in range(50)}
+    site["crc"] = zlib.crc32(part * 50)
+    del manifest["sha256"]
+    sign(folder, manifest)
+    content = save(tensors)
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    sign_header(folder, content[8:end], content[end:])
+
+
+def test_parts_that_inflate(zoo_artifact: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(zoo_artifact, tmp_path / "zoo")
+    inflate(folder)
+    with pytest.raises(ArtifactError, match=r"more than the [0-9]+ allowed"):
+        read_all(folder)
+
+
+def test_huge_claims_take_no_memory(zoo_artifact: Path, tmp_path: Path, lab: Any) -> None:
     folders = []
 
     def add(change: Callable[[dict], Any]) -> None:
         folder = tmp_path / f"{len(folders)}"
-        shutil.copytree(bare_artifact, folder)
+        shutil.copytree(zoo_artifact, folder)
         manifest = lab.manifest_of(folder)
         change(manifest)
         sign(folder, manifest)
@@ -371,11 +421,13 @@ def test_huge_claims_take_no_memory(bare_artifact: Path, tmp_path: Path, lab: An
 
     for shape in HUGE:
         add(_change(shape=shape))
-    add(lambda manifest: next(iter(manifest["coded"].values())).__setitem__(1, 2**40))
+    add(lambda manifest: next(iter(manifest["coded"].values())).append(2**40))
     add(CHANGES["a rank beyond"])
     add(CHANGES["survivors beyond"])
     add(CHANGES["floats of huge shape"])
-    words = [sys.executable, "-c", _MEASURE, str(bare_artifact), *map(str, folders)]
+    add(lambda manifest: None)
+    inflate(folders[-1])
+    words = [sys.executable, "-c", _MEASURE, str(zoo_artifact), *map(str, folders)]
     done = subprocess.run(words, env=lab.environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 64 << 10, f"{int(done.stdout)} KiB"
@@ -456,6 +508,6 @@ def test_no_byte_of_a_kept_tensor_is_taken_unchecked(artifact: Path, tmp_path: P
             AutoModel.from_pretrained(folder)
 
 
-def test_a_module_that_does_not_fit(bare_artifact: Path, lab: Any) -> None:
+def test_a_module_that_does_not_fit(zoo_artifact: Path, lab: Any) -> None:
     with pytest.raises(ArtifactError, match="does not fit Net"):
-        octavo.load(bare_artifact, into=lab.net())
+        octavo.load(zoo_artifact, into=lab.net())

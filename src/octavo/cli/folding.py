@@ -88,6 +88,9 @@ def compress(
         if profile is None and not resume:
             shutil.rmtree(workspace, ignore_errors=True)
         raise
+    except octavo.OctavoError:
+        errors.print(f"unfinished work is kept in {workspace}; --resume continues it", markup=False, soft_wrap=True)
+        raise
     if profile is None:
         done.forget_workspace()
     if json_output:

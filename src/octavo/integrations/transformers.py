@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import MissingExtraError, RequestError
+from octavo.raw import raw_bytes
 
 if TYPE_CHECKING:
     from octavo.objective import Objective
@@ -221,7 +222,7 @@ def _register_quantizer() -> None:
 
         def decoded(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             if tensor.dtype == torch.uint8 and tensor.ndim == 1:
-                found = self._weights.get(zlib.crc32(tensor.cpu().numpy()))
+                found = self._weights.get(zlib.crc32(raw_bytes(tensor)))
                 tensor = tensor if found is None else found
             return tensor if dtype is None else tensor.to(dtype)
 

