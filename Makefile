@@ -26,11 +26,11 @@ check: $(READY) ## check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY) ## run the benchmark on MiniLM
-	$(BIN)/python benchmarks/minilm.py
-
-reproduce: $(READY) ## run the acceptance checks and print their figures
+bench: $(READY) ## sizes, quality against GPTQ and times on MiniLM; writes docs/results/acceptance.json
 	$(BIN)/python benchmarks/acceptance.py
+
+reproduce: bench ## the same, and other kinds of source; writes docs/results/*.json
+	$(BIN)/python benchmarks/digits.py
 
 format: $(READY) ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .

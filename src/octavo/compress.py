@@ -477,7 +477,7 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
     if job.measurable:
         # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
         steps = sum(site.rows + site.columns for site in job.sites)
-        smallest = int(1.05 * (job.contents(packed, None).bytes + steps))
+        smallest = int(1.1 * (job.contents(packed, None).bytes + steps))
     else:
         smallest = job.contents(packed, job.kept_dtype()).bytes
     raise unreachable(asked, job.source.original_bytes, smallest)

@@ -18,9 +18,26 @@ from typer.testing import CliRunner
 import octavo
 from octavo.cli import app
 
-WORDS = (
-    "a the of and in is to it he she we you they was one two red old new big sun sea ship map king road tree house"
-).split()  # noqa: SIM905
+LETTERS = [chr(ord("a") + k) for k in range(26)]
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "in",
+    "is",
+    "it",
+    "he",
+    "was",
+    "one",
+    "two",
+    "red",
+    "old",
+    "big",
+    "sun",
+    "sea",
+    "ship",
+    "king",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,8 +73,7 @@ def write_bert(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    letters = [chr(ord("a") + k) for k in range(26)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *WORDS[1:]]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS), *WORDS]
     tokenizer = Tokenizer(WordPiece({word: k for k, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     torch.manual_seed(seed)
