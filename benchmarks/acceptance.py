@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import brown, minilm, save_results, shared_data, stat_bytes
+from common import CACHE, brown, load_results, minilm, save_results, shared_data, stat_bytes
 
 import octavo
 from octavo import coding
-from octavo.compress import Compressed, finish, single_families
-from octavo.errors import BudgetError
+from octavo.compress import Compressed
+from octavo.finish import finish, single_families
 from octavo.integrations.transformers import text_batches
 from octavo.job import open_source
 from octavo.objective import Cosine
@@ -58,7 +58,7 @@ def ratios(judge: Judge, texts: list[str], work: Path) -> tuple[list[dict[str, A
         started = time.perf_counter()
         done = octavo.compress(minilm(), ratio=ratio, data=texts, workspace=work / "profile", resume=True)
         folder = work / f"ratio-{ratio}"
-        report = done.save(folder)
+        report = done.save(folder, overwrite=True)
         written = time.perf_counter() - started
         size, budget = stat_bytes(folder), done.budget.bytes
         row = {
@@ -80,13 +80,17 @@ def _judge_built(built: Any, done: Compressed, judge: Judge, work: Path) -> floa
 
 
 def _families(done: Compressed, judge: Judge, work: Path) -> dict[str, dict[str, float]]:
-    from octavo.compress import describe
+    from octavo.request import describe
 
     room = Workspace(work / "profile", describe(done.job, done.preset), resume=True)
     result = {}
     for plan in single_families(done.profile, done.budget):
         built = finish(done.job, done.profile, done.calibration, room, plan, done.budget)
-        result[plan.notes[0]] = {"bytes": built.bytes, "held_back": built.quality, "quality": _judge_built(built, done, judge, work)}
+        result[plan.notes[0]] = {
+            "bytes": built.bytes,
+            "held_back": built.quality,
+            "quality": _judge_built(built, done, judge, work),
+        }
     return result
 
 
@@ -100,11 +104,11 @@ def against_gptq(judge: Judge, texts: list[str], work: Path) -> list[dict[str, A
     for bits, most in ((4, 0.45), (3, 0.40), (2, 0.30)):
         keep = {"*": f"gptq:bits={bits},group=64", "embeddings.*": f"rtn:bits={bits},group=64"}
         rival = octavo.compress(minilm(), ratio=2, data=texts, keep=keep, methods=["keep"])
-        rival.save(work / f"gptq-{bits}")
+        rival.save(work / f"gptq-{bits}", overwrite=True)
         size = stat_bytes(work / f"gptq-{bits}")
         nominal = _nominal_bytes(rival, bits)
         done = octavo.compress(minilm(), size=size, data=texts, workspace=work / "profile", resume=True)
-        done.save(work / f"octavo-{bits}")
+        done.save(work / f"octavo-{bits}", overwrite=True)
         theirs, ours = judge(work / f"gptq-{bits}"), judge(work / f"octavo-{bits}")
         row = {
             "rival": f"GPTQ int{bits} group 64", "rival_bytes": size, "rival_bytes_uncoded": nominal, "rival_quality": theirs,
@@ -117,16 +121,28 @@ def against_gptq(judge: Judge, texts: list[str], work: Path) -> list[dict[str, A
 
 def _nominal_bytes(done: Compressed, bits: int) -> int:
     """Bytes of the same choice packed at its nominal bits, with a float16 scale and a code-sized zero a group."""
-    weights = sum(site.parameters * bits / 8 + site.rows * -(-site.columns // 64) * (2 + bits / 8) for site in done.job.sites)
+    weights = sum(
+        site.parameters * bits / 8 + site.rows * -(-site.columns // 64) * (2 + bits / 8) for site in done.job.sites
+    )
     kept = sum(tensor.numel() * 2 for tensor, _ in done.built.contents.kept.values())
     return int(weights + kept)
 
 
 def unreachable() -> dict[str, Any]:
     """A ratio beyond reach is refused with exit code 3, and the limit that it names works."""
-    command = [sys.executable, "-c", "from octavo.cli import main; main()", "compress", str(minilm()), "--ratio", "1000000"]
+    command = [
+        sys.executable,
+        "-c",
+        "from octavo.cli import main; main()",
+        "compress",
+        str(minilm()),
+        "--ratio",
+        "1000000",
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run([*command, "--out", f"{folder}/out", "--json"], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [*command, "--out", f"{folder}/out", "--json"], capture_output=True, text=True, check=False
+        )
         answer = json.loads(run.stdout.splitlines()[-1])
         done = octavo.compress(minilm(), ratio=answer["limit"], preset="fast")
         return {"exit_code": run.returncode, "limit": answer["limit"], "reached": done.ratio}
@@ -138,7 +154,7 @@ import torch, transformers, octavo, octavo.report, octavo.steps
 preset, out = sys.argv[2], sys.argv[3]
 started = time.perf_counter()
 done = octavo.compress(sys.argv[1], ratio=8, preset=preset)
-report = done.save(out)
+report = done.save(out, overwrite=True)
 print(json.dumps({"seconds": time.perf_counter() - started, "steps": report["timings"], "quality_held_back": done.built.quality,
     "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """
@@ -165,13 +181,17 @@ def _fresh(code: str, *words: str) -> dict[str, Any]:
 
 def times(work: Path) -> dict[str, Any]:
     """Wall time in fresh processes after imports, peak memory, loading, and entropy decoding."""
-    result: dict[str, Any] = {preset: _fresh(_TIMED, str(minilm()), preset, str(work / f"timed-{preset}")) for preset in ("default", "fast")}
+    result: dict[str, Any] = {
+        preset: _fresh(_TIMED, str(minilm()), preset, str(work / f"timed-{preset}")) for preset in ("default", "fast")
+    }
     # Alternating, so that the machine's load falls on both.
     loads: dict[str, list[dict[str, Any]]] = {"original": [], "artifact": []}
     for _ in range(3):
         loads["original"].append(_fresh(_LOADED, str(minilm())))
         loads["artifact"].append(_fresh(_LOADED, str(work / "timed-default")))
-    result["load"] = {side: {key: sorted(run[key] for run in runs)[1] for key in ("first", "warm")} for side, runs in loads.items()}
+    result["load"] = {
+        side: {key: sorted(run[key] for run in runs)[1] for key in ("first", "warm")} for side, runs in loads.items()
+    }
     result["decode"] = _decoding(work / "timed-default")
     return result
 
@@ -208,21 +228,27 @@ def spearman(work: Path) -> dict[str, float] | None:
 
 
 def main() -> None:
-    """Run everything and write the results."""
+    """Run the parts named on the command line, all by default, and add them to the results."""
+    parts = sys.argv[1:] or ["times", "ratios", "gptq", "spearman", "unreachable"]
     calibration, test = brown()
     judge = Judge(test)
-    with tempfile.TemporaryDirectory(prefix="octavo-acceptance-") as folder:
-        work = Path(folder)
-        results: dict[str, Any] = {"data": "Brown corpus: 256 calibration sentences, 512 others for quality", "times": times(work)}
-        print(json.dumps(results["times"]), flush=True)
-        results["ratios"], results["profile_times"] = ratios(judge, calibration, work)
-        results["gptq"] = against_gptq(judge, calibration, work)
-        results["spearman"] = spearman(work)
-    try:
-        results["unreachable"] = unreachable()
-    except BudgetError as error:
-        results["unreachable"] = {"error": str(error)}
-    save_results("acceptance", results)
+    results: dict[str, Any] = load_results("acceptance")
+    results["data"] = "Brown corpus: 256 calibration sentences, 512 others for quality"
+    work = CACHE / "acceptance"
+    work.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        if part == "times":
+            results[part] = times(work)
+        elif part == "ratios":
+            results[part], results["profile_times"] = ratios(judge, calibration, work)
+        elif part == "gptq":
+            results[part] = against_gptq(judge, calibration, work)
+        elif part == "spearman":
+            results[part] = spearman(work)
+        else:
+            results[part] = unreachable()
+        print(part, json.dumps(results[part]), flush=True)
+        save_results("acceptance", results)
 
 
 if __name__ == "__main__":

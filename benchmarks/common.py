@@ -86,17 +86,23 @@ def stat_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in names)
 
 
+def load_results(name: str) -> dict[str, Any]:
+    """Results that were saved before, or none."""
+    file = RESULTS / f"{name}.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
 def save_results(name: str, results: dict[str, Any]) -> None:
     """Write results with the command, the versions and the machine that made them."""
-    from octavo.verify import environment
+    from octavo.report.gather import environment
 
     packages = ("octavo", "torch", "transformers", "numpy", "safetensors", "constriction", "zstandard")
     data = {
-        "command": f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}",
+        **results,
+        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": {package: version(package) for package in packages},
         "machine": environment(),
-        **results,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

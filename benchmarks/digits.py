@@ -74,19 +74,30 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         save_file(state, work / "net.safetensors")
-        for name, source in (("bare net.safetensors", work / "net.safetensors"), ("bare MiniLM", minilm() / "model.safetensors")):
+        for name, source in (
+            ("bare net.safetensors", work / "net.safetensors"),
+            ("bare MiniLM", minilm() / "model.safetensors"),
+        ):
             for ratio in (8, 16):
                 done = octavo.compress(source, ratio=ratio)
                 target = work / f"{name.split()[1].split('.')[0]}-bare-{ratio}"
                 done.save(target)
                 size = stat_bytes(target)
-                row = {"source": name, "ratio": ratio, "bytes": size, "budget": done.budget.bytes, "used": size / done.budget.bytes}
+                row = {
+                    "source": name,
+                    "ratio": ratio,
+                    "bytes": size,
+                    "budget": done.budget.bytes,
+                    "used": size / done.budget.bytes,
+                }
                 if "net" in name:
                     restored = octavo.load(target, into=net())
                     row |= {"accuracy": accuracy(restored, test_images, test_labels), "accuracy_before": before}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    save_results("digits", {"data": "10,000 MNIST digits: 8,000 to train, 512 of them to calibrate, 2,000 to test", "rows": rows})
+    save_results(
+        "digits", {"data": "10,000 MNIST digits: 8,000 to train, 512 of them to calibrate, 2,000 to test", "rows": rows}
+    )
 
 
 if __name__ == "__main__":

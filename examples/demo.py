@@ -1,4 +1,4 @@
-"""Fold a real sentence encoder to an eighth of its bytes, load it back, and look at what it cost. Run by `make demo`."""
+"""Fold a real sentence encoder to an eighth of its bytes, load it back, see what it cost. Run by `make demo`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Artifacts: packed forms in safetensors files, and a manifest that says how to read them.
 
 An artifact comes from anybody. Reading one therefore trusts nothing: the manifest's and every tensor's checksum are
-verified, names of files may not leave the folder, shapes are bounded by the bytes that are there before memory is taken,
-and nothing is ever executed. ``docs/format.md`` describes the files byte by byte.
+verified, names of files may not leave the folder, shapes are bounded by the bytes that are there before memory is
+taken, and nothing is ever executed. ``docs/format.md`` describes the files byte by byte.
 """
 
 from __future__ import annotations
@@ -392,8 +392,8 @@ class Artifact:
             self._content(name, entry[0])
         if total > _LARGEST_RATIO * self.bytes + _SLACK:
             raise ArtifactError(
-                f"{self.path}: claims {total} bytes of weights in {self.bytes} bytes of files; refused, since no artifact "
-                f"compresses {_LARGEST_RATIO} times"
+                f"{self.path}: claims {total} bytes of weights in {self.bytes} bytes of files; refused, since no "
+                f"artifact compresses {_LARGEST_RATIO} times"
             )
 
 

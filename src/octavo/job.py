@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], Any]
 
 #: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
 _HELD = 96
-#: Norms, biases and the like are stored in 16 bits if all of them together cost less than this (in units of the metric).
+#: Norms, biases and the like are stored in 16 bits if all of them together cost less than this, in the metric's units.
 _FREE = 1e-7
 
 
@@ -199,7 +199,8 @@ def open_source(source: str | Path | nn.Module | Source) -> Source:
 def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Batch], str]:
     """Batches from what the user gave, and what to call them in the report.
 
-    ``data`` is a file of texts, a list of texts, or an iterable of batches; None takes the built-in text for a text model.
+    ``data`` is a file of texts, a list of texts, or an iterable of batches; None takes the built-in text for a text
+    model.
     """
     folder = source.path if source.path is not None and source.path.is_dir() else None
     if source.module is None:

@@ -12,7 +12,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in ``dtype``; rounding may carry a value beyond its range, and such a one becomes the largest there is."""
+    """The tensor in ``dtype``; a value that rounding carried beyond its range becomes the largest there is."""
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
         tensor = tensor.clamp(-largest, largest)

@@ -15,11 +15,14 @@ from octavo import job as jobs
 from octavo.allocate import Plan, allocate
 from octavo.artifact import MANIFEST, Artifact
 from octavo.budget import budget as budget_of
-from octavo.compress import Compressed, build_profile, compress, describe, finish, open_job, single_families
+from octavo.compress import Compressed, compress
+from octavo.curves import build_profile
 from octavo.errors import MissingExtraError, RequestError
+from octavo.finish import finish, single_families
 from octavo.job import Progress, silent
 from octavo.objective import Objective
 from octavo.profile import Profile
+from octavo.request import describe, open_job
 from octavo.sites import Source
 from octavo.workspace import Workspace
 
@@ -42,8 +45,8 @@ def profile(
 ) -> Profile:
     """Measure the curves of a source over all sizes and save them in the folder ``out``.
 
-    Parameters are those of :func:`octavo.compress`. Give the folder to ``compress`` as ``workspace`` with ``resume``, or
-    to :func:`plan`, to solve it for any budget.
+    Parameters are those of :func:`octavo.compress`. Give the folder to ``compress`` as ``workspace`` with ``resume``,
+    or to :func:`plan`, to solve it for any budget.
 
     Raises
     ------

@@ -46,7 +46,7 @@ def test_a_ratio_that_is_no_number(refused: Refused, bare: Path) -> None:
             octavo.compress(bare, ratio=ratio)
 
 
-@pytest.mark.parametrize("budget", [("--ratio", "1e6"), ("--size", "0"), ("--bits", "1e-9"), ("--ratio", "40")])
+@pytest.mark.parametrize("budget", [("--ratio", "1e6"), ("--size", "0"), ("--ratio", "40")])
 def test_what_cannot_be_reached_names_what_can(
     command: Command, refused: Refused, bare: Path, tmp_path: Path, budget: tuple[str, str]
 ) -> None:
@@ -62,7 +62,6 @@ def test_what_cannot_be_reached_names_what_can(
     ("ratio", "options"),
     [
         (1e6, {"preset": "fast"}),
-        (9, {"preset": "fast"}),
         (9, {"methods": ["rtn", "svd"]}),
         (1e6, {"preset": "fast", "keep": {"*word*": "float16"}}),
     ],

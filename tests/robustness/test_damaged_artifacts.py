@@ -357,8 +357,9 @@ def test_every_missing_key_is_noticed(damaged: Path, sound: Path, lab: Any) -> N
 
 
 @pytest.mark.parametrize("value", [None, [], "x", 7, 2**80, -1, True, 1.5, {}], ids=repr)
-def test_every_other_value_is_noticed(damaged: Path, sound: Path, lab: Any, value: Any) -> None:
-    manifest, expected = lab.manifest_of(sound), read_all(sound)
+def test_every_other_value_is_noticed(zoo_artifact: Path, tmp_path: Path, lab: Any, value: Any) -> None:
+    manifest, expected = lab.manifest_of(zoo_artifact), read_all(zoo_artifact)
+    damaged = shutil.copytree(zoo_artifact, tmp_path / "damaged")
     for path in paths(manifest):
         if holder(manifest, path)[path[-1]] == value or (path, value) == (("aliases",), {}):
             continue  # The same, or no tied names, which there need not be.

@@ -15,8 +15,9 @@ import octavo
 from octavo import report
 from octavo.cli import command, console, errors, options, show_json
 from octavo.cli.progress import progress
+from octavo.publish import check_writable
 from octavo.steps import request_of
-from octavo.verify import REPORT, check_writable
+from octavo.verify import REPORT
 
 #: What a request says if none of its options is given.
 _UNSAID: dict[str, Any] = {
@@ -208,7 +209,7 @@ def frontier(
     for row in rows:
         other = "-" if row["uniform"] is None else f"{row['uniform']:.4g}"
         table.add_row(
-            f"{row['asked']:g}", f"{row['ratio']:.3f}", f"{row['bytes']:,}", f"{row['used']:.2%}", f"{row['quality']:.4g}",
-            other, row["winner"],
+            f"{row['asked']:g}", f"{row['ratio']:.3f}", f"{row['bytes']:,}", f"{row['used']:.2%}",
+            f"{row['quality']:.4g}", other, row["winner"],
         )  # fmt: skip
     console.print(table)

@@ -16,8 +16,8 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored, round_columns
 from octavo.methods.knobs import real
 
-#: Rows are rounded in chunks: they do not depend on each other, a chunk fits the cache, and its vectors are short enough that
-#: no operation is split over threads, whose meeting at every column would cost more than the work (measured: 8 times).
+#: Rows are rounded in chunks: they do not depend on each other, a chunk fits the cache, and its vectors are short
+#: enough that no operation is split over threads, whose meeting at every column would cost more than the work.
 _CHUNK = 1 << 19
 #: Mean magnitudes that rounding tells apart, in quarters of an octave of a step: 1/32 to 2048.
 _LOW, _HIGH = -20, 44
@@ -34,10 +34,10 @@ class Entropy(Method):
     """Uniform quantization without clipping, for an entropy coder, with steps set by sensitivity.
 
     With ``loss = 1/2 sum_i r[i] d[j] F[i, j]^2`` (:mod:`octavo.methods.feedback`) every weight is divided by its own
-    step ``step / sqrt(r[i] d[j])``, so that a rounding error costs the same wherever it is made: at high rates the bytes
-    of the whole network are then spent at one slope. In these units the matrix is rounded column by column with error
-    feedback, and the level taken is the one of least ``error^2 + rate * bits``, where ``bits`` is its code length under
-    the empirical distribution of its magnitude class. The row and column steps are rounded to eighths of an octave and
+    step ``step / sqrt(r[i] d[j])``, so that a rounding error costs the same wherever it is made: at high rates the
+    bytes of the whole network are then spent at one slope. In these units the matrix is rounded column by column with
+    error feedback, and the level taken is the one of least ``error^2 + rate * bits``, where ``bits`` is its code length
+    under the distribution of its magnitude class. The row and column steps are rounded to eighths of an octave and
     entropy-coded beside the codes; they cost about 4 bits a row and column.
 
     Parameters
@@ -81,7 +81,7 @@ class _Prepared:
 
     def __init__(self, weight: Tensor, evidence: Evidence) -> None:
         self.weight, self.shape = weight.float(), tuple(weight.shape)
-        rows, columns = self.shape
+        columns = self.shape[1]
         if evidence.columns is None:
             self.order = torch.arange(columns)
             curvature, self.feedback = torch.ones(columns), None
@@ -136,9 +136,9 @@ class _Prepared:
 class _Thresholds:
     """Decision thresholds of rate-aware rounding.
 
-    Level ``q`` is preferred to ``q - 1`` when ``size > q - 1/2 + rate / 2 * (bits[q] - bits[q - 1])``. The increments are
-    those of a Laplacian of the weight's own magnitude, predicted from its row and column (a rank-one model, which the
-    coder's classes follow too): constant for q >= 2, and at q = 1 with the bit for the sign.
+    Level ``q`` is preferred to ``q - 1`` when ``size > q - 1/2 + rate / 2 * (bits[q] - bits[q - 1])``. The increments
+    are those of a Laplacian of the weight's own magnitude, predicted from its row and column (a rank-one model, which
+    the coder's classes follow too): constant for q >= 2, and at q = 1 with the bit for the sign.
 
     Magnitudes are rounded to quarters of an octave, so that thresholds are looked up and not computed.
     """
@@ -160,7 +160,7 @@ class _Thresholds:
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, column: int) -> tuple[Tensor, Tensor]:
-        """For a column: sizes up to the first are zero, to larger ones the second is added before the floor; (rows,) each."""
+        """For a column, (rows,) each: sizes up to the first are zero, larger ones get the second and are floored."""
         key = self._columns[column]
         if key not in self._known:
             index = (self._rows + key).clamp_(_LOW, _HIGH) - _LOW

@@ -1,0 +1,115 @@
+"""Curves of a whole source, and their correction by measured plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from octavo.allocate import allocate
+from octavo.artifact import Packed
+from octavo.budget import Budget
+from octavo.calibrate import Calibration
+from octavo.job import Job
+from octavo.profile import Curve, Point, Profile, Window, profile_site
+from octavo.workspace import Workspace
+
+_STRIDE = {"fast": 2, "default": 1, "best": 1}
+
+
+def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: float | None, preset: str) -> Profile:
+    """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
+
+    ``bits`` per weight tells around which size points are wanted; None takes all.
+    """
+    spread = {"fast": (0.45, 1.9), "default": (0.25, 2.5), "best": (0.1, 4.0)}[preset]
+    # Near the smallest artifact every site needs its coarsest point, wherever that lies.
+    least = 0.0 if bits is None or bits < 1 else bits * spread[0]
+    window = Window() if bits is None else Window(least, max(bits * spread[1], 6.0), _STRIDE[preset])
+    saved = room.read_json("profile.json")
+    if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
+        return Profile.load(room.path / "profile.json")
+    curves = []
+    for index, site in enumerate(job.sites):
+        name = f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json"
+        found = room.read_json(name)
+        if found is None:
+            curve = _profile_one(job, site, calibration, room, window)
+            room.write_json(name, [[p.method, p.setting, p.bytes, p.loss] for p in curve.points])
+        else:
+            curve = Curve(site.name, site.kind, site.shape, [Point(*entry) for entry in found])
+        curves.append(curve)
+        job.progress("profile", index + 1, len(job.sites))
+    dtype = job.kept_dtype()
+    source = job.source
+    profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
+    profile.options = {"bits": bits, "preset": preset, "kept": dtype is not None}
+    smallest = {curve.site: min(curve.points, key=lambda p: p.bytes) for curve in curves}
+    packed = {name: job.encode(job.site(name), p.method, p.setting, calibration, room) for name, p in smallest.items()}
+    profile.fixed_bytes = job.contents(packed, dtype).bytes - sum(item.bytes for item in packed.values())
+    if job.measurable and preset != "fast":
+        correct(job, profile, calibration, room, bits or 4.0)
+    profile.save(room.path / "profile.json")
+    return profile
+
+
+def _profile_one(job: Job, site: Any, calibration: Calibration, room: Workspace, window: Window) -> Curve:
+    weight, evidence = job.matrix(site), calibration.evidence[site.name]
+    if site.name in job.pinned:
+        name, setting = job.pinned[site.name]
+        packed = job.encode(site, name, setting, calibration, room)
+        return Curve(site.name, site.kind, site.shape, [Point(name, setting, packed.bytes, 0.0)])
+
+    def keep(method: Any, setting: Any, packed: Packed) -> None:
+        room.save_packed(site.name, method.name, setting, packed)
+
+    return profile_site(site, weight, evidence, job.methods, window, keep)
+
+
+def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspace, bits: float) -> None:
+    """Measure what expected losses are worth: compress one group of sites at a time, at two sizes, and look.
+
+    The measured loss of a group is fitted as ``factor * expected ** exponent`` through the two points. Groups whose
+    loss is too small to matter keep the expectation.
+    """
+    groups: dict[str, list[Curve]] = {}
+    for curve in profile.curves:
+        groups.setdefault(curve.group, []).append(curve)
+    plans = []
+    for share in (1.0, 0.6):
+        size = max(int(profile.weights * bits * share / 8), profile.smallest)
+        plans.append(allocate(profile, Budget(size, "correction")))
+    total = max(plan.expected for plan in plans)
+    for done, (name, curves) in enumerate(groups.items()):
+        pairs = []
+        for plan in plans:
+            nearest = {curve.site: _nearest(curve, plan.points[curve.site]) for curve in curves}
+            expected = sum(point.loss for point in nearest.values())
+            if expected < 1e-3 * total:
+                continue
+            packed = {
+                site: job.encode(job.site(site), point.method, point.setting, calibration, room)
+                for site, point in nearest.items()
+            }
+            pairs.append((expected, float(job.measure(job.weights(packed)).mean())))
+        profile.correction[name] = fit_power(pairs)
+        job.progress("correct", done + 1, len(groups))
+
+
+def _nearest(curve: Curve, wanted: Point) -> Point:
+    """The measured point of a curve that is closest to one that may be estimated."""
+    same = [point for point in curve.points if point.method == wanted.method]
+    return min(same, key=lambda point: abs(math.log((point.bytes + 1) / (wanted.bytes + 1))))
+
+
+def fit_power(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Factor and exponent of ``measured = factor * expected ** exponent`` through up to two pairs of both."""
+    usable = [(expected, measured) for expected, measured in pairs if expected > 0 and measured > 0]
+    if not usable:
+        return 1.0, 1.0
+    (x1, y1), (x2, y2) = (np.log(usable[0]), np.log(usable[-1]))
+    # An exponent far from 1 is noise of a small sample; it would run away outside the measured range.
+    exponent = float(np.clip((y2 - y1) / (x2 - x1), 0.8, 1.25)) if abs(x2 - x1) > 0.1 else 1.0
+    return float(np.exp((y1 + y2) / 2 - exponent * (x1 + x2) / 2)), exponent

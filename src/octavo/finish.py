@@ -1,0 +1,174 @@
+"""Encoding a plan so that its artifact uses the budget exactly, and the plans that it must beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.allocate import Plan, allocate, uniform, unreachable
+from octavo.artifact import Contents, Packed
+from octavo.budget import Budget
+from octavo.calibrate import Calibration
+from octavo.errors import BudgetError, OctavoError, RequestError
+from octavo.job import Job
+from octavo.methods import get_method
+from octavo.profile import Point, Profile
+from octavo.workspace import Workspace
+
+#: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
+MARGIN = 0.004
+_ROUNDS = 8
+
+
+@dataclass
+class Built:
+    """A plan that was encoded: its exact contents and what it lost on held-back data."""
+
+    plan: Plan
+    packed: dict[str, Packed]
+    contents: Contents
+    bytes: int
+    quality: float
+    p95: float | None = None
+
+
+def finish(
+    job: Job,
+    profile: Profile,
+    calibration: Calibration,
+    room: Workspace,
+    plan: Plan,
+    asked: Budget,
+    *,
+    exact: bool = True,
+) -> Built:
+    """Encode a plan and, if ``exact``, move continuous settings until the artifact uses the budget.
+
+    Raises
+    ------
+    RequestError
+        If a plan that must not be moved exceeds the budget.
+    """
+    dtype = _kept(profile)
+    points, packed = dict(plan.points), dict[str, Packed]()
+    changed = list(points)
+    kept_bytes = profile.fixed_bytes
+    for attempt in range(_ROUNDS):
+        for done, name in enumerate(changed):
+            point = points[name]
+            packed[name] = job.encode(job.site(name), point.method, point.setting, calibration, room)
+            if point.estimated or not exact:
+                points[name] = Point(point.method, point.setting, packed[name].bytes, point.loss)
+            job.progress("encode", done + 1, len(changed))
+        contents = job.contents(packed, dtype)
+        total = contents.bytes
+        kept_bytes = total - sum(item.bytes for item in packed.values())
+        if not exact or _fits(total, asked):
+            break
+        moved = _move(profile, points, int(asked.bytes * (1 - MARGIN / 2)) - total, attempt)
+        if not moved:
+            break
+        points.update(moved)
+        changed = list(moved)
+    if total > asked.bytes and exact:
+        fallback = allocate(profile, asked, margin=2 * MARGIN, interpolate=False)
+        points = dict(fallback.points)
+        packed = {n: job.encode(job.site(n), p.method, p.setting, calibration, room) for n, p in points.items()}
+        contents = job.contents(packed, dtype)
+        total = contents.bytes
+        if total > asked.bytes:
+            raise unreachable(asked, profile.original_bytes, total)
+    stored = {name: tensor.to(old) for name, (tensor, old) in contents.kept.items()}
+    losses = job.measure({**job.weights(packed), **stored}).numpy() if job.measurable else None
+    expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
+    done_plan = Plan(plan.budget, points, expected, kept_bytes, plan.label, plan.notes)
+    if not exact and total > asked.bytes:
+        raise RequestError(
+            f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites"
+        )
+    if losses is None:
+        return Built(done_plan, packed, contents, total, expected)
+    return Built(done_plan, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
+
+
+def _kept(profile: Profile) -> torch.dtype | None:
+    return torch.float16 if profile.options.get("kept") else None
+
+
+def _fits(total: int, asked: Budget) -> bool:
+    return asked.bytes * (1 - 2.5 * MARGIN) <= total <= asked.bytes
+
+
+def _move(profile: Profile, points: Mapping[str, Point], missing: int, attempt: int) -> dict[str, Point]:
+    """New points of continuous settings that change the bytes by about ``missing``.
+
+    A small gap is closed at the largest such site alone, so that little has to be encoded again; a large one by moving
+    all of them together, which keeps them at one slope.
+    """
+    elastic = {name: point for name, point in points.items() if get_method(point.method).elastic}
+    if not elastic:
+        return {}
+    largest = max(elastic, key=lambda name: elastic[name].bytes)
+    moving = {largest: elastic[largest]} if abs(missing) < 0.04 * elastic[largest].bytes else elastic
+    if attempt % 4 == 3:
+        moving = elastic
+    sizes = {curve.site: math.prod(curve.shape) for curve in profile.curves}
+    weights = sum(sizes[name] for name in moving)
+    # At one bit less per weight the step doubles; at low rates a bit is worth more steps, hence the second factor.
+    rate = sum(point.bytes for point in moving.values()) * 8 / weights
+    octaves = -missing * 8 / weights * max(1.0, 1.6 / max(rate, 0.1))
+    octaves = float(np.clip(octaves, -2, 2))
+    moved = {}
+    for name, point in moving.items():
+        method = get_method(point.method)
+        setting = method.at(point.setting, method.octaves(point.setting) + octaves)
+        if setting != point.setting:
+            moved[name] = Point(point.method, setting, point.bytes, point.loss * 4**octaves, estimated=True)
+    return moved
+
+
+def rivals_of(
+    job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, best: Built
+) -> list[Built]:
+    """What the mixed plan must beat: the best uniform plan at the same bytes, and the best plan of a single family."""
+    plans = uniform(profile, Budget(int(asked.bytes * (1 - MARGIN)), asked.asked))[:1]
+    plans += single_families(profile, asked)[:1]
+    built: list[Built] = []
+    for plan in plans:
+        if any(_same(plan, other.plan) for other in (best, *built)):
+            continue
+        try:
+            built.append(finish(job, profile, calibration, room, plan, asked))
+        except OctavoError as error:
+            job.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
+    return built
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    """Whether two plans differ by no more than the finishing of their continuous settings."""
+    if {name: point.method for name, point in one.points.items()} != {n: p.method for n, p in other.points.items()}:
+        return False
+    return all(
+        abs(math.log((point.bytes + 1) / (other.points[name].bytes + 1))) < MARGIN for name, point in one.points.items()
+    )
+
+
+def single_families(profile: Profile, asked: Budget) -> list[Plan]:
+    """The best plan of every family on its own, best expected loss first. Dense storage belongs to every family."""
+    used = {point.method for curve in profile.curves for point in curve.points}
+    families: dict[str, list[str]] = {}
+    for name in sorted(used - {"keep"}):
+        families.setdefault(get_method(name).family, []).append(name)
+    plans = []
+    for family, names in families.items():
+        try:
+            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, "keep"])
+        except BudgetError:
+            continue
+        plan.label, plan.notes = "one family", [family]
+        plans.append(plan)
+    return sorted(plans, key=lambda plan: plan.expected)

@@ -1,0 +1,148 @@
+"""Writing an artifact: aside, read back, compared, measured, and only then renamed into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from octavo.artifact import MANIFEST, Artifact
+from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
+from octavo.report.gather import report_data
+from octavo.verify import REPORT
+
+if TYPE_CHECKING:
+    from octavo.compress import Compressed
+
+#: Files of the source that are copied: everything that loaders and tokenizers read, and nothing that holds weights.
+_COPIED = {".json", ".txt", ".model", ".jinja", ".spm", ".vocab"}
+
+
+def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the artifact of a finished compression; nothing is left behind if anything fails.
+
+    The folder is written aside, read back, measured, and only then renamed into place.
+
+    Raises
+    ------
+    RequestError
+        If the folder is not empty and ``overwrite`` is not set, or cannot be written.
+    ArtifactError
+        If what was read back is not what was written.
+    """
+    # The folder itself: a link to it stays a link, and "." has a name.
+    path = path.resolve()
+    check_writable(path, overwrite=overwrite, source=done.job.source.path)
+    started = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write(done, aside)
+        artifact = Artifact(aside)
+        state = artifact.state()
+        _compare(done, artifact, state)
+        done.timings["verify"] = time.perf_counter() - started
+        data = report_data(done, artifact, state)
+        done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
+        data["timings"] = {**done.timings, "total": sum(done.timings.values())}
+        _write_report(data, aside)
+        _publish(aside, path)
+    except OSError as error:
+        raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return data
+
+
+def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = None) -> None:
+    """Refuse an output folder that is in use, holds the source, or cannot be written, before work starts."""
+    path = path.resolve()
+    if source is not None and Path(source).resolve().is_relative_to(path):
+        raise RequestError(f"{path}: holds the source, which would be replaced; choose another folder")
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"{path}: is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise RequestError(f"{path}: the folder is not empty; choose another, or give --overwrite to replace it")
+    try:
+        # Asking the file system is the only test that holds for every user, root included.
+        with tempfile.TemporaryDirectory(prefix=".octavo-", dir=next(p for p in path.parents if p.exists())):
+            pass
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _write(done: Compressed, folder: Path) -> None:
+    source = done.job.source
+    for name, content in done.built.contents.files().items():
+        _write_flushed(folder / name, content)
+    if source.is_transformers and source.path is not None:
+        from octavo.integrations.transformers import artifact_config
+
+        _copy_companions(source.path, folder)
+        (folder / "config.json").write_text(json.dumps(artifact_config(source.path), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation and pooling files; weights, hidden files and large files stay behind."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not file.is_file() or hidden or file.suffix not in _COPIED or file.name.endswith(".index.json"):
+            continue
+        if len(relative.parts) > 2 or (file.name in (MANIFEST, "config.json") and len(relative.parts) == 1):
+            continue
+        target = folder / relative
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Rename the finished folder into place; an old one is moved aside first and removed last."""
+    os.chmod(aside, 0o755)
+    if not path.exists():
+        os.replace(aside, path)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.old.", dir=path.parent, ignore_cleanup_errors=True) as old:
+        os.replace(path, Path(old) / "folder")
+        try:
+            os.replace(aside, path)
+        except OSError:
+            os.replace(Path(old) / "folder", path)
+            raise
+
+
+def _compare(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> None:
+    """What was read from the disk must be, bit for bit, what was measured."""
+    if artifact.bytes != done.built.bytes:
+        raise ArtifactError(f"{artifact.path}: {artifact.bytes} bytes on disk, {done.built.bytes} were planned")
+    expected = {**done.job.weights(done.built.packed), **{n: t.to(d) for n, (t, d) in done.built.contents.kept.items()}}
+    if set(state) != {*expected, *done.job.source.aliases}:
+        raise ArtifactError(f"{artifact.path}: the tensors read back are not those written")
+    for name, tensor in expected.items():
+        if not torch.equal(state[name], tensor):
+            raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
+
+
+def _write_report(data: dict[str, Any], folder: Path) -> None:
+    from octavo import report
+
+    (folder / "README.md").write_text(report.card(data), encoding="utf-8")
+    try:
+        report.write(data, folder / REPORT)
+    except MissingExtraError:
+        # The artifact and its figures do not depend on a plotting library.
+        (folder / REPORT).with_suffix(".json").write_text(json.dumps(data), encoding="utf-8")

@@ -1,0 +1,290 @@
+"""The report's data, measured on what was read back from the disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import octavo
+from octavo.artifact import Artifact, dtype_name
+from octavo.job import replaced
+from octavo.objective import run
+from octavo.verify import digest_of, probe_outputs
+
+if TYPE_CHECKING:
+    from octavo.compress import Compressed
+
+_PAIRS = 7
+
+
+def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The report's data; quality is measured on the tensors that were read back."""
+    job, profile, built = done.job, done.profile, done.built
+    quality, p95 = built.quality, built.p95
+    digests: dict[str, str | None] = {"weights": digest_of(artifact), "outputs": None}
+    if job.source.module is not None:
+        names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
+        losses = job.measure(state)
+        quality, p95 = float(losses.mean()), float(losses.quantile(0.95))
+        if job.source.is_transformers:
+            with replaced(job.source.module, names):
+                digests["outputs"] = probe_outputs(job.source.module)
+    sites = [_site_row(done, name) for name in built.packed]
+    families: dict[str, dict[str, Any]] = {}
+    for row in sites:
+        family = families.setdefault(row["family"], {"sites": 0, "bytes": 0, "expected_loss": 0.0})
+        family["sites"] += 1
+        family["bytes"] += row["bytes"]
+        family["expected_loss"] += row["expected_loss"]
+    codecs: dict[str, int] = {}
+    for packed in built.packed.values():
+        for codec, size in packed.codecs.items():
+            codecs[codec] = codecs.get(codec, 0) + size
+    note = "" if artifact.bytes >= done.budget.least else _why_less(done)
+    return {
+        "title": profile.title,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "octavo_version": octavo.__version__,
+        "command": done.command or f"octavo.compress(source, {done.budget.asked.replace(' ', '=')}).save(path)",
+        "environment": environment(),
+        "seed": job.seed,
+        "preset": done.preset,
+        "source": {
+            # The folder's name and no more: a card is published, and a path names its writer's machine.
+            "path": job.source.path.name if job.source.path else job.source.title,
+            "fingerprint": profile.fingerprint,
+            "bytes": profile.original_bytes,
+            "parameters": profile.weights,
+            "dtypes": _dtypes(done),
+        },
+        "budget": {"asked": done.budget.asked, "bytes": done.budget.bytes},
+        "artifact": {
+            "bytes": artifact.bytes,
+            "ratio": profile.original_bytes / artifact.bytes,
+            "used": artifact.bytes / done.budget.bytes,
+            "files": {file.name: file.stat().st_size for file in artifact.files()},
+            "bits_per_weight": artifact.bytes * 8 / profile.weights,
+            "note": note,
+        },
+        "quality": {
+            "metric": job.objective.metric if job.measurable else "expected relative error of the weights",
+            "lower_is_better": True,
+            "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}"
+            if job.measurable
+            else job.text,
+            "value": quality,
+            "uniform": done.rival.quality if done.rival else None,
+            "p95": p95,
+        },
+        "latency": _latency(done, artifact, state),
+        "calibration": {
+            "text": done.calibration.text,
+            "sequences": done.calibration.sequences,
+            "tokens": done.calibration.tokens,
+            "warnings": done.calibration.warnings + job.notes,
+        },
+        "winner": "uniform" if built is done.rival else "mixed",
+        "uniform": _uniform_row(done),
+        "curve": curve_data(done),
+        "sites": sites,
+        "kept": [_kept_row(done, name, reason) for name, reason in job.left.items()],
+        "families": families,
+        "code_lengths": _code_lengths(sites),
+        "coding": codecs,
+        "digests": digests,
+        "timings": {},
+        "peak_memory": peak_memory(),
+    }
+
+
+def _why_less(done: Compressed) -> str:
+    return (
+        "less than 98% of the budget is used: with these methods and settings more bytes would not lower the "
+        "expected loss, or none of them has a continuous setting"
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without anything that names a person or a path."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _length(batch: Any) -> int:
+    from octavo.objective import sequences_in
+
+    return sequences_in(batch)
+
+
+def _dtypes(done: Compressed) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, dtype in done.job.source.dtypes.items():
+        elements = int(torch.tensor(done.job.source.shapes[name]).prod())
+        counts[dtype_name(dtype)] = counts.get(dtype_name(dtype), 0) + elements
+    return counts
+
+
+def _site_row(done: Compressed, name: str) -> dict[str, Any]:
+    from octavo.methods import get_method
+
+    site, point, packed = done.job.site(name), done.built.plan.points[name], done.built.packed[name]
+    curve = next(curve for curve in done.profile.curves if curve.site == name)
+    return {
+        "name": name,
+        "kind": site.kind,
+        "shape": list(site.shape),
+        "parameters": site.parameters,
+        "method": point.method,
+        "family": get_method(point.method).family,
+        "setting": point.setting,
+        "bytes": packed.bytes,
+        "original_bytes": site.parameters * site.dtype.itemsize,
+        "bits_per_weight": packed.bytes * 8 / site.parameters,
+        "expected_loss": done.profile.corrected(curve, point.loss),
+        "form": packed.meta["form"],
+        "tied": list(site.tied),
+    }
+
+
+def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
+    tensor, dtype = done.built.contents.kept[name]
+    narrow = f": stored as {dtype_name(tensor.dtype)}" if tensor.dtype != dtype else ": stored as it is"
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "bytes": tensor.numel() * tensor.element_size(),
+        "original_bytes": tensor.numel() * dtype.itemsize,
+        "reason": reason if reason.startswith("not a floating") else reason + narrow,
+    }
+
+
+def _uniform_row(done: Compressed) -> dict[str, Any]:
+    plan = done.rival
+    if plan is None:
+        return {}
+    point = next(iter(plan.plan.points.values()))
+    return {
+        "method": plan.plan.label.split()[0],
+        "setting": point.setting,
+        "bytes": plan.bytes,
+        "quality": plan.quality,
+    }
+
+
+def curve_data(done: Compressed) -> dict[str, Any]:
+    """Expected loss over ratios from the profile, and what uniform settings would give."""
+    from octavo.allocate import allocate, uniform
+    from octavo.budget import Budget
+    from octavo.errors import BudgetError
+
+    profile = done.profile
+    points: list[dict[str, Any]] = []
+    rivals: list[dict[str, Any]] = []
+    for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0):
+        size = int(done.built.bytes * share)
+        try:
+            plan = allocate(profile, Budget(size, ""))
+        except BudgetError:
+            continue
+        if plan.bytes < 0.97 * size:
+            continue  # beyond the profiled range the curve would only repeat its end
+        ratio = profile.original_bytes / plan.bytes
+        points.append({"ratio": ratio, "bytes": plan.bytes, "expected": plan.expected, "measured": None})
+    for plan in uniform(profile, done.budget):
+        method, _, setting = plan.label.partition(" ")
+        ratio = profile.original_bytes / plan.bytes
+        rivals.append(
+            {
+                "method": method,
+                "setting": setting,
+                "ratio": ratio,
+                "bytes": plan.bytes,
+                "expected": plan.expected,
+                "measured": None,
+            }
+        )
+    if done.rival is not None:
+        for row in rivals:
+            if done.rival.plan.label.startswith(row["method"] + " "):
+                row["measured"] = done.rival.quality
+    chosen = {"ratio": done.ratio, "bytes": done.built.bytes, "quality": done.built.quality}
+    return {"points": points, "uniform": rivals, "chosen": chosen}
+
+
+def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
+    top = max([1.0, *(row["bits_per_weight"] for row in sites)])
+    step = 0.25 if top <= 8 else 0.5 if top <= 16 else 1.0
+    bins = [step * k for k in range(int(top / step) + 2)]
+    weights = [0.0] * (len(bins) - 1)
+    for row in sites:
+        weights[min(int(row["bits_per_weight"] / step), len(weights) - 1)] += row["parameters"]
+    return {"bins": bins, "weights": weights}
+
+
+def _latency(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
+    job = done.job
+    if job.source.module is None or not job.held_data:
+        return None
+    module, batch = job.source.module, job.held_data[0]
+    weights = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
+
+    def timed(call: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        call()
+        return (time.perf_counter() - started) * 1000
+
+    original, compressed = [], []
+    with torch.inference_mode():
+        for _ in range(_PAIRS + 1):
+            with replaced(module, {}):
+                original.append(timed(lambda: run(module, batch)))
+            with replaced(module, weights):
+                compressed.append(timed(lambda: run(module, batch)))
+    result = {
+        "unit": "ms",
+        "original": statistics.median(original[1:]),
+        "artifact": statistics.median(compressed[1:]),
+        "note": f"median of {_PAIRS} interleaved passes of one batch; weights are decoded at load, both run dense",
+    }
+    if job.source.is_transformers and job.source.path is not None:
+        from octavo.integrations.transformers import load_model
+
+        original_class: Any = type(module)
+        # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
+        pairs = [
+            (
+                timed(lambda: _touch(original_class.from_pretrained(job.source.path))),
+                timed(lambda: _touch(load_model(artifact.path))),
+            )
+            for _ in range(4)
+        ]
+        result["load_original"], result["load_artifact"] = (
+            statistics.median(column) for column in zip(*pairs[1:], strict=True)
+        )
+    return result
+
+
+def _touch(module: nn.Module) -> float:
+    return float(sum(parameter.detach().sum() for parameter in module.parameters()))

@@ -1,0 +1,127 @@
+"""A request: checked, opened, and refused at once where it cannot be served."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo import job as jobs
+from octavo.allocate import unreachable
+from octavo.artifact import Packed, pack
+from octavo.budget import Budget
+from octavo.budget import budget as budget_of
+from octavo.calibrate import Evidence, data_free
+from octavo.errors import RequestError
+from octavo.job import Job, Progress
+from octavo.methods import get_method, select_methods
+from octavo.objective import Objective
+from octavo.sites import SMALLEST_SITE, Site, Source
+from octavo.workspace import hash_tensors
+
+#: Texts read at most, and settings skipped, by preset.
+_TEXTS = {"fast": 128, "default": 384, "best": None}
+#: Budgets of fewer bits per weight are checked for being reachable before anything else.
+_SUSPICIOUS = 0.6
+#: Bytes of a tensor's entries in manifest and header, roughly.
+_ENTRY = 256
+#: Below this share of the smallest artifact found without data, a budget is refused at once.
+_SURE = 0.9
+
+
+def open_job(
+    source: str | Path | nn.Module | Source,
+    data: Any,
+    objective: str | Objective | None,
+    methods: Sequence[str] | None,
+    preset: str,
+    ignore: Iterable[str],
+    keep: Mapping[str, str],
+    seed: int,
+    progress: Progress,
+) -> Job:
+    """Check a request and gather what all steps share."""
+    chosen = select_methods(methods, preset)
+    if not -(2**63) <= seed < 2**63:
+        raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
+    opened = jobs.open_source(source)
+    sites, left, pinned = jobs.apply_patterns(*opened.sites(), ignore, keep)
+    if not sites:
+        raise RequestError(
+            f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
+            "weights that is not ignored"
+        )
+    batches, text = jobs.load_data(opened, data, limit=_TEXTS[preset])
+    calibration, held = jobs.split(batches)
+    if opened.module is not None and not batches:
+        opened.module = None
+    wanted = jobs.choose_objective(opened, objective)
+    return Job(opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress)
+
+
+def describe(job: Job, preset: str) -> dict[str, Any]:
+    """What makes a job itself; finished steps of one job are never used for another."""
+    return {
+        "source": job.source.fingerprint(),
+        "data": hash_tensors([job.calibration_data, job.held_data]),
+        "objective": type(job.objective).__name__,
+        "methods": [repr(method) for method in job.methods],
+        "sites": [site.name for site in job.sites],
+        "pinned": {name: list(choice) for name, choice in job.pinned.items()},
+        "preset": preset,
+        "seed": job.seed,
+    }
+
+
+def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, size: Any, bits: float | None) -> Budget:
+    """The budget of a plan file, or that of exactly one of ratio, size and bits."""
+    if plan is not None:
+        if (ratio, size, bits) != (None, None, None):
+            raise RequestError("a plan has its own budget: leave out ratio, size and bits")
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
+            return Budget(int(data["budget"]), str(data["asked"]))
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"{plan}: not a plan: {error}") from error
+    return budget_of(job.source.original_bytes, job.source.weights, ratio=ratio, size=size, bits=bits)
+
+
+def refuse_unreachable(job: Job, asked: Budget) -> None:
+    """Refuse a hopeless budget before any work is done, naming what can be reached.
+
+    What can be reached is found by encoding every site at its coarsest setting, without data: a second's work, and only
+    done when so few bits are asked for that it may matter. What is close to the limit goes through, and is decided when
+    the profile is known.
+    """
+    shapes = job.source.shapes
+    beside = _ENTRY * len(shapes) + sum(2 * math.prod(shapes[name]) for name in job.left)
+    if (asked.bytes - beside) * 8 > _SUSPICIOUS * job.source.weights:
+        return
+    evidence = data_free(job.source, job.sites).evidence
+    packed = {site.name: _coarsest(job, site, evidence[site.name]) for site in job.sites}
+    if asked.bytes > _SURE * job.contents(packed, torch.float16).bytes:
+        return
+    if job.measurable:
+        # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
+        steps = sum(site.rows + site.columns for site in job.sites)
+        smallest = int(1.1 * (job.contents(packed, None).bytes + steps))
+    else:
+        smallest = job.contents(packed, job.kept_dtype()).bytes
+    raise unreachable(asked, job.source.original_bytes, smallest)
+
+
+def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:
+    """About the smallest form of a site: what was pinned, or the coarsest setting of the methods that may be used."""
+    weight = job.matrix(site)
+    if site.name in job.pinned:
+        name, setting = job.pinned[site.name]
+        return pack(get_method(name).encode(weight, setting, evidence))
+    methods = [method for method in job.methods if method.elastic] or job.methods
+    coarsest = (method.encode(weight, method.settings(weight, evidence)[-1], evidence) for method in methods)
+    return min(map(pack, coarsest), key=lambda packed: packed.bytes)
