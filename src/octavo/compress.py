@@ -19,6 +19,7 @@ from octavo.calibrate import Calibration
 from octavo.curves import build_profile
 from octavo.finish import MARGIN, Built, finish, rivals_of
 from octavo.job import Job, Progress, silent
+from octavo.methods import get_method
 from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.request import describe, open_job, refuse_unreachable, requested_budget
@@ -129,6 +130,9 @@ def compress(
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
     with nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(prefix="octavo-") as folder:
         clock.lap("open")
+        if plan is not None and not (Path(folder) / "profile.json").exists():
+            # To carry out a plan nothing needs to be measured but what sites there are.
+            job.methods = [get_method("keep")]
         room = Workspace(Path(folder), describe(job, preset), resume=resume)
         calibration = job.calibrate(room)
         clock.lap("evidence")
@@ -142,14 +146,11 @@ def compress(
         best = finish(job, profile, calibration, room, chosen, asked, exact=plan is None)
         rivals = [] if plan else rivals_of(job, profile, calibration, room, asked, best)
         clock.lap("encode")
-    # The better of the plans that were measured wins; equal ones in favour of the simpler.
-    candidates = sorted([*rivals, best], key=lambda built: built.quality)
-    best, uniform_one = (
-        candidates[0],
-        next((built for built in rivals if built.plan.label not in ("mixed", "one family")), None),
-    )
+    # The best of the plans that were measured wins.
+    candidates = sorted([best, *rivals], key=lambda built: built.quality)
+    uniform = next((built for built in rivals if built.plan.label not in ("mixed", "one family")), None)
     kept = None if workspace is None else Path(workspace)
-    return Compressed(job, profile, calibration, asked, best, uniform_one, preset, clock.laps, workspace=kept)
+    return Compressed(job, profile, calibration, asked, candidates[0], uniform, preset, clock.laps, workspace=kept)
 
 
 class _Clock:

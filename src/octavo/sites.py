@@ -136,6 +136,7 @@ class Source:
     module: nn.Module | None = None
     parameters: dict[str, str] = field(default_factory=dict)
     is_transformers: bool = False
+    _fingerprint: str = field(default="", repr=False)
 
     @property
     def original_bytes(self) -> int:
@@ -149,11 +150,14 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints."""
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
             digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]}\n".encode())
             digest.update(raw_bytes(self.read(name)))
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def owner(self, name: str) -> nn.Module | None:
         """The module that holds the tensor ``name``, if there is one."""

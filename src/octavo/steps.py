@@ -18,7 +18,7 @@ from octavo.budget import budget as budget_of
 from octavo.compress import Compressed, compress
 from octavo.curves import build_profile
 from octavo.errors import MissingExtraError, RequestError
-from octavo.finish import finish, single_families
+from octavo.finish import MARGIN, finish, single_families
 from octavo.job import Progress, silent
 from octavo.objective import Objective
 from octavo.profile import Profile
@@ -89,7 +89,9 @@ def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = N
         If the budget cannot be reached.
     """
     saved = Profile.load(Path(folder) / "profile.json")
-    return allocate(saved, budget_of(saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits))
+    asked = budget_of(saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits)
+    # Carried out as it is, a plan must not exceed its budget by the little that interpolated points miss.
+    return allocate(saved, asked, margin=MARGIN)
 
 
 def frontier(

@@ -40,7 +40,7 @@ JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for ma
 
 def listed(text: str | None) -> list[str] | None:
     """``a,b`` as a list."""
-    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def pairs(items: list[str] | None) -> dict[str, str]:

@@ -128,9 +128,11 @@ def select_methods(names: Sequence[str] | None, preset: str) -> list[Method]:
     if preset not in PRESETS:
         raise RequestError(f"preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
     known = methods()
-    if not names:
+    if names is None:
         allowed = PRESETS[: PRESETS.index(preset) + 1]
         return [cls() for cls in known.values() if cls.preset in allowed]
+    if not names:
+        raise RequestError("no method is named; leave the choice out to take those of the preset")
     chosen: dict[str, Method] = {}
     for name in names:
         matches = [cls for cls in known.values() if name in (cls.name, cls.family)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibrate import Evidence
+from octavo.errors import RequestError
 from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting, method
@@ -21,6 +22,7 @@ from octavo.methods.knobs import real
 _CHUNK = 1 << 19
 #: Mean magnitudes that rounding tells apart, in quarters of an octave of a step: 1/32 to 2048.
 _LOW, _HIGH = -20, 44
+_LARGEST = 2**30
 
 
 @method(
@@ -112,7 +114,12 @@ class _Prepared:
             targets = (self.weight[start:stop].t()[self.order] / self.column_steps[:, None]) / (
                 self.row_steps[start:stop] * step
             )
-            codes[start:stop, self.order] = self._round(targets, rate).t().to(torch.int32)
+            rounded = self._round(targets, rate)
+            if not bool((rounded.abs() < _LARGEST).all()):
+                raise RequestError(
+                    f"entropy: a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}"
+                )
+            codes[start:stop, self.order] = rounded.t().to(torch.int32)
         column_exponents = torch.empty_like(self.column_exponents)
         column_exponents[self.order] = self.column_exponents
         largest = int(codes.abs().max()) if codes.numel() else 0
