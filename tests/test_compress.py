@@ -356,3 +356,16 @@ def test_tensors_that_share_memory_in_part_come_back(tmp_path):
     state = octavo.load(tmp_path / "out")
     torch.testing.assert_close(state["first"], state["bias"][:16])
     torch.testing.assert_close(state["bias"], module.bias.data, rtol=2e-3, atol=1e-5)
+
+
+def test_data_free_preset_needs_no_data(tmp_path: Path) -> None:
+    """The preset asks the model nothing, not even for a text model's built-in text."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
+    done = octavo.compress(model, ratio=8, preset="data-free")
+    done.save(tmp_path / "out")
+    assert done.calibration.sequences == 0
+    assert 0.98 <= done.built.bytes / done.budget.bytes <= 1
+    restored = octavo.load(tmp_path / "out", into=nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)))
+    error = (restored[0].weight - model[0].weight).square().sum() / model[0].weight.square().sum()
+    assert float(error) < 0.01

@@ -218,3 +218,31 @@ def test_what_cannot_be_compared_is_refused():
         objective("perplexity")
     given = KL()
     assert objective(given) is given
+
+
+def test_loss_objective_follows_the_labels() -> None:
+    """A user's loss: its increase is what is measured, and evidence comes from its gradients."""
+    from octavo.objective import Loss
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+    inputs, labels = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    objective = Loss(
+        lambda module, batch: torch.nn.functional.cross_entropy(module(batch[0]), batch[1], reduction="none")
+    )
+    reference = objective.reference(model, [(inputs, labels)])
+    assert float(objective.measure(model, [(inputs, labels)], reference).abs().max()) == 0.0
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros(3, 6)
+    for _ in range(2000):
+        model.zero_grad()
+        objective.probe(objective.outputs(model, (inputs, labels)), generator).backward()
+        total += model.weight.grad.square() / 2000
+    wanted = torch.zeros(3, 6)
+    for one, label in zip(inputs, labels, strict=True):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(one), label).backward()
+        wanted += model.weight.grad.square()
+    assert torch.allclose(total, wanted, rtol=0.15)
+    with pytest.raises(RequestError, match="one number an example"):
+        Loss(lambda module, batch: module(batch[0])).outputs(model, (inputs, labels))

@@ -16,7 +16,9 @@ from octavo.job import Job
 from octavo.profile import Curve, Point, Profile, Window, profile_site
 from octavo.workspace import Workspace
 
-_STRIDE = {"fast": 2, "default": 1, "best": 1}
+#: Every n-th setting of a continuous knob is tried, and points are wanted in this range of the bits asked for.
+_STRIDE = {"fast": 2}
+_SPREAD = {"fast": (0.45, 1.9), "best": (0.1, 4.0)}
 
 
 def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: float | None, preset: str) -> Profile:
@@ -24,10 +26,10 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
 
     ``bits`` per weight tells around which size points are wanted; None takes all.
     """
-    spread = {"fast": (0.45, 1.9), "default": (0.25, 2.5), "best": (0.1, 4.0)}[preset]
+    spread = _SPREAD.get(preset, (0.25, 2.5))
     # Near the smallest artifact every site needs its coarsest point, wherever that lies.
     least = 0.0 if bits is None or bits < 1 else bits * spread[0]
-    window = Window() if bits is None else Window(least, max(bits * spread[1], 6.0), _STRIDE[preset])
+    window = Window() if bits is None else Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
     saved = room.read_json("profile.json")
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,46 +53,48 @@ def finish(
     RequestError
         If a plan that must not be moved exceeds the budget.
     """
-    dtype = _kept(profile)
-    points, packed = dict(plan.points), dict[str, Packed]()
-    changed = list(points)
-    kept_bytes = profile.fixed_bytes
-    for attempt in range(_ROUNDS):
-        for done, name in enumerate(changed):
-            point = points[name]
-            packed[name] = job.encode(job.site(name), point.method, point.setting, calibration, room)
-            if point.estimated or not exact:
-                points[name] = Point(point.method, point.setting, packed[name].bytes, point.loss)
-            job.progress("encode", done + 1, len(changed))
-        contents = job.contents(packed, dtype)
-        total = contents.bytes
-        kept_bytes = total - sum(item.bytes for item in packed.values())
-        if not exact or _fits(total, asked):
-            break
-        moved = _move(profile, points, int(asked.bytes * (1 - MARGIN / 2)) - total, attempt)
-        if not moved:
-            break
-        points.update(moved)
-        changed = list(moved)
+    points, packed, contents = _encoded(job, profile, calibration, room, plan, asked if exact else None)
+    total = contents.bytes
     if total > asked.bytes and exact:
-        fallback = allocate(profile, asked, margin=2 * MARGIN, interpolate=False)
-        points = dict(fallback.points)
-        packed = {n: job.encode(job.site(n), p.method, p.setting, calibration, room) for n, p in points.items()}
-        contents = job.contents(packed, dtype)
+        # Continuous settings could not be moved close enough: points of known bytes never exceed the budget.
+        known = allocate(profile, asked, margin=2 * MARGIN, interpolate=False)
+        points, packed, contents = _encoded(job, profile, calibration, room, known, None)
         total = contents.bytes
-        if total > asked.bytes:
-            raise unreachable(asked, profile.original_bytes, total)
-    stored = {name: tensor.to(old) for name, (tensor, old) in contents.kept.items()}
-    losses = job.measure({**job.weights(packed), **stored}).numpy() if job.measurable else None
-    expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
-    done_plan = Plan(plan.budget, points, expected, kept_bytes, plan.label, plan.notes)
-    if not exact and total > asked.bytes:
+    if total > asked.bytes and exact:
+        raise unreachable(asked, profile.original_bytes, total)
+    if total > asked.bytes:
         raise RequestError(
             f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites"
         )
-    if losses is None:
-        return Built(done_plan, packed, contents, total, expected)
-    return Built(done_plan, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
+    expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
+    fixed = total - sum(item.bytes for item in packed.values())
+    done = Plan(plan.budget, points, expected, fixed, plan.label, plan.notes)
+    if not job.measurable:
+        return Built(done, packed, contents, total, expected)
+    stored = {name: tensor.to(old) for name, (tensor, old) in contents.kept.items()}
+    losses = job.measure({**job.weights(packed), **stored}).numpy()
+    return Built(done, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
+
+
+def _encoded(
+    job: Job, profile: Profile, calibration: Calibration, room: Workspace, plan: Plan, asked: Budget | None
+) -> tuple[dict[str, Point], dict[str, Packed], Contents]:
+    """Encode a plan; with a budget, move its continuous settings until the bytes fit, if they can be made to."""
+    points, packed = dict(plan.points), dict[str, Packed]()
+    moved = points
+    for attempt in range(_ROUNDS):
+        for done, (name, point) in enumerate(moved.items()):
+            packed[name] = job.encode(job.site(name), point.method, point.setting, calibration, room)
+            points[name] = replace(point, bytes=packed[name].bytes, estimated=False)
+            job.progress("encode", done + 1, len(moved))
+        contents = job.contents(packed, _kept(profile))
+        if asked is None or attempt == _ROUNDS - 1 or _fits(contents.bytes, asked):
+            break
+        free = {name: point for name, point in points.items() if name not in job.pinned}
+        moved = _move(profile, free, int(asked.bytes * (1 - MARGIN / 2)) - contents.bytes, attempt)
+        if not moved:
+            break
+    return points, packed, contents
 
 
 def _kept(profile: Profile) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -167,6 +167,38 @@ class Squared(Objective):
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         scale = (2 / (outputs.detach().square().mean().clamp_min(1e-30) * outputs.shape[1])).sqrt()
         return (outputs * torch.randn(outputs.shape, generator=generator).to(outputs.device)).sum() * scale
+
+
+class Loss(Objective):
+    """The increase of a loss of the user's own, such as the cross entropy of true labels.
+
+    Its curvature is taken from per-example gradients (the empirical Fisher matrix), which is near the truth for a model
+    that fits its data; the other objectives need no such assumption.
+
+    Parameters
+    ----------
+    function
+        Takes the module and a batch, and returns one loss an example, shape (examples,).
+    """
+
+    metric = "increase of the loss"
+
+    def __init__(self, function: Callable[[nn.Module, Batch], Tensor]) -> None:
+        self.function = function
+
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
+        losses = self.function(module, batch)
+        if losses.ndim != 1:
+            raise RequestError(f"the loss has shape {tuple(losses.shape)}; return one number an example, (examples,)")
+        return losses.float()[:, None]
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
+        return (outputs - reference).double()[:, 0]
+
+    def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+        # Random signs: the square of the sum is then, on average, the sum of the examples' squares.
+        signs = torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1
+        return (outputs * signs.to(outputs.device, outputs.dtype)).sum()
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"cosine": Cosine, "kl": KL, "squared": Squared}

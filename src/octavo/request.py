@@ -19,12 +19,13 @@ from octavo.calibrate import Evidence, data_free
 from octavo.errors import RequestError
 from octavo.job import Job, Progress
 from octavo.methods import get_method, select_methods
+from octavo.methods.base import DATA_FREE
 from octavo.objective import Objective
 from octavo.sites import SMALLEST_SITE, Site, Source
 from octavo.workspace import hash_tensors
 
 #: Texts read at most, and settings skipped, by preset.
-_TEXTS = {"fast": 128, "default": 384, "best": None}
+_TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
 #: Budgets of fewer bits per weight are checked for being reachable before anything else.
 _SUSPICIOUS = 0.6
 #: Bytes of a tensor's entries in manifest and header, roughly.
@@ -55,6 +56,8 @@ def open_job(
             f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
             "weights that is not ignored"
         )
+    if preset == DATA_FREE:
+        opened.module = None
     batches, text = jobs.load_data(opened, data, limit=_TEXTS[preset])
     calibration, held = jobs.split(batches)
     if opened.module is not None and not batches:

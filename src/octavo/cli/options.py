@@ -24,7 +24,7 @@ OBJECTIVE = Annotated[
 METHODS = Annotated[
     str | None, typer.Option(help="Comma-separated methods or families to choose from; see 'octavo methods'.")
 ]
-PRESET = Annotated[str, typer.Option(help="fast, default or best: how much is tried.")]
+PRESET = Annotated[str, typer.Option(help="fast, default or best: how much is tried; or data-free.")]
 IGNORE = Annotated[list[str] | None, typer.Option(help="Glob of sites to leave as they are. Repeatable.")]
 KEEP = Annotated[
     list[str] | None,

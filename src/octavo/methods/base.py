@@ -22,6 +22,8 @@ from octavo.sites import Site
 Setting = dict[str, Any]
 
 PRESETS = ("fast", "default", "best")
+#: The methods of `default`, without any data.
+DATA_FREE = "data-free"
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -125,11 +127,11 @@ def get_method(name: str) -> Method:
 
 def select_methods(names: Sequence[str] | None, preset: str) -> list[Method]:
     """The methods of a preset, or those named by method or family."""
-    if preset not in PRESETS:
-        raise RequestError(f"preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
+    if preset not in (*PRESETS, DATA_FREE):
+        raise RequestError(f"preset {preset!r} is not known; choose from {', '.join((*PRESETS, DATA_FREE))}")
     known = methods()
     if names is None:
-        allowed = PRESETS[: PRESETS.index(preset) + 1]
+        allowed = PRESETS[: PRESETS.index("default" if preset == DATA_FREE else preset) + 1]
         return [cls() for cls in known.values() if cls.preset in allowed]
     if not names:
         raise RequestError("no method is named; leave the choice out to take those of the preset")
