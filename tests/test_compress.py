@@ -358,7 +358,7 @@ def test_tensors_that_share_memory_in_part_come_back(tmp_path):
     torch.testing.assert_close(state["bias"], module.bias.data, rtol=2e-3, atol=1e-5)
 
 
-def test_data_free_preset_needs_no_data(tmp_path: Path) -> None:
+def test_data_free_preset_needs_no_data(tmp_path):
     """The preset asks the model nothing, not even for a text model's built-in text."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
