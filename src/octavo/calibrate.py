@@ -8,7 +8,7 @@ error ``E`` in its matrix costs the whole model, to second order:
 For a layer ``columns`` is the second moment of its inputs and ``rows`` that of the gradients at its outputs; for an
 embedding ``columns`` is the second moment of the gradients at its output and ``rows`` says how often a token is met.
 This is the Gauss-Newton matrix of the model's own divergence, with the usual independence of inputs and output
-gradients (K-FAC; spec 10.3), so all sites and all families of methods are told apart in one currency.
+gradients (K-FAC; Martens & Grosse, 2015), so all sites and all families of methods are told apart in one currency.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ order of processing, from the Cholesky factor of the reversed ``C``) with
 
 ``F[:, j]`` is what column ``j`` misses of its target, which is its weight plus what the errors of the columns before
 it ask for: ``target[:, j] = W[:, j] - sum_{k before j} F[:, k] * inverse(V)[k, j]``. Rounding the target to its
-nearest value minimises the term of column ``j``. This is GPTQ's update (Frantar et al., 2022, arXiv 2210.17323; spec
-10.1) written without inverting ``C``.
+nearest value minimises the term of column ``j``. This is GPTQ's update (Frantar et al., 2022, arXiv 2210.17323)
+written without inverting ``C``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 
 
-@method("activation-svd", family="factorize", source="SVD of both-sided whitened weights; spec 0.4 A")
+@method("activation-svd", family="factorize", source="Truncated SVD of weights whitened on both sides")
 @dataclass(frozen=True)
 class ActivationSVD(Method):
     """The product of that rank of least ``sum_i r[i] E[i] C E[i]^T``.

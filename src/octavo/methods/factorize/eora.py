@@ -15,7 +15,7 @@ from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 
 
-@method("eora", family="factorize", preset="best", source="EoRA (Liu et al., 2024, arXiv 2410.21271); spec 1.7")
+@method("eora", family="factorize", preset="best", source="EoRA (Liu et al., 2024, arXiv 2410.21271)")
 @dataclass(frozen=True)
 class EoRA(Method):
     """``base + left @ right``: what quantization lost, put back where the inputs have their energy.

@@ -5,7 +5,7 @@ With row weights ``r`` and column moment ``C = L L^T`` the loss of a rank-``k`` 
     sum_i r[i] E[i] C E[i]^T = |diag(sqrt r) W L - U S V^T|^2,    U S V^T the truncated SVD of diag(sqrt r) W L
     left = diag(1 / sqrt r) U S^(1/2),    right = S^(1/2) V^T L^-1
 
-(spec 0.4 A and 1.7). Only the Gram matrix of the smaller side is decomposed: with more rows than columns ``L^T W^T
+Only the Gram matrix of the smaller side is decomposed: with more rows than columns ``L^T W^T
 diag(r) W L`` gives ``V`` and ``left = W L V S^(-1/2)``; otherwise ``diag(sqrt r) W C W^T diag(sqrt r)`` gives ``U``
 and ``right = S^(-1/2) U^T diag(sqrt r) W``, without any inverse.
 """

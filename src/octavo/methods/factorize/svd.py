@@ -14,7 +14,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 
 
-@method("svd", family="factorize", preset="best", source="Eckart & Young (1936); baseline of spec 0.2")
+@method("svd", family="factorize", preset="best", source="Eckart & Young (1936)")
 @dataclass(frozen=True)
 class SVD(Method):
     """``W = left @ right`` with ``left = U S^(1/2)``, ``right = S^(1/2) V^T``: of that rank the nearest to the weights.

@@ -12,7 +12,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.prune import masks
 
 
-@method("magnitude", family="prune", preset="best", source="Han et al. (2015), arXiv 1506.02626; baseline of spec 0.2")
+@method("magnitude", family="prune", preset="best", source="Han et al. (2015), arXiv 1506.02626")
 @dataclass(frozen=True)
 class Magnitude(Method):
     """Keep the largest ``|W[i, j]|`` of the whole matrix (or n of every m neighbours in a row), quantized uniformly.

@@ -22,7 +22,7 @@ _BLOCK = 64
 _CHUNK = 1 << 19
 
 
-@method("sparsegpt", family="prune", source="SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774); spec 10.1")
+@method("sparsegpt", family="prune", source="SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774)")
 @dataclass(frozen=True)
 class SparseGPT(Method):
     """Prune and round the columns one after another; those to come make up for both (optimal brain surgeon).

@@ -12,7 +12,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.prune import masks
 
 
-@method("wanda", family="prune", preset="best", source="Wanda (Sun et al., 2023, arXiv 2306.11695); spec 10.1")
+@method("wanda", family="prune", preset="best", source="Wanda (Sun et al., 2023, arXiv 2306.11695)")
 @dataclass(frozen=True)
 class Wanda(Method):
     """Keep the largest ``|W[i, j]| * sqrt(C[j, j])`` of every row (or n of every m neighbours), quantized uniformly.

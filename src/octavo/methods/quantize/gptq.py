@@ -19,7 +19,7 @@ from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, nearest
 _CHUNK = 1 << 19
 
 
-@method("gptq", family="quantize", source="GPTQ (Frantar et al., 2022, arXiv 2210.17323); spec 10.1")
+@method("gptq", family="quantize", source="GPTQ (Frantar et al., 2022, arXiv 2210.17323)")
 @dataclass(frozen=True)
 class GPTQ(Method):
     """The grid of ``rtn``, but every column is rounded after it has taken up the errors of the columns before it.

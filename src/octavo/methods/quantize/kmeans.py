@@ -25,9 +25,7 @@ _SCALED_COLUMNS = 32
 _CHUNK = 1 << 19
 
 
-@method(
-    "kmeans", family="quantize", preset="best", source="Lloyd (1982); Han et al. (2015), arXiv 1510.00149; spec 3.4"
-)
+@method("kmeans", family="quantize", preset="best", source="Lloyd (1982); Han et al. (2015), arXiv 1510.00149")
 @dataclass(frozen=True)
 class KMeans(Method):
     """``W[i, j] = scale[i] * values[codes[i, j]]`` with the values of least ``sum_ij r[i] d[j] E[i, j]^2``.

@@ -12,7 +12,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.quantize.grids import SETTINGS, fit, nearest
 
 
-@method("rtn", family="quantize", source="Round to nearest on a grid per group; the baseline of spec 0.2")
+@method("rtn", family="quantize", source="Round to nearest on a grid per group")
 @dataclass(frozen=True)
 class RoundToNearest(Method):
     """Every weight becomes the nearest point of its group's grid, whatever the inputs are.
