@@ -16,7 +16,7 @@ from octavo.calibrate import Calibration
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job
 from octavo.methods import get_method
-from octavo.profile import Point, Profile
+from octavo.profile import Point, Profile, slope
 from octavo.workspace import Workspace
 
 #: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
@@ -118,11 +118,8 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, attempt: 
     moving = {largest: elastic[largest]} if abs(missing) < 0.04 * elastic[largest].bytes else elastic
     if attempt % 4 == 3:
         moving = elastic
-    sizes = {curve.site: math.prod(curve.shape) for curve in profile.curves}
-    weights = sum(sizes[name] for name in moving)
-    # At one bit less per weight the step doubles; at low rates a bit is worth more steps, hence the second factor.
-    rate = sum(point.bytes for point in moving.values()) * 8 / weights
-    octaves = -missing * 8 / weights * max(1.0, 1.6 / max(rate, 0.1))
+    curves = {curve.site: curve for curve in profile.curves}
+    octaves = missing / sum(slope(curves[name], point) for name, point in moving.items())
     octaves = float(np.clip(octaves, -2, 2))
     moved = {}
     for name, point in moving.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -263,3 +264,20 @@ def interpolate(curve: Curve, method: str, octaves: float) -> Point:
         return points[min(place, len(points) - 1)]
     share = (octaves - places[place - 1]) / (places[place] - places[place - 1])
     return _between(points[place - 1], points[place], share)
+
+
+def slope(curve: Curve, point: Point) -> float:
+    """Bytes that an octave more of a point's continuous knob adds (below zero), from the measured points around it."""
+    method = get_method(point.method)
+    rest = {key: value for key, value in point.setting.items() if key != method.elastic}
+    points = _families(curve).get(f"{point.method} {sorted(rest.items())}", [])
+    # At a high rate an octave is a bit a weight.
+    fallback = -math.prod(curve.shape) / 8
+    if len(points) < 2:
+        return fallback
+    places = [method.octaves(p.setting) for p in points]
+    place = min(max(bisect_left(places, method.octaves(point.setting)), 1), len(points) - 1)
+    fine, coarse = points[place - 1], points[place]
+    if coarse.bytes >= fine.bytes:
+        return fallback
+    return point.bytes * math.log(coarse.bytes / fine.bytes) / (places[place] - places[place - 1])
