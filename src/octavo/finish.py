@@ -82,6 +82,7 @@ def _encoded(
     """Encode a plan; with a budget, move its continuous settings until the bytes fit, if they can be made to."""
     points, packed = dict(plan.points), dict[str, Packed]()
     moved = points
+    signs: set[bool] = set()
     for attempt in range(_ROUNDS):
         for done, (name, point) in enumerate(moved.items()):
             packed[name] = job.encode(job.site(name), point.method, point.setting, calibration, room)
@@ -91,7 +92,9 @@ def _encoded(
         if asked is None or attempt == _ROUNDS - 1 or _fits(contents.bytes, asked):
             break
         free = {name: point for name, point in points.items() if name not in job.pinned}
-        moved = _move(profile, free, int(asked.bytes * (1 - MARGIN / 2)) - contents.bytes, attempt)
+        missing = int(asked.bytes * (1 - MARGIN / 2)) - contents.bytes
+        signs.add(missing > 0)
+        moved = _move(profile, free, missing, alone=len(signs) > 1)
         if not moved:
             break
     return points, packed, contents
@@ -105,19 +108,19 @@ def _fits(total: int, asked: Budget) -> bool:
     return asked.bytes * (1 - 2.5 * MARGIN) <= total <= asked.bytes
 
 
-def _move(profile: Profile, points: Mapping[str, Point], missing: int, attempt: int) -> dict[str, Point]:
+def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone: bool) -> dict[str, Point]:
     """New points of continuous settings that change the bytes by about ``missing``.
 
     A small gap is closed at the largest such site alone, so that little has to be encoded again; a large one by moving
-    all of them together, which keeps them at one slope.
+    all of them together, which keeps them at one slope. Once that has overshot (a coder's sizes have jumps) only the
+    largest is moved, so that sites may end on different sides of a jump.
     """
     elastic = {name: point for name, point in points.items() if get_method(point.method).elastic}
     if not elastic:
         return {}
     largest = max(elastic, key=lambda name: elastic[name].bytes)
-    moving = {largest: elastic[largest]} if abs(missing) < 0.04 * elastic[largest].bytes else elastic
-    if attempt % 4 == 3:
-        moving = elastic
+    alone = alone or abs(missing) < 0.04 * elastic[largest].bytes
+    moving = {largest: elastic[largest]} if alone else elastic
     curves = {curve.site: curve for curve in profile.curves}
     octaves = missing / sum(slope(curves[name], point) for name, point in moving.items())
     octaves = float(np.clip(octaves, -2, 2))
