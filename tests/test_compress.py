@@ -300,7 +300,7 @@ def test_transformers_loads_the_artifact_bit_for_bit(gpt2, tmp_path):
         [sys.executable, "-c", script, str(out), str(tmp_path / "o.pt")], capture_output=True, text=True
     )
     assert done_.returncode == 0, done_.stderr
-    logits, states, outputs_match = torch.load(tmp_path / "o.pt")
+    logits, states, outputs_match = torch.load(tmp_path / "o.pt", weights_only=True)
     module = GPT2LMHeadModel(GPT2LMHeadModel.config_class.from_pretrained(out)).eval()
     state = octavo.Artifact(out).state()
     module.load_state_dict(

@@ -40,7 +40,7 @@ class Entropy(Method):
     bytes of the whole network are then spent at one slope. In these units the matrix is rounded column by column with
     error feedback, and the level taken is the one of least ``error^2 + rate * bits``, where ``bits`` is its code length
     under the distribution of its magnitude class. The row and column steps are rounded to eighths of an octave and
-    entropy-coded beside the codes; they cost about 4 bits a row and column.
+    entropy-coded beside the codes.
 
     Parameters
     ----------
