@@ -205,7 +205,7 @@ def test_the_interrupt_of_a_keyboard_says_how_to_continue(lab: Any, sources: tup
         while process.poll() is None:
             os.kill(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
+                process.wait(timeout=0.2)
         said = process.stderr.read()
     assert process.returncode == 130
     assert said.strip() == "interrupted; run the same command with --resume to continue"

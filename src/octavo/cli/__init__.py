@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -37,6 +38,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except OctavoError as error:
             _fail(error, as_json=bool(kwargs.get("json_output")))
         except KeyboardInterrupt:
+            # Keys pressed again while the process closes would kill it before it has said how to go on.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             errors.print("interrupted; run the same command with --resume to continue")
             sys.exit(130)
 
