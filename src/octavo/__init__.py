@@ -3,8 +3,9 @@
 from octavo.artifact import Artifact
 from octavo.compress import Compressed, compress
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
+from octavo.evaluate import evaluate
 from octavo.integrations.transformers import register as _register
-from octavo.steps import evaluate, frontier, plan, profile
+from octavo.steps import frontier, plan, profile
 from octavo.verify import load, verify
 
 __version__ = "0.1.0"

@@ -27,6 +27,12 @@ Progress = Callable[[str, int, int], Any]
 
 #: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
 _HELD = 96
+#: Tokens of a language model that are read in place of one text.
+TOKENS_PER_TEXT = 64
+#: Texts beyond these do not make the calibration of a language model better by what they take of time.
+MOST_TEXTS = 1024
+#: Texts of a language model are joined and cut into windows of this many tokens, or of its context if shorter.
+WINDOW = 256
 #: Norms, biases and the like are stored in 16 bits if all of them together cost less than this, in the metric's units.
 _FREE = 1e-7
 
@@ -215,15 +221,14 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             raise RequestError(
                 f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
             )
-        from octavo.integrations.transformers import text_batches
+        from octavo.integrations.transformers import context_of, is_causal, text_batches, window_batches
 
-        if data is None:
-            texts, label = builtin_texts(), "built-in English text"
-        elif isinstance(data, list):
-            check_texts(data, "data")
-            texts, label = list(data), "texts given"
-        else:
-            texts, label = read_texts(data), Path(data).name
+        texts, label = texts_of(data)
+        if is_causal(source.module):
+            length = min(WINDOW, context_of(source.module))
+            windows = window_batches(folder, texts, length, limit=(limit or MOST_TEXTS) * TOKENS_PER_TEXT)
+            count = sum(len(batch["input_ids"]) for batch in windows)
+            return windows, f"{label}, {count} windows of {windows[0]['input_ids'].shape[1]} tokens"
         texts = texts[:limit]
         return text_batches(folder, texts), f"{label}, {len(texts)} texts"
     if not isinstance(data, Iterable):
@@ -236,6 +241,16 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             "examples first"
         )
     return batches, f"{total} examples given"
+
+
+def texts_of(data: Any) -> tuple[list[str], str]:
+    """Texts of a file or a list, or the built-in ones, and what to call them."""
+    if data is None:
+        return builtin_texts(), "built-in English text"
+    if isinstance(data, list):
+        check_texts(data, "data")
+        return list(data), "texts given"
+    return read_texts(data), Path(data).name
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:

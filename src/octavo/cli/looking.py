@@ -87,13 +87,15 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A model folder or an artifact.")],
     data: Annotated[Path | None, typer.Option(help="Texts, or for spearman a CSV of sentence,sentence,score.")] = None,
     against: Annotated[Path | None, typer.Option(help="The source to compare with, for divergence.")] = None,
-    metric: Annotated[str, typer.Option(help="divergence or spearman.")] = "divergence",
+    metric: Annotated[str, typer.Option(help="divergence, spearman or perplexity.")] = "divergence",
     objective: options.OBJECTIVE = None,
     json_output: options.JSON = False,
 ) -> None:
     """Measure a model or an artifact on data.
 
     Example: octavo evaluate folded --against all-MiniLM-L6-v2 --data sentences.txt
+
+    Example: octavo evaluate folded --metric perplexity --data book.txt
     """
     result = octavo.evaluate(model, data=data, against=against, metric=metric, objective=objective)
     if json_output:

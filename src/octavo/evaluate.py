@@ -1,0 +1,136 @@
+"""Measuring a source or an artifact on data of the user's."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo import job as jobs
+from octavo.artifact import MANIFEST, Artifact
+from octavo.errors import MissingExtraError, RequestError
+from octavo.objective import Objective
+from octavo.sites import Source
+
+METRICS = ("divergence", "spearman", "perplexity")
+#: Perplexity is measured on windows of this many tokens that do not overlap, or of the model's context if shorter.
+PERPLEXITY_WINDOW = 512
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    data: Any = None,
+    against: str | Path | None = None,
+    metric: str = "divergence",
+    objective: str | Objective | None = None,
+) -> dict[str, Any]:
+    """Measure a source or an artifact.
+
+    Parameters
+    ----------
+    path
+        A model folder or an artifact.
+    data
+        Texts (``divergence``, ``perplexity``), or a CSV of sentence, sentence, score (``spearman``); the built-in text
+        by default.
+    against
+        The source to compare with, for ``divergence``.
+    metric
+        ``divergence`` (mean and 95th percentile of the objective against ``against``), ``spearman`` (correlation of
+        cosine similarities with human scores) or ``perplexity`` (of the next token, for causal language models).
+
+    Raises
+    ------
+    RequestError
+        If the metric is not known, or what it needs is missing.
+    """
+    if metric not in METRICS:
+        raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
+    path = Path(path)
+    source = _open(path)
+    if metric == "perplexity":
+        return {"path": str(path), "metric": metric, **_perplexity(source, data)}
+    if metric == "spearman":
+        return {
+            "path": str(path),
+            "metric": metric,
+            **_spearman(source, data, jobs.choose_objective(source, objective)),
+        }
+    if against is None:
+        raise RequestError("divergence compares with a source: give it as --against")
+    reference = jobs.open_source(against)
+    batches, text = jobs.load_data(reference, data, limit=None)
+    if reference.module is None or source.module is None or not batches:
+        raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
+    wanted = jobs.choose_objective(reference, objective)
+    losses = wanted.measure(source.module, batches, wanted.reference(reference.module, batches))
+    return {
+        "path": str(path),
+        "metric": wanted.metric,
+        "data": text,
+        "examples": len(losses),
+        "mean": float(losses.mean()),
+        "p95": float(losses.quantile(0.95)),
+    }
+
+
+def _open(path: Path) -> Source:
+    if not (path / MANIFEST).exists():
+        return jobs.open_source(path)
+    from octavo.verify import load
+
+    Artifact(path)
+    model = load(path)
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"{path}: holds bare tensors, there is no model to run")
+    source = jobs.open_source(model)
+    source.path, source.is_transformers = path, True
+    return source
+
+
+def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
+    from octavo.integrations.transformers import text_batches
+
+    try:
+        from scipy.stats import spearmanr
+    except ImportError as error:
+        raise MissingExtraError("spearman needs scipy, which is not installed: pip install 'octavo[hf]'") from error
+    if data is None or source.path is None or source.module is None:
+        raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
+    try:
+        with open(data, encoding="utf-8", newline="") as file:
+            rows = [(row[0], row[1], float(row[2])) for row in csv.reader(file) if len(row) >= 3]
+    except (OSError, ValueError, csv.Error) as error:
+        raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {error}") from error
+    if len(rows) < 2:
+        raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
+    texts = sorted({text for row in rows for text in row[:2]}, key=len)
+    with torch.inference_mode():
+        vectors = torch.cat([wanted.outputs(source.module, batch) for batch in text_batches(source.path, texts)])
+    place = {text: index for index, text in enumerate(texts)}
+    similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
+    return {"pairs": len(rows), "spearman": float(spearmanr(similarity, [score for *_, score in rows]).statistic)}
+
+
+def _perplexity(source: Source, data: Any) -> dict[str, Any]:
+    from octavo.integrations.transformers import context_of, is_causal, window_batches
+
+    if source.module is None or source.path is None or not is_causal(source.module):
+        raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
+    texts, text = jobs.texts_of(data)
+    windows = window_batches(source.path, texts, min(PERPLEXITY_WINDOW, context_of(source.module)))
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in windows:
+            tokens = batch["input_ids"]
+            logits = source.module(input_ids=tokens).logits[:, :-1]
+            total += float(
+                nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+            )
+            count += tokens[:, 1:].numel()
+    return {"data": text, "tokens": count, "perplexity": math.exp(total / count)}
