@@ -198,7 +198,7 @@ def test_evaluate(model):
     source, texts, out = model
     same = read("evaluate", source, "--against", source, "--data", texts)
     other = read("evaluate", out, "--against", source, "--data", texts)
-    assert same["mean"] == 0 and 0 < other["mean"] < 0.5 and other["examples"] == 40
+    assert same["mean"] == 0 and 0 < other["mean"] < 0.5 and other["examples"] == 20  # windows
     assert other["p95"] >= other["mean"] and other["metric"] == "KL divergence"
 
 
