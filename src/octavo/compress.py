@@ -17,7 +17,7 @@ from octavo.allocate import allocate, load_plan
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.curves import build_profile
-from octavo.finish import MARGIN, Built, finish, rivals_of
+from octavo.finish import MARGIN, Built, contest, finish
 from octavo.job import Job, Progress, silent
 from octavo.methods import get_method
 from octavo.objective import Objective
@@ -148,17 +148,16 @@ def compress(
         clock.lap("profile")
         chosen = load_plan(Path(plan), profile) if plan else allocate(profile, asked, margin=MARGIN)
         clock.lap("plan")
-        best = finish(job, profile, calibration, room, chosen, asked, exact=plan is None)
-        rivals = [] if plan else rivals_of(job, profile, calibration, room, asked, best)
+        if plan is None:
+            best, rival = contest(job, profile, calibration, room, chosen, asked)
+        else:
+            best, rival = finish(job, profile, calibration, room, chosen, asked, exact=False), None
         clock.lap("encode")
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    # The best of the plans that were measured wins.
-    candidates = sorted([best, *rivals], key=lambda built: built.quality)
-    uniform = next((built for built in rivals if built.plan.label not in ("mixed", "one family")), None)
-    done = Compressed(job, profile, calibration, asked, candidates[0], uniform, preset, clock.laps, workspace=folder)
+    done = Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps, workspace=folder)
     if workspace is None:
         # The encoded forms lie there until they are saved.
         weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)

@@ -152,25 +152,31 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone:
     return moved
 
 
-def rivals_of(
-    job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, best: Built
-) -> list[Built]:
-    """What the mixed plan must beat: the best uniform plan at the same bytes, and the best plan of a single family."""
-    plans = uniform(profile, Budget(int(asked.bytes * (1 - MARGIN)), asked.asked))[:1]
-    plans += single_families(profile, asked)[:1]
-    built: list[Built] = []
-    for plan in plans:
-        if any(_same(plan, other.plan) for other in (best, *built)):
+def contest(
+    job: Job, profile: Profile, calibration: Calibration, room: Workspace, mixed: Plan, asked: Budget
+) -> tuple[Built, Built | None]:
+    """Build the mixed plan and what it must beat; returns the winner, and the best uniform plan if it is another.
+
+    The rivals are the best uniform plan at the same bytes, and the best plan of a single family. Where plans can be
+    measured all are built, and the best wins. Where they cannot, the best expected one is, and the figures of the
+    others are expectations: encoding them would tell nothing more.
+    """
+    rivals = uniform(profile, Budget(int(asked.bytes * (1 - MARGIN)), asked.asked))[:1]
+    rivals += single_families(profile, asked)[:1]
+    plans = [mixed, *rivals] if job.measurable else sorted([mixed, *rivals], key=lambda plan: plan.expected)
+    built = [finish(job, profile, calibration, room, plans[0], asked)]
+    for plan in plans[1:]:
+        if any(_same(plan, other.plan) for other in built):
             continue
-        if not job.measurable and plan.expected >= best.quality:
-            # Encoding it would tell nothing that is not known.
+        if not job.measurable:
             built.append(Built(plan, {}, Contents({}), plan.bytes, plan.expected))
             continue
         try:
             built.append(finish(job, profile, calibration, room, plan, asked))
         except OctavoError as error:
             job.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
-    return built
+    even = next((other for other in built if other.plan.label not in ("mixed", "one family")), None)
+    return (min(built, key=lambda other: other.quality) if job.measurable else built[0]), even
 
 
 def _same(one: Plan, other: Plan) -> bool:

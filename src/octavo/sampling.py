@@ -20,6 +20,8 @@ from octavo.forms import Form
 #: estimated within a few parts in a thousand, and of a whole model, whose misses cancel, within one.
 LARGE = 1 << 21
 _TAKEN = 1 << 19
+#: Bytes that a coder's tables take at most, besides a class of every column.
+_TABLES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Sample:
     def packed(self, form: Form) -> Packed:
         """What the whole matrix would take in a form that was found for the sample: sizes without content.
 
-        Payloads grow with the rows; a coder's tables, and parts that belong to columns or to the whole, do not.
+        Payloads and escapes grow with the rows; a coder's tables, and parts that belong to columns or to the whole,
+        do not.
         """
         found, parts, end = pack(form), {}, 0
         blob, columns = memoryview(found.blob), self.weight.shape[1]
@@ -62,7 +65,8 @@ class Sample:
                 floats = [floats[0], *(self.rows if size == len(self.weight) else size for size in floats[1:])]
             else:
                 header = coding.describe(blob[start : start + length])
-                elements, payload = header.elements, header.payload
+                # A head of more than its tables can take holds escapes.
+                elements, payload = header.elements, max(header.payload, length - columns - _TABLES)
             if elements >= len(self.weight) and elements != columns:
                 length += round(payload * (self.share - 1))
             parts[name] = [end, length, *floats]
