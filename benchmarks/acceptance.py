@@ -6,6 +6,7 @@ Writes docs/results/acceptance.json. About 15 minutes on two cores.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -124,7 +125,7 @@ def _nominal_bytes(done: Compressed, bits: int) -> int:
     weights = sum(
         site.parameters * bits / 8 + site.rows * -(-site.columns // 64) * (2 + bits / 8) for site in done.job.sites
     )
-    kept = sum(tensor.numel() * 2 for tensor, _ in done.built.contents.kept.values())
+    kept = sum(math.prod(kept.shape) * 2 for kept in done.built.contents.kept.values())
     return int(weights + kept)
 
 
@@ -203,7 +204,7 @@ def _decoding(folder: Path) -> dict[str, float]:
     artifact = octavo.Artifact(folder)
     blobs = []
     for name, entry in artifact.sites.items():
-        content = artifact._content(name, entry["crc"])
+        content = artifact.content(name)
         blobs += [content[part[0] : part[0] + part[1]] for part in entry["parts"].values() if len(part) == 2]
     blobs.sort(key=len, reverse=True)
     best = float("inf")

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.errors import RequestError
-from octavo.sites import SMALLEST_SITE, Layout, check_finite, from_module, from_path
+from octavo.sites import SMALLEST_SITE, Layout, examine, from_module, from_path
 
 TRANSPOSED = Layout("transposed")
 
@@ -346,7 +346,7 @@ def test_values_that_are_not_finite_are_named_with_their_place(value, dtype):
     module = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30)).to(dtype)
     module[1].weight.data[3, 17] = value
     with pytest.raises(RequestError, match=r"'1\.weight' holds -?(nan|inf) at \(3, 17\)"):
-        check_finite(from_module(module))
+        examine(from_module(module))
 
 
 def test_the_fingerprint_follows_names_dtypes_and_contents():

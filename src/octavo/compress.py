@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from octavo.allocate import allocate, load_plan
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.curves import build_profile
-from octavo.finish import MARGIN, Built, finish, rivals_of
+from octavo.finish import MARGIN, Built, contest, finish
 from octavo.job import Job, Progress, silent
 from octavo.methods import get_method
 from octavo.objective import Objective
 from octavo.profile import Profile
-from octavo.request import describe, open_job, refuse_unreachable, requested_budget
+from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget
 from octavo.sites import Source
 from octavo.workspace import Workspace
 
@@ -37,6 +37,8 @@ class Compressed:
         The best of the plans that were measured.
     rival
         The best uniform plan at the same bytes, if it is another.
+    workspace
+        The folder of unfinished work, where the encoded forms lie until they are saved.
     """
 
     job: Job
@@ -46,9 +48,9 @@ class Compressed:
     built: Built
     rival: Built | None
     preset: str
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float]
+    workspace: Path
     command: str = ""
-    workspace: Path | None = None
 
     @property
     def ratio(self) -> float:
@@ -62,9 +64,8 @@ class Compressed:
         return save(self, Path(path), overwrite=overwrite)
 
     def forget_workspace(self) -> None:
-        """Remove the folder of unfinished work, once it is finished."""
-        if self.workspace is not None:
-            shutil.rmtree(self.workspace, ignore_errors=True)
+        """Remove the folder of unfinished work, once it is saved: the encoded forms lie there."""
+        shutil.rmtree(self.workspace, ignore_errors=True)
 
 
 def compress(
@@ -107,7 +108,8 @@ def compress(
     plan
         A plan file to carry out instead of allocating.
     workspace
-        Folder for unfinished work or a saved profile; a temporary one if not given.
+        Folder for unfinished work or a saved profile, which takes about the bytes of the artifact; a temporary one
+        if not given. Where temporary files lie in memory, name a folder beside the output for a large model.
     resume
         Use finished steps found in ``workspace``.
 
@@ -127,13 +129,16 @@ def compress(
     job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress)
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
+    if not resume:
+        refuse_full_disk(Path(workspace or tempfile.gettempdir()), asked)
+    clock.lap("open")
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
-    with nullcontext(workspace) if workspace else tempfile.TemporaryDirectory(prefix="octavo-") as folder:
-        clock.lap("open")
-        if plan is not None and not (Path(folder) / "profile.json").exists():
+    folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
+    try:
+        if plan is not None and not (folder / "profile.json").exists():
             # To carry out a plan nothing needs to be measured but what sites there are.
             job.methods = [get_method("keep")]
-        room = Workspace(Path(folder), describe(job, preset), resume=resume)
+        room = Workspace(folder, describe(job, preset), resume=resume)
         calibration = job.calibrate(room)
         clock.lap("evidence")
         profile = build_profile(job, calibration, room, asked.bytes * 8 / job.source.weights, preset)
@@ -143,14 +148,20 @@ def compress(
         clock.lap("profile")
         chosen = load_plan(Path(plan), profile) if plan else allocate(profile, asked, margin=MARGIN)
         clock.lap("plan")
-        best = finish(job, profile, calibration, room, chosen, asked, exact=plan is None)
-        rivals = [] if plan else rivals_of(job, profile, calibration, room, asked, best)
+        if plan is None:
+            best, rival = contest(job, profile, calibration, room, chosen, asked)
+        else:
+            best, rival = finish(job, profile, calibration, room, chosen, asked, exact=False), None
         clock.lap("encode")
-    # The best of the plans that were measured wins.
-    candidates = sorted([best, *rivals], key=lambda built: built.quality)
-    uniform = next((built for built in rivals if built.plan.label not in ("mixed", "one family")), None)
-    kept = None if workspace is None else Path(workspace)
-    return Compressed(job, profile, calibration, asked, candidates[0], uniform, preset, clock.laps, workspace=kept)
+    except BaseException:
+        if workspace is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    done = Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps, workspace=folder)
+    if workspace is None:
+        # The encoded forms lie there until they are saved.
+        weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)
+    return done
 
 
 class _Clock:

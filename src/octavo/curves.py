@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
+from octavo.ahead import in_order
 from octavo.allocate import allocate
-from octavo.artifact import Packed
+from octavo.artifact import Packed, Sized
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.job import Job
+from octavo.methods import Method, Setting
 from octavo.profile import Curve, Point, Profile, Window, profile_site
+from octavo.sites import Site
 from octavo.workspace import Workspace
 
 #: Every n-th setting of a continuous knob is tried, and points are wanted in this range of the bits asked for.
@@ -33,41 +37,62 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     saved = room.read_json("profile.json")
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")
-    curves = []
-    for index, site in enumerate(job.sites):
-        name = f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json"
-        found = room.read_json(name)
-        if found is None:
-            curve = _profile_one(job, site, calibration, room, window)
-            room.write_json(name, [[p.method, p.setting, p.bytes, p.loss] for p in curve.points])
-        else:
-            curve = Curve(site.name, site.kind, site.shape, [Point(*entry) for entry in found])
+    curves, smallest = [], dict[str, Packed]()
+
+    def measured(numbered: tuple[int, Site]) -> tuple[Curve, Packed]:
+        name = f"curves/{numbered[0]:05d}{'' if bits is None else f'-{bits:.6g}'}.json"
+        return _measured(job, numbered[1], calibration, room, window, name)
+
+    for curve, packed in in_order(measured, enumerate(job.sites), job.threads):
         curves.append(curve)
-        job.progress("profile", index + 1, len(job.sites))
+        smallest[curve.site] = packed
+        job.progress("profile", len(curves), len(job.sites))
     dtype = job.kept_dtype()
     source = job.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
     profile.options = {"bits": bits, "preset": preset, "kept": dtype is not None}
-    smallest = {curve.site: min(curve.points, key=lambda p: p.bytes) for curve in curves}
-    packed = {name: job.encode(job.site(name), p.method, p.setting, calibration, room) for name, p in smallest.items()}
-    profile.fixed_bytes = job.contents(packed, dtype).bytes - sum(item.bytes for item in packed.values())
+    profile.fixed_bytes = job.contents(smallest, dtype).bytes - sum(packed.bytes for packed in smallest.values())
     if job.measurable and preset != "fast":
         correct(job, profile, calibration, room, bits or 4.0)
     profile.save(room.path / "profile.json")
     return profile
 
 
-def _profile_one(job: Job, site: Any, calibration: Calibration, room: Workspace, window: Window) -> Curve:
+def _measured(
+    job: Job, site: Site, calibration: Calibration, room: Workspace, window: Window, name: str
+) -> tuple[Curve, Packed]:
+    """A site's curve, from the workspace if it is there under that name, and its smallest form without content."""
+    found = room.read_json(name)
+    if found is None:
+        curve, smallest = _profile_one(job, site, calibration, room, window)
+        outline = [smallest.bytes, smallest.crc, smallest.parts, smallest.meta, smallest.codecs]
+        entries = [[p.method, p.setting, p.bytes, p.loss, p.estimated] for p in curve.points]
+        # What was read back is what goes on, so that a run that was resumed is like one that was not.
+        found = json.loads(json.dumps({"points": entries, "smallest": outline}))
+        room.write_json(name, found)
+    length, crc, *described = found["smallest"]
+    points = [Point(*entry) for entry in found["points"]]
+    return Curve(site.name, site.kind, site.shape, points), Packed(Sized(length, crc), *described)
+
+
+def _profile_one(
+    job: Job, site: Site, calibration: Calibration, room: Workspace, window: Window
+) -> tuple[Curve, Packed]:
     weight, evidence = job.matrix(site), calibration.evidence[site.name]
     if site.name in job.pinned:
         name, setting = job.pinned[site.name]
         packed = job.encode(site, name, setting, calibration, room)
-        return Curve(site.name, site.kind, site.shape, [Point(name, setting, packed.bytes, 0.0)])
+        return Curve(site.name, site.kind, site.shape, [Point(name, setting, packed.bytes, 0.0)]), packed
+    forms: list[Packed] = []
 
-    def keep(method: Any, setting: Any, packed: Packed) -> None:
-        room.save_packed(site.name, method.name, setting, packed)
+    def keep(method: Method, setting: Setting, packed: Packed) -> None:
+        # Dense forms are not worth the disk: they are made again as fast as they are read.
+        if method.family != "keep" and not isinstance(packed.content, Sized):
+            packed = room.save_packed(site.name, method.name, setting, packed)
+        forms.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 
-    return profile_site(site, weight, evidence, job.methods, window, keep)
+    curve = profile_site(site, weight, evidence, job.methods, window, keep)
+    return curve, min(forms, key=lambda packed: packed.bytes)
 
 
 def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspace, bits: float) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from octavo.ahead import in_order
 from octavo.allocate import Plan, allocate, uniform, unreachable
 from octavo.artifact import Contents, Packed
 from octavo.budget import Budget
@@ -22,11 +23,17 @@ from octavo.workspace import Workspace
 #: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
 MARGIN = 0.004
 _ROUNDS = 8
+_RETREATS = 3
+#: Share of its bytes that a site may gain or lose to close a small gap.
+_SHARE = 0.04
 
 
 @dataclass
 class Built:
-    """A plan that was encoded: its exact contents and what it lost on held-back data."""
+    """A plan that was encoded: its exact contents and what it lost on held-back data.
+
+    Of a rival that nothing can be measured of, ``packed`` and ``contents`` are empty, and the figures are the plan's.
+    """
 
     plan: Plan
     packed: dict[str, Packed]
@@ -55,11 +62,16 @@ def finish(
     """
     points, packed, contents = _encoded(job, profile, calibration, room, plan, asked if exact else None)
     total = contents.bytes
-    if total > asked.bytes and exact:
-        # Continuous settings could not be moved close enough: points of known bytes never exceed the budget.
-        known = allocate(profile, asked, margin=2 * MARGIN, interpolate=False)
+    aim = asked.bytes
+    for _ in range(_RETREATS if exact else 0):
+        if total <= asked.bytes:
+            break
+        # Continuous settings could not be moved close enough: points of known bytes never exceed the budget, and those
+        # that were measured on a sample do so by little, which the next attempt leaves free.
+        known = allocate(profile, Budget(aim, asked.asked), margin=2 * MARGIN, interpolate=False)
         points, packed, contents = _encoded(job, profile, calibration, room, known, None)
         total = contents.bytes
+        aim -= max(total - asked.bytes, 0)
     if total > asked.bytes and exact:
         raise unreachable(asked, profile.original_bytes, total)
     if total > asked.bytes:
@@ -71,7 +83,7 @@ def finish(
     done = Plan(plan.budget, points, expected, fixed, plan.label, plan.notes)
     if not job.measurable:
         return Built(done, packed, contents, total, expected)
-    stored = {name: tensor.to(old) for name, (tensor, old) in contents.kept.items()}
+    stored = {name: kept.tensor().to(kept.dtype) for name, kept in contents.kept.items()}
     losses = job.measure({**job.weights(packed), **stored}).numpy()
     return Built(done, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
 
@@ -84,9 +96,14 @@ def _encoded(
     moved = points
     signs: set[bool] = set()
     for attempt in range(_ROUNDS):
-        for done, (name, point) in enumerate(moved.items()):
-            packed[name] = job.encode(job.site(name), point.method, point.setting, calibration, room)
-            points[name] = replace(point, bytes=packed[name].bytes, estimated=False)
+
+        def encode(item: tuple[str, Point]) -> tuple[str, Point, Packed]:
+            name, point = item
+            found = job.encode(job.site(name), point.method, point.setting, calibration, room)
+            return name, replace(point, bytes=found.bytes, estimated=False), found
+
+        for done, (name, point, found) in enumerate(in_order(encode, list(moved.items()), job.threads)):
+            points[name], packed[name] = point, found
             job.progress("encode", done + 1, len(moved))
         contents = job.contents(packed, _kept(profile))
         if asked is None or attempt == _ROUNDS - 1 or _fits(contents.bytes, asked):
@@ -111,16 +128,18 @@ def _fits(total: int, asked: Budget) -> bool:
 def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone: bool) -> dict[str, Point]:
     """New points of continuous settings that change the bytes by about ``missing``.
 
-    A small gap is closed at the largest such site alone, so that little has to be encoded again; a large one by moving
-    all of them together, which keeps them at one slope. Once that has overshot (a coder's sizes have jumps) only the
-    largest is moved, so that sites may end on different sides of a jump.
+    A small gap is closed at the largest such sites alone, as few as close it with a small share of their bytes, so that
+    little has to be encoded again; a large one by moving all of them together, which keeps them at one slope. Once that
+    has overshot (a coder's sizes have jumps) only the largest is moved, so that sites may end on different sides of a
+    jump.
     """
     elastic = {name: point for name, point in points.items() if get_method(point.method).elastic}
     if not elastic:
         return {}
-    largest = max(elastic, key=lambda name: elastic[name].bytes)
-    alone = alone or abs(missing) < 0.04 * elastic[largest].bytes
-    moving = {largest: elastic[largest]} if alone else elastic
+    largest = sorted(elastic, key=lambda name: -elastic[name].bytes)
+    within = np.cumsum([_SHARE * elastic[name].bytes for name in largest])
+    few = 1 if alone else 1 + int(np.searchsorted(within, abs(missing)))
+    moving = {name: elastic[name] for name in largest[:few]}
     curves = {curve.site: curve for curve in profile.curves}
     octaves = missing / sum(slope(curves[name], point) for name, point in moving.items())
     octaves = float(np.clip(octaves, -2, 2))
@@ -133,21 +152,31 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone:
     return moved
 
 
-def rivals_of(
-    job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, best: Built
-) -> list[Built]:
-    """What the mixed plan must beat: the best uniform plan at the same bytes, and the best plan of a single family."""
-    plans = uniform(profile, Budget(int(asked.bytes * (1 - MARGIN)), asked.asked))[:1]
-    plans += single_families(profile, asked)[:1]
-    built: list[Built] = []
-    for plan in plans:
-        if any(_same(plan, other.plan) for other in (best, *built)):
+def contest(
+    job: Job, profile: Profile, calibration: Calibration, room: Workspace, mixed: Plan, asked: Budget
+) -> tuple[Built, Built | None]:
+    """Build the mixed plan and what it must beat; returns the winner, and the best uniform plan if it is another.
+
+    The rivals are the best uniform plan at the same bytes, and the best plan of a single family. Where plans can be
+    measured all are built, and the best wins. Where they cannot, the best expected one is, and the figures of the
+    others are expectations: encoding them would tell nothing more.
+    """
+    rivals = uniform(profile, Budget(int(asked.bytes * (1 - MARGIN)), asked.asked))[:1]
+    rivals += single_families(profile, asked)[:1]
+    plans = [mixed, *rivals] if job.measurable else sorted([mixed, *rivals], key=lambda plan: plan.expected)
+    built = [finish(job, profile, calibration, room, plans[0], asked)]
+    for plan in plans[1:]:
+        if any(_same(plan, other.plan) for other in built):
+            continue
+        if not job.measurable:
+            built.append(Built(plan, {}, Contents({}), plan.bytes, plan.expected))
             continue
         try:
             built.append(finish(job, profile, calibration, room, plan, asked))
         except OctavoError as error:
             job.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
-    return built
+    even = next((other for other in built if other.plan.label not in ("mixed", "one family")), None)
+    return (min(built, key=lambda other: other.quality) if job.measurable else built[0]), even
 
 
 def _same(one: Plan, other: Plan) -> bool:

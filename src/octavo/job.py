@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo.sites as sites_module
-from octavo.artifact import Contents, Entry, Packed, pack, unpack
+from octavo.artifact import Contents, Entry, Kept, Packed, pack, unpack
 from octavo.calibrate import MINIMUM_SEQUENCES, Calibration, calibrate
 from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
@@ -60,6 +61,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self._reference: list[Tensor] | None = None
+        # Checksums of kept tensors are worked out once for all contents.
+        self._kept: dict[torch.dtype | None, dict[str, Kept]] = {}
         self._by_name = {site.name: site for site in self.sites}
 
     def site(self, name: str) -> Site:
@@ -89,41 +92,41 @@ class Job:
     def encode(
         self, site: Site, method: str, setting: Setting, calibration: Calibration, workspace: Workspace
     ) -> Packed:
-        """A site's packed form, from the workspace if it is there."""
+        """A site's packed form, whose content lies in the workspace; it is only made if it was not there."""
         found = workspace.load_packed(site.name, method, setting)
         if found is None:
             try:
                 form = get_method(method).encode(self.matrix(site), setting, calibration.evidence[site.name])
             except RequestError as error:
                 raise RequestError(f"site {site.name!r}: {error}") from error
-            found = pack(form)
-            workspace.save_packed(site.name, method, setting, found)
+            found = workspace.save_packed(site.name, method, setting, pack(form))
         return found
 
-    def kept(self, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, torch.dtype]]:
+    def kept(self, dtype: torch.dtype | None) -> dict[str, Kept]:
         """Tensors that are no sites, floating ones in ``dtype`` if that is narrower than they are."""
-        result = {}
-        for name, reason in self.left.items():
-            tensor = self.source.read(name).detach().cpu()
-            narrow = dtype is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > dtype.itemsize
-            # What the user asked to leave alone is left alone.
-            if narrow and not reason.startswith("ignored"):
-                tensor = tensor.to(dtype)
-            result[name] = (tensor, self.source.dtypes[name])
-        return result
+        if dtype not in self._kept:
+            self._kept[dtype] = {}
+            for name, reason in self.left.items():
+                own = self.source.dtypes[name]
+                narrow = dtype is not None and own.is_floating_point and own.itemsize > dtype.itemsize
+                # What the user asked to leave alone is left alone.
+                stored = dtype if dtype is not None and narrow and not reason.startswith("ignored") else own
+                self._kept[dtype][name] = Kept(partial(self.source.read, name), self.source.shapes[name], stored, own)
+        return self._kept[dtype]
 
     def kept_dtype(self) -> torch.dtype | None:
         """float16 if storing everything that is no site in it costs nothing measurable, else None."""
-        kept = {name: pair[0] for name, pair in self.kept(torch.float16).items() if pair[0].dtype == torch.float16}
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in kept.values()):
+        changed = {name: kept for name, kept in self.kept(torch.float16).items() if kept.stored != kept.dtype}
+        if not all(bool(torch.isfinite(kept.tensor()).all()) for kept in changed.values()):
             return None
-        if self.source.module is None or not self.held_data:
+        if not self.measurable:
             close = all(
-                torch.allclose(kept[name].float(), self.source.read(name).float(), rtol=1e-3, atol=1e-6)
-                for name in kept
+                torch.allclose(kept.tensor().float(), kept.read().float(), rtol=1e-3, atol=1e-6)
+                for kept in changed.values()
             )
             return torch.float16 if close else None
-        return torch.float16 if float(self.measure(kept).mean()) < _FREE else None
+        weights = {name: kept.tensor() for name, kept in changed.items()}
+        return torch.float16 if float(self.measure(weights).mean()) < _FREE else None
 
     def contents(self, packed: Mapping[str, Packed], dtype: torch.dtype | None) -> Contents:
         """Everything that goes into an artifact."""
@@ -162,6 +165,14 @@ class Job:
             return self.objective.measure(module, self.held_data, self._reference)
 
     @property
+    def threads(self) -> int:
+        """Sites to work on at once, 0 for as many as there are threads.
+
+        With data, rounding is a loop over columns in Python, of which two at once are no faster than one.
+        """
+        return 1 if self.source.module is not None else 0
+
+    @property
     def measurable(self) -> bool:
         """Whether plans can be measured."""
         return self.source.module is not None and bool(self.held_data)
@@ -192,13 +203,22 @@ class replaced:
             submodule.training = True
 
 
-def open_source(source: str | Path | nn.Module | Source) -> Source:
-    """A source from a path or a module; NaN and Inf in it are refused."""
+def open_source(source: str | Path | nn.Module | Source, *, module: bool = True, progress: Progress = silent) -> Source:
+    """A source from a path or a module; NaN and Inf in it are refused.
+
+    ``module`` says whether a folder's model will be run; if not, it is never loaded.
+    """
+
+    def examined(done: int, total: int) -> None:
+        progress("open", done, total)
+
     if isinstance(source, nn.Module):
         opened = sites_module.from_module(source)
+    elif isinstance(source, Source):
+        opened = source
     else:
-        opened = source if isinstance(source, Source) else sites_module.from_path(source)
-    sites_module.check_finite(opened)
+        opened = sites_module.from_path(source, module=module, progress=examined)
+    sites_module.examine(opened, examined)
     return opened
 
 

@@ -19,6 +19,7 @@ from octavo.calibrate import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
+from octavo.sampling import Sample, sample_of
 from octavo.sites import Site
 from octavo.workspace import write_file
 
@@ -43,7 +44,8 @@ class Point:
     loss
         Expected increase of the whole model's loss (the objective's metric), before correction.
     estimated
-        Whether bytes and loss were interpolated between two measured points of a method with a continuous setting.
+        Whether bytes and loss were measured on a sample of the rows, or interpolated between two measured points of a
+        method with a continuous setting.
     """
 
     method: str
@@ -147,18 +149,37 @@ def profile_site(
     methods
         Those of the cheapest preset go first and set the curve that the others are screened against.
     keep
-        Called with every packed form, for callers that want to reuse one.
+        Called with every packed form, for callers that want to reuse one. Of large matrices only sizes are known.
     """
     curve = Curve(site.name, site.kind, site.shape, [])
+    sample = sample_of(weight, evidence)
     for method in sorted(methods, key=lambda method: (PRESETS.index(method.preset), method.elastic is None)):
         if not method.accepts(site):
             continue
-        for setting, form in _walk(method, weight, evidence, window, curve):
-            packed = pack(form)
-            keep(method, setting, packed)
-            loss = evidence.loss(form.dense() - weight)
-            curve.points.append(Point(method.name, setting, packed.bytes, loss))
+        if sample is not None and method.by_rows:
+            for setting, form in _walk(method, sample.weight, sample.evidence, window, curve):
+                packed = sample.packed(form)
+                keep(method, setting, packed)
+                curve.points.append(Point(method.name, setting, packed.bytes, sample.loss(form), estimated=True))
+        elif sample is None or _competitive(method, sample, curve):
+            for setting, form in _walk(method, weight, evidence, window, curve):
+                packed = pack(form)
+                keep(method, setting, packed)
+                loss = evidence.loss(form.dense() - weight)
+                curve.points.append(Point(method.name, setting, packed.bytes, loss))
     return curve
+
+
+def _competitive(method: Method, sample: Sample, curve: Curve) -> bool:
+    """Whether a method, tried on a sample as a matrix of its own, is as good as the curve so far.
+
+    A method that looks at all rows together takes long on a large matrix, and is a gain on few of them.
+    """
+    settings, reference = method.settings(sample.weight, sample.evidence), envelope(curve)
+    if reference is None:
+        return True
+    form = method.encode(sample.weight, settings[len(settings) // 2], sample.evidence)
+    return sample.loss(form) <= PROMISING * reference(pack(form).bytes * sample.share)
 
 
 def _walk(
@@ -174,7 +195,7 @@ def _walk(
     seen: dict[int, Point] = {}
 
     def bits(index: int) -> float:
-        return seen[index].bytes * 8 / max(weight.numel(), 1)
+        return seen[index].bytes * 8 / max(math.prod(curve.shape), 1)
 
     def excess(index: int) -> float:
         """Loss over that of the best curve so far at the same bytes."""

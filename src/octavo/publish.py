@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.report.gather import report_data
@@ -46,8 +46,9 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
     try:
         _write(done, aside)
         artifact = Artifact(aside)
-        state = artifact.state()
-        _compare(done, artifact, state)
+        _compare(done, artifact)
+        # Only a model that runs needs all weights at once.
+        state = artifact.state() if done.job.source.module is not None else {}
         done.timings["verify"] = time.perf_counter() - started
         data = report_data(done, artifact, state)
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
@@ -80,20 +81,12 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
 
 def _write(done: Compressed, folder: Path) -> None:
     source = done.job.source
-    for name, content in done.built.contents.files().items():
-        _write_flushed(folder / name, content)
+    done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
     if source.is_transformers and source.path is not None:
         from octavo.integrations.transformers import artifact_config
 
         _copy_companions(source.path, folder)
         (folder / "config.json").write_text(json.dumps(artifact_config(source.path), indent=2) + "\n", encoding="utf-8")
-
-
-def _write_flushed(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
@@ -125,15 +118,24 @@ def _publish(aside: Path, path: Path) -> None:
             raise
 
 
-def _compare(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> None:
+def _compare(done: Compressed, artifact: Artifact) -> None:
     """What was read from the disk must be, bit for bit, what was measured."""
+    packed, kept = done.built.packed, done.built.contents.kept
     if artifact.bytes != done.built.bytes:
         raise ArtifactError(f"{artifact.path}: {artifact.bytes} bytes on disk, {done.built.bytes} were planned")
-    expected = {**done.job.weights(done.built.packed), **{n: t.to(d) for n, (t, d) in done.built.contents.kept.items()}}
-    if set(state) != {*expected, *done.job.source.aliases}:
+    if set(artifact.names()) != {*packed, *kept} or artifact.aliases != done.job.source.aliases:
         raise ArtifactError(f"{artifact.path}: the tensors read back are not those written")
-    for name, tensor in expected.items():
-        if not torch.equal(state[name], tensor):
+
+    def same(name: str) -> bool:
+        if name in kept:
+            return torch.equal(artifact.tensor(name), kept[name].tensor().to(kept[name].dtype))
+        return artifact.sites[name] == done.built.contents.entries[name].describe() and (
+            artifact.content(name) == packed[name].blob
+        )
+
+    names = [*packed, *kept]
+    for name, equal in zip(names, in_order(same, names), strict=True):
+        if not equal:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
 
 

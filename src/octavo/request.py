@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from octavo.job import Job, Progress
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.objective import Objective
+from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
 from octavo.workspace import hash_tensors
 
@@ -49,7 +51,8 @@ def open_job(
     chosen = select_methods(methods, preset)
     if not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
-    opened = jobs.open_source(source)
+    # Without data nothing is run, and the model need not fit in memory.
+    opened = jobs.open_source(source, module=preset != DATA_FREE, progress=progress)
     sites, left, pinned = jobs.apply_patterns(*opened.sites(), ignore, keep)
     if not sites:
         raise RequestError(
@@ -95,6 +98,17 @@ def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, siz
     return budget_of(job.source.original_bytes, job.source.weights, ratio=ratio, size=size, bits=bits)
 
 
+def refuse_full_disk(folder: Path, asked: Budget) -> None:
+    """Refuse a folder for unfinished work on whose disk the encoded forms will not fit, before any work is done."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < asked.bytes:
+        raise RequestError(
+            f"{existing}: has {free} bytes free, the encoded forms will take about {asked.bytes}; free some, or name a "
+            "workspace (of the command: --out) on a larger disk"
+        )
+
+
 def refuse_unreachable(job: Job, asked: Budget) -> None:
     """Refuse a hopeless budget before any work is done, naming what can be reached.
 
@@ -126,5 +140,9 @@ def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:
         name, setting = job.pinned[site.name]
         return pack(get_method(name).encode(weight, setting, evidence))
     methods = [method for method in job.methods if method.elastic] or job.methods
+    sample, packing = sample_of(weight, evidence), pack
+    if sample is not None:
+        weight, evidence, packing = sample.weight, sample.evidence, sample.packed
+        methods = [method for method in methods if method.by_rows] or methods
     coarsest = (method.encode(weight, method.settings(weight, evidence)[-1], evidence) for method in methods)
-    return min(map(pack, coarsest), key=lambda packed: packed.bytes)
+    return min(map(packing, coarsest), key=lambda packed: packed.bytes)

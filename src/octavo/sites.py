@@ -14,8 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from octavo.ahead import in_order
 from octavo.errors import RequestError
 from octavo.raw import raw_bytes
+
+#: Called with how much is done and how much there is.
+Progress = Callable[[int, int], Any]
 
 #: A weight with fewer elements is kept as it is: its bookkeeping would cost more than coding could save.
 SMALLEST_SITE = 512
@@ -136,7 +140,8 @@ class Source:
     module: nn.Module | None = None
     parameters: dict[str, str] = field(default_factory=dict)
     is_transformers: bool = False
-    _fingerprint: str = field(default="", repr=False)
+    #: SHA-256 of every tensor's content, from :func:`examine`.
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def original_bytes(self) -> int:
@@ -150,14 +155,11 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints."""
-        if self._fingerprint:
-            return self._fingerprint
+        examine(self)
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
-            digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]}\n".encode())
-            digest.update(raw_bytes(self.read(name)))
-        self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+            digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]} {self.digests[name]}\n".encode())
+        return digest.hexdigest()
 
     def owner(self, name: str) -> nn.Module | None:
         """The module that holds the tensor ``name``, if there is one."""
@@ -233,86 +235,107 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
     )
 
 
-def from_path(path: str | Path) -> Source:
+def from_path(path: str | Path, *, module: bool = True, progress: Progress = lambda done, total: None) -> Source:
     """A source from a ``transformers`` folder, a ``.safetensors`` file or a sharded index.
+
+    Parameters
+    ----------
+    module
+        Whether the model of a ``transformers`` folder will be run. Without it only tensors are read, one at a time.
+    progress
+        Called with the number of tensors examined and their total.
 
     Raises
     ------
     RequestError
-        If there is nothing there, or a file is truncated, or is not safetensors.
+        If there is nothing there, or a file is truncated, or is not safetensors, or holds NaN or Inf.
     """
     path = Path(path)
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder")
-    files = _weight_files(path)
+    files, promised = _weight_files(path)
     config = path / "config.json" if path.is_dir() else None
     if config is not None and config.exists():
         from octavo.integrations.transformers import read_config
 
         if read_config(path).get("quantization_config"):
             raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
-    source = _from_files(path, files)
+    source = _from_files(path, files, promised)
+    examine(source, progress)
+    for alias, name in list(_equal_tensors(source)):
+        source.aliases[alias] = name
+        del source.shapes[alias], source.dtypes[alias]
     if config is not None and config.exists():
         from octavo.integrations.transformers import attach_module
 
-        attach_module(source, path)
+        source.is_transformers = True
+        if module:
+            attach_module(source, path)
     return source
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files that hold the weights, and, if there is an index, in which of them it says that each tensor is."""
     if path.is_file():
         if path.name.endswith(".index.json"):
             return _indexed(path)
         if path.suffix != ".safetensors":
             raise RequestError(f"{path}: only .safetensors files and their .index.json can be read (pickles run code)")
-        return [path]
+        return [path], {}
     for index in sorted(path.glob("*.safetensors.index.json")):
         return _indexed(index)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise RequestError(f"{path}: no .safetensors file in this folder; save the model with save_pretrained first")
-    return files
+    return files, {}
 
 
-def _indexed(index: Path) -> list[Path]:
+def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        promised = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RequestError(f"{index}: not an index of safetensors shards: {error}") from error
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str) for name in promised.values()):
         raise RequestError(f"{index}: not an index of safetensors shards: a shard's name is not a string")
-    files = [index.parent / name for name in sorted(names)]
+    files = [index.parent / name for name in sorted(set(promised.values()))]
     for file in files:
         if not file.exists():
             raise RequestError(f"{index}: names the shard {file.name}, which is missing beside it")
-    return files
+    return files, {tensor: index.parent / name for tensor, name in promised.items()}
 
 
-def _from_files(path: Path, files: list[Path]) -> Source:
+def _from_files(path: Path, files: list[Path], promised: Mapping[str, Path]) -> Source:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    where: dict[str, Any] = {}
+    where: dict[str, Path] = {}
     for file in files:
         try:
-            handle = safe_open(file, framework="pt")
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                    tensor = handle.get_slice(name)
+                    shapes[name], where[name] = tuple(tensor.get_shape()), file
+                    dtypes[name] = _DTYPES.get(tensor.get_dtype(), torch.uint8)
+                    if tensor.get_dtype() not in _DTYPES:
+                        raise RequestError(
+                            f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported"
+                        )
         except (SafetensorError, OSError) as error:
             raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
-        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-            where[name] = handle
-            tensor = handle.get_slice(name)
-            shapes[name] = tuple(tensor.get_shape())
-            dtypes[name] = _DTYPES.get(tensor.get_dtype(), torch.uint8)
-            if tensor.get_dtype() not in _DTYPES:
-                raise RequestError(f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported")
+    for name, file in promised.items():
+        if where.get(name) != file:
+            raise RequestError(
+                f"{file}: the index says that this shard holds tensor {name!r}, and it does not; the shard and the "
+                "index are of different models or versions, copy both again"
+            )
     if not shapes:
         raise RequestError(f"{path}: holds no tensors")
-    source = Source(
-        path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, lambda name: where[name].get_tensor(name)
-    )
-    for alias, name in _equal_tensors(source):
-        source.aliases[alias] = name
-        del source.shapes[alias], source.dtypes[alias]
-    return source
+
+    def read(name: str) -> Tensor:
+        # Opened each time and copied out: pages of a mapping count as this process's memory until it is closed.
+        with safe_open(where[name], framework="pt") as handle:
+            return handle.get_tensor(name).clone()
+
+    return Source(path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, read)
 
 
 _DTYPES = {
@@ -323,33 +346,43 @@ _DTYPES = {
 
 def _equal_tensors(source: Source) -> Iterator[tuple[str, str]]:
     """Weights that stand twice in the files with equal content, such as an embedding and its tied head."""
-    groups: dict[tuple, list[str]] = {}
+    first: dict[tuple, str] = {}
     for name, shape in source.shapes.items():
         if len(shape) >= 2 and math.prod(shape) >= SMALLEST_SITE:
-            groups.setdefault((shape, source.dtypes[name]), []).append(name)
-    for names in groups.values():
-        first: dict[bytes, str] = {}
-        for name in names if len(names) > 1 else ():
-            tensor = source.read(name).reshape(-1)
-            # A sample is enough to tell most apart without reading everything; equal samples are compared in full.
-            key = raw_bytes(tensor[:: max(1, tensor.numel() // 64)]).tobytes()
-            if key in first and torch.equal(source.read(first[key]), source.read(name)):
-                yield name, first[key]
-            first.setdefault(key, name)
+            known = first.setdefault((shape, source.dtypes[name], source.digests[name]), name)
+            if known != name:
+                yield name, known
 
 
-def check_finite(source: Source) -> None:
-    """Raise :class:`RequestError` naming the first tensor that holds NaN or Inf, and where in it."""
-    for name, dtype in source.dtypes.items():
-        if dtype.is_floating_point:
-            tensor = source.read(name)
-            bad = ~torch.isfinite(tensor)
-            if bool(bad.any()):
-                index = tuple(int(i) for i in bad.nonzero()[0])
-                raise RequestError(
-                    f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; "
-                    "a model with NaN or Inf weights cannot be compressed, repair it first"
-                )
+def examine(source: Source, progress: Progress = lambda done, total: None) -> None:
+    """Read every tensor once, if that was not done before: refuse NaN and Inf, and remember the content's digest.
+
+    Raises
+    ------
+    RequestError
+        Naming the first tensor that holds NaN or Inf, and where in it.
+    """
+    names = [name for name in source.shapes if name not in source.digests]
+
+    def digest(name: str) -> str:
+        tensor = source.read(name).detach()
+        _check_finite(source, name, tensor)
+        return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+    for done, found in enumerate(in_order(digest, names)):
+        source.digests[names[done]] = found
+        progress(done + 1, len(names))
+
+
+def _check_finite(source: Source, name: str, tensor: Tensor) -> None:
+    # NaN and Inf show in the extremes, which take no memory, unlike a mask.
+    if not tensor.dtype.is_floating_point or not tensor.numel() or all(map(math.isfinite, torch.aminmax(tensor))):
+        return
+    index = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
+    raise RequestError(
+        f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; "
+        "a model with NaN or Inf weights cannot be compressed, repair it first"
+    )
 
 
 def states(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError
 from octavo.raw import raw_bytes
-
-if TYPE_CHECKING:
-    pass
+from octavo.sites import Progress
 
 REPORT = "report.html"
 
@@ -53,18 +52,23 @@ def load(path: str | Path, into: nn.Module | None = None) -> Any:
     return into
 
 
-def digest_of(artifact: Artifact) -> str:
-    """SHA-256 over the decoded content of every tensor: codes, steps, factors.
+def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None) -> str:
+    """SHA-256 over the decoded content of every tensor: codes, steps, factors. A few tensors are in memory at a time.
 
     It is the same on every machine, which a product of two factors, rounded as the machine's library likes, is not.
     """
     digest = hashlib.sha256()
-    for name in sorted(artifact.names()):
-        parts = artifact.form(name).tensors() if name in artifact.sites else {"": artifact.tensor(name)}
+    names = sorted(artifact.names())
+
+    def decoded(name: str) -> dict[str, Tensor]:
+        return artifact.form(name).tensors() if name in artifact.sites else {"": artifact.tensor(name)}
+
+    for done, (name, parts) in enumerate(zip(names, in_order(decoded, names), strict=True)):
         for part, tensor in sorted(parts.items()):
             digest.update(f"{name} {part} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
             if tensor.numel():
                 digest.update(raw_bytes(tensor))
+        progress(done + 1, len(names))
     return digest.hexdigest()
 
 
@@ -93,14 +97,13 @@ def verify(path: str | Path) -> dict[str, Any]:
         At the first thing that is wrong.
     """
     artifact = Artifact(path)
-    state = artifact.state()
     recorded = _recorded(artifact.path)
     digest = digest_of(artifact)
     result: dict[str, Any] = {
         "path": str(path),
         "bytes": artifact.bytes,
         "ratio": artifact.manifest["source"]["bytes"] / artifact.bytes,
-        "tensors": len(state),
+        "tensors": len(artifact.names()) + len(artifact.aliases),
         "weights_sha256": digest,
         "weights_match": None if recorded.get("weights") is None else recorded["weights"] == digest,
         "outputs_match": None,

@@ -12,6 +12,7 @@ import os
 import shutil
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from octavo.artifact import Packed
+from octavo.artifact import Packed, Stored
 from octavo.calibrate import Calibration, Evidence
 from octavo.errors import OctavoError, RequestError
 from octavo.raw import raw_bytes
@@ -126,39 +127,46 @@ class Workspace:
         }
         return Calibration(evidence, **data)
 
-    def save_packed(self, site: str, method: str, setting: dict[str, Any], packed: Packed) -> None:
-        """Keep an encoded form. Dense ones are not worth the disk: they are made again as fast as they are read."""
-        if method == "keep":
-            return
-        head = json.dumps({"parts": packed.parts, "meta": packed.meta, "codecs": packed.codecs}).encode()
-        content = len(head).to_bytes(4, "little") + head + packed.blob
-        content = zlib.crc32(content).to_bytes(4, "little") + content
+    def save_packed(self, site: str, method: str, setting: dict[str, Any], packed: Packed) -> Packed:
+        """Keep an encoded form; returns it as one whose content lies here and takes no memory."""
+        head = {"parts": packed.parts, "meta": packed.meta, "codecs": packed.codecs, "crc": packed.crc}
+        text = json.dumps(head).encode()
+        head_bytes = zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
+        path = self.path / self._point(site, method, setting)
         # Not flushed to the disk one by one: a form lost in a power cut is encoded again.
-        write_file(self.path / self._point(site, method, setting), content, flush=False)
+        write_file(path, head_bytes, packed.blob, flush=False)
+        return replace(packed, content=Stored(path, len(head_bytes), packed.bytes, packed.crc))
 
     def load_packed(self, site: str, method: str, setting: dict[str, Any]) -> Packed | None:
         """An encoded form that was kept, or None, also if it did not reach the disk in whole."""
+        path = self.path / self._point(site, method, setting)
         try:
-            content = (self.path / self._point(site, method, setting)).read_bytes()
+            content = memoryview(path.read_bytes())
         except FileNotFoundError:
             return None
-        if len(content) < 8 or zlib.crc32(content[4:]) != int.from_bytes(content[:4], "little"):
-            return None
         split = 8 + int.from_bytes(content[4:8], "little")
-        head = json.loads(content[8:split])
-        return Packed(content[split:], head["parts"], head["meta"], head["codecs"])
+        if len(content) < split or zlib.crc32(content[8:split]) != int.from_bytes(content[:4], "little"):
+            return None
+        try:
+            head = json.loads(bytes(content[8:split]))
+        except ValueError:
+            return None
+        if zlib.crc32(content[split:]) != head["crc"]:
+            return None
+        stored = Stored(path, split, len(content) - split, head["crc"])
+        return Packed(stored, head["parts"], head["meta"], head["codecs"])
 
     def _point(self, site: str, method: str, setting: dict[str, Any]) -> str:
         key = json.dumps([site, method, setting], sort_keys=True).encode()
         return f"points/{hashlib.sha256(key).hexdigest()[:32]}.bin"
 
 
-def write_file(path: Path, content: bytes, *, flush: bool = True) -> None:
+def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
     """Write a file aside, flush it to the disk, and rename it into place."""
     aside = path.with_name(path.name + ".part")
     try:
         with open(aside, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             if flush:
                 file.flush()
                 os.fsync(file.fileno())

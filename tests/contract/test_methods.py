@@ -187,8 +187,7 @@ def written(tmp_path_factory):
                     problems[key] = error
         path = folder / name
         path.mkdir()
-        for file, content in contents.files().items():
-            (path / file).write_bytes(content)
+        contents.write(path)
         paths[name], found[name] = path, [here, {}, stated, {}, problems, contents]
         for part in path.glob("*.safetensors"):
             header = json.loads(part.read_bytes()[8 : 8 + int.from_bytes(part.read_bytes()[:8], "little")])

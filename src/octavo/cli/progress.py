@@ -12,10 +12,13 @@ from octavo.job import Progress as Callback
 from octavo.job import silent
 
 _TITLES = {
+    "open": "Reading the source",
     "evidence": "Gathering evidence",
     "profile": "Measuring curves",
     "correct": "Correcting by measured plans",
     "encode": "Encoding",
+    "write": "Writing",
+    "verify": "Reading back",
 }
 
 

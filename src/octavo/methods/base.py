@@ -44,6 +44,9 @@ class Method(ABC):
     #: Name of a knob that changes the size continuously, so that a budget can be met exactly; None if there is none.
     elastic: ClassVar[str | None] = None
 
+    #: Whether rows are encoded alike whichever others there are, so that a sample of them tells of the whole matrix.
+    by_rows: ClassVar[bool] = True
+
     def accepts(self, site: Site) -> bool:
         """Whether the method makes sense at this site."""
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +33,7 @@ def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) 
     """The report's data; quality is measured on the tensors that were read back."""
     job, profile, built = done.job, done.profile, done.built
     quality, p95 = built.quality, built.p95
-    digests: dict[str, str | None] = {"weights": digest_of(artifact), "outputs": None}
+    digests: dict[str, str | None] = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": None}
     if job.source.module is not None:
         names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
         losses = job.measure(state)
@@ -168,13 +170,14 @@ def _site_row(done: Compressed, name: str) -> dict[str, Any]:
 
 
 def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
-    tensor, dtype = done.built.contents.kept[name]
-    narrow = f": stored as {dtype_name(tensor.dtype)}" if tensor.dtype != dtype else ": stored as it is"
+    kept = done.built.contents.kept[name]
+    elements = math.prod(kept.shape)
+    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
     return {
         "name": name,
-        "shape": list(tensor.shape),
-        "bytes": tensor.numel() * tensor.element_size(),
-        "original_bytes": tensor.numel() * dtype.itemsize,
+        "shape": list(kept.shape),
+        "bytes": elements * kept.stored.itemsize,
+        "original_bytes": elements * kept.dtype.itemsize,
         "reason": reason if reason.startswith("not a floating") else reason + narrow,
     }
 

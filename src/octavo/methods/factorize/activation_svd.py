@@ -24,6 +24,7 @@ class ActivationSVD(Method):
     vary cost no rank. Both factors are quantized with one step in units of the loss.
     """
 
+    by_rows = False
     elastic = "bits"
 
     def octaves(self, setting: Setting) -> float:  # noqa: D102

@@ -40,6 +40,8 @@ class EoRA(Method):
     bits: int = 4
     levels: tuple[float, ...] = (3.25, 2.5, 1.9, 1.4, 0.9)
 
+    by_rows = False
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Bases that lose something to put back, each with all ranks up to half the smaller side."""
         rows, columns = weight.shape

@@ -23,6 +23,8 @@ class SVD(Method):
     units of the error of the product (:func:`octavo.methods.factorize.factors.quantized`). Evidence is not looked at.
     """
 
+    by_rows = False
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""
         return factors.settings(*weight.shape)

@@ -107,37 +107,47 @@ class _Prepared:
 
     def encode(self, step: float, rate: float) -> Grid:
         rows, columns = self.shape
-        codes = torch.empty(rows, columns, dtype=torch.int32)
         chunk = max(1, _CHUNK // columns)
-        for start in range(0, rows, chunk):
-            stop = min(start + chunk, rows)
-            targets = (self.weight[start:stop].t()[self.order] / self.column_steps[:, None]) / (
-                self.row_steps[start:stop] * step
-            )
-            rounded = self._round(targets, rate)
-            if not bool((rounded.abs() < _LARGEST).all()):
-                raise RequestError(
-                    f"entropy: a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}"
-                )
-            codes[start:stop, self.order] = rounded.t().to(torch.int32)
+        chunks = [self._chunk(slice(start, start + chunk), step, rate) for start in range(0, rows, chunk)]
         column_exponents = torch.empty_like(self.column_exponents)
         column_exponents[self.order] = self.column_exponents
-        largest = int(codes.abs().max()) if codes.numel() else 0
-        dtype = torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32
-        return Grid(codes.to(dtype), torch.full((1, 1), step), None, self.row_exponents, column_exponents)
+        # Concatenation takes the widest type of all.
+        codes = torch.cat(chunks) if chunks else torch.empty(self.shape, dtype=torch.int8)
+        return Grid(codes, torch.full((1, 1), step), None, self.row_exponents, column_exponents)
 
-    def _round(self, targets: Tensor, rate: float) -> Tensor:
-        """Rounded codes (columns, rows) of targets in units of steps."""
-        thresholds = _Thresholds(targets, rate)
-
-        def quantize(j: int, target: Tensor) -> Tensor:
-            leave, shift = thresholds.of(j)
-            size = target.abs()
-            return torch.copysign(size.add(shift).floor_().masked_fill_(size <= leave, 0.0), target)
-
+    def _chunk(self, span: slice, step: float, rate: float) -> Tensor:
+        """Codes of some rows in the narrowest type that holds them."""
+        steps = self.row_steps[span] * step
         if self.feedback is None:
-            return torch.stack([quantize(j, target) for j, target in enumerate(targets)])
-        return round_columns(targets, self.feedback, quantize)
+            rounded = _round_at_once((self.weight[span] / self.column_steps).div_(steps[:, None]), rate)
+        else:
+            rounded = torch.empty_like(self.weight[span])
+            targets = (self.weight[span].t()[self.order] / self.column_steps[:, None]) / steps
+            rounded[:, self.order] = _round_in_turn(targets, self.feedback, rate).t()
+        largest = max(map(abs, map(float, torch.aminmax(rounded)))) if rounded.numel() else 0
+        if not largest < _LARGEST:
+            raise RequestError(f"entropy: a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}")
+        return rounded.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
+
+
+def _round_at_once(targets: Tensor, rate: float) -> Tensor:
+    """Rounded codes (rows, columns) of targets in units of steps. Without feedback no column waits for another."""
+    size = targets.abs()
+    leave, shift = _Thresholds(size.mean(1), size.mean(0), rate).everywhere()
+    return shift.add_(size).floor_().masked_fill_(size <= leave, 0.0).copysign_(targets)
+
+
+def _round_in_turn(targets: Tensor, feedback: Tensor, rate: float) -> Tensor:
+    """Rounded codes (columns, rows) of targets in units of steps, with error feedback."""
+    size = targets.abs()
+    thresholds = _Thresholds(size.mean(0), size.mean(1), rate)
+
+    def quantize(j: int, target: Tensor) -> Tensor:
+        leave, shift = thresholds.of(j)
+        size = target.abs()
+        return torch.copysign(size.add(shift).floor_().masked_fill_(size <= leave, 0.0), target)
+
+    return round_columns(targets, feedback, quantize)
 
 
 class _Thresholds:
@@ -148,14 +158,17 @@ class _Thresholds:
     the coder's classes follow too): constant for q >= 2, and at q = 1 with the bit for the sign.
 
     Magnitudes are rounded to quarters of an octave, so that thresholds are looked up and not computed.
+
+    Parameters
+    ----------
+    across, along
+        Mean magnitudes of the rows and of the columns in units of steps.
     """
 
-    def __init__(self, targets: Tensor, rate: float) -> None:
-        size = targets.abs()
-        across, along = size.mean(0).clamp_min_(1e-30), size.mean(1).clamp_min_(1e-30)
-        rows, columns = across.log2(), (along / along.mean()).log2()
-        self._rows = (rows * 4).round().long()
-        self._columns = (columns * 4).round().long().tolist()
+    def __init__(self, across: Tensor, along: Tensor, rate: float) -> None:
+        across, along = across.clamp_min(1e-30), along.clamp_min(1e-30)
+        self._rows = (across.log2() * 4).round().long()
+        self._columns = ((along / along.mean()).log2() * 4).round().long()
         mean = 2 ** (torch.arange(_LOW, _HIGH + 1, dtype=torch.float64) / 4)
         # Laplacian with mean magnitude m: the probability of a level falls by exp(-1 / m) from one to the next.
         bits = 1 / mean / math.log(2)
@@ -168,11 +181,18 @@ class _Thresholds:
 
     def of(self, column: int) -> tuple[Tensor, Tensor]:
         """For a column, (rows,) each: sizes up to the first are zero, larger ones get the second and are floored."""
-        key = self._columns[column]
+        key = int(self._columns[column])
         if key not in self._known:
             index = (self._rows + key).clamp_(_LOW, _HIGH) - _LOW
             self._known[key] = (self._leave[index], self._shift[index])
         return self._known[key]
+
+    def everywhere(self) -> tuple[Tensor, Tensor]:
+        """The same for all columns, (rows, columns) each."""
+        # Few columns differ in their magnitude, and copying columns is faster than looking every weight up.
+        kinds, kind = self._columns.unique(return_inverse=True)
+        index = (self._rows[:, None] + kinds).clamp_(_LOW, _HIGH).sub_(_LOW)
+        return self._leave[index].index_select(1, kind), self._shift[index].index_select(1, kind)
 
 
 def _exponents(weights: Tensor) -> Tensor:

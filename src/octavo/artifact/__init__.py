@@ -1,0 +1,13 @@
+"""Artifacts: packed forms in safetensors files, and a manifest that says how to read them.
+
+``docs/format.md`` describes the files byte by byte.
+"""
+
+from octavo.artifact.packing import Packed, Sized, Stored, dtype_name, pack, unpack
+from octavo.artifact.reading import Artifact
+from octavo.artifact.writing import FORMAT_VERSION, MANIFEST, WEIGHTS, Contents, Entry, Kept
+
+__all__ = [
+    "FORMAT_VERSION", "MANIFEST", "WEIGHTS", "Artifact", "Contents", "Entry", "Kept", "Packed", "Sized", "Stored",
+    "dtype_name", "pack", "unpack",
+]  # fmt: skip

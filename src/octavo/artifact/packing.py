@@ -1,0 +1,183 @@
+"""Forms as bytes and back."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import octavo.forms as forms
+from octavo import coding
+from octavo.errors import ArtifactError, OctavoError
+from octavo.raw import raw_bytes
+
+DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes that lie in a file until they are needed.
+
+    Parameters
+    ----------
+    path, offset, length
+        Where they lie.
+    crc
+        Their CRC-32.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    crc: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self) -> bytes:
+        """The bytes; an :class:`OctavoError` if they are not there any more."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.length)
+        except OSError as error:
+            raise OctavoError(f"{self.path}: unfinished work cannot be read: {error.strerror or error}") from error
+        if len(content) != self.length or zlib.crc32(content) != self.crc:
+            raise OctavoError(f"{self.path}: unfinished work was changed while it was in use; start again")
+        return content
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Bytes that were only counted or estimated: enough to know what an artifact would take."""
+
+    length: int
+    #: As many digits as a checksum can have.
+    crc: int = 2**32 - 1
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A form as bytes.
+
+    Parameters
+    ----------
+    content
+        All parts, one after another: in memory, or where they are stored, so that a model's worth takes no memory, or
+        their size alone.
+    parts
+        Part name to ``[offset, length]`` for coded integers, or ``[offset, length, dtype, *shape]`` for floats.
+    meta
+        The form's manifest entry.
+    codecs
+        Bytes by codec, for the report.
+    """
+
+    content: bytes | Stored | Sized
+    parts: dict[str, list]
+    meta: dict[str, Any]
+    codecs: dict[str, int]
+
+    @property
+    def blob(self) -> bytes:
+        """The content; read at every access if it is stored."""
+        return self.read()
+
+    def read(self) -> bytes:
+        """The content."""
+        if isinstance(self.content, Sized):
+            raise ValueError("of this form only the size is known")
+        return self.content.read() if isinstance(self.content, Stored) else self.content
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of the content; its share of manifest and header is counted with the artifact."""
+        return len(self.content)
+
+    @cached_property
+    def crc(self) -> int:
+        """CRC-32 of the content."""
+        return zlib.crc32(self.content) if isinstance(self.content, bytes) else self.content.crc
+
+
+def pack(form: forms.Form) -> Packed:
+    """Code all parts of a form, each integer tensor by whichever codec is smallest."""
+    chunks, parts, codecs, offset = [], {}, dict[str, int](), 0
+    for name, tensor in form.tensors().items():
+        if tensor.dtype.is_floating_point:
+            chunk = raw_bytes(tensor).tobytes()
+            parts[name] = [offset, len(chunk), dtype_name(tensor.dtype), *tensor.shape]
+            codec = "raw"
+        else:
+            chunk = coding.encode(tensor.cpu())
+            parts[name] = [offset, len(chunk)]
+            codec = coding.describe(chunk).codec
+        codecs[codec] = codecs.get(codec, 0) + len(chunk)
+        chunks.append(chunk)
+        offset += len(chunk)
+    return Packed(b"".join(chunks), parts, form.meta(), codecs)
+
+
+def unpack(blob: memoryview, parts: Any, meta: Any, shape: tuple[int, int]) -> forms.Form:
+    """Inverse of :func:`pack`; anything that does not fit is an :class:`ArtifactError`."""
+    # All parts together; every form there is stays far below.
+    left = 8 * (math.prod(shape) + sum(shape)) + 4096
+    tensors = {}
+    for name, entry in check_parts(parts, len(blob)).items():
+        chunk = blob[entry[0] : entry[0] + entry[1]]
+        tensors[name] = coding.decode(chunk, max_elements=left) if len(entry) == 2 else _floats(name, chunk, entry[2:])
+        left -= tensors[name].numel()
+    return forms.restore(tensors, meta, shape)
+
+
+def check_parts(parts: Any, size: int) -> Mapping[str, list]:
+    """Parts lie one after another and leave out no byte of a blob of ``size``: so none can be dropped or read twice."""
+    end = 0
+    if not isinstance(parts, dict):
+        raise ArtifactError(f"the parts are {parts!r}, not a mapping")
+    for name, entry in parts.items():
+        if not (isinstance(entry, list) and len(entry) >= 2 and naturals(entry[:2]) and entry[0] == end):
+            raise ArtifactError(f"part {name!r} should begin at byte {end} and have a length, it says {entry!r}")
+        end += entry[1]
+    if end != size:
+        raise ArtifactError(f"the parts end at byte {end} of {size}")
+    return parts
+
+
+def naturals(values: Iterable[Any]) -> bool:
+    """Whether all are integers of at least zero that fit 62 bits; JSON's true and false are none."""
+    return all(type(value) is int and 0 <= value < 2**62 for value in values)
+
+
+def _floats(name: str, chunk: memoryview, entry: list) -> Tensor:
+    dtype, shape = DTYPES.get(entry[0]) if isinstance(entry[0], str) else None, entry[1:]
+    if dtype is None or not dtype.is_floating_point:
+        raise ArtifactError(f"part {name!r} has unknown dtype {entry[0]!r}")
+    if not naturals(shape) or math.prod(shape) * dtype.itemsize != len(chunk):
+        raise ArtifactError(f"part {name!r}: {len(chunk)} bytes do not hold shape {shape} of {entry[0]}")
+    return from_bytes(chunk, dtype, shape)
+
+
+def from_bytes(content: memoryview, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
+    """A tensor of its own: bytes in a file need not be aligned, nor may what is read from them be changed."""
+    if not len(content):
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype).reshape(tuple(shape))

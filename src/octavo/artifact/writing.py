@@ -1,0 +1,227 @@
+"""Writing artifacts: sizes first, without any content, then the content, one tensor in memory at a time.
+
+What a file's header and the manifest say depends on names, shapes, lengths and checksums alone. So the exact bytes of
+an artifact are known before it is written, and its files are written from front to back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo import coding
+from octavo.artifact.packing import Packed, dtype_name
+from octavo.raw import raw_bytes
+from octavo.sites import Layout
+
+FORMAT_VERSION = 1
+MANIFEST = "octavo.json"
+WEIGHTS = "model.safetensors"
+#: Larger artifacts are split into shards of at most this size.
+SHARD_BYTES = 4_000_000_000
+
+#: What safetensors calls the dtypes that artifacts hold, in the order in which it writes them: so all are aligned.
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+
+
+@dataclass
+class Entry:
+    """A site's packed form and how to turn its matrix back into a tensor."""
+
+    packed: Packed
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest entry."""
+        entry: dict[str, Any] = {
+            "shape": list(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "form": self.packed.meta,
+            "parts": self.packed.parts,
+            "crc": self.packed.crc,
+        }
+        if self.layout != Layout():
+            entry["layout"] = [self.layout.kind, self.layout.groups]
+        return entry
+
+
+@dataclass
+class Kept:
+    """A tensor that is no site.
+
+    Parameters
+    ----------
+    read
+        Gives the tensor as it is in the source.
+    shape
+        Its shape.
+    stored
+        The dtype to store it in.
+    dtype
+        The dtype to give back, which is that of the source.
+    """
+
+    read: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    stored: torch.dtype
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """The tensor in the dtype that it is stored in."""
+        return self.read().detach().cpu().to(self.stored)
+
+    def content(self) -> bytes | memoryview:
+        """What is stored: floating numbers as they are, integers coded."""
+        tensor = self.tensor()
+        return raw_bytes(tensor) if self.stored.is_floating_point else coding.encode(tensor)
+
+    @cached_property
+    def measured(self) -> tuple[int, int]:
+        """Length and CRC-32 of the content."""
+        content = self.content()
+        return len(content), zlib.crc32(content)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor of a safetensors file: its entry in the header, and where its bytes come from."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    content: Callable[[], bytes | memoryview]
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of which all bytes are known: those of its head, and then the pieces, one after another."""
+
+    head: bytes
+    pieces: tuple[_Piece, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return len(self.head) + sum(piece.length for piece in self.pieces)
+
+
+@dataclass
+class Contents:
+    """Everything that goes into an artifact.
+
+    Parameters
+    ----------
+    source
+        ``title``, ``fingerprint``, ``bytes`` and ``weights`` of the source.
+    entries
+        Sites by name.
+    kept
+        Tensors that are no sites, by name.
+    aliases
+        Tied names to the names under which their tensors are stored.
+    """
+
+    source: dict[str, Any]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Artifact bytes, exactly."""
+        return sum(file.bytes for file in self._files().values())
+
+    def write(self, folder: Path, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
+        """Write every file that counts, flushed to the disk.
+
+        Parameters
+        ----------
+        progress
+            Called with the number of bytes written and their total.
+        """
+        files = self._files()
+        done, total = 0, sum(file.bytes for file in files.values())
+        for name, file in files.items():
+            with open(folder / name, "wb") as out:
+                out.write(file.head)
+                for piece in file.pieces:
+                    out.write(piece.content())
+                    done += piece.length
+                    progress(done, total)
+                out.flush()
+                os.fsync(out.fileno())
+
+    def _files(self) -> dict[str, _File]:
+        from octavo import __version__
+
+        manifest: dict[str, Any] = {
+            "format": "octavo", "version": FORMAT_VERSION, "octavo": __version__, "source": self.source,
+            "aliases": self.aliases, "files": {}, "sites": {}, "kept": {}, "coded": {},
+        }  # fmt: skip
+        pieces: dict[str, _Piece] = {}
+        for name, entry in self.entries.items():
+            pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)
+            manifest["sites"][name] = entry.describe()
+        for name, kept in self.kept.items():
+            length, crc = kept.measured
+            if kept.stored.is_floating_point:
+                pieces[name] = _Piece(kept.stored, kept.shape, kept.content)
+                manifest["kept"][name] = [crc, dtype_name(kept.dtype)]
+            else:
+                pieces[name] = _Piece(torch.uint8, (length,), kept.content)
+                manifest["coded"][name] = [crc, *kept.shape]
+        files = _shards(pieces)
+        for name, file in files.items():
+            if name.endswith(".safetensors"):
+                manifest["files"][name] = [file.bytes, zlib.crc32(file.head)]
+        body = json.dumps(manifest, separators=(",", ":"), ensure_ascii=True)[1:].encode()
+        head = b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body
+        return {**files, MANIFEST: _File(head)}
+
+
+def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
+    shards: list[dict[str, _Piece]] = [{}]
+    size = 0
+    for name, piece in pieces.items():
+        if size and size + piece.length > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = piece
+        size += piece.length
+    if len(shards) == 1:
+        return {WEIGHTS: _safetensors(shards[0])}
+    names = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
+    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = json.dumps({"metadata": {}, "weight_map": where}, separators=(",", ":")).encode()
+    files = {name: _safetensors(shard) for name, shard in zip(names, shards, strict=True)}
+    return {**files, f"{WEIGHTS}.index.json": _File(index)}
+
+
+def _safetensors(pieces: Mapping[str, _Piece]) -> _File:
+    """The same bytes as the library's, which can only write what is all in memory."""
+    order = sorted(pieces, key=lambda name: (list(_CODES).index(pieces[name].dtype), name.encode()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in order:
+        piece = pieces[name]
+        stop = start + piece.length
+        header[name] = {"dtype": _CODES[piece.dtype], "shape": piece.shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return _File(len(text).to_bytes(8, "little") + text, tuple(pieces[name] for name in order))
