@@ -83,6 +83,7 @@ def compress(
     workspace: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
+    memory: str | int | None = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Compress a source to the size asked for.
@@ -110,6 +111,9 @@ def compress(
         Folder for unfinished work or a saved profile; a temporary one if not given.
     resume
         Use finished steps found in ``workspace``.
+    memory
+        The most that the run may take (``"6GB"``); by default what the machine has left. A model that does not fit in
+        it as a whole is run block by block.
 
     Returns
     -------
@@ -124,7 +128,7 @@ def compress(
         If the budget cannot be reached.
     """
     clock = _Clock()
-    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress)
+    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory)
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.

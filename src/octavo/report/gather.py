@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.artifact import Artifact, dtype_name
-from octavo.job import replaced
+from octavo.inmemory import replaced
 from octavo.objective import run
 from octavo.verify import digest_of, probe_outputs
 
@@ -36,7 +36,7 @@ def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) 
         names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
         losses = job.measure(state)
         quality, p95 = float(losses.mean()), float(losses.quantile(0.95))
-        if job.source.is_transformers:
+        if job.source.is_transformers and not job.source.is_skeleton:
             with replaced(job.source.module, names):
                 digests["outputs"] = probe_outputs(job.source.module)
     sites = [_site_row(done, name) for name in built.packed]
@@ -91,7 +91,7 @@ def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) 
             "text": done.calibration.text,
             "sequences": done.calibration.sequences,
             "tokens": done.calibration.tokens,
-            "warnings": done.calibration.warnings + job.notes,
+            "warnings": job.notes + done.calibration.warnings,
         },
         "winner": "uniform" if built is done.rival else "mixed",
         "uniform": _uniform_row(done),
@@ -245,7 +245,7 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
 def _latency(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> dict[str, Any] | None:
     """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
     job = done.job
-    if job.source.module is None or not job.held_data:
+    if job.source.module is None or job.source.is_skeleton or not job.held_data:
         return None
     module, batch = job.source.module, job.held_data[0]
     weights = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
