@@ -76,7 +76,7 @@ def ways(request, tmp_path_factory):
 
 
 def test_evidence_is_that_of_the_whole_model(ways):
-    (source, sites, _, _, one, whole), (_, _, _, _, two, blocks) = ways["whole"], ways["blocks"]
+    (_, sites, _, _, one, whole), (_, _, _, _, two, blocks) = ways["whole"], ways["blocks"]
     assert set(whole) == set(blocks) == {site.name for site in sites}
     assert (one.tokens, one.sequences, one.warnings) == (two.tokens, two.sequences, two.warnings)
     for site in sites:

@@ -62,9 +62,9 @@ class Evidence:
     rows: Tensor
     columns: Tensor | None
     samples: int = 0
-    terms: tuple[tuple[Tensor, Tensor], ...] = ()
     #: Results that depend on the moments alone and are needed more than once.
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def loss(self, error: Tensor) -> float:
         """Expected increase of the whole model's loss for ``error`` (rows, columns)."""
@@ -97,7 +97,7 @@ def combined(roles: Sequence[Evidence]) -> Evidence:
     total = sum(a * b for a, b in zip(sums, traces, strict=True))
     rows = sum((rows * trace for (rows, _), trace in zip(terms, traces, strict=True)), torch.zeros(()))
     columns = sum((columns * (share / total) for (_, columns), share in zip(terms, sums, strict=True)), torch.zeros(()))
-    return Evidence(rows, columns, max(role.samples for role in roles), terms)
+    return Evidence(rows, columns, max(role.samples for role in roles), terms=terms)
 
 
 @dataclass

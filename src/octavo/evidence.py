@@ -100,11 +100,11 @@ class EvidenceFolder(Mapping[str, Evidence]):
                 rows = handle.get_tensor(entry["rows"]).clone()
                 terms = tuple((handle.get_tensor(a).clone(), handle.get_tensor(b).clone()) for a, b in entry["terms"])
                 if entry["columns"] is None:
-                    return Evidence(rows, None, entry["samples"], terms)
+                    return Evidence(rows, None, entry["samples"], terms=terms)
                 moment, cache = self._moment(file, entry["columns"], handle)
         except (OSError, SafetensorError) as error:
             raise _damaged(file, error) from error
-        return Evidence(rows, moment, entry["samples"], terms, cache)
+        return Evidence(rows, moment, entry["samples"], cache, terms)
 
     def _moment(self, file: Path, name: str, handle: Any) -> tuple[Tensor, dict[str, Any]]:
         key = (file, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job
 from octavo.methods import get_method
 from octavo.profile import Point, Profile, slope
+from octavo.raw import Lazily
 from octavo.workspace import Workspace
 
 #: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
@@ -71,8 +73,8 @@ def finish(
     done = Plan(plan.budget, points, expected, fixed, plan.label, plan.notes)
     if not job.measurable:
         return Built(done, packed, contents, total, expected)
-    stored = {name: tensor.to(old) for name, (tensor, old) in contents.kept.items()}
-    losses = job.measure({**job.weights(packed), **stored}).numpy()
+    stored = {name: partial(tensor.to, old) for name, (tensor, old) in contents.kept.items()}
+    losses = job.measure(Lazily({**job.weights(packed).made, **stored})).numpy()
     return Built(done, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
 
 

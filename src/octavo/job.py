@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from octavo.inmemory import InMemory
 from octavo.memory import fits
 from octavo.methods import Method, Setting, get_method
 from octavo.objective import Batch, Objective, objective, select, sequences_in
-from octavo.raw import narrowed
+from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
 
@@ -156,14 +157,14 @@ class Job:
         }
         return Contents(source, entries, self.kept(dtype), self.source.aliases)
 
-    def weights(self, packed: Mapping[str, Packed]) -> dict[str, Tensor]:
-        """Packed sites as tensors of the source."""
-        result = {}
-        for name, item in packed.items():
-            site = self.site(name)
+    def weights(self, packed: Mapping[str, Packed]) -> Lazily:
+        """Packed sites as tensors of the source, each decoded when it is asked for."""
+
+        def decoded(site: Site, item: Packed) -> Tensor:
             form = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
-            result[name] = narrowed(site.layout.from_matrix(form.dense(), site.shape), site.dtype)
-        return result
+            return narrowed(site.layout.from_matrix(form.dense(), site.shape), site.dtype)
+
+        return Lazily({name: partial(decoded, self.site(name), item) for name, item in packed.items()})
 
     def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Divergence of every held-back example with some tensors of the source replaced."""

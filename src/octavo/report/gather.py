@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 _PAIRS = 7
 
 
-def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> dict[str, Any]:
+def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The report's data; quality is measured on the tensors that were read back."""
     job, profile, built = done.job, done.profile, done.built
     quality, p95 = built.quality, built.p95
     digests: dict[str, str | None] = {"weights": digest_of(artifact), "outputs": None}
     if job.source.module is not None:
-        names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
         losses = job.measure(state)
         quality, p95 = float(losses.mean()), float(losses.quantile(0.95))
         if job.source.is_transformers and not job.source.is_skeleton:
+            names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
             with replaced(job.source.module, names):
                 digests["outputs"] = probe_outputs(job.source.module)
     sites = [_site_row(done, name) for name in built.packed]
@@ -242,7 +242,7 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"bins": bins, "weights": weights}
 
 
-def _latency(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> dict[str, Any] | None:
+def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
     job = done.job
     if job.source.module is None or job.source.is_skeleton or not job.held_data:
