@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from octavo.calibrate import DAMPING, MINIMUM_SEQUENCES, calibrate, data_free
 from octavo.errors import RequestError
-from octavo.job import replaced
+from octavo.inmemory import replaced
 from octavo.objective import objective
 from octavo.sites import from_module
 

@@ -9,13 +9,17 @@ For a layer ``columns`` is the second moment of its inputs and ``rows`` that of 
 embedding ``columns`` is the second moment of the gradients at its output and ``rows`` says how often a token is met.
 This is the Gauss-Newton matrix of the model's own divergence, with the usual independence of inputs and output
 gradients (K-FAC; Martens & Grosse, 2015), so all sites and all families of methods are told apart in one currency.
+
+A tensor that plays two roles, such as an embedding that is also the head, has such a term for each; their sum is the
+expected loss (:func:`combined`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +54,9 @@ class Evidence:
         (columns, columns) second moment, damped; None for the identity.
     samples
         Number of positions seen (0: data-free).
+    terms
+        Rows and columns of every role of a tensor that has several; ``rows`` and ``columns`` are then the one pair that
+        stands for all of them.
     """
 
     rows: Tensor
@@ -57,23 +64,47 @@ class Evidence:
     samples: int = 0
     #: Results that depend on the moments alone and are needed more than once.
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def loss(self, error: Tensor) -> float:
         """Expected increase of the whole model's loss for ``error`` (rows, columns)."""
         error = error.float()
-        squared = error.square() if self.columns is None else (error @ self.columns) * error
-        return float(self.rows @ squared.sum(1)) / 2
+        terms = self.terms or ((self.rows, self.columns),)
+        return sum(_quadratic(error, rows, columns) for rows, columns in terms) / 2
 
     def moment(self, columns: int) -> Tensor:
         """The column moment as a dense (columns, columns) float32 matrix."""
         return torch.eye(columns) if self.columns is None else self.columns
 
 
+def _quadratic(error: Tensor, rows: Tensor, columns: Tensor | None) -> float:
+    squared = error.square() if columns is None else (error @ columns) * error
+    return float(rows @ squared.sum(1))
+
+
+def combined(roles: Sequence[Evidence]) -> Evidence:
+    """Evidence of a tensor from that of each of its roles.
+
+    The loss is the sum over roles of ``rows[i] * columns[j, k]``. Methods need one product: the one with the same
+    marginals, ``rows = sum_t trace(C_t) r_t`` and ``columns = sum_t sum(r_t) C_t / sum_t sum(r_t) trace(C_t)``, which
+    of all products is nearest to the sum in relative entropy.
+    """
+    if len(roles) == 1:
+        return roles[0]
+    terms = tuple((role.rows, role.columns) for role in roles if role.columns is not None)
+    traces = [float(columns.double().trace()) for _, columns in terms]
+    sums = [float(rows.double().sum()) for rows, _ in terms]
+    total = sum(a * b for a, b in zip(sums, traces, strict=True))
+    rows = sum((rows * trace for (rows, _), trace in zip(terms, traces, strict=True)), torch.zeros(()))
+    columns = sum((columns * (share / total) for (_, columns), share in zip(terms, sums, strict=True)), torch.zeros(()))
+    return Evidence(rows, columns, max(role.samples for role in roles), terms=terms)
+
+
 @dataclass
 class Calibration:
     """Evidence of all sites and what it was gathered from."""
 
-    evidence: dict[str, Evidence]
+    evidence: Mapping[str, Evidence]
     sequences: int = 0
     tokens: int = 0
     text: str = "none (data-free)"
@@ -103,7 +134,7 @@ class _Watch:
             return None
         keep = None if convolution else _live(inputs, mask)
         moment, count = self._input_moment(inputs, keep)
-        self.columns = moment if self.columns is None else self.columns + moment
+        self._add(moment)
         if self.site.layout.kind == "transposed":
             # An element of the kernel meets every input once: the mean is one over outputs, of which there are more.
             count = output.numel() // self.site.rows * self.site.layout.groups
@@ -121,6 +152,13 @@ class _Watch:
         output.register_hook(backward)
         return output
 
+    def _add(self, moment: Tensor) -> None:
+        # In place, since the moments of wide layers are large; the first is a copy, since sites share moments.
+        if self.columns is None:
+            self.columns = moment.clone()
+        else:
+            self.columns += moment
+
     def _turns(self, inputs: Tensor, output: Tensor) -> bool:
         """Whether inputs have the columns of the matrix, and outputs its rows."""
         return inputs.ndim > 0 and inputs.shape[-1] == self.site.columns and output.shape[-1] == self.site.rows
@@ -133,8 +171,7 @@ class _Watch:
 
         def backward(gradient: Tensor) -> None:
             flat = gradient[live] if live is not None and live.shape == gradient.shape[:-1] else gradient.flatten(0, -2)
-            moment = (flat.float().t() @ flat.float()).double().cpu()
-            self.columns = moment if self.columns is None else self.columns + moment
+            self._add((flat.float().t() @ flat.float()).double().cpu())
 
         if output.is_leaf:
             # A copy, since models may go on in place, which a leaf does not allow.
@@ -156,6 +193,28 @@ class _Watch:
             self.shared[key] = (inputs, moment, len(flat))
         _, moment, count = self.shared[key]
         return moment, count
+
+    @property
+    def seen(self) -> bool:
+        """Whether any output was seen to depend on the site."""
+        return self.columns is not None and self.samples > 0 and bool(self.columns.any()) and bool(self.rows.any())
+
+    def evidence(self, sequences: int, moments: dict[tuple, tuple[Tensor, dict[str, Any]]]) -> Evidence:
+        """The moments, damped; equal ones of other sites are shared through ``moments``."""
+        assert self.columns is not None
+        columns = self.columns / self.samples
+        self.columns = None
+        # Of an embedding, the mean squared gradient over tokens times their number in a sequence is loss a sequence.
+        rows = _frequencies(self.rows) * self.samples if self.embedding else self.rows
+        rows = rows / sequences
+        rows = rows + DAMPING * rows.mean()
+        # Sites that read the same inputs have equal moments: one copy serves them all, and one factorisation.
+        key = (self.embedding, columns.shape, hashlib.sha256(raw_bytes(columns)).digest())
+        if key not in moments:
+            columns.diagonal().add_(DAMPING * columns.diagonal().mean())
+            moments[key] = (columns.float(), {})
+        moment, cache = moments[key]
+        return Evidence(rows.float(), moment, self.samples, cache=cache)
 
 
 def _live(inputs: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -188,6 +247,50 @@ def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
     return inputs.reshape(-1, site.columns)
 
 
+class Watches:
+    """The watches of some sites: one for every module that holds a site's tensor.
+
+    Parameters
+    ----------
+    holders
+        Site name to the modules that hold it (:meth:`octavo.sites.Source.holders`).
+    """
+
+    def __init__(self, sites: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]]) -> None:
+        self._shared: dict[Any, Any] = {"mask": None}
+        self.watches = {
+            site.name: [_Watch(site, module, self._shared) for module in holders.get(site.name, ())] for site in sites
+        }
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A context in which the modules are watched."""
+        handles = []
+        try:
+            for watch in (watch for watches in self.watches.values() for watch in watches):
+                handles.append(watch.module.register_forward_pre_hook(_require_gradient))
+                handles.append(watch.module.register_forward_hook(watch))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, batch: Batch) -> None:
+        """Say which batch comes next, and let go of what the last one left."""
+        self._shared.clear()
+        self._shared["mask"] = mask_of(batch)
+
+    def evidence(self, sequences: int) -> dict[str, list[Evidence]]:
+        """What every site's watches have seen, without those that saw nothing; the moments are given up for it."""
+        self._shared.clear()
+        moments: dict[tuple, tuple[Tensor, dict[str, Any]]] = {}
+        found = {
+            name: [watch.evidence(sequences, moments) for watch in watches if watch.seen]
+            for name, watches in self.watches.items()
+        }
+        return {name: roles for name, roles in found.items() if roles}
+
+
 def calibrate(
     source: Source,
     sites: Sequence[Site],
@@ -198,7 +301,7 @@ def calibrate(
     text: str = "",
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Calibration:
-    """Gather the evidence of all sites from one pass over ``batches``.
+    """Gather the evidence of all sites from one pass over ``batches`` through a module in memory.
 
     Parameters
     ----------
@@ -214,42 +317,52 @@ def calibrate(
     """
     if source.module is None:
         return data_free(source, sites)
+    sequences = count_sequences(batches)
+    watches = Watches(sites, source.holders())
+    generator = torch.Generator().manual_seed(seed)
+    with _differentiating(source.module), watches.watching():
+        for done, batch in enumerate(batches):
+            watches.begin(batch)
+            outputs = objective.outputs(source.module, batch)
+            check_outputs(outputs, done)
+            if outputs.requires_grad:
+                objective.probe(outputs, generator).backward()
+            progress(done + 1, len(batches))
+    evidence = {name: combined(roles) for name, roles in watches.evidence(sequences).items()}
+    result = described(sites, {name: found.samples for name, found in evidence.items()}, sequences, text)
+    result.evidence = {**evidence, **typical(source, sites, evidence)}
+    return result
+
+
+def count_sequences(batches: Sequence[Batch]) -> int:
+    """Number of examples in all batches; too few are refused."""
     total = sum(sequences_in(batch) for batch in batches)
     if total < MINIMUM_SEQUENCES:
         raise RequestError(
             f"calibration has {total} sequences, at least {MINIMUM_SEQUENCES} are needed; give more data"
         )
-    shared: dict[Any, Any] = {"mask": None}
-    watches, handles = {}, []
-    generator = torch.Generator().manual_seed(seed)
-    training = {module: module.training for module in source.module.modules()}
-    wanted = {p: p.requires_grad for p in source.module.parameters()}
-    source.module.eval().requires_grad_(False)
+    return total
+
+
+def check_outputs(outputs: Tensor, number: int) -> None:
+    """Raise :class:`RequestError` if a batch has outputs that are not finite."""
+    if not bool(torch.isfinite(outputs).all()):
+        raise RequestError(f"the model's outputs on calibration batch {number} are not finite; check the data")
+
+
+@contextmanager
+def _differentiating(module: nn.Module) -> Iterator[None]:
+    """A context in which a module is in evaluation mode and no parameter asks for a gradient."""
+    training = {submodule: submodule.training for submodule in module.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.eval().requires_grad_(False)
     try:
-        for site in sites:
-            owner = source.owner(site.name)
-            if owner is not None:
-                watches[site.name] = _Watch(site, owner, shared)
-                handles.append(owner.register_forward_pre_hook(_require_gradient))
-                handles.append(owner.register_forward_hook(watches[site.name]))
-        for done, batch in enumerate(batches):
-            for key in [key for key in shared if key != "mask"]:
-                del shared[key]
-            shared["mask"] = mask_of(batch)
-            outputs = objective.outputs(source.module, batch)
-            if not bool(torch.isfinite(outputs).all()):
-                raise RequestError(f"the model's outputs on calibration batch {done} are not finite; check the data")
-            if outputs.requires_grad:
-                objective.probe(outputs, generator).backward()
-            progress(done + 1, len(batches))
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training.items():
-            module.training = flag
+        for submodule, flag in training.items():
+            submodule.training = flag
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
-    return _conclude(source, sites, watches, total, text)
 
 
 def _require_gradient(module: nn.Module, args: tuple) -> tuple | None:
@@ -260,44 +373,20 @@ def _require_gradient(module: nn.Module, args: tuple) -> tuple | None:
     return None
 
 
-def _conclude(
-    source: Source, sites: Sequence[Site], watches: dict[str, _Watch], sequences: int, text: str
-) -> Calibration:
-    result = Calibration({}, sequences, 0, text)
-    unseen: list[Site] = []
-    moments: dict[tuple, Tensor] = {}
+def described(sites: Sequence[Site], samples: Mapping[str, int], sequences: int, text: str) -> Calibration:
+    """A calibration without its evidence: what was seen, given the positions seen at every site."""
+    result = Calibration({}, sequences, max(samples.values(), default=0), text)
     for site in sites:
-        watch = watches.get(site.name)
-        if (
-            watch is None
-            or watch.columns is None
-            or not watch.samples
-            or not bool(watch.columns.any())
-            or not bool(watch.rows.any())
-        ):
-            unseen.append(site)
-            continue
-        result.tokens = max(result.tokens, watch.samples)
-        if watch.embedding:
-            # The mean of the squared gradient over the tokens of a sequence times their number gives loss a sequence.
-            rows = _frequencies(watch.rows) * (watch.samples / sequences)
-            columns = watch.columns / watch.samples
-        else:
-            if watch.samples < site.columns:
-                result.warnings.append(
-                    f"{site.name}: {watch.samples} calibration positions for {site.columns} input columns; "
-                    f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
-                )
-            rows, columns = watch.rows / sequences, watch.columns / watch.samples
-        rows = rows + DAMPING * rows.mean()
-        # Sites that read the same inputs have equal moments: one copy serves them all.
-        key = (watch.embedding, columns.shape, hashlib.sha256(raw_bytes(columns)).digest())
-        if key not in moments:
-            columns = columns + DAMPING * columns.diagonal().mean() * torch.eye(len(columns), dtype=columns.dtype)
-            moments[key] = columns.float()
-        watch.columns = None
-        result.evidence[site.name] = Evidence(rows.float(), moments[key], watch.samples)
-    _fill(source, result, unseen, [site for site in sites if site.name in result.evidence])
+        seen = samples.get(site.name, 0)
+        if not seen:
+            result.warnings.append(
+                f"{site.name}: calibration saw no output depend on it; it was weighed as a typical site"
+            )
+        elif seen < site.columns and site.kind != "embedding":
+            result.warnings.append(
+                f"{site.name}: {seen} calibration positions for {site.columns} input columns; "
+                f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
+            )
     return result
 
 
@@ -314,14 +403,20 @@ def _frequencies(counts: Tensor) -> Tensor:
     return powered / powered.sum()
 
 
-def _fill(source: Source, result: Calibration, unseen: Sequence[Site], seen: Sequence[Site]) -> None:
-    """Weigh sites without evidence so that a given relative error costs what it costs at a typical site."""
-    levels = [result.evidence[site.name].loss(site.layout.to_matrix(source.read(site.name))) for site in seen]
+def typical(source: Source, sites: Sequence[Site], seen: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """Evidence of sites without any, so that a given relative error costs what it costs at a typical site."""
+    unseen = [site for site in sites if site.name not in seen]
+    if not unseen:
+        return {}
+    levels = [
+        seen[site.name].loss(site.layout.to_matrix(source.read(site.name))) for site in sites if site.name in seen
+    ]
     level = float(torch.tensor(levels).median()) if levels else 1.0
-    for site in unseen:
-        power = float(source.read(site.name).float().square().sum())
-        result.evidence[site.name] = Evidence(torch.full((site.rows,), 2 * level / max(power, 1e-30)), None)
-        result.warnings.append(f"{site.name}: calibration saw no output depend on it; it was weighed as a typical site")
+    powers = {site.name: float(source.read(site.name).float().square().sum()) for site in unseen}
+    return {
+        site.name: Evidence(torch.full((site.rows,), 2 * level / max(powers[site.name], 1e-30)), None)
+        for site in unseen
+    }
 
 
 def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
@@ -329,10 +424,10 @@ def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
 
     Every site's loss is the share of its energy that is lost, times its share of all weights.
     """
-    result = Calibration({})
     weights = sum(site.parameters for site in sites)
+    evidence = {}
     for site in sites:
         power = float(source.read(site.name).float().square().sum())
         level = 2 * site.parameters / weights / max(power, 1e-30)
-        result.evidence[site.name] = Evidence(torch.full((site.rows,), level), None)
-    return result
+        evidence[site.name] = Evidence(torch.full((site.rows,), level), None)
+    return Calibration(evidence)

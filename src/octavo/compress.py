@@ -84,6 +84,7 @@ def compress(
     workspace: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
+    memory: str | int | None = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Compress a source to the size asked for.
@@ -112,6 +113,9 @@ def compress(
         if not given. Where temporary files lie in memory, name a folder beside the output for a large model.
     resume
         Use finished steps found in ``workspace``.
+    memory
+        The most that the run may take (``"6GB"``); by default what the machine has left. A model that does not fit in
+        it as a whole is run block by block.
 
     Returns
     -------
@@ -126,7 +130,7 @@ def compress(
         If the budget cannot be reached.
     """
     clock = _Clock()
-    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress)
+    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory)
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
     if not resume:

@@ -12,8 +12,11 @@ from torch import nn
 
 from octavo import job as jobs
 from octavo.artifact import MANIFEST, Artifact
+from octavo.blockwise import Blockwise
 from octavo.errors import MissingExtraError, RequestError
-from octavo.objective import Objective
+from octavo.inmemory import InMemory
+from octavo.memory import fits
+from octavo.objective import KL, Objective
 from octavo.sites import Source
 
 METRICS = ("divergence", "spearman", "perplexity")
@@ -68,7 +71,9 @@ def evaluate(
     if reference.module is None or source.module is None or not batches:
         raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
     wanted = jobs.choose_objective(reference, objective)
-    losses = wanted.measure(source.module, batches, wanted.reference(reference.module, batches))
+    batches = jobs.prepared(reference, wanted, batches)
+    outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
+    losses = torch.cat([wanted.divergence(old, new) for old, new in outputs])
     return {
         "path": str(path),
         "metric": wanted.metric,
@@ -93,6 +98,10 @@ def _open(path: Path) -> Source:
     return source
 
 
+def _model(source: Source) -> InMemory | Blockwise:
+    return jobs.model_of(source, blockwise=not fits(source, None))
+
+
 def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     from octavo.integrations.transformers import text_batches
 
@@ -110,8 +119,8 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     if len(rows) < 2:
         raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)
-    with torch.inference_mode():
-        vectors = torch.cat([wanted.outputs(source.module, batch) for batch in text_batches(source.path, texts)])
+    batches = jobs.prepared(source, wanted, text_batches(source.path, texts))
+    vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
     return {"pairs": len(rows), "spearman": float(spearmanr(similarity, [score for *_, score in rows]).statistic)}
@@ -124,13 +133,11 @@ def _perplexity(source: Source, data: Any) -> dict[str, Any]:
         raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
     texts, text = jobs.texts_of(data)
     windows = window_batches(source.path, texts, min(PERPLEXITY_WINDOW, context_of(source.module)))
+    wanted = KL()
+    windows = jobs.prepared(source, wanted, windows)
     total, count = 0.0, 0
-    with torch.inference_mode():
-        for batch in windows:
-            tokens = batch["input_ids"]
-            logits = source.module(input_ids=tokens).logits[:, :-1]
-            total += float(
-                nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
-            )
-            count += tokens[:, 1:].numel()
+    for batch, logs in zip(windows, _model(source).outputs(windows, wanted), strict=True):
+        following = batch["input_ids"][:, 1:]
+        total -= float(logs[:, :-1].gather(2, following[..., None]).double().sum())
+        count += following.numel()
     return {"data": text, "tokens": count, "perplexity": math.exp(total / count)}

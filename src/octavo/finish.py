@@ -18,6 +18,7 @@ from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job
 from octavo.methods import get_method
 from octavo.profile import Point, Profile, slope
+from octavo.raw import Lazily
 from octavo.workspace import Workspace
 
 #: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
@@ -83,8 +84,8 @@ def finish(
     done = Plan(plan.budget, points, expected, fixed, plan.label, plan.notes)
     if not job.measurable:
         return Built(done, packed, contents, total, expected)
-    stored = {name: kept.tensor().to(kept.dtype) for name, kept in contents.kept.items()}
-    losses = job.measure({**job.weights(packed), **stored}).numpy()
+    stored = {name: kept.given for name, kept in contents.kept.items()}
+    losses = job.measure(Lazily({**job.weights(packed).made, **stored})).numpy()
     return Built(done, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
 
 

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 import octavo.sites as sites_module
 from octavo.artifact import Contents, Entry, Kept, Packed, pack, unpack
-from octavo.calibrate import MINIMUM_SEQUENCES, Calibration, calibrate
+from octavo.blockwise import Blockwise
+from octavo.calibrate import MINIMUM_SEQUENCES, Calibration, data_free
 from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
+from octavo.inmemory import InMemory
+from octavo.memory import fits
 from octavo.methods import Method, Setting, get_method
-from octavo.objective import Batch, Objective, objective, sequences_in
-from octavo.raw import narrowed
+from octavo.objective import Batch, Objective, objective, select, sequences_in
+from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
 
@@ -36,6 +39,7 @@ MOST_TEXTS = 1024
 WINDOW = 256
 #: Norms, biases and the like are stored in 16 bits if all of them together cost less than this, in the metric's units.
 _FREE = 1e-7
+_WAY = "way.json"
 
 
 def silent(step: str, done: int, total: int) -> None:
@@ -58,9 +62,11 @@ class Job:
     seed: int = 0
     progress: Progress = silent
     notes: list[str] = field(default_factory=list)
+    #: Bytes of memory that the run may take; None for what the machine has.
+    memory: int | None = None
 
     def __post_init__(self) -> None:
-        self._reference: list[Tensor] | None = None
+        self._model: InMemory | Blockwise | None = None
         # Checksums of kept tensors are worked out once for all contents.
         self._kept: dict[torch.dtype | None, dict[str, Kept]] = {}
         self._by_name = {site.name: site for site in self.sites}
@@ -75,18 +81,29 @@ class Job:
 
     def calibrate(self, workspace: Workspace) -> Calibration:
         """Evidence of all sites, from the workspace if it is there."""
+        # The way is that of the run that is resumed, though the machine may have other memory to spare now.
+        way = workspace.read_json(_WAY) or {"blockwise": not fits(self.source, self.memory)}
+        workspace.write_json(_WAY, way)
         found = workspace.load_calibration()
+        if self.source.module is not None:
+            self._model = model_of(self.source, blockwise=way["blockwise"])
         if found is None:
-            found = calibrate(
-                self.source,
-                self.sites,
-                self.calibration_data,
-                self.objective,
-                seed=self.seed,
-                text=self.text,
-                progress=lambda done, total: self.progress("evidence", done, total),
-            )
+            if self._model is None:
+                found = data_free(self.source, self.sites)
+                workspace.evidence.write("data-free", found.evidence)
+            else:
+                found = self._model.calibrate(
+                    self.sites,
+                    self.calibration_data,
+                    self.objective,
+                    workspace,
+                    seed=self.seed,
+                    text=self.text,
+                    progress=lambda done, total: self.progress("evidence", done, total),
+                )
             workspace.save_calibration(found)
+            # Read back when it is needed, as by a run that is resumed.
+            found.evidence = workspace.evidence
         return found
 
     def encode(
@@ -142,27 +159,20 @@ class Job:
         }
         return Contents(source, entries, self.kept(dtype), self.source.aliases)
 
-    def weights(self, packed: Mapping[str, Packed]) -> dict[str, Tensor]:
-        """Packed sites as tensors of the source."""
-        result = {}
-        for name, item in packed.items():
-            site = self.site(name)
+    def weights(self, packed: Mapping[str, Packed]) -> Lazily:
+        """Packed sites as tensors of the source, each decoded when it is asked for."""
+
+        def decoded(site: Site, item: Packed) -> Tensor:
             form = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
-            result[name] = narrowed(site.layout.from_matrix(form.dense(), site.shape), site.dtype)
-        return result
+            return narrowed(site.layout.from_matrix(form.dense(), site.shape), site.dtype)
+
+        return Lazily({name: partial(decoded, self.site(name), item) for name, item in packed.items()})
 
     def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Divergence of every held-back example with some tensors of the source replaced."""
-        module = self.source.module
-        if module is None or not self.held_data:
+        if self._model is None or not self.held_data:
             raise RequestError("nothing can be measured without a model and data")
-        if self._reference is None:
-            with replaced(module, {}):
-                self._reference = self.objective.reference(module, self.held_data)
-        with replaced(
-            module, {self.source.parameters[n]: w for n, w in weights.items() if n in self.source.parameters}
-        ):
-            return self.objective.measure(module, self.held_data, self._reference)
+        return self._model.measure(self.held_data, self.objective, weights)
 
     @property
     def threads(self) -> int:
@@ -178,29 +188,15 @@ class Job:
         return self.source.module is not None and bool(self.held_data)
 
 
-class replaced:
-    """A context in which a module is in evaluation mode and some of its tensors have other values.
+def model_of(source: Source, *, blockwise: bool) -> InMemory | Blockwise:
+    """The model of a source, to be run; that of a folder is loaded now, or block by block whenever it is run."""
+    if source.is_skeleton:
+        if blockwise:
+            return Blockwise(source)
+        from octavo.integrations.transformers import load_weights
 
-    At its end everything is as it was, the mode of every submodule included.
-    """
-
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.module, self.weights = module, weights
-
-    def __enter__(self) -> None:
-        self.training = [submodule for submodule in self.module.modules() if submodule.training]
-        self.module.eval()
-        self.state = self.module.state_dict(keep_vars=True)
-        self.old = {name: self.state[name].data for name in self.weights}
-        for name, weight in self.weights.items():
-            target = self.state[name]
-            target.data = weight.to(device=target.device, dtype=target.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        for name, old in self.old.items():
-            self.state[name].data = old
-        for submodule in self.training:
-            submodule.training = True
+        load_weights(source)
+    return InMemory(source)
 
 
 def open_source(source: str | Path | nn.Module | Source, *, module: bool = True, progress: Progress = silent) -> Source:
@@ -263,6 +259,22 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
     return batches, f"{total} examples given"
 
 
+def prepared(source: Source, wanted: Objective, batches: Sequence[Batch]) -> list[Batch]:
+    """Batches that a model can take, cut so that the outputs of each fit in memory.
+
+    Raises
+    ------
+    RequestError
+        If they hold tokens that the model does not know, or are longer than it takes.
+    """
+    assert source.module is not None
+    if source.is_transformers:
+        from octavo.integrations.transformers import check_tokens
+
+        check_tokens(source.module, batches)
+    return wanted.pieces(source.module, batches)
+
+
 def texts_of(data: Any) -> tuple[list[str], str]:
     """Texts of a file or a list, or the built-in ones, and what to call them."""
     if data is None:
@@ -289,24 +301,15 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         keep[3 - seen % 4 :: 4][: _HELD - count] = False
         seen, count = seen + size, count + int((~keep).sum())
         if bool(keep.any()):
-            calibration.append(_select(batch, keep, size))
+            calibration.append(select(batch, keep))
         if not bool(keep.all()):
-            held.append(_select(batch, ~keep, size))
+            held.append(select(batch, ~keep))
     if seen and seen - count < MINIMUM_SEQUENCES:
         raise RequestError(
             f"data: of {seen} sequences {count} are held back to measure on, and {seen - count} left to calibrate on; "
             f"at least {MINIMUM_SEQUENCES} are needed, so give 10 or more (256 serve well)"
         )
     return calibration, held
-
-
-def _select(batch: Batch, keep: Tensor, size: int) -> Batch:
-    def pick(value: Any) -> Any:
-        return value[keep] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-    if isinstance(batch, Mapping):
-        return {key: pick(value) for key, value in batch.items()}
-    return type(batch)(pick(value) for value in batch) if isinstance(batch, tuple | list) else pick(batch)
 
 
 def choose_objective(source: Source, wanted: str | Objective | None) -> Objective:

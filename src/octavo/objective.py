@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 
 Batch = Any
+#: Logits of one batch take no more, so that some copies of them do not matter beside a model.
+_LOGITS_BYTES = 1 << 28
 
 
 def run(module: nn.Module, batch: Batch) -> Any:
@@ -30,6 +32,24 @@ def sequences_in(batch: Batch) -> int:
     """Number of examples in a batch."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
     return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)
+
+
+def select(batch: Batch, which: slice | Tensor) -> Batch:
+    """Some of the examples of a batch."""
+    size = sequences_in(batch)
+
+    def pick(value: Any) -> Any:
+        return value[which] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+
+    if isinstance(batch, Mapping):
+        return {key: pick(value) for key, value in batch.items()}
+    return type(batch)(pick(value) for value in batch) if isinstance(batch, tuple | list) else pick(batch)
+
+
+def _vocabulary(module: nn.Module) -> int:
+    """Classes of the distribution that a language model gives at every position; 0 if it is none."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return 0 if head is None else len(head.weight)
 
 
 class Objective(ABC):
@@ -56,6 +76,10 @@ class Objective(ABC):
         Averaged over samples the outer product of its gradient equals the Gauss-Newton matrix of the summed
         divergence at zero, where the divergence itself has no gradient.
         """
+
+    def pieces(self, module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches, cut so that the outputs of each fit in memory."""
+        return list(batches)
 
     def reference(self, module: nn.Module, batches: Iterable[Batch]) -> list[Tensor]:
         """Outputs of the uncompressed module, one tensor a batch."""
@@ -113,6 +137,17 @@ class KL(Objective):
     """``KL(source || compressed)`` of the class or next-token distribution, mean over the positions of an example."""
 
     metric = "KL divergence"
+
+    def pieces(self, module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches of so few sequences that their logits over the whole vocabulary take 256 MB, if one does."""
+        vocabulary = _vocabulary(module)
+        result: list[Batch] = []
+        for batch in batches:
+            tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            size = sequences_in(batch)
+            most = size if tokens is None or not vocabulary else _LOGITS_BYTES // (4 * vocabulary * tokens.shape[1])
+            result += [select(batch, slice(at, at + max(most, 1))) for at in range(0, size, max(most, 1))]
+        return result
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
         result = run(module, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,28 @@ def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         largest = torch.finfo(dtype).max
         tensor = tensor.clamp(-largest, largest)
     return tensor.to(dtype)
+
+
+class Lazily(Mapping[str, Tensor]):
+    """Tensors by name that are made when they are asked for, every time, and not kept.
+
+    Parameters
+    ----------
+    made
+        What makes each of them.
+    """
+
+    def __init__(self, made: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.made = made
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.made[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)

@@ -14,7 +14,7 @@ from torch import nn
 from octavo import job as jobs
 from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
-from octavo.budget import Budget
+from octavo.budget import Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import Evidence, data_free
 from octavo.errors import RequestError
@@ -46,8 +46,10 @@ def open_job(
     keep: Mapping[str, str],
     seed: int,
     progress: Progress,
+    memory: str | int | None = None,
 ) -> Job:
     """Check a request and gather what all steps share."""
+    limit = None if memory is None else parse_size(memory)
     chosen = select_methods(methods, preset)
     if not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
@@ -62,11 +64,15 @@ def open_job(
     if preset == DATA_FREE:
         opened.module = None
     batches, text = jobs.load_data(opened, data, limit=_TEXTS[preset])
-    calibration, held = jobs.split(batches)
+    wanted = jobs.choose_objective(opened, objective)
     if opened.module is not None and not batches:
         opened.module = None
-    wanted = jobs.choose_objective(opened, objective)
-    return Job(opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress)
+    if opened.module is not None:
+        batches = jobs.prepared(opened, wanted, batches)
+    calibration, held = jobs.split(batches)
+    return Job(
+        opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, list(opened.notes), limit
+    )
 
 
 def describe(job: Job, preset: str) -> dict[str, Any]:

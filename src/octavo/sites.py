@@ -126,9 +126,9 @@ class Source:
     read
         Reads one tensor by name.
     module
-        The module, or None for bare tensors (data-free).
+        The module, or None for bare tensors. That of a folder is a skeleton until it is to be run.
     parameters
-        Tensor name to parameter or buffer name in ``module`` (they differ by prefixes at times).
+        Tensor name, tied ones too, to parameter or buffer name in ``module`` (they differ by prefixes at times).
     """
 
     title: str
@@ -140,6 +140,8 @@ class Source:
     module: nn.Module | None = None
     parameters: dict[str, str] = field(default_factory=dict)
     is_transformers: bool = False
+    #: What is to be told about how the source was read.
+    notes: list[str] = field(default_factory=list)
     #: SHA-256 of every tensor's content, from :func:`examine`.
     digests: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -166,6 +168,24 @@ class Source:
         if self.module is None or name not in self.parameters:
             return None
         return self.module.get_submodule(self.parameters[name].rpartition(".")[0])
+
+    @property
+    def is_skeleton(self) -> bool:
+        """Whether the module is there without its weights."""
+        return self.module is not None and any(parameter.is_meta for parameter in self.module.parameters())
+
+    def holders(self) -> dict[str, list[nn.Module]]:
+        """The modules that hold each tensor, in the order of the model: several if it is tied."""
+        if self.module is None:
+            return {}
+        state = self.module.state_dict(keep_vars=True)
+        names = {id(state[parameter]): self.aliases.get(name, name) for name, parameter in self.parameters.items()}
+        result: dict[str, list[nn.Module]] = {}
+        for module in self.module.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if id(tensor) in names:
+                    result.setdefault(names[id(tensor)], []).append(module)
+        return result
 
     def sites(self) -> tuple[list[Site], dict[str, str]]:
         """All sites in the order of the source, and the reason for every tensor that is none."""
@@ -231,7 +251,7 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
         aliases=aliases,
         read=lambda name: tensors[name].detach(),
         module=module,
-        parameters={name: name for name in tensors},
+        parameters={name: name for name in (*tensors, *aliases)},
     )
 
 

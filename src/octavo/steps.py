@@ -37,6 +37,7 @@ def profile(
     keep: Mapping[str, str] | None = None,
     resume: bool = False,
     seed: int = 0,
+    memory: str | int | None = None,
     progress: Progress = silent,
 ) -> Profile:
     """Measure the curves of a source over all sizes and save them in the folder ``out``.
@@ -49,7 +50,7 @@ def profile(
     RequestError
         If something about the request or the source cannot be served.
     """
-    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress)
+    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory)
     room = Workspace(Path(out), describe(job, preset), resume=resume)
     result = build_profile(job, job.calibrate(room), room, None, preset)
     room.write_json(

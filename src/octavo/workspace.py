@@ -16,16 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.artifact import Packed, Stored
-from octavo.calibrate import Calibration, Evidence
+from octavo.calibrate import Calibration
 from octavo.errors import OctavoError, RequestError
+from octavo.evidence import EvidenceFolder
 from octavo.raw import raw_bytes
 
-_JOB, _CALIBRATION, _EVIDENCE = "job.json", "calibration.json", "evidence.safetensors"
+_JOB, _CALIBRATION = "job.json", "calibration.json"
 
 
 class Workspace:
@@ -87,45 +86,20 @@ class Workspace:
         """Write a file, whole or not at all."""
         write_file(self.path / name, content)
 
+    @property
+    def evidence(self) -> EvidenceFolder:
+        """The evidence that was kept so far."""
+        return EvidenceFolder(self.path / "evidence")
+
     def save_calibration(self, calibration: Calibration) -> None:
-        """Keep the evidence of all sites; moments shared by sites are written once."""
-        tensors: dict[str, Tensor] = {}
-        columns: dict[int, str] = {}
-        index = {}
-        for name, evidence in calibration.evidence.items():
-            tensors[f"{name}/rows"] = evidence.rows
-            if evidence.columns is not None and id(evidence.columns) not in columns:
-                columns[id(evidence.columns)] = f"{name}/columns"
-                tensors[f"{name}/columns"] = evidence.columns
-            index[name] = [evidence.samples, columns.get(id(evidence.columns))]
-        aside = self.path / f"{_EVIDENCE}.part"
-        try:
-            save_file(tensors, aside)
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, self.path / _EVIDENCE)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise OctavoError(f"{self.path / _EVIDENCE}: cannot be written: {error}") from error
+        """Say that the evidence of all sites is there, and what it was gathered from."""
         data = {key: getattr(calibration, key) for key in ("sequences", "tokens", "text", "warnings")}
-        self.write_json(_CALIBRATION, {**data, "evidence": index})
+        self.write_json(_CALIBRATION, data)
 
     def load_calibration(self) -> Calibration | None:
-        """The evidence that was kept, or None."""
+        """The calibration that was kept, or None; its evidence is read when it is asked for."""
         data = self.read_json(_CALIBRATION)
-        if data is None:
-            return None
-        try:
-            tensors = load_file(self.path / _EVIDENCE)
-        except (OSError, SafetensorError) as error:
-            raise RequestError(
-                f"{self.path / _EVIDENCE}: damaged: {error}; remove {self.path} and start again"
-            ) from error
-        evidence = {
-            name: Evidence(tensors[f"{name}/rows"], None if columns is None else tensors[columns], samples)
-            for name, (samples, columns) in data.pop("evidence").items()
-        }
-        return Calibration(evidence, **data)
+        return None if data is None else Calibration(self.evidence, **data)
 
     def save_packed(self, site: str, method: str, setting: dict[str, Any], packed: Packed) -> Packed:
         """Keep an encoded form; returns it as one whose content lies here and takes no memory."""

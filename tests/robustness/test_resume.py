@@ -149,12 +149,12 @@ def test_without_resume_old_work_is_discarded(command: Command, bare: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("name", ["job.json", "calibration.json", "evidence.safetensors", "profile.json", "curve"])
+@pytest.mark.parametrize("name", ["job.json", "calibration.json", "evidence", "profile.json", "curves"])
 @pytest.mark.parametrize("content", [b"", b"[", b"\xff"])
 def test_damaged_work_is_named(command: Command, bare: Path, tmp_path: Path, name: str, content: bytes) -> None:
     work = interrupted(bare, tmp_path / "out")
-    file = min((work / "curves").iterdir()) if name == "curve" else work / name
-    if name == "curve":
+    file = min((work / name).iterdir()) if (work / name).is_dir() else work / name
+    if name == "curves":
         (work / "profile.json").unlink()
     file.write_bytes(content)
     result = command("compress", bare, *ASKED, "--out", tmp_path / "out", "--resume")

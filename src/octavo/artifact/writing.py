@@ -83,6 +83,10 @@ class Kept:
         """The tensor in the dtype that it is stored in."""
         return self.read().detach().cpu().to(self.stored)
 
+    def given(self) -> Tensor:
+        """The tensor as the artifact gives it back."""
+        return self.tensor().to(self.dtype)
+
     def content(self) -> bytes | memoryview:
         """What is stored: floating numbers as they are, integers coded."""
         tensor = self.tensor()

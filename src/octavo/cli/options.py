@@ -33,6 +33,10 @@ KEEP = Annotated[
     ),
 ]
 SEED = Annotated[int, typer.Option(help="Same seed, same bytes.")]
+MEMORY = Annotated[
+    str | None,
+    typer.Option(help="The most memory to take, such as 6GB; a model that does not fit is run block by block."),
+]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and no progress.")]

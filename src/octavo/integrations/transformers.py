@@ -7,12 +7,13 @@ import importlib.util
 import json
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from octavo.data.texts import MINIMUM_TEXTS
 from octavo.errors import MissingExtraError, RequestError
@@ -48,18 +49,61 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+class _WithoutContent(TorchFunctionMode):
+    """Makes tensors that will be filled later, which is what ``torch.empty`` is for, on the ``meta`` device.
+
+    Tables that a model works out from its configuration, such as rotary ones, are real.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
+
+
 def attach_module(source: Source, folder: Path) -> None:
-    """Load the model of a folder in float32 and match its parameters with the tensors of the source."""
+    """Give a source the model of its folder, as a skeleton without weights.
+
+    :func:`load_weights` fills it, or :mod:`octavo.blockwise` runs it block by block.
+    An architecture that ``transformers`` does not know leaves the source without a module, with a note.
+    """
     transformers = _transformers()
-    name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
-    cls = getattr(transformers, name, None) or transformers.AutoModel
     transformers.utils.logging.disable_progress_bar()
     try:
-        module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RequestError(f"{folder}: {name}.from_pretrained failed: {error}") from error
-    source.module, source.is_transformers = module, True
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        cls = _class_of(folder)
+        with _WithoutContent():
+            build = getattr(cls, "_from_config", None) or cls.from_config
+            module = build(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        kind = read_config(folder).get("model_type")
+        if kind in transformers.CONFIG_MAPPING:
+            raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
+        source.notes.append(
+            f"the architecture {kind!r} is not known to transformers {transformers.__version__}: the tensors are "
+            "compressed on their own, without data, and nothing of the model is run"
+        )
+        return
+    # Keys and values of earlier tokens are of no use to one pass over whole texts.
+    for part in (module.config, module.config.get_text_config()):
+        part.use_cache = False
+    source.module, source.is_transformers = module.eval(), True
     source.parameters = match_names(source, module)
+
+
+def _class_of(folder: Path) -> Any:
+    transformers = _transformers()
+    name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
+    return getattr(transformers, name, None) or transformers.AutoModel
+
+
+def load_weights(source: Source) -> None:
+    """Put the whole model of a folder in memory, in float32, in place of its skeleton."""
+    assert source.path is not None
+    cls = _class_of(source.path)
+    try:
+        source.module = cls.from_pretrained(source.path, dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RequestError(f"{source.path}: {cls.__name__}.from_pretrained failed: {error}") from error
+    source.parameters = match_names(source, source.module)
 
 
 def match_names(source: Source, module: nn.Module) -> dict[str, str]:
@@ -67,7 +111,8 @@ def match_names(source: Source, module: nn.Module) -> dict[str, str]:
     state = module.state_dict()
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     names = {}
-    for name, shape in source.shapes.items():
+    tied = {alias: source.shapes[name] for alias, name in source.aliases.items()}
+    for name, shape in {**source.shapes, **tied}.items():
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
             if candidate in state and tuple(state[candidate].shape) == shape:
                 names[name] = candidate
@@ -157,6 +202,34 @@ def _tokenizer(folder: Path) -> Any:
         raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
 
 
+def check_tokens(module: Any, batches: Sequence[Any]) -> None:
+    """Refuse tokens that the model does not have, and sequences longer than it takes.
+
+    Raises
+    ------
+    RequestError
+        Naming the token or the length.
+    """
+    words = getattr(module.get_input_embeddings(), "num_embeddings", None)
+    context = context_of(module)
+    name = type(module).__name__
+    for batch in batches:
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(tokens, Tensor) or not tokens.numel():
+            continue
+        least, most = int(tokens.min()), int(tokens.max())
+        if words is not None and (least < 0 or most >= words):
+            raise RequestError(
+                f"the data hold token {least if least < 0 else most}, and {name} knows tokens 0 to {words - 1}: the "
+                "tokenizer does not belong to this model; use the one that the model was published with"
+            )
+        if tokens.shape[-1] > context:
+            raise RequestError(
+                f"the data hold sequences of {tokens.shape[-1]} tokens, and {name} takes {context} at most "
+                "(max_position_embeddings in config.json); cut them shorter"
+            )
+
+
 def artifact_config(folder: Path) -> dict[str, Any]:
     """The source's config with the note by which ``from_pretrained`` finds Octavo."""
     return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
@@ -164,11 +237,8 @@ def artifact_config(folder: Path) -> dict[str, Any]:
 
 def load_model(folder: Path) -> nn.Module:
     """The model of an artifact folder, of the class that its config names."""
-    transformers = _transformers()
     register()
-    name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
-    cls = getattr(transformers, name, None) or transformers.AutoModel
-    return cls.from_pretrained(folder, local_files_only=True).eval()
+    return _class_of(folder).from_pretrained(folder, local_files_only=True).eval()
 
 
 def register() -> None:

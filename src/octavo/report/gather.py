@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.artifact import Artifact, dtype_name
-from octavo.job import replaced
+from octavo.inmemory import replaced
 from octavo.objective import run
 from octavo.verify import digest_of, probe_outputs
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 _PAIRS = 7
 
 
-def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> dict[str, Any]:
+def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The report's data; quality is measured on the tensors that were read back."""
     job, profile, built = done.job, done.profile, done.built
     quality, p95 = built.quality, built.p95
     digests: dict[str, str | None] = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": None}
     if job.source.module is not None:
-        names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
         losses = job.measure(state)
         quality, p95 = float(losses.mean()), float(losses.quantile(0.95))
-        if job.source.is_transformers:
+        if job.source.is_transformers and not job.source.is_skeleton:
+            names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
             with replaced(job.source.module, names):
                 digests["outputs"] = probe_outputs(job.source.module)
     sites = [_site_row(done, name) for name in built.packed]
@@ -93,7 +93,7 @@ def report_data(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) 
             "text": done.calibration.text,
             "sequences": done.calibration.sequences,
             "tokens": done.calibration.tokens,
-            "warnings": done.calibration.warnings + job.notes,
+            "warnings": job.notes + done.calibration.warnings,
         },
         "winner": "uniform" if built is done.rival else "mixed",
         "uniform": _uniform_row(done),
@@ -245,10 +245,10 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"bins": bins, "weights": weights}
 
 
-def _latency(done: Compressed, artifact: Artifact, state: dict[str, Tensor]) -> dict[str, Any] | None:
+def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
     job = done.job
-    if job.source.module is None or not job.held_data:
+    if job.source.module is None or job.source.is_skeleton or not job.held_data:
         return None
     module, batch = job.source.module, job.held_data[0]
     weights = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}

@@ -1,0 +1,143 @@
+"""Evidence and measurements of a module that is in memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.blocks import Blocks
+from octavo.calibrate import Calibration, calibrate
+from octavo.errors import RequestError
+from octavo.objective import Batch, Objective
+from octavo.sites import Site, Source
+from octavo.workspace import Workspace
+
+#: The source's outputs on all data are kept if they take no more; otherwise they are worked out again from the hidden
+#: states after the last block, which are smaller by vocabulary over width.
+_REFERENCE_BYTES = 1 << 28
+
+
+class InMemory:
+    """A module that is run as it is."""
+
+    def __init__(self, source: Source) -> None:
+        assert source.module is not None
+        self.source, self.module = source, source.module
+        self._reference: _Outputs | _LastStates | None = None
+
+    def calibrate(
+        self,
+        sites: Sequence[Site],
+        batches: Sequence[Batch],
+        objective: Objective,
+        room: Workspace,
+        *,
+        seed: int = 0,
+        text: str = "",
+        progress: Callable[[int, int], Any] = lambda done, total: None,
+    ) -> Calibration:
+        """Evidence of all sites (:func:`octavo.calibrate.calibrate`), written to the workspace."""
+        found = calibrate(self.source, sites, batches, objective, seed=seed, text=text, progress=progress)
+        room.evidence.write("whole", found.evidence)
+        return found
+
+    def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
+        """Divergence of every example from the source, with some of its tensors, by name in the source, replaced."""
+        if self._reference is None:
+            with replaced(self.module, {}), torch.inference_mode():
+                self._reference = _reference(self.module, batches, objective)
+        parameters = self.source.parameters
+        stored = {parameter: self.source.aliases.get(name, name) for name, parameter in parameters.items()}
+        new = {parameter: weights[name] for parameter, name in stored.items() if name in weights}
+        losses = []
+        with replaced(self.module, new) as change, torch.inference_mode():
+            for number, batch in enumerate(batches):
+                outputs = objective.outputs(self.module, batch)
+                losses.append(objective.divergence(self._reference.of(number, batch, change.old), outputs))
+        return torch.cat(losses)
+
+    def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
+        """What the objective compares, batch by batch."""
+        for batch in batches:
+            with replaced(self.module, {}), torch.inference_mode():
+                outputs = objective.outputs(self.module, batch)
+            yield outputs
+
+
+class _Outputs:
+    """The source's outputs, kept."""
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        self.outputs = outputs
+
+    def of(self, number: int, batch: Batch, old: Mapping[str, Tensor]) -> Tensor:
+        return self.outputs[number]
+
+
+class _LastStates:
+    """The source's hidden states after its last block, from which its outputs are worked out again."""
+
+    def __init__(self, blocks: Blocks, objective: Objective, states: list[Tensor]) -> None:
+        self.blocks, self.objective, self.states = blocks, objective, states
+
+    def of(self, number: int, batch: Batch, old: Mapping[str, Tensor]) -> Tensor:
+        with replaced(self.blocks.module, old):
+            return self.blocks.postlude(self.objective, batch, self.states[number])
+
+
+def _reference(module: nn.Module, batches: Sequence[Batch], objective: Objective) -> _Outputs | _LastStates:
+    first = objective.outputs(module, batches[0])
+    blocks = Blocks.find(module)
+    if blocks is None or first.nbytes * len(batches) <= _REFERENCE_BYTES:
+        return _Outputs([first, *(objective.outputs(module, batch) for batch in batches[1:])])
+    states: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = blocks.list[-1].register_forward_hook(keep)
+    try:
+        with torch.inference_mode(False):
+            blocks.check(objective, batches[0])
+        for batch in batches:
+            objective.outputs(module, batch)
+    except RequestError:
+        # More than a chain: there is no way around keeping all outputs.
+        return _Outputs([objective.outputs(module, batch) for batch in batches])
+    finally:
+        handle.remove()
+    return _LastStates(blocks, objective, states)
+
+
+class replaced:
+    """A context in which a module is in evaluation mode and some of its tensors have other values.
+
+    At its end everything is as it was, the mode of every submodule included.
+
+    Attributes
+    ----------
+    old : dict of str to Tensor
+        The values in whose place the others are.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self.module, self.weights = module, weights
+
+    def __enter__(self) -> replaced:
+        self.training = [submodule for submodule in self.module.modules() if submodule.training]
+        self.module.eval()
+        self.state = self.module.state_dict(keep_vars=True)
+        self.old = {name: self.state[name].data for name in self.weights}
+        for name, weight in self.weights.items():
+            target = self.state[name]
+            target.data = weight.to(device=target.device, dtype=target.dtype)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, old in self.old.items():
+            self.state[name].data = old
+        for submodule in self.training:
+            submodule.training = True
