@@ -22,13 +22,10 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads:
     Parameters
     ----------
     threads
-        As many as PyTorch uses if 0; with 1 all is done here, and operations split themselves as they like.
+        As many as PyTorch uses if 0.
     """
     before = torch.get_num_threads()
     threads = threads or before
-    if threads == 1:
-        yield from map(function, items)
-        return
     waiting: deque[Future[Result]] = deque()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -66,6 +66,10 @@ class Evidence:
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     terms: tuple[tuple[Tensor, Tensor], ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever works on a copy of it elsewhere makes what it needs faster than it is sent.
+        return {**self.__dict__, "cache": {}}
+
     def loss(self, error: Tensor) -> float:
         """Expected increase of the whole model's loss for ``error`` (rows, columns)."""
         error = error.float()

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import nn
 
+from octavo import executors
 from octavo.allocate import allocate, load_plan
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.curves import build_profile
+from octavo.executors import Executor
 from octavo.finish import MARGIN, Built, contest, finish
 from octavo.job import Job, Progress, silent
 from octavo.methods import get_method
@@ -85,6 +87,7 @@ def compress(
     resume: bool = False,
     seed: int = 0,
     memory: str | int | None = None,
+    executor: str | Executor | None = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Compress a source to the size asked for.
@@ -114,8 +117,11 @@ def compress(
     resume
         Use finished steps found in ``workspace``.
     memory
-        The most that the run may take (``"6GB"``); by default what the machine has left. A model that does not fit in
+        The most that the run may take (``"6GB"``); by default three quarters of what the machine has. A model that does not fit in
         it as a whole is run block by block.
+    executor
+        Where sites are profiled and encoded: ``local`` threads, ``ray`` for workers of a Ray cluster on this machine,
+        ``ray://host:port`` for those of another. The bytes are the same.
 
     Returns
     -------
@@ -139,24 +145,25 @@ def compress(
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     try:
-        if plan is not None and not (folder / "profile.json").exists():
-            # To carry out a plan nothing needs to be measured but what sites there are.
-            job.methods = [get_method("keep")]
-        room = Workspace(folder, describe(job, preset), resume=resume)
-        calibration = job.calibrate(room)
-        clock.lap("evidence")
-        profile = build_profile(job, calibration, room, asked.bytes * 8 / job.source.weights, preset)
-        if profile.smallest > asked.bytes:
-            # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
-            profile = build_profile(job, calibration, room, 0.0, preset)
-        clock.lap("profile")
-        chosen = load_plan(Path(plan), profile) if plan else allocate(profile, asked, margin=MARGIN)
-        clock.lap("plan")
-        if plan is None:
-            best, rival = contest(job, profile, calibration, room, chosen, asked)
-        else:
-            best, rival = finish(job, profile, calibration, room, chosen, asked, exact=False), None
-        clock.lap("encode")
+        with executors.executor(executor) as job.executor:
+            if plan is not None and not (folder / "profile.json").exists():
+                # To carry out a plan nothing needs to be measured but what sites there are.
+                job.methods = [get_method("keep")]
+            room = Workspace(folder, describe(job, preset), resume=resume)
+            calibration = job.calibrate(room)
+            clock.lap("evidence")
+            profile = build_profile(job, calibration, room, asked.bytes * 8 / job.source.weights, preset)
+            if profile.smallest > asked.bytes:
+                # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
+                profile = build_profile(job, calibration, room, 0.0, preset)
+            clock.lap("profile")
+            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, asked, margin=MARGIN)
+            clock.lap("plan")
+            if plan is None:
+                best, rival = contest(job, profile, calibration, room, chosen, asked)
+            else:
+                best, rival = finish(job, profile, calibration, room, chosen, asked, exact=False), None
+            clock.lap("encode")
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)

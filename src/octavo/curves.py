@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from octavo.ahead import in_order
 from octavo.allocate import allocate
 from octavo.artifact import Packed, Sized
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.job import Job
-from octavo.methods import Method, Setting
-from octavo.profile import Curve, Point, Profile, Window, profile_site
-from octavo.sites import Site
+from octavo.profile import Curve, Point, Profile, Window
+from octavo.tasks import profiled
 from octavo.workspace import Workspace
 
 #: Every n-th setting of a continuous knob is tried, and points are wanted in this range of the bits asked for.
@@ -38,12 +35,7 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")
     curves, smallest = [], dict[str, Packed]()
-
-    def measured(numbered: tuple[int, Site]) -> tuple[Curve, Packed]:
-        name = f"curves/{numbered[0]:05d}{'' if bits is None else f'-{bits:.6g}'}.json"
-        return _measured(job, numbered[1], calibration, room, window, name)
-
-    for curve, packed in in_order(measured, enumerate(job.sites), job.threads):
+    for curve, packed in _measured(job, calibration, room, window, bits):
         curves.append(curve)
         smallest[curve.site] = packed
         job.progress("profile", len(curves), len(job.sites))
@@ -59,40 +51,32 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
 
 
 def _measured(
-    job: Job, site: Site, calibration: Calibration, room: Workspace, window: Window, name: str
-) -> tuple[Curve, Packed]:
-    """A site's curve, from the workspace if it is there under that name, and its smallest form without content."""
-    found = room.read_json(name)
-    if found is None:
-        curve, smallest = _profile_one(job, site, calibration, room, window)
-        outline = [smallest.bytes, smallest.crc, smallest.parts, smallest.meta, smallest.codecs]
-        entries = [[p.method, p.setting, p.bytes, p.loss, p.estimated] for p in curve.points]
-        # What was read back is what goes on, so that a run that was resumed is like one that was not.
-        found = json.loads(json.dumps({"points": entries, "smallest": outline}))
-        room.write_json(name, found)
-    length, crc, *described = found["smallest"]
-    points = [Point(*entry) for entry in found["points"]]
-    return Curve(site.name, site.kind, site.shape, points), Packed(Sized(length, crc), *described)
-
-
-def _profile_one(
-    job: Job, site: Site, calibration: Calibration, room: Workspace, window: Window
-) -> tuple[Curve, Packed]:
-    weight, evidence = job.matrix(site), calibration.evidence[site.name]
-    if site.name in job.pinned:
-        name, setting = job.pinned[site.name]
-        packed = job.encode(site, name, setting, calibration, room)
-        return Curve(site.name, site.kind, site.shape, [Point(name, setting, packed.bytes, 0.0)]), packed
-    forms: list[Packed] = []
-
-    def keep(method: Method, setting: Setting, packed: Packed) -> None:
-        # Dense forms are not worth the disk: they are made again as fast as they are read.
-        if method.family != "keep" and not isinstance(packed.content, Sized):
-            packed = room.save_packed(site.name, method.name, setting, packed)
-        forms.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
-
-    curve = profile_site(site, weight, evidence, job.methods, window, keep)
-    return curve, min(forms, key=lambda packed: packed.bytes)
+    job: Job, calibration: Calibration, room: Workspace, window: Window, bits: float | None
+) -> Iterator[tuple[Curve, Packed]]:
+    """Every site's curve, those that are there from the workspace, and its smallest form without content."""
+    names = [f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json" for index in range(len(job.sites))]
+    found = [room.read_json(name) for name in names]
+    missing = [site for site, saved in zip(job.sites, found, strict=True) if saved is None]
+    results = job.executor.map(
+        profiled,
+        (
+            (site, job.matrix(site), calibration.evidence[site.name], job.methods, window, job.pinned.get(site.name))
+            for site in missing
+        ),
+    )
+    for site, name, saved in zip(job.sites, names, found, strict=True):
+        if saved is None:
+            curve, made, outline = next(results)
+            for method, setting, packed in made:
+                room.save_packed(site.name, method, setting, packed)
+            entries = [[p.method, p.setting, p.bytes, p.loss, p.estimated] for p in curve.points]
+            described = [outline.bytes, outline.crc, outline.parts, outline.meta, outline.codecs]
+            # What was read back is what goes on, so that a run that was resumed is like one that was not.
+            saved = json.loads(json.dumps({"points": entries, "smallest": described}))
+            room.write_json(name, saved)
+        length, crc, *described = saved["smallest"]
+        points = [Point(*entry) for entry in saved["points"]]
+        yield Curve(site.name, site.kind, site.shape, points), Packed(Sized(length, crc), *described)
 
 
 def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspace, bits: float) -> None:
@@ -116,10 +100,7 @@ def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspac
             expected = sum(point.loss for point in nearest.values())
             if expected < 1e-3 * total:
                 continue
-            packed = {
-                site: job.encode(job.site(site), point.method, point.setting, calibration, room)
-                for site, point in nearest.items()
-            }
+            packed = dict(job.encode_all(nearest, calibration, room))
             pairs.append((expected, float(job.measure(job.weights(packed)).mean())))
         profile.correction[name] = fit_power(pairs)
         job.progress("correct", done + 1, len(groups))

@@ -7,17 +7,18 @@ import socket
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 
+from octavo.ahead import in_order
 from octavo.errors import MissingExtraError, OctavoError, RequestError
 
 Result = TypeVar("Result")
 
-#: Tasks that are under way or waiting to be taken, a worker: enough that none idles, few enough that memory is bounded.
+#: Tasks under way or waiting to be taken, for each worker of a cluster: enough that none idles, few enough that memory
+#: is bounded.
 _AHEAD = 2
 #: A task is given to another worker this often when its worker dies.
 _RETRIES = 3
@@ -57,23 +58,7 @@ class Local(Executor):
         self.workers = workers or torch.get_num_threads()
 
     def map(self, function: Callable[..., Result], arguments: Iterable[tuple]) -> Iterator[Result]:  # noqa: D102
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                waiting: deque[Future[Result]] = deque()
-                try:
-                    for item in arguments:
-                        waiting.append(pool.submit(function, *item))
-                        if len(waiting) >= _AHEAD * self.workers:
-                            yield waiting.popleft().result()
-                    while waiting:
-                        yield waiting.popleft().result()
-                finally:
-                    # After an error, or when no more results are wanted, nothing further is begun.
-                    for future in waiting:
-                        future.cancel()
-        finally:
-            torch.set_num_threads(threads)
+        return in_order(lambda item: function(*item), arguments, self.workers)
 
     def describe(self) -> str:  # noqa: D102
         return f"{self.workers} threads"
@@ -151,8 +136,11 @@ class RayExecutor(Executor):
             self._ray.shutdown()
 
 
-def executor(name: str | Executor | None) -> Executor:
-    """The executor of that name: ``local``, ``ray`` or ``ray://host:port`` (``ray:host:port`` is the same).
+@contextmanager
+def executor(name: str | Executor | None) -> Iterator[Executor]:
+    """The executor of that name, for as long as the context lasts: ``local``, ``ray`` or ``ray://host:port``.
+
+    One that is given as an object is passed on, and stays open.
 
     Raises
     ------
@@ -160,13 +148,13 @@ def executor(name: str | Executor | None) -> Executor:
         If the name is not known, or nothing answers at the address.
     """
     if isinstance(name, Executor):
-        return name
+        yield name
+        return
     kind, _, address = (name or "local").partition(":")
-    if kind == "local" and not address:
-        return Local()
-    if kind == "ray":
-        return RayExecutor(address.removeprefix("//") or None)
-    raise RequestError(f"executor {name!r} is not known; choose local, ray, or ray://host:port of a cluster")
+    if kind not in ("local", "ray") or (kind == "local" and address):
+        raise RequestError(f"executor {name!r} is not known; choose local, ray, or ray://host:port of a cluster")
+    with Local() if kind == "local" else RayExecutor(address.removeprefix("//") or None) as made:
+        yield made
 
 
 def _alone(function: Callable[..., Result], *arguments: Any) -> Result:

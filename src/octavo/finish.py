@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from octavo.ahead import in_order
 from octavo.allocate import Plan, allocate, uniform, unreachable
 from octavo.artifact import Contents, Packed
 from octavo.budget import Budget
@@ -97,14 +96,8 @@ def _encoded(
     moved = points
     signs: set[bool] = set()
     for attempt in range(_ROUNDS):
-
-        def encode(item: tuple[str, Point]) -> tuple[str, Point, Packed]:
-            name, point = item
-            found = job.encode(job.site(name), point.method, point.setting, calibration, room)
-            return name, replace(point, bytes=found.bytes, estimated=False), found
-
-        for done, (name, point, found) in enumerate(in_order(encode, list(moved.items()), job.threads)):
-            points[name], packed[name] = point, found
+        for done, (name, found) in enumerate(job.encode_all(moved, calibration, room)):
+            points[name], packed[name] = replace(moved[name], bytes=found.bytes, estimated=False), found
             job.progress("encode", done + 1, len(moved))
         contents = job.contents(packed, _kept(profile))
         if asked is None or attempt == _ROUNDS - 1 or _fits(contents.bytes, asked):

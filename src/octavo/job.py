@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import octavo.sites as sites_module
-from octavo.artifact import Contents, Entry, Kept, Packed, pack, unpack
+from octavo.artifact import Contents, Entry, Kept, Packed, unpack
 from octavo.blockwise import Blockwise
 from octavo.calibrate import MINIMUM_SEQUENCES, Calibration, data_free
 from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
+from octavo.executors import Executor, Local
 from octavo.inmemory import InMemory
 from octavo.memory import fits
 from octavo.methods import Method, Setting, get_method
 from octavo.objective import Batch, Objective, objective, select, sequences_in
 from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
+from octavo.tasks import encoded
 from octavo.workspace import Workspace
 
 #: Called with a step's name, how much of it is done and how much there is.
@@ -64,6 +66,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     #: Bytes of memory that the run may take; None for what the machine has.
     memory: int | None = None
+    executor: Executor = field(default_factory=Local)
 
     def __post_init__(self) -> None:
         self._model: InMemory | Blockwise | None = None
@@ -106,18 +109,30 @@ class Job:
             found.evidence = workspace.evidence
         return found
 
-    def encode(
-        self, site: Site, method: str, setting: Setting, calibration: Calibration, workspace: Workspace
-    ) -> Packed:
-        """A site's packed form, whose content lies in the workspace; it is only made if it was not there."""
-        found = workspace.load_packed(site.name, method, setting)
-        if found is None:
-            try:
-                form = get_method(method).encode(self.matrix(site), setting, calibration.evidence[site.name])
-            except RequestError as error:
-                raise RequestError(f"site {site.name!r}: {error}") from error
-            found = workspace.save_packed(site.name, method, setting, pack(form))
-        return found
+    def encode_all(
+        self, chosen: Mapping[str, Any], calibration: Calibration, workspace: Workspace
+    ) -> Iterator[tuple[str, Packed]]:
+        """Names and packed forms of sites, whose contents lie in the workspace; what was there is not made again.
+
+        Parameters
+        ----------
+        chosen
+            By name of the site what has a ``method`` and a ``setting``, such as a point.
+        """
+        found = {name: workspace.load_packed(name, point.method, point.setting) for name, point in chosen.items()}
+        missing = [(self.site(name), chosen[name]) for name, packed in found.items() if packed is None]
+        results = self.executor.map(
+            encoded,
+            (
+                (site, self.matrix(site), calibration.evidence[site.name], point.method, point.setting)
+                for site, point in missing
+            ),
+        )
+        for name, packed in found.items():
+            if packed is None:
+                point = chosen[name]
+                packed = workspace.save_packed(name, point.method, point.setting, next(results))
+            yield name, packed
 
     def kept(self, dtype: torch.dtype | None) -> dict[str, Kept]:
         """Tensors that are no sites, floating ones in ``dtype`` if that is narrower than they are."""
@@ -173,14 +188,6 @@ class Job:
         if self._model is None or not self.held_data:
             raise RequestError("nothing can be measured without a model and data")
         return self._model.measure(self.held_data, self.objective, weights)
-
-    @property
-    def threads(self) -> int:
-        """Sites to work on at once, 0 for as many as there are threads.
-
-        With data, rounding is a loop over columns in Python, of which two at once are no faster than one.
-        """
-        return 1 if self.source.module is not None else 0
 
     @property
     def measurable(self) -> bool:

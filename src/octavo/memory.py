@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from octavo.sites import Source
 
@@ -14,16 +13,15 @@ _COPIES = 3.5
 _BESIDE = 1_500_000_000
 
 
+#: Share of the machine's memory that a run takes if it is not told.
+_SHARE = 0.75
+
+
 def fits(source: Source, limit: int | None) -> bool:
-    """Whether a source's model can be run as a whole in ``limit`` bytes, by default in what the machine has left."""
-    return 4 * source.weights * _COPIES + _BESIDE <= (available() if limit is None else limit)
+    """Whether a source's model can be run as a whole in ``limit`` bytes, by default in a share of the machine's.
 
-
-def available() -> int:
-    """Bytes of memory that can be used without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        # Not Linux: of all memory, half may be another's.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    What happens to be free at the moment does not count: the same command is to do the same again.
+    """
+    if limit is None:
+        limit = int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return 4 * source.weights * _COPIES + _BESIDE <= limit

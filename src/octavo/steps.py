@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from octavo import executors
 from octavo.allocate import Plan, allocate
 from octavo.budget import budget as budget_of
 from octavo.compress import Compressed, compress
 from octavo.curves import build_profile
 from octavo.errors import RequestError
+from octavo.executors import Executor
 from octavo.finish import MARGIN, finish, single_families
 from octavo.job import Progress, silent
 from octavo.objective import Objective
@@ -38,6 +40,7 @@ def profile(
     resume: bool = False,
     seed: int = 0,
     memory: str | int | None = None,
+    executor: str | Executor | None = None,
     progress: Progress = silent,
 ) -> Profile:
     """Measure the curves of a source over all sizes and save them in the folder ``out``.
@@ -52,7 +55,8 @@ def profile(
     """
     job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory)
     room = Workspace(Path(out), describe(job, preset), resume=resume)
-    result = build_profile(job, job.calibrate(room), room, None, preset)
+    with executors.executor(executor) as job.executor:
+        result = build_profile(job, job.calibrate(room), room, None, preset)
     room.write_json(
         _REQUEST,
         {

@@ -52,6 +52,7 @@ def compress(
     overwrite: options.OVERWRITE = False,
     seed: options.SEED = 0,
     memory: options.MEMORY = None,
+    executor: options.EXECUTOR = "local",
     json_output: options.JSON = False,
 ) -> None:
     """Compress SOURCE to a size, and write artifact and report to --out.
@@ -81,7 +82,8 @@ def compress(
         with progress(errors, quiet=json_output) as show:
             done = octavo.compress(
                 source, ratio=ratio, size=size, bits=bits, plan=plan, workspace=workspace,
-                resume=resume or profile is not None, memory=memory, progress=show, **request,
+                resume=resume or profile is not None, memory=memory, executor=executor,
+                progress=show, **request,
             )  # fmt: skip
             done.command = shlex.join(["octavo", *sys.argv[1:]])
             result = done.save(out, overwrite=overwrite)
@@ -122,6 +124,7 @@ def profile_(
     overwrite: options.OVERWRITE = False,
     seed: options.SEED = 0,
     memory: options.MEMORY = None,
+    executor: options.EXECUTOR = "local",
     json_output: options.JSON = False,
 ) -> None:
     """Measure SOURCE once over all sizes; 'octavo plan' and 'octavo compress --profile' then solve it for any.
@@ -132,7 +135,8 @@ def profile_(
     with progress(errors, quiet=json_output) as show:
         result = octavo.profile(
             source, out, data=data, objective=objective, methods=options.listed(methods), preset=preset,
-            ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, memory=memory, progress=show,
+            ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, memory=memory,
+            executor=executor, progress=show,
         )  # fmt: skip
     points = sum(len(curve.points) for curve in result.curves)
     summary = {"profile": str(out), "sites": len(result.curves), "points": points, "smallest_bytes": result.smallest}

@@ -37,6 +37,10 @@ MEMORY = Annotated[
     str | None,
     typer.Option(help="The most memory to take, such as 6GB; a model that does not fit is run block by block."),
 ]
+EXECUTOR = Annotated[
+    str,
+    typer.Option(help="Where sites are worked on: local threads, ray, or ray://host:port of a cluster; same bytes."),
+]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and no progress.")]

@@ -1,0 +1,61 @@
+"""What is done at one site, as functions of what they are given alone: any executor may run them anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from octavo.artifact import Packed, Sized, pack
+from octavo.calibrate import Evidence
+from octavo.errors import RequestError
+from octavo.methods import Method, Setting, get_method
+from octavo.profile import Curve, Point, Window, profile_site
+from octavo.sites import Site
+
+#: A method, a setting and the form that they gave.
+Made = tuple[str, Setting, Packed]
+
+
+def profiled(
+    site: Site,
+    weight: Tensor,
+    evidence: Evidence,
+    methods: Sequence[Method],
+    window: Window,
+    pinned: tuple[str, Setting] | None,
+) -> tuple[Curve, list[Made], Packed]:
+    """A site's curve, the forms that are worth keeping, and the smallest form without its content.
+
+    Parameters
+    ----------
+    weight
+        The site's matrix (rows, columns), float32.
+    pinned
+        The only method and setting, if the user chose them.
+    """
+    made: list[Made] = []
+    outlines: list[Packed] = []
+
+    def keep(method: Method, setting: Setting, packed: Packed) -> None:
+        # Dense forms are not worth the disk: they are made again as fast as they are read.
+        if method.family != "keep" and not isinstance(packed.content, Sized):
+            made.append((method.name, setting, packed))
+        outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
+
+    if pinned is None:
+        curve = profile_site(site, weight, evidence, methods, window, keep)
+    else:
+        packed = encoded(site, weight, evidence, *pinned)
+        keep(get_method(pinned[0]), pinned[1], packed)
+        curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, packed.bytes, 0.0)])
+    return curve, made, min(outlines, key=lambda packed: packed.bytes)
+
+
+def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting) -> Packed:
+    """A site's form by one method and setting, as bytes."""
+    try:
+        return pack(get_method(method).encode(weight, setting, evidence))
+    except RequestError as error:
+        raise RequestError(f"site {site.name!r}: {error}") from error
