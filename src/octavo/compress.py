@@ -117,8 +117,8 @@ def compress(
     resume
         Use finished steps found in ``workspace``.
     memory
-        The most that the run may take (``"6GB"``); by default three quarters of what the machine has. A model that does not fit in
-        it as a whole is run block by block.
+        The most that the run may take (``"6GB"``); by default three quarters of what the machine has. A model that does
+        not fit in it as a whole is run block by block.
     executor
         Where sites are profiled and encoded: ``local`` threads, ``ray`` for workers of a Ray cluster on this machine,
         ``ray://host:port`` for those of another. The bytes are the same.
