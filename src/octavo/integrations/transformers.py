@@ -73,6 +73,7 @@ def attach_module(source: Source, folder: Path) -> None:
             f"the architecture {kind!r} is not known to transformers {transformers.__version__}: the tensors are "
             "compressed on their own, without data, and nothing of the model is run"
         )
+        source.is_transformers = False
         return
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
