@@ -150,7 +150,7 @@ def test_the_source_is_kept_as_hidden_states_where_its_outputs_are_large(llama, 
 def test_perplexity_is_the_same_block_by_block(llama, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     whole = octavo.evaluate(llama, data=tmp_path / "texts.txt", metric="perplexity")
-    monkeypatch.setattr("octavo.memory.available", lambda: 0)
+    monkeypatch.setattr("octavo.memory._SHARE", 0)
     blocks = octavo.evaluate(llama, data=tmp_path / "texts.txt", metric="perplexity")
     assert math.isclose(whole["perplexity"], blocks["perplexity"], rel_tol=1e-5)
 
