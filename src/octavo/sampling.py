@@ -89,5 +89,6 @@ def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
     places = (torch.arange(taken, dtype=torch.float64) + 0.5) * (rows / taken)
     index = order[places.long()].sort().values
     # What is cached depends on the columns alone, which are those of the whole.
-    part = Evidence(evidence.rows[index], evidence.columns, evidence.samples, evidence.cache)
+    terms = tuple((weights[index], moment) for weights, moment in evidence.terms)
+    part = Evidence(evidence.rows[index], evidence.columns, evidence.samples, evidence.cache, terms)
     return Sample(weight[index], part, rows)

@@ -67,21 +67,23 @@ def attach_module(source: Source, folder: Path) -> None:
     """
     transformers = _transformers()
     transformers.utils.logging.disable_progress_bar()
+    kind = read_config(folder).get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        source.notes.append(
+            f"the architecture {kind!r} is not known to transformers {transformers.__version__}: the tensors are "
+            "compressed on their own, without data, and nothing of the model is run"
+        )
+        source.is_transformers = False
+        return
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         cls = _class_of(folder)
         with _WithoutContent():
             build = getattr(cls, "_from_config", None) or cls.from_config
             module = build(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        kind = read_config(folder).get("model_type")
-        if kind in transformers.CONFIG_MAPPING:
-            raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
-        source.notes.append(
-            f"the architecture {kind!r} is not known to transformers {transformers.__version__}: the tensors are "
-            "compressed on their own, without data, and nothing of the model is run"
-        )
-        return
+    except Exception as error:
+        # A config can be wrong in as many ways as there are architectures, and each raises what it likes.
+        raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
     # Keys and values of earlier tokens are of no use to one pass over whole texts.
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
