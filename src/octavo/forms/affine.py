@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.forms import scales, streams
 from octavo.forms.base import Form, expect, form
 
-_ROUNDED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROUNDED = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _CODES, _STEP, _OFFSET = "codes", "step", "offset"
 
 
@@ -34,13 +34,13 @@ class Affine(Form):
     offset
         What code 0 stands for, of the shape of ``step``, or None for zero.
     rounded
-        Precision in which the weights were dequantized: ``float32``, ``bfloat16`` or ``float16``.
+        Precision in which the weights were dequantized: float32, bfloat16 or float16.
     """
 
     codes: Tensor
     step: Tensor
     offset: Tensor | None = None
-    rounded: str = "float32"
+    rounded: torch.dtype = torch.float32
     #: Parts and numbers as they are stored, worked out once.
     _stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -59,7 +59,7 @@ class Affine(Form):
     def _store(self) -> None:
         if self._stored:
             return
-        meta: dict[str, Any] = {"form": self.name, "groups": self.step.shape[1], "rounded": self.rounded}
+        meta: dict[str, Any] = {"form": self.name, "groups": self.step.shape[1], "rounded": str(self.rounded).removeprefix("torch.")}
         parts = {}
         levels = int(self.codes.abs().max())
         for name, found in (
@@ -87,7 +87,7 @@ class Affine(Form):
         step = scales.load(under(_STEP), meta[_STEP], size, offset)
         codes = streams.join(under(_CODES), meta[_CODES], shape, step, offset)
         stored = {"parts": dict(tensors), "meta": {key: value for key, value in meta.items() if key != "_depth"}}
-        return cls(codes, step, offset, rounded, stored)
+        return cls(codes, step, offset, _ROUNDED[rounded], stored)
 
     def dense(self) -> Tensor:  # noqa: D102
         grouped = self.codes.float().view(*self.step.shape, -1)
@@ -95,4 +95,4 @@ class Affine(Form):
         if self.offset is not None:
             # Not fused with the product: each of the two is rounded.
             grouped.add_(self.offset[..., None])
-        return grouped.to(_ROUNDED[self.rounded]).float().view(self.shape)
+        return grouped.to(self.rounded).float().view(self.shape)
