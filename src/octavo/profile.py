@@ -167,6 +167,9 @@ def profile_site(
                 keep(method, setting, packed)
                 loss = evidence.loss(form.dense() - weight)
                 curve.points.append(Point(method.name, setting, packed.bytes, loss))
+    if not curve.points:
+        names = ", ".join(method.name for method in methods)
+        raise RequestError(f"site {site.name!r}: {names} can do nothing with it; add another method, such as entropy")
     return curve
 
 

@@ -59,7 +59,11 @@ class Affine(Form):
     def _store(self) -> None:
         if self._stored:
             return
-        meta: dict[str, Any] = {"form": self.name, "groups": self.step.shape[1], "rounded": str(self.rounded).removeprefix("torch.")}
+        meta: dict[str, Any] = {
+            "form": self.name,
+            "groups": self.step.shape[1],
+            "rounded": str(self.rounded).removeprefix("torch."),
+        }
         parts = {}
         levels = int(self.codes.abs().max())
         for name, found in (

@@ -1,8 +1,8 @@
 """How the steps and offsets of groups are stored: as what they were once computed from, where that is smaller.
 
-Quantizers fit a group's grid to its extremes and round the step to float16, ``step = float16((top - low) / levels)``. The
-extremes are weights of the original model. If that was bfloat16, they hold 8 bits each where the step holds 11, so the
-extreme is stored and the step computed again (``reach``). Quantizers of two levels give each block of groups one
+Quantizers fit a group's grid to its extremes and round the step to float16, ``step = float16((top - low) / levels)``.
+The extremes are weights of the original model. If that was bfloat16, they hold 8 bits each where the step holds 11, so
+the extreme is stored and the step computed again (``reach``). Quantizers of two levels give each block of groups one
 float16, and each group a small integer that multiplies it (``product``). Anything else is stored as it is (``plain``).
 All three restore the same bits: they use nothing but IEEE operations that are rounded correctly everywhere.
 """
@@ -20,8 +20,8 @@ from octavo.forms.base import expect, expect_integers
 
 #: Groups that may share one factor: those of 16 and of 32 columns in the blocks of 256 of GGUF's K-quants.
 _BLOCKS = (16, 8)
-#: Largest integer that multiplies a shared factor.
-_RATIO = 128
+#: Largest integer that multiplies a shared factor: 7 bits, and a group whose codes are all even or threefold.
+_RATIO = 384
 #: Mantissa bits that bfloat16 does not have.
 _BFLOAT16 = 16
 
@@ -100,13 +100,12 @@ def _product(values: Tensor) -> tuple[Tensor, Tensor] | None:
         split = values.reshape(-1, block)
         largest = split.gather(1, split.abs().argmax(1, keepdim=True))
         shared = torch.zeros_like(largest)
-        open_ = torch.ones_like(largest, dtype=torch.bool)
+        (rows,) = (largest[:, 0] != 0).nonzero(as_tuple=True)
         for ratio in range(1, _RATIO + 1):
-            factor = (largest / ratio).half().float()
-            integers = (split / torch.where(factor == 0, 1.0, factor)).round()
-            hit = open_ & (factor * integers == split).all(1, keepdim=True)
-            shared, open_ = torch.where(hit, factor, shared), open_ & ~hit
-        if not bool(open_.any()):
-            ratio = (split / torch.where(shared == 0, 1.0, shared)).round()
-            return shared.reshape(len(values), -1), ratio.to(torch.int16).reshape(values.shape)
+            factor = (largest[rows] / ratio).half().float()
+            fits = (factor * (split[rows] / factor).round() == split[rows]).all(1)
+            shared[rows[fits]], rows = factor[fits], rows[~fits]
+            if not len(rows):
+                integers = (split / torch.where(shared == 0, 1.0, shared)).round()
+                return shared.reshape(len(values), -1), integers.to(torch.int16).reshape(values.shape)
     return None

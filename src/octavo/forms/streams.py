@@ -60,7 +60,11 @@ class Cells:
             # A group and its mirror image have one distribution, read from either end.
             self.mirrored = place > levels // 2
             place = torch.where(self.mirrored, levels - place, place)
-            self._zero = place if levels < 2 * _ZEROS else place.int().mul_(_ZEROS).div_(levels // 2 + 1, rounding_mode="floor").to(torch.int16)
+            self._zero = (
+                place
+                if levels < 2 * _ZEROS
+                else place.int().mul_(_ZEROS).div_(levels // 2 + 1, rounding_mode="floor").to(torch.int16)
+            )
         self.width = len(columns) // step.shape[1]
 
     @property

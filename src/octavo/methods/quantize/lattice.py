@@ -2,7 +2,10 @@
 
 A dequantized weight is ``x = round(step * code + offset)``, rounded to the precision that it was dequantized in.
 Differences of values are multiples of the step, so the smallest of them is the step or a small multiple of it; that
-gives the codes. With them each value bounds its step, ``(|x - offset| - h) / code <= step <= (|x - offset| + h) / code``
+gives the codes. With them each value bounds its step,
+
+    (x - offset - h) / code <= step <= (x - offset + h) / code
+
 with ``h`` half the spacing of floats at ``x``, and a number of short mantissa within all bounds of a group is the step
 that was stored. Nothing is believed before the values were computed again and were the same bit for bit.
 """
@@ -26,6 +29,8 @@ _REFINEMENTS = 3
 _LEVELS = 256
 #: An offset in float16 that was rounded to bfloat16 with its sum may have been one of these neighbours.
 _NEIGHBOURS = (0, -1, 1, -2, 2, -3, 3, -4, 4)
+#: Codes that a group may lack at the low end, and the bits of a float32 that no product of a float16 with 6 bits has.
+_ABSENT, _LONG = 4, 0x3F
 _PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
@@ -95,12 +100,20 @@ def _with_offset(groups: Tensor, precision: torch.dtype) -> Lattice | None:
             continue
         codes[rows[fits]], steps[rows[fits]], offsets[rows[fits]] = found[fits], step[fits], trial[fits]
         open_[rows[fits]] = False
-    return None if bool(open_.any()) else Lattice(codes.to(torch.int16), steps, offsets)
+    if bool(open_.any()):
+        return None
+    for shift in range(1, _ABSENT + 1):
+        # An offset of long mantissa is none: code 0 is not met in this group, and lies some steps below.
+        (rows,) = ((offsets.view(torch.int32) & _LONG) != 0).nonzero(as_tuple=True)
+        below = offsets[rows] - shift * steps[rows]
+        below = ((below.view(torch.int32) + (_LONG + 1) // 2) & ~_LONG).view(torch.float32)
+        again = _dequantized(codes[rows] + shift, steps[rows, None], below[:, None], precision)
+        fits = (again == groups[rows]).all(1)
+        codes[rows[fits]], offsets[rows[fits]] = codes[rows[fits]] + shift, below[fits]
+    return Lattice(codes.to(torch.int16), steps, offsets)
 
 
-def _fitted(
-    values: Tensor, points: Tensor, offset: Tensor, precision: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(values: Tensor, points: Tensor, offset: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (groups, width), none negative, and steps (groups,) that give ``values``, and of which groups they do.
 
     ``points`` (groups, any) are those whose differences are multiples of the step.

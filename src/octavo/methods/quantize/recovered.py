@@ -49,12 +49,12 @@ class SourceGrid(Method):
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The widest group in which every sampled one lies on a grid, if there is one."""
-        precision = precision_of(weight)
         for width in dict.fromkeys((weight.shape[1], *self.widths)):
             if width < min(self.widths) or weight.shape[1] % width:
                 continue
             groups = weight.reshape(-1, width)
             sample = groups[:: -(-len(groups) // _SAMPLE)]
+            precision = precision_of(sample)
             for offset in (False, True):
                 if find(sample, precision, offset=offset) is not None:
                     return [{"width": width, "offset": offset}]
@@ -63,7 +63,9 @@ class SourceGrid(Method):
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         found = self._recovered(weight, setting)
         if found is None:
-            raise RequestError(f"{self.name}: not every group of {setting['width']} columns of this matrix is on a grid")
+            raise RequestError(
+                f"{self.name}: not every group of {setting['width']} columns of this matrix is on a grid"
+            )
         return found
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
