@@ -55,7 +55,7 @@ def load(
     parts: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int], low: Tensor | None = None
 ) -> Tensor:
     """Exact inverse of :func:`store`; everything is checked."""
-    kind = meta.get("kind")
+    kind = meta["kind"]
     if kind == "plain":
         return floats.join(parts, meta, shape)
     if kind == "reach":

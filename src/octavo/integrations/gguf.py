@@ -1,10 +1,13 @@
-"""GGUF files as sources, read through ``transformers``: weights as they dequantize, and what they take in the file."""
+"""GGUF files as sources, read through ``transformers``: weights as they dequantize, and what they take in the file.
+
+Its readers believe what a file says, and raise whatever comes of it: every exception of theirs means a file that cannot
+be read.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import struct
 import tempfile
 import weakref
 from contextlib import redirect_stderr
@@ -16,12 +19,6 @@ from torch import nn
 
 from octavo.errors import MissingExtraError, RequestError
 from octavo.sites import Source, from_module
-
-#: What readers of a damaged file raise: it is parsed by NumPy, byte for byte, and believes what it reads.
-_DAMAGED = (
-    OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError,
-    OverflowError, MemoryError, struct.error,
-)  # fmt: skip
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -53,7 +50,7 @@ def open_gguf(file: Path) -> Source:
     MissingExtraError
         If the packages that read it are not installed.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("transformers", "gguf", "accelerate")):
+    if not all(map(_installed, ("transformers", "gguf", "accelerate"))):
         raise MissingExtraError(
             f"{file}: reading GGUF needs transformers, gguf and accelerate: pip install 'octavo[gguf]'"
         )
@@ -61,11 +58,23 @@ def open_gguf(file: Path) -> Source:
     module = _model(file)
     source = from_module(module, title=file.stem)
     source.path, source.is_transformers, source.stored = file, True, stored
+    types = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in stored.items())
+    source.notes.append(
+        f"the source was already quantized ({types}): ratios count against these bytes; as floats it takes "
+        f"{source.dense_bytes / 1e6:.2f} MB"
+    )
     folder = tempfile.TemporaryDirectory(prefix="octavo-gguf-")
     weakref.finalize(source, folder.cleanup)
     source.companions = Path(folder.name)
     _write_companions(file, module, source.companions)
     return source
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module that was blocked has no specification
+        return False
 
 
 def _stored(file: Path) -> dict[str, int]:
@@ -77,7 +86,7 @@ def _stored(file: Path) -> dict[str, int]:
         sizes: dict[str, int] = {}
         for tensor in tensors:
             sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    except _DAMAGED as error:
+    except Exception as error:
         raise RequestError(f"{file}: cannot be read as GGUF, it may be truncated: {error}") from error
     if not sizes:
         raise RequestError(f"{file}: holds no tensors")
@@ -93,7 +102,7 @@ def _model(file: Path) -> nn.Module:
             module, info = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
-    except _DAMAGED as error:
+    except Exception as error:
         raise RequestError(f"{file}: transformers cannot load it: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -115,5 +124,5 @@ def _write_companions(file: Path, module: Any, folder: Path) -> None:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         tokenizer.save_pretrained(folder)
-    except _DAMAGED as error:
+    except Exception as error:
         raise RequestError(f"{file}: its tokenizer cannot be read: {error}") from error

@@ -26,7 +26,9 @@ _MULTIPLES = 5
 #: Where rounding blurs differences, the largest code is guessed, from small to large.
 _LARGEST = (*range(1, 33), 63, 64, 127, 128, 255)
 _REFINEMENTS = 3
-_LEVELS = 256
+#: Differences below this share of a group's largest value are rounding errors of float32.
+_NOISE = 2.0**-22
+_LEVELS, _UNCERTAIN = 256, 64
 #: An offset in float16 that was rounded to bfloat16 with its sum may have been one of these neighbours.
 _NEIGHBOURS = (0, -1, 1, -2, 2, -3, 3, -4, 4)
 #: Codes that a group may lack at the low end, and the bits of a float32 that no product of a float16 with 6 bits has.
@@ -73,7 +75,9 @@ def find(groups: Tensor, precision: torch.dtype, *, offset: bool) -> Lattice | N
 
 def _through_zero(groups: Tensor, precision: torch.dtype) -> Lattice | None:
     size = groups.abs()
-    codes, step, fits = _fitted(size, torch.nn.functional.pad(size, (1, 0)), torch.zeros_like(size[:, 0]), precision)
+    codes, step, fits = _fitted(
+        size, torch.nn.functional.pad(size, (1, 0)), torch.zeros_like(size[:, 0]), precision, _LEVELS
+    )
     if not bool(fits.all()):
         return None
     # Zeros tell the sign of a step: -0.0 is a code of zero times a step below it. Who makes steps of either sign gives
@@ -91,11 +95,13 @@ def _with_offset(groups: Tensor, precision: torch.dtype) -> Lattice | None:
     low = groups.amin(1)
     spacing = torch.ldexp(torch.ones_like(low), torch.frexp(low)[1] - _PRECISION[torch.float16])
     codes, steps, offsets = torch.zeros_like(groups), torch.zeros_like(low), low.clone()
+    # With an offset that is not certain either, many codes would fit anything.
+    levels = _LEVELS if precision == torch.float32 else _UNCERTAIN
     open_ = torch.ones_like(low, dtype=torch.bool)
     for shift in _NEIGHBOURS if precision == torch.bfloat16 else (0,):
         (rows,) = open_.nonzero(as_tuple=True)
         trial = low[rows] + shift * spacing[rows]
-        found, step, fits = _fitted(groups[rows], groups[rows], trial, precision)
+        found, step, fits = _fitted(groups[rows], groups[rows], trial, precision, levels)
         if not bool(fits.any()):
             continue
         codes[rows[fits]], steps[rows[fits]], offsets[rows[fits]] = found[fits], step[fits], trial[fits]
@@ -113,11 +119,33 @@ def _with_offset(groups: Tensor, precision: torch.dtype) -> Lattice | None:
     return Lattice(codes.to(torch.int16), steps, offsets)
 
 
-def _fitted(values: Tensor, points: Tensor, offset: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(
+    values: Tensor, points: Tensor, offset: Tensor, precision: torch.dtype, levels: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (groups, width), none negative, and steps (groups,) that give ``values``, and of which groups they do.
 
     ``points`` (groups, any) are those whose differences are multiples of the step.
     """
+    if precision != torch.float32:
+        return _bounded(values, points, offset, precision, levels)
+    # Most grids have float16 steps, and most groups codes next to each other: these are found without bounds.
+    distance, gaps = values - offset[:, None], points.sort(1).values.diff(dim=1)
+    span = distance.amax(1)
+    gap = torch.where(gaps > _NOISE * values.abs().amax(1, keepdim=True), gaps, torch.inf).amin(1)
+    steps = (span / (span / gap).round()).half().float()
+    codes = (distance / steps[:, None]).round().nan_to_num_(0.0, 0.0, 0.0)
+    fits = (steps > 0) & (codes.amax(1) < levels)
+    fits &= (_dequantized(codes, steps[:, None], offset[:, None], precision) == values).all(1)
+    (rows,) = (~fits).nonzero(as_tuple=True)
+    if len(rows):
+        codes[rows], steps[rows], fits[rows] = _bounded(values[rows], points[rows], offset[rows], precision, levels)
+    return codes, steps, fits
+
+
+def _bounded(
+    values: Tensor, points: Tensor, offset: Tensor, precision: torch.dtype, levels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`_fitted` says, from the bounds that every value puts on its step."""
     distance = values.double() - offset[:, None].double()
     half = torch.ldexp(torch.ones_like(distance), torch.frexp(values)[1] - _PRECISION[precision] - 1)
     gaps, span = points.double().sort(1).values.diff(dim=1), distance.amax(1)
@@ -125,13 +153,10 @@ def _fitted(values: Tensor, points: Tensor, offset: Tensor, precision: torch.dty
     codes, steps, open_ = torch.zeros_like(values), torch.zeros_like(offset), span > 0
     # The span is many steps long: it tells the step more precisely than one difference does.
     exact = precision == torch.float32
-    guesses = [span / gap * multiple for multiple in range(1, _MULTIPLES + 1)] if exact else _LARGEST
-    if not exact and values is points:
-        # With an offset that is not certain either, more codes would fit anything.
-        guesses = [most for most in _LARGEST if most < 64]
-    for guess in guesses:
-        count = torch.as_tensor(guess).expand(len(span)).round()
-        (rows,) = (open_ & (count >= 1) & (count < _LEVELS)).nonzero(as_tuple=True)
+    guesses = [span / gap * multiple for multiple in range(1, _MULTIPLES + 1)]
+    for guess in guesses if exact else [torch.full_like(span, most) for most in _LARGEST] + guesses:
+        count = guess.round()
+        (rows,) = (open_ & (count >= 1) & (count < levels)).nonzero(as_tuple=True)
         if not len(rows):
             continue
         trial = (distance[rows] / (span[rows] / count[rows])[:, None]).round()
