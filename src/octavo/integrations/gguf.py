@@ -99,11 +99,12 @@ def _model(file: Path) -> nn.Module:
     try:
         # Its progress bars cannot be turned off.
         with redirect_stderr(io.StringIO()):
-            module, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
     except Exception as error:
         raise RequestError(f"{file}: transformers cannot load it: {error}") from error
+    module, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise RequestError(f"{file}: lacks {len(missing)} weights of {type(module).__name__}, such as {missing[0]!r}")

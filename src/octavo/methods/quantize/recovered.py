@@ -87,5 +87,6 @@ class SourceGrid(Method):
             pieces.append(found)
         codes = torch.cat([piece.codes for piece in pieces]).view(rows, columns)
         step = torch.cat([piece.step for piece in pieces]).view(rows, -1)
-        low = torch.cat([piece.offset for piece in pieces]).view(rows, -1) if offset else None
+        offsets = [piece.offset for piece in pieces if piece.offset is not None]
+        low = torch.cat(offsets).view(rows, -1) if offsets else None
         return Affine(codes, step, low, precision)
