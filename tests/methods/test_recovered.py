@@ -100,7 +100,7 @@ BITS = {
 }  # fmt: skip
 #: Two offsets and steps fit what rounding has left, or none of those that are tried does.
 LOST = {("Q8_0", "bfloat16"), ("GPTQ 64, 8 bits", "bfloat16"), ("int8 rows", "bfloat16"), ("Q4_K", "bfloat16")}
-LOST |= {("Q4_K", "float16")}
+LOST |= {("Q4_K", "float16"), ("GPTQ 64, 8 bits", "float16")}
 
 
 def recovered(weight: Tensor):
