@@ -98,7 +98,7 @@ def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspac
         for plan in plans:
             nearest = {curve.site: _nearest(curve, plan.points[curve.site]) for curve in curves}
             expected = sum(point.loss for point in nearest.values())
-            if expected < 1e-3 * total:
+            if expected <= 1e-3 * total:
                 continue
             packed = dict(job.encode_all(nearest, calibration, room))
             pairs.append((expected, float(job.measure(job.weights(packed)).mean())))

@@ -109,7 +109,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
         from scipy.stats import spearmanr
     except ImportError as error:
         raise MissingExtraError("spearman needs scipy, which is not installed: pip install 'octavo[hf]'") from error
-    if data is None or source.path is None or source.module is None:
+    if data is None or source.folder is None or source.module is None:
         raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
     try:
         with open(data, encoding="utf-8", newline="") as file:
@@ -119,7 +119,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     if len(rows) < 2:
         raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)
-    batches = jobs.prepared(source, wanted, text_batches(source.path, texts))
+    batches = jobs.prepared(source, wanted, text_batches(source.folder, texts))
     vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
@@ -129,10 +129,10 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
 def _perplexity(source: Source, data: Any) -> dict[str, Any]:
     from octavo.integrations.transformers import context_of, is_causal, window_batches
 
-    if source.module is None or source.path is None or not is_causal(source.module):
+    if source.module is None or source.folder is None or not is_causal(source.module):
         raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
     texts, text = jobs.texts_of(data)
-    windows = window_batches(source.path, texts, min(PERPLEXITY_WINDOW, context_of(source.module)))
+    windows = window_batches(source.folder, texts, min(PERPLEXITY_WINDOW, context_of(source.module)))
     wanted = KL()
     windows = jobs.prepared(source, wanted, windows)
     total, count = 0.0, 0

@@ -99,7 +99,7 @@ def _encoded(
         for done, (name, found) in enumerate(job.encode_all(moved, calibration, room)):
             points[name], packed[name] = replace(moved[name], bytes=found.bytes, estimated=False), found
             job.progress("encode", done + 1, len(moved))
-        contents = job.contents(packed, _kept(profile))
+        contents = job.contents(packed, _kept(job, profile, points))
         if asked is None or attempt == _ROUNDS - 1 or _fits(contents.bytes, asked):
             break
         free = {name: point for name, point in points.items() if name not in job.pinned}
@@ -111,8 +111,10 @@ def _encoded(
     return points, packed, contents
 
 
-def _kept(profile: Profile) -> torch.dtype | None:
-    return torch.float16 if profile.options.get("kept") else None
+def _kept(job: Job, profile: Profile, points: Mapping[str, Point]) -> torch.dtype | None:
+    # Where no site loses anything, what is no site shall lose nothing either.
+    lossless = not job.pinned and all(point.loss == 0 for point in points.values())
+    return torch.float16 if profile.options.get("kept") and not lossless else None
 
 
 def _fits(total: int, asked: Budget) -> bool:

@@ -135,14 +135,15 @@ class Job:
             yield name, packed
 
     def kept(self, dtype: torch.dtype | None) -> dict[str, Kept]:
-        """Tensors that are no sites, floating ones in ``dtype`` if that is narrower than they are."""
+        """Tensors that are no sites, floating ones in 16 bits where these are exact, or ``dtype`` is narrower."""
         if dtype not in self._kept:
             self._kept[dtype] = {}
             for name, reason in self.left.items():
-                own = self.source.dtypes[name]
-                narrow = dtype is not None and own.is_floating_point and own.itemsize > dtype.itemsize
+                own = stored = self.source.dtypes[name]
                 # What the user asked to leave alone is left alone.
-                stored = dtype if dtype is not None and narrow and not reason.startswith("ignored") else own
+                if own.is_floating_point and not reason.startswith("ignored"):
+                    narrow = _exactly(self.source.read(name)) or dtype
+                    stored = narrow if narrow is not None and own.itemsize > narrow.itemsize else own
                 self._kept[dtype][name] = Kept(partial(self.source.read, name), self.source.shapes[name], stored, own)
         return self._kept[dtype]
 
@@ -195,6 +196,12 @@ class Job:
         return self.source.module is not None and bool(self.held_data)
 
 
+def _exactly(tensor: Tensor) -> torch.dtype | None:
+    """The 16-bit dtype that holds all values of a tensor, if there is one."""
+    narrow = (torch.float16, torch.bfloat16)
+    return next((dtype for dtype in narrow if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)), None)
+
+
 def model_of(source: Source, *, blockwise: bool) -> InMemory | Blockwise:
     """The model of a source, to be run; that of a folder is loaded now, or block by block whenever it is run."""
     if source.is_skeleton:
@@ -231,7 +238,7 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
     ``data`` is a file of texts, a list of texts, or an iterable of batches; None takes the built-in text for a text
     model.
     """
-    folder = source.path if source.path is not None and source.path.is_dir() else None
+    folder = source.folder
     if source.module is None:
         if data is not None:
             raise RequestError(f"{source.title}: without a model, calibration data cannot be used; leave it out")
@@ -326,7 +333,7 @@ def choose_objective(source: Source, wanted: str | Objective | None) -> Objectiv
     if source.is_transformers:
         from octavo.integrations.transformers import default_objective
 
-        return default_objective(source, source.path)
+        return default_objective(source, source.folder)
     return objective("kl")
 
 

@@ -153,7 +153,7 @@ def profile_site(
     """
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
-    for method in sorted(methods, key=lambda method: (PRESETS.index(method.preset), method.elastic is None)):
+    for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
         if not method.accepts(site):
             continue
         if sample is not None and method.by_rows:
@@ -167,6 +167,9 @@ def profile_site(
                 keep(method, setting, packed)
                 loss = evidence.loss(form.dense() - weight)
                 curve.points.append(Point(method.name, setting, packed.bytes, loss))
+    if not curve.points:
+        names = ", ".join(method.name for method in methods)
+        raise RequestError(f"site {site.name!r}: {names} can do nothing with it; add another method, such as entropy")
     return curve
 
 
@@ -187,12 +190,16 @@ def _walk(
 ) -> Iterator[tuple[Setting, Any]]:
     """Settings of a method from the middle outwards, until they leave the window or turn out hopeless."""
     settings = method.settings(weight, evidence)
+    if not settings:
+        return
     if method.elastic is not None:
         settings = settings[:: window.stride] if len(settings) > 2 else settings
     start = len(settings) // 2
     # How dense storage compares is no question of settings: all of its few are always there.
     reference = None if method.family == "keep" else envelope(curve)
     seen: dict[int, Point] = {}
+    #: From these bytes on nothing is lost, and nothing is to be gained.
+    enough = min((p.bytes for p in curve.points if p.loss == 0), default=math.inf)
 
     def bits(index: int) -> float:
         return seen[index].bytes * 8 / max(math.prod(curve.shape), 1)
@@ -201,19 +208,24 @@ def _walk(
         """Loss over that of the best curve so far at the same bytes."""
         return 0.0 if reference is None else seen[index].loss / reference(seen[index].bytes)
 
+    def needless(index: int) -> bool:
+        return seen[index].bytes >= enough
+
     def outwards(step: int, wanted: Callable[[int], bool]) -> Iterator[int]:
         index = start
         while 0 <= index + step < len(settings) and wanted(index):
             index += step
             yield index
-            if excess(index) > PROMISING and excess(index) > 0.95 * excess(index - step):
+            if needless(index) and step < 0:
+                return
+            if not needless(index) and excess(index) > PROMISING and excess(index) > 0.95 * excess(index - step):
                 return  # behind, and not catching up
 
     def order() -> Iterator[int]:
         yield start
-        if excess(start) <= SCREEN:
+        if needless(start) or excess(start) <= SCREEN:
             yield from outwards(1, lambda index: bits(index) > window.least)
-            yield from outwards(-1, lambda index: bits(index) < window.most)
+            yield from outwards(-1, lambda index: bits(index) < window.most and not needless(index))
 
     taken: list[int] = []
 
@@ -229,7 +241,8 @@ def _walk(
 
 def envelope(curve: Curve) -> Callable[[float], float] | None:
     """Loss as a function of bytes along the measured points, log-linear between them; None if there are too few."""
-    points = sorted({(point.bytes, max(point.loss, 1e-300)) for point in curve.points})
+    # Lossless points are left out: there is no logarithm to reach them by.
+    points = sorted({(point.bytes, point.loss) for point in curve.points if point.loss > 0})
     if len(points) < 2:
         return None
     sizes = np.array([size for size, _ in points], float)

@@ -85,11 +85,13 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
 def _write(done: Compressed, folder: Path) -> None:
     source = done.job.source
     done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
-    if source.is_transformers and source.path is not None:
+    if source.is_transformers and source.folder is not None:
         from octavo.integrations.transformers import artifact_config
 
-        _copy_companions(source.path, folder)
-        (folder / "config.json").write_text(json.dumps(artifact_config(source.path), indent=2) + "\n", encoding="utf-8")
+        _copy_companions(source.folder, folder)
+        (folder / "config.json").write_text(
+            json.dumps(artifact_config(source.folder), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from octavo.budget import Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import Evidence, data_free
 from octavo.errors import RequestError
+from octavo.forms import Dense
 from octavo.job import Job, Progress
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
@@ -150,5 +151,6 @@ def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:
     if sample is not None:
         weight, evidence, packing = sample.weight, sample.evidence, sample.packed
         methods = [method for method in methods if method.by_rows] or methods
-    coarsest = (method.encode(weight, method.settings(weight, evidence)[-1], evidence) for method in methods)
-    return min(map(packing, coarsest), key=lambda packed: packed.bytes)
+    settings = [(method, method.settings(weight, evidence)[-1:]) for method in methods]
+    forms = [form for method, last in settings for form in method.encode_all(weight, last, evidence)]
+    return min(map(packing, forms or [Dense(weight.half())]), key=lambda packed: packed.bytes)

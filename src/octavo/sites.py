@@ -140,6 +140,10 @@ class Source:
     module: nn.Module | None = None
     parameters: dict[str, str] = field(default_factory=dict)
     is_transformers: bool = False
+    #: Where configuration and tokenizer are, if not in ``path``.
+    companions: Path | None = None
+    #: Bytes by type as its tensors are stored, where that is in no dtype of torch.
+    stored: dict[str, int] = field(default_factory=dict)
     #: What is to be told about how the source was read.
     notes: list[str] = field(default_factory=list)
     #: SHA-256 of every tensor's content, from :func:`examine`.
@@ -147,8 +151,18 @@ class Source:
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of the distinct tensors at the precision they are stored in."""
+        """Bytes of the distinct tensors as they are stored."""
+        return sum(self.stored.values()) or self.dense_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the distinct tensors at their dtypes."""
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of configuration and tokenizer, if there is one."""
+        return self.companions or (self.path if self.path is not None and self.path.is_dir() else None)
 
     @property
     def weights(self) -> int:
@@ -256,7 +270,7 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
 
 
 def from_path(path: str | Path, *, module: bool = True, progress: Progress = lambda done, total: None) -> Source:
-    """A source from a ``transformers`` folder, a ``.safetensors`` file or a sharded index.
+    """A source from a ``transformers`` folder, a ``.safetensors`` file, a sharded index, or a GGUF file.
 
     Parameters
     ----------
@@ -273,6 +287,11 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
     path = Path(path)
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder")
+    from octavo.integrations.gguf import gguf_file, open_gguf
+
+    quantized = gguf_file(path)
+    if quantized is not None:
+        return open_gguf(quantized)
     files, promised = _weight_files(path)
     config = path / "config.json" if path.is_dir() else None
     if config is not None and config.exists():
@@ -300,7 +319,9 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
         if path.name.endswith(".index.json"):
             return _indexed(path)
         if path.suffix != ".safetensors":
-            raise RequestError(f"{path}: only .safetensors files and their .index.json can be read (pickles run code)")
+            raise RequestError(
+                f"{path}: only .safetensors files, their .index.json and .gguf files can be read (pickles run code)"
+            )
         return [path], {}
     for index in sorted(path.glob("*.safetensors.index.json")):
         return _indexed(index)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from octavo.artifact import pack, unpack
 from octavo.errors import ArtifactError
-from octavo.forms import Codebook, Dense, Grid, LowRank, Sparse, Sum, form_names, restore
+from octavo.forms import Affine, Codebook, Dense, Grid, LowRank, Sparse, Sum, form_names, restore
 from octavo.forms.base import MAX_DEPTH
 
 
@@ -33,6 +33,21 @@ def grid(rows, columns, seed, kind="tensor"):
         return Grid(codes, scale.half() if kind == "group" else scale, zero)
     exponents = [torch.randint(-60, 60, (n,), generator=g, dtype=torch.int16) for n in (rows, columns)]
     return Grid(codes, scale, None, *exponents)
+
+
+def affine(rows, columns, seed, kind="plain"):
+    """Steps as they come, fitted to bfloat16 extremes, or products of a shared factor with small integers."""
+    g = _generator(seed)
+    groups = next(n for n in (8, 3, 2, 1) if columns % n == 0)
+    codes = torch.randint(0, 16, (rows, columns), generator=g, dtype=torch.int16)
+    step, low = (torch.rand(rows, groups, generator=g).bfloat16().float() + k for k in (0.5, -1.0))
+    if kind == "reach":
+        step = ((step - low) / 15).half().float()
+    if kind == "product":
+        step = (step[:, :1].half() * torch.randint(0, 64, step.shape, generator=g)).float()
+    if kind == "negative":
+        return Affine(codes - 8, torch.where(step < 1, -step, step))
+    return Affine(codes, step, low, torch.bfloat16 if kind == "rounded" else torch.float32)
 
 
 def codebook(rows, columns, seed, scaled=False, values=7):
@@ -70,6 +85,11 @@ FORMS = {
     "grid per group": lambda r, c, s: grid(r, c, s, "group"),
     "grid with zeros": lambda r, c, s: grid(r, c, s, "zero"),
     "grid with steps": lambda r, c, s: grid(r, c, s, "steps"),
+    "affine": affine,
+    "affine fitted": lambda r, c, s: affine(r, c, s, "reach"),
+    "affine of two levels": lambda r, c, s: affine(r, c, s, "product"),
+    "affine of either sign": lambda r, c, s: affine(r, c, s, "negative"),
+    "affine rounded": lambda r, c, s: affine(r, c, s, "rounded"),
     "codebook": codebook,
     "codebook with scale": lambda r, c, s: codebook(r, c, s, scaled=True),
     "codebook of many": lambda r, c, s: codebook(r, c, s, values=700),
@@ -94,11 +114,12 @@ FORMS = {
 }  # fmt: skip
 
 #: Parts whose absence makes another valid form of the same class.
-OPTIONAL = {"zero", "rows", "columns", "scale"}
+OPTIONAL = {"zero", "rows", "columns", "scale", "negative"}
 
 
 def everything(meta):
-    yield meta["form"]
+    if "form" in meta:
+        yield meta["form"]
     for value in meta.values():
         if isinstance(value, dict):
             yield from everything(value)

@@ -1,5 +1,6 @@
 """How a site's content is stored and run. Many methods find forms; there are few forms, and they nest."""
 
+from octavo.forms.affine import Affine
 from octavo.forms.base import Form, form, form_names, restore
 from octavo.forms.codebook import Codebook
 from octavo.forms.dense import Dense
@@ -8,4 +9,4 @@ from octavo.forms.lowrank import LowRank
 from octavo.forms.sparse import Sparse
 from octavo.forms.sum import Sum
 
-__all__ = ["Codebook", "Dense", "Form", "Grid", "LowRank", "Sparse", "Sum", "form", "form_names", "restore"]
+__all__ = ["Affine", "Codebook", "Dense", "Form", "Grid", "LowRank", "Sparse", "Sum", "form", "form_names", "restore"]

@@ -43,6 +43,9 @@ class Method(ABC):
     preset: ClassVar[str] = "default"
     #: Name of a knob that changes the size continuously, so that a budget can be met exactly; None if there is none.
     elastic: ClassVar[str | None] = None
+    #: Whether every form it finds restores the weight bit for bit. Such methods go first: what takes more bytes than
+    #: theirs is not tried.
+    lossless: ClassVar[bool] = False
 
     #: Whether rows are encoded alike whichever others there are, so that a sample of them tells of the whole matrix.
     by_rows: ClassVar[bool] = True
@@ -61,7 +64,7 @@ class Method(ABC):
 
     @abstractmethod
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """The settings worth trying, from largest to smallest."""
+        """The settings worth trying, from largest to smallest; none if the method has nothing to offer here."""
 
     @abstractmethod
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
@@ -70,7 +73,8 @@ class Method(ABC):
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """Forms of several settings; methods that can share work between settings override this.
 
-        ``settings`` may be lazy: the next one is asked for only after the form of the last was taken.
+        ``settings`` may be lazy: the next one is asked for only after the form of the last was taken. A setting that
+        turns out to be impossible may be passed over.
         """
         for setting in settings:
             yield self.encode(weight, setting, evidence)

@@ -68,6 +68,8 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
             "bytes": profile.original_bytes,
             "parameters": profile.weights,
             "dtypes": _dtypes(done),
+            "stored": job.source.stored,
+            "dense_bytes": job.source.dense_bytes,
         },
         "budget": {"asked": done.budget.asked, "bytes": done.budget.bytes},
         "artifact": {
@@ -110,6 +112,10 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
 
 
 def _why_less(done: Compressed) -> str:
+    if not any(point.loss for point in done.built.plan.points.values()) and not done.job.pinned:
+        return (
+            "less than the budget is used: the source is restored bit for bit, so more bytes could not lower the loss"
+        )
     return (
         "less than 98% of the budget is used: with these methods and settings more bytes would not lower the "
         "expected loss, or none of them has a continuous setting"
@@ -271,7 +277,7 @@ def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) 
         "artifact": statistics.median(compressed[1:]),
         "note": f"median of {_PAIRS} interleaved passes of one batch; weights are decoded at load, both run dense",
     }
-    if job.source.is_transformers and job.source.path is not None:
+    if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
         from octavo.integrations.transformers import load_model
 
         original_class: Any = type(module)

@@ -1,0 +1,92 @@
+"""The grid that a source already lies on, found again exactly: lossless, and smaller than the file it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.errors import RequestError
+from octavo.forms import Affine, Form
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.knobs import whole
+from octavo.methods.quantize.lattice import find, precision_of
+
+#: Groups that are looked at before all are: an ordinary matrix is told from a quantized one by the first few.
+_SAMPLE = 32
+_CHUNK = 1 << 20
+
+
+@method(
+    "source-grid",
+    family="quantize",
+    preset="fast",
+    source="Formats of GGUF, GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978); the recovery is Octavo's",
+)
+@dataclass(frozen=True)
+class SourceGrid(Method):
+    """Codes, steps and offsets of a matrix that some quantizer has been at, such that nothing is lost.
+
+    ``W[i, j] = round(step[i, g] * codes[i, j] + offset[i, g])`` bit for bit, ``g = j // width`` and offsets only where
+    they are needed (:mod:`octavo.methods.quantize.lattice` says how they are found). A matrix that is not reproduced
+    in every bit is offered nothing, and most others are left after a look at a few groups.
+
+    Parameters
+    ----------
+    widths
+        Columns of a group that are tried, besides whole rows; from wide to narrow, since a half of a group lies on its
+        grid as well.
+    """
+
+    widths: tuple[int, ...] = (256, 128, 64, 32, 16)
+
+    lossless = True
+    # A row off the grid is enough to lose something.
+    by_rows = False
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """The widest group in which every sampled one lies on a grid, if there is one."""
+        for width in dict.fromkeys((weight.shape[1], *self.widths)):
+            if width < min(self.widths) or weight.shape[1] % width:
+                continue
+            groups = weight.reshape(-1, width)
+            sample = groups[:: -(-len(groups) // _SAMPLE)]
+            precision = precision_of(sample)
+            for offset in (False, True):
+                if find(sample, precision, offset=offset) is not None:
+                    return [{"width": width, "offset": offset}]
+        return []
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        found = self._recovered(weight, setting)
+        if found is None:
+            raise RequestError(
+                f"{self.name}: not every group of {setting['width']} columns of this matrix is on a grid"
+            )
+        return found
+
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
+        """Nothing, if groups beyond the sample turn out to be on no grid."""
+        found = (self._recovered(weight, setting) for setting in settings)
+        return (form for form in found if form is not None)
+
+    def _recovered(self, weight: Tensor, setting: Setting) -> Form | None:
+        width = whole(self.name, setting, "width", min(self.widths))
+        rows, columns = weight.shape
+        if columns % width:
+            raise RequestError(f"{self.name}: groups of {width} do not divide the {columns} columns of this matrix")
+        precision, offset = precision_of(weight), bool(setting.get("offset"))
+        pieces = []
+        for piece in weight.reshape(-1, width).split(max(1, _CHUNK // width)):
+            found = find(piece, precision, offset=offset)
+            if found is None:
+                return None
+            pieces.append(found)
+        codes = torch.cat([piece.codes for piece in pieces]).view(rows, columns)
+        step = torch.cat([piece.step for piece in pieces]).view(rows, -1)
+        offsets = [piece.offset for piece in pieces if piece.offset is not None]
+        low = torch.cat(offsets).view(rows, -1) if offsets else None
+        return Affine(codes, step, low, precision)
