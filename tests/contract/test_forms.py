@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from octavo.artifact import pack, unpack
 from octavo.errors import ArtifactError
-from octavo.forms import Codebook, Dense, Grid, LowRank, Sparse, Sum, form_names, restore
+from octavo.forms import Codebook, Dense, Grid, LowRank, Sparse, Sum, Trellis, form_names, restore
 from octavo.forms.base import MAX_DEPTH
 
 
@@ -87,6 +87,8 @@ FORMS = {
     "sparse 1:2": lambda r, c, s: n_of_m(r, c, s, 1, 2),
     "sum(grid, lowrank)": lambda r, c, s: Sum(grid(r, c, s), lowrank(r, c, s + 7)),
     "sum(grid, sparse)": lambda r, c, s: Sum(grid(r, c, s, "steps"), sparse(r, c, s + 7)),
+    "trellis": lambda r, c, s: Trellis(grid(r, c, s, "steps")),
+    "sum(trellis, lowrank)": lambda r, c, s: Sum(Trellis(grid(r, c, s)), lowrank(r, c, s + 7)),
     "lowrank(sum, sparse)": lambda r, c, s: LowRank(
         Sum(grid(r, min(2, max(r, c)), s), codebook(r, min(2, max(r, c)), s + 1)),
         sparse(min(2, max(r, c)), c, s + 2, 0.5)
@@ -251,6 +253,7 @@ BAD_META = [
     ("sparse 2:4", "pattern", [[0, 4], [5, 4], [2, 16], [2, 3], [2], [1, 2, 3], 7, "x:", None, [math.nan, 4], {}]),
     ("sparse 2:4", "kept", [0, -1, 71, 73, 145, 10**30, "x", None, [], math.nan]),
     ("sum(grid, lowrank)", "base", [None, {}, {"form": "sum"}]),
+    ("trellis", "grid", [None, {}, "grid", {"form": "dense"}, {"form": "trellis"}, {"form": "codebook"}]),
     ("grid", "form", ["nothing", None, 3, [], "Grid", {}]),
 ]
 
