@@ -240,6 +240,11 @@ def test_indices_out_of_range_are_refused():
         refused({**parts, "gaps": parts["gaps"].clone().index_fill_(0, torch.tensor(1), value)}, few.meta(), few.shape)
 
 
+def test_a_trellis_has_no_zero_points():
+    form = cases()["trellis"]
+    refused({**parts_of(form), "grid/zero": torch.zeros(1, 1, dtype=torch.uint8)}, form.meta(), form.shape)
+
+
 def test_a_mask_that_keeps_another_number_is_refused():
     form = sparse(9, 16, 3, 0.6)
     mask = form.mask.to(torch.uint8)

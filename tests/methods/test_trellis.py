@@ -92,7 +92,7 @@ def test_no_path_of_nearest_levels_costs_less():
             part = slice(lane, None, LANES)
             paths = np.floor(targets[part]).astype(int) + choices
             codes = np.repeat(paths.T >> 1, LANES, axis=0)
-            possible = (2 * codes + one_by_one(codes))[::LANES].T == paths
+            possible = paths == (2 * codes + one_by_one(codes))[::LANES].T
             least = min(
                 ((targets[part] - path) ** 2 + penalties[classes[part], np.clip(path >> 1, -8, 7) + 8]).sum()
                 for path in paths[possible.all(1)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ArtifactError
-from octavo.forms.base import Form, child, form, nest
+from octavo.forms.base import Form, child, expect, form, nest
 from octavo.forms.grid import Grid
 
 #: Rows of one column are dealt out to so many trellises in turn, so that an encoder advances all of them at once.
@@ -56,6 +56,7 @@ class Trellis(Form):
         grid = child(tensors, meta, "grid", shape)
         if not isinstance(grid, Grid):
             raise ArtifactError(f"a trellis reads the codes of a grid, not of a form {grid.name!r}")
+        expect(grid.zero is None, "the grid of a trellis has zero points")
         return cls(grid)
 
     def dense(self) -> Tensor:  # noqa: D102

@@ -20,6 +20,8 @@ from octavo.methods.quantize.viterbi import best_path
 
 #: Codes from -32 to 31 have a length of their own. Further out it hardly changes from one to the next.
 _CODES = 64
+#: Weights in a chunk of rows: a search is called for each column of it, and calls cost as much as some hundred weights.
+_CHUNK = 1 << 21
 #: Rarer codes are taken to have this length, in bits.
 _LONGEST = 24
 
@@ -69,7 +71,7 @@ class TrellisCoded(Method):
             search = _Search(weight.shape[1], self.rate)
             # Steps of the grid are those between the levels of both quantizers.
             half = real(self.name, setting, "step", 1e-30) / 2
-            yield Trellis(units.grid(half, search.at_once, search.in_turn, multiple=LANES))
+            yield Trellis(units.grid(half, search.at_once, search.in_turn, chunk=_CHUNK, multiple=LANES))
 
 
 class _Search:

@@ -64,6 +64,7 @@ class Units:
         at_once: Callable[[Tensor], Tensor],
         in_turn: Callable[[Tensor, Tensor], Tensor],
         *,
+        chunk: int = _CHUNK,
         multiple: int = 1,
     ) -> Grid:
         """The matrix on a grid of ``step``.
@@ -77,8 +78,8 @@ class Units:
         in_turn
             Gives the codes of some rows, (columns, rows) both, with the columns in the order of processing and the
             feedback between them, which is the second argument.
-        multiple
-            Rows come one chunk after another; their numbers are multiples of this, but for the last chunk.
+        chunk, multiple
+            Rows come in chunks of about so many weights, each but the last of a multiple of so many rows.
 
         Raises
         ------
@@ -86,8 +87,8 @@ class Units:
             If codes leave 31 bits.
         """
         rows, columns = self.shape
-        chunk = max(1, _CHUNK // columns // multiple) * multiple
-        codes = [self._chunk(slice(i, i + chunk), step, at_once, in_turn) for i in range(0, rows, chunk)]
+        height = max(1, chunk // columns // multiple) * multiple
+        codes = [self._chunk(slice(i, i + height), step, at_once, in_turn) for i in range(0, rows, height)]
         column_exponents = torch.empty_like(self.column_exponents)
         column_exponents[self.order] = self.column_exponents
         # Concatenation takes the widest type of all.
