@@ -53,7 +53,7 @@ class TrellisCoded(Method):
     """
 
     rate: float = 0.1
-    levels: tuple[float, ...] = (10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1, 0.25)
+    levels: tuple[float, ...] = (10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1.25)
 
     elastic = "step"
 
