@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from octavo.artifact import pack, unpack
 from octavo.errors import ArtifactError
-from octavo.forms import Affine, Codebook, Dense, Grid, LowRank, Sparse, Sum, form_names, restore
+from octavo.forms import Affine, Codebook, Dense, Grid, LowRank, Sparse, Sum, Trellis, form_names, restore
 from octavo.forms.base import MAX_DEPTH
 
 
@@ -107,6 +107,8 @@ FORMS = {
     "sparse 1:2": lambda r, c, s: n_of_m(r, c, s, 1, 2),
     "sum(grid, lowrank)": lambda r, c, s: Sum(grid(r, c, s), lowrank(r, c, s + 7)),
     "sum(grid, sparse)": lambda r, c, s: Sum(grid(r, c, s, "steps"), sparse(r, c, s + 7)),
+    "trellis": lambda r, c, s: Trellis(grid(r, c, s, "steps")),
+    "sum(trellis, lowrank)": lambda r, c, s: Sum(Trellis(grid(r, c, s)), lowrank(r, c, s + 7)),
     "lowrank(sum, sparse)": lambda r, c, s: LowRank(
         Sum(grid(r, min(2, max(r, c)), s), codebook(r, min(2, max(r, c)), s + 1)),
         sparse(min(2, max(r, c)), c, s + 2, 0.5)
@@ -259,6 +261,11 @@ def test_indices_out_of_range_are_refused():
         refused({**parts, "gaps": parts["gaps"].clone().index_fill_(0, torch.tensor(1), value)}, few.meta(), few.shape)
 
 
+def test_a_trellis_has_no_zero_points():
+    form = cases()["trellis"]
+    refused({**parts_of(form), "grid/zero": torch.zeros(1, 1, dtype=torch.uint8)}, form.meta(), form.shape)
+
+
 def test_a_mask_that_keeps_another_number_is_refused():
     form = sparse(9, 16, 3, 0.6)
     mask = form.mask.to(torch.uint8)
@@ -272,6 +279,7 @@ BAD_META = [
     ("sparse 2:4", "pattern", [[0, 4], [5, 4], [2, 16], [2, 3], [2], [1, 2, 3], 7, "x:", None, [math.nan, 4], {}]),
     ("sparse 2:4", "kept", [0, -1, 71, 73, 145, 10**30, "x", None, [], math.nan]),
     ("sum(grid, lowrank)", "base", [None, {}, {"form": "sum"}]),
+    ("trellis", "grid", [None, {}, "grid", {"form": "dense"}, {"form": "trellis"}, {"form": "codebook"}]),
     ("grid", "form", ["nothing", None, 3, [], "Grid", {}]),
 ]
 

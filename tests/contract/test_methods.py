@@ -22,6 +22,7 @@ from octavo.calibrate import Evidence, calibrate, data_free
 from octavo.errors import RequestError
 from octavo.methods import get_method, methods
 from octavo.objective import objective
+from octavo.raw import narrowed
 from octavo.sites import Layout, Site, from_module, from_path
 
 METHODS = sorted(methods())
@@ -182,7 +183,9 @@ def written(tmp_path_factory):
                     for number, setting in enumerate(_chosen(settings, edge)):
                         form = method.encode(case.matrix, setting, case.evidence)
                         packed, tensor = pack(form), f"{key}/{number}"
-                        restored = case.site.layout.from_matrix(form.dense(), case.site.shape).to(case.site.dtype)
+                        restored = narrowed(
+                            case.site.layout.from_matrix(form.dense(), case.site.shape), case.site.dtype
+                        )
                         here[tensor], stated[tensor] = restored, packed.bytes
                         contents.entries[tensor] = Entry(packed, case.site.shape, case.site.dtype, case.site.layout)
                 except Exception as error:

@@ -8,5 +8,19 @@ from octavo.forms.grid import Grid
 from octavo.forms.lowrank import LowRank
 from octavo.forms.sparse import Sparse
 from octavo.forms.sum import Sum
+from octavo.forms.trellis import Trellis
 
-__all__ = ["Affine", "Codebook", "Dense", "Form", "Grid", "LowRank", "Sparse", "Sum", "form", "form_names", "restore"]
+__all__ = [
+    "Affine",
+    "Codebook",
+    "Dense",
+    "Form",
+    "Grid",
+    "LowRank",
+    "Sparse",
+    "Sum",
+    "Trellis",
+    "form",
+    "form_names",
+    "restore",
+]

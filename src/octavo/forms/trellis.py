@@ -1,0 +1,93 @@
+"""Integer codes on a grid, each read by one of two quantizers that the codes before it choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.errors import ArtifactError
+from octavo.forms.base import Form, child, expect, form, nest
+from octavo.forms.grid import Grid
+
+#: Rows of one column are dealt out to so many trellises in turn, so that an encoder advances all of them at once.
+LANES = 4
+#: Ungerboeck's code of 16 states, ``h0 = 1 + D + D^4`` and ``h1 = D^2``: the delays at which earlier quantizers and
+#: earlier parities enter the choice of the next quantizer.
+QUANTIZER_TAPS = (1, 4)
+PARITY_TAPS = (2,)
+
+
+@form("trellis")
+@dataclass(frozen=True)
+class Trellis(Form):
+    """A grid with the codes ``2 * codes + quantizer``, where ``quantizer`` (0 or 1) is not stored.
+
+    With ``p = codes & 1`` and all that precedes the first row being zero,
+
+        quantizer[i, j] = quantizer[i - 4, j] ^ quantizer[i - 16, j] ^ p[i - 8, j]
+
+    Addition without carry makes this linear, so that all rows are worked out together.
+
+    Parameters
+    ----------
+    grid
+        The codes and their steps, without zero points.
+    """
+
+    grid: Grid
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.grid.shape
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return nest(grid=self.grid)
+
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        return {"form": self.name, "grid": self.grid.meta()}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Trellis:  # noqa: D102
+        grid = child(tensors, meta, "grid", shape)
+        if not isinstance(grid, Grid):
+            raise ArtifactError(f"a trellis reads the codes of a grid, not of a form {grid.name!r}")
+        expect(grid.zero is None, "the grid of a trellis has zero points")
+        return cls(grid)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        codes = self.grid.codes
+        chosen = torch.from_numpy(quantizers(codes.cpu().numpy())).to(codes.device)
+        # One bit more than the codes have.
+        wide = codes.to(torch.int16 if codes.dtype == torch.int8 else torch.int64)
+        return replace(self.grid, codes=wide.mul_(2).add_(chosen)).dense()
+
+
+def quantizers(codes: np.ndarray) -> np.ndarray:
+    """Which quantizer reads each code, (rows, columns) of 0 and 1.
+
+    Division by ``h0``, eight columns to a byte. Over the integers modulo 2 the square of a polynomial is that of its
+    squared terms, so ``1 / h0 = h0(D) h0(D^2) h0(D^4) ...`` up to the power of D that leaves the matrix.
+    """
+    parities = np.packbits((codes & 1).astype(np.uint8, copy=False), axis=1)
+    chosen = np.zeros_like(parities)
+    for tap in PARITY_TAPS:
+        _add_delayed(chosen, parities, tap)
+    power = 1
+    while power * LANES < len(codes):
+        before = chosen.copy()
+        for tap in QUANTIZER_TAPS:
+            _add_delayed(chosen, before, tap * power)
+        power *= 2
+    return np.unpackbits(chosen, axis=1, count=codes.shape[1])
+
+
+def _add_delayed(total: np.ndarray, part: np.ndarray, steps: int) -> None:
+    """Add ``part`` to ``total``, ``steps`` rows of its lane later."""
+    rows = steps * LANES
+    if rows < len(total):
+        total[rows:] ^= part[:-rows]

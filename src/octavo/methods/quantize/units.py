@@ -1,0 +1,154 @@
+"""A matrix in units in which one step fits all of it, and the grid that its rounded values make.
+
+With ``loss = 1/2 sum_i r[i] d[j] F[i, j]^2`` (:mod:`octavo.methods.feedback`) every weight is divided by its own step
+``step / sqrt(r[i] d[j])``, so that a rounding error costs the same wherever it is made: at high rates the bytes of the
+whole network are then spent at one slope. Row and column steps are rounded to eighths of an octave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.errors import RequestError
+from octavo.forms import Grid
+from octavo.forms.grid import DIVISIONS, exponent_steps
+from octavo.methods.feedback import factored
+
+#: Rows are rounded in chunks: they do not depend on each other, a chunk fits the cache, and its vectors are short
+#: enough that no operation is split over threads, whose meeting at every column would cost more than the work.
+_CHUNK = 1 << 19
+#: Mean magnitudes that rounding tells apart, in quarters of an octave of a step: 1/32 to 2048.
+_LOW, _HIGH = -20, 44
+_LARGEST = 2**30
+
+
+class Units:
+    """A matrix in units of its steps."""
+
+    def __init__(self, weight: Tensor, evidence: Evidence) -> None:
+        self.weight, self.shape = weight.float(), tuple(weight.shape)
+        columns = self.shape[1]
+        if evidence.columns is None:
+            self.order = torch.arange(columns)
+            curvature, self.feedback = torch.ones(columns), None
+        else:
+            self.order, curvature, self.feedback = factored(evidence)
+        # Zero weights would ask for infinite steps; they are bounded by what the exponents can hold.
+        self.row_exponents = _exponents(evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-12).clamp_min(1e-30))
+        self.column_exponents = _exponents(curvature.clamp_min(float(curvature.max()) * 1e-12))
+        self.row_steps = exponent_steps(self.row_exponents)
+        self.column_steps = exponent_steps(self.column_exponents)
+        if self.feedback is not None:
+            # In units of steps F'[j] = F[j] / step[j]: the feedback from k to j is rescaled by step[k] / step[j].
+            self.feedback = self.feedback * self.column_steps[:, None] / self.column_steps[None]
+
+    def steps(self, levels: Iterable[float]) -> list[float]:
+        """The steps at which Gaussian weights, rounded finely, take so many bits; 1 if there is nothing to round."""
+        # Divided first and scaled back last: the squares of large weights would overflow.
+        units = self.weight[:, self.order] / self.row_steps[:, None] / self.column_steps
+        largest = float(units.abs().max()) if units.numel() else 0.0
+        if not largest > 0:
+            return [1.0]
+        deviation = float((units / largest).square().mean().sqrt()) * largest
+        # Their entropy is log2(deviation / step) + log2(2 pi e) / 2. A short decimal is readable in a plan and survives
+        # a round trip through YAML.
+        return [float(f"{deviation * 2 ** (2.05 - level):.5g}") for level in levels]
+
+    def grid(
+        self,
+        step: float,
+        at_once: Callable[[Tensor], Tensor],
+        in_turn: Callable[[Tensor, Tensor], Tensor],
+        *,
+        chunk: int = _CHUNK,
+        multiple: int = 1,
+    ) -> Grid:
+        """The matrix on a grid of ``step``.
+
+        Parameters
+        ----------
+        step
+            What the units are divided by.
+        at_once
+            Gives the codes of some rows, (rows, columns) both, where no column feeds errors to another.
+        in_turn
+            Gives the codes of some rows, (columns, rows) both, with the columns in the order of processing and the
+            feedback between them, which is the second argument.
+        chunk, multiple
+            Rows come in chunks of about so many weights, each but the last of a multiple of so many rows.
+
+        Raises
+        ------
+        RequestError
+            If codes leave 31 bits.
+        """
+        rows, columns = self.shape
+        height = max(1, chunk // columns // multiple) * multiple
+        codes = [self._chunk(slice(i, i + height), step, at_once, in_turn) for i in range(0, rows, height)]
+        column_exponents = torch.empty_like(self.column_exponents)
+        column_exponents[self.order] = self.column_exponents
+        # Concatenation takes the widest type of all.
+        joined = torch.cat(codes) if codes else torch.empty(self.shape, dtype=torch.int8)
+        return Grid(joined, torch.full((1, 1), step), None, self.row_exponents, column_exponents)
+
+    def _chunk(
+        self,
+        span: slice,
+        step: float,
+        at_once: Callable[[Tensor], Tensor],
+        in_turn: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Codes of some rows in the narrowest type that holds them."""
+        steps = self.row_steps[span] * step
+        if self.feedback is None:
+            rounded = at_once((self.weight[span] / self.column_steps).div_(steps[:, None]))
+        else:
+            rounded = torch.empty_like(self.weight[span])
+            targets = (self.weight[span].t()[self.order] / self.column_steps[:, None]) / steps
+            rounded[:, self.order] = in_turn(targets, self.feedback).t()
+        largest = max(map(abs, map(float, torch.aminmax(rounded)))) if rounded.numel() else 0
+        if not largest < _LARGEST:
+            raise RequestError(f"a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}")
+        return rounded.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
+
+
+class Magnitudes:
+    """Classes of magnitude in a matrix of targets: a rank-one model, which the coder's classes follow.
+
+    Magnitudes are rounded to quarters of an octave, so that what depends on them is looked up and not computed.
+
+    Parameters
+    ----------
+    across, along
+        Mean magnitudes of the rows and of the columns in units of steps.
+    """
+
+    #: The mean magnitude of each class.
+    means = 2 ** (torch.arange(_LOW, _HIGH + 1, dtype=torch.float64) / 4)
+
+    def __init__(self, across: Tensor, along: Tensor) -> None:
+        across, along = across.clamp_min(1e-30), along.clamp_min(1e-30)
+        self._rows = (across.log2() * 4).round().long()
+        self._columns = ((along / along.mean()).log2() * 4).round().long()
+
+    def key(self, column: int) -> int:
+        """What columns of one magnitude have in common."""
+        return int(self._columns[column])
+
+    def classes(self, key: int) -> Tensor:
+        """The class of each row's element, (rows,), in columns of a key."""
+        return (self._rows + key).clamp_(_LOW, _HIGH) - _LOW
+
+    def kinds(self) -> tuple[Tensor, Tensor]:
+        """Classes of the columns that differ, (rows, kinds), and which of these each column is, (columns,)."""
+        kinds, kind = self._columns.unique(return_inverse=True)
+        return (self._rows[:, None] + kinds).clamp_(_LOW, _HIGH).sub_(_LOW), kind
+
+
+def _exponents(weights: Tensor) -> Tensor:
+    """Nearest step exponents of ``1 / sqrt(weights)``."""
+    return (-0.5 * weights.double().log2() * DIVISIONS).round().clamp(-120 * DIVISIONS, 120 * DIVISIONS).to(torch.int16)
