@@ -102,9 +102,9 @@ def environment(tool: str, packages: list[str]) -> Path:
     return python
 
 
-def version_of(packages: list[str]) -> str:
-    """The version that a tool is pinned to."""
-    return packages[0].partition("==")[2] if packages else version("octavo")
+def version_of(peer: Any) -> str:
+    """The version that a tool is pinned to, or that this environment has."""
+    return peer.PACKAGES[0].partition("==")[2] if peer.PACKAGES else version(peer.PACKAGE)
 
 
 def run_tool(judge: Judge, tool: str, force: bool) -> None:
@@ -112,7 +112,7 @@ def run_tool(judge: Judge, tool: str, force: bool) -> None:
     peer = importlib.import_module(f"peers.{tool}")
     done = {key(row) for row in read_rows()}
     for setting, arguments in peer.settings(judge.name).items():
-        tag = {"model": judge.name, "tool": tool, "version": version_of(peer.PACKAGES), "setting": setting}
+        tag = {"model": judge.name, "tool": tool, "version": version_of(peer), "setting": setting}
         if key(tag) in done and not force:
             continue
         folder = work_folder(judge.name, tool, setting)
@@ -220,6 +220,7 @@ def main() -> None:
     for names, known in ((options.models.split(","), TITLES), (options.tools.split(","), (*TOOLS, "octavo"))):
         if unknown := set(names) - set(known):
             parser.error(f"{sorted(unknown)[0]!r} is not one of {', '.join(known)}")
+    save_results("bench-run", {"threads": torch.get_num_threads()})
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     for model in options.models.split(","):
         model_folder(model)
@@ -229,7 +230,6 @@ def main() -> None:
                 run_octavo(judge, options.force)
             else:
                 run_tool(judge, tool, options.force)
-    save_results("bench-run", {"threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 from peers.base import Compressed, Task, grid_bits, linears
 
 PACKAGES: list[str] = []
+PACKAGE = "octavo"
 
 #: Added to the moment's diagonal, as a share of its mean: GPTQ's own.
 DAMPING = 0.01

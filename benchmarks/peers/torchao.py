@@ -33,7 +33,7 @@ def compress(task: Task, kind: str, bits: int) -> Compressed:
     quantize_(model, _config(kind, bits), filter_fn=lambda module, name: module in wanted)
     made = Compressed(runtime=lambda batch: model(**batch))
     for name, layer in layers.items():
-        rows, columns = layer.weight.shape
+        columns = layer.weight.shape[1]
         group, zero = (columns, 0) if kind == "int8" else (64, bits if kind == "intx asymmetric" else 0)
         # The CPU kernel's zero points are floating.
         zero = 16 if kind.startswith("int4") else zero
