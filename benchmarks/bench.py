@@ -128,23 +128,27 @@ def run_tool(judge: Judge, tool: str, force: bool) -> None:
 def run_child(
     judge: Judge, tool: str, python: Path, arguments: dict[str, Any], folder: Path, force: bool
 ) -> dict[str, Any]:
-    """Run one setting in a process of its own; a result that is there and was not judged yet is used."""
-    result = folder / "result.json"
-    if force or not result.exists():
+    """Run one setting in a process of its own; a result of the same task that was not judged yet is used."""
+    result, written = folder / "result.json", folder / "task.json"
+    task = {
+        "model": judge.name, "folder": str(judge.folder), "data": str(folder / "calibration.safetensors"),
+        "arguments": arguments,
+    }  # fmt: skip
+    if force or not result.exists() or json.loads(written.read_text(encoding="utf-8")) != task:
         folder.mkdir(parents=True, exist_ok=True)
+        result.unlink(missing_ok=True)
         save_file(judge.inputs(), folder / "calibration.safetensors")
-        task = {
-            "model": judge.name, "folder": str(judge.folder), "data": str(folder / "calibration.safetensors"),
-            "arguments": arguments,
-        }  # fmt: skip
-        (folder / "task.json").write_text(json.dumps(task))
-        here = Path(__file__).parent
-        command = [python, "-m", "peers.child", tool, folder / "task.json"]
+        written.write_text(json.dumps(task), encoding="utf-8")
+        command = [python, "-m", "peers.child", tool, written]
         with open(folder / "log.txt", "w") as log:
-            ended = subprocess.run(command, cwd=here, stdout=log, stderr=log, check=False, timeout=_HOURS * 3600)
+            run = {"cwd": Path(__file__).parent, "stdout": log, "stderr": log, "timeout": _HOURS * 3600}
+            try:
+                code = subprocess.run(command, check=False, **run).returncode
+            except subprocess.TimeoutExpired:
+                return {"error": f"not done after {_HOURS} hours"}
         if not result.exists():
             tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-            return {"error": f"the process ended with {ended.returncode}: {' '.join(tail)[:300]}"}
+            return {"error": f"the process ended with {code}: {' '.join(tail)[:300]}"}
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
