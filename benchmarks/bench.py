@@ -170,7 +170,7 @@ def judge_tool(judge: Judge, tag: dict[str, str], result: dict[str, Any], folder
 
     def row(setting: str, **changed: Any) -> dict[str, Any]:
         size = judge.size(bits)
-        return {**common, "setting": setting, **changed, "bytes": size, "bits_per_weight": size * 8 / judge.weights, "error": result.get("note"), **judge.quality(weights)}  # fmt: skip
+        return {**common, "error": result.get("note"), "setting": setting, **changed, "bytes": size, "bits_per_weight": size * 8 / judge.weights, **judge.quality(weights)}  # fmt: skip
 
     whole = row(tag["setting"])
     # A tool that rounds embeddings itself needs no help, and one that broke the model is past it.
@@ -180,7 +180,7 @@ def judge_tool(judge: Judge, tag: dict[str, str], result: dict[str, Any], folder
             rounded, cost = round_to_nearest(judge.original[judge.embedding], width)
             weights[judge.embedding], bits[judge.embedding] = rounded, cost
             # The tool's own runtime does not know of the rounded embedding.
-            write_row(**row(f"{tag['setting']} + RTN emb{width} g64", latency=None))
+            write_row(**row(f"{tag['setting']} + RTN emb{width} g64", latency=None, error=None))
     # Last, since it says that the setting is done.
     write_row(**whole)
 

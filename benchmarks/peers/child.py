@@ -50,7 +50,8 @@ def relative_latency(made: Compressed, task: Task) -> float:
     assert made.runtime is not None
     batch, dense = task.probe(), task.load()
     ratios = []
-    with torch.inference_mode():
+    # Not inference mode, which the tensors of some tools do not bear.
+    with torch.no_grad():
         made.runtime(batch), dense(**batch)
         for _ in range(PAIRS):
             times = []
