@@ -26,11 +26,15 @@ check: $(READY) ## check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY) ## sizes, quality against GPTQ and times on MiniLM; writes docs/results/acceptance.json
-	$(BIN)/python benchmarks/acceptance.py
+bench: $(READY) ## other tools and Octavo side by side, resumed where it stopped (hours); writes docs/bench.md
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/pages.py
 
-reproduce: bench ## the same, and other kinds of source; writes docs/results/*.json
+reproduce: $(READY) ## what Octavo promises, measured on MiniLM and on digits; writes docs/results.md
+	$(BIN)/python benchmarks/acceptance.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/pages.py
 
 format: $(READY) ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .

@@ -1,10 +1,11 @@
-"""Make docs/results.md, and the table in README.md, from docs/results/*.json. Run after the benchmarks."""
+"""Make docs/results.md, docs/bench.md, and the tables in README.md, from docs/results/*.json. Run after the benchmarks."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import bench_page
 from common import RESULTS
 
 DOCS = RESULTS.parent
@@ -114,7 +115,7 @@ Command: `{results["command"]}`, {results["created"]}.
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all pages."""
     read = lambda name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))  # noqa: E731
     results = read("acceptance")
     page = "# Results\n\nMade from `docs/results/*.json` by `benchmarks/pages.py`; every figure was measured on artifacts read back from disk.\n\n"
@@ -127,6 +128,7 @@ def main() -> None:
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{START}\n{short}\n{END}{after}", encoding="utf-8")
+    bench_page.write(table)
 
 
 if __name__ == "__main__":

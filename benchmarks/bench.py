@@ -1,0 +1,244 @@
+"""Octavo and other tools side by side: same models, same text, bytes counted by one rule. `make bench` runs it.
+
+Writes docs/results/bench.json, a list of rows. A row that is there with the same version and setting is not made
+again; `--force` makes it anew. `--models smollm2 --tools hqq,torchao` selects. Every tool runs in a process and an
+environment of its own, which is made the first time.
+
+Bytes are all that it takes to restore the weights: codes at their nominal width, scales and offsets as the tool has
+them, everything else at 16 bits a weight. Octavo's are its files as `stat` counts them. Most tools leave embeddings
+alone; so that this decides nothing, each gets rows with the embedding rounded to nearest in groups of 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import CACHE, RESULTS, save_results, stat_bytes
+from judge import Judge, round_to_nearest, work_folder
+from models import TITLES, model_folder
+from safetensors.torch import load_file, save_file
+
+#: In the order of their speed, so that figures come early.
+TOOLS = ("own", "torchao", "quanto", "hqq", "nncf", "llmcompressor", "gptqmodel", "auto_round", "llama_cpp")
+#: What Octavo is asked for, as ratios to float32: just under the sizes at which other tools have their best points.
+RATIOS = {
+    "minilm": (4, 5.2, 7.25, 9.2, 11.05, 12.85, 16),
+    "smollm2": (4, 5.6, 7.45, 9.25, 11.95, 16),
+    "gemma": (4, 5.4, 7.45, 9.8, 11.1, 14.2, 16),
+}
+#: Bits of the embedding in the rows that give a tool one, down to about half of its own bits.
+EMBEDDINGS = (8, 4, 3, 2)
+#: Quality from which on a model is of no use at any size.
+HOPELESS = {"1 - cosine": 0.5, "mean KL": 4.0}
+#: Time that one setting of one tool may take.
+_HOURS = 12
+FILE = RESULTS / "bench.json"
+COLUMNS = ("model", "tool", "version", "setting", "bytes", "bits_per_weight", "metric", "quality", "perplexity", "seconds", "latency", "peak_memory", "error")  # fmt: skip
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """Rows so far."""
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else []
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What makes a row itself."""
+    return row["model"], row["tool"], row["version"], row["setting"]
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Keep other runs of this script from writing at the same time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "bench.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_row(**values: Any) -> None:
+    """Add a row, or exchange the one of the same tool and setting."""
+    row = {column: values.get(column) for column in COLUMNS}
+    with locked():
+        others = [old for old in read_rows() if (old["model"], old["tool"], old["setting"]) != (row["model"], row["tool"], row["setting"])]  # fmt: skip
+        rank = lambda row: (list(TITLES).index(row["model"]), row["tool"], row["bytes"] or 0, row["setting"])  # noqa: E731
+        rows = sorted([*others, row], key=rank)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        aside = FILE.with_suffix(".part")
+        aside.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+        aside.rename(FILE)
+    size, quality = row["bytes"] or 0, row["quality"]
+    print(f"{row['model']:8} {row['tool']:14} {row['setting']:44} {size / 1e6:8.2f} MB  {quality or row['error']}", flush=True)  # fmt: skip
+
+
+def environment(tool: str, packages: list[str]) -> Path:
+    """The interpreter of a tool: its own environment over the torch of this one."""
+    if not packages:
+        return Path(sys.executable)
+    folder = CACHE / "peers" / tool
+    python = folder / "bin" / "python"
+    stamp = folder / "packages.txt"
+    wanted = "\n".join([f"torch=={version('torch').partition('+')[0]}", *packages])
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"making the environment of {tool} in {folder}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        site = next((folder / "lib").glob("python*")) / "site-packages"
+        # What is not installed there, torch first of all, is found here; what is installed there goes first.
+        (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-input"]
+        subprocess.run([*pip, *wanted.split("\n")], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def version_of(peer: Any) -> str:
+    """The version that a tool is pinned to, or that this environment has."""
+    return peer.PACKAGES[0].partition("==")[2] if peer.PACKAGES else version(peer.PACKAGE)
+
+
+def run_tool(judge: Judge, tool: str, force: bool) -> None:
+    """All settings of one tool on one model."""
+    peer = importlib.import_module(f"peers.{tool}")
+    done = {key(row) for row in read_rows()}
+    for setting, arguments in peer.settings(judge.name).items():
+        tag = {"model": judge.name, "tool": tool, "version": version_of(peer), "setting": setting}
+        if key(tag) in done and not force:
+            continue
+        folder = work_folder(judge.name, tool, setting)
+        try:
+            python = environment(tool, peer.PACKAGES)
+        except subprocess.CalledProcessError as error:
+            write_row(**tag, error=f"its packages cannot be installed: {error}")
+            continue
+        judge_tool(judge, tag, run_child(judge, tool, python, arguments, folder, force), folder)
+        shutil.rmtree(folder)
+
+
+def run_child(
+    judge: Judge, tool: str, python: Path, arguments: dict[str, Any], folder: Path, force: bool
+) -> dict[str, Any]:
+    """Run one setting in a process of its own; a result of the same task that was not judged yet is used."""
+    result, written = folder / "result.json", folder / "task.json"
+    task = {
+        "model": judge.name, "folder": str(judge.folder), "data": str(folder / "calibration.safetensors"),
+        "arguments": arguments,
+    }  # fmt: skip
+    if force or not result.exists() or json.loads(written.read_text(encoding="utf-8")) != task:
+        folder.mkdir(parents=True, exist_ok=True)
+        result.unlink(missing_ok=True)
+        save_file(judge.inputs(), folder / "calibration.safetensors")
+        written.write_text(json.dumps(task), encoding="utf-8")
+        command = [python, "-m", "peers.child", tool, written]
+        with open(folder / "log.txt", "w") as log:
+            run = {"cwd": Path(__file__).parent, "stdout": log, "stderr": log, "timeout": _HOURS * 3600}
+            try:
+                code = subprocess.run(command, check=False, **run).returncode
+            except subprocess.TimeoutExpired:
+                return {"error": f"not done after {_HOURS} hours"}
+        if not result.exists():
+            tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            return {"error": f"the process ended with {code}: {' '.join(tail)[:300]}"}
+    return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def judge_tool(judge: Judge, tag: dict[str, str], result: dict[str, Any], folder: Path) -> None:
+    """Rows of a tool's weights: as they are, and with the embedding rounded as well."""
+    common = {
+        **tag,
+        "metric": judge.metric,
+        **{name: result.get(name) for name in ("seconds", "peak_memory", "latency")},
+    }
+    if result.get("error"):
+        write_row(**{**common, "seconds": None}, error=result["error"])
+        return
+    weights, bits = load_file(folder / "weights.safetensors"), result["bits"]
+
+    def row(setting: str, **changed: Any) -> dict[str, Any]:
+        size = judge.size(bits)
+        return {**common, "error": result.get("note"), "setting": setting, **changed, "bytes": size, "bits_per_weight": size * 8 / judge.weights, **judge.quality(weights)}  # fmt: skip
+
+    whole = row(tag["setting"])
+    # A tool that rounds embeddings itself needs no help, and one that broke the model is past it.
+    if judge.embedding not in weights and whole["quality"] < HOPELESS[judge.metric]:
+        narrowest = sum(bits.values()) / sum(tensor.numel() for tensor in weights.values()) / 2 - 0.5
+        for width in (width for width in EMBEDDINGS if width >= narrowest):
+            rounded, cost = round_to_nearest(judge.original[judge.embedding], width)
+            weights[judge.embedding], bits[judge.embedding] = rounded, cost
+            # The tool's own runtime does not know of the rounded embedding.
+            write_row(**row(f"{tag['setting']} + RTN emb{width} g64", latency=None, error=None))
+    # Last, since it says that the setting is done.
+    write_row(**whole)
+
+
+def run_octavo(judge: Judge, force: bool) -> None:
+    """Octavo at every ratio from one saved profile."""
+    import octavo
+
+    tag = {"model": judge.name, "tool": "octavo", "version": octavo.__version__, "metric": judge.metric}
+    done = {key(row) for row in read_rows()}
+    asked = [
+        ratio for ratio in RATIOS[judge.name] if force or (*list(tag.values())[:3], f"ratio {ratio:g}") not in done
+    ]
+    if not asked:
+        return
+    work = CACHE / "bench" / judge.name / "octavo"
+    data = judge.calibration
+    if not judge.encoder:
+        data = [{"input_ids": rows} for rows in judge.calibration.split(8)]
+    started = time.perf_counter()
+    octavo.profile(judge.folder, work / "profile", data=data, resume=not force)
+    profiled = time.perf_counter() - started
+    for ratio in asked:
+        started = time.perf_counter()
+        try:
+            compressed = octavo.compress(judge.folder, ratio=ratio, data=data, workspace=work / "profile", resume=True)
+            compressed.save(work / "artifact", overwrite=True)
+            seconds = profiled + time.perf_counter() - started
+            model = type(judge.model).from_pretrained(work / "artifact", dtype=torch.float32).eval()
+        except octavo.OctavoError as error:
+            write_row(**tag, setting=f"ratio {ratio:g}", error=f"{type(error).__name__}: {error}")
+            continue
+        size = stat_bytes(work / "artifact")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        write_row(**tag, setting=f"ratio {ratio:g}", bytes=size, bits_per_weight=size * 8 / judge.weights, seconds=seconds, peak_memory=peak, **judge.measure(model))  # fmt: skip
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(TITLES), help="names, separated by commas")
+    parser.add_argument("--tools", default=",".join((*TOOLS, "octavo")), help="names, separated by commas")
+    parser.add_argument("--force", action="store_true", help="make rows anew that are there")
+    options = parser.parse_args()
+    for names, known in ((options.models.split(","), TITLES), (options.tools.split(","), (*TOOLS, "octavo"))):
+        if unknown := set(names) - set(known):
+            parser.error(f"{sorted(unknown)[0]!r} is not one of {', '.join(known)}")
+    save_results("bench-run", {"threads": torch.get_num_threads()})
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    for model in options.models.split(","):
+        model_folder(model)
+        judge = Judge(model)
+        for tool in options.tools.split(","):
+            if tool == "octavo":
+                run_octavo(judge, options.force)
+            else:
+                run_tool(judge, tool, options.force)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Make docs/bench.md, its plots, and the table in README.md, from docs/results/bench.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+from models import TITLES
+
+DOCS = RESULTS.parent
+START, END = "<!-- bench: made by benchmarks/pages.py -->", "<!-- end of bench -->"
+Row = dict[str, Any]
+
+#: Quality that is lost in the rounding of sums: nothing to compare with.
+LOSSLESS = 1e-6
+#: How the tools are called by those who make them.
+NAMES = {
+    "octavo": "Octavo", "own": "plain", "torchao": "torchao", "quanto": "optimum-quanto", "hqq": "HQQ", "nncf": "NNCF + OpenVINO",
+    "llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel", "auto_round": "AutoRound", "llama_cpp": "llama.cpp",
+}  # fmt: skip
+
+
+def front(rows: list[Row]) -> list[Row]:
+    """Rows that no other beats in both bytes and quality, by falling size."""
+    best, kept = float("inf"), []
+    for row in sorted(rows, key=lambda row: (row["bytes"], row["quality"])):
+        if row["quality"] < best:
+            best = row["quality"]
+            kept.append(row)
+    return kept[::-1]
+
+
+def named(row: Row) -> str:
+    """Tool and setting."""
+    return f"{NAMES[row['tool']]} {row['setting']}"
+
+
+def figure(value: float | None, form: str = ".3g") -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:{form}}"
+
+
+def against(rows: list[Row], full: int) -> list[list[str]]:
+    """Every point on the other tools' front, and Octavo's best in at most its bytes."""
+    ours = [row for row in rows if row["tool"] == "octavo"]
+    lines = []
+    for row in front([row for row in rows if row["tool"] != "octavo"]):
+        within = [own for own in ours if own["bytes"] <= row["bytes"]]
+        line = [f"{full / row['bytes']:.1f}", named(row), f"{row['bytes'] / 1e6:.2f} MB", figure(row["quality"], ".2g")]
+        if within:
+            best = min(within, key=lambda own: own["quality"])
+            line += [f"{best['bytes'] / 1e6:.2f} MB", figure(best["quality"], ".2g"), f"{best['quality'] / row['quality']:.2f}" if row["quality"] > LOSSLESS else "-"]  # fmt: skip
+        else:
+            line += ["-", "-", "-"]
+        lines.append(line)
+    return lines
+
+
+HEAD = ["ratio", "best other tool", "bytes", "quality", "Octavo's bytes", "Octavo's quality", "share"]
+
+
+def plot(rows: list[Row], model: str, file: Path) -> None:
+    """Bytes against quality: every row, the front of the others, and Octavo's line."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # Made twice from the same rows, the file is the same.
+    matplotlib.rcParams.update({"svg.hashsalt": "octavo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})  # fmt: skip
+    from matplotlib import pyplot
+
+    canvas, axes = pyplot.subplots(figsize=(8, 5))
+    others = sorted({row["tool"] for row in rows} - {"octavo"})
+    for number, tool in enumerate(others):
+        mine = [row for row in rows if row["tool"] == tool]
+        axes.scatter([row["bytes"] / 1e6 for row in mine], [row["quality"] for row in mine], s=16, alpha=0.75, marker="osD^vP*Xh"[number % 9], color=f"C{number}", label=NAMES[tool])  # fmt: skip
+    edge = front([row for row in rows if row["tool"] != "octavo"])
+    axes.step([row["bytes"] / 1e6 for row in edge], [row["quality"] for row in edge], where="pre", color="0.5", linewidth=1, label="best of the others")  # fmt: skip
+    ours = sorted((row for row in rows if row["tool"] == "octavo"), key=lambda row: row["bytes"])
+    if ours:
+        axes.plot([row["bytes"] / 1e6 for row in ours], [row["quality"] for row in ours], color="black", marker="o", markersize=5, linewidth=2, label="Octavo")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="MB, whole model", ylabel=f"{rows[0]['metric']} to the original", title=TITLES[model])  # fmt: skip
+    ticks = [size for size in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if min(row["bytes"] for row in rows) / 1.1e6 < size < max(row["bytes"] for row in rows) / 0.9e6]  # fmt: skip
+    axes.set_xticks(ticks, [str(size) for size in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    canvas.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(canvas)
+
+
+def section(rows: list[Row], model: str, table: Any) -> str:
+    """One model's part of the page."""
+    good = [row for row in rows if row["quality"] is not None]
+    plot(good, model, RESULTS / f"bench-{model}.svg")
+    full = round(good[0]["bytes"] * 32 / good[0]["bits_per_weight"])
+    language = any(row["perplexity"] is not None for row in good)
+    head = ["tool", "version", "setting", "MB", "ratio", "bits/weight", good[0]["metric"], *(["perplexity"] if language else []), "s", "GB", "latency"]  # fmt: skip
+    every = [
+        [
+            NAMES[row["tool"]], row["version"], row["setting"], f"{row['bytes'] / 1e6:.2f}", f"{full / row['bytes']:.2f}",
+            f"{row['bits_per_weight']:.2f}", figure(row["quality"]), *([figure(row["perplexity"])] if language else []),
+            figure(row["seconds"], ".0f"), figure(row["peak_memory"] and row["peak_memory"] / 1e9, ".1f"), figure(row["latency"], ".2f"),
+        ]
+        for row in sorted(good, key=lambda row: -row["bytes"])
+    ]  # fmt: skip
+    return f"""## {TITLES[model]}, {full / 1e6:.2f} MB in float32
+
+![Bytes against quality](results/bench-{model}.svg)
+
+{table(HEAD, against(good, full))}
+
+<details><summary>All {len(every)} rows</summary>
+
+{table(head, every)}
+
+</details>
+"""
+
+
+def page(rows: list[Row], run: dict[str, Any], table: Any) -> str:
+    """The whole page."""
+    sections = [
+        section([row for row in rows if row["model"] == model], model, table)
+        for model in TITLES
+        if any(row["model"] == model and row["quality"] is not None for row in rows)
+    ]
+    failed = [
+        [TITLES[row["model"]], NAMES[row["tool"]], row["version"], row["setting"], row["error"].replace("|", "\\|")]
+        for row in rows
+        if row["quality"] is None
+    ]
+    machine = ", ".join(f"{name} {value}" for name, value in run["machine"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
+    return f"""# Side by side with other tools
+
+Made from `docs/results/bench.json` by `benchmarks/pages.py`; `make bench` makes the rows, every tool in an environment of its own.
+
+* **Same text for all.** The encoder: 256 Brown sentences to calibrate on, 512 others to judge on. Language models: 128 windows of 128
+  tokens of Brown (no news) to calibrate on; 16 windows of 512 tokens of Brown's news, the State of the Union address of 2021 and
+  Moby-Dick to judge on.
+* **One judge.** Tools hand back dequantised weights, which one evaluator puts into the model; Octavo's artifact is loaded as users load it.
+  Quality is mean 1 − cosine of sentence vectors, or the mean KL divergence of next-token distributions to the original over all
+  8,192 positions. Lower is better.
+* **One rule for bytes.** All that it takes to restore the weights: codes at their nominal width, scales and offsets as the tool has them
+  (floating ones at 16 bits), everything a tool leaves alone at 16 bits a weight, tied tensors once. That is what a tool's file would be if nothing
+  were wasted, and often less than it is. Octavo's bytes are those of its files.
+* **Embeddings.** Most tools leave them alone. So that this decides nothing, each also gets rows with the embedding rounded to nearest at
+  8, 4, 3 and 2 bits in groups of 64 (`+ RTN embN g64`).
+* *plain* is round to nearest and GPTQ as Octavo has them, without its allocator and its coder. *Share* is Octavo's quality over that of the
+  best other tool of at least that size: 0.5 is half the damage in no more bytes.
+* Seconds and GB are those of the tool's own work, wall time on a shared machine. Latency is the tool's own runtime on one sequence
+  (32 tokens for the encoder, 128 for language models) over float32 PyTorch in the same process; a dash where it has none.
+
+{chr(10).join(sections)}
+## What did not run
+
+{table(["model", "tool", "version", "setting", "error"], failed)}
+
+Command: `python benchmarks/bench.py`, {run["created"]}. {machine}. {versions}.
+"""
+
+
+def write(table: Any) -> None:
+    """Write the page, the plots and the part of the README, if there are rows."""
+    if not (RESULTS / "bench.json").exists():
+        return
+    rows = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
+    run = json.loads((RESULTS / "bench-run.json").read_text(encoding="utf-8"))
+    (DOCS / "bench.md").write_text(page(rows, run, table), encoding="utf-8")
+    short = []
+    for model in TITLES:
+        good = [row for row in rows if row["model"] == model and row["quality"] is not None]
+        if good:
+            full = round(good[0]["bytes"] * 32 / good[0]["bits_per_weight"])
+            short += [[TITLES[model], *line] for line in against(good, full) if line[-1] != "-"]
+    readme = DOCS.parent / "README.md"
+    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
+    if start:
+        made = table(["model", *HEAD], short)
+        readme.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}", encoding="utf-8")

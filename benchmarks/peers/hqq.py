@@ -1,0 +1,41 @@
+"""HQQ: half-quadratic fitting of zero points, without calibration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peers.base import Compressed, Task, grid_bits, linears
+
+PACKAGES = ["hqq==0.2.8.post1"]
+
+
+def settings(model: str) -> dict[str, dict[str, Any]]:
+    """Its own group of 64; along both axes, of which its README calls 0 the better and 1 the faster."""
+    found = {f"{bits}-bit g64": {"bits": bits} for bits in (8, 4, 3, 2)}
+    found |= {f"{bits}-bit g64 axis 0": {"bits": bits, "axis": 0} for bits in (4, 3, 2)}
+    return found
+
+
+def compress(task: Task, bits: int, axis: int = 1) -> Compressed:
+    """Replace the linear layers; scales and zero points are float16, as it keeps them for float16 models."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    model = task.load()
+    shapes = {name: layer.weight.shape for name, layer in linears(model).items()}
+    config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+    if task.encoder:
+        # Its loop over a model knows language models only.
+        for name in shapes:
+            layer = HQQLinear(model.get_submodule(name), config, compute_dtype=torch.float32, device="cpu")
+            model.set_submodule(name, layer)
+    else:
+        AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float32, device="cpu")
+    made = Compressed(runtime=lambda batch: model(**batch))
+    for name, shape in shapes.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, HQQLinear), name
+        made.add(f"{name}.weight", layer.dequantize().reshape(shape), grid_bits(shape, bits, 64, 16))
+    return made

@@ -1,0 +1,118 @@
+"""NNCF with OpenVINO: weights compressed in an OpenVINO model, which then runs with OpenVINO's kernels."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peers.base import Compressed, Task
+
+PACKAGES = ["nncf==3.4.0", "openvino==2026.4.1"]
+
+
+def settings(model: str) -> dict[str, dict[str, Any]]:
+    """8 bits; 4 bits with 8-bit embeddings, as it does by default, and in all layers, with its helpers for accuracy."""
+    gptq = {"gptq": True, "scale_estimation": True}
+    awq = {"awq": True, "scale_estimation": True}
+    return {
+        "int8_asym": {"mode": "INT8_ASYM"},
+        "int4_asym g64 GPTQ+scale_estimation all layers": {"mode": "INT4_ASYM", "all_layers": True, **gptq},
+        "int4_asym g64 AWQ+scale_estimation all layers": {"mode": "INT4_ASYM", "all_layers": True, **awq},
+        "int4_asym g64 GPTQ": {"mode": "INT4_ASYM", "gptq": True},
+        "int4_asym g64 all layers": {"mode": "INT4_ASYM", "all_layers": True},
+        "int3_sym g64 GPTQ+scale_estimation": {"mode": "INT3_SYM", **gptq},
+        "int2_sym g64 GPTQ+scale_estimation": {"mode": "INT2_SYM", **gptq},
+    }
+
+
+def compress(task: Task, mode: str, **options: Any) -> Compressed:
+    """Convert, compress, and read the weights back from the graph."""
+    import nncf
+    import openvino
+
+    model = task.load()
+    graph = _convert(task, model)
+    uses = _uses(graph, model)
+    if not mode.startswith("INT8"):
+        options["group_size"] = 64
+        if options.keys() & {"gptq", "awq", "scale_estimation"}:
+            names = [port.any_name for port in graph.inputs]
+            rows = [{name: sequence[name].numpy() for name in names} for sequence in task.sequences()]
+            options |= {"dataset": nncf.Dataset(rows), "subset_size": len(rows)}
+    graph = nncf.compress_weights(graph, mode=getattr(nncf.CompressWeightsMode, mode), **options)
+    made = Compressed()
+    nodes = {node.friendly_name: node for node in graph.get_ops()}
+    for name, (user, port) in uses.items():
+        constants = _constants(nodes[user].input_value(port).get_node())
+        bits = sum(constant.get_element_type().bitwidth * int(np.prod(constant.shape)) for constant in constants)
+        if len(constants) > 1:
+            made.add(name, _evaluate(nodes[user].input_value(port)), bits)
+    compiled = openvino.compile_model(
+        graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    )
+    names = [port.any_name for port in graph.inputs]
+    made.runtime = lambda batch: compiled({name: batch[name].numpy() for name in names})
+    return made
+
+
+class _Tensors(nn.Module):
+    """A model that returns one tensor, which is what the converter can follow."""
+
+    def __init__(self, model: nn.Module, encoder: bool) -> None:
+        super().__init__()
+        self.model, self.encoder = model, encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if self.encoder:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def _convert(task: Task, model: nn.Module) -> Any:
+    """The model as an OpenVINO graph, for any number of tokens."""
+    import openvino
+
+    wrapped, example = _Tensors(model, task.encoder), task.sequences()[0]
+    if task.encoder:
+        return openvino.convert_model(wrapped, example_input=example)
+    tokens = torch.export.Dim("tokens", min=2, max=512)
+    shapes = {"input_ids": {1: tokens}}
+    exported = torch.export.export(wrapped, (example["input_ids"],), dynamic_shapes=shapes, strict=False)
+    return openvino.convert_model(exported)
+
+
+def _uses(graph: Any, model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Where every matrix of the model enters the graph: the node's name and its port. The graph keeps no other names."""
+    names = {
+        hashlib.sha256(parameter.detach().numpy().tobytes()).digest(): name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2
+    }
+    uses = {}
+    for node in graph.get_ops():
+        if node.get_type_name() == "Constant" and len(node.shape) == 2:
+            name = names.get(hashlib.sha256(np.ascontiguousarray(node.data).tobytes()).digest())
+            for target in node.output(0).get_target_inputs():
+                if name is not None:
+                    uses[name] = (target.get_node().friendly_name, target.get_index())
+    return uses
+
+
+def _constants(node: Any) -> list[Any]:
+    """All constants that a node is computed from, without the shapes of reshapes."""
+    if node.get_type_name() == "Constant":
+        return [node]
+    inputs = node.input_values()[:1] if node.get_type_name() == "Reshape" else node.input_values()
+    return [constant for value in inputs for constant in _constants(value.get_node())]
+
+
+def _evaluate(output: Any) -> Tensor:
+    """The value of a part of a graph that has no inputs."""
+    import openvino
+
+    part = openvino.compile_model(openvino.Model([output], []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(np.array(part([])[0], dtype=np.float32))
