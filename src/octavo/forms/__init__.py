@@ -5,7 +5,8 @@ from octavo.forms.codebook import Codebook
 from octavo.forms.dense import Dense
 from octavo.forms.grid import Grid
 from octavo.forms.lowrank import LowRank
+from octavo.forms.scaled import Scaled
 from octavo.forms.sparse import Sparse
 from octavo.forms.sum import Sum
 
-__all__ = ["Codebook", "Dense", "Form", "Grid", "LowRank", "Sparse", "Sum", "form", "form_names", "restore"]
+__all__ = ["Codebook", "Dense", "Form", "Grid", "LowRank", "Scaled", "Sparse", "Sum", "form", "form_names", "restore"]
