@@ -11,7 +11,6 @@ development text; the test text was measured once, for the table.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,16 +27,17 @@ from octavo import coding
 from octavo.allocate import Plan
 from octavo.artifact import pack
 from octavo.budget import Budget
-from octavo.calibrate import DAMPING, Calibration, Evidence, calibrate
+from octavo.calibrate import DAMPING, Evidence
 from octavo.finish import Built
 from octavo.forms import Form, Grid, Sum
+from octavo.inmemory import replaced
 from octavo.integrations.transformers import text_batches
-from octavo.job import replaced
 from octavo.methods import get_method
 from octavo.methods.quantize.entropy import Entropy
 from octavo.profile import Point
-from octavo.request import open_job
+from octavo.request import describe, open_job
 from octavo.sites import Site
+from octavo.workspace import Workspace
 
 #: Steps of the plain curve, and those at which variants are measured: near ratios 16 and 8, and near 45 and 58 MB.
 CURVE = {"minilm": (2.6e-4, 1.9e-4, 1.1e-4, 7.5e-5), "smollm2": (2.6e-4, 1.9e-4, 1.3e-4)}
@@ -77,20 +77,20 @@ class Rotated(Form):
     rotation: Tensor
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
+    def shape(self) -> tuple[int, int]:
         return self.base.shape
 
-    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+    def tensors(self) -> dict[str, Tensor]:
         return self.base.tensors()
 
-    def meta(self) -> dict[str, Any]:  # noqa: D102
+    def meta(self) -> dict[str, Any]:
         return self.base.meta()
 
     @classmethod
-    def restore(cls, tensors: Any, meta: Any, shape: Any) -> Rotated:  # noqa: D102
+    def restore(cls, tensors: Any, meta: Any, shape: Any) -> Rotated:
         raise NotImplementedError
 
-    def dense(self) -> Tensor:  # noqa: D102
+    def dense(self) -> Tensor:
         return self.base.dense() @ self.rotation.t()
 
 
@@ -123,15 +123,29 @@ def centroids(site: Site, weight: Tensor, evidence: Evidence, step: float) -> Fo
     return Sum(form, replace(ones, scale=ones.scale * share))
 
 
-ENCODERS: dict[str, tuple[str, bool, Encoder]] = {
-    # Ingredient: whether the plain encoding has it, and the encoding in which it is the other way.
-    "rate-aware rounding": ("is in", True, without_rate),
-    "weights of outputs (gradients) beside those of inputs": ("is in", True, without_rows),
-    "error feedback over columns": ("is in", True, without_feedback),
-    "incoherence rotation of inputs": ("left out", False, rotated),
-    "low-rank correction, rank 8": ("for the allocator", False, corrected),
-    "reconstruction points of levels ±1": ("left out", False, centroids),
-}  # fmt: skip
+ENCODERS: dict[str, Encoder] = {
+    "rate-aware rounding": without_rate,
+    "weights of outputs (gradients) beside those of inputs": without_rows,
+    "error feedback over columns": without_feedback,
+    "incoherence rotation of inputs": rotated,
+    "low-rank correction, rank 8": corrected,
+    "reconstruction points of levels ±1": centroids,
+}
+
+#: Every ingredient: whether the library has it in all encodings, and what else is to say.
+VERDICTS: dict[str, tuple[bool, str]] = {
+    "rate-aware rounding": (True, "in `entropy`"),
+    "weights of outputs (gradients) beside those of inputs": (True, "in `entropy`"),
+    "error feedback over columns": (True, "in `entropy`"),
+    "classes of rows and columns in the coder": (True, "in the coder"),
+    "token frequencies to the power 0": (True, "the power is 1/2"),
+    "token frequencies to the power 1": (True, "the power is 1/2"),
+    "reconstruction of norms and biases": (False, "a step of its own, presets `default` and `best`"),
+    "reconstruction with row gains": (False, "a step of its own, presets `default` and `best`"),
+    "incoherence rotation of inputs": (False, "left out: the coder profits from the heavy tails that rotation removes"),
+    "low-rank correction, rank 8": (False, "method `eora`: left to the allocator"),
+    "reconstruction points of levels ±1": (False, "left out: gains of rows do the same and more"),
+}
 
 
 class Bench:
@@ -155,7 +169,9 @@ class Bench:
                 "development": [{"input_ids": piece} for piece in _running(tokenizer).split(2)],
                 "test": [{"input_ids": piece} for piece in test[::3].split(2)],
             }
-        self.calibration = self._evidence()
+        folder = CACHE / "ablation" / name
+        room = Workspace(folder, describe(self.job, "default"), resume=folder.exists())
+        self.calibration = self.job.calibrate(room)
         self.module = self.job.source.module
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=name != "minilm")
         with replaced(self.module, {}), self.autocast:
@@ -163,19 +179,6 @@ class Bench:
                 text: [r.to(torch.bfloat16) if name != "minilm" else r for r in self.job.objective.reference(self.module, b)]
                 for text, b in self.texts.items()
             }  # fmt: skip
-
-    def _evidence(self) -> Calibration:
-        file = CACHE / "ablation" / f"{self.name}.pt"
-        kind, job = torch.bfloat16, self.job
-        if file.exists():
-            saved = torch.load(file)
-            return Calibration({n: Evidence(*e) for n, e in saved["evidence"].items()}, *saved["seen"])
-        with torch.autocast("cpu", kind, enabled=self.name != "minilm"):
-            found = calibrate(job.source, job.sites, job.calibration_data, job.objective)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        evidence = {name: (e.rows, e.columns, e.samples) for name, e in found.evidence.items()}
-        torch.save({"evidence": evidence, "seen": (found.sequences, found.tokens)}, file)
-        return found
 
     def measure(self, weights: dict[str, Tensor]) -> dict[str, float]:
         """Mean divergence from the source on both texts."""
@@ -237,7 +240,7 @@ def frequencies(bench: Bench, power: float) -> dict[str, Evidence]:
     weights = share**power / (share**power).sum() * bench.calibration.tokens / bench.calibration.sequences
     weights = (weights + DAMPING * weights.mean()).float()
     old = bench.calibration.evidence[site.name]
-    return {site.name: replace(old, rows=weights)}
+    return {site.name: replace(old, rows=weights, terms=())}
 
 
 def run(name: str, only: list[str] | None) -> None:
@@ -251,7 +254,7 @@ def run(name: str, only: list[str] | None) -> None:
             name, {"title": TITLES[name], "metric": bench.job.objective.metric}
         )
         mine[part] = [*(old for old in mine.get(part, []) if old["step"] != row["step"]), row]
-        save_results("ablation", {"models": results["models"]})
+        save_results("ablation", {"models": results["models"], "ingredients": VERDICTS})
         print(f"{time.perf_counter() - start:6.0f} s  {name} {part} {row}", flush=True)
 
     wanted = lambda part: not only or any(word in part for word in only)  # noqa: E731
@@ -278,7 +281,7 @@ def run(name: str, only: list[str] | None) -> None:
                 }
                 tensors = {n: t for n, t in tensors.items() if n in bench.job.source.parameters}
                 done(part, {"step": step, "bytes": found.bytes, **bench.measure(tensors)})
-        for part, (_, _, encoder) in ENCODERS.items():
+        for part, encoder in ENCODERS.items():
             if wanted(part):
                 done(part, bench.row(bench.encode(encoder, step), step)[0])
         for power in (0.0, 1.0):
