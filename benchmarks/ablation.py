@@ -29,7 +29,7 @@ from octavo.artifact import pack
 from octavo.budget import Budget
 from octavo.calibrate import DAMPING, Evidence
 from octavo.finish import Built
-from octavo.forms import Form, Grid, Sum
+from octavo.forms import Form, Grid
 from octavo.inmemory import replaced
 from octavo.integrations.transformers import text_batches
 from octavo.methods import get_method
@@ -70,28 +70,28 @@ def without_feedback(site: Site, weight: Tensor, evidence: Evidence, step: float
 
 
 @dataclass(frozen=True)
-class Rotated(Form):
-    """A form whose columns were rotated: for measuring only, its seed would be stored in four bytes."""
+class Priced(Form):
+    """A matrix with the form by which its bytes are counted: what would be stored beside that takes a few bytes a site."""
 
-    base: Form
-    rotation: Tensor
+    counted: Form
+    matrix: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.base.shape
+        return self.counted.shape
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.base.tensors()
+        return self.counted.tensors()
 
     def meta(self) -> dict[str, Any]:
-        return self.base.meta()
+        return self.counted.meta()
 
     @classmethod
-    def restore(cls, tensors: Any, meta: Any, shape: Any) -> Rotated:
-        raise NotImplementedError
+    def restore(cls, tensors: Any, meta: Any, shape: Any) -> Priced:
+        raise NotImplementedError("for measuring only")
 
     def dense(self) -> Tensor:
-        return self.base.dense() @ self.rotation.t()
+        return self.matrix
 
 
 def rotated(site: Site, weight: Tensor, evidence: Evidence, step: float) -> Form:
@@ -101,7 +101,8 @@ def rotated(site: Site, weight: Tensor, evidence: Evidence, step: float) -> Form
     generator = torch.Generator().manual_seed(site.columns)
     turn = torch.linalg.qr(torch.randn(site.columns, site.columns, generator=generator)).Q
     turned = Evidence(evidence.rows, turn.t() @ evidence.columns @ turn)
-    return Rotated(plain(site, weight @ turn, turned, step), turn)
+    form = plain(site, weight @ turn, turned, step)
+    return Priced(form, form.dense() @ turn.t())
 
 
 def corrected(site: Site, weight: Tensor, evidence: Evidence, step: float) -> Form:
@@ -120,7 +121,7 @@ def centroids(site: Site, weight: Tensor, evidence: Evidence, step: float) -> Fo
     moved = direction if evidence.columns is None else direction @ evidence.columns
     moved = moved * evidence.rows[:, None]
     share = float((error * moved).sum() / (direction * moved).sum().clamp_min(1e-30))
-    return Sum(form, replace(ones, scale=ones.scale * share))
+    return Priced(form, form.dense() + share * direction)
 
 
 ENCODERS: dict[str, Encoder] = {
@@ -204,7 +205,7 @@ class Bench:
         quality = self.measure({**weights, **{n: t for n, t in kept.items() if n in self.job.source.parameters}})
         points = {name: Point("entropy", {"step": step}, item.bytes, 0.0) for name, item in packed.items()}
         plan = Plan(Budget(contents.bytes, "ablation"), points, 0.0, 0)
-        held = {**self.job.weights(packed), **kept} if not any(isinstance(f, Rotated) for f in forms.values()) else {}
+        held = {**self.job.weights(packed), **kept} if not any(isinstance(f, Priced) for f in forms.values()) else {}
         built = Built(plan, packed, contents, contents.bytes, float(self.job.measure(held).mean()) if held else 0.0)
         return {"step": step, "bytes": contents.bytes, **quality}, built
 

@@ -35,3 +35,10 @@ def ablation(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                     ]
                 )  # fmt: skip
     return head, lines
+
+
+def unmeasured(results: dict[str, Any]) -> str:
+    """Ingredients of which a model has no figure, model by model."""
+    models = {name: results["models"].get(name, {}) for name in ("minilm", "smollm2")}
+    missing = {name: [part for part in results["ingredients"] if part not in model] for name, model in models.items()}
+    return "; ".join(f"{name}: {', '.join(parts)}" for name, parts in missing.items() if parts)

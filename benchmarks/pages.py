@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ablation_page import ablation
+from ablation_page import ablation, unmeasured
 from common import RESULTS
 
 DOCS = RESULTS.parent
@@ -123,6 +123,8 @@ plain encoding was measured at several steps, and is interpolated in the logarit
 These artifacts were sized, not written: the figures compare ingredients, and are no results of `octavo compress`.
 
 {table(*ablation(results))}
+
+Not measured yet: {unmeasured(results) or "nothing"}.
 
 Command: `{results["command"]}`, {results["created"]}.
 """
