@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import bench_page
+from ablation_page import ablation, unmeasured
 from common import RESULTS
 
 DOCS = RESULTS.parent
@@ -114,12 +115,29 @@ Command: `{results["command"]}`, {results["created"]}.
 """
 
 
+def ingredients(results: dict[str, Any]) -> str:
+    """What every ingredient bought."""
+    return f"""## Ablation
+
+One step for the whole model and every site by `entropy`, as it is and with one ingredient changed. Both sides have the same artifact bytes: the
+plain encoding was measured at several steps, and is interpolated in the logarithms of bytes and loss. Test text, which nothing was chosen on.
+These artifacts were sized, not written: the figures compare ingredients, and are no results of `octavo compress`.
+
+{table(*ablation(results))}
+
+Not measured yet: {unmeasured(results) or "nothing"}.
+
+Command: `{results["command"]}`, {results["created"]}.
+"""
+
+
 def main() -> None:
     """Write all pages."""
     read = lambda name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))  # noqa: E731
     results = read("acceptance")
     page = "# Results\n\nMade from `docs/results/*.json` by `benchmarks/pages.py`; every figure was measured on artifacts read back from disk.\n\n"
-    (DOCS / "results.md").write_text(page + acceptance(results) + "\n" + digits(read("digits")), encoding="utf-8")
+    parts = [acceptance(results), digits(read("digits")), ingredients(read("ablation"))]
+    (DOCS / "results.md").write_text(page + "\n".join(parts), encoding="utf-8")
     short = table(
         ["ratio asked", "artifact", "1 − cosine", "best uniform setting"],
         [[row[0], row[1], row[3], row[4]] for row in ratio_rows(results)],

@@ -24,6 +24,7 @@ from octavo.job import Job, Progress, silent
 from octavo.methods import get_method
 from octavo.objective import Objective
 from octavo.profile import Profile
+from octavo.reconstruct import reconstruct, reserve
 from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget
 from octavo.sites import Source
 from octavo.workspace import Workspace
@@ -157,13 +158,17 @@ def compress(
                 # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
                 profile = build_profile(job, calibration, room, 0.0, preset)
             clock.lap("profile")
-            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, asked, margin=MARGIN)
+            spared = asked.bytes - reserve(job, asked.bytes, preset)
+            free = asked if plan or profile.smallest > spared else Budget(spared, asked.asked)
+            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=MARGIN)
             clock.lap("plan")
             if plan is None:
-                best, rival = contest(job, profile, calibration, room, chosen, asked)
+                best, rival = contest(job, profile, calibration, room, chosen, free)
+                clock.lap("encode")
+                best = reconstruct(job, calibration, best, asked.bytes, preset)
             else:
                 best, rival = finish(job, profile, calibration, room, chosen, asked, exact=False), None
-            clock.lap("encode")
+            clock.lap("encode" if plan else "reconstruct")
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)

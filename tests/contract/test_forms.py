@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from octavo.artifact import pack, unpack
 from octavo.errors import ArtifactError
-from octavo.forms import Affine, Codebook, Dense, Grid, LowRank, Sparse, Sum, Trellis, form_names, restore
+from octavo.forms import Affine, Codebook, Dense, Grid, LowRank, Scaled, Sparse, Sum, Trellis, form_names, restore
 from octavo.forms.base import MAX_DEPTH
 
 
@@ -71,6 +71,10 @@ def n_of_m(rows, columns, seed, keep=2, group=4):
     return Sparse(mask, grid(1, int(mask.sum()), seed + 1), (keep, group))
 
 
+def gains(rows, seed):
+    return torch.randint(-128, 129, (rows,), generator=_generator(seed), dtype=torch.int16)
+
+
 def lowrank(rows, columns, seed, inner=grid):
     rank = max(1, min(rows, columns) // 2)
     return LowRank(inner(rows, rank, seed), inner(rank, columns, seed + 1))
@@ -106,6 +110,7 @@ FORMS = {
     "sparse 4:8": lambda r, c, s: n_of_m(r, c, s, 4, 8),
     "sparse 1:2": lambda r, c, s: n_of_m(r, c, s, 1, 2),
     "sum(grid, lowrank)": lambda r, c, s: Sum(grid(r, c, s), lowrank(r, c, s + 7)),
+    "scaled(grid)": lambda r, c, s: Scaled(grid(r, c, s, "steps"), gains(r, s)),
     "sum(grid, sparse)": lambda r, c, s: Sum(grid(r, c, s, "steps"), sparse(r, c, s + 7)),
     "trellis": lambda r, c, s: Trellis(grid(r, c, s, "steps")),
     "sum(trellis, lowrank)": lambda r, c, s: Sum(Trellis(grid(r, c, s)), lowrank(r, c, s + 7)),
@@ -271,6 +276,14 @@ def test_a_mask_that_keeps_another_number_is_refused():
     mask = form.mask.to(torch.uint8)
     mask[tuple((mask == 0).nonzero()[0])] = 1
     refused({**parts_of(form), "mask": mask}, form.meta(), form.shape)
+
+
+@pytest.mark.parametrize("gain", [129, -129, -(2**63)])
+def test_a_gain_out_of_range_is_refused(gain):
+    form = cases()["scaled(grid)"]
+    broken = form.gains.long()
+    broken[0] = gain
+    refused({**parts_of(form), "gains": broken}, form.meta(), form.shape)
 
 
 BAD_META = [

@@ -6,6 +6,7 @@ from octavo.forms.codebook import Codebook
 from octavo.forms.dense import Dense
 from octavo.forms.grid import Grid
 from octavo.forms.lowrank import LowRank
+from octavo.forms.scaled import Scaled
 from octavo.forms.sparse import Sparse
 from octavo.forms.sum import Sum
 from octavo.forms.trellis import Trellis
@@ -17,6 +18,7 @@ __all__ = [
     "Form",
     "Grid",
     "LowRank",
+    "Scaled",
     "Sparse",
     "Sum",
     "Trellis",

@@ -1,0 +1,64 @@
+"""Another form with its rows scaled a little, by factors too fine for the steps of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.forms.base import Form, child, expect, expect_integers, form, nest
+
+#: Gains are powers of two with this many divisions an octave: 0.5% apart.
+GAIN_DIVISIONS = 128
+#: Up to an octave either way: what is corrected is what rounding did to a row, which is a few percent.
+LARGEST_GAIN = GAIN_DIVISIONS
+# Python's own power of exact doubles, not a vectorised one, so that every machine restores the same bits.
+_FACTORS = torch.tensor([2.0 ** (k / GAIN_DIVISIONS) for k in range(-LARGEST_GAIN, LARGEST_GAIN + 1)]).float()
+
+
+@form("scaled")
+@dataclass(frozen=True)
+class Scaled(Form):
+    """``weight[i] = 2 ** (gains[i] / 128) * base[i]``.
+
+    Parameters
+    ----------
+    base
+        The form that is scaled.
+    gains
+        (rows,) integers between -128 and 128.
+    """
+
+    base: Form
+    gains: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.base.shape
+
+    @property
+    def factors(self) -> Tensor:
+        """(rows,) float32 factors of the rows."""
+        return _FACTORS.to(self.gains.device)[self.gains.long() + LARGEST_GAIN]
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return {**nest(base=self.base), "gains": self.gains}
+
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        return {"form": self.name, "base": self.base.meta()}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Scaled:  # noqa: D102
+        gains = expect_integers(tensors["gains"], (shape[0],), "gains")
+        within = (gains >= -LARGEST_GAIN) & (gains <= LARGEST_GAIN)
+        expect(bool(within.all()), f"a gain is not within {LARGEST_GAIN} of zero")
+        return cls(child(tensors, meta, "base", shape), gains)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return self.base.dense() * self.factors[:, None]
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.base.apply(x) * self.factors.to(x.dtype)
