@@ -27,7 +27,7 @@ from octavo.objective import KL
 from octavo.running import held_bytes, kernels_of
 from octavo.running.speed import greedy, interleaved
 
-TOKENS, PROMPT, ROUNDS = 24, 128, 7
+TOKENS, PROMPT, ROUNDS = 16, 128, 5
 #: Rows and columns of matrices that the kernels are timed on: those of SmolLM2 and its head.
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (49152, 576))
 
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--child", choices=("packed", "bfloat16", "float32"))
     parser.add_argument("--work", type=Path, default=CACHE / "memory")
     parser.add_argument("--sentences", type=int, default=512, help="for calibration, and as many others to judge by")
+    parser.add_argument("--preset", default="default", help="data-free takes minutes less, and rounds to nearest")
     parser.add_argument("--ratios", type=float, nargs="+", default=[7.0, 4.0])
     options = parser.parse_args()
     if options.child:
@@ -147,6 +148,7 @@ def main() -> None:
     judged = window_batches(options.model, test, 256)
     results: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
+        "preset": options.preset,
         "sentences": options.sentences,
         "kernels": kernels(),
         "rows": [],
@@ -159,9 +161,10 @@ def main() -> None:
             options.model,
             ratio=ratio,
             target="memory",
-            data=calibration,
-            workspace=options.work / "profile",
-            resume=True,
+            data=None if options.preset == "data-free" else calibration,
+            preset=options.preset,
+            workspace=options.work / options.preset,
+            resume=(options.work / options.preset).exists(),
         )
         stated, budget = done.built.counted, done.budget.bytes
         uniform = {"label": done.rival.plan.label, "kl_held_back": done.rival.quality} if done.rival else None

@@ -82,6 +82,14 @@ def test_a_large_table_is_packed_in_pieces_that_fit_together():
     torch.testing.assert_close(kernel.matmul(x)[:, index], x @ form.lookup(index).T, rtol=0.05, atol=3.0)
 
 
+def test_many_inputs_give_what_few_give():
+    torch.manual_seed(0)
+    kernel = kernel_for(grid(80, 64, -127, 127, steps=True))
+    x = torch.randn(40, 64)
+    few = torch.cat([kernel.matmul(row) for row in x.split(1)])
+    torch.testing.assert_close(kernel.matmul(x), few, rtol=0.02, atol=0.02 * float(few.abs().max()))
+
+
 def test_the_layout_of_this_machine_is_understood():
     """If not, int4 grids run without a kernel, and nothing else would say so."""
     assert int4_layout() is not None

@@ -23,7 +23,9 @@ GROUPS = (32, 64, 128, 256)
 INT8_COLUMNS = 16
 #: Rows that the int4 kernel packs together.
 _BLOCK = 64
-#: Weights that are packed at once: the packer wants them as int32.
+#: Inputs up to which the int8 kernel is used: for many it takes several times as long as a cast and a dense product.
+_FEW = 16
+#: Weights that are packed or cast at once: the packer wants them as int32.
 _CHUNK = 1 << 22
 
 
@@ -190,7 +192,13 @@ class Int8(Kernel):
         return [self.codes, self.scale] + ([] if self.columns is None else [self.columns])
 
     def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
-        return torch.ops.aten._weight_int8pack_mm(_inputs(x, self.columns), self.codes, self.scale).to(x.dtype)
+        inner = _inputs(x, self.columns)
+        if len(x) <= _FEW:
+            return torch.ops.aten._weight_int8pack_mm(inner, self.codes, self.scale).to(x.dtype)
+        # 8 bits are exact in bfloat16, so the codes need no more than a cast.
+        step = max(1, _CHUNK // self.shape[1])
+        parts = (torch.nn.functional.linear(inner, codes.bfloat16()) for codes in self.codes.split(step))
+        return (torch.cat(list(parts), 1) * self.scale).to(x.dtype)
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
         weight = self.codes[index].float().mul_(self.scale[index].float()[:, None])
