@@ -51,6 +51,7 @@ class Plan:
             "octavo_plan": 1,
             "asked": self.budget.asked,
             "budget": self.budget.bytes,
+            "target": self.budget.target,
             "label": self.label,
             "sites": sites,
         }
@@ -81,7 +82,7 @@ def load_plan(path: Path, profile: Profile) -> Plan:
             )
             for name, entry in sites.items()
         }
-        budget = Budget(int(data["budget"]), str(data["asked"]))
+        budget = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RequestError(f"{path}: not a plan: {error}") from error
     known = {curve.site for curve in profile.curves}
@@ -184,8 +185,9 @@ def allocate(
 def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
     """The error that names what can be reached."""
     limit = int(original_bytes / smallest * 100) / 100
+    least = "the smallest artifact of this source" if budget.target == "disk" else "in memory this source at least"
     return BudgetError(
-        f"{budget.asked} asks for {budget.bytes} bytes; the smallest artifact of this source takes {smallest}. "
+        f"{budget.asked} asks for {budget.bytes} bytes; {least} takes {smallest}. "
         f"Ask for a ratio of at most {limit:g}.",
         limit,
     )

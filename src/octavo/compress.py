@@ -7,7 +7,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class Compressed:
 
     @property
     def ratio(self) -> float:
-        """Original bytes over artifact bytes."""
-        return self.job.source.original_bytes / self.built.bytes
+        """Original bytes over what the budget counts: artifact bytes, or bytes in memory."""
+        return self.job.source.original_bytes / self.built.counted
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the artifact, read it back, measure it, write the report; returns the report's data."""
@@ -77,6 +77,7 @@ def compress(
     ratio: float | None = None,
     size: str | int | None = None,
     bits: float | None = None,
+    target: str = "disk",
     data: Any = None,
     objective: str | Objective | None = None,
     methods: Sequence[str] | None = None,
@@ -99,6 +100,9 @@ def compress(
         A ``transformers`` folder, a ``.safetensors`` file or index, or any module.
     ratio, size, bits
         The budget, exactly one of them: original bytes over artifact bytes, bytes (``"11MB"``), or bits per weight.
+    target
+        What the budget counts: ``disk``, the bytes of the artifact's files, or ``memory``, those that all tensors take
+        while the model runs from packed codes (``octavo.load(path, packed=True)``).
     data
         A file or list of texts for a text model, or an iterable of batches that the module takes. Without any, the
         built-in English text serves a text model, and other sources are compressed without data.
@@ -137,7 +141,7 @@ def compress(
         If the budget cannot be reached.
     """
     clock = _Clock()
-    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory)
+    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target)
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
     if not resume:
@@ -159,8 +163,10 @@ def compress(
                 profile = build_profile(job, calibration, room, 0.0, preset)
             clock.lap("profile")
             spared = asked.bytes - reserve(job, asked.bytes, preset)
-            free = asked if plan or profile.smallest > spared else Budget(spared, asked.asked)
-            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=MARGIN)
+            free = asked if plan or profile.smallest > spared else replace(asked, bytes=spared)
+            # What a form takes in memory is known exactly: there are no settings between the measured ones.
+            margin = MARGIN if target == "disk" else 0.0
+            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=margin)
             clock.lap("plan")
             if plan is None:
                 best, rival = contest(job, profile, calibration, room, chosen, free)

@@ -42,8 +42,10 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     dtype = job.kept_dtype()
     source = job.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
-    profile.options = {"bits": bits, "preset": preset, "kept": dtype is not None}
-    profile.fixed_bytes = job.contents(smallest, dtype).bytes - sum(packed.bytes for packed in smallest.values())
+    profile.options = {"bits": bits, "preset": preset, "kept": dtype is not None, "target": job.target}
+    profile.fixed_bytes = job.contents(smallest, dtype).counted - sum(
+        packed.counted(job.target) for packed in smallest.values()
+    )
     if job.measurable and preset != "fast":
         correct(job, profile, calibration, room, bits or 4.0)
     profile.save(room.path / "profile.json")
@@ -60,7 +62,15 @@ def _measured(
     results = job.executor.map(
         profiled,
         (
-            (site, job.matrix(site), calibration.evidence[site.name], job.methods, window, job.pinned.get(site.name))
+            (
+                site,
+                job.matrix(site),
+                calibration.evidence[site.name],
+                job.methods,
+                window,
+                job.pinned.get(site.name),
+                job.target,
+            )
             for site in missing
         ),
     )
@@ -70,7 +80,7 @@ def _measured(
             for method, setting, packed in made:
                 room.save_packed(site.name, method, setting, packed)
             entries = [[p.method, p.setting, p.bytes, p.loss, p.estimated] for p in curve.points]
-            described = [outline.bytes, outline.crc, outline.parts, outline.meta, outline.codecs]
+            described = [outline.bytes, outline.crc, outline.parts, outline.meta, outline.codecs, outline.resident]
             # What was read back is what goes on, so that a run that was resumed is like one that was not.
             saved = json.loads(json.dumps({"points": entries, "smallest": described}))
             room.write_json(name, saved)

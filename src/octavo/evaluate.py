@@ -31,6 +31,7 @@ def evaluate(
     against: str | Path | None = None,
     metric: str = "divergence",
     objective: str | Objective | None = None,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """Measure a source or an artifact.
 
@@ -46,6 +47,8 @@ def evaluate(
     metric
         ``divergence`` (mean and 95th percentile of the objective against ``against``), ``spearman`` (correlation of
         cosine similarities with human scores) or ``perplexity`` (of the next token, for causal language models).
+    packed
+        Whether an artifact runs from packed codes.
 
     Raises
     ------
@@ -55,7 +58,7 @@ def evaluate(
     if metric not in METRICS:
         raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
     path = Path(path)
-    source = _open(path)
+    source = _open(path, packed=packed)
     if metric == "perplexity":
         return {"path": str(path), "metric": metric, **_perplexity(source, data)}
     if metric == "spearman":
@@ -84,15 +87,20 @@ def evaluate(
     }
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path, *, packed: bool) -> Source:
     if not (path / MANIFEST).exists():
+        if packed:
+            raise RequestError(f"{path}: is no artifact, so it cannot run packed; compress it first")
         return jobs.open_source(path)
     from octavo.verify import load
 
     Artifact(path)
-    model = load(path)
+    model = load(path, packed=packed)
     if not isinstance(model, nn.Module):
         raise RequestError(f"{path}: holds bare tensors, there is no model to run")
+    if packed:
+        # Its tensors are not read, only run.
+        return Source(path.name, path, {}, {}, {}, model.get_parameter, model, is_transformers=True)
     source = jobs.open_source(model)
     source.path, source.is_transformers = path, True
     return source

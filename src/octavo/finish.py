@@ -42,6 +42,11 @@ class Built:
     quality: float
     p95: float | None = None
 
+    @property
+    def counted(self) -> int:
+        """What the budget counts: artifact bytes, or those in memory if it was made for memory."""
+        return self.bytes if self.contents.resident is None else self.contents.resident
+
 
 def finish(
     job: Job,
@@ -61,16 +66,16 @@ def finish(
         If a plan that must not be moved exceeds the budget.
     """
     points, packed, contents = _encoded(job, profile, calibration, room, plan, asked if exact else None)
-    total = contents.bytes
+    total = contents.counted
     aim = asked.bytes
     for _ in range(_RETREATS if exact else 0):
         if total <= asked.bytes:
             break
         # Continuous settings could not be moved close enough: points of known bytes never exceed the budget, and those
         # that were measured on a sample do so by little, which the next attempt leaves free.
-        known = allocate(profile, Budget(aim, asked.asked), margin=2 * MARGIN, interpolate=False)
+        known = allocate(profile, replace(asked, bytes=aim), margin=2 * MARGIN, interpolate=False)
         points, packed, contents = _encoded(job, profile, calibration, room, known, None)
-        total = contents.bytes
+        total = contents.counted
         aim -= max(total - asked.bytes, 0)
     if total > asked.bytes and exact:
         raise unreachable(asked, profile.original_bytes, total)
@@ -79,13 +84,14 @@ def finish(
             f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites"
         )
     expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
-    fixed = total - sum(item.bytes for item in packed.values())
+    fixed = total - sum(item.counted(job.target) for item in packed.values())
     done = Plan(plan.budget, points, expected, fixed, plan.label, plan.notes)
+    size = total if job.target == "disk" else contents.bytes
     if not job.measurable:
-        return Built(done, packed, contents, total, expected)
+        return Built(done, packed, contents, size, expected)
     stored = {name: kept.given for name, kept in contents.kept.items()}
     losses = job.measure(Lazily({**job.weights(packed).made, **stored})).numpy()
-    return Built(done, packed, contents, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
+    return Built(done, packed, contents, size, float(losses.mean()), float(np.quantile(losses, 0.95)))
 
 
 def _encoded(
@@ -97,13 +103,13 @@ def _encoded(
     signs: set[bool] = set()
     for attempt in range(_ROUNDS):
         for done, (name, found) in enumerate(job.encode_all(moved, calibration, room)):
-            points[name], packed[name] = replace(moved[name], bytes=found.bytes, estimated=False), found
+            points[name], packed[name] = replace(moved[name], bytes=found.counted(job.target), estimated=False), found
             job.progress("encode", done + 1, len(moved))
         contents = job.contents(packed, _kept(job, profile, points))
-        if asked is None or attempt == _ROUNDS - 1 or _fits(contents.bytes, asked):
+        if asked is None or attempt == _ROUNDS - 1 or _fits(contents.counted, asked):
             break
         free = {name: point for name, point in points.items() if name not in job.pinned}
-        missing = int(asked.bytes * (1 - MARGIN / 2)) - contents.bytes
+        missing = int(asked.bytes * (1 - MARGIN / 2)) - contents.counted
         signs.add(missing > 0)
         moved = _move(profile, free, missing, alone=len(signs) > 1)
         if not moved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -63,6 +64,7 @@ class Job:
     pinned: dict[str, tuple[str, Setting]] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = silent
+    target: str = "disk"
     notes: list[str] = field(default_factory=list)
     #: Bytes of memory that the run may take; None for what the machine has.
     memory: int | None = None
@@ -173,7 +175,21 @@ class Job:
             name: Entry(item, self.site(name).shape, self.site(name).dtype, self.site(name).layout)
             for name, item in packed.items()
         }
-        return Contents(source, entries, self.kept(dtype), self.source.aliases)
+        resident = self.resident(packed) if self.target == "memory" else None
+        return Contents(source, entries, self.kept(dtype), self.source.aliases, resident)
+
+    def resident(self, packed: Mapping[str, Packed]) -> int:
+        """Bytes of all tensors while the model runs packed: sites, what is no site, and buffers that are not stored."""
+        total = sum(item.resident for item in packed.values())
+        for name in self.left:
+            dtype = self.source.dtypes[name]
+            # Models of transformers run in bfloat16 as a whole.
+            narrow = self.source.is_transformers and dtype.is_floating_point
+            total += math.prod(self.source.shapes[name]) * (2 if narrow else dtype.itemsize)
+        if self.source.module is not None:
+            stored = self.source.module.state_dict().keys()
+            total += sum(b.nbytes for name, b in self.source.module.named_buffers() if name not in stored)
+        return total
 
     def weights(self, packed: Mapping[str, Packed]) -> Lazily:
         """Packed sites as tensors of the source, each decoded when it is asked for."""
@@ -189,6 +205,15 @@ class Job:
         if self._model is None or not self.held_data:
             raise RequestError("nothing can be measured without a model and data")
         return self._model.measure(self.held_data, self.objective, weights)
+
+    def judge(self, module: nn.Module) -> Tensor:
+        """Divergence of every held-back example from the source with another module in its place."""
+        assert self._model is not None
+        with torch.inference_mode():
+            pairs = zip(self.held_data, self._model.outputs(self.held_data, self.objective), strict=True)
+            return torch.cat(
+                [self.objective.divergence(old, self.objective.outputs(module, data)) for data, old in pairs]
+            )
 
     @property
     def measurable(self) -> bool:

@@ -40,7 +40,7 @@ class Point:
     method, setting
         What was done.
     bytes
-        Stored bytes, from the code that writes the file.
+        Stored bytes, from the code that writes the file; for memory those that it takes while it runs.
     loss
         Expected increase of the whole model's loss (the objective's metric), before correction.
     estimated
@@ -139,6 +139,7 @@ def profile_site(
     methods: Sequence[Method],
     window: Window,
     keep: Callable[[Method, Setting, Any], None] = lambda method, setting, packed: None,
+    target: str = "disk",
 ) -> Curve:
     """Points of one site from all methods.
 
@@ -150,6 +151,8 @@ def profile_site(
         Those of the cheapest preset go first and set the curve that the others are screened against.
     keep
         Called with every packed form, for callers that want to reuse one. Of large matrices only sizes are known.
+    target
+        What the bytes of a point are: ``disk`` or ``memory``.
     """
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
@@ -157,16 +160,16 @@ def profile_site(
         if not method.accepts(site):
             continue
         if sample is not None and method.by_rows:
-            for setting, form in _walk(method, sample.weight, sample.evidence, window, curve):
-                packed = sample.packed(form)
+            for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
+                packed, loss = sample.packed(form), sample.loss(form)
                 keep(method, setting, packed)
-                curve.points.append(Point(method.name, setting, packed.bytes, sample.loss(form), estimated=True))
+                curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
         elif sample is None or _competitive(method, sample, curve):
-            for setting, form in _walk(method, weight, evidence, window, curve):
+            for setting, form in _walk(method, weight, evidence, window, curve, target):
                 packed = pack(form)
                 keep(method, setting, packed)
                 loss = evidence.loss(form.dense() - weight)
-                curve.points.append(Point(method.name, setting, packed.bytes, loss))
+                curve.points.append(Point(method.name, setting, packed.counted(target), loss))
     if not curve.points:
         names = ", ".join(method.name for method in methods)
         raise RequestError(f"site {site.name!r}: {names} can do nothing with it; add another method, such as entropy")
@@ -186,10 +189,10 @@ def _competitive(method: Method, sample: Sample, curve: Curve) -> bool:
 
 
 def _walk(
-    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve
+    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: str
 ) -> Iterator[tuple[Setting, Any]]:
     """Settings of a method from the middle outwards, until they leave the window or turn out hopeless."""
-    settings = method.settings(weight, evidence)
+    settings = method.offered(weight, evidence, target)
     if not settings:
         return
     if method.elastic is not None:

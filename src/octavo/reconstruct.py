@@ -75,18 +75,20 @@ def reconstruct(job: Job, calibration: Calibration, built: Built, budget: int, p
 def _possible(job: Job) -> bool:
     # A loss with labels of its own is no distance from the source: to lower it further would be training.
     # A model that does not fit in memory has no gradients from end to end.
-    whole = job.measurable and not job.source.is_skeleton
+    # A kernel that runs packed codes has no place for gains.
+    whole = job.measurable and not job.source.is_skeleton and job.target == "disk"
     return whole and bool(job.calibration_data) and not isinstance(job.objective, Loss)
 
 
 def _linear(job: Job) -> dict[str, nn.Module]:
     """Sites whose rows are outputs of a linear layer, with their modules."""
-    owners = {site.name: job.source.owner(site.name) for site in job.sites if site.kind == "linear"}
-    return {
-        name: owner
-        for name, owner in owners.items()
-        if (isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D") and name not in job.pinned
-    }
+    found: dict[str, nn.Module] = {}
+    for site in job.sites:
+        owner = job.source.owner(site.name)
+        turns = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"
+        if owner is not None and turns and site.kind == "linear" and site.name not in job.pinned:
+            found[site.name] = owner
+    return found
 
 
 class _Fit:

@@ -14,7 +14,7 @@ from torch import nn
 from octavo import job as jobs
 from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
-from octavo.budget import Budget, parse_size
+from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import Evidence, data_free
 from octavo.errors import RequestError
@@ -23,6 +23,7 @@ from octavo.job import Job, Progress
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.objective import Objective
+from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
 from octavo.workspace import hash_tensors
@@ -33,6 +34,8 @@ _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
 _SUSPICIOUS = 0.6
 #: Bytes of a tensor's entries in manifest and header, roughly.
 _ENTRY = 256
+#: Rows of a site that tell what it takes in memory: as many as the int4 kernel packs together.
+_ROWS = 64
 #: Below this share of the smallest artifact found without data, a budget is refused at once.
 _SURE = 0.9
 
@@ -48,10 +51,13 @@ def open_job(
     seed: int,
     progress: Progress,
     memory: str | int | None = None,
+    target: str = "disk",
 ) -> Job:
     """Check a request and gather what all steps share."""
+    if target not in TARGETS:
+        raise RequestError(f"target {target!r} is not known; choose from {', '.join(TARGETS)}")
     limit = None if memory is None else parse_size(memory)
-    chosen = select_methods(methods, preset)
+    chosen = select_methods(methods, preset, target)
     if not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
     # Without data nothing is run, and the model need not fit in memory.
@@ -72,8 +78,9 @@ def open_job(
         batches = jobs.prepared(opened, wanted, batches)
     calibration, held = jobs.split(batches)
     return Job(
-        opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, list(opened.notes), limit
-    )
+        opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
+        list(opened.notes), limit,
+    )  # fmt: skip
 
 
 def describe(job: Job, preset: str) -> dict[str, Any]:
@@ -87,6 +94,7 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "pinned": {name: list(choice) for name, choice in job.pinned.items()},
         "preset": preset,
         "seed": job.seed,
+        "target": job.target,
     }
 
 
@@ -99,10 +107,16 @@ def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, siz
 
         try:
             data = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
-            return Budget(int(data["budget"]), str(data["asked"]))
+            asked = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise RequestError(f"{plan}: not a plan: {error}") from error
-    return budget_of(job.source.original_bytes, job.source.weights, ratio=ratio, size=size, bits=bits)
+        if asked.target != job.target:
+            raise RequestError(
+                f"{plan}: counts the bytes of {asked.target}, not of {job.target}; ask for the same target"
+            )
+        return asked
+    source = job.source
+    return budget_of(source.original_bytes, source.weights, ratio=ratio, size=size, bits=bits, target=job.target)
 
 
 def refuse_full_disk(folder: Path, asked: Budget) -> None:
@@ -124,6 +138,9 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
     the profile is known.
     """
     shapes = job.source.shapes
+    if job.target == "memory":
+        _refuse_small_memory(job, asked)
+        return
     beside = _ENTRY * len(shapes) + sum(2 * math.prod(shapes[name]) for name in job.left)
     if (asked.bytes - beside) * 8 > _SUSPICIOUS * job.source.weights:
         return
@@ -138,6 +155,27 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
     else:
         smallest = job.contents(packed, job.kept_dtype()).bytes
     raise unreachable(asked, job.source.original_bytes, smallest)
+
+
+def _refuse_small_memory(job: Job, asked: Budget) -> None:
+    """Refuse a budget of memory that even the coarsest settings with a kernel exceed.
+
+    Their sizes depend on shapes, so a few rows of every site tell them.
+    """
+    smallest = job.resident({})
+    for site in job.sites:
+        rows = job.matrix(site)[:_ROWS]
+        evidence = Evidence(torch.ones(len(rows)), None)
+        if site.name in job.pinned:
+            name, setting = job.pinned[site.name]
+            choices = [(get_method(name), setting)]
+        else:
+            offered = ((method, method.kernel_settings(rows, evidence)) for method in job.methods)
+            choices = [(method, settings[-1]) for method, settings in offered if settings]
+        forms = (method.encode(rows, setting, evidence) for method, setting in choices)
+        smallest += min(resident_bytes(form, site.rows) for form in forms)
+    if asked.bytes < smallest:
+        raise unreachable(asked, job.source.original_bytes, smallest)
 
 
 def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:

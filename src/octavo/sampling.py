@@ -15,6 +15,7 @@ from octavo import coding
 from octavo.artifact import Packed, Sized, pack
 from octavo.calibrate import Evidence
 from octavo.forms import Form
+from octavo.running.kernels import resident_bytes
 
 #: Larger matrices are sampled, and about this many weights of them are taken. Of a 4096 x 4096 matrix bytes are then
 #: estimated within a few parts in a thousand, and of a whole model, whose misses cancel, within one.
@@ -72,7 +73,7 @@ class Sample:
             parts[name] = [end, length, *floats]
             end += length
         codecs = {codec: round(size * end / max(found.bytes, 1)) for codec, size in found.codecs.items()}
-        return Packed(Sized(end), parts, found.meta, codecs)
+        return Packed(Sized(end), parts, found.meta, codecs, resident_bytes(form, self.rows))
 
 
 def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:

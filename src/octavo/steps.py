@@ -39,6 +39,7 @@ def profile(
     keep: Mapping[str, str] | None = None,
     resume: bool = False,
     seed: int = 0,
+    target: str = "disk",
     memory: str | int | None = None,
     executor: str | Executor | None = None,
     progress: Progress = silent,
@@ -53,7 +54,7 @@ def profile(
     RequestError
         If something about the request or the source cannot be served.
     """
-    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory)
+    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target)
     room = Workspace(Path(out), describe(job, preset), resume=resume)
     with executors.executor(executor) as job.executor:
         result = build_profile(job, job.calibrate(room), room, None, preset)
@@ -67,6 +68,7 @@ def profile(
             "ignore": list(ignore),
             "keep": dict(keep or {}),
             "seed": seed,
+            "target": target,
         },
     )
     return result
@@ -90,7 +92,9 @@ def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = N
         If the budget cannot be reached.
     """
     saved = Profile.load(Path(folder) / "profile.json")
-    asked = budget_of(saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits)
+    asked = budget_of(
+        saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits, target=saved.options["target"]
+    )
     # Carried out as it is, a plan must not exceed its budget by the little that interpolated points miss.
     return allocate(saved, asked, margin=MARGIN)
 
@@ -132,7 +136,7 @@ def frontier(
             "asked": ratio,
             "budget": done.budget.bytes,
             "bytes": done.built.bytes,
-            "used": done.built.bytes / done.budget.bytes,
+            "used": done.built.counted / done.budget.bytes,
             "quality": done.built.quality,
             "uniform": done.rival.quality if done.rival else None,
             "winner": done.built.plan.label,

@@ -25,6 +25,7 @@ def profiled(
     methods: Sequence[Method],
     window: Window,
     pinned: tuple[str, Setting] | None,
+    target: str,
 ) -> tuple[Curve, list[Made], Packed]:
     """A site's curve, the forms that are worth keeping, and the smallest form without its content.
 
@@ -34,6 +35,8 @@ def profiled(
         The site's matrix (rows, columns), float32.
     pinned
         The only method and setting, if the user chose them.
+    target
+        What the bytes of a point are: ``disk`` or ``memory``.
     """
     made: list[Made] = []
     outlines: list[Packed] = []
@@ -45,12 +48,12 @@ def profiled(
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 
     if pinned is None:
-        curve = profile_site(site, weight, evidence, methods, window, keep)
+        curve = profile_site(site, weight, evidence, methods, window, keep, target)
     else:
         packed = encoded(site, weight, evidence, *pinned)
         keep(get_method(pinned[0]), pinned[1], packed)
-        curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, packed.bytes, 0.0)])
-    return curve, made, min(outlines, key=lambda packed: packed.bytes)
+        curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, packed.counted(target), 0.0)])
+    return curve, made, min(outlines, key=lambda packed: packed.counted(target))
 
 
 def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting) -> Packed:

@@ -14,12 +14,15 @@ from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError
 from octavo.raw import raw_bytes
+from octavo.running import held_bytes
 from octavo.sites import Progress
 
 REPORT = "report.html"
+#: Packed weights may move outputs by so many times what rounding the same weights to bfloat16 does.
+_TOLERANCE = 2.0
 
 
-def load(path: str | Path, into: nn.Module | None = None) -> Any:
+def load(path: str | Path, into: nn.Module | None = None, *, packed: bool = False) -> Any:
     """Load an artifact.
 
     Parameters
@@ -29,6 +32,9 @@ def load(path: str | Path, into: nn.Module | None = None) -> Any:
     into
         A module to load the weights into. Without it a ``transformers`` artifact gives its model, and any other the
         dictionary of its tensors.
+    packed
+        Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
+        being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
 
     Raises
     ------
@@ -41,11 +47,14 @@ def load(path: str | Path, into: nn.Module | None = None) -> Any:
 
         # The loader of transformers opens the files first, and its errors are not ours.
         Artifact(path)
-        return load_model(path)
-    state = Artifact(path).state()
+        return load_model(path, packed=packed)
+    state = Artifact(path).state(packed=packed)
     if into is None:
         return state
     try:
+        if packed:
+            into.load_state_dict(state, strict=True, assign=True)
+            return into
         into.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ArtifactError(f"{path}: does not fit {type(into).__name__}: {error}") from error
@@ -72,15 +81,48 @@ def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None)
     return digest.hexdigest()
 
 
-def probe_outputs(module: nn.Module, seed: int = 0) -> str | None:
-    """SHA-256 of a transformers model's first output on fixed tokens; None for what takes no token ids."""
+def probe(module: nn.Module, seed: int = 0) -> Tensor | None:
+    """A transformers model's first output on fixed tokens; None for what takes no token ids."""
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
     if not vocabulary:
         return None
     tokens = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
-        first = next(value for value in module(input_ids=tokens).values() if isinstance(value, Tensor))
-    return hashlib.sha256(first.contiguous().numpy().tobytes()).hexdigest()
+        return next(value for value in module(input_ids=tokens).values() if isinstance(value, Tensor))
+
+
+def probe_outputs(module: nn.Module, seed: int = 0) -> str | None:
+    """SHA-256 of :func:`probe`."""
+    first = probe(module, seed)
+    return None if first is None else hashlib.sha256(raw_bytes(first)).hexdigest()
+
+
+def packed_run(artifact: Artifact, seed: int = 0) -> dict[str, Any]:
+    """What an artifact made for memory holds while it runs, and how its outputs differ from the decoded weights'.
+
+    Returns
+    -------
+    dict
+        ``held`` and ``stated`` bytes; ``error``, the relative error of the first output on fixed tokens against decoded
+        weights in float32, and ``allowed``, :data:`_TOLERANCE` times that of the same weights in bfloat16. The errors
+        are None for what takes no token ids.
+    """
+    result: dict[str, Any] = {"stated": artifact.resident, "held": None, "error": None, "allowed": None}
+    packed = load(artifact.path, packed=True)
+    if not isinstance(packed, nn.Module):
+        return result
+    result["held"] = held_bytes(packed)
+    dense = load(artifact.path)
+    exact = probe(dense, seed)
+    if exact is not None:
+        result["error"] = _relative(probe(packed, seed), exact)
+        result["allowed"] = _TOLERANCE * _relative(probe(dense.to(torch.bfloat16), seed), exact)
+    return result
+
+
+def _relative(outputs: Tensor | None, exact: Tensor) -> float:
+    assert outputs is not None
+    return float((outputs.float() - exact).norm() / exact.norm())
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -89,7 +131,8 @@ def verify(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``bytes``, ``ratio``, ``tensors``, ``weights_match`` and ``outputs_match`` (None if nothing was recorded).
+        ``bytes``, ``ratio``, ``tensors``, ``weights_match`` and ``outputs_match`` (None if nothing was recorded), and
+        ``packed``, the result of :func:`packed_run` if it was made for memory.
 
     Raises
     ------
@@ -107,11 +150,19 @@ def verify(path: str | Path) -> dict[str, Any]:
         "weights_sha256": digest,
         "weights_match": None if recorded.get("weights") is None else recorded["weights"] == digest,
         "outputs_match": None,
+        "packed": None,
     }
     if recorded.get("outputs") is not None:
         result["outputs_match"] = recorded["outputs"] == probe_outputs(load(path))
     if result["weights_match"] is False:
         raise ArtifactError(f"{path}: the restored weights are not those recorded when it was written")
+    if artifact.resident is not None:
+        result["packed"] = packed = packed_run(artifact)
+        if packed["error"] is not None and packed["error"] > packed["allowed"]:
+            raise ArtifactError(
+                f"{path}: running from packed codes moves outputs by {packed['error']:.3g} of their size, more than "
+                f"the {packed['allowed']:.3g} that bfloat16 explains; this machine computes something else"
+            )
     return result
 
 

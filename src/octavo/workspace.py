@@ -103,7 +103,7 @@ class Workspace:
 
     def save_packed(self, site: str, method: str, setting: dict[str, Any], packed: Packed) -> Packed:
         """Keep an encoded form; returns it as one whose content lies here and takes no memory."""
-        head = {"parts": packed.parts, "meta": packed.meta, "codecs": packed.codecs, "crc": packed.crc}
+        head = {name: getattr(packed, name) for name in ("parts", "meta", "codecs", "resident", "crc")}
         text = json.dumps(head).encode()
         head_bytes = zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
         path = self.path / self._point(site, method, setting)
@@ -128,7 +128,7 @@ class Workspace:
         if zlib.crc32(content[split:]) != head["crc"]:
             return None
         stored = Stored(path, split, len(content) - split, head["crc"])
-        return Packed(stored, head["parts"], head["meta"], head["codecs"])
+        return Packed(stored, head["parts"], head["meta"], head["codecs"], head["resident"])
 
     def _point(self, site: str, method: str, setting: dict[str, Any]) -> str:
         key = json.dumps([site, method, setting], sort_keys=True).encode()

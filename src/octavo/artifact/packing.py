@@ -17,6 +17,7 @@ import octavo.forms as forms
 from octavo import coding
 from octavo.errors import ArtifactError, OctavoError
 from octavo.raw import raw_bytes
+from octavo.running.kernels import resident_bytes
 
 DTYPES = {
     name: getattr(torch, name)
@@ -89,12 +90,15 @@ class Packed:
         The form's manifest entry.
     codecs
         Bytes by codec, for the report.
+    resident
+        Bytes that the form takes while it runs.
     """
 
     content: bytes | Stored | Sized
     parts: dict[str, list]
     meta: dict[str, Any]
     codecs: dict[str, int]
+    resident: int
 
     @property
     def blob(self) -> bytes:
@@ -111,6 +115,10 @@ class Packed:
     def bytes(self) -> int:
         """Stored bytes of the content; its share of manifest and header is counted with the artifact."""
         return len(self.content)
+
+    def counted(self, target: str) -> int:
+        """What a budget of disk or memory counts."""
+        return self.resident if target == "memory" else self.bytes
 
     @cached_property
     def crc(self) -> int:
@@ -133,7 +141,7 @@ def pack(form: forms.Form) -> Packed:
         codecs[codec] = codecs.get(codec, 0) + len(chunk)
         chunks.append(chunk)
         offset += len(chunk)
-    return Packed(b"".join(chunks), parts, form.meta(), codecs)
+    return Packed(b"".join(chunks), parts, form.meta(), codecs, resident_bytes(form))
 
 
 def unpack(blob: memoryview, parts: Any, meta: Any, shape: tuple[int, int]) -> forms.Form:

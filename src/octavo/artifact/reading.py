@@ -31,6 +31,7 @@ from octavo.artifact.packing import DTYPES, check_parts, from_bytes, naturals, u
 from octavo.artifact.writing import FORMAT_VERSION, MANIFEST, WEIGHTS
 from octavo.errors import ArtifactError
 from octavo.raw import narrowed
+from octavo.running import PackedWeight, kernel_for
 from octavo.sites import Layout
 
 #: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
@@ -101,6 +102,11 @@ class Artifact:
         """Bytes of every file needed to restore the weights, by ``stat``."""
         return sum(file.stat().st_size for file in self.files())
 
+    @property
+    def resident(self) -> int | None:
+        """Bytes that the manifest says all tensors take while the model runs packed; None if it was made for disk."""
+        return self.manifest.get("resident")
+
     def files(self) -> list[Path]:
         """The files that count."""
         names = [MANIFEST, *self.manifest["files"]]
@@ -129,6 +135,14 @@ class Artifact:
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
 
+    def packed(self, name: str) -> Tensor:
+        """A site as a weight that runs from its codes; any other tensor as the source had it."""
+        if name not in self.sites:
+            return self.tensor(name)
+        entry = self.sites[name]
+        kernel, layout = kernel_for(self.form(name)), _layout(name, entry)
+        return PackedWeight(kernel, layout, _shape(name, entry), _dtype(name, entry.get("dtype")))
+
     def tensor(self, name: str) -> Tensor:
         """A tensor as the source had it: shape, dtype and name."""
         if name in self.sites:
@@ -145,14 +159,17 @@ class Artifact:
         place = self._tensors[name]
         return from_bytes(self.content(name), place.dtype, place.shape).to(_dtype(name, self.kept[name][1]))
 
-    def state(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel."""
+    def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
+        """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel.
+
+        With ``packed`` sites are weights that run from their codes (:class:`octavo.running.PackedWeight`).
+        """
         # Largest first, so that no thread is left alone with the largest at the end.
         order = sorted(self._tensors if names is None else names, key=lambda name: -self._tensors[name].length)
         threads = torch.get_num_threads()
         # One thread a site: operations that split themselves over threads again would wait for each other.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tensors = dict(zip(order, pool.map(self.tensor, order), strict=True))
+            tensors = dict(zip(order, pool.map(self.packed if packed else self.tensor, order), strict=True))
         torch.set_num_threads(threads)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
 
@@ -192,7 +209,9 @@ class Artifact:
         source = _mapping(self.manifest, "source")
         sizes = [source.get(key) for key in ("bytes", "weights")]
         words = [self.manifest.get("octavo"), *(source.get(key) for key in ("title", "fingerprint"))]
-        if not (naturals(sizes) and all(sizes)) or not all(isinstance(word, str) for word in words):
+        if not (naturals([*sizes, self.resident or 0]) and all(sizes)) or not all(
+            isinstance(word, str) for word in words
+        ):
             raise ArtifactError(f"{self.path}: the manifest does not say what was compressed, and with which version")
         total = 0
         for name, entry in self.sites.items():

@@ -138,17 +138,25 @@ class Contents:
         Tensors that are no sites, by name.
     aliases
         Tied names to the names under which their tensors are stored.
+    resident
+        Bytes that all tensors take while the model runs packed, if that was the budget.
     """
 
     source: dict[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
     kept: dict[str, Kept] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    resident: int | None = None
 
     @property
     def bytes(self) -> int:
         """Artifact bytes, exactly."""
         return sum(file.bytes for file in self._files().values())
+
+    @property
+    def counted(self) -> int:
+        """What the budget counts: artifact bytes, or those in memory if it was made for memory."""
+        return self.bytes if self.resident is None else self.resident
 
     def write(self, folder: Path, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Write every file that counts, flushed to the disk.
@@ -177,6 +185,8 @@ class Contents:
             "format": "octavo", "version": FORMAT_VERSION, "octavo": __version__, "source": self.source,
             "aliases": self.aliases, "files": {}, "sites": {}, "kept": {}, "coded": {},
         }  # fmt: skip
+        if self.resident is not None:
+            manifest["resident"] = self.resident
         pieces: dict[str, _Piece] = {}
         for name, entry in self.entries.items():
             pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)

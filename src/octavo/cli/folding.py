@@ -28,6 +28,7 @@ _UNSAID: dict[str, Any] = {
     "ignore": [],
     "keep": {},
     "seed": 0,
+    "target": "disk",
 }
 
 
@@ -38,6 +39,7 @@ def compress(
     ratio: options.RATIO = None,
     size: options.SIZE = None,
     bits: options.BITS = None,
+    target: options.TARGET = "disk",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
     methods: options.METHODS = None,
@@ -68,14 +70,15 @@ def compress(
         "ignore": ignore or [],
         "keep": options.pairs(keep),
         "seed": seed,
+        "target": target,
     }
     # Beside the output, so that it is on the same disk, and found again by --resume.
     workspace = profile or out.resolve().parent / f".{out.resolve().name}.octavo-work"
     if profile is not None:
         if request != _UNSAID:
             raise octavo.RequestError(
-                "--profile brings the data, objective, methods, preset, ignore, keep and seed that it was made with: "
-                "leave these out, or leave --profile out to measure again"
+                "--profile brings the data, objective, methods, preset, ignore, keep, seed and --for that it was made "
+                "with: leave these out, or leave --profile out to measure again"
             )
         request = request_of(profile)
     try:
@@ -114,6 +117,7 @@ def compress(
 def profile_(
     source: options.SOURCE,
     out: options.OUT,
+    target: options.TARGET = "disk",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
     methods: options.METHODS = None,
@@ -135,7 +139,7 @@ def profile_(
     with progress(errors, quiet=json_output) as show:
         result = octavo.profile(
             source, out, data=data, objective=objective, methods=options.listed(methods), preset=preset,
-            ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, memory=memory,
+            ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, target=target, memory=memory,
             executor=executor, progress=show,
         )  # fmt: skip
     points = sum(len(curve.points) for curve in result.curves)
@@ -165,19 +169,19 @@ def plan_(
 
     Example: octavo plan measured --ratio 12
     """
-    target = out or profile / "plan.yaml"
+    file = out or profile / "plan.yaml"
     result = octavo.plan(profile, ratio=ratio, size=size, bits=bits)
-    result.save(target)
+    result.save(file)
     if json_output:
         show_json(
-            {"plan": str(target), "budget": result.budget.bytes, "bytes": result.bytes, "expected": result.expected}
+            {"plan": str(file), "budget": result.budget.bytes, "bytes": result.bytes, "expected": result.expected}
         )
         return
     table = Table("site", "method", "setting", "bytes", title=f"{result.budget.asked}: {result.bytes:,} bytes expected")
     for name, point in result.points.items():
         table.add_row(name, point.method, ", ".join(f"{k}={v}" for k, v in point.setting.items()), f"{point.bytes:,}")
     console.print(table)
-    console.print(f"Expected loss {result.expected:.3g}. Plan: {target}", markup=False)
+    console.print(f"Expected loss {result.expected:.3g}. Plan: {file}", markup=False)
 
 
 @command
@@ -188,6 +192,7 @@ def frontier(
     families: Annotated[
         bool, typer.Option("--families", help="Also give the best plan of every single family.")
     ] = False,
+    target: options.TARGET = "disk",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
     methods: options.METHODS = None,
@@ -206,7 +211,7 @@ def frontier(
     with progress(errors, quiet=json_output) as show:
         rows = octavo.frontier(
             source, wanted, workspace=out, families=families, progress=show, data=data, objective=objective,
-            methods=options.listed(methods), preset=preset, seed=seed,
+            methods=options.listed(methods), preset=preset, seed=seed, target=target,
         )  # fmt: skip
     if json_output:
         show_json(rows)

@@ -33,6 +33,7 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
         "bytes": opened.bytes,
         "ratio": source["bytes"] / opened.bytes,
         "bits_per_weight": opened.bytes * 8 / source["weights"],
+        "resident": opened.resident,
         "kept": len(opened.kept) + len(opened.coded),
         "tied": dict(opened.aliases),
         "sites": sites,
@@ -58,6 +59,8 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
         f"{summary['bits_per_weight']:.2f} bits per weight; {summary['kept']} tensors kept",
         markup=False,
     )
+    if opened.resident is not None:
+        console.print(f"made for memory: {opened.resident:,} bytes while it runs packed", markup=False)
 
 
 def _size(entry: dict) -> int:
@@ -74,6 +77,13 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
     if json_output:
         show_json(result)
         return
+    if result["packed"] is not None:
+        packed = result["packed"]
+        console.print(
+            f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; outputs are off by "
+            f"{packed['error']:.2g} (at most {packed['allowed']:.2g})",
+            markup=False,
+        )
     words = {True: "equal, bit for bit", False: "DIFFERENT", None: "not recorded"}
     console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}", markup=False)
     console.print(f"weights: {words[result['weights_match']]}; outputs: {words[result['outputs_match']]}", markup=False)
@@ -89,6 +99,7 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="The source to compare with, for divergence.")] = None,
     metric: Annotated[str, typer.Option(help="divergence, spearman or perplexity.")] = "divergence",
     objective: options.OBJECTIVE = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Run an artifact from packed codes.")] = False,
     json_output: options.JSON = False,
 ) -> None:
     """Measure a model or an artifact on data.
@@ -97,7 +108,7 @@ def evaluate(
 
     Example: octavo evaluate folded --metric perplexity --data book.txt
     """
-    result = octavo.evaluate(model, data=data, against=against, metric=metric, objective=objective)
+    result = octavo.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
     if json_output:
         show_json(result)
         return

@@ -11,9 +11,13 @@ from octavo.errors import RequestError
 
 SOURCE = Annotated[str, typer.Argument(help="A transformers folder, a .safetensors file, or a sharded index.")]
 OUT = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be empty or not exist.")]
-RATIO = Annotated[float | None, typer.Option(help="Original bytes / artifact bytes, such as 8.")]
-SIZE = Annotated[str | None, typer.Option(help="Size of the artifact, such as 11MB.")]
-BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole artifact, such as 3.5.")]
+RATIO = Annotated[float | None, typer.Option(help="How many times smaller than the original, such as 8.")]
+SIZE = Annotated[str | None, typer.Option(help="The size itself, such as 11MB.")]
+BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole model, such as 3.5.")]
+TARGET = Annotated[
+    str,
+    typer.Option("--for", help="What the size counts: disk (the files), or memory (the weights while the model runs)."),
+]
 DATA = Annotated[
     Path | None,
     typer.Option(help="Calibration texts, one a line, or .jsonl with 'text'. Default: a built-in English text."),

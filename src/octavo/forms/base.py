@@ -16,6 +16,8 @@ _FORMS: dict[str, type[Form]] = {}
 
 #: Forms nest (``Sum(Grid, LowRank(Grid, Grid))``); a stranger's manifest may not nest deeper than this.
 MAX_DEPTH = 6
+#: Weights that are decoded at once while running: 4 MB of them.
+_AT_ONCE = 1 << 20
 
 
 class Form(ABC):
@@ -50,9 +52,25 @@ class Form(ABC):
     def dense(self) -> Tensor:
         """The float32 matrix it stands for."""
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """``dense()[index]``, without the rest of the matrix where that can be avoided."""
+        return self.dense()[index]
+
     def apply(self, x: Tensor) -> Tensor:
         """``x @ dense().T`` for ``x`` of shape (..., columns), without the dense matrix where that is cheaper."""
         return x @ self.dense().to(x.dtype).t()
+
+    def held(self) -> list[Tensor]:
+        """The tensors that it holds in memory; those that are stored may be others."""
+        return list(self.tensors().values())
+
+
+def apply_by_rows(form: Form, x: Tensor) -> Tensor:
+    """``x @ dense().T`` that never holds more than a few rows of the matrix."""
+    rows, columns = form.shape
+    step = max(1, _AT_ONCE // max(columns, 1))
+    parts = (form.lookup(torch.arange(start, min(start + step, rows))) for start in range(0, rows, step))
+    return torch.cat([x @ part.to(x.dtype).t() for part in parts], -1)
 
 
 def form(name: str) -> Callable[[type[Form]], type[Form]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.forms.base import Form, expect, expect_floats, expect_integers, form
+from octavo.forms.base import Form, apply_by_rows, expect, expect_floats, expect_integers, form
 
 
 @form("codebook")
@@ -60,3 +60,9 @@ class Codebook(Form):
     def dense(self) -> Tensor:  # noqa: D102
         weight = self.values.float()[self.codes.long()]
         return weight if self.scale is None else weight * self.scale.float()
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return Codebook(self.codes[index], self.values, None if self.scale is None else self.scale[index]).dense()
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        return apply_by_rows(self, x)

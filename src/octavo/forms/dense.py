@@ -42,3 +42,6 @@ class Dense(Form):
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.weight.float()
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self.weight[index].float()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, expect, expect_floats, expect_integers, form
+from octavo.forms.base import Form, apply_by_rows, expect, expect_floats, expect_integers, form
 
 #: Row and column steps are powers of two with this many divisions an octave: 9% apart, so that choosing the nearest
 #: costs next to nothing, while the exponents, being small integers, are entropy-coded to a few bits each.
@@ -89,3 +89,12 @@ class Grid(Form):
         weight = self.codes.float() if self.zero is None else self.codes.float().sub_(spread(self.zero))
         weight.mul_(steps)
         return weight if self.columns is None else weight.mul_(exponent_steps(self.columns)[None])
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        scale, zero, rows = self.scale, self.zero, self.rows
+        if len(scale) > 1:
+            scale, zero = scale[index], None if zero is None else zero[index]
+        return Grid(self.codes[index], scale, zero, None if rows is None else rows[index], self.columns).dense()
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        return apply_by_rows(self, x)

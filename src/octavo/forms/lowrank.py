@@ -49,3 +49,6 @@ class LowRank(Form):
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.left.apply(self.right.apply(x))
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self.left.lookup(index) @ self.right.dense()

@@ -102,3 +102,6 @@ class Sparse(Form):
         weight = torch.zeros(self.mask.shape)
         weight[self.mask] = self.values.dense().flatten()
         return weight
+
+    def held(self) -> list[Tensor]:  # noqa: D102
+        return [self.mask, *self.values.held()]

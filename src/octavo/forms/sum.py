@@ -38,3 +38,6 @@ class Sum(Form):
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.base.apply(x) + self.correction.apply(x)
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self.base.lookup(index) + self.correction.lookup(index)

@@ -237,10 +237,15 @@ def artifact_config(folder: Path) -> dict[str, Any]:
     return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
 
 
-def load_model(folder: Path) -> nn.Module:
-    """The model of an artifact folder, of the class that its config names."""
+def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
+    """The model of an artifact folder, of the class that its config names; ``packed`` runs in bfloat16."""
     register()
-    return _class_of(folder).from_pretrained(folder, local_files_only=True).eval()
+    options: dict[str, Any] = {"local_files_only": True}
+    if packed:
+        config = _transformers().AutoConfig.from_pretrained(folder, **options)
+        config.quantization_config = {**config.quantization_config, "packed": True}
+        options.update(config=config, dtype=torch.bfloat16)
+    return _class_of(folder).from_pretrained(folder, **options).eval()
 
 
 def register() -> None:
@@ -287,8 +292,9 @@ def _register_quantizer() -> None:
     class OctavoConfig(QuantizationConfigMixin):
         """Says that the weights of this folder are an Octavo artifact."""
 
-        def __init__(self, quant_method: str = "octavo", **_: Any) -> None:
+        def __init__(self, quant_method: str = "octavo", packed: bool = False, **_: Any) -> None:
             self.quant_method = quant_method  # type: ignore[assignment]
+            self.packed = packed
 
     class Decode(ConversionOps):
         """Exchanges the packed bytes of a site for its weight."""
@@ -310,12 +316,13 @@ def _register_quantizer() -> None:
 
     @auto.register_quantizer("octavo")
     class OctavoQuantizer(HfQuantizer):
-        """Decodes an artifact while ``from_pretrained`` loads it; the model then runs with ordinary dense weights."""
+        """Decodes an artifact while ``from_pretrained`` loads it; the model then runs dense, or from packed codes."""
 
         requires_calibration = True
 
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
+            self._packed: bool = quantization_config.packed
             self._weights: dict[int, Tensor] = {}
             self._leaves: list[str] = []
 
@@ -325,7 +332,7 @@ def _register_quantizer() -> None:
                 artifact = Artifact(Path(files[0]).parent)
                 coded = {name: entry["crc"] for name, entry in artifact.sites.items()}
                 coded.update({name: entry[0] for name, entry in artifact.coded.items()})
-                state = artifact.state(coded)
+                state = artifact.state(coded, packed=self._packed)
                 # Names may change on the way into the model; a blob's checksum does not.
                 self._weights = {crc: state[name] for name, crc in coded.items()}
                 self._leaves = sorted({name.rpartition(".")[2] for name in coded})
@@ -348,6 +355,7 @@ def _register_quantizer() -> None:
             if tensor.dtype == torch.uint8 and tensor.ndim == 1:
                 found = self._weights.get(zlib.crc32(raw_bytes(tensor)))
                 tensor = tensor if found is None else found
+            # Casting a packed weight changes what it decodes to; its codes are not touched.
             return tensor if dtype is None else tensor.to(dtype)
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -66,6 +66,14 @@ class Method(ABC):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The settings worth trying, from largest to smallest; none if the method has nothing to offer here."""
 
+    def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Those whose forms run from memory as they are, with a kernel (:mod:`octavo.running`), largest first."""
+        return []
+
+    def offered(self, weight: Tensor, evidence: Evidence, target: str) -> list[Setting]:
+        """The settings worth trying for a budget of disk or memory."""
+        return self.kernel_settings(weight, evidence) if target == "memory" else self.settings(weight, evidence)
+
     @abstractmethod
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
         """A form of ``weight`` (rows, columns), float32."""
@@ -132,11 +140,15 @@ def get_method(name: str) -> Method:
     return known[name]()
 
 
-def select_methods(names: Sequence[str] | None, preset: str) -> list[Method]:
-    """The methods of a preset, or those named by method or family."""
+def select_methods(names: Sequence[str] | None, preset: str, target: str = "disk") -> list[Method]:
+    """The methods of a preset, or those named by method or family; for memory only those that a kernel can run."""
     if preset not in (*PRESETS, DATA_FREE):
         raise RequestError(f"preset {preset!r} is not known; choose from {', '.join((*PRESETS, DATA_FREE))}")
     known = methods()
+    if target == "memory":
+        # Few settings have a kernel, so there is no preset that leaves some out.
+        known = {name: cls for name, cls in known.items() if cls.kernel_settings is not Method.kernel_settings}
+        preset = "default" if preset == "fast" else preset
     if names is None:
         allowed = PRESETS[: PRESETS.index("default" if preset == DATA_FREE else preset) + 1]
         return [cls() for cls in known.values() if cls.preset in allowed]
@@ -147,6 +159,8 @@ def select_methods(names: Sequence[str] | None, preset: str) -> list[Method]:
         matches = [cls for cls in known.values() if name in (cls.name, cls.family)]
         if not matches:
             families = sorted({cls.family for cls in known.values()})
+            if target == "memory" and name in {word for cls in methods().values() for word in (cls.name, cls.family)}:
+                raise RequestError(f"{name!r} has no setting that runs from memory; choose from {', '.join(known)}")
             raise RequestError(f"{name!r} is no method ({', '.join(known)}) and no family ({', '.join(families)})")
         chosen.update((cls.name, cls()) for cls in matches)
     return list(chosen.values())

@@ -25,6 +25,10 @@ class Keep(Method):
         """All dtypes that hold the weights."""
         return [{"dtype": name} for name, dtype in _DTYPES.items() if _largest(weight) < torch.finfo(dtype).max]
 
+    def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """bfloat16, in which models run whose other weights are packed."""
+        return [{"dtype": "bfloat16"}] if _largest(weight) < torch.finfo(torch.bfloat16).max else []
+
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         name = choice(self.name, setting, "dtype", tuple(_DTYPES))
         dtype, largest = _DTYPES[name], _largest(weight)

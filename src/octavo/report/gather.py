@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.artifact import Artifact, dtype_name
+from octavo.budget import Budget
 from octavo.inmemory import replaced
 from octavo.objective import run
+from octavo.report.running import running_data
 from octavo.verify import digest_of, probe_outputs
 
 if TYPE_CHECKING:
@@ -52,12 +54,12 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
     for packed in built.packed.values():
         for codec, size in packed.codecs.items():
             codecs[codec] = codecs.get(codec, 0) + size
-    note = "" if artifact.bytes >= done.budget.least else _why_less(done)
+    note = "" if built.counted >= done.budget.least else _why_less(done)
     return {
         "title": profile.title,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "octavo_version": octavo.__version__,
-        "command": done.command or f"octavo.compress(source, {done.budget.asked.replace(' ', '=')}).save(path)",
+        "command": done.command or _call(done.budget),
         "environment": environment(),
         "seed": job.seed,
         "preset": done.preset,
@@ -71,11 +73,11 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
             "stored": job.source.stored,
             "dense_bytes": job.source.dense_bytes,
         },
-        "budget": {"asked": done.budget.asked, "bytes": done.budget.bytes},
+        "budget": {"asked": done.budget.asked, "bytes": done.budget.bytes, "target": done.budget.target},
         "artifact": {
             "bytes": artifact.bytes,
             "ratio": profile.original_bytes / artifact.bytes,
-            "used": artifact.bytes / done.budget.bytes,
+            "used": built.counted / done.budget.bytes,
             "files": {file.name: file.stat().st_size for file in artifact.files()},
             "bits_per_weight": artifact.bytes * 8 / profile.weights,
             "note": note,
@@ -91,6 +93,7 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
             "p95": p95,
         },
         "latency": _latency(done, artifact, state),
+        "running": running_data(done, artifact) if done.budget.target == "memory" else None,
         "calibration": {
             "text": done.calibration.text,
             "sequences": done.calibration.sequences,
@@ -111,10 +114,22 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
     }
 
 
+def _call(budget: Budget) -> str:
+    asked, target = budget.asked.removesuffix(f" in {budget.target}").replace(" ", "="), ""
+    if budget.target != "disk":
+        target = f', target="{budget.target}"'
+    return f"octavo.compress(source, {asked}{target}).save(path)"
+
+
 def _why_less(done: Compressed) -> str:
     if not any(point.loss for point in done.built.plan.points.values()) and not done.job.pinned:
         return (
             "less than the budget is used: the source is restored bit for bit, so more bytes could not lower the loss"
+        )
+    if done.budget.target == "memory":
+        return (
+            "less than 98% of the budget is used: the settings that a kernel runs are few, and no other choice of them "
+            "that fits lowers the expected loss"
         )
     return (
         "less than 98% of the budget is used: with these methods and settings more bytes would not lower the "
@@ -204,14 +219,13 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
 def curve_data(done: Compressed) -> dict[str, Any]:
     """Expected loss over ratios from the profile, and what uniform settings would give."""
     from octavo.allocate import allocate, uniform
-    from octavo.budget import Budget
     from octavo.errors import BudgetError
 
     profile = done.profile
     points: list[dict[str, Any]] = []
     rivals: list[dict[str, Any]] = []
     for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0):
-        size = int(done.built.bytes * share)
+        size = int(done.built.counted * share)
         try:
             plan = allocate(profile, Budget(size, ""))
         except BudgetError:

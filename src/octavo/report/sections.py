@@ -5,7 +5,7 @@ from typing import Any
 
 from octavo.report import pictures
 from octavo.report.markup import Safe, bar, bars, folded, grid, items, join, paragraph, section
-from octavo.report.summary import budget, comparison, verdict
+from octavo.report.summary import budget, comparison, running, verdict
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -43,6 +43,7 @@ def outcome(data: dict[str, Any]) -> Safe:
         strip,
         paragraph(verdict(data)),
         paragraph(budget(data), " ", artifact["note"]),
+        paragraph(running(data)) if data.get("running") else Safe(),
         grid(("", "Original", "Octavo", "Best uniform"), rows, "compare"),
         paragraph(f"Quality: {plain(quality['data'])}. Latency and load time: {plain(how)}.", kind="note"),
         folded(

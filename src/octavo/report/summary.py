@@ -47,9 +47,13 @@ def headline(data: dict[str, Any]) -> str:
     str
         Such as ``90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031``.
     """
-    artifact, quality = data["artifact"], data["quality"]
-    sizes = f"{size(data['source']['bytes'])} -> {size(artifact['bytes'])}"
-    smaller = f"{ratio(artifact['ratio'])} smaller".replace("×", "x")  # plain ASCII, for logs
+    source, artifact, quality, memory = data["source"], data["artifact"], data["quality"], data.get("running")
+    sizes = f"{size(source['bytes'])} -> {size(artifact['bytes'])}"
+    smaller = f"{ratio(artifact['ratio'])} smaller"
+    if memory:
+        sizes = f"{size(source['bytes'])} -> {size(memory['stated'])} in memory"
+        smaller = f"{ratio(source['bytes'] / memory['stated'])} smaller"
+    smaller = smaller.replace("×", "x")  # plain ASCII, for logs
     return f"{sizes}, {smaller}, {plain(quality['metric'], 60)} {figures(quality['value'])}"
 
 
@@ -71,6 +75,10 @@ def comparison(data: dict[str, Any]) -> list[Row]:
         ),
         Row("  95th percentile", NOTHING, figures(quality.get("p95")), NOTHING),
     ]
+    if data.get("running"):
+        held = data["running"]["held"]
+        rows.append(Row("In memory, running", size(source["bytes"]), size(held), NOTHING))
+        rows.append(Row("  quality, running", "reference", figures(data["running"]["quality"]), NOTHING))
     latency = data.get("latency") or {}
     unit = latency.get("unit", "ms")
     for label, before, after in (
@@ -99,6 +107,20 @@ def budget(data: dict[str, Any]) -> str:
     return f"Asked for {plain(asked['asked'])}: at most {size(asked['bytes'])}, of which {percent(used)} is used."
 
 
+def running(data: dict[str, Any]) -> str:
+    """Say what an artifact made for memory takes while it runs, with which kernels, and how fast; else nothing."""
+    memory = data.get("running")
+    if not memory:
+        return ""
+    kernels = "; ".join(f"{plain(name, 100)}: {things(number, 'site')}" for name, number in memory["kernels"].items())
+    held, speed = size(memory["held"]), memory["speed"]
+    said = f"From packed codes the weights take {held} of memory, {size(memory['stated'])} were stated. {kernels}."
+    if speed:
+        ours, dense = (timed(1000 * speed[side], "ms") for side in ("packed", "dense"))
+        said += f" {plain(speed['what']).capitalize()} takes {ours}, in bfloat16 dense {dense}."
+    return f"{said} {plain(memory['note'])}".strip()
+
+
 def table(data: dict[str, Any]) -> Table:
     """Return the before/after comparison for the console.
 
@@ -115,7 +137,7 @@ def table(data: dict[str, Any]) -> Table:
     # Text, not str: rich would read "[bold]" in a name as markup.
     result = Table(
         title=Text(f"{plain(data['title'])}: {headline(data)}"),
-        caption=Text(f"{verdict(data)} {budget(data)}"),
+        caption=Text(f"{verdict(data)} {budget(data)} {running(data)}".strip()),
         title_justify="left",
         caption_justify="left",
     )
@@ -127,9 +149,13 @@ def table(data: dict[str, Any]) -> Table:
     return result
 
 
-def _mark(value: object) -> str:
+def _mark(value: object, limit: int = 160) -> str:
     """Escape for markdown, where a name could otherwise bring links, pictures or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", plain(value))
+    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", plain(value, limit))
+
+
+def _paragraph(text: str) -> str:
+    return f"\n\n{_mark(text, 2000)}" if text else ""
 
 
 def card(data: dict[str, Any]) -> str:
@@ -167,7 +193,7 @@ tags:
 
 **{_mark(headline(data).replace(" -> ", " → ", 1))}**
 
-{_mark(verdict(data))} {_mark(budget(data))}
+{_mark(verdict(data))} {_mark(budget(data))}{_paragraph(running(data))}
 {note}
 | | Original | Octavo | Best uniform |
 |---|---:|---:|---:|

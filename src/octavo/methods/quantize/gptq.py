@@ -12,7 +12,7 @@ from octavo.calibrate import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored, round_columns
-from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, nearest
+from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, kernel_settings, nearest
 
 #: Rows are rounded in chunks, which do not depend on each other, fit the cache and are too short to be split over
 #: threads: meeting at every column would cost these more than the work.
@@ -44,6 +44,10 @@ class GPTQ(Method):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """8 to 2 bits in groups of 64."""
         return [dict(setting) for setting in SETTINGS]
+
+    def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """8 bits with a scale a row, and 4 bits in every group that the kernel takes."""
+        return kernel_settings(weight)
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))

@@ -16,12 +16,25 @@ from torch import Tensor
 
 from octavo.forms import Grid
 from octavo.methods.base import Setting
-from octavo.methods.knobs import whole
+from octavo.methods.knobs import choice, whole
 
 #: Bits and groups that are worth trying, from largest to smallest file.
 SETTINGS: tuple[Setting, ...] = tuple({"bits": bits, "group": 64} for bits in (8, 6, 5, 4, 3, 2))
 
+#: Columns that share a scale in the int4 kernel of PyTorch, and of which its int8 kernel takes multiples.
+_KERNEL_GROUPS, _KERNEL_COLUMNS = (32, 64, 128, 256), 16
+
 _SMALLEST_NORMAL, _SMALLEST, _LARGEST = 2.0**-14, 2.0**-24, 65504.0
+
+
+def kernel_settings(weight: Tensor) -> list[Setting]:
+    """Settings that PyTorch's kernels run (:mod:`octavo.running`): scales in bfloat16, 8 bits without zero points."""
+    columns = weight.shape[1]
+    settings: list[Setting] = []
+    if columns % _KERNEL_COLUMNS == 0:
+        settings.append({"bits": 8, "group": "row", "symmetric": True, "scale": "bfloat16"})
+    groups = [group for group in _KERNEL_GROUPS if columns % group == 0]
+    return settings + [{"bits": 4, "group": group, "scale": "bfloat16"} for group in groups]
 
 
 def compact(values: Tensor) -> Tensor:
@@ -34,6 +47,11 @@ def compact(values: Tensor) -> Tensor:
     if values.numel() == 0 or (float(values.max()) <= _LARGEST and float(values.median()) >= _SMALLEST_NORMAL):
         return values.clamp_min(_SMALLEST).half()
     return values
+
+
+def _bfloat16(values: Tensor) -> Tensor:
+    """Positive values as bfloat16; none of them becomes zero or Inf."""
+    return values.float().clamp(torch.finfo(torch.float32).tiny, torch.finfo(torch.bfloat16).max).bfloat16()
 
 
 @dataclass(frozen=True)
@@ -74,21 +92,28 @@ class Fitted:
 
 
 def fit(method: str, weight: Tensor, setting: Setting, symmetric: bool) -> Fitted:
-    """Fit the groups of ``weight`` to their extremes."""
+    """Fit the groups of ``weight`` to their extremes.
+
+    The setting has ``bits``; ``group``, columns or ``"row"``; and, where kernels want them so, ``symmetric`` and
+    ``scale: bfloat16``.
+    """
     bits = whole(method, setting, "bits", 2, 8)
+    symmetric = bool(setting.get("symmetric", symmetric))
+    narrow = _bfloat16 if "scale" in setting and choice(method, setting, "scale", ("bfloat16",)) else compact
     rows, columns = weight.shape
-    groups = -(-columns // min(whole(method, setting, "group", 1), columns))
+    by_row = setting.get("group") == "row"
+    groups = 1 if by_row else -(-columns // min(whole(method, setting, "group", 1), columns))
     # The form spreads the columns evenly: 100 columns in groups of 64 are two groups of 50.
     width = -(-columns // groups)
     padded = torch.nn.functional.pad(weight.float(), (0, groups * width - columns)).view(rows, groups, width)
     if symmetric:
         high = 2 ** (bits - 1) - 1
-        scale = compact(padded.abs().amax(2) / high)
+        scale = narrow(padded.abs().amax(2) / high)
         return Fitted(scale, None, width, -high - 1, high)
     levels = 2**bits - 1
     # Divided before they are subtracted, which could overflow.
     low, top = padded.amin(2).clamp_max(0) / levels, padded.amax(2).clamp_min(0) / levels
-    scale = compact(top - low)
+    scale = narrow(top - low)
     zero = (low / scale.float() * -levels).round_().clamp_(0, levels).to(torch.uint8)
     return Fitted(scale, zero, width, 0, levels)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from octavo.calibrate import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.quantize.grids import SETTINGS, fit, nearest
+from octavo.methods.quantize.grids import SETTINGS, fit, kernel_settings, nearest
 
 
 @method("rtn", family="quantize", source="Round to nearest on a grid per group")
@@ -31,6 +31,10 @@ class RoundToNearest(Method):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """8 to 2 bits in groups of 64."""
         return [dict(setting) for setting in SETTINGS]
+
+    def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """8 bits with a scale a row, and 4 bits in every group that the kernel takes."""
+        return kernel_settings(weight)
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         fitted = fit(self.name, weight, setting, self.symmetric)

@@ -1,0 +1,64 @@
+"""What the report says of an artifact made for memory: measured on the model that runs from packed codes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from octavo.artifact import Artifact
+from octavo.objective import run
+from octavo.running import held_bytes, kernels_of
+from octavo.running.speed import generates, greedy, interleaved
+from octavo.verify import load
+
+if TYPE_CHECKING:
+    from octavo.compress import Compressed
+
+_TOKENS = 16
+
+
+def running_data(done: Compressed, artifact: Artifact) -> dict[str, Any]:
+    """Bytes held, kernels, quality and speed of the packed model; bytes alone where there is no model to run."""
+    job, stated = done.job, done.built.counted
+    result: dict[str, Any] = {"stated": stated, "held": None, "kernels": {}, "quality": None, "speed": None, "note": ""}
+    if job.source.module is None and not job.source.is_transformers:
+        return result
+    packed = _loaded(done, artifact, packed=True)
+    result["held"] = held_bytes(packed)
+    result["kernels"] = {name: len(sites) for name, sites in kernels_of(packed).items()}
+    if not job.measurable:
+        return result
+    result["quality"] = float(job.judge(packed).mean())
+    dense = _loaded(done, artifact, packed=False).to(torch.bfloat16)
+    result["speed"] = speed = _speed(packed, dense, job.held_data[0])
+    if speed["packed"] > speed["dense"]:
+        result["note"] = (
+            f"running from packed codes is slower than bfloat16 dense here: {speed['what']} takes "
+            f"{speed['packed'] / speed['dense']:.2f} times as long"
+        )
+    return result
+
+
+def _loaded(done: Compressed, artifact: Artifact, *, packed: bool) -> nn.Module:
+    module = done.job.source.module
+    if done.job.source.is_transformers:
+        return load(artifact.path, packed=packed)
+    return load(artifact.path, into=deepcopy(module).eval(), packed=packed)  # type: ignore[union-attr]
+
+
+def _speed(packed: nn.Module, dense: nn.Module, batch: Any) -> dict[str, Any]:
+    """Median seconds of both, of one token for models that write, else of one batch."""
+    if generates(packed):
+        seconds = interleaved({"packed": greedy(packed, _TOKENS), "dense": greedy(dense, _TOKENS)})
+        seconds = {name: value / _TOKENS for name, value in seconds.items()}
+        what = "a token at batch 1"
+    else:
+        narrow = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, batch
+        )
+        seconds = interleaved({"packed": lambda: run(packed, batch), "dense": lambda: run(dense, narrow)})
+        what = "a batch of calibration data"
+    return {"what": what, "unit": "s", **seconds}

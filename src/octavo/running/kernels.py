@@ -1,0 +1,372 @@
+"""Which form runs with which kernel.
+
+PyTorch has two matrix products for packed weights that are fast on a CPU, both for bfloat16 inputs: 4-bit codes in
+groups of columns, and 8-bit codes with one scale a row. A form that fits neither is multiplied without a kernel,
+decoding a few rows at a time. ``torchao`` reaches the same two operators through more layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from octavo.forms import Dense, Form, Grid, LowRank, Sum
+from octavo.forms.grid import exponent_steps
+
+#: Columns that share a scale in the int4 kernel.
+GROUPS = (32, 64, 128, 256)
+#: The int8 kernel reads this many columns at a time; of a remainder it makes wrong results without a word.
+INT8_COLUMNS = 16
+#: Rows that the int4 kernel packs together.
+_BLOCK = 64
+#: Inputs up to which the int8 kernel is used: for many it takes several times as long as a cast and a dense product.
+_FEW = 16
+#: Weights that are packed or cast at once: the packer wants them as int32.
+_CHUNK = 1 << 22
+
+
+class Kernel(ABC):
+    """A matrix (rows, columns) as it is held in memory, and how it is multiplied with.
+
+    Parameters
+    ----------
+    form
+        What it is made of; :meth:`fits` holds for it.
+    """
+
+    #: What reports call it.
+    name: ClassVar[str]
+
+    def __init__(self, form: Form) -> None:
+        self.shape = form.shape
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, form: Form) -> bool:
+        """Whether this kernel can run the form on this machine."""
+
+    @classmethod
+    @abstractmethod
+    def bytes(cls, form: Form, rows: int) -> int:
+        """Bytes of :meth:`tensors`, without making them, if the form had so many rows."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor) -> Tensor:
+        """``x @ matrix.T`` for ``x`` (n, columns) of any floating dtype, which the result has too."""
+
+    @abstractmethod
+    def lookup(self, index: Tensor) -> Tensor:
+        """Rows of the matrix, (n, columns) in float32, for ``index`` (n,)."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all kernels that a product takes."""
+        return [self.name]
+
+
+class BFloat16(Kernel):
+    """The matrix itself in bfloat16. Codes of more than 8 bits would take as much memory and run slower."""
+
+    name = "bfloat16 dense"
+
+    def __init__(self, form: Form) -> None:
+        super().__init__(form)
+        self.weight = form.dense().bfloat16()
+
+    @classmethod
+    def fits(cls, form: Form) -> bool:  # noqa: D102
+        rows = form.shape[0]
+        return isinstance(form, Dense) or Plain.bytes(form, rows) >= cls.bytes(form, rows)
+
+    @classmethod
+    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
+        return 2 * rows * form.shape[1]
+
+    def tensors(self) -> list[Tensor]:  # noqa: D102
+        return [self.weight]
+
+    def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
+        return torch.nn.functional.linear(x.bfloat16(), self.weight).to(x.dtype)
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self.weight[index].float()
+
+
+class Int4(Kernel):
+    """Codes of at most 16 levels in groups of columns: ``scale * (code - 8) + offset``, both bfloat16.
+
+    A grid's column steps are multiplied into the inputs, row steps into the scales. Rows are padded to whole blocks.
+    """
+
+    name = "int4 (aten._weight_int4pack_mm_for_cpu)"
+
+    def __init__(self, form: Grid) -> None:
+        super().__init__(form)
+        rows, columns = form.shape
+        padded = -(-rows // _BLOCK) * _BLOCK
+        self.group = _group(form)
+        low = _lowest(form.codes)
+        scale = _row_scaled(form).expand(rows, -1)
+        zero = torch.zeros(1) if form.zero is None else form.zero.float()
+        both = torch.stack([scale, scale * (8 + low - zero)], 2)
+        # A grid with one scale a row has the same in all of its groups.
+        both = both.expand(-1, columns // self.group, -1).transpose(0, 1)
+        self.scales = torch.nn.functional.pad(both, (0, 0, 0, padded - rows)).bfloat16().contiguous()
+        self.codes = torch.empty(padded, columns // 2, dtype=torch.uint8)
+        step = max(1, _CHUNK // (columns * _BLOCK)) * _BLOCK
+        for start in range(0, padded, step):
+            chunk = form.codes[start : start + step].int() - low
+            chunk = torch.nn.functional.pad(chunk, (0, 0, 0, min(step, padded - start) - len(chunk)), value=8)
+            self.codes[start : start + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(chunk, 1)
+        self.columns = None if form.columns is None else exponent_steps(form.columns)
+
+    @classmethod
+    def fits(cls, form: Form) -> bool:  # noqa: D102
+        if not isinstance(form, Grid) or not _group(form) or int4_layout() is None:
+            return False
+        return int(form.codes.max()) - _lowest(form.codes) < 16
+
+    @classmethod
+    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
+        assert isinstance(form, Grid)
+        columns, padded = form.shape[1], -(-rows // _BLOCK) * _BLOCK
+        steps = 0 if form.columns is None else 4 * columns
+        return padded * columns // 2 + padded * (columns // _group(form)) * 4 + steps
+
+    def tensors(self) -> list[Tensor]:  # noqa: D102
+        return [self.codes, self.scales] + ([] if self.columns is None else [self.columns])
+
+    def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
+        inner = _inputs(x, self.columns)
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(inner, self.codes, self.group, self.scales)
+        return out[:, : self.shape[0]].to(x.dtype)
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        layout, columns = int4_layout(), self.shape[1]
+        assert layout is not None
+        block, place, shift = layout
+        inner = index % block
+        first = (index - inner) * (columns // 2) + place[inner]
+        bytes_ = self.codes.view(-1)[first[:, None] + torch.arange(columns) * (block // 2)]
+        codes = ((bytes_ >> shift[inner][:, None]) & 15).float()
+        scale, offset = self.scales[:, index].float().permute(2, 1, 0).repeat_interleave(self.group, 2)
+        weight = (codes - 8).mul_(scale).add_(offset)
+        return weight if self.columns is None else weight.mul_(self.columns)
+
+
+class Int8(Kernel):
+    """Codes of 8 bits with one scale a row, in bfloat16. Column steps of a grid are multiplied into the inputs."""
+
+    name = "int8 (aten._weight_int8pack_mm)"
+
+    def __init__(self, form: Grid) -> None:
+        super().__init__(form)
+        zero = 0 if form.zero is None else form.zero.int()
+        self.codes = (form.codes.int() - zero).to(torch.int8).contiguous()
+        self.scale = _row_scaled(form)[:, 0].expand(form.shape[0]).bfloat16().contiguous()
+        self.columns = None if form.columns is None else exponent_steps(form.columns)
+
+    @classmethod
+    def fits(cls, form: Form) -> bool:  # noqa: D102
+        if not isinstance(form, Grid) or form.scale.shape[1] != 1 or form.shape[1] % INT8_COLUMNS or 0 in form.shape:
+            return False
+        low, high = form.codes.int().amin(1), form.codes.int().amax(1)
+        zero = 0 if form.zero is None else form.zero.int().view(-1)
+        return bool(((low - zero) >= -128).all() and ((high - zero) <= 127).all())
+
+    @classmethod
+    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
+        assert isinstance(form, Grid)
+        columns = form.shape[1]
+        return rows * columns + 2 * rows + (0 if form.columns is None else 4 * columns)
+
+    def tensors(self) -> list[Tensor]:  # noqa: D102
+        return [self.codes, self.scale] + ([] if self.columns is None else [self.columns])
+
+    def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
+        inner = _inputs(x, self.columns)
+        if len(x) <= _FEW:
+            return torch.ops.aten._weight_int8pack_mm(inner, self.codes, self.scale).to(x.dtype)
+        # 8 bits are exact in bfloat16, so the codes need no more than a cast.
+        step = max(1, _CHUNK // self.shape[1])
+        parts = (torch.nn.functional.linear(inner, codes.bfloat16()) for codes in self.codes.split(step))
+        return (torch.cat(list(parts), 1) * self.scale).to(x.dtype)
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        weight = self.codes[index].float().mul_(self.scale[index].float()[:, None])
+        return weight if self.columns is None else weight.mul_(self.columns)
+
+
+class Product(Kernel):
+    """Two thin matrices, each with a kernel of its own."""
+
+    name = "two thin products"
+
+    def __init__(self, form: LowRank) -> None:
+        super().__init__(form)
+        self.left, self.right = kernel_for(form.left), kernel_for(form.right)
+
+    @classmethod
+    def fits(cls, form: Form) -> bool:  # noqa: D102
+        return isinstance(form, LowRank)
+
+    @classmethod
+    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
+        assert isinstance(form, LowRank)
+        return resident_bytes(form.left, rows) + resident_bytes(form.right)
+
+    def tensors(self) -> list[Tensor]:  # noqa: D102
+        return self.left.tensors() + self.right.tensors()
+
+    def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.left.matmul(self.right.matmul(x))
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self.left.lookup(index) @ self.right.lookup(torch.arange(self.right.shape[0]))
+
+    @property
+    def names(self) -> list[str]:  # noqa: D102
+        return self.left.names + self.right.names
+
+
+class Total(Kernel):
+    """Two matrices of one shape, added after each was multiplied."""
+
+    name = "sum of two products"
+
+    def __init__(self, form: Sum) -> None:
+        super().__init__(form)
+        self.base, self.correction = kernel_for(form.base), kernel_for(form.correction)
+
+    @classmethod
+    def fits(cls, form: Form) -> bool:  # noqa: D102
+        return isinstance(form, Sum)
+
+    @classmethod
+    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
+        assert isinstance(form, Sum)
+        return resident_bytes(form.base, rows) + resident_bytes(form.correction, rows)
+
+    def tensors(self) -> list[Tensor]:  # noqa: D102
+        return self.base.tensors() + self.correction.tensors()
+
+    def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.base.matmul(x) + self.correction.matmul(x)
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self.base.lookup(index) + self.correction.lookup(index)
+
+    @property
+    def names(self) -> list[str]:  # noqa: D102
+        return self.base.names + self.correction.names
+
+
+class Plain(Kernel):
+    """Any form on any machine: its parts as they are, multiplied by :meth:`octavo.forms.Form.apply`."""
+
+    name = "none (decoded while running)"
+
+    def __init__(self, form: Form) -> None:
+        super().__init__(form)
+        self.form = form
+
+    @classmethod
+    def fits(cls, form: Form) -> bool:  # noqa: D102
+        return True
+
+    @classmethod
+    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
+        own = form.shape[0]
+        sizes = (part.nbytes * (rows if len(part) == own else own) / own for part in form.held())
+        return round(sum(sizes))
+
+    def tensors(self) -> list[Tensor]:  # noqa: D102
+        return self.form.held()
+
+    def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.form.apply(x)
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self.form.lookup(index)
+
+
+#: In order of preference.
+KERNELS: tuple[type[Kernel], ...] = (Product, Total, Int4, Int8, BFloat16, Plain)
+
+
+def kernel_for(form: Form) -> Kernel:
+    """A form made ready to run with the best kernel that it fits on this machine."""
+    return _choose(form)(form)
+
+
+def resident_bytes(form: Form, rows: int | None = None) -> int:
+    """Bytes that a form takes while it runs, or would take if it had so many ``rows``, without making it ready."""
+    return _choose(form).bytes(form, form.shape[0] if rows is None else rows)
+
+
+def _choose(form: Form) -> type[Kernel]:
+    return next(kernel for kernel in KERNELS if kernel.fits(form))
+
+
+def _inputs(x: Tensor, steps: Tensor | None) -> Tensor:
+    """Inputs as the kernels take them, times the column steps."""
+    return (x if steps is None else x * steps).bfloat16().contiguous()
+
+
+def _group(form: Grid) -> int:
+    """Columns a group if the int4 kernel takes them, else 0; one scale a row is spread over the widest it takes."""
+    columns, groups = form.shape[1], form.scale.shape[1]
+    if 0 in form.shape:
+        return 0
+    if groups == 1:
+        return max((group for group in GROUPS if columns % group == 0), default=0)
+    width = columns // groups
+    return width if width in GROUPS and columns % groups == 0 else 0
+
+
+def _lowest(codes: Tensor) -> int:
+    """The code that becomes 0. Symmetric codes become centred, so that their offsets are exactly zero."""
+    low, high = int(codes.min()), int(codes.max())
+    return 0 if low >= 0 and high < 16 else -8 if low >= -8 and high < 8 else low
+
+
+def _row_scaled(form: Grid) -> Tensor:
+    """Scales times row steps, (rows or 1, groups) in float32."""
+    scale = form.scale.float()
+    return scale if form.rows is None else scale * exponent_steps(form.rows)[:, None]
+
+
+@cache
+def int4_layout() -> tuple[int, Tensor, Tensor] | None:
+    """Where the int4 packer of this machine puts a code: rows a block, and of each the byte and the shift in it.
+
+    The layout differs between instruction sets. Looking rows up needs it, so it is read off a packed block: code
+    ``(r, k)`` is in byte ``k * rows / 2 + place[r]`` of its block. None if there is no such packer, or it differs.
+    """
+    columns = 32
+    number = torch.arange(_BLOCK * columns, dtype=torch.int32).view(_BLOCK, columns)
+    source = torch.zeros(_BLOCK * columns, dtype=torch.int64)
+    try:
+        for digit in range(3):
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(number >> (4 * digit) & 15, 1).flatten()
+            both = torch.stack([packed & 15, packed >> 4], 1).flatten()
+            source += both.long() << (4 * digit)
+    except (AttributeError, RuntimeError):
+        return None
+    where = source.argsort().view(_BLOCK, columns)
+    block = 2 * (int(where[0, 1]) // 2 - int(where[0, 0]) // 2)
+    if block <= 0 or _BLOCK % block:
+        return None
+    row = torch.arange(_BLOCK)
+    place, shift = where[:block, 0] // 2, (where[:block, 0] % 2 * 4).to(torch.uint8)
+    start = (row - row % block) * (columns // 2) + place[row % block]
+    expected = 2 * (start[:, None] + torch.arange(columns) * (block // 2)) + (shift[row % block] // 4).long()[:, None]
+    return (block, place, shift) if torch.equal(where, expected) else None

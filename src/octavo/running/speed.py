@@ -1,0 +1,43 @@
+"""How fast models run, timed side by side so that the machine's load falls on all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of every call, in turns after one turn to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for turn in range(rounds + 1):
+            for name, call in calls.items():
+                started = time.perf_counter()
+                call()
+                if turn:
+                    seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def generates(model: nn.Module) -> bool:
+    """Whether a model writes token after token."""
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def greedy(model: Any, tokens: int, prompt: int = 16) -> Callable[[], Any]:
+    """A call that writes so many tokens at batch 1, each from the one before it and the cache."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
+
+    def call() -> None:
+        cache, step = None, ids
+        for _ in range(tokens):
+            out = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    return call
