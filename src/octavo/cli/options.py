@@ -14,6 +14,10 @@ OUT = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must
 RATIO = Annotated[float | None, typer.Option(help="Original bytes / artifact bytes, such as 8.")]
 SIZE = Annotated[str | None, typer.Option(help="Size of the artifact, such as 11MB.")]
 BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole artifact, such as 3.5.")]
+TARGET = Annotated[str, typer.Option("--for", help="What the budget counts: disk (bytes of files), or speed.")]
+SPEEDUP = Annotated[float | None, typer.Option(help="For speed: times as fast as PyTorch in float32, such as 2.5.")]
+LATENCY = Annotated[str | None, typer.Option(help="For speed: the time that one call may take, such as 5ms.")]
+SHAPE = Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")]
 DATA = Annotated[
     Path | None,
     typer.Option(help="Calibration texts, one a line, or .jsonl with 'text'. Default: a built-in English text."),
