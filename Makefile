@@ -31,6 +31,7 @@ bench: $(READY) ## sizes, quality against GPTQ and times on MiniLM; writes docs/
 
 reproduce: bench ## the same, and other kinds of source; writes docs/results/*.json
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/speed.py
 
 format: $(READY) ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .
