@@ -201,17 +201,19 @@ def _walk(
     # How dense storage compares is no question of settings: all of its few are always there.
     reference = None if method.family == "keep" else envelope(curve)
     seen: dict[int, Point] = {}
-    #: From these bytes on nothing is lost, and nothing is to be gained.
-    enough = min((p.bytes for p in curve.points if p.loss == 0), default=math.inf)
+    enough = lossless_bytes(curve)
 
     def bits(index: int) -> float:
         return seen[index].bytes * 8 / max(math.prod(curve.shape), 1)
 
     def excess(index: int) -> float:
         """Loss over that of the best curve so far at the same bytes."""
-        return 0.0 if reference is None else seen[index].loss / reference(seen[index].bytes)
+        if reference is None:
+            return 0.0
+        return math.inf if needless(index) else seen[index].loss / reference(seen[index].bytes)
 
     def needless(index: int) -> bool:
+        """Whether a smaller point loses nothing."""
         return seen[index].bytes >= enough
 
     def outwards(step: int, wanted: Callable[[int], bool]) -> Iterator[int]:
@@ -244,13 +246,19 @@ def _walk(
 
 def envelope(curve: Curve) -> Callable[[float], float] | None:
     """Loss as a function of bytes along the measured points, log-linear between them; None if there are too few."""
-    # Lossless points are left out: there is no logarithm to reach them by.
+    # Points without loss are reached by no logarithm: the curve ends where the first of them is.
     points = sorted({(point.bytes, point.loss) for point in curve.points if point.loss > 0})
     if len(points) < 2:
         return None
     sizes = np.array([size for size, _ in points], float)
     losses = np.minimum.accumulate(np.log([loss for _, loss in points]))
-    return lambda size: float(np.exp(np.interp(size, sizes, losses)))
+    enough = lossless_bytes(curve)
+    return lambda size: 0.0 if size >= enough else float(np.exp(np.interp(size, sizes, losses)))
+
+
+def lossless_bytes(curve: Curve) -> float:
+    """Bytes from which on nothing is lost at a site; infinite if no point says so."""
+    return min((point.bytes for point in curve.points if point.loss == 0), default=math.inf)
 
 
 def densified(curve: Curve, between: int = 7) -> list[Point]:
