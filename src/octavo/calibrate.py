@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.ahead import in_order
 from octavo.errors import RequestError
 from octavo.objective import Batch, Objective, mask_of, sequences_in
 from octavo.raw import raw_bytes
@@ -430,8 +431,11 @@ def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
     """
     weights = sum(site.parameters for site in sites)
     evidence = {}
-    for site in sites:
-        power = float(source.read(site.name).float().square().sum())
-        level = 2 * site.parameters / weights / max(power, 1e-30)
+
+    def power(site: Site) -> float:
+        return float(source.read(site.name).float().square().sum())
+
+    for site, lost in zip(sites, in_order(power, sites), strict=True):
+        level = 2 * site.parameters / weights / max(lost, 1e-30)
         evidence[site.name] = Evidence(torch.full((site.rows,), level), None)
     return Calibration(evidence)

@@ -21,6 +21,8 @@ from octavo.running.kernels import resident_bytes
 #: estimated within a few parts in a thousand, and of a whole model, whose misses cancel, within one.
 LARGE = 1 << 21
 _TAKEN = 1 << 19
+#: Fewer rows than these are not taken for a sample.
+_ROWS = 16
 #: Bytes that a coder's tables take at most, besides a class of every column.
 _TABLES = 1 << 12
 
@@ -83,7 +85,7 @@ def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
     rows are represented by their numbers.
     """
     rows, columns = weight.shape
-    taken = max(1, _TAKEN // columns)
+    taken = max(_ROWS, _TAKEN // columns)
     if weight.numel() <= LARGE or rows < 2 * taken:
         return None
     order = (evidence.rows.sqrt() * torch.linalg.vector_norm(weight, dim=1)).argsort(stable=True)

@@ -1,0 +1,116 @@
+"""Artifacts are sized without their content, and written from front to back."""
+
+import json
+import zlib
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+import octavo
+from octavo.artifact import Contents, Entry, Kept, Packed, Sized, pack, writing
+from octavo.errors import OctavoError
+from octavo.forms import Dense, Grid
+from octavo.sites import Layout
+from octavo.workspace import Workspace
+
+SOURCE = {"title": "some", "fingerprint": "0" * 64, "bytes": 10_000_000, "weights": 5_000_000}
+
+
+def kept(tensor, stored=None):
+    return Kept(lambda: tensor, tuple(tensor.shape), stored or tensor.dtype, tensor.dtype)
+
+
+def contents(sites=3):
+    torch.manual_seed(0)
+    made = Contents(SOURCE, aliases={"other": "b.0"})
+    for number in range(sites):
+        codes = torch.randint(-9, 9, (40 + number, 30), dtype=torch.int8)
+        packed = pack(Grid(codes, torch.full((1, 1), 0.5)))
+        made.entries[f"b.{number}"] = Entry(packed, (40 + number, 30), torch.float32, Layout())
+    made.entries["dense"] = Entry(pack(Dense(torch.randn(8, 8))), (8, 8), torch.bfloat16, Layout())
+    made.kept["norm"] = kept(torch.randn(30), torch.float16)
+    made.kept["a wide one"] = kept(torch.randn(5, dtype=torch.float64))
+    made.kept["brain"] = kept(torch.randn(7).bfloat16())
+    made.kept['ümlaut "quoted" \\ \n'] = kept(torch.randn(3))
+    made.kept["positions"] = kept(torch.arange(512))
+    made.kept["empty"] = kept(torch.zeros(0, 4))
+    made.kept["scalar"] = kept(torch.tensor(3.5))
+    return made
+
+
+@pytest.mark.parametrize("shard_bytes", [10_000_000, 2000])
+def test_the_bytes_written_are_those_stated(tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(writing, "SHARD_BYTES", shard_bytes)
+    made, seen = contents(), []
+    stated = made.bytes
+    made.write(tmp_path, lambda done, total: seen.append((done, total)))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == stated
+    assert len(list(tmp_path.glob("model*.safetensors"))) == (1 if shard_bytes > stated else 2)
+    artifact = octavo.Artifact(tmp_path)
+    assert artifact.bytes == stated
+    assert torch.equal(artifact.tensor("b.1"), artifact.form("b.1").dense())
+    assert torch.equal(artifact.tensor("positions"), torch.arange(512))
+    assert artifact.tensor("norm").dtype == torch.float32
+    assert artifact.tensor("scalar").item() == 3.5
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len(seen) == len(artifact.names()) and all(done <= total == stated for done, total in seen)
+
+
+def test_sizes_need_no_content(tmp_path):
+    made = contents()
+    stated = made.bytes
+    for entry in made.entries.values():
+        packed = entry.packed
+        entry.packed = Packed(Sized(packed.bytes, packed.crc), packed.parts, packed.meta, packed.codecs)
+    assert made.bytes == stated
+    with pytest.raises(ValueError, match="only the size"):
+        made.write(tmp_path)
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    contents().write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle is no mapping)
+    assert file.read_bytes() == save(tensors, {"format": "pt"})
+
+
+def test_stored_forms_are_read_when_they_are_written(tmp_path):
+    made = contents()
+    made.write(tmp_path)
+    written = (tmp_path / "model.safetensors").read_bytes()
+    room = Workspace(tmp_path / "room", {}, resume=False)
+    for name, entry in made.entries.items():
+        entry.packed = room.save_packed(name, "some", {}, entry.packed)
+        assert entry.packed.crc == zlib.crc32(entry.packed.blob)
+        assert room.load_packed(name, "some", {}) == entry.packed
+    (tmp_path / "again").mkdir()
+    made.write(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
+    file = next((tmp_path / "room" / "points").iterdir())
+    file.write_bytes(bytes(len(file.read_bytes())))
+    with pytest.raises(OctavoError, match="was changed while it was in use"):
+        made.write(tmp_path / "again")
+    file.unlink()
+    with pytest.raises(OctavoError, match="cannot be read"):
+        made.write(tmp_path / "again")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    contents().write(tmp_path)
+    artifact = octavo.Artifact(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(octavo.ArtifactError, match="shorter"):
+        artifact.state()
+
+
+def test_a_manifest_says_what_the_files_hold(tmp_path):
+    contents().write(tmp_path)
+    manifest = json.loads((tmp_path / "octavo.json").read_text())
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert manifest["files"] == {"model.safetensors": [len(content), zlib.crc32(content[:header])]}
+    assert set(manifest["sites"]) == {"b.0", "b.1", "b.2", "dense"} and set(manifest["coded"]) == {"positions"}

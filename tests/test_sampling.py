@@ -1,0 +1,97 @@
+"""Large matrices are judged by a sample of their rows, and their plans are carried out exactly."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import octavo
+from octavo.artifact import pack
+from octavo.calibrate import Evidence
+from octavo.methods import get_method
+from octavo.profile import Window, profile_site
+from octavo.sampling import LARGE, sample_of
+from octavo.sites import Site
+
+
+def large(rows=2400, columns=1024, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.exp(0.5 * torch.randn(rows, 1, generator=generator))
+    return torch.randn(rows, columns, generator=generator) * scales * 0.02
+
+
+def evidence_of(weight, moment=False):
+    columns = None
+    if moment:
+        inputs = torch.randn(512, weight.shape[1], generator=torch.Generator().manual_seed(1))
+        columns = inputs.t() @ inputs / 512 + 0.1 * torch.eye(weight.shape[1])
+    return Evidence(torch.linspace(0.5, 2, len(weight)) / float(weight.square().sum()), columns)
+
+
+def test_small_matrices_are_looked_at_as_a_whole():
+    weight = torch.ones(LARGE // 512, 512)
+    assert sample_of(weight, evidence_of(weight)) is None
+    # Nor are matrices of few rows sampled, however long these are.
+    weight = torch.ones(3, LARGE)
+    assert sample_of(weight, evidence_of(weight)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "moment"),
+    [
+        ("entropy", {"step": 2e-3}, False),
+        ("entropy", {"step": 4e-5}, False),
+        ("entropy", {"step": 2e-3}, True),
+        ("rtn", {"bits": 4, "group": 64}, False),
+        ("sparsegpt", {"sparsity": 0.7, "bits": 3}, False),
+        ("keep", {"dtype": "bfloat16"}, False),
+    ],
+)
+def test_a_sample_tells_of_the_whole(name, setting, moment):
+    weight = large()
+    evidence, method = evidence_of(weight, moment), get_method(name)
+    sample = sample_of(weight, evidence)
+    assert len(sample.weight) < len(weight) / 3
+    found, whole = method.encode(sample.weight, setting, sample.evidence), method.encode(weight, setting, evidence)
+    estimate, exact = sample.packed(found), pack(whole)
+    assert estimate.bytes == pytest.approx(exact.bytes, rel=0.01)
+    assert sample.loss(found) == pytest.approx(evidence.loss(whole.dense() - weight), rel=0.03, abs=1e-9)
+    assert set(estimate.parts) == set(exact.parts) and estimate.meta["form"] == exact.meta["form"]
+    assert estimate.bytes == sum(part[1] for part in estimate.parts.values())
+
+
+def test_points_of_a_sample_are_marked():
+    weight = large()
+    site = Site("big", "linear", tuple(weight.shape), torch.float32)
+    methods = [get_method(name) for name in ("keep", "entropy", "activation-svd")]
+    curve = profile_site(site, weight, evidence_of(weight), methods, Window(2, 5, 4))
+    # Random weights have no low rank, and the whole matrix was not decomposed to find that out.
+    assert {point.method for point in curve.points} == {"keep", "entropy"}
+    assert all(point.estimated for point in curve.points)
+
+
+def test_a_low_rank_is_found_in_a_sample_and_measured_on_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2400, 40, generator=generator) @ torch.randn(40, 1024, generator=generator)
+    site = Site("thin", "linear", tuple(weight.shape), torch.float32)
+    methods = [get_method(name) for name in ("keep", "entropy", "activation-svd")]
+    curve = profile_site(site, weight, evidence_of(weight), methods, Window(1, 5, 4))
+    thin = [point for point in curve.points if point.method == "activation-svd"]
+    assert thin and not any(point.estimated for point in thin)
+
+
+@pytest.mark.parametrize("request_", [{}, {"methods": ["rtn", "keep"]}])
+def test_budgets_are_met_exactly_all_the_same(tmp_path, request_):
+    save_file({"one": large().bfloat16(), "two": large(seed=1).bfloat16()}, tmp_path / "m.safetensors")
+    done = octavo.compress(tmp_path / "m.safetensors", ratio=3, preset="data-free", **request_)
+    report = done.save(tmp_path / "out")
+    assert sum(file.stat().st_size for file in octavo.Artifact(tmp_path / "out").files()) == report["artifact"]["bytes"]
+    # Round-to-nearest has no continuous setting.
+    assert report["artifact"]["used"] > 0.98 or "methods" in request_
+    assert report["artifact"]["used"] <= 1
+    assert not any(point.estimated for point in done.built.plan.points.values())
+
+
+def test_an_unreachable_budget_is_refused_from_samples(tmp_path):
+    save_file({"one": large().bfloat16()}, tmp_path / "m.safetensors")
+    with pytest.raises(octavo.BudgetError, match="ratio of at most"):
+        octavo.compress(tmp_path / "m.safetensors", ratio=100_000, preset="data-free")
