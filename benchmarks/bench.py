@@ -145,7 +145,9 @@ def run_child(
         written.write_text(json.dumps(task), encoding="utf-8")
         command = [python, "-m", "peers.child", tool, written]
         with open(folder / "log.txt", "w") as log:
-            run = {"cwd": Path(__file__).parent, "stdout": log, "stderr": log, "timeout": _HOURS * 3600}
+            # Some tools leave logs where they are started.
+            paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+            run = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": paths}, "stdout": log, "stderr": log, "timeout": _HOURS * 3600}  # fmt: skip
             try:
                 code = subprocess.run(command, check=False, **run).returncode
             except subprocess.TimeoutExpired:
