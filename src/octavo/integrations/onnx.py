@@ -1,0 +1,99 @@
+"""``onnx`` and ``onnxruntime``: opening what was written, running it like a module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import ArtifactError, MissingExtraError, RequestError
+
+#: Under this name a file says which kernel every site runs with.
+NOTE = "octavo"
+
+
+def require() -> tuple[Any, Any]:
+    """The modules ``onnx`` and ``onnxruntime``.
+
+    Raises
+    ------
+    MissingExtraError
+        If they, or ``onnxscript`` by which torch exports, are not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"this needs onnx, onnxruntime and onnxscript, and {error.name} is not installed: "
+            "pip install 'octavo[onnx]'"
+        ) from error
+    return onnx, onnxruntime
+
+
+class Session(nn.Module):
+    """An ONNX file run by onnxruntime on the CPU, called like the module that it was made from.
+
+    Parameters
+    ----------
+    model
+        A file, or a serialized model.
+    threads
+        Threads that one operation may use; those of torch by default.
+
+    Raises
+    ------
+    ArtifactError
+        If onnxruntime cannot load it.
+    """
+
+    def __init__(self, model: str | Path | bytes, *, threads: int | None = None) -> None:
+        super().__init__()
+        _, runtime = require()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        # Warnings of its optimizer concern nobody who did not write the graph.
+        options.log_severity_level = 3
+        try:
+            self.session = runtime.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            # Its exceptions have no base class of their own.
+            name = "the model" if isinstance(model, bytes) else model
+            raise ArtifactError(f"{name}: onnxruntime cannot load it: {error}") from error
+        self.inputs = [item.name for item in self.session.get_inputs()]
+        self.names = [item.name for item in self.session.get_outputs()]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Site name to the kernel it runs with, as the file says."""
+        note = self.session.get_modelmeta().custom_metadata_map.get(NOTE)
+        try:
+            return dict(json.loads(note or "")["kernels"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"the model does not say which kernels it runs with: {error}") from error
+
+    def feed(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """What the graph takes of a batch, as arrays; a mask that is not given says that nothing is padding."""
+        given = dict(batch)
+        if "attention_mask" in self.inputs and "input_ids" in given:
+            given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
+        missing = [name for name in self.inputs if name not in given]
+        if missing:
+            raise RequestError(f"the exported model takes {', '.join(self.inputs)}; {', '.join(missing)} is not given")
+        return {name: given[name].numpy() for name in self.inputs}
+
+    def forward(self, **batch: Tensor) -> Any:
+        """Outputs under the names that the source gives them, ``last_hidden_state`` or ``logits``."""
+        from transformers.utils import ModelOutput
+
+        arrays = self.session.run(None, self.feed(batch))
+        return ModelOutput({name: torch.from_numpy(array) for name, array in zip(self.names, arrays, strict=True)})

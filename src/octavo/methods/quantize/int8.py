@@ -1,0 +1,82 @@
+"""Eight bits a weight, one step a row, in the layout that integer matrix kernels run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.calibrate import Evidence
+from octavo.forms import Form, Grid
+from octavo.forms.grid import DIVISIONS, exponent_steps
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.knobs import real
+
+_HIGHEST = 127
+#: Column factors stay within these powers of two of each other.
+_OCTAVES = 12
+#: Rows are rounded in chunks that fit the cache (docs/decisions.md).
+_CHUNK = 1 << 19
+
+
+@method(
+    "int8",
+    family="quantize",
+    preset="best",
+    source="SmoothQuant (Xiao et al., 2023, arXiv 2211.10438) with the error feedback of GPTQ (arXiv 2210.17323)",
+)
+@dataclass(frozen=True)
+class Int8(Method):
+    """``W[i, j] = scale[i] * codes[i, j] / s[j]`` with codes of -127..127 and ``s[j] = C[j, j]^(smoothing / 2)``.
+
+    ``W`` is (rows, columns), ``C`` (columns, columns) the second moment of the inputs ``x``. An integer kernel multiplies
+    the codes with ``x / s`` rounded to 8 bits with one step for all of it: dividing by ``s`` makes its columns alike, so
+    that the step is not set by a few of them, and the weights take up what the inputs lose. ``s`` is a power of two in
+    eighths of an octave. The codes are rounded column by column with error feedback (:mod:`octavo.methods.feedback`),
+    in the coordinates of ``x / s``.
+    """
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """From plain weights to inputs made half-way alike; without a moment plain weights alone."""
+        return [{"smoothing": share} for share in ((0.0, 0.25, 0.5, 0.75) if evidence.columns is not None else (0.0,))]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:  # noqa: D102
+        weight = weight.float()
+        for setting in settings:
+            exponents = column_exponents(evidence, weight.shape[1], real(self.name, setting, "smoothing", 0.0, 1.001))
+            smooth = exponent_steps(exponents)
+            scaled = weight * smooth
+            scale = (scaled.abs().amax(1, keepdim=True) / _HIGHEST).clamp_min(torch.finfo(torch.float32).tiny)
+            codes = _round(scaled / scale, evidence, smooth).to(torch.int8)
+            yield Grid(codes, scale, None, None, None if not bool(exponents.any()) else -exponents)
+
+
+def column_exponents(evidence: Evidence, columns: int, smoothing: float) -> Tensor:
+    """``s`` in eighths of an octave, int16 of shape (columns,); zeros without a moment."""
+    if evidence.columns is None or not smoothing:
+        return torch.zeros(columns, dtype=torch.int16)
+    octaves = evidence.columns.diagonal().double().clamp_min(1e-30).log2() * (smoothing / 2)
+    octaves = (octaves - octaves.median()).clamp(-_OCTAVES, _OCTAVES)
+    return (octaves * DIVISIONS).round().to(torch.int16)
+
+
+def _round(targets: Tensor, evidence: Evidence, smooth: Tensor) -> Tensor:
+    """Codes (rows, columns) of targets in units of their row's step."""
+    if evidence.columns is None:
+        return targets.round().clamp_(-_HIGHEST, _HIGHEST)
+    moment = evidence.columns / smooth[:, None] / smooth
+    order = important_first(moment)
+    _, feedback = factor(moment, order)
+    codes = torch.empty_like(targets)
+    height = max(1, _CHUNK // targets.shape[1])
+    for start in range(0, len(targets), height):
+        part = targets[start : start + height].t()[order].contiguous()
+        rounded = round_columns(part, feedback, lambda _, target: target.round().clamp_(-_HIGHEST, _HIGHEST))
+        codes[start : start + height, order] = rounded.t()
+    return codes

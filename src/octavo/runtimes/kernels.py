@@ -1,0 +1,273 @@
+"""Kernels of onnxruntime's CPU provider, and the nodes by which a form runs on each.
+
+========== ============================================================ ====================================
+kernel     nodes                                                        forms
+========== ============================================================ ====================================
+float32    MatMul, or Gather of a table                                 all, as dense
+int8       DynamicQuantizeLinear, MatMulInteger: inputs rounded to 8    Grid with one step a row and codes
+           bits with one step for the whole tensor                      that span at most 8 bits
+blocks     MatMulNBits: inputs rounded to 8 bits with one step for      Grid with groups of 16, 32, 64, 128
+           every group of every row                                     or 256 columns and 4 or 8 bits
+========== ============================================================ ====================================
+
+The factors of a ``LowRank`` and the terms of a ``Sum`` run one after another, each on its own kernel. All nodes but
+MatMulNBits are plain ONNX; onnxruntime fuses those around MatMulInteger into one when it loads the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.errors import RequestError
+from octavo.forms import Form, Grid, LowRank, Sum
+from octavo.forms.grid import exponent_steps
+from octavo.integrations.onnx import NOTE
+from octavo.runtimes.graph import DOMAIN, is_placeholder, prune
+
+FLOAT, INT8, BLOCKS = "float32", "int8", "blocks"
+KERNELS = (FLOAT, INT8, BLOCKS)
+
+_MICROSOFT = "com.microsoft"
+_BLOCKS = (16, 32, 64, 128, 256)
+#: MatMulNBits with inputs rounded to 8 bits, the only level at which it is faster than float32.
+_ACCURACY_INT8 = 4
+#: A protobuf holds less than two gigabytes.
+LARGEST = 2**31 - 2**20
+
+
+def kernel_of(form: Form) -> str:
+    """The integer kernel that a form can run on, or ``float32``; of nested forms that of any part."""
+    parts = children(form)
+    if parts:
+        found = {kernel_of(part) for part in parts} - {FLOAT}
+        return found.pop() if len(found) == 1 else FLOAT
+    if not isinstance(form, Grid):
+        return FLOAT
+    if form.scale.shape[1] == 1:
+        return INT8 if _span(form) < 256 else FLOAT
+    width = form.codes.shape[1] // form.scale.shape[1]
+    whole = width * form.scale.shape[1] == form.codes.shape[1] and width in _BLOCKS
+    return BLOCKS if whole and _block_bits(form) else FLOAT
+
+
+def children(form: Form) -> tuple[Form, ...]:
+    """The forms that a form is made of, in the order in which they run."""
+    if isinstance(form, LowRank):
+        return (form.right, form.left)
+    return (form.base, form.correction) if isinstance(form, Sum) else ()
+
+
+def _span(grid: Grid) -> int:
+    return int(grid.codes.max()) - int(grid.codes.min()) if grid.codes.numel() else 0
+
+
+def _block_bits(grid: Grid) -> int:
+    """4 or 8 if all codes and zero points, after a shift, are that many unsigned bits; else 0."""
+    zero = torch.zeros(1) if grid.zero is None else grid.zero
+    low = min(int(grid.codes.min()), int(zero.min()))
+    high = max(int(grid.codes.max()), int(zero.max()))
+    return next((bits for bits in (4, 8) if high - min(low, 0) < 2**bits), 0)
+
+
+def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> Any:
+    """A copy of a traced graph with every site replaced by the nodes of its kernel.
+
+    Parameters
+    ----------
+    model
+        From :func:`octavo.runtimes.graph.trace`; left as it is.
+    forms
+        Of every site in the graph.
+    kernels
+        Site name to kernel; ``float32`` for those not named.
+
+    Raises
+    ------
+    RequestError
+        If a form cannot run on the kernel named for it, or the file would be too large.
+    """
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    nodes = Nodes(taken=[name for node in graph.node for name in (*node.input, *node.output)])
+    used = {}
+    for node in graph.node:
+        if not is_placeholder(node):
+            nodes.add_node(node)
+            continue
+        form, kernel = forms[node.name], kernels.get(node.name, FLOAT)
+        if kernel not in (FLOAT, kernel_of(form)):
+            raise RequestError(f"site {node.name!r}: its form, {form.name}, cannot run on the kernel {kernel!r}")
+        used[node.name] = kernel
+        if node.op_type == "Lookup":
+            value = _lookup(nodes, node.name, node.input[0], form)
+        else:
+            value = _multiply(nodes, node.name, node.input[0], form, kernel)
+        nodes.add("Identity", [value], outputs=[node.output[0]])
+    total = sum(tensor.ByteSize() for tensor in nodes.initializers)
+    if total > LARGEST:
+        raise RequestError(
+            f"the weights take {total:,} bytes and one ONNX file holds {LARGEST:,}; compress the model further, or "
+            "choose forms that integer kernels run"
+        )
+    del graph.node[:]
+    graph.node.extend(nodes.nodes)
+    graph.initializer.extend(nodes.initializers)
+    prune(graph)
+    versions = {entry.domain: entry.version for entry in result.opset_import if entry.domain != DOMAIN}
+    del result.opset_import[:]
+    versions |= {_MICROSOFT: 1} if any(node.domain == _MICROSOFT for node in graph.node) else {}
+    result.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in versions.items())
+    result.producer_name = "octavo"
+    del result.metadata_props[:]
+    onnx.helper.set_model_props(result, {NOTE: json.dumps({"kernels": used})})
+    return result
+
+
+class Nodes:
+    """Nodes and initializers under names of their own."""
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self._names = set(taken)
+        self._shared: dict[tuple, list[str]] = {}
+
+    def add_node(self, node: Any) -> None:
+        """Take over a node as it is."""
+        self.nodes.append(node)
+
+    def add(
+        self, kind: str, inputs: list[str], *, count: int = 1, outputs: list[str] | None = None, domain: str = "", **attributes: Any
+    ) -> Any:
+        """Append a node; returns the name of its output, or a list of names if there are several."""
+        import onnx
+
+        outputs = outputs or [self._name(kind.lower()) for _ in range(count)]
+        self.nodes.append(onnx.helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
+        return outputs[0] if count == 1 else outputs
+
+    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
+        """Append an initializer."""
+        import onnx
+
+        array = value.contiguous().numpy() if isinstance(value, Tensor) else value
+        name = self._name(name)
+        self.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def once(self, key: tuple, make: Any) -> list[str]:
+        """What ``make`` returned the first time that it was asked for under this key."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _name(self, wanted: str) -> str:
+        name, number = wanted, 0
+        while name in self._names:
+            number += 1
+            name = f"{wanted}.{number}"
+        self._names.add(name)
+        return name
+
+
+def _multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
+    """Nodes for ``x @ dense().T``; returns the name of the product."""
+    if isinstance(form, LowRank):
+        inner = _multiply(nodes, f"{name}/right", x, form.right, kernel)
+        return _multiply(nodes, f"{name}/left", inner, form.left, kernel)
+    if isinstance(form, Sum) and kernel != FLOAT:
+        terms = [_multiply(nodes, f"{name}/{k}", x, part, kernel) for k, part in enumerate(children(form))]
+        return str(nodes.add("Add", terms))
+    if kernel == kernel_of(form) == INT8:
+        assert isinstance(form, Grid)
+        return _integer(nodes, name, x, form)
+    if kernel == kernel_of(form) == BLOCKS:
+        assert isinstance(form, Grid)
+        return _blocks(nodes, name, x, form)
+    return str(nodes.add("MatMul", [x, nodes.constant(name, form.dense().t())]))
+
+
+def _smoothed(nodes: Nodes, x: str, grid: Grid) -> str:
+    """``x`` with the column steps of a grid taken into it; sites that read it and have the same steps share it."""
+    if grid.columns is None:
+        return x
+    steps = exponent_steps(grid.columns)
+    key = ("smoothed", x, grid.columns.short().numpy().tobytes())
+    return nodes.once(key, lambda: [nodes.add("Mul", [x, nodes.constant("column_steps", steps)])])[0]
+
+
+def _row_scale(grid: Grid) -> Tensor:
+    """Steps (rows, groups), float32, with the row steps in them."""
+    scale = grid.scale.float().expand(len(grid.codes), -1)
+    return scale if grid.rows is None else scale * exponent_steps(grid.rows)[:, None]
+
+
+def _integer(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
+    smoothed = _smoothed(nodes, x, grid)
+    rounded, step, zero = nodes.once(
+        ("rounded", smoothed), lambda: nodes.add("DynamicQuantizeLinear", [smoothed], count=3)
+    )
+    # Signed weights run on the fast kernel; codes of another range are shifted, and their zero points with them.
+    low, high = (int(grid.codes.min()), int(grid.codes.max())) if grid.codes.numel() else (0, 0)
+    shift = 0 if low >= -128 and high <= 127 else low + 128
+    codes = (grid.codes.to(torch.int16) - shift).to(torch.int8)
+    zeros = torch.zeros(len(codes)) if grid.zero is None else grid.zero[:, 0].float()
+    zeros = (zeros - shift).expand(len(codes))
+    inputs = [rounded, nodes.constant(name, codes.t()), zero]
+    if bool(zeros.any()):
+        inputs.append(nodes.constant(f"{name}/zero", zeros.clamp(-128, 127).to(torch.int8)))
+    product = nodes.add("Cast", [nodes.add("MatMulInteger", inputs)], to=1)
+    scale = nodes.add("Mul", [step, nodes.constant(f"{name}/scale", _row_scale(grid)[:, 0])])
+    return str(nodes.add("Mul", [product, scale]))
+
+
+def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
+    rows, columns = grid.codes.shape
+    groups, bits = grid.scale.shape[1], _block_bits(grid)
+    zero = torch.zeros(rows, groups, dtype=torch.int16) if grid.zero is None else grid.zero.to(torch.int16)
+    shift = min(int(grid.codes.min()), int(zero.min()), 0)
+    codes = (grid.codes.to(torch.int16) - shift).to(torch.uint8).reshape(rows, groups, columns // groups)
+    zeros = (zero.expand(rows, groups) - shift).to(torch.uint8)
+    if bits == 4:
+        # Two to a byte, the first in the low half; an odd last zero point is alone in its byte.
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+        zeros = torch.nn.functional.pad(zeros, (0, groups % 2))
+        zeros = zeros[:, ::2] | zeros[:, 1::2] << 4
+    inputs = [
+        _smoothed(nodes, x, grid),
+        nodes.constant(name, codes),
+        nodes.constant(f"{name}/scale", _row_scale(grid).reshape(-1)),
+        nodes.constant(f"{name}/zero", zeros.reshape(-1)),
+    ]
+    return str(
+        nodes.add(
+            "MatMulNBits", inputs, domain=_MICROSOFT, K=columns, N=rows, bits=bits, block_size=columns // groups,
+            accuracy_level=_ACCURACY_INT8,
+        )
+    )  # fmt: skip
+
+
+def _lookup(nodes: Nodes, name: str, tokens: str, form: Form) -> str:
+    """Rows of a table: dense, or codes of 8 bits that are scaled as they are read."""
+    if not isinstance(form, Grid) or form.scale.shape[1] > 1 or _span(form) >= 256:
+        return str(nodes.add("Gather", [nodes.constant(name, form.dense()), tokens], axis=0))
+    signed = form.codes.numel() == 0 or (int(form.codes.min()) >= -128 and int(form.codes.max()) <= 127)
+    shift = 0 if signed else int(form.codes.min()) + 128
+    codes = nodes.constant(name, (form.codes.to(torch.int16) - shift).to(torch.int8))
+    row = nodes.add("Cast", [nodes.add("Gather", [codes, tokens], axis=0)], to=1)
+    zeros = (torch.zeros(len(form.codes), 1) if form.zero is None else form.zero.float()) - shift
+    if bool(zeros.any()):
+        table = nodes.constant(f"{name}/zero", zeros.expand(len(form.codes), 1))
+        row = nodes.add("Sub", [row, nodes.add("Gather", [table, tokens], axis=0)])
+    scale = nodes.constant(f"{name}/scale", _row_scale(form))
+    row = nodes.add("Mul", [row, nodes.add("Gather", [scale, tokens], axis=0)])
+    return _smoothed(nodes, row, form)
