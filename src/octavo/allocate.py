@@ -93,6 +93,42 @@ def load_plan(path: Path, profile: Profile) -> Plan:
     return Plan(budget, points, float("nan"), profile.fixed_bytes, str(data.get("label", "edited")))
 
 
+def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
+    """Index of the chosen point of every site, of least loss at a cost of at most ``room`` in sum.
+
+    Lagrangian: for one multiplier every site takes its least ``loss + multiplier * cost``, which lies on its lower
+    hull; the multiplier is found by bisection. What room is then left is given, step by step, to the site that
+    gains most per unit, points off the hull included.
+
+    Parameters
+    ----------
+    costs, losses
+        (sites, points): integers in bytes or whatever is short, and floats; where a site has fewer points, a cost
+        beyond all and a loss of infinity.
+    """
+    rows = np.arange(len(costs))
+    low, high = -80.0, 40.0
+    chosen = costs.argmin(1)
+    for _ in range(80):
+        middle = (low + high) / 2
+        trial = (losses + np.exp(middle) * costs).argmin(1)
+        if costs[rows, trial].sum() <= room:
+            chosen, high = trial, middle
+        else:
+            low = middle
+    left = room - int(costs[rows, chosen].sum())
+    while True:
+        more = costs - costs[rows, chosen][:, None]
+        gain = losses[rows, chosen][:, None] - losses
+        worth = np.where((more > 0) & (more <= left) & (gain > 0), gain / np.maximum(more, 1), 0.0)
+        best = int(worth.argmax()) if worth.size else 0
+        if not worth.size or worth.flat[best] <= 0:
+            return chosen
+        row, column = divmod(best, worth.shape[1])
+        left -= int(more[row, column])
+        chosen[row] = column
+
+
 class Choices:
     """All points of all sites as arrays, so that one multiplier is solved for in microseconds."""
 
@@ -114,33 +150,8 @@ class Choices:
             self.loss[row, : len(points)] = [profile.corrected(curve, p.loss) for p in points]
 
     def solve(self, room: int) -> np.ndarray:
-        """Index of the chosen point of every site, at most ``room`` bytes in sum.
-
-        Lagrangian: for one multiplier every site takes its least ``loss + multiplier * bytes``, which lies on its lower
-        hull; the multiplier is found by bisection. What room is then left is given, step by step, to the site that
-        gains most per byte, points off the hull included.
-        """
-        rows = np.arange(len(self.points))
-        low, high = -80.0, 40.0
-        chosen = self.bytes.argmin(1)
-        for _ in range(80):
-            middle = (low + high) / 2
-            trial = (self.loss + np.exp(middle) * self.bytes).argmin(1)
-            if self.bytes[rows, trial].sum() <= room:
-                chosen, high = trial, middle
-            else:
-                low = middle
-        left = room - int(self.bytes[rows, chosen].sum())
-        while True:
-            more = self.bytes - self.bytes[rows, chosen][:, None]
-            gain = self.loss[rows, chosen][:, None] - self.loss
-            worth = np.where((more > 0) & (more <= left) & (gain > 0), gain / np.maximum(more, 1), 0.0)
-            best = int(worth.argmax()) if worth.size else 0
-            if not worth.size or worth.flat[best] <= 0:
-                return chosen
-            row, column = divmod(best, worth.shape[1])
-            left -= int(more[row, column])
-            chosen[row] = column
+        """Index of the chosen point of every site, at most ``room`` bytes in sum."""
+        return solve(self.bytes, self.loss, room)
 
     def plan(self, budget: Budget, room: int, label: str = "mixed") -> Plan:
         """The best plan within ``room`` bytes for all sites."""

@@ -57,7 +57,7 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
         data["timings"] = {**done.timings, "total": sum(done.timings.values())}
         _write_report(data, aside)
-        _publish(aside, path)
+        move_into_place(aside, path)
     except OSError as error:
         raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error
     finally:
@@ -108,7 +108,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _publish(aside: Path, path: Path) -> None:
+def move_into_place(aside: Path, path: Path) -> None:
     """Rename the finished folder into place; an old one is moved aside first and removed last."""
     os.chmod(aside, 0o755)
     if not path.exists():

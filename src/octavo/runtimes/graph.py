@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -250,6 +250,6 @@ def is_placeholder(node: Any) -> bool:
     return bool(node.domain == DOMAIN)
 
 
-def open_inputs(model: Any, sites: Mapping[str, str]) -> dict[str, str]:
-    """Site name to the value that it reads; sites that read the same value can share its rounding."""
-    return {node.name: node.input[0] for node in model.graph.node if is_placeholder(node) and node.name in sites}
+def open_inputs(model: Any) -> dict[str, str]:
+    """Site name to the value that it reads; sites that read the same value share its rounding."""
+    return {node.name: node.input[0] for node in model.graph.node if is_placeholder(node)}

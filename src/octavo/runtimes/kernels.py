@@ -34,7 +34,8 @@ FLOAT, INT8, BLOCKS = "float32", "int8", "blocks"
 KERNELS = (FLOAT, INT8, BLOCKS)
 
 _MICROSOFT = "com.microsoft"
-_BLOCKS = (16, 32, 64, 128, 256)
+_IR = 10
+BLOCK_WIDTHS = (16, 32, 64, 128, 256)
 #: MatMulNBits with inputs rounded to 8 bits, the only level at which it is faster than float32.
 _ACCURACY_INT8 = 4
 #: A protobuf holds less than two gigabytes.
@@ -52,7 +53,7 @@ def kernel_of(form: Form) -> str:
     if form.scale.shape[1] == 1:
         return INT8 if _span(form) < 256 else FLOAT
     width = form.codes.shape[1] // form.scale.shape[1]
-    whole = width * form.scale.shape[1] == form.codes.shape[1] and width in _BLOCKS
+    whole = width * form.scale.shape[1] == form.codes.shape[1] and width in BLOCK_WIDTHS
     return BLOCKS if whole and _block_bits(form) else FLOAT
 
 
@@ -110,7 +111,7 @@ def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> 
         if node.op_type == "Lookup":
             value = _lookup(nodes, node.name, node.input[0], form)
         else:
-            value = _multiply(nodes, node.name, node.input[0], form, kernel)
+            value = multiply(nodes, node.name, node.input[0], form, kernel)
         nodes.add("Identity", [value], outputs=[node.output[0]])
     total = sum(tensor.ByteSize() for tensor in nodes.initializers)
     if total > LARGEST:
@@ -146,7 +147,14 @@ class Nodes:
         self.nodes.append(node)
 
     def add(
-        self, kind: str, inputs: list[str], *, count: int = 1, outputs: list[str] | None = None, domain: str = "", **attributes: Any
+        self,
+        kind: str,
+        inputs: list[str],
+        *,
+        count: int = 1,
+        outputs: list[str] | None = None,
+        domain: str = "",
+        **attributes: Any,
     ) -> Any:
         """Append a node; returns the name of its output, or a list of names if there are several."""
         import onnx
@@ -179,13 +187,27 @@ class Nodes:
         return name
 
 
-def _multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
+def finished(nodes: Nodes, columns: int, rows: int, opset: int) -> bytes:
+    """A serialized model of its own: ``x`` (positions, columns) to ``y`` (positions, rows)."""
+    import onnx
+
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["positions", width])
+        for name, width in (("x", columns), ("y", rows))
+    ]
+    graph = onnx.helper.make_graph(nodes.nodes, "site", ends[:1], ends[1:], nodes.initializers)
+    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(_MICROSOFT, 1)]
+    # The IR version that goes with the opset; a newer onnx would write one that this onnxruntime does not read.
+    return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR).SerializeToString())
+
+
+def multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
     """Nodes for ``x @ dense().T``; returns the name of the product."""
     if isinstance(form, LowRank):
-        inner = _multiply(nodes, f"{name}/right", x, form.right, kernel)
-        return _multiply(nodes, f"{name}/left", inner, form.left, kernel)
+        inner = multiply(nodes, f"{name}/right", x, form.right, kernel)
+        return multiply(nodes, f"{name}/left", inner, form.left, kernel)
     if isinstance(form, Sum) and kernel != FLOAT:
-        terms = [_multiply(nodes, f"{name}/{k}", x, part, kernel) for k, part in enumerate(children(form))]
+        terms = [multiply(nodes, f"{name}/{k}", x, part, kernel) for k, part in enumerate(children(form))]
         return str(nodes.add("Add", terms))
     if kernel == kernel_of(form) == INT8:
         assert isinstance(form, Grid)
