@@ -20,7 +20,7 @@ from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Objective
 from octavo.runtimes.activations import rounding_losses, watch
-from octavo.runtimes.graph import trace
+from octavo.runtimes.graph import trace, vocabulary
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare, machine
 from octavo.sites import Source, from_path
@@ -184,7 +184,7 @@ def _fastest(
 def _spare(
     forms: Mapping[str, Form], kernels: dict[str, str], expected: Mapping[str, float], table: Table, loss: float
 ) -> None:
-    """Put sites back to float32 until the expected loss is within ``loss``, those that lose most a second saved first."""
+    """Put sites back to float32, those first that lose most a second saved, until what is expected is ``loss``."""
 
     def worth(name: str) -> float:
         saved = table.seconds(forms[name], FLOAT) - table.seconds(forms[name], kernels[name])
@@ -209,7 +209,7 @@ def check_graph(source: Source, model: Any, forms: Mapping[str, Form]) -> float:
     session = Session(lower(model, forms, {}).SerializeToString())
     assert source.module is not None
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, source.module.config.vocab_size, (3, 24), generator=generator)
+    tokens = torch.randint(0, vocabulary(source), (3, 24), generator=generator)
     mask = torch.ones_like(tokens)
     mask[0, 15:] = 0
     with torch.inference_mode():
@@ -243,8 +243,7 @@ def write_model(content: bytes, out: Path, source: Source) -> dict[str, Any]:
 
 def probe(source: Source, shape: tuple[int, int]) -> dict[str, Tensor]:
     """Random tokens of a shape, none of them padding."""
-    assert source.module is not None
-    tokens = torch.randint(0, source.module.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, vocabulary(source), shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 

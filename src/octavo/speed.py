@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -434,7 +435,7 @@ class _Search:
         return choices + [("activation-svd", {"rank": rank, "bits": _FACTOR_BITS}) for rank in ranks if rank >= 8]
 
     def _smoothing(self, site: Site) -> Setting:
-        """The smoothing of least expected loss for all sites that read what this one reads, so that they can share it."""
+        """The smoothing of least expected loss for all sites that read the same values and so share their rounding."""
         value = self.inputs[site.name]
         if value not in self.smoothing:
             group = [self.job.site(name) for name in self.matrices if self.inputs[name] == value]
@@ -498,9 +499,8 @@ def runs(
     """Calls to compare: the source in PyTorch, and sessions, on the same tokens."""
     assert source.module is not None
     batch = probe(source, shape)
-    calls: dict[str, Any] = {DENSE: lambda module=source.module: module(**batch)}
+    modules = {DENSE: source.module}
     if bfloat16:
-        calls["torch bfloat16"] = lambda module=copy.deepcopy(source.module).bfloat16(): module(**batch)
-    for name, session in sessions.items():
-        calls[name] = lambda run=session.session.run, feed=session.feed(batch): run(None, feed)
-    return calls
+        modules["torch bfloat16"] = copy.deepcopy(source.module).bfloat16()
+    calls: dict[str, Any] = {name: partial(module, **batch) for name, module in modules.items()}
+    return calls | {name: partial(run.session.run, None, run.feed(batch)) for name, run in sessions.items()}

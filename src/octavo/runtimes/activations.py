@@ -1,7 +1,7 @@
 """What rounding a site's inputs to 8 bits costs, in the same currency as what rounding its weights costs.
 
-An integer kernel rounds its inputs when it runs, with a step ``D`` that follows from their range. The error of an input
-is uniform, of variance ``D^2 / 12``, and independent of the others, so that the expected increase of the model's loss is
+An integer kernel rounds its inputs when it runs, with a step ``D`` that follows from their range. The error of an
+input is uniform, of variance ``D^2 / 12``, and independent of the others: the expected increase of the model's loss is
 
     1/2 * sum_i rows[i] * sum_j W[i, j]^2 * D[j]^2 / 12
 
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from octavo.calibrate import Evidence
-from octavo.errors import RequestError
-from octavo.forms import Form, Grid, LowRank
+from octavo.forms import Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
 from octavo.objective import Batch, run
-from octavo.runtimes.kernels import BLOCK_WIDTHS, BLOCKS, FLOAT, INT8
+from octavo.runtimes.kernels import BLOCK_WIDTHS, FLOAT, INT8, children, kernel_of
 from octavo.sites import Source
 
 #: Inner values of a factored layer are not watched; they are taken as Gaussian, in a range of this many deviations.
@@ -86,43 +85,36 @@ def watch(source: Source, sites: Iterable[str], batches: Sequence[Batch]) -> dic
 
 def rounding_loss(form: Form, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
     """Expected increase of the model's loss when ``kernel`` rounds the inputs of a form."""
-    if kernel == FLOAT:
+    if kernel == FLOAT or kernel_of(form) == FLOAT:
         return 0.0
     if isinstance(form, LowRank):
         inner = form.right.dense()
-        moment = evidence.moment(inner.shape[1])
-        deviations = ((inner @ moment) * inner).sum(1).clamp_min(0).sqrt() * _DEVIATIONS / 2
-        outer = Ranges([-deviations], [deviations])
-        first = rounding_loss(_Seen(form.dense(), form.right), kernel, evidence, ranges)
-        return first + rounding_loss(form.left, kernel, evidence, outer)
-    weight, grid = (form.weight, form.inner) if isinstance(form, _Seen) else (form.dense(), form)
-    variance = _variance(grid, kernel, ranges)
-    return float(evidence.rows @ (weight.square() @ variance)) / 2
+        deviations = ((inner @ evidence.moment(inner.shape[1])) * inner).sum(1).clamp_min(0).sqrt()
+        reach = deviations * _DEVIATIONS / 2
+        # What the first factor rounds goes through both.
+        first = _through(form.dense(), form.right, evidence, ranges)
+        return first + rounding_loss(form.left, kernel, evidence, Ranges([-reach], [reach]))
+    if isinstance(form, Sum):
+        return sum(rounding_loss(part, kernel, evidence, ranges) for part in children(form))
+    return _through(form.dense(), form, evidence, ranges)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The first of two factors: it rounds the inputs, and its error goes through both."""
-
-    weight: Tensor
-    inner: Form
-
-
-def _variance(form: Form, kernel: str, ranges: Ranges) -> Tensor:
-    """Variance of the rounding error of every input, (columns,), in units of the inputs before smoothing."""
-    smooth = torch.ones(form.shape[1])
-    if isinstance(form, Grid) and form.columns is not None:
-        smooth = exponent_steps(form.columns)
+def _through(weight: Tensor, form: Form, evidence: Evidence, ranges: Ranges) -> float:
+    """Expected loss when inputs are rounded as ``form`` asks for, and then multiplied with ``weight``."""
+    kernel = kernel_of(form)
+    if kernel == FLOAT:
+        return 0.0
+    assert isinstance(form, Grid)
+    smooth = torch.ones(form.shape[1]) if form.columns is None else exponent_steps(form.columns)
     if kernel == INT8:
         low, high = (torch.stack(side) * smooth for side in (ranges.low, ranges.high))
         # Zero always belongs to the range.
         steps = (high.amax(1).clamp_min(0) - low.amin(1).clamp_max(0)) / 255
-        return steps.square().mean() / 12 / smooth.square()
-    if kernel == BLOCKS and isinstance(form, Grid):
+        variance = steps.square().mean() / 12 / smooth.square()
+    else:
         width = form.shape[1] // form.scale.shape[1]
-        squares = (ranges.blocks[width] / ranges.positions / 127**2 / 12).repeat_interleave(width)
-        return squares
-    raise RequestError(f"kernel {kernel!r} does not run the form {form.name}")
+        variance = (ranges.blocks[width] / ranges.positions / 127**2 / 12).repeat_interleave(width)
+    return float(evidence.rows @ (weight.square() @ variance)) / 2
 
 
 def rounding_losses(

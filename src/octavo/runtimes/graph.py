@@ -51,24 +51,21 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
             f"{source.title}: only transformers models can be exported, bare tensors have no graph; for another "
             "module, load the artifact into it with octavo.load(path, into=module) and call torch.onnx.export"
         )
-    if not getattr(source.module.config, "vocab_size", None) or getattr(
-        source.module.config, "is_encoder_decoder", False
-    ):
+    if not vocabulary(source) or getattr(source.module.config, "is_encoder_decoder", False):
         kind = type(source.module).__name__
         raise RequestError(
             f"{source.title}: {kind} cannot be exported; encoders and decoders that take input_ids can "
             "(BERT, DistilBERT, MPNet, Llama, Qwen, Gemma, GPT-2 and their like)"
         )
-    tokens = torch.arange(32).reshape(2, 16) % source.module.config.vocab_size
+    tokens = torch.arange(32).reshape(2, 16) % vocabulary(source)
     mask = torch.ones_like(tokens)
     mask[0, 12:] = 0
     with torch.no_grad():
         found = source.module(input_ids=tokens, attention_mask=mask)
     output = next((name for name in OUTPUTS if isinstance(getattr(found, name, None), Tensor)), None)
     if output is None:
-        raise RequestError(
-            f"{source.title}: {type(source.module).__name__} returns none of {', '.join(OUTPUTS)}; it cannot be exported"
-        )
+        kind = type(source.module).__name__
+        raise RequestError(f"{source.title}: {kind} returns none of {', '.join(OUTPUTS)}; it cannot be exported")
     names = list(source.shapes)
     with _open_sites(source, names), _quiet():
         try:
@@ -98,6 +95,11 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
             sites[node.name] = node.op_type
     flatten_attention(model)
     return model, sites
+
+
+def vocabulary(source: Source) -> int:
+    """Number of tokens that a ``transformers`` model knows; 0 if it takes none."""
+    return int(getattr(getattr(source.module, "config", None), "vocab_size", None) or 0)
 
 
 class _Call(nn.Module):

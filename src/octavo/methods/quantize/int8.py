@@ -32,11 +32,11 @@ _CHUNK = 1 << 19
 class Int8(Method):
     """``W[i, j] = scale[i] * codes[i, j] / s[j]`` with codes of -127..127 and ``s[j] = C[j, j]^(smoothing / 2)``.
 
-    ``W`` is (rows, columns), ``C`` (columns, columns) the second moment of the inputs ``x``. An integer kernel multiplies
-    the codes with ``x / s`` rounded to 8 bits with one step for all of it: dividing by ``s`` makes its columns alike, so
-    that the step is not set by a few of them, and the weights take up what the inputs lose. ``s`` is a power of two in
-    eighths of an octave. The codes are rounded column by column with error feedback (:mod:`octavo.methods.feedback`),
-    in the coordinates of ``x / s``.
+    ``W`` is (rows, columns), ``C`` (columns, columns) the second moment of the inputs ``x``. An integer kernel
+    multiplies the codes with ``x / s`` rounded to 8 bits with one step for all of it: dividing by ``s`` makes its
+    columns alike, so that the step is not set by a few of them, and the weights take up what the inputs lose. ``s`` is
+    a power of two in eighths of an octave. The codes are rounded column by column with error feedback
+    (:mod:`octavo.methods.feedback`), in the coordinates of ``x / s``.
     """
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
