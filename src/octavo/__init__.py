@@ -4,6 +4,7 @@ from octavo.artifact import Artifact
 from octavo.compress import Compressed, compress
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
 from octavo.evaluate import evaluate
+from octavo.export import export
 from octavo.integrations.transformers import register as _register
 from octavo.steps import frontier, plan, profile
 from octavo.verify import load, verify
@@ -22,6 +23,7 @@ __all__ = [
     "RequestError",
     "compress",
     "evaluate",
+    "export",
     "frontier",
     "load",
     "plan",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Objective
 from octavo.runtimes.activations import rounding_losses, watch
-from octavo.runtimes.graph import trace, vocabulary
+from octavo.runtimes.graph import check_exportable, positions, trace, vocabulary
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare, machine
 from octavo.sites import Source, from_path
@@ -82,7 +82,7 @@ def export(
     data: Any = None,
     objective: str | Objective | None = None,
     loss: float | None = None,
-    shape: tuple[int, int] = SHAPE,
+    shape: str | Sequence[int] = SHAPE,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an artifact, or an uncompressed model, as a file that onnxruntime runs.
@@ -125,20 +125,22 @@ def export(
         If the extra ``onnx`` is not installed.
     """
     require()
-    out = Path(out).resolve()
+    out, size = Path(out).resolve(), parse_shape(shape)
     if to not in RUNTIMES:
         raise RequestError(f"--to {to!r} is not known; choose from {', '.join(RUNTIMES)}")
     if out.is_dir() or (out.exists() and not overwrite):
         raise RequestError(f"{out}: is already there; name another file, or give --overwrite to replace it")
     opened = open_model(path)
     source = opened.source
+    check_exportable(source)
+    probe(source, size)
     batches, text = jobs.load_data(source, data, limit=None)
     calibration_data, held = jobs.split(batches)
     wanted = jobs.choose_objective(source, objective)
     model, kinds = trace(source)
     forms = {name: opened.forms[name] for name in kinds}
     difference = check_graph(source, model, forms)
-    kernels, table = _fastest(forms, kinds, shape)
+    kernels, table = _fastest(forms, kinds, size)
     expected: dict[str, float] = {}
     rounded = [name for name, kernel in kernels.items() if kernel != FLOAT]
     if rounded and loss is not None:
@@ -163,9 +165,27 @@ def export(
             "metric": wanted.metric, "mean": float(losses.mean()), "p95": float(losses.quantile(0.95)),
             "data": f"{len(losses)} held-back examples of {text}",
         },
-        "latency": latency(source, session, shape),
+        "latency": latency(source, session, size),
         "machine": machine(torch.get_num_threads()),
     }  # fmt: skip
+
+
+def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
+    """Sequences and tokens of ``1x32``, or of two numbers.
+
+    Raises
+    ------
+    RequestError
+        If it is neither.
+    """
+    parts = shape.lower().split("x") if isinstance(shape, str) else list(shape)
+    try:
+        batch, tokens = map(int, parts)
+    except ValueError as error:
+        raise RequestError(f"shape {shape!r}: write sequences and tokens, such as 1x32") from error
+    if min(batch, tokens) < 1:
+        raise RequestError(f"shape {shape!r}: sequences and tokens are at least 1")
+    return batch, tokens
 
 
 def _fastest(
@@ -209,9 +229,10 @@ def check_graph(source: Source, model: Any, forms: Mapping[str, Form]) -> float:
     session = Session(lower(model, forms, {}).SerializeToString())
     assert source.module is not None
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary(source), (3, 24), generator=generator)
+    length = min(24, positions(source))
+    tokens = torch.randint(0, vocabulary(source), (3, length), generator=generator)
     mask = torch.ones_like(tokens)
-    mask[0, 15:] = 0
+    mask[0, length * 2 // 3 :] = 0
     with torch.inference_mode():
         wanted = source.module(input_ids=tokens, attention_mask=mask)[session.names[0]].float()
     found = session(input_ids=tokens, attention_mask=mask)[session.names[0]]
@@ -232,7 +253,7 @@ def write_model(content: bytes, out: Path, source: Source) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             aside = Path(folder) / out.name
             write_file(aside, content)
-            outputs = Session(aside)(**probe(source, SHAPE))
+            outputs = Session(aside)(**probe(source, (1, min(16, positions(source)))))
             if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
                 raise ArtifactError(f"{out}: the exported model gives NaN or Inf; nothing was written")
             os.replace(aside, out)
@@ -242,7 +263,17 @@ def write_model(content: bytes, out: Path, source: Source) -> dict[str, Any]:
 
 
 def probe(source: Source, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """Random tokens of a shape, none of them padding."""
+    """Random tokens of a shape, none of them padding.
+
+    Raises
+    ------
+    RequestError
+        If the model takes fewer tokens.
+    """
+    if shape[1] > positions(source):
+        raise RequestError(
+            f"{source.title}: has {positions(source)} positions, {shape[0]}x{shape[1]} asks for {shape[1]} tokens each"
+        )
     tokens = torch.randint(0, vocabulary(source), shape, generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 

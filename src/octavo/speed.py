@@ -31,7 +31,7 @@ from octavo.budget import Budget
 from octavo.calibrate import Calibration, Evidence
 from octavo.compress import Compressed
 from octavo.errors import BudgetError, OctavoError, RequestError
-from octavo.export import SHAPE, TOLERANCE, check_graph, dense_forms, open_model, probe, write_model
+from octavo.export import SHAPE, TOLERANCE, check_graph, dense_forms, open_model, parse_shape, probe, write_model
 from octavo.finish import Built
 from octavo.forms import Form
 from octavo.integrations.onnx import Session, require
@@ -231,15 +231,6 @@ def parse_latency(text: str | float) -> float:
     if not match or not float(match[1]) > 0:
         raise RequestError(f"latency {text!r} is not a time; write it like 5ms, 300us or 0.8s")
     return float(match[1]) * {"us": 1e-6, "ms": 1e-3}.get(match[2], 1.0)
-
-
-def parse_shape(text: str | Sequence[int]) -> tuple[int, int]:
-    """Batch and tokens of ``1x32``."""
-    parts = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", text.lower()) if isinstance(text, str) else None
-    numbers = [int(part) for part in (parts.groups() if parts else () if isinstance(text, str) else text)]
-    if len(numbers) != 2 or min(numbers) < 1:
-        raise RequestError(f"shape {text!r}: write batch and tokens, such as 1x32")
-    return numbers[0], numbers[1]
 
 
 def asked_for(speedup: float | None, latency: str | float | None, shape: str | Sequence[int]) -> Asked:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,17 +47,8 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
         If the source is no model of tokens, or torch cannot export it.
     """
     require()
-    if source.module is None or not source.is_transformers:
-        raise RequestError(
-            f"{source.title}: only transformers models can be exported, bare tensors have no graph; for another "
-            "module, load the artifact into it with octavo.load(path, into=module) and call torch.onnx.export"
-        )
-    if not vocabulary(source) or getattr(source.module.config, "is_encoder_decoder", False):
-        kind = type(source.module).__name__
-        raise RequestError(
-            f"{source.title}: {kind} cannot be exported; encoders and decoders that take input_ids can "
-            "(BERT, DistilBERT, MPNet, Llama, Qwen, Gemma, GPT-2 and their like)"
-        )
+    check_exportable(source)
+    assert source.module is not None
     tokens = torch.arange(32).reshape(2, 16) % vocabulary(source)
     mask = torch.ones_like(tokens)
     mask[0, 12:] = 0
@@ -66,7 +58,7 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
     if output is None:
         kind = type(source.module).__name__
         raise RequestError(f"{source.title}: {kind} returns none of {', '.join(OUTPUTS)}; it cannot be exported")
-    names = list(source.shapes)
+    names = [site.name for site in source.sites()[0]]
     with _open_sites(source, names), _quiet():
         try:
             program = torch.onnx.export(
@@ -94,12 +86,33 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
             node.name = names[node.attribute[0].i]
             sites[node.name] = node.op_type
     flatten_attention(model)
+    widen_rotary(model)
     return model, sites
+
+
+def check_exportable(source: Source) -> None:
+    """Raise :class:`RequestError` unless the source is a ``transformers`` model of tokens."""
+    if source.module is None or not source.is_transformers:
+        raise RequestError(
+            f"{source.title}: only transformers models can be exported, bare tensors have no graph; for another "
+            "module, load the artifact into it with octavo.load(path, into=module) and call torch.onnx.export"
+        )
+    if not vocabulary(source) or getattr(source.module.config, "is_encoder_decoder", False):
+        kind = type(source.module).__name__
+        raise RequestError(
+            f"{source.title}: {kind} cannot be exported; encoders and decoders that take input_ids can "
+            "(BERT, DistilBERT, MPNet, Llama, Qwen, Gemma, GPT-2 and their like)"
+        )
 
 
 def vocabulary(source: Source) -> int:
     """Number of tokens that a ``transformers`` model knows; 0 if it takes none."""
     return int(getattr(getattr(source.module, "config", None), "vocab_size", None) or 0)
+
+
+def positions(source: Source) -> int:
+    """Tokens that a ``transformers`` model takes at most."""
+    return int(getattr(getattr(source.module, "config", None), "max_position_embeddings", None) or 2**31)
 
 
 class _Call(nn.Module):
@@ -226,6 +239,35 @@ def flatten_attention(model: Any) -> None:
             for side, count in zip(("q", "kv"), heads, strict=True)
         )
     prune(graph)
+
+
+def widen_rotary(model: Any) -> None:
+    """Give every sequence its own copy of the rotary tables, as the operation wants them.
+
+    transformers makes one for all sequences, and what torch exports leaves it at that.
+    """
+    import onnx
+
+    nodes: list[Any] = []
+    wide: dict[str, str] = {}
+    for node in list(model.graph.node):
+        if node.op_type == "RotaryEmbedding" and len(node.input) == 3:
+            if not wide:
+                ones = onnx.numpy_helper.from_array(np.ones(2, np.int64), "rotary_ones")
+                model.graph.initializer.append(ones)
+                nodes += [
+                    onnx.helper.make_node("Shape", ["input_ids"], ["rotary_batch"], start=0, end=1),
+                    onnx.helper.make_node("Concat", ["rotary_batch", ones.name], ["rotary_shape"], axis=0),
+                ]
+            for place in (1, 2):
+                table = node.input[place]
+                if table not in wide:
+                    wide[table] = f"{table}_wide"
+                    nodes.append(onnx.helper.make_node("Expand", [table, "rotary_shape"], [wide[table]]))
+                node.input[place] = wide[table]
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _perm(node: Any) -> list[int]:

@@ -51,7 +51,7 @@ def kernel_of(form: Form) -> str:
     if not isinstance(form, Grid):
         return FLOAT
     if form.scale.shape[1] == 1:
-        return INT8 if _span(form) < 256 else FLOAT
+        return INT8 if _fits_a_byte(form) else FLOAT
     width = form.codes.shape[1] // form.scale.shape[1]
     whole = width * form.scale.shape[1] == form.codes.shape[1] and width in BLOCK_WIDTHS
     return BLOCKS if whole and _block_bits(form) else FLOAT
@@ -64,15 +64,27 @@ def children(form: Form) -> tuple[Form, ...]:
     return (form.base, form.correction) if isinstance(form, Sum) else ()
 
 
-def _span(grid: Grid) -> int:
-    return int(grid.codes.max()) - int(grid.codes.min()) if grid.codes.numel() else 0
+def _bounds(grid: Grid) -> tuple[int, int]:
+    """Smallest and largest of the codes and of what stands for zero."""
+    parts = [part for part in (grid.codes, grid.zero) if part is not None and part.numel()]
+    low, high = (min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)) if parts else (0, 0)
+    return (min(low, 0), max(high, 0)) if grid.zero is None else (low, high)
+
+
+def _fits_a_byte(grid: Grid) -> bool:
+    low, high = _bounds(grid)
+    return high - low < 256
+
+
+def _shift(grid: Grid) -> int:
+    """What codes are lowered by to be signed bytes; signed weights run on the fast kernel."""
+    low, high = _bounds(grid)
+    return 0 if low >= -128 and high <= 127 else low + 128
 
 
 def _block_bits(grid: Grid) -> int:
     """4 or 8 if all codes and zero points, after a shift, are that many unsigned bits; else 0."""
-    zero = torch.zeros(1) if grid.zero is None else grid.zero
-    low = min(int(grid.codes.min()), int(zero.min()))
-    high = max(int(grid.codes.max()), int(zero.max()))
+    low, high = _bounds(grid)
     return next((bits for bits in (4, 8) if high - min(low, 0) < 2**bits), 0)
 
 
@@ -238,15 +250,12 @@ def _integer(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
     rounded, step, zero = nodes.once(
         ("rounded", smoothed), lambda: nodes.add("DynamicQuantizeLinear", [smoothed], count=3)
     )
-    # Signed weights run on the fast kernel; codes of another range are shifted, and their zero points with them.
-    low, high = (int(grid.codes.min()), int(grid.codes.max())) if grid.codes.numel() else (0, 0)
-    shift = 0 if low >= -128 and high <= 127 else low + 128
+    shift = _shift(grid)
     codes = (grid.codes.to(torch.int16) - shift).to(torch.int8)
-    zeros = torch.zeros(len(codes)) if grid.zero is None else grid.zero[:, 0].float()
-    zeros = (zeros - shift).expand(len(codes))
+    zeros = (torch.zeros(1) if grid.zero is None else grid.zero[:, 0].float()) - shift
     inputs = [rounded, nodes.constant(name, codes.t()), zero]
     if bool(zeros.any()):
-        inputs.append(nodes.constant(f"{name}/zero", zeros.clamp(-128, 127).to(torch.int8)))
+        inputs.append(nodes.constant(f"{name}/zero", zeros.expand(len(codes)).to(torch.int8)))
     product = nodes.add("Cast", [nodes.add("MatMulInteger", inputs)], to=1)
     scale = nodes.add("Mul", [step, nodes.constant(f"{name}/scale", _row_scale(grid)[:, 0])])
     return str(nodes.add("Mul", [product, scale]))
@@ -256,7 +265,7 @@ def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
     rows, columns = grid.codes.shape
     groups, bits = grid.scale.shape[1], _block_bits(grid)
     zero = torch.zeros(rows, groups, dtype=torch.int16) if grid.zero is None else grid.zero.to(torch.int16)
-    shift = min(int(grid.codes.min()), int(zero.min()), 0)
+    shift = min(_bounds(grid)[0], 0)
     codes = (grid.codes.to(torch.int16) - shift).to(torch.uint8).reshape(rows, groups, columns // groups)
     zeros = (zero.expand(rows, groups) - shift).to(torch.uint8)
     if bits == 4:
@@ -280,10 +289,9 @@ def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
 
 def _lookup(nodes: Nodes, name: str, tokens: str, form: Form) -> str:
     """Rows of a table: dense, or codes of 8 bits that are scaled as they are read."""
-    if not isinstance(form, Grid) or form.scale.shape[1] > 1 or _span(form) >= 256:
+    if not isinstance(form, Grid) or form.scale.shape[1] > 1 or not _fits_a_byte(form):
         return str(nodes.add("Gather", [nodes.constant(name, form.dense()), tokens], axis=0))
-    signed = form.codes.numel() == 0 or (int(form.codes.min()) >= -128 and int(form.codes.max()) <= 127)
-    shift = 0 if signed else int(form.codes.min()) + 128
+    shift = _shift(form)
     codes = nodes.constant(name, (form.codes.to(torch.int16) - shift).to(torch.int8))
     row = nodes.add("Cast", [nodes.add("Gather", [codes, tokens], axis=0)], to=1)
     zeros = (torch.zeros(len(form.codes), 1) if form.zero is None else form.zero.float()) - shift

@@ -1,0 +1,59 @@
+"""Commands that bring a model to where it runs: export."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import octavo
+from octavo.cli import command, console, options, show_json
+
+MODEL = Annotated[str, typer.Argument(help="An artifact, or the folder of a transformers model.")]
+SHAPE = Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")]
+
+
+@command
+def export(
+    model: MODEL,
+    out: Annotated[Path, typer.Argument(help="File to write, such as model.onnx.")],
+    to: Annotated[str, typer.Option(help="onnx: a file for onnxruntime and its int8 kernels.")] = "onnx",
+    data: options.DATA = None,
+    objective: options.OBJECTIVE = None,
+    loss: Annotated[
+        float | None,
+        typer.Option(help="The most that rounding the inputs of integer kernels may add to the divergence."),
+    ] = None,
+    shape: SHAPE = "1x32",
+    overwrite: options.OVERWRITE = False,
+    json_output: options.JSON = False,
+) -> None:
+    """Write MODEL as a file that a fast runtime runs, and measure that file against MODEL.
+
+    Example: octavo export folded --to onnx model.onnx
+    """
+    result = octavo.export(
+        model, out, to=to, data=data, objective=objective, loss=loss, shape=shape, overwrite=overwrite
+    )
+    if json_output:
+        show_json(result)
+        return
+    counts = Counter(result["kernels"].values())
+    kernels = ", ".join(f"{count} on {kernel}" for kernel, count in sorted(counts.items()))
+    speed, far = result["latency"], result["divergence"]
+    console.print(f"{out}: {result['bytes']:,} bytes; sites by kernel: {kernels}", markup=False)
+    console.print(
+        f"with float kernels its outputs are within {result['difference']:.2g} of MODEL's ({result['tolerance']:g} is "
+        f"allowed); as written, {far['metric']} {far['mean']:.3g} from MODEL on {far['data']}",
+        markup=False,
+    )
+    batch, tokens = speed["shape"]
+    console.print(
+        f"{speed['seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {speed['threads']} threads: "
+        f"{speed['speedup']:.2f} times as fast as MODEL in PyTorch (float32, dense)",
+        markup=False,
+    )
+    if speed["note"]:
+        console.print(f"note: {speed['note']}", markup=False)
