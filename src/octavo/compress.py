@@ -18,6 +18,7 @@ from octavo.allocate import allocate, load_plan
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.curves import build_profile
+from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import MARGIN, Built, contest, finish
 from octavo.job import Job, Progress, silent
@@ -78,6 +79,9 @@ def compress(
     size: str | int | None = None,
     bits: float | None = None,
     target: str = "disk",
+    speedup: float | None = None,
+    latency: str | float | None = None,
+    shape: str | Sequence[int] = (1, 32),
     data: Any = None,
     objective: str | Objective | None = None,
     methods: Sequence[str] | None = None,
@@ -101,8 +105,12 @@ def compress(
     ratio, size, bits
         The budget, exactly one of them: original bytes over artifact bytes, bytes (``"11MB"``), or bits per weight.
     target
-        What the budget counts: ``disk``, the bytes of the artifact's files, or ``memory``, those that all tensors take
-        while the model runs from packed codes (``octavo.load(path, packed=True)``).
+        What the budget counts: ``disk``, the bytes of the artifact's files, ``memory``, those that all tensors take
+        while the model runs from packed codes (``octavo.load(path, packed=True)``), or ``speed``.
+    speedup, latency, shape
+        The budget for ``speed``, exactly one of the first two: times as fast as the source in PyTorch in float32, or
+        seconds (``"5ms"``), at ``shape`` sequences x tokens, on this machine with onnxruntime
+        (:func:`octavo.speed.compress_for_speed`). Its methods and preset are its own.
     data
         A file or list of texts for a text model, or an iterable of batches that the module takes. Without any, the
         built-in English text serves a text model, and other sources are compressed without data.
@@ -140,6 +148,14 @@ def compress(
     BudgetError
         If the budget cannot be reached.
     """
+    if target == "speed":
+        return _for_speed(
+            (ratio, size, bits, methods, plan, None if preset == "default" else preset), source, speedup=speedup, latency=latency, shape=shape, data=data,
+            objective=objective, ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    if speedup is not None or latency is not None:
+        raise RequestError("speedup and latency are budgets of speed: add --for speed (target='speed')")
     clock = _Clock()
     job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target)
     asked = requested_budget(job, plan, ratio, size, bits)
@@ -184,6 +200,17 @@ def compress(
         # The encoded forms lie there until they are saved.
         weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)
     return done
+
+
+def _for_speed(others: tuple[Any, ...], source: Any, **request: Any) -> Compressed:
+    """Compress for speed, if no budget or choice of another kind was given beside it."""
+    from octavo.speed import compress_for_speed
+
+    if any(other is not None for other in others):
+        raise RequestError(
+            "for speed, ratio, size, bits, methods, preset and plan have no meaning: give speedup or latency alone"
+        )
+    return compress_for_speed(source, **request)
 
 
 class _Clock:

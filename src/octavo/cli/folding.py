@@ -15,6 +15,7 @@ import octavo
 from octavo import report
 from octavo.cli import command, console, errors, options, show_json
 from octavo.cli.progress import progress
+from octavo.cli.running import tell_speed
 from octavo.publish import check_writable
 from octavo.steps import request_of
 from octavo.verify import REPORT
@@ -40,6 +41,9 @@ def compress(
     size: options.SIZE = None,
     bits: options.BITS = None,
     target: options.TARGET = "disk",
+    speedup: options.SPEEDUP = None,
+    latency: options.LATENCY = None,
+    shape: options.SHAPE = "1x32",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
     methods: options.METHODS = None,
@@ -84,9 +88,9 @@ def compress(
     try:
         with progress(errors, quiet=json_output) as show:
             done = octavo.compress(
-                source, ratio=ratio, size=size, bits=bits, plan=plan, workspace=workspace,
-                resume=resume or profile is not None, memory=memory, executor=executor,
-                progress=show, **request,
+                source, ratio=ratio, size=size, bits=bits, target=target, speedup=speedup, latency=latency,
+                shape=shape, plan=plan, workspace=workspace, resume=resume or profile is not None, memory=memory,
+                executor=executor, progress=show, **request,
             )  # fmt: skip
             done.command = shlex.join(["octavo", *sys.argv[1:]])
             result = done.save(out, overwrite=overwrite)
@@ -106,6 +110,8 @@ def compress(
         )
         return
     console.print(report.table(result))
+    if "speed" in result:
+        tell_speed(result["speed"])
     if result["artifact"]["note"]:
         console.print(f"note: {result['artifact']['note']}", markup=False)
     for warning in result["calibration"]["warnings"][:3]:

@@ -16,8 +16,11 @@ SIZE = Annotated[str | None, typer.Option(help="The size itself, such as 11MB.")
 BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole model, such as 3.5.")]
 TARGET = Annotated[
     str,
-    typer.Option("--for", help="What the size counts: disk (the files), or memory (the weights while the model runs)."),
+    typer.Option("--for", help="What the budget counts: disk (files), memory (weights while the model runs) or speed."),
 ]
+SPEEDUP = Annotated[float | None, typer.Option(help="For speed: times as fast as PyTorch in float32, such as 2.5.")]
+LATENCY = Annotated[str | None, typer.Option(help="For speed: the time that one call may take, such as 5ms.")]
+SHAPE = Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")]
 DATA = Annotated[
     Path | None,
     typer.Option(help="Calibration texts, one a line, or .jsonl with 'text'. Default: a built-in English text."),

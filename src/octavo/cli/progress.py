@@ -17,6 +17,7 @@ _TITLES = {
     "profile": "Measuring curves",
     "correct": "Correcting by measured plans",
     "encode": "Encoding",
+    "measure": "Measuring speed",
     "write": "Writing",
     "verify": "Reading back",
 }

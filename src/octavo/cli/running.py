@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,21 @@ import octavo
 from octavo.cli import command, console, options, show_json
 
 MODEL = Annotated[str, typer.Argument(help="An artifact, or the folder of a transformers model.")]
-SHAPE = Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")]
+
+
+def tell_speed(speed: dict[str, Any]) -> None:
+    """Print what was measured of a file that was written for speed."""
+    batch, tokens = speed["shape"]
+    kernels = ", ".join(f"{count} on {name}" for name, count in sorted(speed["kernels"].items()))
+    far = speed["divergence"]
+    console.print(
+        f"{speed['file']}: {speed['speedup']:.2f} times as fast as PyTorch in float32 "
+        f"({speed['seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {speed['machine']['threads']} threads), "
+        f"{far['metric']} {far['mean']:.3g} on {far['examples']} held-back examples; matrices: {kernels}",
+        markup=False,
+    )
+    for note in speed["notes"]:
+        console.print(f"note: {note}", markup=False)
 
 
 @command
@@ -26,7 +40,7 @@ def export(
         float | None,
         typer.Option(help="The most that rounding the inputs of integer kernels may add to the divergence."),
     ] = None,
-    shape: SHAPE = "1x32",
+    shape: options.SHAPE = "1x32",
     overwrite: options.OVERWRITE = False,
     json_output: options.JSON = False,
 ) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.forms import Form, Grid, LowRank, Sum
+from octavo.forms import Dense, Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
 from octavo.integrations.onnx import NOTE
 from octavo.runtimes.graph import DOMAIN, is_placeholder, prune
@@ -290,7 +290,10 @@ def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
 def _lookup(nodes: Nodes, name: str, tokens: str, form: Form) -> str:
     """Rows of a table: dense, or codes of 8 bits that are scaled as they are read."""
     if not isinstance(form, Grid) or form.scale.shape[1] > 1 or not _fits_a_byte(form):
-        return str(nodes.add("Gather", [nodes.constant(name, form.dense()), tokens], axis=0))
+        half = isinstance(form, Dense) and form.weight.dtype == torch.float16
+        table = nodes.constant(name, form.weight if isinstance(form, Dense) and half else form.dense())
+        row = nodes.add("Gather", [table, tokens], axis=0)
+        return str(nodes.add("Cast", [row], to=1) if half else row)
     shift = _shift(form)
     codes = nodes.constant(name, (form.codes.to(torch.int16) - shift).to(torch.int8))
     row = nodes.add("Cast", [nodes.add("Gather", [codes, tokens], axis=0)], to=1)

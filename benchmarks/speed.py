@@ -1,0 +1,110 @@
+"""Speed against loss on MiniLM: files that Octavo compressed for speed, next to PyTorch and onnxruntime's own int8.
+
+Writes docs/results/speed.json. All files run in one process and take turns, one thread each, on sentences of 32 tokens;
+quality is that of the files, on 512 Brown sentences that calibration never saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import brown, minilm, save_results
+
+import octavo
+from octavo.integrations.onnx import Session
+from octavo.integrations.transformers import text_batches
+from octavo.job import open_source
+from octavo.objective import Cosine
+from octavo.runtimes.latency import compare
+from octavo.speed import speed_frontier
+
+SPEEDUPS = (2.8, 3.5, 4.5, 5.5)
+BATCHES = (1, 16)
+REPEATS = 5
+
+
+def sentences(texts: list[str]) -> dict[str, torch.Tensor]:
+    """16 test sentences cut to exactly 32 tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    long = [text for text in texts if len(tokenizer(text)["input_ids"]) >= 32][:16]
+    return dict(tokenizer(long, truncation=True, max_length=32, return_tensors="pt"))
+
+
+def own_int8(source: Path, work: Path) -> dict[str, Path]:
+    """onnxruntime's own dynamic quantization of the same graph, per channel and per tensor."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    files = {}
+    for name, per_channel in (("per channel", True), ("per tensor", False)):
+        file = work / f"own-{per_channel}.onnx"
+        quantize_dynamic(source, file, per_channel=per_channel, weight_type=QuantType.QInt8)
+        files[f"onnxruntime dynamic int8, {name}"] = file
+    return files
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    calibration, test = brown()
+    work = Path(tempfile.mkdtemp())
+    rows = speed_frontier(minilm(), SPEEDUPS, workspace=work / "frontier", data=calibration)
+    octavo.export(minilm(), work / "float.onnx", data=calibration)
+    files = {"onnxruntime float32": work / "float.onnx", **own_int8(work / "float.onnx", work)}
+    for row in rows:
+        if "error" not in row:
+            files[f"octavo, speedup {row['asked']:g} asked"] = (
+                work / "frontier" / f"speedup-{row['asked']:g}" / "model.onnx"
+            )
+    model = open_source(minilm()).module
+    assert model is not None
+    objective, batches = Cosine(), text_batches(minilm(), test)
+    reference = objective.reference(model, batches)
+    alone = [
+        {key: value[k : k + 1] for key, value in batch.items()}
+        for batch in batches
+        for k in range(len(batch["input_ids"]))
+    ]
+    alone_reference = [part[k : k + 1] for part in reference for k in range(len(part))]
+    table: dict[str, dict[str, Any]] = {"torch float32": {}, "torch bfloat16": {}}
+    sessions = {name: Session(file) for name, file in files.items()}
+    for name, session in sessions.items():
+        table[name] = {
+            "bytes": files[name].stat().st_size,
+            "loss": float(objective.measure(session, batches, reference).mean()),
+            "loss_one_by_one": float(objective.measure(session, alone, alone_reference).mean()),
+        }
+    tokens, half, load = sentences(test), open_source(minilm()).module, []
+    assert half is not None
+    half = half.bfloat16()
+    for repeat in range(REPEATS):
+        load.append(os.getloadavg()[0])
+        for size in BATCHES:
+            batch = {key: value[:size] for key, value in tokens.items()}
+            calls: dict[str, Any] = {"torch float32": partial(model, **batch), "torch bfloat16": partial(half, **batch)}
+            calls |= {name: partial(s.session.run, None, s.feed(batch)) for name, s in sessions.items()}
+            for name, taken in compare(calls, "torch float32", rounds=21 if size == 1 else 9, seconds=5).items():
+                table[name].setdefault(f"speedups_batch_{size}", []).append(taken["speedup"])
+                table[name].setdefault(f"seconds_batch_{size}", []).append(taken["seconds"])
+        print(f"repeat {repeat + 1} of {REPEATS}, load {load[-1]:.1f}", flush=True)
+    for name, row in table.items():
+        for size in BATCHES:
+            for key in ("speedup", "seconds"):
+                row[f"{key}_batch_{size}"] = statistics.median(
+                    row[f"{key}s_batch_{size}" if key == "speedup" else f"{key}_batch_{size}"]
+                )
+        print(
+            name, json.dumps({key: value for key, value in row.items() if not key.startswith("speedups")}), flush=True
+        )
+    save_results("speed", {"rows": table, "frontier": rows, "load": load, "threads": 1, "tokens": 32})
+
+
+if __name__ == "__main__":
+    main()

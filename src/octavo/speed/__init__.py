@@ -1,0 +1,167 @@
+"""Compressing for speed: a latency on this machine as the budget, and a file that was seen to meet it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from octavo.errors import BudgetError, RequestError
+from octavo.export import SHAPE
+from octavo.integrations.onnx import require
+from octavo.job import Job, Progress, silent
+from octavo.objective import Objective
+from octavo.request import describe, open_job
+from octavo.runtimes.graph import check_exportable
+from octavo.sites import Source
+from octavo.speed.asked import Asked, asked_for
+from octavo.speed.fast import Fast
+from octavo.speed.search import METHODS, Search
+from octavo.workspace import Workspace
+
+__all__ = ["Fast", "compress_for_speed", "speed_frontier"]
+
+
+def compress_for_speed(
+    source: str | Path | nn.Module | Source,
+    *,
+    speedup: float | None = None,
+    latency: str | float | None = None,
+    shape: str | Sequence[int] = SHAPE,
+    data: Any = None,
+    objective: str | Objective | None = None,
+    ignore: Iterable[str] = (),
+    keep: Mapping[str, str] | None = None,
+    workspace: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Fast:
+    """Compress a model so that onnxruntime runs it as fast as asked for, with as little loss as that allows.
+
+    Parameters
+    ----------
+    speedup
+        Times as fast as the source in PyTorch in float32, on this machine with the same threads, at ``shape``.
+    latency
+        Or seconds at ``shape``: ``"5ms"``.
+    shape
+        Sequences and tokens, ``"1x32"``.
+    source, data, objective, ignore, keep, workspace, resume, seed, progress
+        As for :func:`octavo.compress`. ``ignore`` and ``keep`` sites run in float32, unless what is kept is a form that
+        an integer kernel runs.
+
+    Raises
+    ------
+    RequestError
+        If something about the request or the source cannot be served.
+    BudgetError
+        If even the fastest plan is slower; its ``limit`` is the speedup that can be reached.
+    MissingExtraError
+        If the extra ``onnx`` is not installed.
+    """
+    require()
+    asked = asked_for(speedup, latency, shape)
+    clock = time.perf_counter()
+    job = _open(source, data, objective, ignore, keep, seed, progress)
+    folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
+    try:
+        search = _search(job, folder, asked, resume)
+        fast = _found(search, asked, folder, {"encode": time.perf_counter() - clock})
+    except BaseException:
+        if workspace is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if workspace is None:
+        # The encoded forms lie there until they are saved.
+        weakref.finalize(fast, shutil.rmtree, folder, ignore_errors=True)
+    return fast
+
+
+def speed_frontier(
+    source: str | Path | nn.Module | Source,
+    speedups: Sequence[float],
+    *,
+    workspace: str | Path,
+    shape: str | Sequence[int] = SHAPE,
+    data: Any = None,
+    objective: str | Objective | None = None,
+    ignore: Iterable[str] = (),
+    keep: Mapping[str, str] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Build, write and measure a compression at each speed; what all have in common is measured once.
+
+    Parameters
+    ----------
+    speedups
+        Times as fast as the source in PyTorch in float32.
+    workspace
+        Folder for encoded forms, used again if it is there, and for the artifacts, ``speedup-2.5`` and so on.
+
+    Returns
+    -------
+    list of dict
+        Per speedup ``asked``, ``speedup``, ``seconds``, ``divergence``, ``bytes`` of the artifact, ``kernels``, or the
+        ``error`` of one that cannot be reached.
+    """
+    require()
+    wanted = [asked_for(speedup, None, shape) for speedup in speedups]
+    job = _open(source, data, objective, ignore, keep, seed, progress)
+    folder = Path(workspace)
+    search = _search(job, folder / "work", wanted[0], resume=True)
+    rows: list[dict[str, Any]] = []
+    for asked in wanted:
+        try:
+            fast = _found(search, asked, folder / "work", {})
+        except BudgetError as error:
+            rows.append({"asked": asked.speedup, "error": str(error)})
+            continue
+        data = fast.save(folder / f"speedup-{asked.speedup:g}", overwrite=True)
+        found = data["speed"]
+        rows.append(
+            {
+                "asked": asked.speedup,
+                **{key: found[key] for key in ("speedup", "seconds", "kernels", "met")},
+                "divergence": found["divergence"]["mean"],
+                "bytes": data["artifact"]["bytes"],
+            }
+        )
+    return rows
+
+
+def _open(
+    source: str | Path | nn.Module | Source,
+    data: Any,
+    objective: str | Objective | None,
+    ignore: Iterable[str],
+    keep: Mapping[str, str] | None,
+    seed: int,
+    progress: Progress,
+) -> Job:
+    job = open_job(source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress)
+    check_exportable(job.source)
+    if not job.measurable:
+        raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")
+    return job
+
+
+def _search(job: Job, folder: Path, asked: Asked, resume: bool) -> Search:
+    room = Workspace(folder, {**describe(job, "best"), "target": "speed"}, resume=resume)
+    return Search(job, job.calibrate(room), room, asked.shape)
+
+
+def _found(search: Search, asked: Asked, folder: Path, timings: dict[str, float]) -> Fast:
+    built, kernels, measured = search.run(asked)
+    budget = built.plan.budget
+    return Fast(
+        search.job, search.profile, search.calibration, budget, built, None, "best", timings, folder,
+        kernels=kernels, measured=measured, anchors=search.anchors, asked=asked,
+    )  # fmt: skip

@@ -1,0 +1,131 @@
+"""A finished compression for speed: the artifact and the file that runs it, written and measured together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavo.compress import Compressed
+from octavo.errors import OctavoError
+from octavo.export import TOLERANCE, check_graph, open_model, write_model
+from octavo.integrations.onnx import Session
+from octavo.publish import check_writable, move_into_place
+from octavo.runtimes.graph import trace
+from octavo.runtimes.kernels import lower
+from octavo.runtimes.latency import compare, machine
+from octavo.speed.asked import Asked
+from octavo.speed.search import DENSE, Anchors, divergences, runs
+from octavo.workspace import write_file
+
+MODEL = "model.onnx"
+
+
+@dataclass(kw_only=True)
+class Fast(Compressed):
+    """A finished compression for speed, to be saved.
+
+    Parameters
+    ----------
+    kernels
+        Site to kernel, of the sites that the exported graph runs.
+    measured
+        Of the exported model as built: ``seconds``, ``speedup``, ``divergence`` and what was ``asked``.
+    """
+
+    kernels: dict[str, str]
+    measured: dict[str, Any]
+    anchors: Anchors
+    asked: Asked
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+        """Write the artifact and ``model.onnx`` in it, both read back and measured; returns the report's data.
+
+        Raises
+        ------
+        RequestError
+            If the folder is not empty and ``overwrite`` is not set.
+        ArtifactError
+            If what was read back is not what was written.
+        """
+        path = Path(path).resolve()
+        check_writable(path, overwrite=overwrite, source=self.job.source.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            folder = aside / "artifact"
+            data = super().save(folder)
+            data["speed"] = self._export(folder)
+            write_file(folder / "report.json", json.dumps(data).encode())
+            with open(folder / "README.md", "a", encoding="utf-8") as card:
+                card.write(card_section(data["speed"]))
+            move_into_place(folder, path)
+        except OSError as error:
+            raise OctavoError(
+                f"{path}: cannot be written: {error.strerror or error}; nothing was left there"
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return data
+
+    def _export(self, folder: Path) -> dict[str, Any]:
+        """Export the artifact that was written, and measure the file."""
+        job = self.job
+        opened = open_model(folder)
+        model, kinds = trace(opened.source)
+        forms = {name: opened.forms[name] for name in kinds}
+        difference = check_graph(opened.source, model, forms)
+        size = write_model(lower(model, forms, self.kernels).SerializeToString(), folder / MODEL, opened.source)
+        session = Session(folder / MODEL)
+        losses = divergences(job, session)
+        taken = compare(runs(job.source, self.asked.shape, {"exported": session}), DENSE, seconds=4.0)
+        kernels: dict[str, int] = {}
+        for kernel in session.kernels.values():
+            kernels[kernel] = kernels.get(kernel, 0) + 1
+        speedup = taken["exported"]["speedup"]
+        met = (
+            speedup >= self.asked.speedup
+            if self.asked.seconds is None
+            else (taken["exported"]["seconds"] <= self.asked.seconds)
+        )
+        notes = [] if met else ["measured once more from the disk, the file is slower than asked for"]
+        notes += [] if speedup >= 1 else ["the exported model is slower than the dense one in PyTorch"]
+        return {
+            "file": MODEL,
+            **size,
+            "asked": self.asked.words,
+            "met": met,
+            "shape": list(self.asked.shape),
+            "seconds": taken["exported"]["seconds"],
+            "torch_seconds": taken[DENSE]["seconds"],
+            "speedup": speedup,
+            "divergence": {"metric": job.objective.metric, "mean": float(losses.mean()),
+                           "p95": float(losses.quantile(0.95)), "examples": len(losses)},
+            "difference": difference,
+            "tolerance": TOLERANCE,
+            "kernels": kernels,
+            "sites": session.kernels,
+            "runtimes": {name: {"seconds": value} for name, value in self.anchors.seconds.items()},
+            "machine": machine(torch.get_num_threads()),
+            "notes": notes,
+        }  # fmt: skip
+
+
+def card_section(speed: Mapping[str, Any]) -> str:
+    """What the card says about the exported model."""
+    kernels = ", ".join(f"{count} on {name}" for name, count in sorted(speed["kernels"].items()))
+    device, (batch, tokens) = speed["machine"], speed["shape"]
+    notes = "".join(f"\n\nNote: {note}." for note in speed["notes"])
+    return (
+        f"\n## Speed\n\n`{speed['file']}` runs with onnxruntime {device['onnxruntime']}: {speed['speedup']:.2f} times "
+        f"as fast as PyTorch {device['torch']} in float32 ({speed['seconds'] * 1e3:.3g} ms against "
+        f"{speed['torch_seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {device['threads']} threads, "
+        f"{device['processor']}), {speed['divergence']['metric']} {speed['divergence']['mean']:.3g} on held-back data. "
+        f"Matrices by kernel: {kernels}.{notes}\n"
+    )
