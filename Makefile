@@ -34,6 +34,7 @@ bench: $(READY) ## other tools and Octavo side by side, resumed where it stopped
 reproduce: $(READY) ## what Octavo promises, measured on MiniLM and on digits; writes docs/results.md
 	$(BIN)/python benchmarks/acceptance.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/pages.py
 
 format: $(READY) ## format the code and mend what the linter can mend

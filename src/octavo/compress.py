@@ -149,10 +149,10 @@ def compress(
         If the budget cannot be reached.
     """
     if target == "speed":
+        others = (ratio, size, bits, methods, plan, None if preset == "default" else preset)
         return _for_speed(
-            (ratio, size, bits, methods, plan, None if preset == "default" else preset), source, speedup=speedup, latency=latency, shape=shape, data=data,
-            objective=objective, ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed,
-            progress=progress,
+            others, source, speedup=speedup, latency=latency, shape=shape, data=data, objective=objective,
+            ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed, progress=progress,
         )  # fmt: skip
     if speedup is not None or latency is not None:
         raise RequestError("speedup and latency are budgets of speed: add --for speed (target='speed')")

@@ -20,7 +20,7 @@ from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Objective
 from octavo.runtimes.activations import rounding_losses, watch
-from octavo.runtimes.graph import check_exportable, positions, trace, vocabulary
+from octavo.runtimes.graph import LOOKUP, SITE, check_exportable, positions, trace, vocabulary
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare, machine
 from octavo.sites import Source, from_path
@@ -142,6 +142,9 @@ def export(
     difference = check_graph(source, model, forms)
     kernels, table = _fastest(forms, kinds, size)
     expected: dict[str, float] = {}
+    if loss is not None:
+        # What is known of a tied head is what it does as a table: its rounding cannot be foreseen.
+        kernels = {name: kernel if kinds[name] == SITE else FLOAT for name, kernel in kernels.items()}
     rounded = [name for name, kernel in kernels.items() if kernel != FLOAT]
     if rounded and loss is not None:
         sites = [site for site in source.sites()[0] if site.name in rounded]
@@ -195,7 +198,7 @@ def _fastest(
     table = Table(shape[0] * shape[1])
     kernels = {}
     for name, kind in kinds.items():
-        own = kernel_of(forms[name]) if kind == "Site" else FLOAT
+        own = FLOAT if kind == LOOKUP else kernel_of(forms[name])
         faster = own != FLOAT and table.seconds(forms[name], own) < table.seconds(forms[name], FLOAT)
         kernels[name] = own if faster else FLOAT
     return kernels, table

@@ -160,3 +160,41 @@ def test_fast_enough(name, evidence_of):
     start = time.process_time()
     method.encode(weight, settings[-1], evidence)
     assert time.process_time() - start < 4
+
+
+@pytest.mark.parametrize("edge", ["zero row", "constant row", "one column", "tiny", "huge"])
+def test_int8_bears_odd_matrices(edge, matrix, evidence_of):
+    weight = matrix[:24, :40].clone()
+    if edge == "zero row":
+        weight[3] = 0
+    elif edge == "constant row":
+        weight[3] = 0.5
+    elif edge == "one column":
+        weight = weight[:, :1]
+    elif edge == "tiny":
+        weight *= 1e-30
+    elif edge == "huge":
+        weight *= 1e30
+    evidence = evidence_of(*weight.shape)
+    for smoothing in (0.0, 0.5, 1.0):
+        form = get_method("int8").encode(weight, {"smoothing": smoothing}, evidence)
+        assert form.codes.dtype == torch.int8
+        assert torch.allclose(form.dense(), weight, atol=0.1 * float(weight.abs().max()))
+
+
+def test_int8_makes_inputs_alike(matrix, evidence):
+    spread = []
+    for smoothing in (0.0, 0.5, 1.0):
+        form = get_method("int8").encode(matrix, {"smoothing": smoothing}, evidence)
+        steps = torch.ones(128) if form.columns is None else 2.0 ** (form.columns.float() / 8)
+        sizes = evidence.columns.diagonal().sqrt() * steps
+        spread.append(float(sizes.max() / sizes.min()))
+        assert evidence.loss(matrix - form.dense()) < 1e-4 * evidence.loss(matrix)
+    assert spread[0] > 2 * spread[1] > 2 * spread[2]
+    assert spread[2] == pytest.approx(1, abs=0.1)
+
+
+def test_int8_feeds_errors_back(matrix, evidence):
+    plain = get_method("int8").encode(matrix, {"smoothing": 0.0}, Evidence(evidence.rows, None))
+    fed = get_method("int8").encode(matrix, {"smoothing": 0.0}, evidence)
+    assert evidence.loss(matrix - fed.dense()) < 0.8 * evidence.loss(matrix - plain.dense())

@@ -25,6 +25,7 @@ from octavo.objective import run
 from octavo.sites import Source
 
 DOMAIN = "octavo"
+SITE, LOOKUP, TIED = "Site", "Lookup", "Tied"
 #: The first opset with attention, root-mean-square norms and rotary embeddings as operations.
 OPSET = 23
 #: Outputs of transformers' models that are exported; the first one that a model has.
@@ -39,7 +40,7 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
     model
         ``onnx.ModelProto``.
     sites
-        Site name to ``Site`` or ``Lookup``, of the sites that the graph runs.
+        Site name to ``Site``, ``Lookup`` or, of a table that is the head as well, ``Tied``; of the sites that run.
 
     Raises
     ------
@@ -80,11 +81,11 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
             ) from error
     assert program is not None
     model = program.model_proto
-    sites = {}
+    sites: dict[str, str] = {}
     for node in model.graph.node:
         if node.domain == DOMAIN:
             node.name = names[node.attribute[0].i]
-            sites[node.name] = node.op_type
+            sites[node.name] = node.op_type if sites.get(node.name, node.op_type) == node.op_type else TIED
     flatten_attention(model)
     widen_rotary(model)
     return model, sites
@@ -296,4 +297,4 @@ def is_placeholder(node: Any) -> bool:
 
 def open_inputs(model: Any) -> dict[str, str]:
     """Site name to the value that it reads; sites that read the same value share its rounding."""
-    return {node.name: node.input[0] for node in model.graph.node if is_placeholder(node)}
+    return {node.name: node.input[0] for node in model.graph.node if is_placeholder(node) and node.op_type == SITE}

@@ -28,9 +28,10 @@ from octavo.forms import Form
 from octavo.integrations.onnx import Session
 from octavo.job import Job
 from octavo.methods import Setting, get_method
+from octavo.methods.quantize.int8 import SMOOTHING
 from octavo.profile import Curve, Point, Profile
 from octavo.runtimes.activations import rounding_loss, watch
-from octavo.runtimes.graph import open_inputs, trace
+from octavo.runtimes.graph import SITE, open_inputs, trace
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare
 from octavo.sites import Site, Source
@@ -100,7 +101,7 @@ class Search:
         self.dense = {name: form for name, form in dense_forms(job.source).items() if name in kinds}
         check_graph(job.source, self.model, self.dense)
         known = {site.name for site in job.sites}
-        self.matrices = [name for name, kind in kinds.items() if kind == "Site" and name in known]
+        self.matrices = [name for name, kind in kinds.items() if kind == SITE and name in known]
         self.inputs = open_inputs(self.model)
         self.smoothing: dict[str, Setting] = {}
         self.table = Table(math.prod(shape))
@@ -132,12 +133,15 @@ class Search:
             chosen = {name: self.candidates[name][k] for name, k in zip(names, solve(costs, losses, left), strict=True)}
             built, kernels, session = self._build(chosen, asked)
             calls = runs(self.job.source, self.shape, {"exported": session})
-            taken = compare(calls, DENSE, seconds=_SECONDS)["exported"]
+            pair = compare(calls, DENSE, seconds=_SECONDS)
+            taken = pair["exported"]
+            # By the least times: a busy machine must not drive the plan to where nothing but the loss changes.
+            speedup = pair[DENSE]["least"] / taken["least"]
             self.job.progress("measure", attempt + 1, _ROUNDS)
-            fastest = max(fastest, taken["speedup"])
+            fastest = max(fastest, speedup)
             measured = {**taken, "divergence": built.quality, "asked": asked.words}
-            # The machine may have been busier, or less so, when the baseline was measured: the ratio is what counts.
-            seconds = dense / taken["speedup"] if asked.seconds is None else taken["seconds"]
+            # The machine may have been slower when the baseline was measured first: the ratio is what counts.
+            seconds = dense / speedup if asked.seconds is None else taken["least"]
             if seconds <= allowed and (best is None or built.quality < best[0].quality):
                 best = (built, kernels, measured)
             if (attempt and best is not None) or 0.97 * allowed <= seconds <= allowed:
@@ -205,7 +209,7 @@ class Search:
         value = self.inputs[site.name]
         if value not in self.smoothing:
             group = [self.job.site(name) for name in self.matrices if self.inputs[name] == value]
-            settings = get_method("int8").settings(self.job.matrix(site), self._evidence(site))
+            settings: list[Setting] = [{"smoothing": share} for share in SMOOTHING]
             losses = [sum(self._candidate(other, "int8", setting).loss for other in group) for setting in settings]
             self.smoothing[value] = settings[int(np.argmin(losses))]
         return self.smoothing[value]

@@ -15,6 +15,8 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factor, important_first, round_columns
 from octavo.methods.knobs import real
 
+#: Smoothings worth trying where inputs are rounded as well.
+SMOOTHING = (0.0, 0.25, 0.5, 0.75)
 _HIGHEST = 127
 #: Column factors stay within these powers of two of each other.
 _OCTAVES = 12
@@ -40,8 +42,8 @@ class Int8(Method):
     """
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """From plain weights to inputs made half-way alike; without a moment plain weights alone."""
-        return [{"smoothing": share} for share in ((0.0, 0.25, 0.5, 0.75) if evidence.columns is not None else (0.0,))]
+        """The smoothing that serves most layers; all take the same bytes, and no other is better for the weights."""
+        return [{"smoothing": 0.5 if evidence.columns is not None else 0.0}]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
