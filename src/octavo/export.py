@@ -48,6 +48,8 @@ def open_model(path: str | Path) -> Opened:
     path = Path(path)
     if not (path / MANIFEST).exists():
         source = jobs.open_source(from_path(path))
+        check_exportable(source)
+        jobs.model_of(source, blockwise=False)
         return Opened(source, dense_forms(source))
     from octavo.integrations.transformers import match_names
     from octavo.verify import load
@@ -65,6 +67,7 @@ def open_model(path: str | Path) -> Opened:
         read=artifact.tensor, module=module, is_transformers=True,
     )  # fmt: skip
     source.parameters = match_names(source, module)
+    check_exportable(source)
     forms = {name: artifact.form(name) for name, shape in shapes.items() if len(shape) == 2}
     return Opened(source, forms, artifact)
 
@@ -132,11 +135,10 @@ def export(
         raise RequestError(f"{out}: is already there; name another file, or give --overwrite to replace it")
     opened = open_model(path)
     source = opened.source
-    check_exportable(source)
     probe(source, size)
     batches, text = jobs.load_data(source, data, limit=None)
-    calibration_data, held = jobs.split(batches)
     wanted = jobs.choose_objective(source, objective)
+    calibration_data, held = jobs.split(jobs.prepared(source, wanted, batches))
     model, kinds = trace(source)
     forms = {name: opened.forms[name] for name in kinds}
     difference = check_graph(source, model, forms)

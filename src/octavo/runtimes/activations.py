@@ -70,10 +70,9 @@ def watch(source: Source, sites: Iterable[str], batches: Sequence[Batch]) -> dic
         return hook
 
     try:
+        holders = source.holders()
         for name in sites:
-            owner = source.owner(name)
-            if owner is not None:
-                handles.append(owner.register_forward_pre_hook(note(name)))
+            handles += [holder.register_forward_pre_hook(note(name)) for holder in holders.get(name, [])]
         with torch.inference_mode():
             for batch in batches:
                 run(source.module, batch)

@@ -155,7 +155,10 @@ def _open(
 
 def _search(job: Job, folder: Path, asked: Asked, resume: bool) -> Search:
     room = Workspace(folder, {**describe(job, "best"), "target": "speed"}, resume=resume)
-    return Search(job, job.calibrate(room), room, asked.shape)
+    calibration = job.calibrate(room)
+    if job.source.is_skeleton:
+        raise RequestError(f"{job.source.title}: does not fit in memory, and an exported graph holds the whole of it")
+    return Search(job, calibration, room, asked.shape)
 
 
 def _found(search: Search, asked: Asked, folder: Path, timings: dict[str, float]) -> Fast:

@@ -176,7 +176,8 @@ class Search:
         return built, kernels, session
 
     def _encode(self, site: Site, method: str, setting: Setting) -> Packed:
-        return self.job.encode(site, method, setting, self.calibration, self.room)
+        chosen = {site.name: Point(method, setting, 0, 0.0)}
+        return next(packed for _, packed in self.job.encode_all(chosen, self.calibration, self.room))
 
     def _form(self, name: str, packed: Packed) -> Form:
         site = self.job.site(name)
