@@ -55,7 +55,7 @@ def open_job(
 ) -> Job:
     """Check a request and gather what all steps share."""
     if target not in TARGETS:
-        raise RequestError(f"target {target!r} is not known; choose from {', '.join(TARGETS)}")
+        raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     limit = None if memory is None else parse_size(memory)
     chosen = select_methods(methods, preset, target)
     if not -(2**63) <= seed < 2**63:
