@@ -20,6 +20,7 @@ import octavo
 from octavo.artifact import Contents, Entry, pack
 from octavo.calibrate import Evidence, calibrate, data_free
 from octavo.errors import RequestError
+from octavo.integrations.transformers import load_weights
 from octavo.methods import get_method, methods
 from octavo.objective import objective
 from octavo.raw import narrowed
@@ -79,6 +80,7 @@ def _heads(folder) -> dict[str, Case]:
             path = folder / f"{name}-{dtype_name}"
             GPT2LMHeadModel(GPT2Config(**config, tie_word_embeddings=tied)).to(dtype).save_pretrained(path)
             source = from_path(path)
+            load_weights(source)
             (site,) = (
                 s
                 for s in source.sites()[0]
