@@ -77,8 +77,10 @@ def _heads(folder) -> dict[str, Case]:
         for dtype_name, dtype in DTYPES.items():
             torch.manual_seed(0)
             path = folder / f"{name}-{dtype_name}"
-            GPT2LMHeadModel(GPT2Config(**config, tie_word_embeddings=tied)).to(dtype).save_pretrained(path)
-            source = from_path(path)
+            model = GPT2LMHeadModel(GPT2Config(**config, tie_word_embeddings=tied)).to(dtype)
+            model.save_pretrained(path)
+            # A folder is read block by block, without a whole model that could be run.
+            source, running = from_path(path), from_module(model.float())
             (site,) = (
                 s
                 for s in source.sites()[0]
@@ -87,7 +89,7 @@ def _heads(folder) -> dict[str, Case]:
             assert site.dtype == dtype and site.kind == ("embedding" if tied else "head")
             tokens = {"input_ids": torch.randint(0, 64, (8, 6))}
             for evidence_name, found in (
-                ("moment", calibrate(source, [site], [tokens], objective("kl"))),
+                ("moment", calibrate(running, [site], [tokens], objective("kl"))),
                 ("data-free", data_free(source, [site])),
             ):  # fmt: skip
                 cases[f"{name} head {dtype_name} {evidence_name}"] = Case(
