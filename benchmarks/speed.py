@@ -21,10 +21,10 @@ import octavo
 from octavo.integrations.onnx import Session
 from octavo.integrations.transformers import text_batches
 from octavo.objective import Cosine
-from octavo.runtimes.latency import compare
+from octavo.runtimes.latency import compare, machine
 from octavo.speed import speed_frontier
 
-SPEEDUPS = (2.8, 4.5)
+SPEEDUPS = (2.8, 4.0, 5.0)
 BATCHES = (1, 16)
 REPEATS = 3
 
@@ -127,7 +127,7 @@ def main() -> None:
         print(
             name, json.dumps({key: value for key, value in row.items() if not key.startswith("speedups")}), flush=True
         )
-    save_results("speed", {"rows": table, "frontier": rows, "load": load, "threads": 1, "tokens": 32})
+    save_results("speed", {"rows": table, "frontier": rows, "load": load, "tokens": 32, "runtime": machine(1)})
 
 
 if __name__ == "__main__":

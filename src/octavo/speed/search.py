@@ -153,7 +153,8 @@ class Search:
             limit = math.floor(fastest * (1 - _RESERVE) * 100) / 100
             raise BudgetError(
                 f"{asked.words} at {self.shape[0]} x {self.shape[1]} tokens cannot be reached on this "
-                f"machine: the fastest file measured is {fastest:.2f} times as fast as PyTorch in float32. "
+                f"machine: the fastest file measured is {fastest:.2f} times as fast as PyTorch in float32, and "
+                f"{_RESERVE:.0%} are left free for what two measurements differ by. "
                 f"Ask for a speedup of at most {limit:g}.",
                 limit,
             )
