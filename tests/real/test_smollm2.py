@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-TEXTS = [f"{subject} {verb} before the harbour froze." for subject in ("He", "She", "They", "We") for verb in ("left", "wrote", "sang")]  # fmt: skip
+TEXTS = [f"{subject} {verb} before the harbour froze." for subject in ("He", "She", "They", "We") for verb in ("left", "wrote", "sang", "wept", "slept")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def test_a_missing_path(refused: Refused, tmp_path: Path) -> None:
 
 def test_a_text_file(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("weights")
-    refused(tmp_path / "model.txt", "--ratio", "4", says="only .safetensors files and their .index.json can be read")
+    refused(tmp_path / "model.txt", "--ratio", "4", says="only .safetensors files, their .index.json and .gguf files")
     (tmp_path / "model.safetensors").write_text("weights, or so this file says" * 9)
     refused(tmp_path / "model.safetensors", "--ratio", "4", says="cannot be read as safetensors")
 

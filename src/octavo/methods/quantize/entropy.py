@@ -48,14 +48,14 @@ class Entropy(Method):
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Steps from fine to coarse, found from the spread of the weights in units of their steps."""
-        return [{"step": step} for step in Units(weight, evidence).steps(self.levels)]
+        return [{"step": step} for step in Units(self.name, weight, evidence).steps(self.levels)]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""
-        units = Units(weight, evidence)
+        units = Units(self.name, weight, evidence)
         at_once, in_turn = partial(_round_at_once, rate=self.rate), partial(_round_in_turn, rate=self.rate)
         for setting in settings:
             yield units.grid(real(self.name, setting, "step", 1e-30), at_once, in_turn)

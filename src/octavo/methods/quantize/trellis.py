@@ -59,14 +59,14 @@ class TrellisCoded(Method):
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Steps from fine to coarse, found from the spread of the weights in units of their steps."""
-        return [{"step": step} for step in Units(weight, evidence).steps(self.levels)]
+        return [{"step": step} for step in Units(self.name, weight, evidence).steps(self.levels)]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""
-        units = Units(weight, evidence)
+        units = Units(self.name, weight, evidence)
         for setting in settings:
             search = _Search(weight.shape[1], self.rate)
             # Steps of the grid are those between the levels of both quantizers.

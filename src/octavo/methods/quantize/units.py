@@ -27,9 +27,10 @@ _LARGEST = 2**30
 
 
 class Units:
-    """A matrix in units of its steps."""
+    """A matrix in units of its steps, for the method of that name."""
 
-    def __init__(self, weight: Tensor, evidence: Evidence) -> None:
+    def __init__(self, method: str, weight: Tensor, evidence: Evidence) -> None:
+        self.method = method
         self.weight, self.shape = weight.float(), tuple(weight.shape)
         columns = self.shape[1]
         if evidence.columns is None:
@@ -112,7 +113,9 @@ class Units:
             rounded[:, self.order] = in_turn(targets, self.feedback).t()
         largest = max(map(abs, map(float, torch.aminmax(rounded)))) if rounded.numel() else 0
         if not largest < _LARGEST:
-            raise RequestError(f"a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}")
+            raise RequestError(
+                f"{self.method}: a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}"
+            )
         return rounded.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
 
 
