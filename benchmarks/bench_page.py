@@ -178,5 +178,5 @@ def write(table: Any) -> None:
     readme = DOCS.parent / "README.md"
     before, start, rest = readme.read_text(encoding="utf-8").partition(START)
     if start:
-        made = table(["model", *HEAD], short)
+        made = table(["model", *HEAD], short) if short else "No rows of Octavo yet; `make bench` makes them."
         readme.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
