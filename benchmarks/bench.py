@@ -42,7 +42,8 @@ RATIOS = {
     "smollm2": (4, 5.6, 7.45, 9.25, 11.95, 16),
     "gemma": (4, 5.4, 7.45, 9.8, 11.1, 14.2, 16),
 }
-#: Bits of the embedding in the rows that give a tool one, down to about half of its own bits.
+#: Bits of the embedding in the rows that give a tool one, from its own bits down to about half of them; more were
+#: never on the front.
 EMBEDDINGS = (8, 4, 3, 2)
 #: Quality from which on a model is of no use at any size.
 HOPELESS = {"1 - cosine": 0.5, "mean KL": 4.0}
@@ -177,8 +178,8 @@ def judge_tool(judge: Judge, tag: dict[str, str], result: dict[str, Any], folder
     whole = row(tag["setting"])
     # A tool that rounds embeddings itself needs no help, and one that broke the model is past it.
     if judge.embedding not in weights and whole["quality"] < HOPELESS[judge.metric]:
-        narrowest = sum(bits.values()) / sum(tensor.numel() for tensor in weights.values()) / 2 - 0.5
-        for width in (width for width in EMBEDDINGS if width >= narrowest):
+        own = sum(bits.values()) / sum(tensor.numel() for tensor in weights.values())
+        for width in (width for width in EMBEDDINGS if own / 2 - 0.5 <= width <= own + 0.75):
             rounded, cost = round_to_nearest(judge.original[judge.embedding], width)
             weights[judge.embedding], bits[judge.embedding] = rounded, cost
             # The tool's own runtime does not know of the rounded embedding.
