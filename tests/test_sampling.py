@@ -9,7 +9,7 @@ from octavo.artifact import pack
 from octavo.calibrate import Evidence
 from octavo.methods import get_method
 from octavo.profile import Window, profile_site
-from octavo.sampling import LARGE, sample_of
+from octavo.sampling import MEDIUM, sample_of
 from octavo.sites import Site
 
 
@@ -28,10 +28,10 @@ def evidence_of(weight, moment=False):
 
 
 def test_small_matrices_are_looked_at_as_a_whole():
-    weight = torch.ones(LARGE // 512, 512)
+    weight = torch.ones(MEDIUM // 512, 512)
     assert sample_of(weight, evidence_of(weight)) is None
     # Nor are matrices of few rows sampled, however long these are.
-    weight = torch.ones(3, LARGE)
+    weight = torch.ones(3, MEDIUM)
     assert sample_of(weight, evidence_of(weight)) is None
 
 

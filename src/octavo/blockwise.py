@@ -23,6 +23,7 @@ from octavo.blocks import AROUND, Blocks, Call, Loader
 from octavo.calibrate import Calibration, Watches, check_outputs, combined, count_sequences, described, typical
 from octavo.errors import OctavoError, RequestError
 from octavo.evidence import EvidenceFolder
+from octavo.matmul import fast_matmul
 from octavo.objective import Batch, Objective
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
@@ -84,6 +85,7 @@ class Blockwise:
         self._reference: States | None = None
         source.module.eval().requires_grad_(False)
 
+    @fast_matmul()
     def calibrate(
         self,
         sites: Sequence[Site],
@@ -101,6 +103,7 @@ class Blockwise:
         """
         return _Evidence(self, sites, batches, objective, room, seed, text, progress).gather()
 
+    @fast_matmul()
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
         """Divergence of every example from the source, with some of its tensors replaced.
 

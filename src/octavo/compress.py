@@ -22,6 +22,7 @@ from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import MARGIN, Built, contest, finish
 from octavo.job import Job, Progress, silent
+from octavo.matmul import fast_matmul
 from octavo.methods import get_method
 from octavo.objective import Objective
 from octavo.profile import Profile
@@ -72,6 +73,7 @@ class Compressed:
         shutil.rmtree(self.workspace, ignore_errors=True)
 
 
+@fast_matmul()
 def compress(
     source: str | Path | nn.Module | Source,
     *,

@@ -15,6 +15,7 @@ from octavo.artifact import MANIFEST, Artifact
 from octavo.blockwise import Blockwise
 from octavo.errors import MissingExtraError, RequestError
 from octavo.inmemory import InMemory
+from octavo.matmul import fast_matmul
 from octavo.memory import fits
 from octavo.objective import KL, Objective
 from octavo.sites import Source
@@ -24,6 +25,7 @@ METRICS = ("divergence", "spearman", "perplexity")
 PERPLEXITY_WINDOW = 512
 
 
+@fast_matmul()
 def evaluate(
     path: str | Path,
     *,

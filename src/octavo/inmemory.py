@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from octavo.blocks import Blocks
 from octavo.calibrate import Calibration, calibrate
 from octavo.errors import RequestError
+from octavo.matmul import fast_matmul
 from octavo.objective import Batch, Objective
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
@@ -28,6 +29,7 @@ class InMemory:
         self.source, self.module = source, source.module
         self._reference: _Outputs | _LastStates | None = None
 
+    @fast_matmul()
     def calibrate(
         self,
         sites: Sequence[Site],
@@ -44,6 +46,7 @@ class InMemory:
         room.evidence.write("whole", found.evidence)
         return found
 
+    @fast_matmul()
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
         """Divergence of every example from the source, with some of its tensors, by name in the source, replaced."""
         if self._reference is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
+from octavo.matmul import fast_matmul
 
 Batch = Any
 #: Logits of one batch take no more, so that some copies of them do not matter beside a model.
@@ -81,11 +82,13 @@ class Objective(ABC):
         """The batches, cut so that the outputs of each fit in memory."""
         return list(batches)
 
+    @fast_matmul()
     def reference(self, module: nn.Module, batches: Iterable[Batch]) -> list[Tensor]:
         """Outputs of the uncompressed module, one tensor a batch."""
         with torch.inference_mode():
             return [self.outputs(module, batch) for batch in batches]
 
+    @fast_matmul()
     def measure(self, module: nn.Module, batches: Iterable[Batch], reference: Iterable[Tensor]) -> Tensor:
         """Divergence of every example, shape (examples,)."""
         with torch.inference_mode():

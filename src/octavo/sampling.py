@@ -17,10 +17,11 @@ from octavo.calibrate import Evidence
 from octavo.forms import Form
 from octavo.running.kernels import resident_bytes
 
-#: Larger matrices are sampled, and about this many weights of them are taken. Of a 4096 x 4096 matrix bytes are then
-#: estimated within a few parts in a thousand, and of a whole model, whose misses cancel, within one.
-LARGE = 1 << 21
-_TAKEN = 1 << 19
+#: Larger matrices are sampled, a quarter of their weights within these bounds. Of a 4096 x 4096 matrix bytes are then
+#: estimated within a few parts in a thousand, of a 576 x 576 one within a few in a hundred, and of a whole model, whose
+#: misses cancel, within one.
+MEDIUM = 1 << 18
+_TAKEN = (1 << 17, 1 << 19)
 #: Fewer rows than these are not taken for a sample.
 _ROWS = 16
 #: Bytes that a coder's tables take at most, besides a class of every column.
@@ -85,8 +86,8 @@ def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
     rows are represented by their numbers.
     """
     rows, columns = weight.shape
-    taken = max(_ROWS, _TAKEN // columns)
-    if weight.numel() <= LARGE or rows < 2 * taken:
+    taken = max(_ROWS, min(max(weight.numel() // 4, _TAKEN[0]), _TAKEN[1]) // columns)
+    if weight.numel() <= MEDIUM or rows < 2 * taken:
         return None
     order = (evidence.rows.sqrt() * torch.linalg.vector_norm(weight, dim=1)).argsort(stable=True)
     places = (torch.arange(taken, dtype=torch.float64) + 0.5) * (rows / taken)

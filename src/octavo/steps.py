@@ -18,6 +18,7 @@ from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import MARGIN, finish, single_families
 from octavo.job import Progress, silent
+from octavo.matmul import fast_matmul
 from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.request import describe, open_job
@@ -27,6 +28,7 @@ from octavo.workspace import Workspace
 _REQUEST = "request.json"
 
 
+@fast_matmul()
 def profile(
     source: str | Path | nn.Module | Source,
     out: str | Path,

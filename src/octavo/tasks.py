@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo.artifact import Packed, Sized, pack
 from octavo.calibrate import Evidence
 from octavo.errors import RequestError
+from octavo.matmul import fast_matmul
 from octavo.methods import Method, Setting, get_method
 from octavo.profile import Curve, Point, Window, profile_site
 from octavo.sites import Site
@@ -18,6 +19,7 @@ from octavo.sites import Site
 Made = tuple[str, Setting, Packed]
 
 
+@fast_matmul()
 def profiled(
     site: Site,
     weight: Tensor,
@@ -56,6 +58,7 @@ def profiled(
     return curve, made, min(outlines, key=lambda packed: packed.counted(target))
 
 
+@fast_matmul()
 def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting) -> Packed:
     """A site's form by one method and setting, as bytes."""
     try:
