@@ -13,6 +13,7 @@ from models import model_folder
 from torch import Tensor, nn
 
 from octavo.integrations.transformers import text_batches
+from octavo.matmul import fast_matmul
 from octavo.objective import Cosine
 
 #: Positions whose logits are in memory at a time.
@@ -73,6 +74,7 @@ class Judge:
                 parameter.copy_(weights[name] if name in weights else self.original[name].half())
         return self.measure(self.model)
 
+    @fast_matmul()
     @torch.inference_mode()
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Quality of a model: 1 - cosine of sentence vectors, or mean KL of the next token and perplexity."""
@@ -95,6 +97,7 @@ class Judge:
             "perplexity": math.exp(min(loss / (count * (length - 1)), 700)),
         }
 
+    @fast_matmul()
     @torch.inference_mode()
     def _states(self, window: Tensor) -> Tensor:
         return self.model.model(input_ids=window[None], use_cache=False).last_hidden_state[0]
