@@ -12,10 +12,10 @@ from torch import Tensor
 
 from octavo.calibrate import Evidence
 from octavo.forms import Form
-from octavo.methods.base import Method, Setting, method
+from octavo.methods.base import Setting, method
 from octavo.methods.feedback import round_columns
 from octavo.methods.knobs import real
-from octavo.methods.quantize.units import Magnitudes, Units
+from octavo.methods.quantize.units import Magnitudes, Stepped, Units
 
 
 @method(
@@ -25,7 +25,7 @@ from octavo.methods.quantize.units import Magnitudes, Units
     source="ECSQ (Chou, Lookabaugh & Gray, 1989) with the error feedback of GPTQ (arXiv 2210.17323)",
 )
 @dataclass(frozen=True)
-class Entropy(Method):
+class Entropy(Stepped):
     """Uniform quantization without clipping, for an entropy coder, with steps set by sensitivity.
 
     In units of its steps (:mod:`octavo.methods.quantize.units`) a matrix is rounded column by column with error
@@ -43,15 +43,6 @@ class Entropy(Method):
 
     rate: float = 0.1
     levels: tuple[float, ...] = (15, 12.5, 10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1, 0.25, -0.5, -1.25, -2)
-
-    elastic = "step"
-
-    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Steps from fine to coarse, found from the spread of the weights in units of their steps."""
-        return [{"step": step} for step in Units(self.name, weight, evidence).steps(self.levels)]
-
-    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
-        return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from octavo.calibrate import Evidence
 from octavo.forms import Form, Trellis
 from octavo.forms.trellis import LANES
-from octavo.methods.base import Method, Setting, method
+from octavo.methods.base import Setting, method
 from octavo.methods.feedback import round_columns
 from octavo.methods.knobs import real
-from octavo.methods.quantize.units import Magnitudes, Units
+from octavo.methods.quantize.units import Magnitudes, Stepped, Units
 from octavo.methods.quantize.viterbi import best_path
 
 #: Codes from -32 to 31 have a length of their own. Further out it hardly changes from one to the next.
@@ -33,7 +33,7 @@ _LONGEST = 24
     source="Entropy-coded TCQ (Fischer & Wang, 1992) with Ungerboeck's 16 states and the error feedback of GPTQ",
 )
 @dataclass(frozen=True)
-class TrellisCoded(Method):
+class TrellisCoded(Stepped):
     """Entropy-constrained quantization on levels twice as dense as its codes: 1 dB less error in the same bits.
 
     Of the levels ``0, ±1, ±2 …`` half a step apart, the even ones make one quantizer and the odd ones another. Which of
@@ -54,15 +54,6 @@ class TrellisCoded(Method):
 
     rate: float = 0.1
     levels: tuple[float, ...] = (10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1.25)
-
-    elastic = "step"
-
-    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Steps from fine to coarse, found from the spread of the weights in units of their steps."""
-        return [{"step": step} for step in Units(self.name, weight, evidence).steps(self.levels)]
-
-    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
-        return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from octavo.calibrate import Evidence
 from octavo.errors import RequestError
-from octavo.forms import Grid
+from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
+from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
 
 #: Rows are rounded in chunks: they do not depend on each other, a chunk fits the cache, and its vectors are short
@@ -117,6 +118,21 @@ class Units:
                 f"{self.method}: a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}"
             )
         return rounded.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
+
+
+class Stepped(Method):
+    """A method whose one knob is the step in these units."""
+
+    elastic = "step"
+    #: Steps to try, as the bits that they would take of Gaussian weights at a high rate.
+    levels: tuple[float, ...]
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Steps from fine to coarse, found from the spread of the weights in units of their steps."""
+        return [{"step": step} for step in Units(self.name, weight, evidence).steps(self.levels)]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        return next(iter(self.encode_all(weight, [setting], evidence)))
 
 
 class Magnitudes:
