@@ -177,7 +177,10 @@ class KL(Objective):
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         flat = outputs.reshape(-1, outputs.shape[-1])
         live = (flat != 0).any(-1)
-        labels = torch.multinomial(flat.detach().exp(), 1, generator=generator)[:, 0]
+        # By the inverse of the distribution function: one random number a position, not one a class.
+        reached = flat.detach().exp().cumsum(-1)
+        drawn = torch.rand(len(flat), 1, generator=generator).to(reached) * reached[:, -1:]
+        labels = torch.searchsorted(reached, drawn)[:, 0].clamp_max(flat.shape[-1] - 1)
         picked = flat.gather(1, labels[:, None])[:, 0] * live
         # The divergence is a mean over positions, so each position's sample counts by the root of its share.
         positions = live.reshape(len(outputs), -1).sum(1).clamp_min(1).to(flat.dtype)
