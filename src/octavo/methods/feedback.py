@@ -20,6 +20,7 @@ from torch import Tensor
 
 from octavo.calibrate import Evidence
 
+Sweep = Callable[[int, Tensor, Tensor, Tensor], None]
 #: Columns whose feedback is applied one by one before it is applied to the rest by one matrix product.
 _BLOCK = 64
 
@@ -71,18 +72,31 @@ def round_columns(targets: Tensor, feedback: Tensor, quantize: Callable[[int, Te
     Tensor
         The rounded values, (columns, rows).
     """
-    columns = len(targets)
-    rounded = torch.empty_like(targets)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        errors = targets[start:stop]
-        for j in range(start, stop):
-            target = targets[j]
-            if j > start:
-                target = torch.addmv(target, errors[: j - start].t(), feedback[start:j, j])
-            values = quantize(j, target)
+
+    def sweep(start: int, targets: Tensor, feedback: Tensor, rounded: Tensor) -> None:
+        for j, target in enumerate(targets):
+            if j:
+                target = torch.addmv(target, targets[:j].t(), feedback[:j, j])
+            values = quantize(start + j, target)
             rounded[j] = values
-            torch.sub(target, values, out=errors[j - start])
-        if stop < columns:
-            targets[stop:].addmm_(feedback[start:stop, stop:].t(), errors)
+            torch.sub(target, values, out=targets[j])
+
+    return round_blocks(targets, feedback, sweep)
+
+
+def round_blocks(targets: Tensor, feedback: Tensor, sweep: Sweep) -> Tensor:
+    """The same for what rounds a whole block of columns, as compiled code does.
+
+    Parameters
+    ----------
+    sweep
+        Called with the position of a block's first column, its targets (width, rows), which it overwrites with ``F``,
+        the feedback within the block (width, width), and where the rounded values go (width, rows).
+    """
+    rounded = torch.empty_like(targets)
+    for start in range(0, len(targets), _BLOCK):
+        span, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+        sweep(start, targets[span], feedback[span, span], rounded[span])
+        if start + _BLOCK < len(targets):
+            targets[rest].addmm_(feedback[span, rest].t(), targets[span])
     return rounded

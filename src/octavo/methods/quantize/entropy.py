@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.calibrate import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Setting, method
-from octavo.methods.feedback import round_columns
+from octavo.methods.compiled import compiled
+from octavo.methods.feedback import round_blocks, round_columns
 from octavo.methods.knobs import real
 from octavo.methods.quantize.units import Magnitudes, Stepped, Units
 
@@ -63,6 +65,14 @@ def _round_in_turn(targets: Tensor, feedback: Tensor, rate: float) -> Tensor:
     """Rounded codes (columns, rows) of targets in units of steps, with error feedback."""
     size = targets.abs()
     thresholds = _Thresholds(Magnitudes(size.mean(0), size.mean(1)), rate)
+    quick = compiled(_sweep) if targets.device.type == "cpu" else None
+    if quick is not None:
+        rows, columns, leave, shift = thresholds.tables()
+
+        def sweep(start: int, *block: Tensor) -> None:
+            quick(*(tensor.numpy() for tensor in block), rows, columns[start : start + len(block[0])], leave, shift)
+
+        return round_blocks(targets, feedback, sweep)
 
     def quantize(j: int, target: Tensor) -> Tensor:
         leave, shift = thresholds.of(j)
@@ -70,6 +80,34 @@ def _round_in_turn(targets: Tensor, feedback: Tensor, rate: float) -> Tensor:
         return torch.copysign(size.add(shift).floor_().masked_fill_(size <= leave, 0.0), target)
 
     return round_columns(targets, feedback, quantize)
+
+
+def _sweep(
+    targets: np.ndarray,
+    feedback: np.ndarray,
+    rounded: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    leave: np.ndarray,
+    shift: np.ndarray,
+) -> None:
+    """The same for a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba."""
+    width, height = targets.shape
+    last = np.int32(len(leave) - 1)
+    for j in range(width):
+        target = targets[j]
+        for k in range(j):
+            share, errors = feedback[k, j], targets[k]
+            for i in range(height):
+                target[i] += share * errors[i]
+        for i in range(height):
+            kind = min(max(rows[i] + columns[j], np.int32(0)), last)
+            size = abs(target[i])
+            value = np.float32(0)
+            if size > leave[kind]:
+                value = np.copysign(np.floor(size + shift[kind]), target[i])
+            rounded[j, i] = value
+            target[i] -= value
 
 
 class _Thresholds:
@@ -98,6 +136,11 @@ class _Thresholds:
             index = self._magnitudes.classes(key)
             self._known[key] = (self._leave[index], self._shift[index])
         return self._known[key]
+
+    def tables(self) -> tuple[np.ndarray, ...]:
+        """Classes by row and by column, which add up to a weight's, and the thresholds by class."""
+        rows, columns = self._magnitudes.offsets()
+        return rows.int().numpy(), columns.int().numpy(), self._leave.numpy(), self._shift.numpy()
 
     def everywhere(self) -> tuple[Tensor, Tensor]:
         """The same for all columns, (rows, columns) each."""

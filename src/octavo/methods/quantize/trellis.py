@@ -13,10 +13,10 @@ from octavo.calibrate import Evidence
 from octavo.forms import Form, Trellis
 from octavo.forms.trellis import LANES
 from octavo.methods.base import Setting, method
-from octavo.methods.feedback import round_columns
+from octavo.methods.feedback import round_blocks, round_columns
 from octavo.methods.knobs import real
+from octavo.methods.quantize import viterbi
 from octavo.methods.quantize.units import Magnitudes, Stepped, Units
-from octavo.methods.quantize.viterbi import best_path
 
 #: Codes from -32 to 31 have a length of their own. Further out it hardly changes from one to the next.
 _CODES = 64
@@ -81,7 +81,18 @@ class _Search:
 
     def in_turn(self, targets: Tensor, feedback: Tensor) -> Tensor:
         """Codes of targets (columns, rows) with feedback."""
-        return round_columns(targets, feedback, self._quantizer(targets)).div_(2).floor_()
+        quick = viterbi.sweep()
+        if quick is None:
+            return round_columns(targets, feedback, self._quantizer(targets)).div_(2).floor_()
+        size = targets.abs()
+        rows, columns = (offsets.int().numpy() for offsets in Magnitudes(size.mean(0), size.mean(1)).offsets())
+
+        def sweep(start: int, *block: Tensor) -> None:
+            span = slice(start, start + len(block[0]))
+            arrays = (tensor.numpy() for tensor in block)
+            quick(*arrays, rows, columns[span], len(self._penalties) - 1, self._penalties, self._states[span])
+
+        return round_blocks(targets, feedback, sweep).div_(2).floor_()
 
     def _quantizer(self, targets: Tensor) -> Callable[[int, Tensor], Tensor]:
         """What gives the levels of a column from its target, (rows,) both."""
@@ -94,7 +105,7 @@ class _Search:
             if key not in known:
                 known[key] = np.pad(magnitudes.classes(key).int().numpy(), (0, missing))
             padded = np.pad(target.numpy(), (0, missing))
-            levels = best_path(padded, known[key], self._penalties, self._states[column])
+            levels = viterbi.best_path(padded, known[key], self._penalties, self._states[column])
             return torch.from_numpy(levels[: len(target)])
 
         return quantize

@@ -162,6 +162,10 @@ class Magnitudes:
         """The class of each row's element, (rows,), in columns of a key."""
         return (self._rows + key).clamp_(_LOW, _HIGH) - _LOW
 
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """What rows (rows,) and columns (columns,) add to a class, which is cut at the first and last there are."""
+        return self._rows - _LOW, self._columns
+
     def kinds(self) -> tuple[Tensor, Tensor]:
         """Classes of the columns that differ, (rows, kinds), and which of these each column is, (columns,)."""
         kinds, kind = self._columns.unique(return_inverse=True)

@@ -6,12 +6,14 @@ tens of times slower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 
 import numpy as np
 
 from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS
+from octavo.methods.compiled import compiled
 
 #: Targets beyond this are returned as they are: their levels would leave 32 bits.
 LARGEST = 2**30
@@ -133,11 +135,52 @@ def _compiled(
     return levels
 
 
-@cache
+def sweep() -> Callable[..., None] | None:
+    """Compiled code for a block of columns that feed errors forward; None without numba.
+
+    Its arguments are those of :func:`_sweep` but the first.
+    """
+    search, whole = compiled(_compiled), compiled(_sweep)
+    return None if search is None or whole is None else partial(whole, search)
+
+
+def _sweep(
+    search: Callable[..., np.ndarray],
+    targets: np.ndarray,
+    feedback: np.ndarray,
+    rounded: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    last: int,
+    penalties: np.ndarray,
+    states: np.ndarray,
+) -> None:
+    """Round a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba.
+
+    A weight's class is the sum of its row's and its column's, (rows,) and (width,), cut at 0 and ``last``;
+    ``penalties`` are those of :func:`best_path`, and ``states``, its states by column, (width, LANES).
+    """
+    width, height = targets.shape
+    padded = (height + LANES - 1) // LANES * LANES
+    column, first = np.zeros(padded, np.float32), np.zeros(padded, np.int32)
+    classes = np.zeros(padded, np.int32)
+    for j in range(width):
+        for i in range(height):
+            column[i] = targets[j, i]
+        for k in range(j):
+            share, errors = feedback[k, j], targets[k]
+            for i in range(height):
+                column[i] += share * errors[i]
+        for i in range(height):
+            first[i] = np.int32(math.floor(min(max(column[i], -LARGEST), LARGEST))) - np.int32(1)
+            classes[i] = min(max(rows[i] + columns[j], 0), last)
+        levels = search(column, first, classes, penalties, states[j])
+        for i in range(height):
+            value = column[i] if abs(column[i]) >= LARGEST else levels[i]
+            rounded[j, i] = value
+            targets[j, i] = column[i] - value
+
+
 def _search() -> Callable[..., np.ndarray]:
     """The faster of the two that can be had."""
-    try:
-        from numba import njit
-    except ImportError:
-        return _plain
-    return njit(nogil=True)(_compiled)
+    return compiled(_compiled) or _plain
