@@ -124,10 +124,16 @@ def centroids(site: Site, weight: Tensor, evidence: Evidence, step: float) -> Fo
     return Priced(form, form.dense() + share * direction)
 
 
+def trellis(site: Site, weight: Tensor, evidence: Evidence, step: float) -> Form:
+    """Dependent quantizers on a trellis, with the same steps."""
+    return get_method("trellis").encode(weight, {"step": step}, evidence)
+
+
 ENCODERS: dict[str, Encoder] = {
     "rate-aware rounding": without_rate,
     "weights of outputs (gradients) beside those of inputs": without_rows,
     "error feedback over columns": without_feedback,
+    "trellis codes": trellis,
     "incoherence rotation of inputs": rotated,
     "low-rank correction, rank 8": corrected,
     "reconstruction points of levels ±1": centroids,
@@ -143,6 +149,7 @@ VERDICTS: dict[str, tuple[bool, str]] = {
     "token frequencies to the power 1": (True, "the power is 1/2"),
     "reconstruction of norms and biases": (False, "a step of its own, presets `default` and `best`"),
     "reconstruction with row gains": (False, "a step of its own, presets `default` and `best`"),
+    "trellis codes": (False, "method `trellis`, presets `default` and `best`: the allocator chooses by site"),
     "incoherence rotation of inputs": (False, "left out: the coder profits from the heavy tails that rotation removes"),
     "low-rank correction, rank 8": (False, "method `eora`: left to the allocator"),
     "reconstruction points of levels ±1": (False, "left out: gains of rows do the same and more"),
