@@ -84,7 +84,7 @@ def write_row(**values: Any) -> None:
         aside.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
         aside.rename(FILE)
     size, quality = row["bytes"] or 0, row["quality"]
-    print(f"{row['model']:8} {row['tool']:14} {row['setting']:44} {size / 1e6:8.2f} MB  {quality or row['error']}", flush=True)  # fmt: skip
+    print(f"{row['model']:8} {row['tool']:14} {row['setting']:44} {size / 1e6:8.2f} MB  {row['error'] if quality is None else quality}", flush=True)  # fmt: skip
 
 
 def environment(tool: str, packages: list[str]) -> Path:

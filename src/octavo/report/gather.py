@@ -6,9 +6,7 @@ import math
 import os
 import platform
 import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -23,12 +21,15 @@ from octavo.budget import Budget
 from octavo.inmemory import replaced
 from octavo.objective import run
 from octavo.report.running import running_data
+from octavo.running.speed import interleaved
 from octavo.verify import digest_of, probe_outputs
 
 if TYPE_CHECKING:
     from octavo.compress import Compressed
 
 _PAIRS = 7
+#: Seconds after which no further turn is timed.
+_PATIENCE = 5.0
 
 
 def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -273,39 +274,29 @@ def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) 
     module, batch = job.source.module, job.held_data[0]
     weights = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
 
-    def timed(call: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        call()
-        return (time.perf_counter() - started) * 1000
+    def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
+        def call() -> None:
+            with replaced(module, tensors):
+                run(module, batch)
 
-    original, compressed = [], []
-    with torch.inference_mode():
-        for _ in range(_PAIRS + 1):
-            with replaced(module, {}):
-                original.append(timed(lambda: run(module, batch)))
-            with replaced(module, weights):
-                compressed.append(timed(lambda: run(module, batch)))
+        return call
+
+    seconds = interleaved({"original": pass_with({}), "artifact": pass_with(weights)}, _PAIRS, _PATIENCE)
     result = {
         "unit": "ms",
-        "original": statistics.median(original[1:]),
-        "artifact": statistics.median(compressed[1:]),
-        "note": f"median of {_PAIRS} interleaved passes of one batch; weights are decoded at load, both run dense",
+        **{name: 1000 * value for name, value in seconds.items()},
+        "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
     }
     if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
         from octavo.integrations.transformers import load_model
 
         original_class: Any = type(module)
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
-        pairs = [
-            (
-                timed(lambda: _touch(original_class.from_pretrained(job.source.path))),
-                timed(lambda: _touch(load_model(artifact.path))),
-            )
-            for _ in range(4)
-        ]
-        result["load_original"], result["load_artifact"] = (
-            statistics.median(column) for column in zip(*pairs[1:], strict=True)
-        )
+        loads = {
+            "load_original": lambda: _touch(original_class.from_pretrained(job.source.path)),
+            "load_artifact": lambda: _touch(load_model(artifact.path)),
+        }
+        result |= {name: 1000 * value for name, value in interleaved(loads, 3, _PATIENCE).items()}
     return result
 
 

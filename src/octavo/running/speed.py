@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,17 +12,24 @@ import torch
 from torch import nn
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """Median seconds of every call, in turns after one turn to warm up."""
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, patience: float = math.inf
+) -> dict[str, float]:
+    """Median seconds of every call, in turns after one turn to warm up.
+
+    No turn begins after ``patience`` seconds; if that leaves the first alone, it counts.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
     with torch.inference_mode():
         for turn in range(rounds + 1):
+            if turn and time.perf_counter() - begun > patience:
+                break
             for name, call in calls.items():
                 started = time.perf_counter()
                 call()
-                if turn:
-                    seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
 
 
 def generates(model: nn.Module) -> bool:
