@@ -13,7 +13,7 @@ from octavo.allocate import Choices, allocate, load_plan, uniform
 from octavo.budget import Budget, budget
 from octavo.errors import BudgetError, RequestError
 from octavo.methods import get_method
-from octavo.profile import Curve, Point, Profile, densified, envelope, interpolate
+from octavo.profile import Curve, Point, Profile, densified, envelope, family, interpolate
 
 #: A method with a continuous setting, and two without.
 ELASTIC, FIXED, OTHER = "entropy", "rtn", "svd"
@@ -172,11 +172,11 @@ def test_densified_points_lie_between_their_neighbours():
 @given(octaves=st.floats(-13, 1))
 def test_interpolated_points_are_monotone_and_meet_the_measured(octaves):
     curve = elastic_profile().curves[1]
-    point, coarser = interpolate(curve, ELASTIC, octaves), interpolate(curve, ELASTIC, octaves + 0.1)
+    point, coarser = (interpolate(family(curve, ELASTIC), at) for at in (octaves, octaves + 0.1))
     assert point.bytes >= coarser.bytes and point.loss <= coarser.loss
     for exact in curve.points:
         if exact.method == ELASTIC:
-            at = interpolate(curve, ELASTIC, get_method(ELASTIC).octaves(exact.setting))
+            at = interpolate(family(curve, ELASTIC), get_method(ELASTIC).octaves(exact.setting))
             assert abs(at.bytes - exact.bytes) <= 1 and at.loss == pytest.approx(exact.loss)
 
 

@@ -13,7 +13,7 @@ import yaml
 from octavo.budget import Budget
 from octavo.errors import BudgetError, RequestError
 from octavo.methods import get_method
-from octavo.profile import Point, Profile, densified, interpolate
+from octavo.profile import Point, Profile, densified, family, interpolate
 from octavo.workspace import write_file
 
 
@@ -246,12 +246,13 @@ def _one_knob(profile: Profile, name: str) -> bool:
 
 def _elastic(profile: Profile, budget: Budget, name: str) -> list[dict[str, Point]]:
     """One step for all sites, the finest that fits; it is in units of loss, so it means the same everywhere."""
+    families = {curve.site: family(curve, name) for curve in profile.curves}
     low, high = -60.0, 40.0
     for _ in range(60):
         middle = (low + high) / 2
-        points = {curve.site: interpolate(curve, name, middle) for curve in profile.curves}
+        points = {site: interpolate(points, middle) for site, points in families.items()}
         low, high = (low, middle) if _total(profile, points) <= budget.bytes else (middle, high)
-    return [{curve.site: interpolate(curve, name, high) for curve in profile.curves}]
+    return [{site: interpolate(points, high) for site, points in families.items()}]
 
 
 def _total(profile: Profile, points: Mapping[str, Point]) -> int:

@@ -300,15 +300,19 @@ def _between(fine: Point, coarse: Point, share: float) -> Point:
     return Point(fine.method, setting, round(float(np.exp(size))), float(np.exp(loss)), estimated=True)
 
 
-def interpolate(curve: Curve, method: str, octaves: float) -> Point:
-    """The point of a method with one continuous knob at ``octaves``, clamped to the measured range."""
-    points = next(points for points in _families(curve).values() if points[0].method == method)
-    places = [get_method(method).octaves(point.setting) for point in points]
-    place = bisect_left(places, octaves)
+def family(curve: Curve, method: str) -> list[Point]:
+    """The points of a method with one continuous knob, from fine to coarse."""
+    return next(points for points in _families(curve).values() if points[0].method == method)
+
+
+def interpolate(points: Sequence[Point], octaves: float) -> Point:
+    """The point of a family at ``octaves``, clamped to the measured range."""
+    octaves_of = get_method(points[0].method).octaves
+    place = bisect_left(points, octaves, key=lambda point: octaves_of(point.setting))
     if place == 0 or place == len(points):
         return points[min(place, len(points) - 1)]
-    share = (octaves - places[place - 1]) / (places[place] - places[place - 1])
-    return _between(points[place - 1], points[place], share)
+    low, high = (octaves_of(point.setting) for point in points[place - 1 : place + 1])
+    return _between(points[place - 1], points[place], (octaves - low) / (high - low))
 
 
 def slope(curve: Curve, point: Point) -> float:

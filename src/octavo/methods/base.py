@@ -134,10 +134,10 @@ def methods() -> dict[str, type[Method]]:
 
 def get_method(name: str) -> Method:
     """The method of that name with its default knobs."""
-    known = methods()
-    if name not in known:
-        raise RequestError(f"method {name!r} is not known; choose from {', '.join(known)}")
-    return known[name]()
+    _load_all()
+    if name not in _METHODS:
+        raise RequestError(f"method {name!r} is not known; choose from {', '.join(methods())}")
+    return _METHODS[name]()
 
 
 def select_methods(names: Sequence[str] | None, preset: str, target: str = "disk") -> list[Method]:
