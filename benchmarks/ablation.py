@@ -27,7 +27,7 @@ from octavo import coding
 from octavo.allocate import Plan
 from octavo.artifact import pack
 from octavo.budget import Budget
-from octavo.calibrate import DAMPING, Evidence
+from octavo.evidence import Evidence
 from octavo.finish import Built
 from octavo.forms import Form, Grid
 from octavo.inmemory import replaced
@@ -37,6 +37,7 @@ from octavo.methods.quantize.entropy import Entropy
 from octavo.profile import Point
 from octavo.request import describe, open_job
 from octavo.sites import Site
+from octavo.watches import DAMPING
 from octavo.workspace import Workspace
 
 #: Steps of the plain curve, and those at which variants are measured: near ratios 16 and 8, and near 45 and 58 MB.

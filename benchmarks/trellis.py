@@ -15,7 +15,8 @@ import torch
 from common import brown, minilm, save_results
 
 from octavo.artifact import pack, unpack
-from octavo.calibrate import Calibration, Evidence, calibrate
+from octavo.calibrate import Calibration, calibrate
+from octavo.evidence import Evidence
 from octavo.integrations.transformers import text_batches
 from octavo.job import Job, replaced
 from octavo.methods import get_method

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from octavo.calibrate import DAMPING, MINIMUM_SEQUENCES, calibrate, data_free
+from octavo.calibrate import MINIMUM_SEQUENCES, calibrate, data_free
 from octavo.errors import RequestError
 from octavo.inmemory import replaced
 from octavo.objective import objective
 from octavo.sites import from_module
+from octavo.watches import DAMPING
 
 
 def gather(module, batches, name="squared", seed=0):

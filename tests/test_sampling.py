@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 import octavo
 from octavo.artifact import pack
-from octavo.calibrate import Evidence
+from octavo.evidence import Evidence
 from octavo.methods import get_method
 from octavo.profile import Window, profile_site
 from octavo.sampling import MEDIUM, sample_of

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from octavo.blocks import AROUND, Blocks, Call, Loader
-from octavo.calibrate import Calibration, Watches, check_outputs, combined, count_sequences, described, typical
+from octavo.calibrate import Calibration, check_outputs, count_sequences, described, typical
 from octavo.errors import OctavoError, RequestError
-from octavo.evidence import EvidenceFolder
+from octavo.evidence import combined
+from octavo.evidence_folder import EvidenceFolder
 from octavo.matmul import fast_matmul
 from octavo.objective import Batch, Objective
 from octavo.sites import Site, Source
+from octavo.watches import Watches
 from octavo.workspace import Workspace
 
 _PROGRESS = "blocks.json"

@@ -1,127 +1,86 @@
-"""Evidence on disk: written part by part, and read site by site when it is needed.
+"""Evidence: what calibration saw at each site.
 
-Evidence of a large model does not fit in memory: a moment of 11,008 inputs alone takes half a gigabyte, its
-factorisation as much again.
+One forward and one backward pass over the calibration data give, for every site, what it takes to tell how much an
+error ``E`` in its matrix costs the whole model, to second order:
+
+    expected loss = 1/2 * sum_i rows[i] * E[i] @ columns @ E[i].T
+
+For a layer ``columns`` is the second moment of its inputs and ``rows`` that of the gradients at its outputs; for an
+embedding ``columns`` is the second moment of the gradients at its output and ``rows`` says how often a token is met.
+This is the Gauss-Newton matrix of the model's own divergence, with the usual independence of inputs and output
+gradients (K-FAC; Martens & Grosse, 2015), so all sites and all families of methods are told apart in one currency.
+
+A tensor that plays two roles, such as an embedding that is also the head, has such a term for each; their sum is the
+expected loss (:func:`combined`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from octavo.calibrate import Evidence
-from octavo.errors import OctavoError, RequestError
 
-#: Moments with their factorisations are kept in memory up to so many bytes, so that sites that share one, and the
-#: settings of a site, do not read and factor it again.
-_CACHE_BYTES = 1 << 29
-
-
-class EvidenceFolder(Mapping[str, Evidence]):
-    """The evidence of sites, each read when it is asked for.
+@dataclass
+class Evidence:
+    """What is known about the inputs and outputs of one site.
 
     Parameters
     ----------
-    path
-        A folder of one ``.safetensors`` file a part, each with an index of its sites in its header.
+    rows
+        (rows,) weights of the rows in units of loss, damped.
+    columns
+        (columns, columns) second moment, damped; None for the identity.
+    samples
+        Number of positions seen (0: data-free).
+    terms
+        Rows and columns of every role of a tensor that has several; ``rows`` and ``columns`` are then the one pair that
+        stands for all of them.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._index: dict[str, tuple[Path, dict[str, Any]]] = {}
-        self._moments: OrderedDict[tuple[Path, str], tuple[Tensor, dict[str, Any]]] = OrderedDict()
-        for file in sorted(path.glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    index = json.loads(handle.metadata()["index"])
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise _damaged(file, error) from error
-            self._index.update((site, (file, entry)) for site, entry in index.items())
+    rows: Tensor
+    columns: Tensor | None
+    samples: int = 0
+    #: Results that depend on the moments alone and are needed more than once.
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    @property
-    def samples(self) -> dict[str, int]:
-        """Number of positions seen at every site, without reading the evidence."""
-        return {site: entry["samples"] for site, (_, entry) in self._index.items()}
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever works on a copy of it elsewhere makes what it needs faster than it is sent.
+        return {**self.__dict__, "cache": {}}
 
-    def without(self, part: str) -> None:
-        """Remove a part, if it is there."""
-        file = self.path / f"{part}.safetensors"
-        file.unlink(missing_ok=True)
-        self._index = {site: place for site, place in self._index.items() if place[0] != file}
+    def loss(self, error: Tensor) -> float:
+        """Expected increase of the whole model's loss for ``error`` (rows, columns)."""
+        error = error.float()
+        terms = self.terms or ((self.rows, self.columns),)
+        return sum(_quadratic(error, rows, columns) for rows, columns in terms) / 2
 
-    def write(self, part: str, evidence: Mapping[str, Evidence]) -> None:
-        """Write the evidence of some sites, whole or not at all; tensors that they share are written once."""
-        tensors: dict[str, Tensor] = {}
-        names: dict[int, str] = {}
-
-        def stored(tensor: Tensor | None) -> str | None:
-            if tensor is None:
-                return None
-            if id(tensor) not in names:
-                names[id(tensor)] = str(len(names))
-                tensors[names[id(tensor)]] = tensor
-            return names[id(tensor)]
-
-        index = {
-            site: {
-                "samples": found.samples,
-                "rows": stored(found.rows),
-                "columns": stored(found.columns),
-                "terms": [[stored(rows), stored(columns)] for rows, columns in found.terms],
-            }
-            for site, found in evidence.items()
-        }
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / f"{part}.safetensors"
-        aside = file.with_suffix(".part")
-        try:
-            save_file(tensors, aside, {"index": json.dumps(index)})
-            with open(aside, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(aside, file)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise OctavoError(f"{file}: cannot be written: {error}") from error
-        self._index.update((site, (file, entry)) for site, entry in index.items())
-
-    def __getitem__(self, site: str) -> Evidence:
-        file, entry = self._index[site]
-        try:
-            with safe_open(file, framework="pt") as handle:
-                # Copied out of the mapping, whose pages would count as this process's memory for as long as it lives.
-                rows = handle.get_tensor(entry["rows"]).clone()
-                terms = tuple((handle.get_tensor(a).clone(), handle.get_tensor(b).clone()) for a, b in entry["terms"])
-                if entry["columns"] is None:
-                    return Evidence(rows, None, entry["samples"], terms=terms)
-                moment, cache = self._moment(file, entry["columns"], handle)
-        except (OSError, SafetensorError) as error:
-            raise _damaged(file, error) from error
-        return Evidence(rows, moment, entry["samples"], cache, terms)
-
-    def _moment(self, file: Path, name: str, handle: Any) -> tuple[Tensor, dict[str, Any]]:
-        key = (file, name)
-        if key not in self._moments:
-            self._moments[key] = (handle.get_tensor(name).clone(), {})
-        self._moments.move_to_end(key)
-        # Three times the moment: itself, its factor, and what other methods keep.
-        while len(self._moments) > 1 and 3 * sum(moment.nbytes for moment, _ in self._moments.values()) > _CACHE_BYTES:
-            self._moments.popitem(last=False)
-        return self._moments[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
+    def moment(self, columns: int) -> Tensor:
+        """The column moment as a dense (columns, columns) float32 matrix."""
+        return torch.eye(columns) if self.columns is None else self.columns
 
 
-def _damaged(file: Path, error: Exception) -> RequestError:
-    return RequestError(f"{file}: damaged: {error}; remove {file.parent.parent} and start again")
+def _quadratic(error: Tensor, rows: Tensor, columns: Tensor | None) -> float:
+    squared = error.square() if columns is None else (error @ columns) * error
+    return float(rows @ squared.sum(1))
+
+
+def combined(roles: Sequence[Evidence]) -> Evidence:
+    """Evidence of a tensor from that of each of its roles.
+
+    The loss is the sum over roles of ``rows[i] * columns[j, k]``. Methods need one product: the one with the same
+    marginals, ``rows = sum_t trace(C_t) r_t`` and ``columns = sum_t sum(r_t) C_t / sum_t sum(r_t) trace(C_t)``, which
+    of all products is nearest to the sum in relative entropy.
+    """
+    if len(roles) == 1:
+        return roles[0]
+    terms = tuple((role.rows, role.columns) for role in roles if role.columns is not None)
+    traces = [float(columns.double().trace()) for _, columns in terms]
+    sums = [float(rows.double().sum()) for rows, _ in terms]
+    total = sum(a * b for a, b in zip(sums, traces, strict=True))
+    rows = sum((rows * trace for (rows, _), trace in zip(terms, traces, strict=True)), torch.zeros(()))
+    columns = sum((columns * (share / total) for (_, columns), share in zip(terms, sums, strict=True)), torch.zeros(()))
+    return Evidence(rows, columns, max(role.samples for role in roles), terms=terms)

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from octavo.artifact import pack
-from octavo.calibrate import Evidence
 from octavo.errors import RequestError
+from octavo.evidence import Evidence
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.sampling import Sample, sample_of

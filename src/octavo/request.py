@@ -16,8 +16,9 @@ from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
-from octavo.calibrate import Evidence, data_free
+from octavo.calibrate import data_free
 from octavo.errors import RequestError
+from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.job import Job, Progress
 from octavo.methods import get_method, select_methods

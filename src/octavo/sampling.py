@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo import coding
 from octavo.artifact import Packed, Sized, pack
-from octavo.calibrate import Evidence
+from octavo.evidence import Evidence
 from octavo.forms import Form
 from octavo.running.kernels import resident_bytes
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from octavo.artifact import Packed, Sized, pack
-from octavo.calibrate import Evidence
 from octavo.errors import RequestError
+from octavo.evidence import Evidence
 from octavo.matmul import fast_matmul
 from octavo.methods import Method, Setting, get_method
 from octavo.profile import Curve, Point, Window, profile_site

@@ -21,7 +21,7 @@ from torch import Tensor
 from octavo.artifact import Packed, Stored
 from octavo.calibrate import Calibration
 from octavo.errors import OctavoError, RequestError
-from octavo.evidence import EvidenceFolder
+from octavo.evidence_folder import EvidenceFolder
 from octavo.raw import raw_bytes
 
 _JOB, _CALIBRATION = "job.json", "calibration.json"

@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.artifact import Contents, Entry, pack
-from octavo.calibrate import Evidence, calibrate, data_free
+from octavo.calibrate import calibrate, data_free
 from octavo.errors import RequestError
+from octavo.evidence import Evidence
 from octavo.integrations.transformers import load_weights
 from octavo.methods import get_method, methods
 from octavo.objective import objective

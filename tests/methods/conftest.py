@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from octavo import coding, forms
-from octavo.calibrate import DAMPING, Evidence
+from octavo.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods import get_method
+from octavo.watches import DAMPING
 
 
 def _evidence(rows: int, columns: int, seed: int = 0) -> Evidence:

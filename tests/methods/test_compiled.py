@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from octavo.artifact import pack
-from octavo.calibrate import Evidence
+from octavo.evidence import Evidence
 from octavo.methods import compiled, get_method
 
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from octavo.calibrate import Evidence
 from octavo.errors import RequestError
+from octavo.evidence import Evidence
 from octavo.forms import LowRank, Sum
 from octavo.methods import get_method
 from octavo.methods.factorize import factors

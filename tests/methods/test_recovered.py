@@ -6,8 +6,8 @@ from torch import Tensor
 
 import octavo
 from octavo.artifact import pack, unpack
-from octavo.calibrate import Evidence
 from octavo.coding import encode as code
+from octavo.evidence import Evidence
 from octavo.methods import get_method
 from octavo.profile import Window, profile_site
 from octavo.sites import Layout, Site

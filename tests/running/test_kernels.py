@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.calibrate import Evidence
+from octavo.evidence import Evidence
 from octavo.forms import Codebook, Dense, Grid, LowRank, Sparse, Sum
 from octavo.methods import methods
 from octavo.running import kernel_for, resident_bytes

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.calibrate import Evidence
 from octavo.errors import ArtifactError
+from octavo.evidence import Evidence
 from octavo.forms import Codebook, Dense, Form, Grid, LowRank, Sum
 from octavo.integrations.onnx import Session
 from octavo.runtimes.activations import Ranges, rounding_loss

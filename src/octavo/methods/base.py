@@ -13,8 +13,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from octavo.calibrate import Evidence
 from octavo.errors import RequestError
+from octavo.evidence import Evidence
 from octavo.forms import Form
 from octavo.sites import Site
 

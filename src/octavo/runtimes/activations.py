@@ -5,7 +5,7 @@ input is uniform, of variance ``D^2 / 12``, and independent of the others: the e
 
     1/2 * sum_i rows[i] * sum_j W[i, j]^2 * D[j]^2 / 12
 
-with the row weights of :mod:`octavo.calibrate` and ``W`` (rows, columns).
+with the row weights of :mod:`octavo.evidence` and ``W`` (rows, columns).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.calibrate import Evidence
+from octavo.evidence import Evidence
 from octavo.forms import Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
 from octavo.objective import Batch, run

@@ -20,8 +20,9 @@ import torch
 from octavo.allocate import Plan, solve
 from octavo.artifact import Packed, unpack
 from octavo.budget import Budget
-from octavo.calibrate import Calibration, Evidence
+from octavo.calibrate import Calibration
 from octavo.errors import BudgetError
+from octavo.evidence import Evidence
 from octavo.export import check_graph, dense_forms, probe
 from octavo.finish import Built
 from octavo.forms import Form

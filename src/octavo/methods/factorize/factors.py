@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.calibrate import Evidence
+from octavo.evidence import Evidence
 from octavo.forms import Form, LowRank
 from octavo.methods.base import Setting
 from octavo.methods.feedback import factored

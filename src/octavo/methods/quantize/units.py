@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from octavo.calibrate import Evidence
 from octavo.errors import RequestError
+from octavo.evidence import Evidence
 from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting

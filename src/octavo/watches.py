@@ -1,0 +1,227 @@
+"""Watches on the modules of a model: moments of what goes in and of the gradients that come back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.evidence import Evidence
+from octavo.objective import Batch, mask_of
+from octavo.raw import raw_bytes
+from octavo.sites import Site
+
+#: Calibration moments overfit: a share of their mean is added to every direction. Measured on MiniLM with 256
+#: sentences, 0.1 was the best of 0.01, 0.03, 0.1, 0.3 and 1 on held-out text, from 2 to 4 bits (docs/decisions.md).
+DAMPING = 0.1
+#: Token frequencies are raised to this power. The quadratic model overrates how little a rare token's error matters:
+#: one garbled word ruins its sentence. 1/2 beat 0 and 1 on held-out text (docs/decisions.md).
+FREQUENCY_POWER = 0.5
+#: Positions of a convolution that are read per batch; more of them are neighbours that say the same.
+_PATCHES = 8192
+
+
+class _Watch:
+    """Accumulates the moments of one site while batches go through the model."""
+
+    def __init__(self, site: Site, module: nn.Module, shared: dict[Any, Any]) -> None:
+        self.site, self.module, self.shared = site, module, shared
+        self.embedding = isinstance(module, nn.Embedding)
+        self.rows = torch.zeros(site.rows, dtype=torch.float64)
+        self.columns: Tensor | None = None
+        self.samples = 0
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+        mask = self.shared["mask"]
+        inputs = args[0] if args else None
+        if not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
+            return None
+        if self.embedding:
+            return self._embedding(inputs, output, mask)
+        convolution = self.site.kind == "convolution"
+        # Attention, recurrent and other modules hold matrices that are not what turns their input into their output.
+        if not output.requires_grad or not (convolution or self._turns(inputs, output)):
+            return None
+        keep = None if convolution else _live(inputs, mask)
+        moment, count = self._input_moment(inputs, keep)
+        self._add(moment)
+        if self.site.layout.kind == "transposed":
+            # An element of the kernel meets every input once: the mean is one over outputs, of which there are more.
+            count = output.numel() // self.site.rows * self.site.layout.groups
+        self.samples += count
+        axis = (
+            1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or self.site.layout.kind == "transposed" else -1
+        )
+
+        def backward(gradient: Tensor) -> None:
+            flat = gradient.movedim(axis, -1) if keep is None else gradient[keep]
+            self.rows += flat.reshape(-1, self.site.rows).float().square().sum(0).double().cpu()
+
+        # Hooks of a view are lost when models go on in place, as with ReLU(inplace=True); those of a copy are not.
+        output = output.clone() if output._is_view() else output
+        output.register_hook(backward)
+        return output
+
+    def _add(self, moment: Tensor) -> None:
+        # In place, since the moments of wide layers are large; the first is a copy, since sites share moments.
+        if self.columns is None:
+            self.columns = moment.clone()
+        else:
+            self.columns += moment
+
+    def _turns(self, inputs: Tensor, output: Tensor) -> bool:
+        """Whether inputs have the columns of the matrix, and outputs its rows."""
+        return inputs.ndim > 0 and inputs.shape[-1] == self.site.columns and output.shape[-1] == self.site.rows
+
+    def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
+        live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
+        shown = tokens if live is None else tokens.expand(live.shape)[live]
+        self.rows += torch.bincount(shown.flatten().cpu(), minlength=self.site.rows).double()
+        self.samples += shown.numel()
+
+        def backward(gradient: Tensor) -> None:
+            flat = gradient[live] if live is not None and live.shape == gradient.shape[:-1] else gradient.flatten(0, -2)
+            self._add((flat.float().t() @ flat.float()).double().cpu())
+
+        if output.is_leaf:
+            # A copy, since models may go on in place, which a leaf does not allow.
+            output = output.detach().requires_grad_(True).clone()
+        output.register_hook(backward)
+        return output
+
+    def _input_moment(self, inputs: Tensor, keep: Tensor | None) -> tuple[Tensor, int]:
+        # Query, key and value read the same tensor: its moment is taken once. Keyed by identity while it is alive.
+        key = (id(inputs), inputs._version, self.site.columns, _geometry(self.module))
+        if key not in self.shared:
+            flat = _columns_of(self.module, self.site, inputs.detach() if keep is None else inputs.detach()[keep])
+            if len(flat) > _PATCHES and keep is None:
+                flat = flat[:: -(-len(flat) // _PATCHES)]
+            moment = (flat.t() @ flat).double().cpu()
+            if self.site.layout.kind == "transposed":
+                kernel = self.site.columns // len(moment)
+                moment = torch.kron(moment, torch.eye(kernel, dtype=torch.float64))
+            self.shared[key] = (inputs, moment, len(flat))
+        _, moment, count = self.shared[key]
+        return moment, count
+
+    @property
+    def seen(self) -> bool:
+        """Whether any output was seen to depend on the site."""
+        return self.columns is not None and self.samples > 0 and bool(self.columns.any()) and bool(self.rows.any())
+
+    def evidence(self, sequences: int, moments: dict[tuple, tuple[Tensor, dict[str, Any]]]) -> Evidence:
+        """The moments, damped; equal ones of other sites are shared through ``moments``."""
+        assert self.columns is not None
+        columns = self.columns / self.samples
+        self.columns = None
+        # Of an embedding, the mean squared gradient over tokens times their number in a sequence is loss a sequence.
+        rows = _frequencies(self.rows) * self.samples if self.embedding else self.rows
+        rows = rows / sequences
+        rows = rows + DAMPING * rows.mean()
+        # Sites that read the same inputs have equal moments: one copy serves them all, and one factorisation.
+        key = (self.embedding, columns.shape, hashlib.sha256(raw_bytes(columns)).digest())
+        if key not in moments:
+            columns.diagonal().add_(DAMPING * columns.diagonal().mean())
+            moments[key] = (columns.float(), {})
+        moment, cache = moments[key]
+        return Evidence(rows.float(), moment, self.samples, cache=cache)
+
+
+def _live(inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as bools if it fits the leading dimensions of the inputs."""
+    return mask.bool() if mask is not None and inputs.ndim == 3 and inputs.shape[:2] == mask.shape else None
+
+
+def _geometry(module: nn.Module) -> str:
+    """What else than its input decides which patches a convolution sees; nothing for other layers."""
+    parts = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "groups")
+    return " ".join(str(getattr(module, part, "")) for part in parts)
+
+
+def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
+    """Input vectors of a site as (samples, columns); of grouped layers, those of all groups, one after another."""
+    inputs = inputs.float()
+    if site.layout.kind == "transposed":
+        channels = inputs.movedim(1, -1).reshape(-1, inputs.shape[1] // site.layout.groups)
+        return channels
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        for axis, (kernel, stride, dilation) in enumerate(windows, 2):
+            patches = patches.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+        # (examples, channels, *positions, *kernel)
+        positions = math.prod(patches.shape[2 : 2 + len(module.kernel_size)])
+        split = patches.reshape(len(patches), module.groups, site.shape[1], positions, -1)
+        return split.movedim(2, 3).reshape(-1, site.columns)
+    return inputs.reshape(-1, site.columns)
+
+
+class Watches:
+    """The watches of some sites: one for every module that holds a site's tensor.
+
+    Parameters
+    ----------
+    holders
+        Site name to the modules that hold it (:meth:`octavo.sites.Source.holders`).
+    """
+
+    def __init__(self, sites: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]]) -> None:
+        self._shared: dict[Any, Any] = {"mask": None}
+        self.watches = {
+            site.name: [_Watch(site, module, self._shared) for module in holders.get(site.name, ())] for site in sites
+        }
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A context in which the modules are watched."""
+        handles = []
+        try:
+            for watch in (watch for watches in self.watches.values() for watch in watches):
+                handles.append(watch.module.register_forward_pre_hook(_require_gradient))
+                handles.append(watch.module.register_forward_hook(watch))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, batch: Batch) -> None:
+        """Say which batch comes next, and let go of what the last one left."""
+        self._shared.clear()
+        self._shared["mask"] = mask_of(batch)
+
+    def evidence(self, sequences: int) -> dict[str, list[Evidence]]:
+        """What every site's watches have seen, without those that saw nothing; the moments are given up for it."""
+        self._shared.clear()
+        moments: dict[tuple, tuple[Tensor, dict[str, Any]]] = {}
+        found = {
+            name: [watch.evidence(sequences, moments) for watch in watches if watch.seen]
+            for name, watches in self.watches.items()
+        }
+        return {name: roles for name, roles in found.items() if roles}
+
+
+def _require_gradient(module: nn.Module, args: tuple) -> tuple | None:
+    """Let gradients begin at the first site, since no parameter asks for one."""
+    first = args[0] if args else None
+    if isinstance(first, Tensor) and first.is_floating_point() and not first.requires_grad:
+        return (first.detach().requires_grad_(True), *args[1:])
+    return None
+
+
+def _frequencies(counts: Tensor) -> Tensor:
+    """Smoothed token frequencies that sum to one.
+
+    Tokens never seen share the Good-Turing mass (the share of tokens seen once), spread evenly.
+    """
+    total, unseen = counts.sum(), counts == 0
+    missing = (counts == 1).sum().clamp_min(1) / total if bool(unseen.any()) else torch.zeros((), dtype=counts.dtype)
+    frequencies = counts / total * (1 - missing)
+    frequencies[unseen] = missing / unseen.sum().clamp_min(1)
+    powered = frequencies.clamp_min(1e-12) ** FREQUENCY_POWER
+    return powered / powered.sum()
