@@ -21,8 +21,8 @@ import octavo
 from octavo import coding
 from octavo.compress import Compressed
 from octavo.finish import finish, single_families
+from octavo.inputs import open_source
 from octavo.integrations.transformers import text_batches
-from octavo.job import open_source
 from octavo.objective import Cosine
 from octavo.workspace import Workspace
 

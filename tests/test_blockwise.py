@@ -10,8 +10,8 @@ from safetensors import safe_open
 from octavo.blocks import Blocks
 from octavo.blockwise import Blockwise
 from octavo.errors import RequestError
-from octavo.job import choose_objective, model_of
-from octavo.sites import from_path
+from octavo.files import from_path
+from octavo.inputs import choose_objective, model_of
 from octavo.workspace import Workspace
 
 SIZES = {

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.errors import RequestError
-from octavo.sites import SMALLEST_SITE, Layout, examine, from_module, from_path
+from octavo.files import from_path
+from octavo.sites import SMALLEST_SITE, Layout, examine, from_module
 
 TRANSPOSED = Layout("transposed")
 

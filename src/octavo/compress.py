@@ -21,7 +21,8 @@ from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import MARGIN, Built, contest, finish
-from octavo.job import Job, Progress, silent
+from octavo.inputs import Progress, silent
+from octavo.job import Job
 from octavo.matmul import fast_matmul
 from octavo.methods import get_method
 from octavo.objective import Objective

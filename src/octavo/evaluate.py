@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo import job as jobs
+from octavo import inputs
 from octavo.artifact import MANIFEST, Artifact
 from octavo.blockwise import Blockwise
 from octavo.errors import MissingExtraError, RequestError
@@ -67,16 +67,16 @@ def evaluate(
         return {
             "path": str(path),
             "metric": metric,
-            **_spearman(source, data, jobs.choose_objective(source, objective)),
+            **_spearman(source, data, inputs.choose_objective(source, objective)),
         }
     if against is None:
         raise RequestError("divergence compares with a source: give it as --against")
-    reference = jobs.open_source(against)
-    batches, text = jobs.load_data(reference, data, limit=None)
+    reference = inputs.open_source(against)
+    batches, text = inputs.load_data(reference, data, limit=None)
     if reference.module is None or source.module is None or not batches:
         raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
-    wanted = jobs.choose_objective(reference, objective)
-    batches = jobs.prepared(reference, wanted, batches)
+    wanted = inputs.choose_objective(reference, objective)
+    batches = inputs.prepared(reference, wanted, batches)
     outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
     losses = torch.cat([wanted.divergence(old, new) for old, new in outputs])
     return {
@@ -93,7 +93,7 @@ def _open(path: Path, *, packed: bool) -> Source:
     if not (path / MANIFEST).exists():
         if packed:
             raise RequestError(f"{path}: is no artifact, so it cannot run packed; compress it first")
-        return jobs.open_source(path)
+        return inputs.open_source(path)
     from octavo.verify import load
 
     Artifact(path)
@@ -103,13 +103,13 @@ def _open(path: Path, *, packed: bool) -> Source:
     if packed:
         # Its tensors are not read, only run.
         return Source(path.name, path, {}, {}, {}, model.get_parameter, model, is_transformers=True)
-    source = jobs.open_source(model)
+    source = inputs.open_source(model)
     source.path, source.is_transformers = path, True
     return source
 
 
 def _model(source: Source) -> InMemory | Blockwise:
-    return jobs.model_of(source, blockwise=not fits(source, None))
+    return inputs.model_of(source, blockwise=not fits(source, None))
 
 
 def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     if len(rows) < 2:
         raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)
-    batches = jobs.prepared(source, wanted, text_batches(source.folder, texts))
+    batches = inputs.prepared(source, wanted, text_batches(source.folder, texts))
     vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
@@ -141,10 +141,10 @@ def _perplexity(source: Source, data: Any) -> dict[str, Any]:
 
     if source.module is None or source.folder is None or not is_causal(source.module):
         raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
-    texts, text = jobs.texts_of(data)
+    texts, text = inputs.texts_of(data)
     windows = window_batches(source.folder, texts, min(PERPLEXITY_WINDOW, context_of(source.module)))
     wanted = KL()
-    windows = jobs.prepared(source, wanted, windows)
+    windows = inputs.prepared(source, wanted, windows)
     total, count = 0.0, 0
     for batch, logs in zip(windows, _model(source).outputs(windows, wanted), strict=True):
         following = batch["input_ids"][:, 1:]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo import job as jobs
+from octavo import inputs
 from octavo.artifact import MANIFEST, Artifact
 from octavo.calibrate import calibrate
 from octavo.errors import ArtifactError, OctavoError, RequestError
+from octavo.files import from_path
 from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Objective
@@ -23,7 +24,7 @@ from octavo.runtimes.activations import rounding_losses, watch
 from octavo.runtimes.graph import LOOKUP, SITE, check_exportable, positions, trace, vocabulary
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare, machine
-from octavo.sites import Source, from_path
+from octavo.sites import Source
 from octavo.workspace import write_file
 
 RUNTIMES = ("onnx",)
@@ -47,9 +48,9 @@ def open_model(path: str | Path) -> Opened:
     """An artifact or a model folder, ready to be traced."""
     path = Path(path)
     if not (path / MANIFEST).exists():
-        source = jobs.open_source(from_path(path))
+        source = inputs.open_source(from_path(path))
         check_exportable(source)
-        jobs.model_of(source, blockwise=False)
+        inputs.model_of(source, blockwise=False)
         return Opened(source, dense_forms(source))
     from octavo.integrations.transformers import match_names
     from octavo.verify import load
@@ -136,9 +137,9 @@ def export(
     opened = open_model(path)
     source = opened.source
     probe(source, size)
-    batches, text = jobs.load_data(source, data, limit=None)
-    wanted = jobs.choose_objective(source, objective)
-    calibration_data, held = jobs.split(jobs.prepared(source, wanted, batches))
+    batches, text = inputs.load_data(source, data, limit=None)
+    wanted = inputs.choose_objective(source, objective)
+    calibration_data, held = inputs.split(inputs.prepared(source, wanted, batches))
     model, kinds = trace(source)
     forms = {name: opened.forms[name] for name in kinds}
     difference = check_graph(source, model, forms)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo import job as jobs
+from octavo import inputs
 from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
 from octavo.budget import TARGETS, Budget, parse_size
@@ -20,10 +20,12 @@ from octavo.calibrate import data_free
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
-from octavo.job import Job, Progress
+from octavo.inputs import Progress
+from octavo.job import Job
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.objective import Objective
+from octavo.patterns import apply_patterns
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
@@ -62,8 +64,8 @@ def open_job(
     if not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
     # Without data nothing is run, and the model need not fit in memory.
-    opened = jobs.open_source(source, module=preset != DATA_FREE, progress=progress)
-    sites, left, pinned = jobs.apply_patterns(*opened.sites(), ignore, keep)
+    opened = inputs.open_source(source, module=preset != DATA_FREE, progress=progress)
+    sites, left, pinned = apply_patterns(*opened.sites(), ignore, keep)
     if not sites:
         raise RequestError(
             f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
@@ -71,13 +73,13 @@ def open_job(
         )
     if preset == DATA_FREE:
         opened.module = None
-    batches, text = jobs.load_data(opened, data, limit=_TEXTS[preset])
-    wanted = jobs.choose_objective(opened, objective)
+    batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset])
+    wanted = inputs.choose_objective(opened, objective)
     if opened.module is not None and not batches:
         opened.module = None
     if opened.module is not None:
-        batches = jobs.prepared(opened, wanted, batches)
-    calibration, held = jobs.split(batches)
+        batches = inputs.prepared(opened, wanted, batches)
+    calibration, held = inputs.split(batches)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         list(opened.notes), limit,

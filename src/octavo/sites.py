@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
@@ -24,6 +22,11 @@ Progress = Callable[[int, int], Any]
 #: A weight with fewer elements is kept as it is: its bookkeeping would cost more than coding could save.
 SMALLEST_SITE = 512
 
+#: Dtypes of tensors by their names in safetensors files.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -246,7 +249,7 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.dtype not in _DTYPES.values():
+        if tensor.dtype not in DTYPES.values():
             raise RequestError(f"{type(module).__name__}: {name!r} has dtype {tensor.dtype}, which is not supported")
         # A transposed view of a square weight has its address and shape, but other strides: it is another tensor.
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
@@ -267,132 +270,6 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
         module=module,
         parameters={name: name for name in (*tensors, *aliases)},
     )
-
-
-def from_path(path: str | Path, *, module: bool = True, progress: Progress = lambda done, total: None) -> Source:
-    """A source from a ``transformers`` folder, a ``.safetensors`` file, a sharded index, or a GGUF file.
-
-    Parameters
-    ----------
-    module
-        Whether the model of a ``transformers`` folder will be run. Without it only tensors are read, one at a time.
-    progress
-        Called with the number of tensors examined and their total.
-
-    Raises
-    ------
-    RequestError
-        If there is nothing there, or a file is truncated, or is not safetensors, or holds NaN or Inf.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise RequestError(f"{path}: no such file or folder")
-    from octavo.integrations.gguf import gguf_file, open_gguf
-
-    quantized = gguf_file(path)
-    if quantized is not None:
-        return open_gguf(quantized)
-    files, promised = _weight_files(path)
-    config = path / "config.json" if path.is_dir() else None
-    if config is not None and config.exists():
-        from octavo.integrations.transformers import read_config
-
-        if read_config(path).get("quantization_config"):
-            raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
-    source = _from_files(path, files, promised)
-    examine(source, progress)
-    for alias, name in list(_equal_tensors(source)):
-        source.aliases[alias] = name
-        del source.shapes[alias], source.dtypes[alias]
-    if config is not None and config.exists():
-        from octavo.integrations.transformers import attach_module
-
-        source.is_transformers = True
-        if module:
-            attach_module(source, path)
-    return source
-
-
-def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files that hold the weights, and, if there is an index, in which of them it says that each tensor is."""
-    if path.is_file():
-        if path.name.endswith(".index.json"):
-            return _indexed(path)
-        if path.suffix != ".safetensors":
-            raise RequestError(
-                f"{path}: only .safetensors files, their .index.json and .gguf files can be read (pickles run code)"
-            )
-        return [path], {}
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        return _indexed(index)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise RequestError(f"{path}: no .safetensors file in this folder; save the model with save_pretrained first")
-    return files, {}
-
-
-def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
-    try:
-        promised = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RequestError(f"{index}: not an index of safetensors shards: {error}") from error
-    if not all(isinstance(name, str) for name in promised.values()):
-        raise RequestError(f"{index}: not an index of safetensors shards: a shard's name is not a string")
-    files = [index.parent / name for name in sorted(set(promised.values()))]
-    for file in files:
-        if not file.exists():
-            raise RequestError(f"{index}: names the shard {file.name}, which is missing beside it")
-    return files, {tensor: index.parent / name for tensor, name in promised.items()}
-
-
-def _from_files(path: Path, files: list[Path], promised: Mapping[str, Path]) -> Source:
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                    tensor = handle.get_slice(name)
-                    shapes[name], where[name] = tuple(tensor.get_shape()), file
-                    dtypes[name] = _DTYPES.get(tensor.get_dtype(), torch.uint8)
-                    if tensor.get_dtype() not in _DTYPES:
-                        raise RequestError(
-                            f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported"
-                        )
-        except (SafetensorError, OSError) as error:
-            raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
-    for name, file in promised.items():
-        if where.get(name) != file:
-            raise RequestError(
-                f"{file}: the index says that this shard holds tensor {name!r}, and it does not; the shard and the "
-                "index are of different models or versions, copy both again"
-            )
-    if not shapes:
-        raise RequestError(f"{path}: holds no tensors")
-
-    def read(name: str) -> Tensor:
-        # Opened each time and copied out: pages of a mapping count as this process's memory until it is closed.
-        with safe_open(where[name], framework="pt") as handle:
-            return handle.get_tensor(name).clone()
-
-    return Source(path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, read)
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-def _equal_tensors(source: Source) -> Iterator[tuple[str, str]]:
-    """Weights that stand twice in the files with equal content, such as an embedding and its tied head."""
-    first: dict[tuple, str] = {}
-    for name, shape in source.shapes.items():
-        if len(shape) >= 2 and math.prod(shape) >= SMALLEST_SITE:
-            known = first.setdefault((shape, source.dtypes[name], source.digests[name]), name)
-            if known != name:
-                yield name, known
 
 
 def examine(source: Source, progress: Progress = lambda done, total: None) -> None:

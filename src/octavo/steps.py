@@ -17,7 +17,7 @@ from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import MARGIN, finish, single_families
-from octavo.job import Progress, silent
+from octavo.inputs import Progress, silent
 from octavo.matmul import fast_matmul
 from octavo.objective import Objective
 from octavo.profile import Profile

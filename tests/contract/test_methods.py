@@ -21,11 +21,12 @@ from octavo.artifact import Contents, Entry, pack
 from octavo.calibrate import calibrate, data_free
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
+from octavo.files import from_path
 from octavo.integrations.transformers import load_weights
 from octavo.methods import get_method, methods
 from octavo.objective import objective
 from octavo.raw import narrowed
-from octavo.sites import Layout, Site, from_module, from_path
+from octavo.sites import Layout, Site, from_module
 
 METHODS = sorted(methods())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -106,7 +106,7 @@ def test_nothing_is_lost_and_the_artifact_needs_no_gguf(source, folded):
 
 
 def test_a_folder_with_one_file_is_that_file(source):
-    from octavo.sites import from_path
+    from octavo.files import from_path
 
     assert from_path(source[0].parent).path == source[0]
 

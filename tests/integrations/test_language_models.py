@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import octavo
 from octavo.cli import app
 from octavo.errors import RequestError
-from octavo.job import choose_objective, model_of
+from octavo.files import from_path
+from octavo.inputs import choose_objective, model_of
 from octavo.objective import KL
-from octavo.sites import from_path
 
 WORDS = [f"word{index}" for index in range(59)]
 TEXTS = [" ".join(WORDS[(7 * line + 3 * place) % 59] for place in range(5 + line % 9)) for line in range(60)]

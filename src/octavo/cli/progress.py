@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from octavo.job import Progress as Callback
-from octavo.job import silent
+from octavo.inputs import Progress as Callback
+from octavo.inputs import silent
 
 _TITLES = {
     "open": "Reading the source",

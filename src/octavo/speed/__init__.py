@@ -14,8 +14,9 @@ from torch import nn
 
 from octavo.errors import BudgetError, RequestError
 from octavo.export import SHAPE
+from octavo.inputs import Progress, silent
 from octavo.integrations.onnx import require
-from octavo.job import Job, Progress, silent
+from octavo.job import Job
 from octavo.objective import Objective
 from octavo.request import describe, open_job
 from octavo.runtimes.graph import check_exportable
