@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factored, round_columns
+from octavo.methods.compiled import compiled
+from octavo.methods.feedback import factored, round_blocks, round_columns
 from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, kernel_settings, nearest
 
 #: Rows are rounded in chunks, which do not depend on each other, fit the cache and are too short to be split over
@@ -67,7 +69,7 @@ class GPTQ(Method):
 def _sweep(weight: Tensor, fitted: Fitted, order: Tensor, feedback: Tensor) -> Tensor:
     """Codes (rows, columns) of one pass over the columns in ``order``."""
     codes = torch.empty(weight.shape, dtype=fitted.dtype)
-    groups = (order // fitted.width).tolist()
+    groups = order // fitted.width
     height = max(1, _CHUNK // weight.shape[1])
     for start in range(0, len(weight), height):
         stop = min(start + height, len(weight))
@@ -75,12 +77,51 @@ def _sweep(weight: Tensor, fitted: Fitted, order: Tensor, feedback: Tensor) -> T
         # Codes without their zero points run from the one bound to the other.
         low, high = (torch.as_tensor(bound - zero).expand_as(scale) for bound in (fitted.low, fitted.high))
 
-        def quantize(j: int, target: Tensor, scale: Tensor = scale, low: Tensor = low, high: Tensor = high) -> Tensor:
-            g = groups[j]
-            return (target / scale[g]).round_().clamp_(low[g], high[g]).mul_(scale[g])
-
-        rounded = round_columns(weight[start:stop].t()[order].contiguous(), feedback, quantize)
+        targets = weight[start:stop].t()[order].contiguous()
+        rounded = _rounded(targets, feedback, groups, scale, low, high)
         # The values are exact multiples of their steps, up to the last bit: dividing gives back their codes.
         steps = rounded.div_(scale[groups]).round_().add_(zero if isinstance(zero, float) else zero[groups])
         codes[start:stop, order] = steps.t().to(fitted.dtype)
     return codes
+
+
+def _rounded(targets: Tensor, feedback: Tensor, groups: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values (columns, rows) on the grids of their groups: steps and bounds of codes are (groups, rows)."""
+    quick = compiled(_round_block) if targets.device.type == "cpu" else None
+    if quick is not None:
+        tables = tuple(table.contiguous().numpy() for table in (scale, low, high))
+
+        def sweep(start: int, *block: Tensor) -> None:
+            quick(*(tensor.numpy() for tensor in block), groups[start : start + len(block[0])].numpy(), *tables)
+
+        return round_blocks(targets, feedback, sweep)
+    places = groups.tolist()
+
+    def quantize(j: int, target: Tensor) -> Tensor:
+        g = places[j]
+        return (target / scale[g]).round_().clamp_(low[g], high[g]).mul_(scale[g])
+
+    return round_columns(targets, feedback, quantize)
+
+
+def _round_block(
+    targets: np.ndarray,
+    feedback: np.ndarray,
+    rounded: np.ndarray,
+    groups: np.ndarray,
+    scale: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> None:
+    """The same for a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba."""
+    width, height = targets.shape
+    for j in range(width):
+        target, g = targets[j], groups[j]
+        for k in range(j):
+            share, errors = feedback[k, j], targets[k]
+            for i in range(height):
+                target[i] += share * errors[i]
+        for i in range(height):
+            code = min(max(np.rint(target[i] / scale[g, i]), low[g, i]), high[g, i])
+            rounded[j, i] = code * scale[g, i]
+            target[i] -= rounded[j, i]
