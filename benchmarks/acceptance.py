@@ -21,7 +21,6 @@ import octavo
 from octavo import coding
 from octavo.compress import Compressed
 from octavo.finish import finish, single_families
-from octavo.inputs import open_source
 from octavo.integrations.transformers import text_batches
 from octavo.objective import Cosine
 from octavo.workspace import Workspace
@@ -35,14 +34,17 @@ class Judge:
     def __init__(self, texts: list[str]) -> None:
         self.objective = Cosine()
         self.batches = text_batches(minilm(), texts)
-        model = open_source(minilm()).module
-        assert model is not None
-        self.reference = self.objective.reference(model, self.batches)
+        self.reference = self.objective.reference(self.model(minilm()), self.batches)
 
-    def __call__(self, folder: Path) -> float:
+    @staticmethod
+    def model(folder: Path) -> Any:
+        """A model as users load it."""
         from transformers import AutoModel
 
-        model = AutoModel.from_pretrained(folder).eval()
+        return AutoModel.from_pretrained(folder).eval()
+
+    def __call__(self, folder: Path) -> float:
+        model = self.model(folder)
         return float(self.objective.measure(model, self.batches, self.reference).mean())
 
 

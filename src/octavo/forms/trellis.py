@@ -61,10 +61,14 @@ class Trellis(Form):
 
     def dense(self) -> Tensor:  # noqa: D102
         codes = self.grid.codes
-        chosen = torch.from_numpy(quantizers(codes.cpu().numpy())).to(codes.device)
+        narrow = codes.cpu().numpy()
         # One bit more than the codes have.
-        wide = codes.to(torch.int16 if codes.dtype == torch.int8 else torch.int64)
-        return replace(self.grid, codes=wide.mul_(2).add_(chosen)).dense()
+        levels: np.ndarray[Any, np.dtype[np.integer[Any]]] = narrow.astype(
+            np.int16 if narrow.dtype == np.int8 else np.int64
+        )
+        levels <<= 1
+        levels |= quantizers(narrow)
+        return replace(self.grid, codes=torch.from_numpy(levels).to(codes.device)).dense()
 
 
 def quantizers(codes: np.ndarray) -> np.ndarray:
