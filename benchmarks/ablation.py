@@ -140,22 +140,6 @@ ENCODERS: dict[str, Encoder] = {
     "reconstruction points of levels ±1": centroids,
 }
 
-#: Every ingredient: whether the library has it in all encodings, and what else is to say.
-VERDICTS: dict[str, tuple[bool, str]] = {
-    "rate-aware rounding": (True, "in `entropy`"),
-    "weights of outputs (gradients) beside those of inputs": (True, "in `entropy`"),
-    "error feedback over columns": (True, "in `entropy`"),
-    "classes of rows and columns in the coder": (True, "in the coder"),
-    "token frequencies to the power 0": (True, "the power is 1/2"),
-    "token frequencies to the power 1": (True, "the power is 1/2"),
-    "reconstruction of norms and biases": (False, "a step of its own, presets `default` and `best`"),
-    "reconstruction with row gains": (False, "a step of its own, presets `default` and `best`"),
-    "trellis codes": (False, "method `trellis`, presets `default` and `best`: the allocator chooses by site"),
-    "incoherence rotation of inputs": (False, "left out: the coder profits from the heavy tails that rotation removes"),
-    "low-rank correction, rank 8": (False, "method `eora`: left to the allocator"),
-    "reconstruction points of levels ±1": (False, "left out: gains of rows do the same and more"),
-}
-
 
 class Bench:
     """A model with its evidence and two texts to measure on."""
@@ -263,7 +247,7 @@ def run(name: str, only: list[str] | None) -> None:
             name, {"title": TITLES[name], "metric": bench.job.objective.metric}
         )
         mine[part] = [*(old for old in mine.get(part, []) if old["step"] != row["step"]), row]
-        save_results("ablation", {"models": results["models"], "ingredients": VERDICTS})
+        save_results("ablation", {"models": results["models"]})
         print(f"{time.perf_counter() - start:6.0f} s  {name} {part} {row}", flush=True)
 
     wanted = lambda part: not only or any(word in part for word in only)  # noqa: E731
