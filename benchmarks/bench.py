@@ -40,7 +40,7 @@ TOOLS = ("own", "torchao", "quanto", "hqq", "nncf", "llmcompressor", "gptqmodel"
 RATIOS = {
     "minilm": (4, 5.2, 7.25, 9.2, 11.05, 12.85, 16),
     "smollm2": (4, 5.6, 7.45, 9.25, 11.95, 16),
-    "gemma": (4, 5.4, 7.45, 9.8, 11.1, 14.2),
+    "gemma": (7.45, 11.1, 5.4, 14.2, 4, 9.8),
 }
 #: Bits of the embedding in the rows that give a tool one, from its own bits down to about half of them; more were
 #: never on the front.
