@@ -170,12 +170,13 @@ def test_more_context_than_the_model_has_is_refused(llama):
         octavo.compress(llama, ratio=3, data=batches, preset="fast")
 
 
-def test_an_unknown_architecture_is_compressed_as_bare_tensors_and_that_is_said(llama, tmp_path):
+@pytest.mark.parametrize("preset", ["fast", "data-free"])
+def test_an_unknown_architecture_is_compressed_as_bare_tensors_and_that_is_said(llama, tmp_path, preset):
     folder = shutil.copytree(llama, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "odd", "architectures": ["OddModel"]}))
     result = CliRunner().invoke(
-        app, ["compress", str(folder), "--ratio", "3", "--preset", "fast", "--out", str(tmp_path / "out")]
+        app, ["compress", str(folder), "--ratio", "3", "--preset", preset, "--out", str(tmp_path / "out")]
     )
     assert result.exit_code == 0, result.stderr
     assert "the architecture 'odd' is not known to transformers" in " ".join(result.stdout.split())

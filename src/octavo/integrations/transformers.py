@@ -59,22 +59,30 @@ class _WithoutContent(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
 
 
-def attach_module(source: Source, folder: Path) -> None:
-    """Give a source the model of its folder, as a skeleton without weights.
+def recognise(source: Source, folder: Path) -> None:
+    """Mark a source as a model of ``transformers``, or note that its architecture is not known there.
 
-    :func:`load_weights` fills it, or :mod:`octavo.blockwise` runs it block by block.
-    An architecture that ``transformers`` does not know leaves the source without a module, with a note.
+    Where ``transformers`` is not installed every folder with a configuration is taken for such a model.
     """
-    transformers = _transformers()
-    transformers.utils.logging.disable_progress_bar()
-    kind = read_config(folder).get("model_type")
+    source.is_transformers = True
+    if importlib.util.find_spec("transformers") is None:
+        return
+    transformers, kind = _transformers(), read_config(folder).get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
+        source.is_transformers = False
         source.notes.append(
             f"the architecture {kind!r} is not known to transformers {transformers.__version__}: the tensors are "
             "compressed on their own, without data, and nothing of the model is run"
         )
-        source.is_transformers = False
-        return
+
+
+def attach_module(source: Source, folder: Path) -> None:
+    """Give a source the model of its folder, as a skeleton without weights.
+
+    :func:`load_weights` fills it, or :mod:`octavo.blockwise` runs it block by block.
+    """
+    transformers = _transformers()
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         cls = _class_of(folder)
@@ -87,7 +95,7 @@ def attach_module(source: Source, folder: Path) -> None:
     # Keys and values of earlier tokens are of no use to one pass over whole texts.
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
-    source.module, source.is_transformers = module.eval(), True
+    source.module = module.eval()
     source.parameters = match_names(source, module)
 
 
