@@ -146,8 +146,8 @@ Made from `docs/results/bench.json` by `benchmarks/pages.py`; `make bench` makes
 * **One rule for bytes.** All that it takes to restore the weights: codes at their nominal width, scales and offsets as the tool has them
   (floating ones at 16 bits), everything a tool leaves alone at 16 bits a weight, tied tensors once. That is what a tool's file would be if nothing
   were wasted, and often less than it is. Octavo's bytes are those of its files.
-* **Embeddings.** Most tools leave them alone. So that this decides nothing, each also gets rows with the embedding rounded to nearest at
-  8, 4, 3 and 2 bits in groups of 64 (`+ RTN embN g64`).
+* **Embeddings.** Most tools leave them alone. So that this decides nothing, each also gets rows with the embedding rounded to nearest
+  in groups of 64 (`+ RTN embN g64`), at its own bits and fewer, down to about half of them.
 * *plain* is round to nearest and GPTQ as Octavo has them, without its allocator and its coder. *Share* is Octavo's quality over that of the
   best other tool of at least that size: 0.5 is half the damage in no more bytes.
 * Seconds and GB are those of the tool's own work, wall time on a shared machine. Latency is the tool's own runtime on one sequence
