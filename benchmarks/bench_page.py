@@ -51,11 +51,17 @@ def against(rows: list[Row], full: int) -> list[list[str]]:
         line = [f"{full / row['bytes']:.1f}", named(row), f"{row['bytes'] / 1e6:.2f} MB", figure(row["quality"], ".2g")]
         if within:
             best = min(within, key=lambda own: own["quality"])
-            line += [f"{best['bytes'] / 1e6:.2f} MB", figure(best["quality"], ".2g"), f"{best['quality'] / row['quality']:.2f}" if row["quality"] > LOSSLESS else "-"]  # fmt: skip
+            share = f"{best['quality'] / row['quality']:.2f}" if row["quality"] > LOSSLESS else "nothing lost by either"
+            line += [f"{best['bytes'] / 1e6:.2f} MB", figure(best["quality"], ".2g"), share]
         else:
             line += ["-", "-", "-"]
         lines.append(line)
     return lines
+
+
+def _share(line: list[str]) -> float:
+    """The last column as a number; not to lose where nothing can be won is the hardest."""
+    return float(line[-1]) if line[-1][0].isdigit() else float("inf")
 
 
 HEAD = ["ratio", "best other tool", "bytes", "quality", "Octavo's bytes", "Octavo's quality", "share"]
@@ -177,7 +183,7 @@ def write(table: Any) -> None:
             # Where several points of others stand against one of Octavo's, the one that it beats by least.
             hardest: dict[str, list[str]] = {}
             for line in against(good, full):
-                if line[-1] != "-" and float(line[-1]) >= float(hardest.get(line[4], line)[-1]):
+                if line[-1] != "-" and _share(line) >= _share(hardest.get(line[4], line)):
                     hardest[line[4]] = line
             short += [[TITLES[model], *line] for line in hardest.values()]
     readme = DOCS.parent / "README.md"
