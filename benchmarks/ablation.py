@@ -31,7 +31,7 @@ from octavo.evidence import Evidence
 from octavo.finish import Built
 from octavo.forms import Form, Grid
 from octavo.inmemory import replaced
-from octavo.integrations.transformers import text_batches
+from octavo.integrations.texts import text_batches
 from octavo.methods import get_method
 from octavo.methods.quantize.entropy import Entropy
 from octavo.profile import Point

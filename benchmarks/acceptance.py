@@ -21,7 +21,7 @@ import octavo
 from octavo import coding
 from octavo.compress import Compressed
 from octavo.finish import finish, single_families
-from octavo.integrations.transformers import text_batches
+from octavo.integrations.texts import text_batches
 from octavo.objective import Cosine
 from octavo.workspace import Workspace
 

@@ -12,7 +12,7 @@ from common import CACHE, brown, windows
 from models import model_folder
 from torch import Tensor, nn
 
-from octavo.integrations.transformers import text_batches
+from octavo.integrations.texts import text_batches
 from octavo.matmul import fast_matmul
 from octavo.objective import Cosine
 

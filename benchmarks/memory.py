@@ -22,7 +22,8 @@ import torch
 from common import CACHE, brown, save_results, stat_bytes
 
 import octavo
-from octavo.integrations.transformers import load_model, window_batches
+from octavo.integrations.texts import window_batches
+from octavo.integrations.transformers import load_model
 from octavo.objective import KL
 from octavo.running import held_bytes, kernels_of
 from octavo.running.speed import greedy, interleaved

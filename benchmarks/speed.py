@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import octavo
 from octavo.integrations.onnx import Session
-from octavo.integrations.transformers import text_batches
+from octavo.integrations.texts import text_batches
 from octavo.objective import Cosine
 from octavo.runtimes.latency import compare, machine
 from octavo.speed import speed_frontier

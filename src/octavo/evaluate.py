@@ -113,7 +113,7 @@ def _model(source: Source) -> InMemory | Blockwise:
 
 
 def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
-    from octavo.integrations.transformers import text_batches
+    from octavo.integrations.texts import text_batches
 
     try:
         from scipy.stats import spearmanr
@@ -137,7 +137,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
 
 
 def _perplexity(source: Source, data: Any) -> dict[str, Any]:
-    from octavo.integrations.transformers import context_of, is_causal, window_batches
+    from octavo.integrations.texts import context_of, is_causal, window_batches
 
     if source.module is None or source.folder is None or not is_causal(source.module):
         raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")

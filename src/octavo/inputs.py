@@ -84,7 +84,7 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             raise RequestError(
                 f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
             )
-        from octavo.integrations.transformers import context_of, is_causal, text_batches, window_batches
+        from octavo.integrations.texts import context_of, is_causal, text_batches, window_batches
 
         texts, label = texts_of(data)
         if is_causal(source.module):
@@ -116,7 +116,7 @@ def prepared(source: Source, wanted: Objective, batches: Sequence[Batch]) -> lis
     """
     assert source.module is not None
     if source.is_transformers:
-        from octavo.integrations.transformers import check_tokens
+        from octavo.integrations.texts import check_tokens
 
         check_tokens(source.module, batches)
     return wanted.pieces(source.module, batches)

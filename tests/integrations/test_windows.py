@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import octavo
 from octavo.errors import RequestError
-from octavo.integrations.transformers import window_batches
+from octavo.integrations.texts import window_batches
 from octavo.objective import KL
 
 WORDS = [f"word{index}" for index in range(60)]

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from octavo.data.texts import MINIMUM_TEXTS
 from octavo.errors import MissingExtraError, RequestError
 from octavo.raw import raw_bytes
 
@@ -24,12 +22,10 @@ if TYPE_CHECKING:
     from octavo.sites import Source
 
 _TARGET = "transformers.quantizers.auto"
-#: Longer texts are cut: calibration gains little from them and costs the square of their length.
-MAX_TOKENS = 128
-_SHORTEST_WINDOW = 16
 
 
-def _transformers() -> Any:
+def require_transformers() -> Any:
+    """The package, or an error that says how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -67,7 +63,7 @@ def recognise(source: Source, folder: Path) -> None:
     source.is_transformers = True
     if importlib.util.find_spec("transformers") is None:
         return
-    transformers, kind = _transformers(), read_config(folder).get("model_type")
+    transformers, kind = require_transformers(), read_config(folder).get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         source.is_transformers = False
         source.notes.append(
@@ -81,7 +77,7 @@ def attach_module(source: Source, folder: Path) -> None:
 
     :func:`load_weights` fills it, or :mod:`octavo.blockwise` runs it block by block.
     """
-    transformers = _transformers()
+    transformers = require_transformers()
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -100,7 +96,7 @@ def attach_module(source: Source, folder: Path) -> None:
 
 
 def _class_of(folder: Path) -> Any:
-    transformers = _transformers()
+    transformers = require_transformers()
     name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
     return getattr(transformers, name, None) or transformers.AutoModel
 
@@ -142,104 +138,6 @@ def default_objective(source: Source, folder: Path | None) -> Objective:
     return KL() if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "Classification")) else Cosine()
 
 
-def text_batches(folder: Path, texts: Sequence[str], *, size: int = 32) -> list[dict[str, Tensor]]:
-    """Tokenised, padded batches of texts. Neighbours in length share a batch, so that little is padding."""
-    tokenizer = _tokenizer(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    ordered = sorted(texts, key=len)
-    return [
-        dict(
-            tokenizer(
-                ordered[at : at + size], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-            )
-        )
-        for at in range(0, len(ordered), size)
-    ]
-
-
-def is_causal(module: nn.Module | None) -> bool:
-    """Whether a model predicts the next token."""
-    return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def context_of(module: nn.Module) -> int:
-    """Most tokens that a model takes at once; a number no text reaches where it does not say."""
-    config: Any = getattr(module, "config", None)
-    config = config.get_text_config() if config is not None else None
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)
-
-
-def window_batches(
-    folder: Path, texts: Sequence[str], length: int, *, limit: int | None = None, size: int = 4
-) -> list[dict[str, Tensor]]:
-    """Batches of windows of equal length, without padding, cut from all texts one after another.
-
-    Every position then predicts from text, whatever the batch size, and none is spent on padding.
-
-    Parameters
-    ----------
-    length
-        Tokens of a window; fewer if the texts would not fill ten of them.
-    limit
-        Tokens at most; windows are then spread evenly over the texts.
-    """
-    tokenizer = _tokenizer(folder)
-    tokens = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
-    # Models that were trained with a first token go astray without it.
-    first = tokenizer("", add_special_tokens=True)["input_ids"][:1] if tokenizer.bos_token_id is not None else []
-    first = [token for token in first if token == tokenizer.bos_token_id]
-    length = min(length, max(_SHORTEST_WINDOW, len(tokens) // (2 * MINIMUM_TEXTS)))
-    stride = length - len(first)
-    starts = range(0, len(tokens) - stride + 1, stride)
-    if len(starts) < MINIMUM_TEXTS:
-        raise RequestError(
-            f"the texts hold {len(tokens)} tokens, {len(starts)} windows of {length}; give at least "
-            f"{MINIMUM_TEXTS * length} tokens (a language model is served well by 32,000)"
-        )
-    windows = [first + tokens[start : start + stride] for start in starts]
-    if limit is not None and len(windows) > max(limit // length, MINIMUM_TEXTS):
-        count = max(limit // length, MINIMUM_TEXTS)
-        windows = [windows[index * len(windows) // count] for index in range(count)]
-    rows = torch.tensor(windows)
-    return [{"input_ids": rows[at : at + size]} for at in range(0, len(rows), size)]
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
-
-
-def check_tokens(module: Any, batches: Sequence[Any]) -> None:
-    """Refuse tokens that the model does not have, and sequences longer than it takes.
-
-    Raises
-    ------
-    RequestError
-        Naming the token or the length.
-    """
-    words = getattr(module.get_input_embeddings(), "num_embeddings", None)
-    context = context_of(module)
-    name = type(module).__name__
-    for batch in batches:
-        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(tokens, Tensor) or not tokens.numel():
-            continue
-        least, most = int(tokens.min()), int(tokens.max())
-        if words is not None and (least < 0 or most >= words):
-            raise RequestError(
-                f"the data hold token {least if least < 0 else most}, and {name} knows tokens 0 to {words - 1}: the "
-                "tokenizer does not belong to this model; use the one that the model was published with"
-            )
-        if tokens.shape[-1] > context:
-            raise RequestError(
-                f"the data hold sequences of {tokens.shape[-1]} tokens, and {name} takes {context} at most "
-                "(max_position_embeddings in config.json); cut them shorter"
-            )
-
-
 def artifact_config(folder: Path) -> dict[str, Any]:
     """The source's config with the note by which ``from_pretrained`` finds Octavo."""
     return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
@@ -250,7 +148,7 @@ def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
     register()
     options: dict[str, Any] = {"local_files_only": True}
     if packed:
-        config = _transformers().AutoConfig.from_pretrained(folder, **options)
+        config = require_transformers().AutoConfig.from_pretrained(folder, **options)
         config.quantization_config = {**config.quantization_config, "packed": True}
         options.update(config=config, dtype=torch.bfloat16)
     return _class_of(folder).from_pretrained(folder, **options).eval()
