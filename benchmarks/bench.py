@@ -1,7 +1,7 @@
 """Octavo and other tools side by side: same models, same text, bytes counted by one rule. `make bench` runs it.
 
 Writes docs/results/bench.json, a list of rows. A row that is there with the same version and setting is not made
-again; `--force` makes it anew. `--models smollm2 --tools hqq,torchao` selects. Every tool runs in a process and an
+again; `--force` makes it anew. `--models smollm2 --tools hqq,torchao --settings 4-bit` selects. Every tool runs in a process and an
 environment of its own, which is made the first time.
 
 Bytes are all that it takes to restore the weights: codes at their nominal width, scales and offsets as the tool has
@@ -112,13 +112,13 @@ def version_of(peer: Any) -> str:
     return peer.PACKAGES[0].partition("==")[2] if peer.PACKAGES else version(peer.PACKAGE)
 
 
-def run_tool(judge: Judge, tool: str, force: bool) -> None:
-    """All settings of one tool on one model."""
+def run_tool(judge: Judge, tool: str, force: bool, wanted: str) -> None:
+    """All settings of one tool on one model that have ``wanted`` in their names."""
     peer = importlib.import_module(f"peers.{tool}")
     done = {key(row) for row in read_rows()}
     for setting, arguments in peer.settings(judge.name).items():
         tag = {"model": judge.name, "tool": tool, "version": version_of(peer), "setting": setting}
-        if key(tag) in done and not force:
+        if wanted not in setting or (key(tag) in done and not force):
             continue
         folder = work_folder(judge.name, tool, setting)
         try:
@@ -226,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(TITLES), help="names, separated by commas")
     parser.add_argument("--tools", default=",".join((*TOOLS, "octavo")), help="names, separated by commas")
+    parser.add_argument("--settings", default="", help="only settings of other tools that have this in their names")
     parser.add_argument("--force", action="store_true", help="make rows anew that are there")
     options = parser.parse_args()
     for names, known in ((options.models.split(","), TITLES), (options.tools.split(","), (*TOOLS, "octavo"))):
@@ -240,7 +241,7 @@ def main() -> None:
             if tool == "octavo":
                 run_octavo(judge, options.force)
             else:
-                run_tool(judge, tool, options.force)
+                run_tool(judge, tool, options.force, options.settings)
 
 
 if __name__ == "__main__":
