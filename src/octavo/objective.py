@@ -167,7 +167,7 @@ class KL(Objective):
         return logs
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
-        terms = (reference.exp() * (reference - outputs)).double().sum(-1)
+        terms = (reference.exp() * (reference - outputs)).sum(-1, dtype=torch.float64)
         return (
             terms
             if terms.ndim == 1
