@@ -51,10 +51,10 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         source.aliases[alias] = name
         del source.shapes[alias], source.dtypes[alias]
     if config is not None and config.exists():
-        from octavo.integrations.transformers import attach_module, recognise
+        from octavo.integrations.transformers import attach_module
 
-        recognise(source, path)
-        if module and source.is_transformers:
+        source.is_transformers = True
+        if module:
             attach_module(source, path)
     return source
 

@@ -30,8 +30,8 @@ def load(path: str | Path, into: nn.Module | None = None, *, packed: bool = Fals
     path
         The artifact folder.
     into
-        A module to load the weights into. Without it a ``transformers`` artifact gives its model, and any other the
-        dictionary of its tensors.
+        A module to load the weights into. Without it an artifact of an architecture that ``transformers`` knows gives
+        its model, and any other the dictionary of its tensors.
     packed
         Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
         being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
@@ -43,11 +43,12 @@ def load(path: str | Path, into: nn.Module | None = None, *, packed: bool = Fals
     """
     path = Path(path)
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
-        from octavo.integrations.transformers import load_model
+        from octavo.integrations.transformers import is_known, load_model
 
         # The loader of transformers opens the files first, and its errors are not ours.
         Artifact(path)
-        return load_model(path, packed=packed)
+        if is_known(path):
+            return load_model(path, packed=packed)
     state = Artifact(path).state(packed=packed)
     if into is None:
         return state

@@ -55,30 +55,27 @@ class _WithoutContent(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
 
 
-def recognise(source: Source, folder: Path) -> None:
-    """Mark a source as a model of ``transformers``, or note that its architecture is not known there.
-
-    Where ``transformers`` is not installed every folder with a configuration is taken for such a model.
-    """
-    source.is_transformers = True
-    if importlib.util.find_spec("transformers") is None:
-        return
-    transformers, kind = require_transformers(), read_config(folder).get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
-        source.is_transformers = False
-        source.notes.append(
-            f"the architecture {kind!r} is not known to transformers {transformers.__version__}: the tensors are "
-            "compressed on their own, without data, and nothing of the model is run"
-        )
+def is_known(folder: Path) -> bool:
+    """Whether ``transformers`` has the architecture of a model folder."""
+    return read_config(folder).get("model_type") in require_transformers().CONFIG_MAPPING
 
 
 def attach_module(source: Source, folder: Path) -> None:
     """Give a source the model of its folder, as a skeleton without weights.
 
     :func:`load_weights` fills it, or :mod:`octavo.blockwise` runs it block by block.
+    An architecture that ``transformers`` does not know leaves the source without a module, with a note.
     """
     transformers = require_transformers()
     transformers.utils.logging.disable_progress_bar()
+    if not is_known(folder):
+        source.is_transformers = False
+        source.notes.append(
+            f"the architecture {read_config(folder).get('model_type')!r} is not known to transformers "
+            f"{transformers.__version__}: the tensors are compressed on their own, without data, and nothing of the "
+            "model is run"
+        )
+        return
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         cls = _class_of(folder)
