@@ -9,8 +9,28 @@ from hypothesis import strategies as st
 
 from octavo.artifact import pack, unpack
 from octavo.errors import ArtifactError
-from octavo.forms import Affine, Codebook, Dense, Grid, LowRank, Scaled, Sparse, Sum, Trellis, form_names, restore
+from octavo.forms import (
+    Affine,
+    Codebook,
+    Cut,
+    Dense,
+    DenseSparse,
+    Folded,
+    Grid,
+    GroupedLowRank,
+    LowRank,
+    RowBlocks,
+    Scaled,
+    Separable,
+    Sparse,
+    Sum,
+    TensorTrain,
+    Trellis,
+    form_names,
+    restore,
+)
 from octavo.forms.base import MAX_DEPTH
+from octavo.forms.tensor_train import full_ranks
 
 
 def _generator(seed):
@@ -80,6 +100,69 @@ def lowrank(rows, columns, seed, inner=grid):
     return LowRank(inner(rows, rank, seed), inner(rank, columns, seed + 1))
 
 
+def grouped(rows, columns, seed, inner=grid):
+    groups = next(n for n in (4, 3, 2, 1) if columns % n == 0)
+    rank = max(1, min(rows, columns // groups) // 2)
+    return GroupedLowRank(inner(rows, groups * rank, seed), inner(groups * rank, columns // groups, seed + 1), groups)
+
+
+def kernel_of(columns):
+    """Channels, height and width with as many elements."""
+    return next((columns // n, n // 2, 2) if n == 4 else (columns // n, 1, n) for n in (4, 3, 2, 1) if columns % n == 0)
+
+
+def folded(rows, columns, seed, fold, inner=grid):
+    c, h, w = kernel_of(columns)
+    shape = (c * h, rows * w) if fold == "spatial" else (h * w, rows * c)
+    return Folded(inner(*shape, seed), fold, (c, h, w))
+
+
+def rowblocks(rows, columns, seed):
+    count = min(3, rows)
+    member = torch.arange(rows)[torch.randperm(rows, generator=_generator(seed))] % count
+    sizes = member.bincount(minlength=count).tolist()
+    blocks = [lowrank(size, columns, seed + number) for number, size in enumerate(sizes)]
+    return RowBlocks(member.to(torch.uint8), tuple(blocks))
+
+
+def dense_sparse(rows, columns, seed, width=4, inner=grid):
+    width = min(width, columns)
+    atoms, blocks = max(width, min(rows, 6)), -(-columns // width)
+    nonzeros = min(2, atoms)
+    index = torch.rand(rows, blocks, atoms, generator=_generator(seed)).argsort(-1)[..., :nonzeros].sort(-1).values
+    return DenseSparse(
+        inner(rows, blocks * nonzeros, seed), index.flatten(1).to(torch.uint8), inner(blocks * atoms, width, seed + 1),
+        nonzeros, columns,
+    )  # fmt: skip
+
+
+def tensor_train(rows, columns, seed, cores=2, inner=dense):
+    """Modes of two, three and what is left; a last core that is cut."""
+    first, second = (2, 3) if min(rows, columns) > 5 else (1, 1)
+    o, i = [first, -(-rows // first)], [second, -(-columns // second)]
+    if cores == 3:
+        o, i = [first, 1, o[1]], [1, second, i[1]]
+    ranks = [min(3, most) for most in full_ranks(o, i)]
+    return TensorTrain(
+        tuple(inner(ranks[k] * o[k] * i[k], ranks[k + 1], seed + k) for k in range(len(o))),
+        tuple(o), tuple(i), rows, columns,
+    )  # fmt: skip
+
+
+def separable(rows, columns, seed):
+    c, h, w = kernel_of(columns)
+    terms = min(2, c * h, c * w, h * w)
+    parts = (grid(terms * rows, size, seed + k) for k, size in enumerate((c, h, w)))
+    return Separable(*parts, terms)
+
+
+def cut(rows, columns, seed):
+    kept = [torch.rand(n, generator=_generator(seed + n)) < 0.7 for n in (rows, columns)]
+    for mask in kept:
+        mask[0] = True
+    return Cut(grid(*(int(mask.sum()) for mask in kept), seed), *kept)
+
+
 FORMS = {
     "dense": dense,
     "dense float16": lambda r, c, s: dense(r, c, s, torch.float16),
@@ -114,6 +197,17 @@ FORMS = {
     "sum(grid, sparse)": lambda r, c, s: Sum(grid(r, c, s, "steps"), sparse(r, c, s + 7)),
     "trellis": lambda r, c, s: Trellis(grid(r, c, s, "steps")),
     "sum(trellis, lowrank)": lambda r, c, s: Sum(Trellis(grid(r, c, s)), lowrank(r, c, s + 7)),
+    "grouped lowrank": grouped,
+    "grouped lowrank(dense, dense)": lambda r, c, s: grouped(r, c, s, dense),
+    "folded spatial": lambda r, c, s: folded(r, c, s, "spatial", lowrank),
+    "folded filter": lambda r, c, s: folded(r, c, s, "filter"),
+    "row blocks": rowblocks,
+    "dense sparse": dense_sparse,
+    "dense sparse of wide blocks": lambda r, c, s: dense_sparse(r, c, s, 9, dense),
+    "tensor train": tensor_train,
+    "tensor train of three": lambda r, c, s: tensor_train(r, c, s, 3, grid),
+    "separable": separable,
+    "cut": cut,
     "lowrank(sum, sparse)": lambda r, c, s: LowRank(
         Sum(grid(r, min(2, max(r, c)), s), codebook(r, min(2, max(r, c)), s + 1)),
         sparse(min(2, max(r, c)), c, s + 2, 0.5)

@@ -69,4 +69,4 @@ def main() -> None:
     app()
 
 
-from octavo.cli import folding, looking, running  # noqa: E402, F401  (commands register themselves)
+from octavo.cli import folding, looking, reproducing, running  # noqa: E402, F401  (commands register themselves)

@@ -1,28 +1,43 @@
 """How a site's content is stored and run. Many methods find forms; there are few forms, and they nest."""
 
 from octavo.forms.affine import Affine
-from octavo.forms.base import Form, form, form_names, restore
+from octavo.forms.base import Form, form, form_names, restore, with_leaves
 from octavo.forms.codebook import Codebook
+from octavo.forms.cut import Cut
 from octavo.forms.dense import Dense
+from octavo.forms.dense_sparse import DenseSparse
+from octavo.forms.folded import Folded
 from octavo.forms.grid import Grid
+from octavo.forms.grouped import GroupedLowRank
 from octavo.forms.lowrank import LowRank
+from octavo.forms.rowblocks import RowBlocks
 from octavo.forms.scaled import Scaled
+from octavo.forms.separable import Separable
 from octavo.forms.sparse import Sparse
 from octavo.forms.sum import Sum
+from octavo.forms.tensor_train import TensorTrain
 from octavo.forms.trellis import Trellis
 
 __all__ = [
     "Affine",
     "Codebook",
+    "Cut",
     "Dense",
+    "DenseSparse",
+    "Folded",
     "Form",
     "Grid",
+    "GroupedLowRank",
     "LowRank",
+    "RowBlocks",
     "Scaled",
+    "Separable",
     "Sparse",
     "Sum",
+    "TensorTrain",
     "Trellis",
     "form",
     "form_names",
     "restore",
+    "with_leaves",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -116,6 +117,21 @@ def child(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str, sha
 def nest(**children: Form) -> dict[str, Tensor]:
     """Part names of nested forms: ``child/part``."""
     return {f"{name}/{part}": tensor for name, inner in children.items() for part, tensor in inner.tensors().items()}
+
+
+def with_leaves(form: Form, change: Callable[[Form], Form]) -> Form:
+    """The same nest of forms, with every form that holds no other replaced by what ``change`` makes of it.
+
+    So factors are quantized after they were found, or trained in the form in which they will be stored.
+    """
+    changes: dict[str, Any] = {}
+    for field in fields(form):  # type: ignore[arg-type]
+        value = getattr(form, field.name)
+        if isinstance(value, Form):
+            changes[field.name] = with_leaves(value, change)
+        elif isinstance(value, tuple) and value and all(isinstance(inner, Form) for inner in value):
+            changes[field.name] = tuple(with_leaves(inner, change) for inner in value)
+    return replace(form, **changes) if changes else change(form)  # type: ignore[type-var]
 
 
 def expect(condition: bool, message: str) -> None:

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Form, LowRank
 from octavo.methods.base import Setting
@@ -56,31 +59,130 @@ class Factors:
 
 def factors(weight: Tensor, evidence: Evidence, most: int | None = None) -> Factors:
     """Factors of all components above rounding errors, at least one and at most ``most``."""
+    weights = evidence.rows.double()
+    return whitened(weight, weights.clamp_min(float(weights.max()) * 1e-9).clamp_min(1e-30), evidence.columns, most)
+
+
+def whitened(
+    weight: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    most: int | None = None,
+    *,
+    damping: float = 0.0,
+) -> Factors:
+    """The best approximation of every rank under weights on both sides.
+
+    For every rank ``k``, ``first(k)`` has the least ``trace(E^T left E right)`` of all matrices of that rank, with ``E
+    = weight - left_factor @ right_factor``: the truncated SVD of ``A^T weight B`` with ``left = A A^T``, ``right = B
+    B^T``, taken back by their inverses. What remains of it is ``sum(values[k:] ** 2)``.
+
+    Parameters
+    ----------
+    weight
+        (rows, columns).
+    left, right
+        Moments: None for the identity, a vector for a diagonal (token counts, output weights), or a symmetric matrix
+        without negative eigenvalues (second moments of outputs' gradients, of inputs). Where such a matrix has no
+        full rank, components that it does not see are left out.
+    most
+        The most components that are wanted; of large matrices no others are worked out.
+    damping
+        Share of its mean diagonal that is added to the diagonal of both moments.
+    """
     rows, columns = weight.shape
     # Scaled, so that no square is out of range.
     unit = float(weight.abs().max()) or 1.0
     matrix = weight.double() / unit
-    weights = evidence.rows.double()
-    weights = weights.clamp_min(float(weights.max()) * 1e-9).clamp_min(1e-30)
-    moment = None if evidence.columns is None else evidence.columns.double()
+    ours, theirs = _Moment(left, rows, damping), _Moment(right, columns, damping)
     if rows >= columns:
-        root = torch.eye(columns, dtype=torch.float64) if moment is None else torch.linalg.cholesky(moment)
-        inner = root.t() @ (matrix.t() @ (matrix * weights[:, None])) @ root
-        values, vectors = _largest(inner, most)
-        left = matrix @ (root @ vectors / values.sqrt())
-        right = torch.linalg.solve_triangular(root, (vectors * values.sqrt()).t(), upper=False, left=False)
+        values, vectors = _largest(theirs.root_t(theirs.root_t(matrix.t() @ ours.times(matrix)).t()), most)
+        first = matrix @ theirs.root(vectors / values.sqrt())
+        second = theirs.back(vectors * values.sqrt()).t()
     else:
-        scaled = matrix * weights.sqrt()[:, None]
-        values, vectors = _largest((scaled if moment is None else scaled @ moment) @ scaled.t(), most)
-        left = vectors * values.sqrt() / weights.sqrt()[:, None]
-        right = (vectors / values.sqrt()).t() @ scaled
-    return Factors((left * math.sqrt(unit)).float(), (right * math.sqrt(unit)).float(), (values * unit).float())
+        scaled = ours.root_t(matrix)
+        values, vectors = _largest(scaled @ theirs.times(scaled.t()), most)
+        first = ours.back(vectors * values.sqrt())
+        second = (vectors / values.sqrt()).t() @ scaled
+    return Factors((first * math.sqrt(unit)).float(), (second * math.sqrt(unit)).float(), (values * unit).float())
+
+
+class _Moment:
+    """A moment ``M = A A^T``, and products with it, with its root ``A``, and with the inverse of ``A^T``."""
+
+    def __init__(self, moment: Tensor | None, size: int, damping: float) -> None:
+        self.moment = None if moment is None else moment.double()
+        self.factor: Tensor | None = None
+        self.inverse: Tensor | None = None
+        if self.moment is None:
+            return
+        diagonal = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
+        if diagonal.shape != (size,):
+            raise RequestError(f"a moment of shape {tuple(self.moment.shape)} does not fit a side of {size}")
+        ridge = damping * float(diagonal.mean())
+        if self.moment.ndim == 1:
+            self.moment = self.moment + ridge
+            self.factor = self.moment.clamp_min(0).sqrt()
+            # What counts for nothing has no place in the factors: its weight is unknown, and zero is as good as any.
+            self.inverse = torch.where(self.factor > 0, 1 / self.factor, torch.zeros_like(self.factor))
+            return
+        if ridge:
+            self.moment = self.moment + ridge * torch.eye(size, dtype=torch.float64)
+        factor, failed = torch.linalg.cholesky_ex(self.moment)
+        self.factor = factor
+        if int(failed) or float(factor.diagonal().min()) < 1e-7 * float(factor.diagonal().max()):
+            values, vectors = torch.linalg.eigh((self.moment + self.moment.t()) / 2)
+            seen = values > float(values[-1].clamp_min(0)) * 1e-12
+            root = values.clamp_min(0).sqrt()
+            self.factor = vectors * root
+            self.inverse = vectors * torch.where(seen, 1 / root, torch.zeros_like(root))
+
+    def times(self, x: Tensor) -> Tensor:
+        """``M x``."""
+        if self.moment is None:
+            return x
+        return x * self.moment[:, None] if self.moment.ndim == 1 else self.moment @ x
+
+    def root(self, x: Tensor) -> Tensor:
+        """``A x``."""
+        if self.factor is None:
+            return x
+        return x * self.factor[:, None] if self.factor.ndim == 1 else self.factor @ x
+
+    def root_t(self, x: Tensor) -> Tensor:
+        """``A^T x``."""
+        if self.factor is None:
+            return x
+        return x * self.factor[:, None] if self.factor.ndim == 1 else self.factor.t() @ x
+
+    def back(self, x: Tensor) -> Tensor:
+        """``A^-T x``."""
+        if self.factor is None:
+            return x
+        if self.inverse is None:
+            return torch.linalg.solve_triangular(self.factor.t(), x, upper=True)
+        return x * self.inverse[:, None] if self.inverse.ndim == 1 else self.inverse @ x
+
+
+#: Where no more components are wanted than this share of a Gram matrix above this size, only they are worked out, if
+#: scipy is there to do it.
+_FEW, _LARGE = 1 / 8, 1024
 
 
 def _largest(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
     """Singular values and vectors from a Gram matrix, largest first."""
-    squares, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
-    squares, vectors = squares.flip(0), vectors.flip(1)
+    gram = (gram + gram.t()) / 2
+    few = most is not None and len(gram) > _LARGE and most <= len(gram) * _FEW
+    if few and find_spec("scipy") is not None:
+        from scipy.sparse.linalg import eigsh
+
+        # The first vector is fixed, so that the same matrix gives the same bytes.
+        found = eigsh(gram.numpy(), k=most, v0=np.ones(len(gram)))
+        order = np.argsort(-found[0])
+        squares, vectors = (torch.from_numpy(found[0][order].copy()), torch.from_numpy(found[1][:, order].copy()))
+    else:
+        squares, vectors = torch.linalg.eigh(gram)
+        squares, vectors = squares.flip(0), vectors.flip(1)
     count = max(1, int((squares > float(squares[0]) * 1e-13).sum()))
     count = min(count, most or count)
     # A matrix of zeros has one component, of nothing.

@@ -1,0 +1,113 @@
+"""The command that rebuilds published systems: reproduce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from octavo.cli import command, console, errors, options, show_json
+from octavo.errors import RequestError
+
+
+@command
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="A recipe; see --list.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show every system, its claim, and its last result.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Run every recipe, one after another (hours).")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A miniature in under a minute, which proves nothing.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The first of the three seeds.")] = 0,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of results. Default: docs/results. Quick ones are never saved.")
+    ] = None,
+    page: Annotated[bool, typer.Option("--page", help="Make docs/recipes.md anew from all results.")] = False,
+    json_output: options.JSON = False,
+) -> None:
+    """Rebuild a published system, and check its claim on real data.
+
+    Example: octavo reproduce alds --quick
+    """
+    from octavo.recipes import get_recipe, recipes
+    from octavo.recipes import results as store
+
+    if sum([name is not None, listed, every, page]) != 1:
+        raise RequestError(
+            "give the name of one recipe, or --list, --all or --page; octavo reproduce --list shows them"
+        )
+    if listed:
+        _list(store.listing(results), json_output)
+        return
+    if page:
+        console.print(f"{store.write_page(results)} written", markup=False)
+        return
+    done = []
+    for recipe in recipes().values() if every else [get_recipe(str(name))]:
+        done.append(_run(recipe, quick=quick, seed=seed, json_output=json_output))
+        if not quick:
+            file = store.save(done[-1], results)
+            errors.print(f"saved: {file}", markup=False, highlight=False)
+    if json_output:
+        show_json(done if every else done[0])
+
+
+def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str, Any]:
+    from octavo.recipes import Trial
+    from octavo.recipes.results import reproduce as run
+
+    if not json_output:
+        console.print(f"{recipe.system}: {recipe.source}\nclaim: {recipe.claim}", markup=False)
+    with errors.status(f"{recipe.name} ...") if errors.is_terminal else _Silent() as status:
+        result = run(recipe, Trial(quick, seed, lambda text: status.update(f"{recipe.name}: {text}")))
+    if not json_output:
+        _show(result)
+    return result
+
+
+def _show(result: dict[str, Any]) -> None:
+    from octavo.recipes.results import figure
+
+    also = list(dict.fromkeys(key for arm in result["arms"] for key in arm["also"]))
+    table = Table("arm", "bytes", result["metric"], "spread", *also)
+    for arm in result["arms"]:
+        spread = "-" if arm["spread"] is None else figure(arm["spread"])
+        others = [figure(arm["also"][key]) if key in arm["also"] else "-" for key in also]
+        table.add_row(arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", figure(arm["mean"]), spread, *others)
+    console.print(table)
+    for check in result["checks"]:
+        console.print(
+            f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}", markup=False
+        )
+    console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold", markup=False)
+    console.print(result["reason"], markup=False)
+    if result["quick"]:
+        console.print("This was a quick run: a miniature that shows that the code works, and nothing else.")
+
+
+def _list(found: list[dict[str, Any]], json_output: bool) -> None:
+    if json_output:
+        show_json(found)
+        return
+    table = Table("recipe", "system", "source", "claim", "last full result")
+    for entry in found:
+        result = entry["result"]
+        verdict = "none" if result is None else "holds" if result["holds"] else "does not hold at this scale"
+        when = "" if result is None else f" ({result['date']})"
+        table.add_row(entry["name"], entry["system"], entry["source"], entry["claim"], verdict + when)
+    console.print(table)
+
+
+class _Silent:
+    """A status line where there is no terminal."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, text: str) -> None:
+        """Tell nobody."""

@@ -1,0 +1,96 @@
+"""Sparse combinations of the atoms of small dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.forms.base import Form, child, expect, expect_integers, form, nest
+
+
+@form("dense-sparse")
+@dataclass(frozen=True)
+class DenseSparse(Form):
+    """``weight = [S_1 D_1, S_2 D_2, ...]``: blocks of ``b`` columns, in each a dense dictionary ``D`` of ``m`` atoms.
+
+    Every row takes exactly ``k`` atoms of each dictionary. The last block may be cut where the columns end.
+
+    Parameters
+    ----------
+    values
+        Form of shape (rows, blocks * k): the coefficients.
+    index
+        (rows, blocks * k) integers below ``m``: the atom of each coefficient.
+    dictionary
+        Form of shape (blocks * m, b): the dictionaries, one below the other.
+    nonzeros
+        ``k``.
+    columns
+        Columns of the matrix, more than ``(blocks - 1) * b`` and at most ``blocks * b``.
+    """
+
+    values: Form
+    index: Tensor
+    dictionary: Form
+    nonzeros: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return (self.values.shape[0], self.columns)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"index": self.index, **nest(values=self.values, dictionary=self.dictionary)}
+
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        blocks = self.values.shape[1] // self.nonzeros
+        atoms, width = self.dictionary.shape[0] // blocks, self.dictionary.shape[1]
+        sizes = {"nonzeros": self.nonzeros, "atoms": atoms, "width": width, "columns": self.columns}
+        return {"form": self.name, **sizes, "values": self.values.meta(), "dictionary": self.dictionary.meta()}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> DenseSparse:  # noqa: D102
+        nonzeros, atoms, width = (int(meta[key]) for key in ("nonzeros", "atoms", "width"))
+        expect(meta["columns"] == shape[1], f"{meta['columns']} columns for a matrix of shape {shape}")
+        expect(0 < width <= shape[1], f"blocks of {width} columns for a matrix of shape {shape}")
+        expect(0 < nonzeros <= atoms <= max(shape[0], width), f"{nonzeros} of {atoms} atoms for shape {shape}")
+        blocks = -(-shape[1] // width)
+        index = expect_integers(tensors["index"], (shape[0], blocks * nonzeros), "index")
+        expect(not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, f"an atom is none of {atoms}")
+        values = child(tensors, meta, "values", (shape[0], blocks * nonzeros))
+        return cls(values, index, child(tensors, meta, "dictionary", (blocks * atoms, width)), nonzeros, shape[1])
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return self._combined(self.values.dense(), self.index)
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self._combined(self.values.lookup(index), self.index[index])
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        dictionary = self._atoms().to(x.dtype)
+        blocks, _, width = dictionary.shape
+        padded = torch.nn.functional.pad(x, (0, blocks * width - self.columns)).unflatten(-1, (blocks, width))
+        # Products of the input with every atom are taken once; rows only pick and add.
+        products = torch.einsum("...bw,bmw->...bm", padded, dictionary).flatten(-2)
+        return (products[..., self._flat(self.index)] * self.values.dense().to(x.dtype)).sum(-1)
+
+    def _atoms(self) -> Tensor:
+        """The dictionaries as (blocks, m, b)."""
+        return self.dictionary.dense().unflatten(0, (self.values.shape[1] // self.nonzeros, -1))
+
+    def _flat(self, index: Tensor) -> Tensor:
+        """Atoms counted through all blocks, (rows, blocks * k)."""
+        blocks = self.values.shape[1] // self.nonzeros
+        starts = torch.arange(blocks).repeat_interleave(self.nonzeros) * (self.dictionary.shape[0] // blocks)
+        return index.long() + starts.to(index.device)
+
+    def _combined(self, values: Tensor, index: Tensor) -> Tensor:
+        dictionary = self._atoms()
+        blocks, atoms, _ = dictionary.shape
+        sparse = values.new_zeros(len(values), blocks * atoms).scatter_add(1, self._flat(index), values)
+        rows = torch.einsum("rbm,bmw->rbw", sparse.unflatten(1, (blocks, atoms)), dictionary)
+        return rows.flatten(1)[:, : self.columns]

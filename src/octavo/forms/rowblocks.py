@@ -1,0 +1,80 @@
+"""Rows that are dealt to blocks, each with a form of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.forms.base import Form, child, expect, expect_integers, form, nest
+
+#: The index of a block is one byte.
+MOST_BLOCKS = 256
+
+
+@form("row-blocks")
+@dataclass(frozen=True)
+class RowBlocks(Form):
+    """A matrix whose row ``i`` is the next unread row of block ``member[i]``.
+
+    With a :class:`octavo.forms.LowRank` of its own rank in every block this is the block low rank of GroupReduce.
+
+    Parameters
+    ----------
+    member
+        (rows,) uint8, the block of every row.
+    blocks
+        A form for each block, with as many rows as are its members, at least one.
+    """
+
+    member: Tensor
+    blocks: tuple[Form, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return (len(self.member), self.blocks[0].shape[1])
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"member": self.member, **nest(**self._named())}
+
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        inner = {name: block.meta() for name, block in self._named().items()}
+        return {"form": self.name, "blocks": len(self.blocks), **inner}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> RowBlocks:  # noqa: D102
+        count = int(meta["blocks"])
+        expect(0 < count <= MOST_BLOCKS, f"{count} blocks; there are 1 to {MOST_BLOCKS}")
+        member = expect_integers(tensors["member"], (shape[0],), "member")
+        sizes = member.long().bincount(minlength=count).tolist()
+        expect(
+            len(sizes) == count and min(sizes) > 0, f"{count} blocks, but rows are in {len(sizes)} or some are empty"
+        )
+        blocks = [child(tensors, meta, f"block{number}", (size, shape[1])) for number, size in enumerate(sizes)]
+        return cls(member.to(torch.uint8), tuple(blocks))
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return torch.cat([block.dense() for block in self.blocks])[self._places()]
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        member, places = self.member[index].long(), self._places()[index]
+        first, rows = 0, torch.empty(len(index), self.shape[1])
+        for number, block in enumerate(self.blocks):
+            here = member == number
+            if bool(here.any()):
+                rows[here] = block.lookup(places[here] - first)
+            first += block.shape[0]
+        return rows
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        return torch.cat([block.apply(x) for block in self.blocks], -1)[..., self._places()]
+
+    def _named(self) -> dict[str, Form]:
+        return {f"block{number}": block for number, block in enumerate(self.blocks)}
+
+    def _places(self) -> Tensor:
+        """Where every row is when the blocks stand one below the other."""
+        return self.member.argsort(stable=True).argsort()

@@ -1,0 +1,64 @@
+"""Filters that are outer products of one-way filters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.forms.base import Form, child, expect, form, nest
+
+
+@form("separable")
+@dataclass(frozen=True)
+class Separable(Form):
+    """``weight[n, (c, y, x)] = sum_t channel[t, n, c] vertical[t, n, y] horizontal[t, n, x]``.
+
+    A convolution that is the sum of ``T`` terms of one-way filters: over the channels, then down, then across.
+
+    Parameters
+    ----------
+    channel, vertical, horizontal
+        Forms of shape (T * rows, c), (T * rows, h) and (T * rows, w); term by term, in each the rows.
+    terms
+        ``T``.
+    """
+
+    channel: Form
+    vertical: Form
+    horizontal: Form
+    terms: int
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        columns = self.channel.shape[1] * self.vertical.shape[1] * self.horizontal.shape[1]
+        return (self.channel.shape[0] // self.terms, columns)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return nest(**self._named())
+
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        kernel = [part.shape[1] for part in self._named().values()]
+        inner = {name: part.meta() for name, part in self._named().items()}
+        return {"form": self.name, "terms": self.terms, "kernel": kernel, **inner}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Separable:  # noqa: D102
+        terms, (c, h, w) = int(meta["terms"]), map(int, meta["kernel"])
+        expect(min(c, h, w) > 0 and c * h * w == shape[1], f"a kernel of {(c, h, w)} has not {shape[1]} elements")
+        expect(0 < terms <= min(c * h, c * w, h * w), f"{terms} terms for a kernel of {(c, h, w)}")
+        a, b, d = (
+            child(tensors, meta, name, (terms * shape[0], size))
+            for name, size in (("channel", c), ("vertical", h), ("horizontal", w))
+        )
+        return cls(a, b, d, terms)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        a, b, c = (part.dense().unflatten(0, (self.terms, -1)) for part in self._named().values())
+        return torch.einsum("tnc,tny,tnx->ncyx", a, b, c).flatten(1)
+
+    def _named(self) -> dict[str, Form]:
+        return {"channel": self.channel, "vertical": self.vertical, "horizontal": self.horizontal}

@@ -1,0 +1,122 @@
+"""Chains of small cores: tensor trains, which physicists call matrix product operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.forms.base import Form, child, expect, form, nest
+
+#: More cores than this no layer has use for.
+MOST_CORES = 16
+
+
+@form("tensor-train")
+@dataclass(frozen=True)
+class TensorTrain(Form):
+    """``weight[(o_1 .. o_N), (i_1 .. i_N)] = G_1[o_1, i_1] G_2[o_2, i_2] ... G_N[o_N, i_N]``.
+
+    Rows and columns are written in mixed radix; each core ``G_k[o, i]`` is a matrix of ``chi_(k-1) x chi_k``, and
+    ``chi_0 = chi_N = 1``. With modes of rows 1 in the first cores and modes of columns 1 in the last, this is the
+    tensor train over inputs, then outputs, of the tensorized layers that are trained from scratch.
+
+    Parameters
+    ----------
+    cores
+        Forms of shape (chi_(k-1) * o_k * i_k, chi_k).
+    row_modes, column_modes
+        ``o_k`` and ``i_k``. Their products may exceed rows and columns: what is beyond them is cut.
+    rows, columns
+        Of the matrix.
+    """
+
+    cores: tuple[Form, ...]
+    row_modes: tuple[int, ...]
+    column_modes: tuple[int, ...]
+    rows: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return (self.rows, self.columns)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """``chi_0`` to ``chi_N``."""
+        return (1, *(core.shape[1] for core in self.cores))
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return nest(**self._named())
+
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        modes = {"rows": list(self.row_modes), "columns": list(self.column_modes), "ranks": list(self.ranks)}
+        modes["shape"] = list(self.shape)
+        return {"form": self.name, **modes, **{name: core.meta() for name, core in self._named().items()}}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> TensorTrain:  # noqa: D102
+        rows, columns, ranks = ([int(n) for n in meta[key]] for key in ("rows", "columns", "ranks"))
+        expect(meta["shape"] == list(shape), f"a tensor train of shape {meta['shape']} for a matrix of {shape}")
+        check_modes(rows, shape[0], "row")
+        check_modes(columns, shape[1], "column")
+        expect(len(rows) == len(columns) == len(ranks) - 1 <= MOST_CORES, "modes and ranks do not match in number")
+        expect(min(ranks) > 0 and ranks[0] == ranks[-1] == 1, f"ranks {ranks} should begin and end with 1")
+        full = full_ranks(rows, columns)
+        expect(all(rank <= most for rank, most in zip(ranks, full, strict=True)), f"ranks {ranks} exceed {full}")
+        cores = [
+            child(tensors, meta, f"core{k}", (ranks[k] * rows[k] * columns[k], ranks[k + 1])) for k in range(len(rows))
+        ]
+        return cls(tuple(cores), tuple(rows), tuple(columns), *shape)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        whole = self._core(0).new_ones(1, 1, 1)
+        for k in range(len(self.cores)):
+            whole = torch.einsum("RCa,aoib->RoCib", whole, self._core(k)).flatten(0, 1).flatten(1, 2)
+        return whole[: self.rows, : self.columns, 0].contiguous()
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        digits, rest = [], index.long()
+        for mode in reversed(self.row_modes):
+            digits.append(rest % mode)
+            rest = rest // mode
+        found = self._core(0).new_ones(len(index), 1, 1)
+        for k, digit in enumerate(reversed(digits)):
+            # (chi, o, i, chi') at each row's own o: a batch of small products.
+            slices = self._core(k)[:, digit].transpose(0, 1).flatten(2)
+            found = (found @ slices).unflatten(2, (self.column_modes[k], -1)).flatten(1, 2)
+        return found[:, : self.columns, 0]
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        flat = torch.nn.functional.pad(x.reshape(-1, self.columns), (0, math.prod(self.column_modes) - self.columns))
+        state = flat.reshape(len(flat), 1, 1, -1)  # batch, outputs so far, chi, inputs to come
+        for k, mode in enumerate(self.column_modes):
+            state = torch.einsum("zRaic,aoib->zRobc", state.unflatten(3, (mode, -1)), self._core(k).to(x.dtype))
+            state = state.flatten(1, 2)
+        return state[:, : self.rows, 0, 0].reshape(*x.shape[:-1], self.rows)
+
+    def _core(self, k: int) -> Tensor:
+        """Core ``k`` as (chi_(k-1), o_k, i_k, chi_k)."""
+        return self.cores[k].dense().reshape(-1, self.row_modes[k], self.column_modes[k], self.cores[k].shape[1])
+
+    def _named(self) -> dict[str, Form]:
+        return {f"core{k}": core for k, core in enumerate(self.cores)}
+
+
+def check_modes(modes: Sequence[int], size: int, what: str) -> None:
+    """Raise :class:`ArtifactError` unless the product of ``modes`` is ``size``, or a little more to be cut."""
+    product = math.prod(modes)
+    expect(
+        0 < len(modes) <= MOST_CORES and min(modes) > 0 and size <= product < 2 * size + 2,
+        f"{what} modes {list(modes)} multiply to {product}, which is not {size} or at most twice that",
+    )
+
+
+def full_ranks(row_modes: Sequence[int], column_modes: Sequence[int]) -> list[int]:
+    """The ranks ``chi_0 .. chi_N`` at which nothing is lost."""
+    sizes = [o * i for o, i in zip(row_modes, column_modes, strict=True)]
+    return [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(sizes) + 1)]

@@ -1,0 +1,186 @@
+"""What a recipe is: the honest small experiment that checks one system's published claim."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import RequestError
+
+#: Trained models and downloaded data of recipes lie here.
+CACHE = Path(os.environ.get("OCTAVO_CACHE", Path.home() / ".cache" / "octavo")) / "recipes"
+
+_RECIPES: dict[str, Recipe] = {}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared.
+
+    Parameters
+    ----------
+    name
+        What was done, and to what size.
+    bytes
+        Of the artifact's files, from :meth:`Trial.through_file`; 0 where nothing is stored.
+    values
+        The metric, one value a seed.
+    also
+        Other figures worth a column, by name.
+    """
+
+    name: str
+    bytes: int
+    values: tuple[float, ...]
+    also: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Of all seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds, None of a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement of the claim against the figures.
+
+    Parameters
+    ----------
+    statement
+        What should be so, in words.
+    holds
+        Whether it is.
+    figures
+        The numbers that say so.
+    """
+
+    statement: str
+    holds: bool
+    figures: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a recipe found.
+
+    Parameters
+    ----------
+    checks
+        All must hold for the claim to hold.
+    reason
+        Why it holds or does not at this scale, in a sentence or two; no more than the arms show.
+    """
+
+    arms: Sequence[Arm]
+    checks: Sequence[Check]
+    reason: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the claim held."""
+        return all(check.holds for check in self.checks)
+
+
+@dataclass
+class Trial:
+    """One run of a recipe.
+
+    Parameters
+    ----------
+    quick
+        Whether to run a miniature in under a minute: the same code on tiny real data, whose figures prove nothing.
+    step
+        Tells what is being done.
+    """
+
+    quick: bool = False
+    first_seed: int = 0
+    step: Callable[[str], Any] = lambda text: None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Three seeds, or one in a quick run."""
+        return tuple(range(self.first_seed, self.first_seed + (1 if self.quick else 3)))
+
+    def cached(self, name: str) -> Path:
+        """A file for a trained model or the like, kept between runs; quick ones lie apart."""
+        folder = CACHE / ("quick" if self.quick else "full")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published system and the experiment that checks its claim.
+
+    Parameters
+    ----------
+    name
+        What users write.
+    system, source
+        Its name, and where it was published.
+    claim
+        What was published, in one sentence.
+    metric
+        What the arms' values are, with its unit and which way is better.
+    data
+        What the full run is made on, and where a user gets it.
+    run
+        The experiment.
+    """
+
+    name: str
+    system: str
+    source: str
+    claim: str
+    metric: str
+    data: str
+    run: Callable[[Trial], Finding]
+
+
+def recipe(
+    name: str, *, system: str, source: str, claim: str, metric: str, data: str
+) -> Callable[[Callable[[Trial], Finding]], Callable[[Trial], Finding]]:
+    """Register an experiment under the name that users write."""
+
+    def register(run: Callable[[Trial], Finding]) -> Callable[[Trial], Finding]:
+        if name in _RECIPES:
+            raise ValueError(f"a recipe named {name!r} is already registered: {_RECIPES[name].run.__module__}")
+        _RECIPES[name] = Recipe(name, system, source, claim, metric, data, run)
+        return run
+
+    return register
+
+
+@cache
+def _load_all() -> None:
+    """Import every file of this package; each registers its recipe."""
+    import octavo.recipes as package
+
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name."""
+    _load_all()
+    return dict(sorted(_RECIPES.items()))
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name."""
+    if name not in recipes():
+        raise RequestError(f"recipe {name!r} is not known; choose from {', '.join(recipes())}")
+    return recipes()[name]

@@ -1,0 +1,81 @@
+"""One training loop: it learns, resumes where it stopped, and trains forms as they will be stored."""
+
+import pytest
+import torch
+from torch import nn
+
+from octavo.errors import RequestError
+from octavo.forms import Dense, LowRank
+from octavo.train import Regimen, accuracy, cross_entropy, distillation, fit, formed, forms_of, settle
+
+
+def task():
+    torch.manual_seed(0)
+    x = torch.randn(512, 16)
+    y = (x @ torch.randn(16, 4)).argmax(1)
+    return lambda epoch: [(x[i : i + 64], y[i : i + 64]) for i in range(0, 512, 64)]
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def low_rank(rows, columns, rank):
+    return LowRank(Dense(torch.randn(rows, rank) / rank**0.5), Dense(torch.randn(rank, columns) / columns**0.5))
+
+
+def test_forms_are_trained_and_handed_over():
+    model, batches = net(), task()
+    formed(model, {"0.weight": low_rank(32, 16, 5)})
+    losses = fit(model, batches, cross_entropy, epochs=20, lr=1e-2)
+    assert losses[-1] < losses[0] / 2 and accuracy(model, batches(0)) > 0.8
+    form = forms_of(model)["0.weight"]
+    assert isinstance(form, LowRank) and form.left.shape == (32, 5)
+    before = model(batches(0)[0][0])
+    assert settle(model).keys() == {"0.weight"} and isinstance(model[0].weight, nn.Parameter)
+    assert torch.equal(model(batches(0)[0][0]), before) and torch.equal(model[0].weight, form.dense())
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
+    class Stop(Exception):
+        pass
+
+    class Interrupted(Regimen):
+        def epoch(self, number):
+            if number == 2:
+                raise Stop
+
+    whole, halved, batches = net(), net(), task()
+    expected = fit(whole, batches, cross_entropy, epochs=4)
+    with pytest.raises(Stop):
+        fit(halved, batches, cross_entropy, epochs=4, checkpoint=tmp_path / "state", regimen=Interrupted())
+    again = net(seed=5)
+    assert fit(again, batches, cross_entropy, epochs=4, checkpoint=tmp_path / "state") == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_student_follows_its_teacher():
+    teacher, student, batches = net(), net(seed=1), task()
+    fit(teacher, batches, cross_entropy, epochs=20, lr=1e-2)
+    fit(student, batches, distillation(teacher), epochs=20, lr=1e-2)
+    x = batches(0)[0][0]
+    assert float((student(x).argmax(1) == teacher(x).argmax(1)).float().mean()) > 0.8
+
+
+def test_bad_requests_are_told(tmp_path):
+    model, batches = net(), task()
+    with pytest.raises(RequestError, match=r"no parameter '7\.weight'"):
+        formed(model, {"7.weight": low_rank(32, 16, 2)})
+    with pytest.raises(RequestError, match=r"\(32, 16\) cannot be computed from a form of shape \(16, 32\)"):
+        formed(model, {"0.weight": low_rank(16, 32, 2)})
+    model[2].weight = model[0].weight
+    with pytest.raises(RequestError, match="shared"):
+        formed(model, {"0.weight": low_rank(32, 16, 2)})
+    with pytest.raises(RequestError, match="no batches"):
+        fit(net(), lambda epoch: [], cross_entropy)
+    with pytest.raises(RequestError, match="the loss is nan in step 0"):
+        fit(net(), batches, lambda module, batch: cross_entropy(module, batch) * float("nan"))
+    (tmp_path / "state").write_bytes(b"not a checkpoint")
+    with pytest.raises(RequestError, match="not a checkpoint"):
+        fit(net(), batches, cross_entropy, checkpoint=tmp_path / "state")
