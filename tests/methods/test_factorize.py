@@ -124,3 +124,64 @@ def test_eora_gains_with_rank(matrix, evidence):
 def test_unusable_settings_are_named(name, setting, word, matrix, evidence):
     with pytest.raises(RequestError, match=f"{name}.*{word}"):
         get_method(name).encode(matrix, setting, evidence)
+
+
+def _moments(size, generator):
+    """The identity, a diagonal, a full moment, and one without full rank."""
+    full = torch.randn(size, size, generator=generator)
+    thin = torch.randn(size, size // 3, generator=generator)
+    return {
+        "none": None,
+        "diagonal": torch.rand(size, generator=generator),
+        "some zero": (torch.arange(size) % 3 > 0).float(),
+        "full": full @ full.t(),
+        "deficient": thin @ thin.t(),
+    }
+
+
+def _as_matrix(moment, size):
+    if moment is None:
+        return torch.eye(size, dtype=torch.float64)
+    return (torch.diag(moment) if moment.ndim == 1 else moment).double()
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (7, 1), (1, 7)])
+@pytest.mark.parametrize("left", ["none", "diagonal", "some zero", "full", "deficient"])
+@pytest.mark.parametrize("right", ["none", "diagonal", "some zero", "full", "deficient"])
+def test_whitened_factors_are_the_best_of_every_rank(shape, left, right):
+    """Eckart and Young between any two moments: the loss is what is left of the spectrum of A^T W B."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(shape, generator=generator)
+    ours, theirs = _moments(shape[0], generator)[left], _moments(shape[1], generator)[right]
+    a, b = _as_matrix(ours, shape[0]), _as_matrix(theirs, shape[1])
+
+    def root(moment):
+        values, vectors = torch.linalg.eigh(moment)
+        return vectors * values.clamp_min(0).sqrt()
+
+    spectrum = torch.linalg.svdvals(root(a).t() @ weight.double() @ root(b))
+    parts = factors.whitened(weight, ours, theirs)
+    for rank in {1, min(shape) // 2 or 1, len(parts.values)}:
+        found = parts.first(rank)
+        error = weight.double() - found.left.double() @ found.right.double()
+        loss = float(torch.trace(error.t() @ a @ error @ b))
+        least, total = float(spectrum[rank:].square().sum()), float(spectrum.square().sum())
+        assert loss == pytest.approx(least, rel=1e-4, abs=1e-6 * total)
+        assert float(parts.values[rank:].double().square().sum()) == pytest.approx(least, rel=1e-4, abs=1e-6 * total)
+
+
+def test_few_components_of_a_large_matrix_are_the_first_of_all():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1100, 60, generator=generator) @ torch.randn(60, 1300, generator=generator)
+    few, every = factors.whitened(weight, most=20), factors.whitened(weight)
+    assert len(few.values) == 20
+    assert torch.allclose(few.values, every.values[:20], rtol=1e-5)
+    assert torch.allclose(few.left @ few.right, every.first(20).left @ every.first(20).right, atol=1e-2)
+
+
+def test_damping_is_a_share_of_the_mean_diagonal():
+    weight, moment = torch.randn(12, 8), torch.diag(torch.tensor([4.0] * 2 + [0.0] * 6))
+    damped = factors.whitened(weight, None, moment, damping=0.1)
+    assert torch.allclose(damped.values, factors.whitened(weight, None, moment + 0.1 * torch.eye(8)).values)
+    with pytest.raises(RequestError, match=r"\(8, 8\) does not fit a side of 12"):
+        factors.whitened(weight, moment)

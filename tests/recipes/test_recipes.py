@@ -1,0 +1,85 @@
+"""Recipes: every one runs in miniature, results are kept whole, and the page says what the results say."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from octavo.cli import app
+from octavo.errors import RequestError
+from octavo.recipes import Arm, Check, Finding, Recipe, Trial, get_recipe, recipes
+from octavo.recipes import results as store
+
+NAMES = (
+    "afm", "alds", "comera", "compactifai", "dsformer", "ekfac", "eora", "greenformers", "groupreduce", "maestro",
+    "modegpt", "one-way-filters", "trp",
+)  # fmt: skip
+
+
+def made(values=(1.0, 2.0, 3.0), holds=True):
+    """A recipe whose experiment is done."""
+    arms = [Arm("plain", 1000, (4.0, 4.0, 4.0)), Arm("theirs", 990, values, {"rank": 3})]
+    check = Check("Theirs is below plain.", holds, f"{arms[1].mean:g} against {arms[0].mean:g}.")
+    return Recipe(
+        "tiny", "Tiny", "Nobody (2026)", "It is better.", "loss (lower is better)", "none",
+        lambda trial: Finding(arms, [check], "As the arms show."),
+    )  # fmt: skip
+
+
+def test_every_system_has_its_recipe():
+    assert set(NAMES) <= set(recipes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_runs_work(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("octavo.recipes.base.CACHE", tmp_path)
+    monkeypatch.setenv("OCTAVO_DATA", str(tmp_path / "not there"))
+    result = store.reproduce(get_recipe(name), Trial(quick=True))
+    assert len(result["arms"]) >= 3 and result["checks"] and result["reason"]
+    assert all(arm["bytes"] >= 0 and len(arm["values"]) >= 1 for arm in result["arms"])
+    assert len({arm["name"] for arm in result["arms"]}) == len(result["arms"])
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_results_are_saved_whole_and_listed(tmp_path):
+    result = store.reproduce(made(), Trial())
+    assert result["holds"] and result["command"] == "octavo reproduce tiny" and result["seeds"] == [0, 1, 2]
+    assert result["arms"][1] == {
+        "name": "theirs", "bytes": 990, "values": [1.0, 2.0, 3.0], "mean": 2.0, "spread": 1.0, "also": {"rank": 3},
+    }  # fmt: skip
+    store.save(result, tmp_path)
+    assert store.last("tiny", tmp_path) == result
+    assert store.last("another", tmp_path) is None
+
+
+def test_a_claim_holds_only_if_all_of_it_does():
+    assert not made(holds=False).run(Trial()).holds
+    assert "does not hold at this scale" in store.page([store.reproduce(made(holds=False), Trial())])
+
+
+def test_the_page_is_made_from_the_results():
+    """What is committed agrees: each full result is on the page as it is in its file."""
+    where = store.folder()
+    found = [result for name in NAMES if (result := store.last(name, where)) is not None]
+    assert (where.parent / "recipes.md").read_text(encoding="utf-8") == store.page(found)
+    for result in found:
+        assert not result["quick"] and result["name"] in NAMES
+        assert result["holds"] == all(check["holds"] for check in result["checks"])
+        recipe = get_recipe(result["name"])
+        assert (result["claim"], result["source"]) == (recipe.claim, recipe.source)
+
+
+def test_the_command_lists_and_refuses(tmp_path):
+    run = CliRunner().invoke
+    listed = json.loads(run(app, ["reproduce", "--list", "--json", "--results", str(tmp_path)]).stdout)
+    assert {entry["name"] for entry in listed} >= set(NAMES)
+    assert all(set(entry) == {"name", "system", "source", "claim", "result"} for entry in listed)
+    assert all(entry["result"] is None for entry in listed)
+    for words in (["reproduce"], ["reproduce", "alds", "--list"]):
+        refused = run(app, words)
+        assert refused.exit_code == 2 and "--list" in refused.output
+    refused = run(app, ["reproduce", "nothing"])
+    assert refused.exit_code == 2 and "'nothing' is not known; choose from afm, alds" in refused.output
+    with pytest.raises(RequestError, match="not known"):
+        get_recipe("nothing")
