@@ -13,6 +13,7 @@ import pytest
 
 import octavo.forms.base
 import octavo.methods.base
+import octavo.recipes.base
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
@@ -116,10 +117,12 @@ def command_lines() -> list[Any]:
 
 @pytest.fixture
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a page register methods and forms without other tests finding them."""
+    """Let a page register methods, forms and recipes without other tests finding them."""
     octavo.methods.base.methods()  # all that come with Octavo first, so that they stay registered
+    octavo.recipes.base.recipes()
     monkeypatch.setattr(octavo.methods.base, "_METHODS", dict(octavo.methods.base._METHODS))
     monkeypatch.setattr(octavo.forms.base, "_FORMS", dict(octavo.forms.base._FORMS))
+    monkeypatch.setattr(octavo.recipes.base, "_RECIPES", dict(octavo.recipes.base._RECIPES))
 
 
 @pytest.mark.usefixtures("own_registries")
