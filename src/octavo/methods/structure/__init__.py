@@ -1,0 +1,1 @@
+"""Units of a whole block cut away together: neurons, heads and their dimensions."""

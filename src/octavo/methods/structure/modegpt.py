@@ -1,0 +1,259 @@
+"""MoDeGPT: pairs of matrices decomposed together, so that blocks become thinner and need no training.
+
+Source: Lin et al. (2024), arXiv 2408.09632. With the moments of one forward pass (:class:`Moments`), in every block:
+
+- The MLP. With the moment ``C`` (m, m) of its neurons, those of the largest ridge leverage ``[C (C + l I)^-1]_ii``
+  stay, the set ``S``, and the matrix that reads them makes up for the rest: ``W_D <- W_D C[:, S] C[S, S]^-1``.
+- Queries and keys. Of the dimensions that the rotary embedding turns together, the pairs with the largest
+  ``sqrt(E|q|^2) sqrt(E|k|^2)`` stay, summed over the query heads of a group. A rotation changes none of it.
+- Values and output. With values ``v = W_V x`` of moment ``M`` (size, size), ``W_O W_V`` of a head becomes the product
+  of lower rank with the least error at the output: the truncated SVD of ``W_O M^(1/2)``. Where several query heads
+  share the values, these alone are truncated, the SVD of ``M^(1/2)``, and each ``W_O`` is projected.
+
+Layers give up shares of their weights by their influence on the stream (:func:`allocate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import RequestError
+from octavo.forms import Cut, Dense, Form
+from octavo.methods.factorize.factors import whitened
+from octavo.methods.structure.decoder import Block, Moments, blocks
+
+#: What can be decomposed: the MLP (type I), queries with keys (type II), values with the output (type III).
+TYPES = ("mlp", "query-key", "value-output")
+#: No layer gives up more.
+LIMIT = 0.8
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A decoder's thinner blocks, in matrices of their former shapes.
+
+    Parameters
+    ----------
+    forms
+        Of weights by parameter name: a :class:`octavo.forms.Cut` each.
+    biases
+        By parameter name, those that changed.
+    """
+
+    forms: dict[str, Form]
+    biases: dict[str, Tensor]
+
+    @torch.no_grad()
+    def load(self, model: nn.Module) -> nn.Module:
+        """The model with these weights and biases, in place."""
+        parameters = dict(model.named_parameters())
+        for name, form in self.forms.items():
+            parameters[name].copy_(form.dense())
+        for name, bias in self.biases.items():
+            parameters[name].copy_(bias)
+        return model
+
+
+def allocate(influence: Sequence[float], mean: float, temperature: float = 0.015) -> list[float]:
+    """Shares of their weights that layers give up.
+
+    They maximise ``sum_l s_l (1 - phi_l) + temperature * entropy(phi)`` under the given mean, which gives ``phi = L *
+    mean * softmax(-s / temperature)``; what exceeds :data:`LIMIT` is spread over the others in proportion.
+
+    Parameters
+    ----------
+    influence
+        ``s``, one a layer.
+    mean
+        From 0 to :data:`LIMIT`.
+    temperature
+        High ones make layers equal.
+    """
+    if not 0 <= mean <= LIMIT:
+        raise RequestError(f"modegpt: the share of weights to cut is {mean!r}; it must be from 0 to {LIMIT}")
+    if not temperature > 0:
+        raise RequestError(f"modegpt: the temperature is {temperature!r}; it must be above 0")
+    logits = -torch.tensor(influence, dtype=torch.float64) / temperature
+    shares, free = torch.zeros(len(logits), dtype=torch.float64), torch.ones(len(logits), dtype=torch.bool)
+    while bool(free.any()):
+        left = len(logits) * mean - LIMIT * int((~free).sum())
+        shares[free] = left * logits[free].softmax(0)
+        over = free & (shares > LIMIT)
+        if not bool(over.any()):
+            break
+        shares[over], free = LIMIT, free & ~over
+    return shares.tolist()
+
+
+@torch.no_grad()
+def decompose(
+    model: nn.Module,
+    moments: Sequence[Moments],
+    shares: Sequence[float],
+    types: Collection[str] = TYPES,
+    *,
+    ridge: float = 1e-4,
+) -> Decomposition:
+    """Cut a share of the weights of every block.
+
+    Parameters
+    ----------
+    moments
+        Of :func:`octavo.methods.structure.decoder.observe`, one a block.
+    shares
+        What every block gives up, from 0 to below 1; at least one unit of each kind remains.
+    types
+        Which of :data:`TYPES`; the others stay as they are.
+    ridge
+        Added to the diagonals of moments, as a share of their mean.
+
+    Raises
+    ------
+    RequestError
+        If the model's architecture is not known, or the arguments do not fit it.
+    """
+    found = blocks(model)
+    if not len(found) == len(moments) == len(shares):
+        raise RequestError(f"modegpt: {len(found)} blocks, but {len(moments)} moments and {len(shares)} shares")
+    if wrong := [share for share in shares if not 0 <= share < 1]:
+        raise RequestError(f"modegpt: a share to cut is {wrong[0]!r}; it must be at least 0 and below 1")
+    if unknown := sorted(set(types) - set(TYPES)):
+        raise RequestError(f"modegpt: {unknown[0]!r} is no type of module; choose from {', '.join(TYPES)}")
+    result = Decomposition({}, {})
+    work = {"mlp": _mlp, "query-key": _query_key, "value-output": _value_output}
+    for block, seen, share in zip(found, moments, shares, strict=True):
+        for kind in TYPES:
+            if kind in types and share > 0:
+                work[kind](block, seen, 1 - share, ridge, result)
+    return result
+
+
+def leverage(moment: Tensor, ridge: float) -> Tensor:
+    """``[C (C + l I)^-1]_ii = 1 - l [(C + l I)^-1]_ii`` with ``l = ridge * mean(diag C)``: (m, m) to (m,)."""
+    damped, added = _damped(moment, ridge)
+    return 1 - added * torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
+
+
+def refitted(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """``W C[:, S] C[S, S]^-1``, ``C`` damped: of all (d, |S|) that read what is kept, the nearest to ``W`` (d, m)."""
+    damped, _ = _damped(moment, ridge)
+    factor = torch.linalg.cholesky(damped[kept][:, kept])
+    return torch.cholesky_solve(damped[kept] @ weight.double().t(), factor).t()
+
+
+def pairs(queries: Tensor, keys: Tensor, count: int) -> Tensor:
+    """The pairs of rotated dimensions that stay, for each head of keys.
+
+    Parameters
+    ----------
+    queries, keys
+        (heads, size) and (shared, size) mean squares; dimension ``i`` is turned with ``i + size / 2``.
+
+    Returns
+    -------
+    Tensor
+        (shared, size) bools, ``2 * count`` of them true in every row.
+    """
+    shared, size = keys.shape
+    ours, theirs = (energy.view(len(energy), 2, size // 2).sum(1).sqrt() for energy in (queries, keys))
+    scores = ours.view(shared, -1, size // 2).sum(1) * theirs
+    kept = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, _largest(scores, count), True)
+    return kept.repeat(1, 2)
+
+
+def value_bases(outputs: Tensor, moment: Tensor, rank: int, ridge: float) -> tuple[list[Tensor], Tensor]:
+    """What takes the place of the output matrices of the heads that share values, and of the values.
+
+    Parameters
+    ----------
+    outputs
+        (d, group, size).
+    moment
+        (size, size) second moment of the values.
+
+    Returns
+    -------
+    lefts, right
+        One (d, rank) for each head of the group, and the (rank, size) by which values are multiplied; the rank is lower
+        where the matrices have no more.
+    """
+    alone = outputs.shape[1] == 1
+    target = outputs[:, 0] if alone else torch.eye(outputs.shape[2], dtype=torch.float64)
+    found = whitened(target, None, moment, rank, damping=ridge)
+    left, right = found.left[:, :rank].double(), found.right[:rank].double()
+    return [left] if alone else [outputs[:, member] @ left for member in range(outputs.shape[1])], right
+
+
+def _mlp(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
+    gate, up, down = (block.linear(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
+    kept = torch.zeros(down.in_features, dtype=torch.bool)
+    kept[_largest(leverage(seen.neurons, ridge), _count(keep, len(kept)))] = True
+    for name, linear in (("gate", gate), ("up", up)):
+        _cut_rows(block, f"mlp.{name}_proj", linear.weight, linear.bias, kept, result)
+    weight = refitted(down.weight, seen.neurons, kept, ridge).to(down.weight)
+    result.forms[f"{block.name}.mlp.down_proj.weight"] = Cut(Dense(weight), _all(len(weight)), kept)
+
+
+def _query_key(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
+    kept = pairs(seen.queries, seen.keys, _count(keep, block.size // 2))
+    for name, rows in (("q", kept.repeat_interleave(block.group, 0)), ("k", kept)):
+        linear = block.linear(f"self_attn.{name}_proj")
+        _cut_rows(block, f"self_attn.{name}_proj", linear.weight, linear.bias, rows.flatten(), result)
+
+
+def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
+    value, output, name = block.linear("self_attn.v_proj"), block.linear("self_attn.o_proj"), f"{block.name}.self_attn"
+    values = value.weight.double().view(block.shared, block.size, -1)
+    outputs = output.weight.double().view(-1, block.shared, block.group, block.size)
+    bias = torch.zeros(block.shared, block.size, dtype=torch.float64)
+    moved = torch.zeros_like(bias) if value.bias is None else value.bias.double().view_as(bias)
+    if value.bias is not None and output.bias is not None:
+        # Weights of attention sum to one, so the bias of values comes out of it as it went in.
+        constant = torch.einsum("dhgi,hi->d", outputs, moved)
+        result.biases[f"{name}.o_proj.bias"] = (output.bias + constant).to(output.bias)
+        moved = torch.zeros_like(bias)
+    rows = torch.zeros(block.shared, block.size, dtype=torch.bool)
+    first, second = [], []
+    for head in range(block.shared):
+        lefts, right = value_bases(outputs[:, head], seen.values[head], _count(keep, block.size), ridge)
+        rows[head, : len(right)] = True
+        bias[head, : len(right)] = right @ moved[head]
+        first.append(right @ values[head])
+        second += lefts
+    columns = rows.repeat_interleave(block.group, 0).flatten()
+    made = torch.cat(first).to(value.weight), torch.cat(second, 1).to(output.weight)
+    result.forms[f"{name}.v_proj.weight"] = Cut(Dense(made[0]), rows.flatten(), _all(value.in_features))
+    result.forms[f"{name}.o_proj.weight"] = Cut(Dense(made[1]), _all(output.out_features), columns)
+    if value.bias is not None:
+        result.biases[f"{name}.v_proj.bias"] = bias.flatten().to(value.bias)
+
+
+def _cut_rows(
+    block: Block, path: str, weight: Tensor, bias: Tensor | None, kept: Tensor, result: Decomposition
+) -> None:
+    result.forms[f"{block.name}.{path}.weight"] = Cut(Dense(weight[kept].clone()), kept, _all(weight.shape[1]))
+    if bias is not None:
+        result.biases[f"{block.name}.{path}.bias"] = bias * kept
+
+
+def _count(keep: float, units: int) -> int:
+    return max(1, round(keep * units))
+
+
+def _all(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the largest scores; of equal ones the first, on every machine."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def _damped(moment: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """``C + l I`` in float64, and ``l``; a moment of zeros is given some diagonal too."""
+    added = ridge * float(moment.diagonal().mean()) or 1e-12
+    return moment.double() + added * torch.eye(len(moment), dtype=torch.float64), added

