@@ -107,6 +107,19 @@ def test_never_worse_than_uniform(compressed, ratio):
     assert done.rival is not None or done.built.plan.label != "mixed" or report["uniform"] is None
 
 
+def test_a_family_that_won_no_site_is_told_with_its_figures(trained, digits, tmp_path):
+    """A report names every family that was tried: with the sites it won, or with how far behind it was."""
+    data, methods = list(digits[0][:128].split(64)), ["entropy", "magnitude", "svd", "keep"]
+    done = octavo.compress(trained, ratio=8, data=data, methods=methods)
+    report = done.save(tmp_path / "out")
+    assert {*report["families"], *report["unused"]} - {"keep"} == {"quantize", "prune", "factorize"}
+    assert not set(report["families"]) & set(report["unused"]) and report["unused"]
+    for found in report["unused"].values():
+        assert 0 < found["sites"] <= len(report["sites"])
+        if found["times"]:
+            assert found["times"][0] <= found["times"][1] and found["nearest"] in done.built.plan.points
+
+
 def test_the_model_that_was_compressed_is_unchanged(digits):
     torch.manual_seed(0)
     module = network().train()

@@ -148,6 +148,10 @@ def sample(layers: int = 6) -> dict[str, Any]:
         "sites": sites,
         "kept": kept,
         "families": families,
+        "unused": {
+            "prune": {"sites": 36, "times": [1.2, 3.4], "nearest": "encoder.layer.0.output.dense.weight"},
+            "share": {"sites": 2, "times": None, "nearest": None},
+        },
         "code_lengths": {
             "bins": [n / 2 for n in range(17)],
             "weights": [0, 0, 9e3, 1.1e5, 6.2e5, 2.1e6, 5.3e6, 6.9e6, 4.4e6, 1.9e6, 8e5, 2.2e5, 4e4, 5e3, 0, 0],

@@ -68,7 +68,7 @@ def read(data: dict[str, Any], folder: Path) -> Reader:
 def poison(value: Any) -> Any:
     """Put markup into every string and every key that is not one of the schema."""
     if isinstance(value, dict):
-        named = {"files", "setting", "families", "coding", "timings", "dtypes", "environment"}
+        named = {"files", "setting", "families", "unused", "coding", "timings", "dtypes", "environment"}
         return {
             key: {f"{HOSTILE}{k}": poison(v) for k, v in item.items()}
             if key in named and isinstance(item, dict)
@@ -88,7 +88,15 @@ def test_the_page_has_every_section_in_order_and_says_what_was_measured(report: 
         "outcome": ["11.30 MB", "0.0042", "12.3 ms", "55 ms", "model.safetensors", "ratio 8", "99.4 %"],
         "tradeoff": ["gptq everywhere", "this artifact, measured", "bits=4 group=64"],
         "spread": ["encoder.layer.*.output.dense.weight", "×\xa06", "5.29 MB"],
-        "families": ["quantize", "35", "factorize"],
+        "families": [
+            "quantize",
+            "35",
+            "factorize",
+            "prune was tried at 36 sites and won none",
+            "at least 1.2 times",
+            "median 3.4",
+            "share was tried at 2 sites and won none: it has no setting",
+        ],
         "lengths": ["22.4 million", "huffman", "11.00 MB"],
         "worst": ["embeddings.word_embeddings.weight", "0.00071"],
         "sites": ["encoder.layer.5.attention.self.key.weight", "rank=96, bits=6", "38 sites"],

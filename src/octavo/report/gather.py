@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import resource
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -19,7 +20,9 @@ import octavo
 from octavo.artifact import Artifact, dtype_name
 from octavo.budget import Budget
 from octavo.inmemory import replaced
+from octavo.methods import get_method
 from octavo.objective import run
+from octavo.profile import densified
 from octavo.report.running import running_data
 from octavo.running.speed import interleaved
 from octavo.verify import digest_of, probe_outputs
@@ -107,6 +110,7 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
         "sites": sites,
         "kept": [_kept_row(done, name, reason) for name, reason in job.left.items()],
         "families": families,
+        "unused": unused(done),
         "code_lengths": _code_lengths(sites),
         "coding": codecs,
         "digests": digests,
@@ -170,8 +174,6 @@ def _dtypes(done: Compressed) -> dict[str, int]:
 
 
 def _site_row(done: Compressed, name: str) -> dict[str, Any]:
-    from octavo.methods import get_method
-
     site, point, packed = done.job.site(name), done.built.plan.points[name], done.built.packed[name]
     curve = next(curve for curve in done.profile.curves if curve.site == name)
     return {
@@ -202,6 +204,41 @@ def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
         "original_bytes": elements * kept.dtype.itemsize,
         "reason": reason if reason.startswith("not a floating") else reason + narrow,
     }
+
+
+def unused(done: Compressed) -> dict[str, dict[str, Any]]:
+    """Families that were tried and won no site, and how much more their best would lose in the bytes that sites got.
+
+    Returns
+    -------
+    dict
+        Family to ``sites`` that it was tried at; ``times``, least and median over those of its expected loss over the
+        chosen one's; and ``nearest``, the site of the least. The latter are None where it had nothing as small.
+    """
+    chosen = done.built.plan.points
+    # Leaving a weight as it is competes with nobody.
+    won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
+    tried: dict[str, int] = {}
+    behind: dict[str, dict[str, float]] = {}
+    for curve in done.profile.curves:
+        point = chosen[curve.site]
+        least: dict[str, float] = {}
+        for other in densified(curve):
+            family = get_method(other.method).family
+            if family not in won:
+                within = other.loss if other.bytes <= point.bytes else math.inf
+                least[family] = min(least.get(family, math.inf), within)
+        for family, loss in least.items():
+            tried[family] = tried.get(family, 0) + 1
+            if math.isfinite(loss) and point.loss > 0:
+                behind.setdefault(family, {})[curve.site] = loss / point.loss
+    found: dict[str, dict[str, Any]] = {}
+    for family, sites in sorted(tried.items()):
+        times = behind.get(family, {})
+        spread = [min(times.values()), statistics.median(times.values())] if times else None
+        nearest = min(times, key=lambda site: times[site]) if times else None
+        found[family] = {"sites": sites, "times": spread, "nearest": nearest}
+    return found
 
 
 def _uniform_row(done: Compressed) -> dict[str, Any]:

@@ -91,7 +91,20 @@ def families(data: dict[str, Any]) -> Safe:
         for name, family in sorted(table.items(), key=lambda item: -item[1]["bytes"])[:NAMES]
     ]
     headers = ("Family", "Sites", "Bytes", "of all bytes", "Expected loss", "of all loss")
-    return section("families", "By family of methods", grid(headers, rows, "stack"))
+    others = [paragraph(_unused(name, found)) for name, found in list(data["unused"].items())[:NAMES]]
+    return section("families", "By family of methods", grid(headers, rows, "stack"), *others)
+
+
+def _unused(family: str, found: dict[str, Any]) -> str:
+    """Why a family that was tried is in no row."""
+    tried = f"{plain(family, 40)} was tried at {things(found['sites'], 'site')} and won none"
+    if not found["times"]:
+        return f"{tried}: it has no setting in the bytes that these were given."
+    least, median = found["times"]
+    return (
+        f"{tried}: in the bytes that these were given its best would lose at least {figures(least)} times as much "
+        f"(median {figures(median)}), and comes nearest at {plain(found['nearest'], 80)}."
+    )
 
 
 def _rows(sites: list[dict[str, Any]]) -> list[tuple[object, ...]]:
