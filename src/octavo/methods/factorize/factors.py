@@ -52,6 +52,12 @@ class Factors:
     right: Tensor
     values: Tensor
 
+    @property
+    def losses(self) -> Tensor:
+        """(components + 1,) what is lost at every rank from 0 on, twice the expected loss of :class:`Evidence`."""
+        squares = self.values.double().square().flip(0).cumsum(0).flip(0)
+        return torch.cat([squares, squares.new_zeros(1)])
+
     def first(self, rank: int) -> Factors:
         """The best factors of that rank."""
         return Factors(self.left[:, :rank], self.right[:rank], self.values[:rank])

@@ -1,0 +1,133 @@
+"""What factorization adds: the chosen plan with all families against the best plan without it, at the same bytes.
+
+On MiniLM, SmolLM2-135M and the small Llama of the recipes, preset best, ratios 8, 12 and 16, judged on texts that neither
+calibration nor the choice of the plan saw. Goes on where it was stopped. Writes docs/results/families.json.
+
+    python benchmarks/families.py [minilm] [smollm2] [llama]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import CACHE, brown, load_results, minilm, save_results, stat_bytes, windows
+from models import model_folder
+
+import octavo
+from octavo.allocate import allocate
+from octavo.compress import Compressed
+from octavo.finish import MARGIN, finish
+from octavo.integrations.texts import text_batches
+from octavo.methods import methods
+from octavo.objective import KL, Cosine, Objective
+from octavo.recipes import Trial
+from octavo.recipes.models import language_model
+from octavo.reconstruct import reconstruct
+from octavo.request import describe
+from octavo.workspace import Workspace
+
+RATIOS = (8, 12, 16)
+
+
+@dataclass
+class Case:
+    """A source, what it is calibrated on, and how it is judged."""
+
+    source: Any
+    data: Any
+    objective: Objective
+    test: list[Any]
+    reference: Callable[[], Any]
+
+
+def encoder() -> Case:
+    """MiniLM and the Brown corpus."""
+    from transformers import AutoModel
+
+    calibration, test = brown()
+    load = lambda: AutoModel.from_pretrained(minilm()).eval()  # noqa: E731
+    return Case(minilm(), calibration, Cosine(), text_batches(minilm(), test), load)
+
+
+def smollm2() -> Case:
+    """SmolLM2-135M-Instruct, on the windows of the benchmark beside other tools."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_folder("smollm2")
+    calibration, test = windows(AutoTokenizer.from_pretrained(folder))
+    load = lambda: AutoModelForCausalLM.from_pretrained(folder).float().eval()  # noqa: E731
+    return Case(folder, _batches(calibration, 16), KL(), _batches(test, 2), load)
+
+
+def llama() -> Case:
+    """The Llama of six layers that the recipes train."""
+    model, found = language_model(Trial())
+    calibration, test = found["train"][:: len(found["train"]) // 256][:256], found["test"]
+    return Case(model, _batches(calibration, 32), KL(), _batches(test, 32), lambda: model)
+
+
+def _batches(ids: torch.Tensor, size: int) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": part} for part in ids.split(size)]
+
+
+CASES: dict[str, Callable[[], Case]] = {"minilm": encoder, "llama": llama, "smollm2": smollm2}
+
+
+def compare(name: str, ratio: int, case: Case, reference: list[torch.Tensor]) -> dict[str, Any]:
+    """One ratio: the plan that Octavo chose, and the best without any method of the family, both with gains fitted."""
+    work = CACHE / "families" / name
+    done = octavo.compress(
+        case.source, ratio=ratio, data=case.data, objective=case.objective, preset="best", workspace=work, resume=True
+    )
+    report = done.save(work / f"all-{ratio}", overwrite=True)
+    names = [name for name, cls in methods().items() if cls.family != "factorize"]
+    room = Workspace(work, describe(done.job, done.preset), resume=True)
+    plan = allocate(done.profile, done.budget, margin=MARGIN, methods=names)
+    built = finish(done.job, done.profile, done.calibration, room, plan, done.budget)
+    built = reconstruct(done.job, done.calibration, built, done.budget.bytes, done.preset)
+    without = Compressed(**{**done.__dict__, "built": built, "rival": None})
+    without.save(work / f"without-{ratio}", overwrite=True)
+    sites = [site for site in report["sites"] if site["family"] == "factorize"]
+    return {
+        "model": name, "ratio": ratio, "budget": done.budget.bytes, "metric": case.objective.metric,
+        "bytes": stat_bytes(work / f"all-{ratio}"), "without_bytes": stat_bytes(work / f"without-{ratio}"),
+        "held_back": done.built.quality, "without_held_back": built.quality,
+        "quality": judge(case, reference, work / f"all-{ratio}"),
+        "without_quality": judge(case, reference, work / f"without-{ratio}"),
+        "factorized_sites": len(sites), "sites": len(report["sites"]),
+        "factorized_bytes": sum(site["bytes"] for site in sites),
+        "factorized_methods": sorted({site["method"] for site in sites}), "unused": report["unused"],
+    }  # fmt: skip
+
+
+def judge(case: Case, reference: list[torch.Tensor], folder: Path) -> float:
+    """Divergence on the test texts of what was read back."""
+    model = case.reference()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = octavo.Artifact(folder).state()
+    model.load_state_dict({name: state[name] for name in kept if name in state}, strict=False)
+    value = float(case.objective.measure(model, case.test, reference).mean())
+    model.load_state_dict(kept)
+    return value
+
+
+def main() -> None:
+    asked = sys.argv[1:] or list(CASES)
+    rows = {(row["model"], row["ratio"]): row for row in load_results("families").get("rows", [])}
+    for name in asked:
+        case = CASES[name]()
+        reference = case.objective.reference(case.reference(), case.test)
+        for ratio in RATIOS:
+            rows[name, ratio] = compare(name, ratio, case, reference)
+            print(json.dumps(rows[name, ratio]), flush=True)
+            save_results("families", {"rows": list(rows.values())})
+
+
+if __name__ == "__main__":
+    main()
