@@ -1,0 +1,139 @@
+"""ALDS: low-rank products of groups of input channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from octavo.errors import RequestError
+from octavo.evidence import Evidence
+from octavo.forms import Dense, GroupedLowRank
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.factorize import factors
+from octavo.methods.factorize.factors import Factors
+from octavo.methods.knobs import real, whole
+from octavo.methods.quantize.entropy import Entropy
+from octavo.sites import Site
+
+SOURCE = "ALDS (Liebenwein et al., 2021, arXiv 2107.11442)"
+
+
+@method("alds", family="factorize", preset="best", source=SOURCE)
+@dataclass(frozen=True)
+class ALDS(Method):
+    """``W = [U_1 V_1, ..., U_k V_k]``: the columns in ``k`` groups of input channels, each of rank ``j``.
+
+    ``W`` is (rows, columns), ``U_i`` (rows, j), ``V_i`` (j, columns / k); a unit of rank takes ``k rows + columns``
+    coefficients. A convolution of (f, c, h, w) is read as (f, c h w), so that equal groups of columns are groups of
+    channels wherever ``k`` divides ``c``: as layers a convolution in ``k`` groups, then one of 1 x 1.
+
+    Every group has its truncated SVD, which is the nearest for the spectral norm, ``|W - W'|_2 <= sqrt(k) max_i
+    sigma_{j+1}(W_i)``. Here it is that of ``diag(sqrt r) W_i L_i`` with ``C_ii = L_i L_i^T``: with the evidence of the
+    group the same factors as in ``activation-svd``, which are those of the paper where there is none. Moments between
+    groups are left out of the search, not of the expected loss by which a point is chosen. Which ``(k, j)`` a layer
+    gets is the allocator's choice; the paper's own, over all layers, is in
+    :mod:`octavo.methods.factorize.minimax`.
+
+    Parameters
+    ----------
+    groups
+        Numbers of groups that are tried, each where it divides the columns.
+    """
+
+    groups: tuple[int, ...] = (1, 2, 4, 8)
+
+    by_rows = False
+
+    def accepts(self, site: Site) -> bool:
+        """Linear layers, and convolutions whose channels can be split; those of depthwise ones cannot."""
+        if site.kind != "convolution":
+            return site.kind != "embedding"
+        channels = site.columns // math.prod(site.shape[2:])
+        # The method is not told of kernels: no number of groups may divide the columns and not the channels.
+        return channels > 1 and not any(site.columns % k == 0 and channels % k for k in self.groups)
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Ranks and bits as of an SVD of one group, every other one of several groups."""
+        rows, columns = weight.shape
+        sized = []
+        for groups in (k for k in self.groups if columns % k == 0):
+            for setting in factors.settings(rows, columns // groups)[:: 1 if groups == 1 else 2]:
+                taken = setting["rank"] * (groups * rows + columns) * setting["bits"]
+                sized.append((taken, {"groups": groups, **setting}))
+        return [setting for _, setting in sorted(sized, key=lambda pair: -pair[0])]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> GroupedLowRank:  # noqa: D102
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[GroupedLowRank]:
+        """Settings of as many groups share their decompositions."""
+        rows, columns = weight.shape
+        known: dict[int, tuple[list[Factors], Evidence]] = {}
+        for setting in settings:
+            groups = whole(self.name, setting, "groups", 1, columns)
+            if columns % groups:
+                divisors = ", ".join(str(k) for k in range(1, columns + 1) if columns % k == 0)
+                raise RequestError(
+                    f"{self.name}: {groups} groups do not divide the {columns} columns of this matrix in the setting "
+                    f"{setting}; choose from {divisors}"
+                )
+            rank = whole(self.name, setting, "rank", 1, min(rows, columns // groups))
+            bits = real(self.name, setting, "bits", 1, 16)
+            if groups not in known:
+                known[groups] = _whitened(weight, groups, evidence)
+            yield _quantized(*known[groups], rank, bits)
+
+
+def decomposed(weight: Tensor, groups: int, rank: int) -> GroupedLowRank:
+    """The truncated SVD of every group of columns, not quantized: factors to be trained on."""
+    parts = [factors.whitened(part, most=rank) for part in weight.chunk(groups, 1)]
+    left, right, _ = _joined(parts, rank)
+    return GroupedLowRank(Dense(left), Dense(right.flatten(0, 1)), groups)
+
+
+def _whitened(weight: Tensor, groups: int, evidence: Evidence) -> tuple[list[Factors], Evidence]:
+    """Factors of every group, and the evidence that their right factors share."""
+    parts = weight.chunk(groups, 1)
+    if evidence.columns is None:
+        return [factors.factors(part, evidence) for part in parts], evidence
+    blocks = [block.chunk(groups, 1)[i] for i, block in enumerate(evidence.columns.chunk(groups, 0))]
+    found = [factors.factors(part, Evidence(evidence.rows, block)) for part, block in zip(parts, blocks, strict=True)]
+    # One grid stores all right factors, one below the other; it has steps of its own for rows, but not for the columns
+    # of every group.
+    return found, Evidence(evidence.rows, torch.stack(blocks).mean(0), evidence.samples)
+
+
+def _joined(parts: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left (rows, k j), right (k, j, columns / k) and values (k, j); what a group lacks in components is zero."""
+    first = [part.first(rank) for part in parts]
+    rank = max(len(part.values) for part in first)
+    missing = [rank - len(part.values) for part in first]
+    left = torch.cat([pad(part.left, (0, lack)) for part, lack in zip(first, missing, strict=True)], 1)
+    right = torch.stack([pad(part.right, (0, 0, 0, lack)) for part, lack in zip(first, missing, strict=True)])
+    return left, right, torch.stack([pad(part.values, (0, lack)) for part, lack in zip(first, missing, strict=True)])
+
+
+def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float) -> GroupedLowRank:
+    """As :func:`octavo.methods.factorize.factors.quantized`, with the right factor of each group fitted by itself."""
+    left, right, values = _joined(parts, rank)
+    groups, rank, _ = right.shape
+    # A group of zeros has one component, of nothing: it says nothing of the step.
+    used = values[(left.unflatten(1, (groups, rank)) != 0).any(0)]
+    step = factors._step(Factors(left, right[0], used if len(used) else values.flatten()), bits)
+    weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30)
+    first = Entropy().encode(left, {"step": step}, Evidence(weights, torch.diag(values.flatten())))
+    stored = first.dense().double().unflatten(1, (groups, rank)).transpose(0, 1)
+    heavy = stored * weights.double()[:, None]
+    normal = heavy.mT @ stored
+    # Components rounded to nothing have nothing to fit: the ridge leaves them at zero.
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += diagonal.amax(1, keepdim=True).clamp_min(1e-300) * 1e-9
+    exact = left.double().unflatten(1, (groups, rank)).transpose(0, 1) @ right.double()
+    refitted = torch.linalg.solve(normal, heavy.mT @ exact).float()
+    implied = Evidence(diagonal.flatten().float(), evidence.columns, cache=evidence.cache)
+    return GroupedLowRank(first, Entropy().encode(refitted.flatten(0, 1), {"step": step}, implied), groups)

@@ -1,0 +1,185 @@
+"""The allocation of ALDS: groups and ranks of all layers at once, of the least largest error.
+
+With ``k`` groups of rank ``j`` a layer's matrix ``W = [W_1 ... W_k]`` of (f, columns) has the relative error
+
+    |W - W'|_2 / |W|_2 <= eps(k, j) = sqrt(k) / |W|_2 * max_i sigma_{j+1}(W_i)
+
+and takes ``j (k f + columns)`` coefficients. What is sought is ``min max_l eps_l(k_l, j_l)`` with all sizes at most the
+budget. Two steps alternate from several starts, and the best of all rounds is taken:
+
+1. With ``k`` fixed, the least common level ``eps`` is found by bisection: each layer takes the smallest rank whose
+   error is not above it, or stays dense where that is as small. Sizes fall as the level rises.
+2. With a layer's size ``b`` fixed, it takes the ``k`` of least error at ``j = floor(b / (k f + columns) + 1/2)``.
+
+Source: Liebenwein et al. (2021), arXiv 2107.11442. Levels are bisected over the finitely many errors that there are, so
+that step 1 is exact; among the starts is always the one with a single group, so that the result is never worse.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.errors import RequestError
+
+#: Numbers of groups of the first starts: for each layer the largest divisor of its channels up to them.
+_STARTS = (1, 3, 5, 7, 9)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Groups and rank of one layer."""
+
+    groups: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was found.
+
+    Parameters
+    ----------
+    choices
+        By layer; None where it stays dense.
+    error
+        The largest relative error bound of all layers.
+    elements
+        Coefficients of all layers.
+    """
+
+    choices: dict[str, Choice | None]
+    error: float
+    elements: int
+
+
+class Layer:
+    """A layer's matrix, and the errors and sizes of its decompositions; singular values are worked out once.
+
+    Parameters
+    ----------
+    matrix
+        (f, columns), a convolution's as (f, c h w).
+    channels
+        ``c``, which groups split; it divides the columns.
+    bound
+        Whether errors have the factor ``sqrt(k)`` of the bound; the authors' program leaves it out.
+    """
+
+    def __init__(self, matrix: Tensor, channels: int, *, bound: bool = True) -> None:
+        if channels < 1 or matrix.shape[1] % channels:
+            raise RequestError(f"{channels} channels do not divide the {matrix.shape[1]} columns of a layer's matrix")
+        self.matrix, self.channels, self.bound = matrix.detach().float(), channels, bound
+        self.dense = matrix.numel()
+        self.divisors = tuple(k for k in range(1, channels + 1) if channels % k == 0)
+        self._errors: dict[int, Tensor] = {}
+
+    def errors(self, groups: int) -> Tensor:
+        """Relative errors of ranks 0, 1, ..., full, in falling order; the last is 0."""
+        if groups not in self.divisors:
+            raise RequestError(f"{groups} groups do not divide {self.channels} channels; choose from {self.divisors}")
+        if groups not in self._errors:
+            blocks = self.matrix.double().unflatten(1, (groups, -1)).transpose(0, 1)
+            norm = float(torch.linalg.matrix_norm(self.matrix.double(), 2)) or 1.0
+            largest = torch.linalg.svdvals(blocks).amax(0) * (math.sqrt(groups) if self.bound else 1.0)
+            self._errors[groups] = torch.cat([largest / norm, torch.zeros(1, dtype=largest.dtype)])
+        return self._errors[groups]
+
+    def size(self, choice: Choice | None) -> int:
+        """Coefficients that are stored."""
+        return self.dense if choice is None else choice.rank * self._unit(choice.groups)
+
+    def error(self, choice: Choice | None) -> float:
+        """The relative error (bound) of a choice."""
+        return 0.0 if choice is None else float(self.errors(choice.groups)[choice.rank])
+
+    def within(self, groups: int, level: float) -> Choice | None:
+        """The smallest rank, at least 1, whose error is not above ``level``; None if it is no smaller than dense."""
+        choice = Choice(groups, max(1, int((self.errors(groups) > level).sum())))
+        return choice if self.size(choice) < self.dense else None
+
+    def of_size(self, size: int, allowed: Sequence[int]) -> int:
+        """The groups of least error at about that size."""
+        ranks = {k: min(max(1, int(size / self._unit(k) + 0.5)), len(self.errors(k)) - 1) for k in allowed}
+        return min(ranks, key=lambda k: (float(self.errors(k)[ranks[k]]), k))
+
+    def _unit(self, groups: int) -> int:
+        return groups * self.matrix.shape[0] + self.matrix.shape[1]
+
+
+def allocate(
+    layers: Mapping[str, Layer],
+    budget: int,
+    *,
+    groups: Sequence[int] | None = None,
+    starts: int = 15,
+    rounds: int = 4,
+    seed: int = 0,
+) -> Allocation:
+    """Groups and ranks of the least largest error.
+
+    Parameters
+    ----------
+    layers
+        By name.
+    budget
+        The most coefficients of all of them.
+    groups
+        Numbers of groups that are allowed, where they divide a layer's channels; any divisor if not given. With
+        ``(1,)`` it is plain truncated SVD under the same allocation.
+    starts, rounds
+        Starts, and alternations from each.
+
+    Raises
+    ------
+    RequestError
+        If the budget is below the least size that there is.
+    """
+    allowed = {
+        name: [k for k in layer.divisors if groups is None or k in groups] or [1] for name, layer in layers.items()
+    }
+    generator = random.Random(seed)
+    fixed = [{name: max(k for k in ks if k <= max(most, ks[0])) for name, ks in allowed.items()} for most in _STARTS]
+    drawn = [{name: generator.choice(ks) for name, ks in allowed.items()} for _ in range(starts - len(_STARTS))]
+    found: dict[tuple[int, ...], Allocation | None] = {}
+    for start in (fixed + drawn)[:starts]:
+        split = start
+        for _ in range(rounds):
+            key = tuple(split.values())
+            if key in found:
+                break
+            found[key] = made = _leveled(layers, split, budget)
+            if made is None:
+                break
+            split = {
+                name: layer.of_size(layer.size(made.choices[name]), allowed[name]) for name, layer in layers.items()
+            }
+    feasible = [made for made in found.values() if made is not None]
+    if not feasible:
+        least = sum(min(layer.dense, layer.size(Choice(allowed[name][0], 1))) for name, layer in layers.items())
+        raise RequestError(f"{budget} coefficients are too few for these layers: rank 1 everywhere takes {least}")
+    return min(feasible, key=lambda made: (made.error, made.elements))
+
+
+def _leveled(layers: Mapping[str, Layer], groups: Mapping[str, int], budget: int) -> Allocation | None:
+    """The allocation of the least common level within the budget, None if there is none."""
+    levels = torch.cat([layer.errors(groups[name]) for name, layer in layers.items()]).unique()
+
+    def at(number: int) -> Allocation:
+        level = float(levels[number])
+        choices = {name: layer.within(groups[name], level) for name, layer in layers.items()}
+        error = max(layer.error(choices[name]) for name, layer in layers.items())
+        return Allocation(choices, error, sum(layer.size(choices[name]) for name, layer in layers.items()))
+
+    low, high = 0, len(levels) - 1
+    if at(high).elements > budget:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle).elements <= budget else (middle + 1, high)
+    return at(high)
