@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact, dtype_name
-from octavo.errors import ArtifactError
+from octavo.errors import ArtifactError, RequestError
+from octavo.objective import Batch
 from octavo.raw import raw_bytes
 from octavo.running import held_bytes
+from octavo.running.factors import run_as_factors
 from octavo.sites import Progress
 
 REPORT = "report.html"
@@ -22,7 +24,9 @@ REPORT = "report.html"
 _TOLERANCE = 2.0
 
 
-def load(path: str | Path, into: nn.Module | None = None, *, packed: bool = False) -> Any:
+def load(
+    path: str | Path, into: nn.Module | None = None, *, packed: bool = False, factors: bool = False, batch: Batch = None
+) -> Any:
     """Load an artifact.
 
     Parameters
@@ -35,13 +39,23 @@ def load(path: str | Path, into: nn.Module | None = None, *, packed: bool = Fals
     packed
         Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
         being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
+    factors
+        Whether low-rank and other factored weights run as float32 factors where that is measured, here and now, to be
+        cheaper than dense. :func:`octavo.running.factored` says which do, with the times.
+    batch
+        What the module is called with, for those measurements: a tensor, a tuple or a mapping. Without one, layers are
+        measured at a single row, and convolutions run dense.
 
     Raises
     ------
     ArtifactError
         If the artifact is damaged, or does not fit ``into``.
+    RequestError
+        If factors are asked for together with ``packed``, or of an artifact that no module is loaded from.
     """
     path = Path(path)
+    if factors:
+        return _with_factors(path, into, packed, batch)
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
         from octavo.integrations.transformers import is_known, load_model
 
@@ -60,6 +74,29 @@ def load(path: str | Path, into: nn.Module | None = None, *, packed: bool = Fals
     except RuntimeError as error:
         raise ArtifactError(f"{path}: does not fit {type(into).__name__}: {error}") from error
     return into
+
+
+def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch) -> nn.Module:
+    """The module with dense weights, of which those that are cheaper as factors are exchanged."""
+    if packed:
+        raise RequestError("weights run packed, in bfloat16, or as factors, in float32: choose one of the two")
+    module = load(path, into)
+    if not isinstance(module, nn.Module):
+        raise RequestError(f"{path}: no module runs these weights; give one with into= to run them as factors")
+    artifact = Artifact(path)
+    held = dict(module.named_parameters(remove_duplicate=False))
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+
+    def parameters(name: str) -> list[str]:
+        names = [name, *(alias for alias, other in artifact.aliases.items() if other == name)]
+        # The names in a file of transformers may have gained or lost the base model's prefix.
+        spelled = (option for n in names for option in (n, prefix + n, n.removeprefix(prefix)))
+        return [option for option in dict.fromkeys(spelled) if option in held]
+
+    names = artifact.factorizations()
+    sites = ((name, parameters(name), artifact.form(name), artifact.layout(name)) for name in names)
+    run_as_factors(module, sites, batch)
+    return module
 
 
 def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None) -> str:

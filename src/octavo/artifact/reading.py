@@ -32,6 +32,7 @@ from octavo.artifact.writing import FORMAT_VERSION, MANIFEST, WEIGHTS
 from octavo.errors import ArtifactError
 from octavo.raw import narrowed
 from octavo.running import PackedWeight, kernel_for
+from octavo.running.factors import is_factorization
 from octavo.sites import Layout
 
 #: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
@@ -128,27 +129,35 @@ class Artifact:
     def form(self, name: str) -> forms.Form:
         """The form of a site, checksum verified."""
         entry = self.sites[name]
-        matrix = _layout(name, entry).matrix_shape(_shape(name, entry))
+        matrix = self.layout(name).matrix_shape(_shape(name, entry))
         content = self.content(name)
         try:
             return unpack(content, entry["parts"], entry["form"], matrix)
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
 
+    def layout(self, name: str) -> Layout:
+        """How the weight of a site is read as the matrix of its form."""
+        return _layout(name, self.sites[name])
+
+    def factorizations(self) -> list[str]:
+        """Names of the sites whose forms are made of factors."""
+        return [name for name, entry in self.sites.items() if is_factorization(entry["form"])]
+
     def packed(self, name: str) -> Tensor:
         """A site as a weight that runs from its codes; any other tensor as the source had it."""
         if name not in self.sites:
             return self.tensor(name)
         entry = self.sites[name]
-        kernel, layout = kernel_for(self.form(name)), _layout(name, entry)
-        return PackedWeight(kernel, layout, _shape(name, entry), _dtype(name, entry.get("dtype")))
+        shape, dtype = _shape(name, entry), _dtype(name, entry.get("dtype"))
+        return PackedWeight(kernel_for(self.form(name)), self.layout(name), shape, dtype)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as the source had it: shape, dtype and name."""
         if name in self.sites:
             entry = self.sites[name]
             matrix = self.form(name).dense()
-            weight = _layout(name, entry).from_matrix(matrix, _shape(name, entry))
+            weight = self.layout(name).from_matrix(matrix, _shape(name, entry))
             return narrowed(weight, _dtype(name, entry.get("dtype")))
         if name in self.coded:
             shape = self.coded[name][1:]

@@ -8,6 +8,8 @@ decoding a few rows at a time. ``torchao`` reaches the same two operators throug
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
@@ -27,6 +29,18 @@ _BLOCK = 64
 _FEW = 16
 #: Weights that are packed or cast at once: the packer wants them as int32.
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution of one group moves over its input; one number for every axis, or one for each.
+
+    Padding may be ``"same"`` or ``"valid"``.
+    """
+
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] | str = 0
+    dilation: int | Sequence[int] = 1
 
 
 class Kernel(ABC):
@@ -65,6 +79,15 @@ class Kernel(ABC):
     @abstractmethod
     def lookup(self, index: Tensor) -> Tensor:
         """Rows of the matrix, (n, columns) in float32, for ``index`` (n,)."""
+
+    def convolve(self, x: Tensor, shape: tuple[int, ...], bias: Tensor | None, geometry: Geometry) -> Tensor | None:
+        """The convolution with the matrix as a weight of ``shape``; None where that needs the weight itself."""
+        return None
+
+    @property
+    def convolves(self) -> bool:
+        """Whether :meth:`convolve` gives anything."""
+        return False
 
     @property
     def names(self) -> list[str]:
@@ -205,68 +228,60 @@ class Int8(Kernel):
         return weight if self.columns is None else weight.mul_(self.columns)
 
 
-class Product(Kernel):
-    """Two thin matrices, each with a kernel of its own."""
+class _Pair(Kernel):
+    """Two matrices, each with a kernel of its own."""
 
-    name = "two thin products"
+    made_of: ClassVar[type[Form]]
+    parts: ClassVar[tuple[str, str]]
 
-    def __init__(self, form: LowRank) -> None:
+    def __init__(self, form: Form) -> None:
         super().__init__(form)
-        self.left, self.right = kernel_for(form.left), kernel_for(form.right)
+        self.first, self.second = (kernel_for(getattr(form, part)) for part in self.parts)
 
     @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        return isinstance(form, LowRank)
+    def fits(cls, form: Form) -> bool:
+        return isinstance(form, cls.made_of)
+
+    def tensors(self) -> list[Tensor]:
+        return self.first.tensors() + self.second.tensors()
+
+    @property
+    def names(self) -> list[str]:
+        return self.first.names + self.second.names
+
+
+class Product(_Pair):
+    """Two thin matrices, multiplied with one after the other."""
+
+    name, made_of, parts = "two thin products", LowRank, ("left", "right")
 
     @classmethod
     def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
         assert isinstance(form, LowRank)
         return resident_bytes(form.left, rows) + resident_bytes(form.right)
 
-    def tensors(self) -> list[Tensor]:  # noqa: D102
-        return self.left.tensors() + self.right.tensors()
-
     def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.left.matmul(self.right.matmul(x))
+        return self.first.matmul(self.second.matmul(x))
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
-        return self.left.lookup(index) @ self.right.lookup(torch.arange(self.right.shape[0]))
-
-    @property
-    def names(self) -> list[str]:  # noqa: D102
-        return self.left.names + self.right.names
+        return self.first.lookup(index) @ self.second.lookup(torch.arange(self.second.shape[0]))
 
 
-class Total(Kernel):
+class Total(_Pair):
     """Two matrices of one shape, added after each was multiplied."""
 
-    name = "sum of two products"
-
-    def __init__(self, form: Sum) -> None:
-        super().__init__(form)
-        self.base, self.correction = kernel_for(form.base), kernel_for(form.correction)
-
-    @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        return isinstance(form, Sum)
+    name, made_of, parts = "sum of two products", Sum, ("base", "correction")
 
     @classmethod
     def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
         assert isinstance(form, Sum)
         return resident_bytes(form.base, rows) + resident_bytes(form.correction, rows)
 
-    def tensors(self) -> list[Tensor]:  # noqa: D102
-        return self.base.tensors() + self.correction.tensors()
-
     def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.base.matmul(x) + self.correction.matmul(x)
+        return self.first.matmul(x) + self.second.matmul(x)
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
-        return self.base.lookup(index) + self.correction.lookup(index)
-
-    @property
-    def names(self) -> list[str]:  # noqa: D102
-        return self.base.names + self.correction.names
+        return self.first.lookup(index) + self.second.lookup(index)
 
 
 class Plain(Kernel):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from octavo.running.kernels import Kernel, Plain
+from octavo.running.kernels import Geometry, Kernel, Plain
 from octavo.sites import Layout
 
 
@@ -17,8 +17,9 @@ class PackedWeight(Tensor):
     """A tensor without storage of its own that runs from packed codes.
 
     To a module it looks like the weight it stands for: shape, dtype, tying and the module's own ``forward`` stay as
-    they are. Linear layers and embeddings take the kernel; any other operation is given the decoded weight, which is
-    dropped after it. It is for inference: there are no gradients, and its content cannot be changed.
+    they are. Linear layers and embeddings take the kernel, and convolutions where it has one for them; any other
+    operation is given the decoded weight, which is dropped after it. It is for inference: there are no gradients, and
+    its content cannot be changed.
 
     Parameters
     ----------
@@ -105,6 +106,16 @@ def _embedding(index: Tensor, weight: Any, padding_idx: Any = None, max_norm: An
     return weight.kernel.lookup(index.reshape(-1)).to(weight.dtype).view(*index.shape, weight.shape[1])
 
 
+def _convolution(
+    x: Any, weight: Any, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Any:  # fmt: skip
+    if not isinstance(weight, PackedWeight) or isinstance(x, PackedWeight) or groups != 1:
+        return NotImplemented
+    out = weight.kernel.convolve(x, tuple(weight.shape), bias, Geometry(stride, padding, dilation))
+    return NotImplemented if out is None else out
+
+
 def _is_matrix(weight: Any, kind: str) -> bool:
     return isinstance(weight, PackedWeight) and weight.ndim == 2 and weight.matrix_layout.kind == kind
 
@@ -113,6 +124,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
     functional.embedding: _embedding,
     torch.addmm: _addmm,
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
 }
 
 
@@ -141,8 +153,9 @@ def kernels_of(module: nn.Module) -> dict[str, list[str]]:
 
 def _kernel_name(weight: PackedWeight, owners: list[nn.Module]) -> str:
     kind = weight.matrix_layout.kind
-    linear = any(kind == "rows_first" and isinstance(owner, nn.Linear) for owner in owners)
-    if linear or any(kind == "columns_first" and type(owner).__name__ == "Conv1D" for owner in owners):
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if weight.kernel.convolves else nn.Linear
+    runs = any(kind == "rows_first" and isinstance(owner, layers) for owner in owners)
+    if runs or any(kind == "columns_first" and type(owner).__name__ == "Conv1D" for owner in owners):
         return " + ".join(weight.kernel.names)
     if all(isinstance(owner, nn.Embedding) for owner in owners):
         return "lookup (rows decoded)"
