@@ -153,7 +153,7 @@ def _step(model: nn.Module, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
+def _milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 3) -> dict[str, float]:
     """Median time of every call, in turns after one to warm up, on one thread.
 
     What is counted is the processor's time, which on one thread is what the clock shows if nothing else is running.
@@ -218,7 +218,7 @@ def patches(images: Tensor, side: int) -> Tensor:
 
 def _trained(trial: Trial) -> list[Arm]:
     """Small encoders on images in patches of two sizes, then LRT begun at the weights of the trained full encoder."""
-    split = data.images(trial, train=5_000)
+    split = data.images(trial, train=4_000)
     arms = []
     for side in (4, 2):
         parts = [(patches(x, side), y) for x, y in (split.train, split.test)]
@@ -245,7 +245,7 @@ def _trained(trial: Trial) -> list[Arm]:
 
 def _classifiers(trial: Trial, pair: tuple[Tensor, Tensor], seed: int, *, warm: bool) -> dict[str, nn.Module]:
     """Trained encoders by name; of :data:`KINDS`, and, if wanted, of LRT with other starts."""
-    (length, features), width, epochs = pair[0].shape[1:], 32 if trial.quick else 64, 1 if trial.quick else 6
+    (length, features), width, epochs = pair[0].shape[1:], 32 if trial.quick else 64, 1 if trial.quick else 2
 
     def make(kind: str) -> nn.Module:
         return encoder(kind, features, length, width, length // 4, seed)

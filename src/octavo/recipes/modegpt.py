@@ -28,7 +28,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4)
 #: The share at which a temperature is chosen and module types are looked at one by one.
 MIDDLE = 0.3
 #: The published constant and its neighbours: how far influences of layers lie apart depends on the model.
-TEMPERATURES = (0.015, 0.05, 0.15, 0.5)
+TEMPERATURES = (0.015, 0.03, 0.06, 0.12)
 
 
 @recipe(
@@ -97,22 +97,23 @@ def run(trial: Trial) -> Finding:
         for other in ("magnitude", "SVD of each matrix", "SVD of each matrix's outputs")
     ]
     checks.append(_better(found, "MoDeGPT, allocated", "MoDeGPT, uniform", (MIDDLE,)))
-    return Finding(arms, checks, _reason(arms, moments, temperature))
+    return Finding(arms, checks, _reason(arms, moments, tried, temperature))
 
 
-def _reason(arms: Sequence[Arm], moments: Sequence[Moments], temperature: float) -> str:
+def _reason(arms: Sequence[Arm], moments: Sequence[Moments], tried: Mapping[float, float], temperature: float) -> str:
     value = {arm.name: arm.mean for arm in arms}
     alone = ", ".join(
         f"{kind} {value[f'{kind} alone by MoDeGPT, {MIDDLE:.0%}']:.4g} "
         f"(magnitude {value[f'{kind} alone by magnitude, {MIDDLE:.0%}']:.4g})"
         for kind in TYPES
     )
-    shares = allocate([seen.influence for seen in moments], MIDDLE, temperature)
+    influence = [seen.influence for seen in moments]
+    shares = allocate(influence, MIDDLE, temperature)
+    told = ", ".join(f"{loss:.3f} at {value:g}" for value, loss in tried.items())
     return (
-        f"The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. The "
-        f"temperature {temperature:g}, chosen on other text, takes from {min(shares):.0%} to {max(shares):.0%} of a "
-        f"layer; influences lie between {min(seen.influence for seen in moments):.2g} and "
-        f"{max(seen.influence for seen in moments):.2g}."
+        f"The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. Influences "
+        f"of layers lie between {min(influence):.2g} and {max(influence):.2g}; of the temperatures, by the loss on other "
+        f"text ({told}), {temperature:g} was taken, which cuts from {min(shares):.0%} to {max(shares):.0%} of a layer."
     )
 
 
