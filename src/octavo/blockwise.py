@@ -97,12 +97,19 @@ class Blockwise:
         *,
         seed: int = 0,
         text: str = "",
+        curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
         """Evidence of all sites, written to the workspace block by block; a killed run goes on where it was.
 
-        Parameters and errors are those of :func:`octavo.calibrate.calibrate`.
+        Parameters and errors are those of :func:`octavo.calibrate.calibrate`, but for ``curvature``, which must be
+        ``kfac``.
         """
+        if curvature != "kfac":
+            raise RequestError(
+                f"{self.source.title}: is run block by block, since it does not fit in memory, and curvature "
+                f"{curvature!r} takes two passes through the whole model; allow more --memory, or leave it at 'kfac'"
+            )
         return _Evidence(self, sites, batches, objective, room, seed, text, progress).gather()
 
     @fast_matmul()

@@ -15,9 +15,10 @@ from octavo.errors import RequestError
 from octavo.evidence import Evidence, combined
 from octavo.objective import Batch, Objective, sequences_in
 from octavo.sites import Site, Source
-from octavo.watches import DAMPING, Watches
+from octavo.watches import DAMPING, Corrections, Watches
 
 MINIMUM_SEQUENCES = 8
+CURVATURES = ("kfac", "ekfac")
 
 
 @dataclass
@@ -39,14 +40,18 @@ def calibrate(
     *,
     seed: int = 0,
     text: str = "",
+    curvature: str = "kfac",
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Calibration:
-    """Gather the evidence of all sites from one pass over ``batches`` through a module in memory.
+    """Gather the evidence of all sites from a pass over ``batches`` through a module in memory.
 
     Parameters
     ----------
     batches
         What ``source.module`` takes. Padding is left out by ``attention_mask``.
+    curvature
+        ``kfac``, or ``ekfac`` for a second pass that gives layers a curvature of their own
+        (:mod:`octavo.curvature`, which says what memory it takes).
     progress
         Called with the number of batches done and their total.
 
@@ -58,17 +63,27 @@ def calibrate(
     if source.module is None:
         return data_free(source, sites)
     sequences = count_sequences(batches)
-    watches = Watches(sites, source.holders())
-    generator = torch.Generator().manual_seed(seed)
-    with _differentiating(source.module), watches.watching():
-        for done, batch in enumerate(batches):
-            watches.begin(batch)
-            outputs = objective.outputs(source.module, batch)
-            check_outputs(outputs, done)
-            if outputs.requires_grad:
-                objective.probe(outputs, generator).backward()
-            progress(done + 1, len(batches))
+    holders, generator, module = source.holders(), torch.Generator().manual_seed(seed), source.module
+    passes = 2 if curvature == "ekfac" else 1
+
+    def go_through(watches: Watches, before: int) -> None:
+        with _differentiating(module), watches.watching():
+            for done, batch in enumerate(batches):
+                watches.begin(batch)
+                outputs = objective.outputs(module, batch)
+                check_outputs(outputs, done)
+                if outputs.requires_grad:
+                    objective.probe(outputs, generator).backward()
+                progress(before + done + 1, passes * len(batches))
+
+    watches = Watches(sites, holders, curvature=passes == 2)
+    go_through(watches, 0)
     evidence = {name: combined(roles) for name, roles in watches.evidence(sequences).items()}
+    if passes == 2:
+        # Labels are drawn anew, so that no basis is judged by the samples that it was made from.
+        corrections = Corrections(sites, holders, evidence)
+        go_through(corrections, len(batches))
+        evidence |= corrections.corrected(sequences)
     result = described(sites, {name: found.samples for name, found in evidence.items()}, sequences, text)
     result.evidence = {**evidence, **typical(source, sites, evidence)}
     return result

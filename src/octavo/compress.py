@@ -87,6 +87,7 @@ def compress(
     shape: str | Sequence[int] = (1, 32),
     data: Any = None,
     objective: str | Objective | None = None,
+    curvature: str = "kfac",
     methods: Sequence[str] | None = None,
     preset: str = "default",
     ignore: Iterable[str] = (),
@@ -119,6 +120,10 @@ def compress(
         built-in English text serves a text model, and other sources are compressed without data.
     objective
         ``cosine``, ``kl``, ``squared`` or an :class:`~octavo.objective.Objective`; chosen by the source if not given.
+    curvature
+        How errors are weighed against each other: ``kfac``, by inputs and by outputs apart, or ``ekfac``, which
+        measures both together in a second pass over the data (:mod:`octavo.curvature`): more exact, for more memory. It
+        needs data and a model that fits in memory.
     methods
         Names of methods or families to use; those of the preset if not given.
     preset
@@ -152,7 +157,8 @@ def compress(
         If the budget cannot be reached.
     """
     if target == "speed":
-        others = (ratio, size, bits, methods, plan, None if preset == "default" else preset)
+        said = [choice for choice, usual in ((preset, "default"), (curvature, "kfac")) if choice != usual]
+        others = (ratio, size, bits, methods, plan, *said)
         return _for_speed(
             others, source, speedup=speedup, latency=latency, shape=shape, data=data, objective=objective,
             ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed, progress=progress,
@@ -162,7 +168,9 @@ def compress(
     if target not in TARGETS:
         raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     clock = _Clock()
-    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target)
+    job = open_job(
+        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature
+    )
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
     if not resume:
@@ -213,7 +221,8 @@ def _for_speed(others: tuple[Any, ...], source: Any, **request: Any) -> Compress
 
     if any(other is not None for other in others):
         raise RequestError(
-            "for speed, ratio, size, bits, methods, preset and plan have no meaning: give speedup or latency alone"
+            "for speed, ratio, size, bits, methods, preset, plan and curvature have no meaning: give speedup or "
+            "latency alone"
         )
     return compress_for_speed(source, **request)
 

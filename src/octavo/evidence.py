@@ -12,6 +12,9 @@ gradients (K-FAC; Martens & Grosse, 2015), so all sites and all families of meth
 
 A tensor that plays two roles, such as an embedding that is also the head, has such a term for each; their sum is the
 expected loss (:func:`combined`).
+
+Without that independence a layer may have a curvature of its own (EK-FAC; :mod:`octavo.curvature`), which then gives
+the expected loss; ``rows`` and ``columns`` are the product nearest to it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from octavo.curvature import Curvature
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Evidence:
     terms
         Rows and columns of every role of a tensor that has several; ``rows`` and ``columns`` are then the one pair that
         stands for all of them.
+    curvature
+        That of the whole matrix, damped, if it was measured.
     """
 
     rows: Tensor
@@ -47,6 +54,7 @@ class Evidence:
     #: Results that depend on the moments alone and are needed more than once.
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     terms: tuple[tuple[Tensor, Tensor], ...] = ()
+    curvature: Curvature | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever works on a copy of it elsewhere makes what it needs faster than it is sent.
@@ -55,6 +63,8 @@ class Evidence:
     def loss(self, error: Tensor) -> float:
         """Expected increase of the whole model's loss for ``error`` (rows, columns)."""
         error = error.float()
+        if self.curvature is not None:
+            return self.curvature.loss(error)
         terms = self.terms or ((self.rows, self.columns),)
         return sum(_quadratic(error, rows, columns) for rows, columns in terms) / 2
 

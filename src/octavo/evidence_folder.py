@@ -10,6 +10,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from octavo.curvature import Curvature
 from octavo.errors import OctavoError, RequestError
 from octavo.evidence import Evidence
 
 #: Moments with their factorisations are kept in memory up to so many bytes, so that sites that share one, and the
 #: settings of a site, do not read and factor it again.
 _CACHE_BYTES = 1 << 29
+_CURVATURE = [field.name for field in fields(Curvature)]
 
 
 class EvidenceFolder(Mapping[str, Evidence]):
@@ -76,6 +79,7 @@ class EvidenceFolder(Mapping[str, Evidence]):
                 "rows": stored(found.rows),
                 "columns": stored(found.columns),
                 "terms": [[stored(rows), stored(columns)] for rows, columns in found.terms],
+                "curvature": [stored(getattr(found.curvature, part)) for part in _CURVATURE if found.curvature],
             }
             for site, found in evidence.items()
         }
@@ -99,12 +103,13 @@ class EvidenceFolder(Mapping[str, Evidence]):
                 # Copied out of the mapping, whose pages would count as this process's memory for as long as it lives.
                 rows = handle.get_tensor(entry["rows"]).clone()
                 terms = tuple((handle.get_tensor(a).clone(), handle.get_tensor(b).clone()) for a, b in entry["terms"])
+                parts = [handle.get_tensor(name).clone() for name in entry["curvature"]]
                 if entry["columns"] is None:
                     return Evidence(rows, None, entry["samples"], terms=terms)
                 moment, cache = self._moment(file, entry["columns"], handle)
         except (OSError, SafetensorError) as error:
             raise _damaged(file, error) from error
-        return Evidence(rows, moment, entry["samples"], cache, terms)
+        return Evidence(rows, moment, entry["samples"], cache, terms, Curvature(*parts) if parts else None)
 
     def _moment(self, file: Path, name: str, handle: Any) -> tuple[Tensor, dict[str, Any]]:
         key = (file, name)

@@ -39,10 +39,13 @@ class InMemory:
         *,
         seed: int = 0,
         text: str = "",
+        curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
         """Evidence of all sites (:func:`octavo.calibrate.calibrate`), written to the workspace."""
-        found = calibrate(self.source, sites, batches, objective, seed=seed, text=text, progress=progress)
+        found = calibrate(
+            self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress
+        )
         room.evidence.write("whole", found.evidence)
         return found
 

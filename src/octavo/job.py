@@ -51,6 +51,8 @@ class Job:
     #: Bytes of memory that the run may take; None for what the machine has.
     memory: int | None = None
     executor: Executor = field(default_factory=Local)
+    #: How errors are weighed: ``kfac`` or ``ekfac`` (:mod:`octavo.curvature`).
+    curvature: str = "kfac"
 
     def __post_init__(self) -> None:
         self._model: InMemory | Blockwise | None = None
@@ -86,6 +88,7 @@ class Job:
                     workspace,
                     seed=self.seed,
                     text=self.text,
+                    curvature=self.curvature,
                     progress=lambda done, total: self.progress("evidence", done, total),
                 )
             workspace.save_calibration(found)

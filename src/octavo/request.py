@@ -16,7 +16,7 @@ from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
-from octavo.calibrate import data_free
+from octavo.calibrate import CURVATURES, data_free
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
@@ -55,8 +55,11 @@ def open_job(
     progress: Progress,
     memory: str | int | None = None,
     target: str = "disk",
+    curvature: str = "kfac",
 ) -> Job:
     """Check a request and gather what all steps share."""
+    if curvature not in CURVATURES:
+        raise RequestError(f"curvature {curvature!r} is not known; choose from {', '.join(CURVATURES)}")
     if target not in TARGETS:
         raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     limit = None if memory is None else parse_size(memory)
@@ -77,12 +80,17 @@ def open_job(
     wanted = inputs.choose_objective(opened, objective)
     if opened.module is not None and not batches:
         opened.module = None
+    if opened.module is None and curvature != "kfac":
+        raise RequestError(
+            f"{opened.path or opened.title}: curvature {curvature!r} is measured, which needs a model that runs and "
+            "data for it; give both, or leave curvature at 'kfac'"
+        )
     if opened.module is not None:
         batches = inputs.prepared(opened, wanted, batches)
     calibration, held = inputs.split(batches)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
-        list(opened.notes), limit,
+        list(opened.notes), limit, curvature=curvature,
     )  # fmt: skip
 
 
@@ -98,6 +106,7 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "preset": preset,
         "seed": job.seed,
         "target": job.target,
+        "curvature": job.curvature,
     }
 
 

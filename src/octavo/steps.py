@@ -35,6 +35,7 @@ def profile(
     *,
     data: Any = None,
     objective: str | Objective | None = None,
+    curvature: str = "kfac",
     methods: Sequence[str] | None = None,
     preset: str = "default",
     ignore: Iterable[str] = (),
@@ -56,7 +57,9 @@ def profile(
     RequestError
         If something about the request or the source cannot be served.
     """
-    job = open_job(source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target)
+    job = open_job(
+        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature
+    )
     room = Workspace(Path(out), describe(job, preset), resume=resume)
     with executors.executor(executor) as job.executor:
         result = build_profile(job, job.calibrate(room), room, None, preset)
@@ -65,6 +68,7 @@ def profile(
         {
             "data": str(data) if isinstance(data, str | Path) else None,
             "objective": objective if isinstance(objective, str) else None,
+            "curvature": curvature,
             "methods": list(methods) if methods else None,
             "preset": preset,
             "ignore": list(ignore),

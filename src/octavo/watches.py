@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octavo.curvature import Curvature, eigen
 from octavo.evidence import Evidence
-from octavo.objective import Batch, mask_of
+from octavo.objective import Batch, mask_of, sequences_in
 from octavo.raw import raw_bytes
 from octavo.sites import Site
 
@@ -24,6 +26,10 @@ DAMPING = 0.1
 FREQUENCY_POWER = 0.5
 #: Positions of a convolution that are read per batch; more of them are neighbours that say the same.
 _PATCHES = 8192
+#: Sites with more rows or columns have no curvature of their own: their bases would outweigh the model.
+_WIDEST = 8192
+#: Elements of the gradients of single examples that are held at once.
+_GRADIENTS = 1 << 23
 
 
 class _Watch:
@@ -34,6 +40,8 @@ class _Watch:
         self.embedding = isinstance(module, nn.Embedding)
         self.rows = torch.zeros(site.rows, dtype=torch.float64)
         self.columns: Tensor | None = None
+        #: The whole moment of the gradients at the outputs, where it is wanted.
+        self.outputs: Tensor | None = None
         self.samples = 0
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
@@ -47,25 +55,35 @@ class _Watch:
         # Attention, recurrent and other modules hold matrices that are not what turns their input into their output.
         if not output.requires_grad or not (convolution or self._turns(inputs, output)):
             return None
-        keep = None if convolution else _live(inputs, mask)
+        backward = self._layer(inputs, output, None if convolution else _live(inputs, mask))
+        # Hooks of a view are lost when models go on in place, as with ReLU(inplace=True); those of a copy are not.
+        output = output.clone() if output._is_view() else output
+        output.register_hook(backward)
+        return output
+
+    def _layer(self, inputs: Tensor, output: Tensor, keep: Tensor | None) -> Callable[[Tensor], None]:
+        """Look at the inputs of a layer; returns what looks at the gradient of its outputs."""
         moment, count = self._input_moment(inputs, keep)
         self._add(moment)
         if self.site.layout.kind == "transposed":
             # An element of the kernel meets every input once: the mean is one over outputs, of which there are more.
             count = output.numel() // self.site.rows * self.site.layout.groups
         self.samples += count
-        axis = (
-            1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or self.site.layout.kind == "transposed" else -1
-        )
 
         def backward(gradient: Tensor) -> None:
-            flat = gradient.movedim(axis, -1) if keep is None else gradient[keep]
-            self.rows += flat.reshape(-1, self.site.rows).float().square().sum(0).double().cpu()
+            flat = gradient.movedim(self._axis, -1) if keep is None else gradient[keep]
+            flat = flat.reshape(-1, self.site.rows).float()
+            self.rows += flat.square().sum(0).double().cpu()
+            if self.outputs is not None:
+                self.outputs += (flat.t() @ flat).double().cpu()
 
-        # Hooks of a view are lost when models go on in place, as with ReLU(inplace=True); those of a copy are not.
-        output = output.clone() if output._is_view() else output
-        output.register_hook(backward)
-        return output
+        return backward
+
+    @property
+    def _axis(self) -> int:
+        """The dimension of the outputs that counts the rows."""
+        convolution = isinstance(self.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        return 1 if convolution or self.site.layout.kind == "transposed" else -1
 
     def _add(self, moment: Tensor) -> None:
         # In place, since the moments of wide layers are large; the first is a copy, since sites share moments.
@@ -129,7 +147,57 @@ class _Watch:
             columns.diagonal().add_(DAMPING * columns.diagonal().mean())
             moments[key] = (columns.float(), {})
         moment, cache = moments[key]
-        return Evidence(rows.float(), moment, self.samples, cache=cache)
+        found = Evidence(rows.float(), moment, self.samples, cache=cache)
+        if self.outputs is not None:
+            outputs = self.outputs / sequences
+            outputs.diagonal().add_(DAMPING * outputs.diagonal().mean())
+            (sigma, left), (alpha, right) = eigen(outputs.float()), _basis(found)
+            found.curvature = Curvature(left, right, sigma, alpha, sigma[:, None] * alpha)
+        return found
+
+
+class _Correction(_Watch):
+    """Accumulates the squares of the gradients of single examples in the basis of a site's curvature."""
+
+    def __init__(self, site: Site, module: nn.Module, shared: dict[Any, Any], evidence: Evidence) -> None:
+        super().__init__(site, module, shared)
+        assert evidence.curvature is not None
+        self.found, self.curvature = evidence, evidence.curvature
+        self.values = torch.zeros(site.rows, site.columns, dtype=torch.float64)
+
+    def _layer(self, inputs: Tensor, output: Tensor, keep: Tensor | None) -> Callable[[Tensor], None]:
+        flat = _columns_of(self.module, self.site, inputs.detach())
+        # Layers that see tokens without their sequences see each as an example.
+        examples = self.shared["sequences"] if len(flat) % self.shared["sequences"] == 0 else len(flat)
+        columns = flat.view(examples, -1, self.site.columns)
+
+        def backward(gradient: Tensor) -> None:
+            rows = gradient.movedim(self._axis, -1).float()
+            rows = rows if keep is None else rows * keep[..., None]
+            rows = rows.reshape(examples, -1, self.site.rows)
+            for some in torch.arange(examples).split(max(1, _GRADIENTS // self.values.numel())):
+                gradients = self.curvature.rotated(rows[some].mT @ columns[some])
+                self.values += gradients.square().sum(0).double().cpu()
+
+        return backward
+
+    def corrected(self, sequences: int) -> Evidence:
+        """The evidence of the first pass with the values seen now, damped, and the product nearest to them."""
+        values = self.values / sequences
+        if not bool(values.any()):
+            return replace(self.found, curvature=None)
+        values += DAMPING * values.mean()
+        curvature = replace(self.curvature, values=values.float())
+        rows, columns = curvature.nearest()
+        return Evidence(rows, columns, self.found.samples, curvature=curvature)
+
+
+def _basis(found: Evidence) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and basis of a column moment, worked out once for all sites that share it."""
+    if "basis" not in found.cache:
+        assert found.columns is not None
+        found.cache["basis"] = eigen(found.columns)
+    return found.cache["basis"]
 
 
 def _live(inputs: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -169,13 +237,22 @@ class Watches:
     ----------
     holders
         Site name to the modules that hold it (:meth:`octavo.sites.Source.holders`).
+    curvature
+        Whether the evidence of layers gets a curvature, which is that of K-FAC until it is corrected. Embeddings,
+        grouped and transposed convolutions, tensors with several roles and very wide ones get none.
     """
 
-    def __init__(self, sites: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]]) -> None:
+    def __init__(
+        self, sites: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]], *, curvature: bool = False
+    ) -> None:
         self._shared: dict[Any, Any] = {"mask": None}
         self.watches = {
             site.name: [_Watch(site, module, self._shared) for module in holders.get(site.name, ())] for site in sites
         }
+        for watches in self.watches.values() if curvature else ():
+            if len(watches) == 1 and _is_plain(watches[0]):
+                site = watches[0].site
+                watches[0].outputs = torch.zeros(site.rows, site.rows, dtype=torch.float64)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -193,7 +270,7 @@ class Watches:
     def begin(self, batch: Batch) -> None:
         """Say which batch comes next, and let go of what the last one left."""
         self._shared.clear()
-        self._shared["mask"] = mask_of(batch)
+        self._shared["mask"], self._shared["sequences"] = mask_of(batch), sequences_in(batch)
 
     def evidence(self, sequences: int) -> dict[str, list[Evidence]]:
         """What every site's watches have seen, without those that saw nothing; the moments are given up for it."""
@@ -204,6 +281,43 @@ class Watches:
             for name, watches in self.watches.items()
         }
         return {name: roles for name, roles in found.items() if roles}
+
+
+class Corrections(Watches):
+    """The second pass of EK-FAC: the eigenvalues of curvatures as single examples show them.
+
+    Parameters
+    ----------
+    evidence
+        That of the first pass.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]], evidence: Mapping[str, Evidence]
+    ) -> None:
+        super().__init__([], holders)
+        self.corrections = {
+            site.name: _Correction(site, holders[site.name][0], self._shared, evidence[site.name])
+            for site in sites
+            if site.name in evidence and evidence[site.name].curvature is not None
+        }
+        self.watches = {name: [watch] for name, watch in self.corrections.items()}
+
+    def corrected(self, sequences: int) -> dict[str, Evidence]:
+        """Evidence of the sites that have a curvature."""
+        self._shared.clear()
+        return {name: watch.corrected(sequences) for name, watch in self.corrections.items()}
+
+
+def _is_plain(watch: _Watch) -> bool:
+    """Whether every output of a layer depends on every input by one weight of the matrix."""
+    site, groups = watch.site, getattr(watch.module, "groups", 1)
+    return (
+        not watch.embedding
+        and groups == 1
+        and site.layout.kind != "transposed"
+        and max(site.rows, site.columns) <= _WIDEST
+    )
 
 
 def _require_gradient(module: nn.Module, args: tuple) -> tuple | None:

@@ -24,6 +24,7 @@ from octavo.verify import REPORT
 _UNSAID: dict[str, Any] = {
     "data": None,
     "objective": None,
+    "curvature": "kfac",
     "methods": None,
     "preset": "default",
     "ignore": [],
@@ -46,6 +47,7 @@ def compress(
     shape: options.SHAPE = "1x32",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
+    curvature: options.CURVATURE = "kfac",
     methods: options.METHODS = None,
     preset: options.PRESET = "default",
     ignore: options.IGNORE = None,
@@ -69,6 +71,7 @@ def compress(
     request: dict[str, Any] = {
         "data": data,
         "objective": objective,
+        "curvature": curvature,
         "methods": options.listed(methods),
         "preset": preset,
         "ignore": ignore or [],
@@ -81,8 +84,8 @@ def compress(
     if profile is not None:
         if request != _UNSAID:
             raise octavo.RequestError(
-                "--profile brings the data, objective, methods, preset, ignore, keep, seed and --for that it was made "
-                "with: leave these out, or leave --profile out to measure again"
+                "--profile brings the data, objective, curvature, methods, preset, ignore, keep, seed and --for that "
+                "it was made with: leave these out, or leave --profile out to measure again"
             )
         request = request_of(profile)
     try:
@@ -126,6 +129,7 @@ def profile_(
     target: options.TARGET = "disk",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
+    curvature: options.CURVATURE = "kfac",
     methods: options.METHODS = None,
     preset: options.PRESET = "default",
     ignore: options.IGNORE = None,
@@ -144,9 +148,9 @@ def profile_(
     check_writable(out, overwrite=overwrite or resume)
     with progress(errors, quiet=json_output) as show:
         result = octavo.profile(
-            source, out, data=data, objective=objective, methods=options.listed(methods), preset=preset,
-            ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, target=target, memory=memory,
-            executor=executor, progress=show,
+            source, out, data=data, objective=objective, curvature=curvature, methods=options.listed(methods),
+            preset=preset, ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, target=target,
+            memory=memory, executor=executor, progress=show,
         )  # fmt: skip
     points = sum(len(curve.points) for curve in result.curves)
     summary = {"profile": str(out), "sites": len(result.curves), "points": points, "smallest_bytes": result.smallest}
@@ -201,6 +205,7 @@ def frontier(
     target: options.TARGET = "disk",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
+    curvature: options.CURVATURE = "kfac",
     methods: options.METHODS = None,
     preset: options.PRESET = "default",
     seed: options.SEED = 0,
@@ -217,7 +222,7 @@ def frontier(
     with progress(errors, quiet=json_output) as show:
         rows = octavo.frontier(
             source, wanted, workspace=out, families=families, progress=show, data=data, objective=objective,
-            methods=options.listed(methods), preset=preset, seed=seed, target=target,
+            curvature=curvature, methods=options.listed(methods), preset=preset, seed=seed, target=target,
         )  # fmt: skip
     if json_output:
         show_json(rows)

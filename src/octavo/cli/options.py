@@ -31,6 +31,13 @@ DATA = Annotated[
 OBJECTIVE = Annotated[
     str | None, typer.Option(help="What to keep: cosine, kl or squared. Default: what fits the model.")
 ]
+CURVATURE = Annotated[
+    str,
+    typer.Option(
+        help="How errors are weighed: kfac, by inputs and outputs apart, or ekfac, which measures both together in a "
+        "second pass over the data. More exact, for more memory; the model must fit in it."
+    ),
+]
 METHODS = Annotated[
     str | None, typer.Option(help="Comma-separated methods or families to choose from; see 'octavo methods'.")
 ]
