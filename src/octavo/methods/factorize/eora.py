@@ -1,30 +1,43 @@
-"""EoRA: a low-rank correction of a coarsely quantized matrix."""
+"""EoRA: a low-rank correction of a coarsely quantized or pruned matrix."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Form, Sum
-from octavo.methods.base import Method, Setting, method
+from octavo.methods.base import Method, Setting, get_method, method
 from octavo.methods.factorize import factors
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
+from octavo.methods.quantize.trellis import TrellisCoded
+
+#: From so many bits a weight on the base is worth a trellis: 1 dB in equal bytes on MiniLM's matrices. Bases that are
+#: pruned or on grids by groups lost 2 to 6 dB against it there at every size, and are offered to nobody.
+_TRELLIS = 1.75
+#: Families whose forms lose something that a correction can put back.
+_FAMILIES = ("quantize", "prune")
+_PREFIX = "base."
 
 
 @method("eora", family="factorize", preset="best", source="EoRA (Liu et al., 2024, arXiv 2410.21271)")
 @dataclass(frozen=True)
 class EoRA(Method):
-    """``base + left @ right``: what quantization lost, put back where the inputs have their energy.
+    """``base + left @ right``: what quantization or pruning lost, put back where the inputs have their energy.
 
-    With ``W`` (rows, columns), ``base`` its entropy-constrained quantization, ``D = W - base`` and ``C = L L^T`` the
-    second moment of the inputs, ``left @ right`` is the rank-``k`` matrix of least ``sum_i r[i] (D - left right)[i] C
-    (D - left right)[i]^T``: ``U S V^T`` the truncated SVD of ``diag(sqrt r) D L``, ``left = diag(1 / sqrt r) U
-    S^(1/2)``, ``right = S^(1/2) V^T L^-1``. Any square root ``L`` of ``C`` gives the same product as the paper's ``Q
+    With ``W`` (rows, columns), ``base`` any compressed form of it, ``D = W - base`` and ``C = L L^T`` the second moment
+    of the inputs, ``left @ right`` is the rank-``k`` matrix of least ``sum_i r[i] (D - left right)[i] C (D - left
+    right)[i]^T``: ``U S V^T`` the truncated SVD of ``diag(sqrt r) D L``, ``left = diag(1 / sqrt r) U S^(1/2)``,
+    ``right = S^(1/2) V^T L^-1``. Any square root ``L`` of ``C`` gives the same product as the paper's ``Q
     sqrt(eigenvalues)``; ``r``, the weights of the outputs, are added here.
+
+    A setting names the method of the base and its knobs: ``{"base": "sparsegpt", "base.pattern": "2:4", "base.bits": 4,
+    "rank": 16, "bits": 4}``. Without a name it is ``entropy``, whose ``step`` stands by itself.
 
     Parameters
     ----------
@@ -33,7 +46,7 @@ class EoRA(Method):
     bits
         Bits a coefficient of the correction: the paper finds 3 to 4 enough.
     levels
-        Bits a weight of the bases tried.
+        Bits a weight of the bases tried: ``trellis`` for the finer ones, ``entropy`` for the others.
     """
 
     ranks: tuple[int, ...] = (32, 16, 8)
@@ -45,12 +58,16 @@ class EoRA(Method):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Bases that lose something to put back, each with all ranks up to half the smaller side."""
         rows, columns = weight.shape
-        bases = Entropy(levels=self.levels).settings(weight, evidence)
+        fine, coarse = ([x for x in self.levels if (x >= _TRELLIS) is high] for high in (True, False))
+        bases: list[Setting] = [
+            *(_named(setting) for setting in TrellisCoded(levels=tuple(fine)).settings(weight, evidence)),
+            *Entropy(levels=tuple(coarse)).settings(weight, evidence),
+        ]
         ranks = dict.fromkeys(min(rank, max(1, min(rows, columns) // 2)) for rank in self.ranks)
         correction = self.bits * (rows + columns) / (rows * columns)
         sized = [
-            (level + rank * correction, {"step": base["step"], "rank": rank, "bits": self.bits})
-            for base, level in zip(bases, self.levels, strict=False)
+            (level + rank * correction, {**base, "rank": rank, "bits": self.bits})
+            for base, level in zip(bases, [*fine, *coarse], strict=False)
             for rank in ranks
         ]
         return [setting for _, setting in sorted(sized, key=lambda pair: -pair[0])]
@@ -59,15 +76,46 @@ class EoRA(Method):
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
-        """Settings of one step share the base and the decomposition of what it lost."""
+        """Settings of one base share it and the decomposition of what it lost."""
         weight = weight.float()
-        known: dict[tuple[float, int], tuple[Form, factors.Factors]] = {}
+        known: dict[tuple[str, int], tuple[Form, factors.Factors]] = {}
         for setting in settings:
-            step = real(self.name, setting, "step", 1e-38)
             rank, bits = whole(self.name, setting, "rank", 1), real(self.name, setting, "bits", 1, 16)
-            key = step, max(rank, *self.ranks, 1)
+            base_method, knobs = self._base(setting)
+            most = max(rank, *self.ranks, 1)
+            key = json.dumps([base_method.name, knobs], sort_keys=True), most
             if key not in known:
-                base = Entropy().encode(weight, {"step": step}, evidence)
-                known[key] = base, factors.factors(weight - base.dense(), evidence, key[1])
+                base = base_method.encode(weight, knobs, evidence)
+                known[key] = base, lost(weight, base, evidence, most)
             base, parts = known[key]
             yield Sum(base, factors.quantized(parts.first(rank), bits, evidence))
+
+    def _base(self, setting: Setting) -> tuple[Method, Setting]:
+        """The method of the base, and its setting."""
+        if "base" not in setting:
+            return Entropy(), {"step": real(self.name, setting, "step", 1e-38)}
+        base = get_method(str(setting["base"]))
+        if base.family not in _FAMILIES:
+            raise RequestError(
+                f"{self.name}: base is {base.name!r}, of the family {base.family!r}, in the setting {setting}; choose "
+                f"a method that quantizes or prunes, such as 'gptq' with {_PREFIX}bits and {_PREFIX}group"
+            )
+        return base, {key.removeprefix(_PREFIX): value for key, value in setting.items() if key.startswith(_PREFIX)}
+
+
+def _named(setting: Setting) -> Setting:
+    """A setting of ``trellis`` as that of a base."""
+    return {"base": TrellisCoded.name, **{f"{_PREFIX}{key}": value for key, value in setting.items()}}
+
+
+def lost(weight: Tensor, base: Form, evidence: Evidence, most: int | None = None) -> factors.Factors:
+    """Factors of what a form lost of a matrix (rows, columns), those that cost most first."""
+    return factors.factors(weight.float() - base.dense(), evidence, most)
+
+
+def compensated(weight: Tensor, base: Form, evidence: Evidence, rank: int, bits: float) -> Sum:
+    """Any compressed form of a matrix with the correction of that rank, in ``bits`` a coefficient, that helps most.
+
+    Of all corrections of that rank it has the least expected loss, up to its own quantization.
+    """
+    return Sum(base, factors.quantized(lost(weight, base, evidence, rank).first(rank), bits, evidence))
