@@ -1,0 +1,128 @@
+"""Factored and quantized networks that run as factors: size, quality, and latency beside dense.
+
+    python benchmarks/factorized.py
+
+Convolutional classifiers (CIFAR-10) and click-through models (MovieLens-100k) at several ratios with factorizations alone,
+saved and loaded with factors=True at the batch that is timed. Writes docs/results/factorized.json. CIFAR-10 is looked
+for in the folder OCTAVO_DATA; the models are trained once, and kept in ~/.cache/octavo.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import CACHE, save_results, stat_bytes
+from torch import Tensor, nn
+
+import octavo
+from octavo.recipes import Trial, data
+from octavo.recipes.ctr import auc, clicks_model
+from octavo.recipes.models import classifier, in_batches
+from octavo.running import factored
+from octavo.running.speed import interleaved
+from octavo.train import accuracy
+
+RATIOS = (8, 16, 32)
+BATCHES = (1, 64)
+ROUNDS = 40
+#: Less than this is not told from no difference.
+_NOISE = 0.03
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what it is calibrated and timed with, and what it is worth."""
+
+    name: str
+    model: nn.Module
+    objective: str
+    inputs: Tensor
+    metric: str
+    quality: Callable[[nn.Module], float]
+
+
+def cases() -> list[Case]:
+    """Trained now or before."""
+    trial = Trial(step=print)
+    images, clicks = data.images(trial), data.clicks(trial)
+    right = lambda model: 100 * accuracy(model, in_batches(images.test))  # noqa: E731
+    area = lambda model: auc(model, clicks.test)  # noqa: E731
+    nets = {"ResNet-8, width 16": {}, "ResNet-8, width 32": {"width": 32, "epochs": 5}}
+    layers = {"CTR, MLP 256-128": (256, 128), "CTR, MLP 1024-1024": (1024, 1024)}
+    return [
+        *(Case(name, classifier(trial, 0, **how), "kl", images.train[0][:256], "test accuracy (%)", right)
+          for name, how in nets.items()),
+        *(Case(name, clicks_model(trial, 0, hidden=hidden), "squared", clicks.train[0][:4096], "test AUC (%)", area)
+          for name, hidden in layers.items()),
+    ]  # fmt: skip
+
+
+def timed(case: Case, path: Any, size: int) -> dict[str, Any]:
+    """Latency of the model as it was and from its factors, in turns, and how every site runs."""
+    batch = case.inputs[:size]
+    dense, factors = case.model.eval(), octavo.load(path, copy.deepcopy(case.model), factors=True, batch=batch).eval()
+    seconds = interleaved({"dense": lambda: dense(batch), "factors": lambda: factors(batch)}, ROUNDS)
+    speedup = seconds["dense"] / seconds["factors"]
+    forms = octavo.Artifact(path).sites
+    sites = {
+        name: {
+            "form": forms[name]["form"]["form"],
+            "runs": "factors" if choice.as_factors else "dense",
+            "reason": choice.reason,
+            "seconds": choice.seconds,
+        }
+        for name, choice in factored(factors).items()
+    }
+    return {
+        "batch": size,
+        "seconds": seconds,
+        "speedup": speedup,
+        "verdict": "slower" if speedup < 1 - _NOISE else "faster" if speedup > 1 + _NOISE else "no faster",
+        "as factors": sum(site["runs"] == "factors" for site in sites.values()),
+        "factored": len(sites),
+        "quality": case.quality(factors),
+        "sites": sites,
+    }
+
+
+def measured(case: Case, ratio: int) -> dict[str, Any]:
+    """One artifact, written, read and timed."""
+    path = CACHE / "factorized" / f"{case.name.replace(', ', '-').replace(' ', '-')}-{ratio}"
+    batches = list(case.inputs.split(64))
+    done = octavo.compress(
+        copy.deepcopy(case.model), ratio=ratio, data=batches, objective=case.objective, methods=["factorize"]
+    )
+    done.save(path, overwrite=True)
+    row = {
+        "model": case.name,
+        "metric": case.metric,
+        "asked": ratio,
+        "ratio": done.ratio,
+        "bytes": stat_bytes(path),
+        "source": case.quality(case.model),
+        "artifact": case.quality(octavo.load(path, copy.deepcopy(case.model)).eval()),
+        "latency": [timed(case, path, size) for size in BATCHES],
+    }
+    shown = [f"batch {t['batch']}: {t['speedup']:.2f} ({t['as factors']} of {t['factored']})" for t in row["latency"]]
+    print(case.name, ratio, f"{row['source']:.2f} -> {row['artifact']:.2f}", *shown, flush=True)
+    return row
+
+
+def main() -> None:
+    """Measure and save."""
+    rows = [measured(case, ratio) for case in cases() for ratio in RATIOS]
+    told = [
+        f"{row['model']}, {row['asked']} times smaller, batch {t['batch']}: {t['verdict']} ({t['speedup']:.2f})"
+        for row in rows
+        for t in row["latency"]
+    ]
+    summary = {word: [line for line in told if f": {word} (" in line] for word in ("faster", "no faster", "slower")}
+    save_results("factorized", {"threads": torch.get_num_threads(), "summary": summary, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
