@@ -112,8 +112,8 @@ def _reason(arms: Sequence[Arm], moments: Sequence[Moments], tried: Mapping[floa
     told = ", ".join(f"{loss:.3f} at {value:g}" for value, loss in tried.items())
     return (
         f"The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. Influences "
-        f"of layers lie between {min(influence):.2g} and {max(influence):.2g}; of the temperatures, by the loss on other "
-        f"text ({told}), {temperature:g} was taken, which cuts from {min(shares):.0%} to {max(shares):.0%} of a layer."
+        f"of layers lie between {min(influence):.2g} and {max(influence):.2g}; of the temperatures, by the loss on "
+        f"other text ({told}), {temperature:g} was taken, which cuts from {min(shares):.0%} to {max(shares):.0%} of a layer."
     )
 
 

@@ -48,8 +48,8 @@ def low_rank(module: nn.Module, rank: int | float, start: str = "random") -> nn.
     # A layer that is used in two places is one layer afterwards as well.
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
-        for name, layer in list(parent.named_children()):
-            if _thinnable(layer):
+        for name, layer in list(parent._modules.items()):
+            if layer is not None and _thinnable(layer):
                 made[layer] = made.get(layer) or _pair(layer, rank, start)
                 setattr(parent, name, made[layer])
     return module

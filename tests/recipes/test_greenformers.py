@@ -1,0 +1,141 @@
+"""Layers that are low-rank by design, and the encoders they are compared in."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from octavo.errors import RequestError
+from octavo.recipes.greenformers import KINDS, crossover, encoder, patches
+from octavo.recipes.stored import through_file
+from octavo.train import accuracy, cross_entropy, fit
+from octavo.train.low_rank import STARTS, low_rank, semi_nmf
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, 40))
+
+
+def size(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_pair_computes_the_product_of_its_factors():
+    model = low_rank(net(), 0.5)
+    first, second = model[3]
+    assert isinstance(first, nn.Linear) and first.bias is None and second.bias is not None
+    x = torch.randn(5, 384)
+    assert torch.allclose(model[3](x), x @ (second.weight @ first.weight).t() + second.bias, atol=1e-5)
+    wide, point = model[0]
+    assert wide.kernel_size == (3, 3) and wide.stride == (2, 2) and point.kernel_size == (1, 1) and point.bias is None
+    assert model(IMAGES).shape == (4, 40)
+
+
+def test_ranks_are_shares_of_the_one_that_breaks_even():
+    even = 384 * 40 / (384 + 40)
+    assert low_rank(net(), 0.5)[3][0].out_features == round(even / 2)
+    assert low_rank(net(), 20)[3][0].out_features == 20
+    assert isinstance(low_rank(net(), 37)[3], nn.Linear), "the pair would have more weights"
+    assert size(low_rank(net(), 36)) < size(net())
+
+
+@pytest.mark.parametrize("start", ["svd", "semi-nmf"])
+def test_warm_starts_come_near_the_weights(start):
+    model = net()
+    model[3].weight.data = torch.randn(40, 4) @ torch.rand(4, 384)
+    made = low_rank(copy.deepcopy(model), 4, start)
+    product = made[3][1].weight @ made[3][0].weight
+    assert (product - model[3].weight).norm() < 0.3 * model[3].weight.norm()
+    assert torch.equal(made[3][1].bias, model[3].bias)
+    kernels = low_rank(copy.deepcopy(model), 0.9, start)[0]
+    found = (kernels[1].weight.flatten(1) @ kernels[0].weight.flatten(1)).view_as(model[0].weight)
+    assert (found - model[0].weight).norm() < 0.8 * model[0].weight.norm()
+
+
+def test_svd_is_the_best_start_and_survives_low_rank_and_zeros():
+    model = net()
+    left, right = (low_rank(copy.deepcopy(model), 10, start)[3] for start in ("svd", "semi-nmf"))
+    errors = [(pair[1].weight @ pair[0].weight - model[3].weight).norm().item() for pair in (left, right)]
+    tail = torch.linalg.svdvals(model[3].weight.detach())[10:].norm()
+    assert errors[0] == pytest.approx(float(tail), rel=1e-4) and errors[0] <= errors[1]
+    for start in STARTS:
+        model[3].weight.data.zero_()
+        pair = low_rank(copy.deepcopy(model), 10, start)[3]
+        assert bool(torch.isfinite(pair(torch.randn(3, 384))).all())
+
+
+def test_semi_nmf_has_one_sign_and_never_gets_worse():
+    torch.manual_seed(0)
+    weight = torch.randn(30, 5) @ torch.rand(5, 50) + 0.05 * torch.randn(30, 50)
+    errors = []
+    for iterations in (0, 1, 5, 25, 125):
+        f, g = semi_nmf(weight, 5, iterations)
+        assert f.shape == (30, 5) and g.shape == (50, 5) and bool((g >= 0).all())
+        errors.append(float((weight - f @ g.t()).norm()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * float(weight.norm())
+
+
+def test_layers_that_cannot_be_thinner_stay():
+    grouped = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.MultiheadAttention(16, 2), nn.Linear(3, 2))
+    before = [name for name, _ in grouped.named_modules()]
+    assert [name for name, _ in low_rank(grouped, 1).named_modules()] != before
+    assert isinstance(grouped[0], nn.Conv2d) and grouped[1].out_proj.weight.shape == (16, 16)
+    shared = nn.Linear(16, 16)
+    twice = low_rank(nn.Sequential(shared, nn.ReLU(), shared), 3)
+    assert twice[0] is twice[2]
+
+
+def test_bad_ranks_and_starts_are_told():
+    for rank in (0, -1, 1.5):
+        with pytest.raises(RequestError, match="it must be a share below 1 or a whole number"):
+            low_rank(net(), rank)
+    with pytest.raises(RequestError, match="choose from random, svd, semi-nmf"):
+        low_rank(net(), 3, "pca")
+    with pytest.raises(RequestError, match="give a module that holds the layer"):
+        low_rank(nn.Linear(9, 9), 3)
+
+
+def test_encoders_differ_in_what_they_save():
+    models = {kind: encoder(kind, 12, 64, 32, 16, 0) for kind in KINDS}
+    x = torch.randn(2, 64, 12)
+    assert all(model(x).shape == (2, 10) for model in models.values())
+    stored = {kind: through_file(model).bytes for kind, model in models.items()}
+    assert stored["LRT"] < stored["full"] < stored["Linformer"]
+    assert size(models["Linformer"]) - size(models["full"]) == 2 * 2 * 16 * 64
+    # Linformer mixes all positions, and so it is bound to one length.
+    with pytest.raises(RuntimeError):
+        models["Linformer"](x[:, :32])
+
+
+def test_linformer_with_all_positions_kept_is_full_attention():
+    full, thin = encoder("full", 12, 16, 32, 16, 0), encoder("Linformer", 12, 16, 32, 16, 0)
+    for layer in thin.layers:
+        layer.mix_keys.data = layer.mix_values.data = torch.eye(16)
+    thin.load_state_dict(full.state_dict(), strict=False)
+    x = torch.randn(3, 16, 12)
+    assert torch.allclose(full(x), thin(x), atol=1e-5)
+
+
+def test_a_low_rank_encoder_learns():
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 8, 6), torch.arange(256) % 4
+    x[:, 0] += 3 * nn.functional.one_hot(y, 6)
+    model = encoder("LRT", 6, 8, 32, 0, 0)
+    fit(model, lambda epoch: list(zip(x.split(32), y.split(32), strict=True)), cross_entropy, epochs=8, lr=1e-2)
+    assert accuracy(model, [(x, y)]) > 0.8
+
+
+def test_the_crossover_lies_between_the_lengths_where_order_changes():
+    assert crossover([64, 256, 1024], [1, 2, 8], [2, 2.5, 4]) == pytest.approx(256 * 4 ** (0.32193 / 1.32193), rel=1e-3)
+    assert crossover([64, 256], [1, 2], [2, 3]) is None and crossover([64, 256], [3, 4], [2, 3]) is None
+
+
+def test_patches_are_squares_of_the_image():
+    image = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    cut = patches(image, 4)
+    assert cut.shape == (2, 4, 48) and torch.equal(cut[1, 1], image[1, :, :4, 4:].flatten())
