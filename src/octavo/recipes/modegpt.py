@@ -113,7 +113,7 @@ def _reason(arms: Sequence[Arm], moments: Sequence[Moments], tried: Mapping[floa
     return (
         f"The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. Influences "
         f"of layers lie between {min(influence):.2g} and {max(influence):.2g}; of the temperatures, by the loss on "
-        f"other text ({told}), {temperature:g} was taken, which cuts from {min(shares):.0%} to {max(shares):.0%} of a layer."
+        f"other text ({told}), {temperature:g} was taken, which cuts {min(shares):.0%} to {max(shares):.0%} of a layer."
     )
 
 
