@@ -130,10 +130,10 @@ def _finding(found: _Figures) -> Finding:
     )
     reason = (
         f"One more epoch alone takes the dense network from {means['dense']:.2f} to {means['dense, fine-tuned']:.2f}; "
-        f"AFM with a ReLU starts {means['dense'] - means[f'AFM+ReLU, {RATIOS[-1]}x']:.2f} below it at {RATIOS[-1]}x, "
-        f"since the closed form is exact only without the ReLU, and ends at {' and '.join(f'{g:+.2f}' for g in wins)} "
-        f"points of it (deviations {' and '.join(figure(s) for s in spreads)}). Without a ReLU and fine-tuned, the arms "
-        f"of {RATIOS[-1]}x come to: {after}."
+        f"AFM with a ReLU starts at {means[f'AFM+ReLU, {RATIOS[-1]}x'] - means['dense']:+.2f} points of it at "
+        f"{RATIOS[-1]}x, since the closed form is exact only without the ReLU, and ends at "
+        f"{' and '.join(f'{g:+.2f}' for g in wins)} (deviations {' and '.join(figure(s) for s in spreads)}). Without a "
+        f"ReLU and fine-tuned, the arms of {RATIOS[-1]}x come to: {after}."
     )
     return Finding(arms, checks, reason)
 

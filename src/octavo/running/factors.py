@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,7 @@ FACTORIZATIONS = frozenset({"lowrank", "grouped-lowrank", "tensor-train", "separ
 _WORTH = 0.95
 #: Turns of a measurement, and the seconds that each lasts at least.
 _ROUNDS, _TURN = 7, 2e-3
-_CONVOLUTIONS = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
-_BY_AXES = dict(enumerate(_CONVOLUTIONS.values(), 1))
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _CHOICES = "_octavo_factored"
 #: What was measured in this process, so that layers of one shape and form are measured once.
 _MEASURED: dict[Hashable, dict[str, float]] = {}
@@ -74,7 +73,7 @@ class _Stage:
             tuple(value if mine else still for value, mine in zip(values, self.along, strict=True))
             for values, still in zip(moves, (1, 0, 1), strict=True)
         ]
-        return _BY_AXES[len(self.along)](x, self.weight, bias, *own, self.groups)
+        return _CONVOLUTIONS[len(self.along)](x, self.weight, bias, *own, self.groups)
 
 
 class Factors(Plain):
