@@ -1,0 +1,118 @@
+"""GroupReduce: the rows of a table in blocks by frequency, each block of a low rank of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.evidence import Evidence
+from octavo.forms import Form, RowBlocks
+from octavo.forms.rowblocks import MOST_BLOCKS
+from octavo.methods.base import Method, Setting, method
+from octavo.methods.factorize import factors
+from octavo.methods.factorize.grouping import Block, Grouping, grouped
+from octavo.methods.knobs import real, whole
+from octavo.methods.quantize.entropy import Entropy
+from octavo.sites import Site
+
+#: Ranks, as shares of the rank whose factors have as many elements as the table, with bits a coefficient: the hull of
+#: what MiniLM's table wants under calibrated evidence. At more bits, quantization alone is the better.
+_CHOICES = ((0.85, 3), (0.85, 2.5), (0.85, 2), (0.67, 2), (0.67, 1.5), (0.5, 1.5), (0.33, 2), (0.33, 1.5), (0.2, 1.5))
+#: Rows a column that a block is worth: its own right factor has to be paid for.
+_ROWS_A_COLUMN = 8
+#: Bits a coefficient at most where blocks are of very different weight: codes must fit 31 bits.
+_MOST_BITS = 16
+#: Coefficients of this many steps are never rounded to zero: 0.95 at most by their rate, with steps rounded by 9%.
+_SURVIVING = 1.05
+
+
+@method("groupreduce", family="factorize", preset="best", source="GroupReduce (Chen et al., 2018, arXiv 1806.06950)")
+@dataclass(frozen=True)
+class GroupReduce(Method):
+    """``A[i] = left_p[i] @ right_p`` for the rows ``i`` of block ``p``, with more components where tokens are frequent.
+
+    ``A`` is (rows, columns), ``left_p`` (rows of the block, ``k_p``), ``right_p`` (``k_p``, columns), and ``r`` the
+    weights of the rows, which of a table follow how often its tokens are met. Every block has the least ``sum_i r[i]
+    E[i] C E[i]^T`` of its rank (:func:`octavo.methods.factorize.factors.whitened`); the ranks are proportional to the
+    mean weight of the blocks, and rows change blocks until that gains no more
+    (:func:`octavo.methods.factorize.grouping.grouped`). A block for which factors would take as many coefficients as
+    its rows is kept whole. Everything is quantized with one step in units of the loss.
+
+    Parameters
+    ----------
+    blocks
+        Blocks tried by :meth:`settings`, fewer of small tables.
+    rounds
+        Rounds of refinement at most; 0 leaves the blocks cut by frequency.
+    """
+
+    blocks: int = 8
+    rounds: int = 6
+
+    by_rows = False
+
+    def accepts(self, site: Site) -> bool:
+        """Rows must be tokens, of which some are met more often than others."""
+        return site.kind in ("embedding", "head")
+
+    def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Ranks, each that of an SVD of the whole table with as many coefficients, times bits a coefficient."""
+        rows, columns = weight.shape
+        blocks = min(self.blocks, max(2, rows // (_ROWS_A_COLUMN * columns)), rows) if columns > 1 else 1
+        least = math.ceil((rows + blocks * columns) / (rows + columns))
+        even = rows * columns / (rows + columns)
+        pairs = dict.fromkeys((min(max(round(share * even), least), columns), bits) for share, bits in _CHOICES)
+        ordered = sorted(pairs, key=lambda pair: -pair[0] * pair[1])
+        return [{"rank": rank, "blocks": blocks, "bits": bits} for rank, bits in ordered]
+
+    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
+        return next(self.encode_all(weight, [setting], evidence))
+
+    def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
+        """Settings of one rank and number of blocks share the grouping."""
+        weight, known = weight.float(), dict[tuple[int, int], Grouping]()
+        for setting in settings:
+            rank = whole(self.name, setting, "rank", 1, weight.shape[1])
+            blocks = whole(self.name, setting, "blocks", 1, min(len(weight), MOST_BLOCKS))
+            bits = real(self.name, setting, "bits", 1, _MOST_BITS)
+            if (rank, blocks) not in known:
+                known[rank, blocks] = grouped(weight, evidence, rank, blocks, self.rounds)
+            grouping = known[rank, blocks]
+            yield RowBlocks(grouping.member, _quantized(grouping.blocks(weight, evidence), bits))
+
+
+def _quantized(blocks: Sequence[Block], bits: float) -> tuple[Form, ...]:
+    """Every block with the same step in units of the loss, at which coefficients take about ``bits`` on average."""
+    levels = [_level(block) for block in blocks]
+    # Blocks of zeros take nothing at any step.
+    counts = [_coefficients(block) if bool(block.weight.any()) else 0 for block in blocks]
+    mean = sum(level * count for level, count in zip(levels, counts, strict=True)) / max(sum(counts), 1)
+    largest = max((level for level, count in zip(levels, counts, strict=True) if count), default=0.0)
+    step = max(mean - bits, largest - _MOST_BITS)
+    return tuple(_stored(block, level, step) for block, level in zip(blocks, levels, strict=True))
+
+
+def _stored(block: Block, level: float, step: float) -> Form:
+    """A block at a step that is given, as its level is, by its logarithm."""
+    if block.parts is None:
+        return Entropy().encode(block.weight, {"step": 2**step}, block.evidence)
+    sizes = block.parts.left.abs() * (block.evidence.rows[:, None] * block.parts.values).sqrt()
+    if float(sizes.max()) < _SURVIVING * 2**step:
+        # Its left factor would be rounded to zeros, to which no right factor can be fitted.
+        return Entropy().encode(torch.zeros_like(block.weight), {"step": 1.0}, Evidence(block.evidence.rows, None))
+    return factors.quantized(block.parts, level - step, block.evidence)
+
+
+def _coefficients(block: Block) -> int:
+    return block.weight.numel() if block.parts is None else block.parts.left.numel() + block.parts.right.numel()
+
+
+def _level(block: Block) -> float:
+    """Logarithm of the step at which the coefficients would take no bits, by the rule of high rates."""
+    if block.parts is not None:
+        return math.log2(factors._step(block.parts, 0))
+    return math.log2(Entropy(levels=(0,)).settings(block.weight, block.evidence)[0]["step"])
