@@ -48,6 +48,12 @@ def waves(runs: int, seed: int) -> tuple[Tensor, Tensor]:
     heights[:, 1:] *= torch.rand(runs, 2, 1, 1, generator=generator) < 0.5
     distance = (axis[:, None] - places[:, :, 0]).square() + (axis - places[:, :, 1]).square()
     now = (heights * torch.exp(-distance / (2 * widths**2))).sum(1, keepdim=True)
+    fields = snapshots(now, velocity)
+    return fields / fields.square().mean((1, 2, 3), keepdim=True).sqrt(), velocity[:, 0]
+
+
+def snapshots(start: Tensor, velocity: Tensor) -> Tensor:
+    """Fields (runs, snapshots, grid, grid) that start from rest; ``start`` and velocity are (runs, 1, grid, grid)."""
     stencil = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     speed = (0.5 * velocity).square()
 
@@ -55,14 +61,13 @@ def waves(runs: int, seed: int) -> tuple[Tensor, Tensor]:
         return speed * functional.conv2d(field, stencil, padding=1)
 
     # At rest: the first step is half of one.
-    before, now = now, now + pull(now) / 2
-    taken = [before]
+    before, now = start, start + pull(start) / 2
+    taken = [start]
     for step in range(1, BETWEEN * (SNAPSHOTS - 1) + 1):
         if step % BETWEEN == 0:
             taken.append(now)
         before, now = now, 2 * now - before + pull(now)
-    fields = torch.cat(taken, 1)
-    return fields / fields.square().mean((1, 2, 3), keepdim=True).sqrt(), velocity[:, 0]
+    return torch.cat(taken, 1)
 
 
 def pairs(fields: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +247,7 @@ def _trained(trial: Trial, make: Make, runs: tuple[Tensor, Tensor], seed: int, r
     model, forms = make()
     formed(model, forms, LAYOUTS)
     inputs, targets = pairs(*runs)
-    batches = _endless(inputs, targets, seed, 20 if trial.quick else STEPS)
+    batches = _endless(inputs, targets, seed, 8 if trial.quick else STEPS)
     fit(model, lambda epoch: batches(), _squared, lr=rate, seed=seed)
     stored = through_file(model, settle(model), layouts=LAYOUTS)
     return stored, stored.load(make()[0])

@@ -122,9 +122,11 @@ def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float)
     """As :func:`octavo.methods.factorize.factors.quantized`, with the right factor of each group fitted by itself."""
     left, right, values = _joined(parts, rank)
     groups, rank, _ = right.shape
-    # A group of zeros has one component, of nothing: it says nothing of the step.
+    # What a group lacks, and the one component of a group of zeros, say nothing of the step.
     used = values[(left.unflatten(1, (groups, rank)) != 0).any(0)]
-    step = factors._step(Factors(left, right[0], used if len(used) else values.flatten()), bits)
+    used = used if len(used) else values.flatten()
+    step = factors._step(Factors(left, right[0], used), bits)
+    values = values.clamp_min(float(used.min()))
     weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30)
     first = Entropy().encode(left, {"step": step}, Evidence(weights, torch.diag(values.flatten())))
     stored = first.dense().double().unflatten(1, (groups, rank)).transpose(0, 1)
