@@ -23,6 +23,7 @@ from octavo.forms import (
     Sparse,
     Sum,
     TensorTrain,
+    Trellis,
 )
 from octavo.running import PackedWeight, factored, factors, held_bytes, kernels_of
 from octavo.running.factors import Factors, is_factorization, run_as_factors
@@ -57,6 +58,7 @@ MATRICES = {
     "row blocks": blocks,
     "sum": lambda: Sum(grid(40, 24), LowRank(dense(40, 2), dense(2, 24))),
     "scaled": lambda: Scaled(LowRank(grid(40, 5), grid(5, 24)), gains(40)),
+    "correction of a trellis": lambda: Sum(Trellis(grid(40, 24)), LowRank(dense(40, 2), dense(2, 24))),
     "cut": lambda: Cut(LowRank(dense(30, 4), dense(4, 20)), torch.arange(40) < 30, torch.arange(24) > 3),
     "deep": lambda: LowRank(LowRank(grid(40, 6), dense(6, 5)), Sparse(torch.eye(5, 24) > 0, Dense(torch.randn(1, 5)))),
 }
@@ -69,6 +71,7 @@ KERNELS = {
     "separable": lambda: Separable(dense(12, 8), dense(12, 3), dense(12, 5), 1),
     "separable of three terms": lambda: Separable(dense(36, 8), dense(36, 3), dense(36, 5), 3),
     "sum": lambda: Sum(grid(12, 120), LowRank(dense(12, 2), dense(2, 120))),
+    "correction of a trellis": lambda: Sum(Trellis(grid(12, 120)), LowRank(dense(12, 2), dense(2, 120))),
     "sum of factors": lambda: Sum(Separable(dense(12, 8), dense(12, 3), dense(12, 5), 1), LowRank(dense(12, 2), dense(2, 120))),
     "scaled": lambda: Scaled(Folded(LowRank(grid(24, 4), grid(4, 60)), "spatial", (8, 3, 5)), gains(12)),
     "scaled separable": lambda: Scaled(Separable(dense(24, 8), dense(24, 3), dense(24, 5), 2), gains(12)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from octavo.forms import Dense, Folded, Form, GroupedLowRank, LowRank, Scaled, Separable, Sum
-from octavo.forms.base import with_leaves
 from octavo.objective import Batch, run
 from octavo.running.kernels import Geometry, Plain
 from octavo.running.speed import interleaved
@@ -25,7 +24,7 @@ FACTORIZATIONS = frozenset({"lowrank", "grouped-lowrank", "tensor-train", "separ
 #: Factors must take this share of the dense time at most: less is within the noise, and not worth other rounding.
 _WORTH = 0.95
 #: Turns of a measurement, and the seconds that each lasts at least.
-_ROUNDS, _TURN = 7, 2e-3
+_ROUNDS, _TURN = 12, 1e-3
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _CHOICES = "_octavo_factored"
 #: What was measured in this process, so that layers of one shape and form are measured once.
@@ -92,7 +91,7 @@ class Factors(Plain):
     name = "factors (float32)"
 
     def __init__(self, form: Form, shape: tuple[int, ...]) -> None:
-        super().__init__(with_leaves(form, lambda leaf: Dense(leaf.dense())))
+        super().__init__(_decoded(form))
         self.chains = _chains(self.form, shape) if len(shape) > 2 else None
 
     @property
@@ -120,6 +119,20 @@ class Factors(Plain):
                 out = stage(out, bias.float() if last and bias is not None else None, moves)
             total = out if total is None else total + out
         return None if total is None else total.to(x.dtype)
+
+
+def _decoded(form: Form) -> Form:
+    """The form with everything in it that is no factorization, nor holds one, as a float32 matrix."""
+    if not is_factorization(form.meta()):
+        return Dense(form.dense())
+    changes: dict[str, Any] = {}
+    for field in fields(form):  # type: ignore[arg-type]
+        value = getattr(form, field.name)
+        if isinstance(value, Form):
+            changes[field.name] = _decoded(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Form):
+            changes[field.name] = tuple(map(_decoded, value))
+    return replace(form, **changes)  # type: ignore[type-var]
 
 
 def _padded(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -325,7 +338,7 @@ def _drawn(owner: nn.Module, like: Tensor) -> Tensor:
 
 
 def _measure(owner: nn.Module, attribute: str, weight: nn.Parameter, x: Tensor) -> dict[str, float]:
-    """Seconds of the module's own forward with its dense weight and with the other, in turns."""
+    """Seconds of the module's own forward with its dense weight and with the other, in turns: the least of each."""
     dense, repeats = owner._parameters[attribute], 1
 
     def call(candidate: nn.Parameter | None) -> Any:
@@ -337,9 +350,9 @@ def _measure(owner: nn.Module, attribute: str, weight: nn.Parameter, x: Tensor) 
         return turn
 
     try:
-        once = interleaved({"dense": call(dense)}, rounds=2)["dense"]
+        once = interleaved({"dense": call(dense)}, rounds=2, of=min)["dense"]
         repeats = max(1, math.ceil(_TURN / once))
-        seconds = interleaved({"factors": call(weight), "dense": call(dense)}, _ROUNDS)
+        seconds = interleaved({"factors": call(weight), "dense": call(dense)}, _ROUNDS, of=min)
     finally:
         owner._parameters[attribute] = dense
     return {way: value / repeats for way, value in seconds.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import nn
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, patience: float = math.inf
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    patience: float = math.inf,
+    of: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[str, float]:
-    """Median seconds of every call, in turns after one turn to warm up.
+    """Median seconds of every call, in turns after one turn to warm up; ``of=min`` for the least of them.
 
-    No turn begins after ``patience`` seconds; if that leaves the first alone, it counts.
+    The least is what the call itself takes: whatever else a busy machine does only adds to it. No turn begins after
+    ``patience`` seconds; if that leaves the first alone, it counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
@@ -29,7 +33,7 @@ def interleaved(
                 started = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
+    return {name: of(values[1:] or values) for name, values in seconds.items()}
 
 
 def generates(model: nn.Module) -> bool:
