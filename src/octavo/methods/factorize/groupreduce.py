@@ -82,10 +82,10 @@ class GroupReduce(Method):
             if (rank, blocks) not in known:
                 known[rank, blocks] = grouped(weight, evidence, rank, blocks, self.rounds)
             grouping = known[rank, blocks]
-            yield RowBlocks(grouping.member, _quantized(grouping.blocks(weight, evidence), bits))
+            yield RowBlocks(grouping.member, quantized(grouping.blocks(weight, evidence), bits))
 
 
-def _quantized(blocks: Sequence[Block], bits: float) -> tuple[Form, ...]:
+def quantized(blocks: Sequence[Block], bits: float) -> tuple[Form, ...]:
     """Every block with the same step in units of the loss, at which coefficients take about ``bits`` on average."""
     levels = [_level(block) for block in blocks]
     # Blocks of zeros take nothing at any step.
