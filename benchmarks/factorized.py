@@ -19,8 +19,9 @@ from common import CACHE, save_results, stat_bytes
 from torch import Tensor, nn
 
 import octavo
+from octavo.objective import KL, Objective
 from octavo.recipes import Trial, data
-from octavo.recipes.ctr import auc, clicks_model
+from octavo.recipes.ctr import Clicks, auc, clicks_model
 from octavo.recipes.models import classifier, in_batches
 from octavo.running import factored
 from octavo.running.speed import interleaved
@@ -40,7 +41,7 @@ class Case:
     name: str
     ratios: tuple[int, ...]
     model: nn.Module
-    objective: str
+    objective: Objective
     inputs: Tensor
     metric: str
     quality: Callable[[nn.Module], float]
@@ -57,9 +58,9 @@ def cases() -> list[Case]:
     nets = {"ResNet-8, width 16": (small, {}), "ResNet-8, width 32": (wide, {"width": 32, "epochs": 5})}
     layers = {"CTR, MLP 256-128": (small, (256, 128)), "CTR, MLP 1024-1024": (wide, (1024, 1024))}
     return [
-        *(Case(name, ratios, classifier(trial, 0, **how), "kl", images.train[0][:256], "test accuracy (%)", right)
+        *(Case(name, ratios, classifier(trial, 0, **how), KL(), images.train[0][:256], "test accuracy (%)", right)
           for name, (ratios, how) in nets.items()),
-        *(Case(name, ratios, clicks_model(trial, 0, hidden=hidden), "squared", clicks.train[0][:4096], "test AUC (%)", area)
+        *(Case(name, ratios, clicks_model(trial, 0, hidden=hidden), Clicks(), clicks.train[0][:4096], "test AUC (%)", area)
           for name, (ratios, hidden) in layers.items()),
     ]  # fmt: skip
 

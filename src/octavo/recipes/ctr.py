@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from octavo.errors import MissingExtraError
+from octavo.objective import KL
 from octavo.recipes import data
 from octavo.recipes.base import Trial
 from octavo.recipes.models import shuffled, trained
@@ -55,6 +56,14 @@ def click_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Binary cross-entropy of a batch ``(fields, labels)``."""
     fields, labels = batch
     return functional.binary_cross_entropy_with_logits(outputs_of(module, fields), labels)
+
+
+class Clicks(KL):
+    """``KL(source || compressed)`` of whether there is a click, for models that return its logit."""
+
+    def outputs(self, module: nn.Module, batch: Tensor) -> Tensor:  # noqa: D102
+        logits = outputs_of(module, batch)
+        return torch.stack([logits, torch.zeros_like(logits)], 1).log_softmax(1)
 
 
 @torch.inference_mode()
