@@ -20,6 +20,8 @@ from octavo.train.trp import SOURCE, TrainedRankPruning, decomposed, kernels
 ENERGY = 0.95
 #: Weights of the nuclear norm that both arms with one may choose from; the first is the paper's.
 PRESSURES = (3e-4, 3e-3)
+#: Epochs of every training from scratch.
+EPOCHS = 4
 #: Learning rates that fine-tuning may choose from.
 RATES = (0.01, 0.03)
 
@@ -58,20 +60,20 @@ def run(trial: Trial) -> Finding:
 
     for seed in trial.seeds:
         models = {name: _pruned(trial, split, seed, regimen) for name, regimen in regimens.items()}
-        dense = classifier(trial, seed)
-        measured("dense, 16 bits", classifier(trial, seed))
+        dense = classifier(trial, seed, epochs=EPOCHS)
+        measured("dense, 16 bits", classifier(trial, seed, epochs=EPOCHS))
         budget = min(_elements(models[name], _within(models[name], None)) for name in (OURS, BOTH))
         forms = _within(dense, budget)
         rate = rate or _chosen_rate(trial, split, seed, forms)
         trial.step(f"fine-tuning, seed {seed}")
-        tuned = classifier(trial, seed)
+        tuned = classifier(trial, seed, epochs=EPOCHS)
         measured(TUNED, tuned, _tuned(trial, split, seed, tuned, forms, rate))
-        measured(PLAIN, classifier(trial, seed), forms)
+        measured(PLAIN, classifier(trial, seed, epochs=EPOCHS), forms)
         for name, model in models.items():
             measured(name, model, _within(model, budget))
         measured("quantization alone", dense, _codes(dense, sizes[BOTH][-1], budget))
         width = _width(budget)
-        measured("thinner net", classifier(trial, seed, width=width))
+        measured("thinner net", classifier(trial, seed, epochs=EPOCHS, width=width))
     also = {NUCLEAR: {"nuclear norm": pressure[NUCLEAR]}, BOTH: {"nuclear norm": pressure[BOTH]}}
     also |= {TUNED: {"learning rate": rate}, "thinner net": {"width": width}}
     arms = {
@@ -81,7 +83,7 @@ def run(trial: Trial) -> Finding:
     return _judged(arms)
 
 
-def _pruned(trial: Trial, split: data.Split, seed: int, regimen: TrainedRankPruning, epochs: int = 8) -> nn.Module:
+def _pruned(trial: Trial, split: data.Split, seed: int, regimen: TrainedRankPruning, epochs: int = EPOCHS) -> nn.Module:
     """The net of :func:`classifier`, from the same start and batches, under a regimen."""
     epochs = min(epochs, 2) if trial.quick else epochs
 
@@ -113,7 +115,7 @@ def _chosen_rate(trial: Trial, split: data.Split, seed: int, forms: Mapping[str,
     """The learning rate of best development accuracy after fine-tuning."""
 
     def score(rate: float) -> float:
-        model = classifier(trial, seed)
+        model = classifier(trial, seed, epochs=EPOCHS)
         _tuned(trial, split, seed, model, forms, rate)
         return accuracy(model, in_batches(split.development))
 
