@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,14 +78,16 @@ def through(table: Tensor, form: Form) -> Stored:
 
 
 def matched(table: Tensor, make: Maker, knob: float, size: float) -> tuple[Stored, float]:
-    """A table in ``size`` bytes, which grow about in proportion with the knob, and the knob."""
-    found = []
-    for _ in range(8):
+    """A table in ``size`` bytes, which grow with the knob and mostly in proportion, and the knob."""
+    found, low, high = [], 0.0, math.inf
+    for _ in range(10):
         found.append((through(table, make(knob)), knob))
         taken = found[-1][0].bytes / size
         if _WITHIN[0] <= taken <= _WITHIN[1]:
             break
-        knob /= taken
+        low, high = (knob, high) if taken < 1 else (low, knob)
+        # Fine codes have tables of their own, which grow faster.
+        knob = knob / taken if low < knob / taken < high else (low + high) / 2
     return min(found, key=lambda each: abs(each[0].bytes - size))
 
 
