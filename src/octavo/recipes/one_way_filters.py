@@ -179,20 +179,20 @@ def run(trial: Trial) -> Finding:
     figures: dict[tuple[str, int], _Figures] = {}
     rates, weights = {}, {}
     for name, make in nets.items():
-        trial.step(f"{name}: learning rate")
-        rates[name] = _chosen_rate(trial, make, found)
         for runs in (small, large):
+            trial.step(f"{name}: {runs} runs, learning rate")
+            rates[name, runs] = _chosen_rate(trial, make, found, runs)
             here = figures[name, runs] = _Figures()
             for seed in trial.seeds:
                 trial.step(f"{name}: {runs} runs, seed {seed}")
-                stored, model = _trained(trial, make, found.train[runs], seed, rates[name])
+                stored, model = _trained(trial, make, found.train[runs], seed, rates[name, runs])
                 here.bytes = stored.bytes
                 here.test.append(_error(model, found.test))
                 here.train.append(_error(model, found.train[runs]))
                 here.rolled.append(_rolled(model, found.test))
         weights[name] = _weights(make)
     arms = [
-        figures[name, runs].arm(f"{name}, {runs} runs", rates[name], weights[name])
+        figures[name, runs].arm(f"{name}, {runs} runs", rates[name, runs], weights[name])
         for runs in (large, small)
         for name in nets
     ]
@@ -269,10 +269,12 @@ def _squared(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return (model(inputs) - targets).square().mean()
 
 
-def _chosen_rate(trial: Trial, make: Make, found: _Data) -> float:
-    """The rate of the least error on development runs, of nets trained on the large set."""
-    runs = found.train[max(found.train)]
-    errors = {rate: _error(_trained(trial, make, runs, trial.seeds[0], rate)[1], found.development) for rate in RATES}
+def _chosen_rate(trial: Trial, make: Make, found: _Data, runs: int) -> float:
+    """The rate of the least error on development runs, of nets trained on the set of so many runs."""
+    seed = trial.seeds[0]
+    errors = {
+        rate: _error(_trained(trial, make, found.train[runs], seed, rate)[1], found.development) for rate in RATES
+    }
     return min(errors, key=lambda rate: errors[rate])
 
 
@@ -328,11 +330,13 @@ def _judged(arms: list[Arm], figures: Mapping[tuple[str, int], _Figures], small:
             )
         )
     rolled = {name: statistics.fmean(figures[name, large].rolled) for name in (STANDARD, TWO, DEPTHWISE)}
+    known = {name: statistics.fmean(figures[name, small].train) for name in (STANDARD, TWO)}
     reason = (
-        f"After 10 steps of its own predictions the standard net is off by {rolled[STANDARD]:.2f}, two one-way terms "
-        f"by {rolled[TWO]:.2f}, the depthwise-separable net, of {figures[DEPTHWISE, large].bytes:,} bytes, by "
-        f"{rolled[DEPTHWISE]:.2f}; in one step that one has {mean(DEPTHWISE, large):.3f} on the large set and "
-        f"{mean(DEPTHWISE, small):.3f} on the small one, where full filters have {mean(STANDARD, small):.3f} and two "
-        f"terms {mean(TWO, small):.3f}."
+        f"On the small set full filters have an error of {known[STANDARD]:.3f} on the runs that they learned and "
+        f"{mean(STANDARD, small):.3f} on new ones, two one-way terms {known[TWO]:.3f} and {mean(TWO, small):.3f}. "
+        f"A depthwise-separable net of {figures[DEPTHWISE, large].bytes:,} bytes has {mean(DEPTHWISE, large):.3f} on "
+        f"the large set and {mean(DEPTHWISE, small):.3f} on the small one. After 10 steps of its own predictions the "
+        f"full net is off by {rolled[STANDARD]:.2f}, two terms by {rolled[TWO]:.2f}, the depthwise-separable one by "
+        f"{rolled[DEPTHWISE]:.2f}."
     )
     return Finding(arms, checks, reason)
