@@ -170,13 +170,20 @@ class _Correction(_Watch):
         # Layers that see tokens without their sequences see each as an example.
         examples = self.shared["sequences"] if len(flat) % self.shared["sequences"] == 0 else len(flat)
         columns = flat.view(examples, -1, self.site.columns)
+        # Few positions are rotated before they are multiplied, many after.
+        height, width = self.values.shape
+        first = columns.shape[1] * (height**2 + width**2) < height * width * (height + width)
 
         def backward(gradient: Tensor) -> None:
             rows = gradient.movedim(self._axis, -1).float()
             rows = rows if keep is None else rows * keep[..., None]
             rows = rows.reshape(examples, -1, self.site.rows)
+            left, right = self.curvature.outputs.to(rows), self.curvature.inputs.to(rows)
             for some in torch.arange(examples).split(max(1, _GRADIENTS // self.values.numel())):
-                gradients = self.curvature.rotated(rows[some].mT @ columns[some])
+                if first:
+                    gradients = (rows[some] @ left).mT @ (columns[some] @ right)
+                else:
+                    gradients = left.t() @ (rows[some].mT @ columns[some]) @ right
                 self.values += gradients.square().sum(0).double().cpu()
 
         return backward
