@@ -33,7 +33,7 @@ bench: $(READY) ## other tools and Octavo side by side, resumed where it stopped
 	$(BIN)/python benchmarks/pages.py
 
 reproduce: $(READY) ## what Octavo promises, measured; writes docs/results.md (hours; the first two are 20 minutes)
-	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench,onnx,ray]'
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench,onnx,ray,recipes]'
 	$(BIN)/python benchmarks/acceptance.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/speed.py
@@ -42,6 +42,12 @@ reproduce: $(READY) ## what Octavo promises, measured; writes docs/results.md (h
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/executors.py
+	$(BIN)/python benchmarks/factor_speed.py
+	$(BIN)/python benchmarks/embedding.py
+	$(BIN)/python benchmarks/factorized.py
+	$(BIN)/python benchmarks/families.py
+	$(BIN)/octavo reproduce --all
+	$(BIN)/octavo reproduce --page
 	$(BIN)/python benchmarks/large_calibrated.py
 	$(BIN)/python benchmarks/large.py large-models
 	$(BIN)/python benchmarks/pages.py

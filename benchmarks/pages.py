@@ -8,6 +8,7 @@ from typing import Any
 import bench_page
 from ablation_page import ablation, unmeasured
 from common import RESULTS
+from factor_pages import PARTS as FACTOR_PARTS
 from size_pages import PARTS
 
 DOCS = RESULTS.parent
@@ -139,7 +140,9 @@ def main() -> None:
     results = read("acceptance")
     page = "# Results\n\nMade from `docs/results/*.json` by `benchmarks/pages.py`; every figure was measured on artifacts read back from disk.\n\n"
     parts = [acceptance(results), digits(read("digits")), ingredients(read("ablation"))]
-    parts += [part(read(name), table) for name, part in PARTS.items() if (RESULTS / f"{name}.json").exists()]
+    parts += [
+        part(read(name), table) for name, part in (PARTS | FACTOR_PARTS).items() if (RESULTS / f"{name}.json").exists()
+    ]
     (DOCS / "results.md").write_text(page + "\n".join(parts), encoding="utf-8")
     short = table(
         ["ratio asked", "artifact", "1 − cosine", "best uniform setting"],

@@ -1,5 +1,6 @@
 """SVD, its activation-aware kind, and EoRA."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -185,3 +186,27 @@ def test_damping_is_a_share_of_the_mean_diagonal():
     assert torch.allclose(damped.values, factors.whitened(weight, None, moment + 0.1 * torch.eye(8)).values)
     with pytest.raises(RequestError, match=r"\(8, 8\) does not fit a side of 12"):
         factors.whitened(weight, moment)
+
+
+def test_a_trellis_over_principal_components_is_better_than_either(size):
+    """At equal bytes of a table with correlated columns, interpolated in logarithms."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(24, 24, generator=generator) @ torch.diag(torch.logspace(0, -1, 24))
+    table = torch.randn(6000, 24, generator=generator) @ mixed
+    evidence = Evidence(torch.rand(6000, generator=generator) + 0.1, torch.eye(24))
+
+    def losses(name, settings):
+        forms = list(get_method(name).encode_all(table, settings, evidence))
+        return {size(form): evidence.loss(table - form.dense()) for form in forms}
+
+    def at(points, length):
+        (small, lost), (large, kept) = sorted(points.items())
+        share = (math.log(length) - math.log(small)) / (math.log(large) - math.log(small))
+        return lost ** (1 - share) * kept**share
+
+    ((length, ours),) = losses("trellis-svd", [{"rank": 24, "bits": 3}]).items()
+    rotated = losses("activation-svd", [{"rank": 24, "bits": bits} for bits in (3.3, 2.7)])
+    steps = get_method("trellis").settings(table, evidence)
+    plain = losses("trellis", [steps[6], steps[8]])
+    assert ours < 0.9 * at(rotated, length) and ours < 0.9 * at(plain, length)
+    assert not get_method("trellis-svd").settings(table[:100], evidence)

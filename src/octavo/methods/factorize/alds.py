@@ -125,7 +125,7 @@ def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float)
     # What a group lacks, and the one component of a group of zeros, say nothing of the step.
     used = values[(left.unflatten(1, (groups, rank)) != 0).any(0)]
     used = used if len(used) else values.flatten()
-    step = factors._step(Factors(left, right[0], used), bits)
+    step = factors.step_for(Factors(left, right[0], used), bits)
     values = values.clamp_min(float(used.min()))
     weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30)
     first = Entropy().encode(left, {"step": step}, Evidence(weights, torch.diag(values.flatten())))

@@ -23,7 +23,7 @@ from torch import Tensor
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Form, LowRank
-from octavo.methods.base import Setting
+from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
@@ -213,18 +213,20 @@ def read(method: str, setting: Setting) -> tuple[int, float]:
     return whole(method, setting, "rank", 1), real(method, setting, "bits", 1, 16)
 
 
-def quantized(parts: Factors, bits: float, evidence: Evidence) -> Form:
+def quantized(parts: Factors, bits: float, evidence: Evidence, coder: Method | None = None) -> Form:
     """Both factors by :class:`Entropy`, each with the evidence that the other one implies.
 
     An error of ``left[i, k]`` costs ``r[i] S[k]``, one of ``right[k]`` costs ``S[k]`` times the column moment. One
     step in units of the loss serves all coefficients, as in transform coding: strong components get more bits than
     weak ones, and ``bits`` is about their mean. The right factor is then fitted anew to the left one as it was
     stored: ``right = (L^T diag(r) L)^-1 L^T diag(r) W``, where ``W`` is the product of the exact factors.
+
+    ``coder`` is a method whose one knob is a step, for the left factor in the place of :class:`Entropy`.
     """
     left, right, values = parts.left, parts.right, parts.values
-    step = _step(parts, bits)
+    step = step_for(parts, bits)
     weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30)
-    first = Entropy().encode(left, {"step": step}, Evidence(weights, torch.diag(values)))
+    first = (coder or Entropy()).encode(left, {"step": step}, Evidence(weights, torch.diag(values)))
     stored = first.dense().double()
     heavy = stored * weights.double()[:, None]
     normal = heavy.t() @ stored
@@ -240,7 +242,7 @@ def quantized(parts: Factors, bits: float, evidence: Evidence) -> Form:
     return LowRank(first, second)
 
 
-def _step(parts: Factors, bits: float) -> float:
+def step_for(parts: Factors, bits: float) -> float:
     """The step at which the coefficients take about ``bits`` on average.
 
     In units of the loss the coefficients of component ``k`` have the root mean square ``S[k] / sqrt(rows)`` on the

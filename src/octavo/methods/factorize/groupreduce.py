@@ -114,5 +114,5 @@ def _coefficients(block: Block) -> int:
 def _level(block: Block) -> float:
     """Logarithm of the step at which the coefficients would take no bits, by the rule of high rates."""
     if block.parts is not None:
-        return math.log2(factors._step(block.parts, 0))
+        return math.log2(factors.step_for(block.parts, 0))
     return math.log2(Entropy(levels=(0,)).settings(block.weight, block.evidence)[0]["step"])
