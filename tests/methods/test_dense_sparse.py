@@ -1,13 +1,15 @@
 """Dictionaries and sparse codes: what they lose, what they store, and whose errors they weigh."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from octavo.errors import RequestError
+from octavo import coding, forms
+from octavo.errors import ArtifactError, RequestError
 from octavo.evidence import Evidence
-from octavo.forms import DenseSparse
+from octavo.forms import Dense, DenseSparse
 from octavo.methods import get_method
 from octavo.methods.factorize.dictionaries import Shape, again, learn, pursue, split
 
@@ -131,6 +133,23 @@ def test_quantization_adds_little(gaussian, size):
         assert float((gaussian - form.dense()).norm() / gaussian.norm()) < more * exact
         sizes.append(size(form))
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_places_are_stored_as_gaps(gaussian):
+    """What takes log2(m choose k) bits at best takes less than k log2(m), and is read back."""
+    form = learn(split(gaussian, 16), Shape(16, 32, 4), 2).form(192)
+    parts = form.tensors()
+    assert "index" not in parts
+    assert len(coding.encode(parts["gaps"])) < 0.84 * len(coding.encode(form.index))
+    assert torch.equal(forms.restore(parts, form.meta(), (192, 192)).index, form.index)
+    # Atoms in another order are the same matrix, and are stored one by one.
+    order = torch.arange(48).view(12, 4).flip(1).flatten()
+    other = replace(form, index=form.index[:, order], values=Dense(form.values.dense()[:, order]))
+    again = forms.restore(other.tensors(), other.meta(), (192, 192))
+    assert "index" in other.tensors() and torch.allclose(again.dense(), form.dense(), atol=1e-5)
+    for bad in (parts["gaps"] + 20, parts["gaps"].to(torch.int8) - 1):
+        with pytest.raises(ArtifactError, match="gap"):
+            forms.restore({**parts, "gaps": bad}, form.meta(), (192, 192))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from octavo.forms.base import Form, child, expect, expect_integers, form, nest
 class DenseSparse(Form):
     """``weight = [S_1 D_1, S_2 D_2, ...]``: blocks of ``b`` columns, in each a dense dictionary ``D`` of ``m`` atoms.
 
-    Every row takes exactly ``k`` atoms of each dictionary. The last block may be cut where the columns end.
+    Every row takes exactly ``k`` atoms of each dictionary. The last block may be cut where the columns end. Atoms in
+    rising order are stored as the gaps between them, which take fewer bits.
 
     Parameters
     ----------
@@ -44,7 +45,11 @@ class DenseSparse(Form):
         return (self.values.shape[0], self.columns)
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        return {"index": self.index, **nest(values=self.values, dictionary=self.dictionary)}
+        gaps = self.index.long().unflatten(1, (-1, self.nonzeros))
+        gaps[..., 1:] -= gaps[..., :-1] + 1
+        rising = not gaps.numel() or int(gaps.min()) >= 0
+        atoms = {"gaps": gaps.flatten(1).to(self.index.dtype)} if rising else {"index": self.index}
+        return {**atoms, **nest(values=self.values, dictionary=self.dictionary)}
 
     def meta(self) -> dict[str, Any]:  # noqa: D102
         blocks = self.values.shape[1] // self.nonzeros
@@ -59,7 +64,13 @@ class DenseSparse(Form):
         expect(0 < width <= shape[1], f"blocks of {width} columns for a matrix of shape {shape}")
         expect(0 < nonzeros <= atoms <= max(shape[0], width), f"{nonzeros} of {atoms} atoms for shape {shape}")
         blocks = -(-shape[1] // width)
-        index = expect_integers(tensors["index"], (shape[0], blocks * nonzeros), "index")
+        part = "gaps" if "gaps" in tensors else "index"
+        index = expect_integers(tensors[part], (shape[0], blocks * nonzeros), part)
+        if part == "gaps":
+            expect(not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, "a gap is out of range")
+            places = (index.long() + 1).unflatten(1, (blocks, nonzeros)).cumsum(2) - 1
+            expect(not places.numel() or int(places.max()) < atoms, f"gaps lead beyond {atoms} atoms")
+            index = places.flatten(1).to(index.dtype)
         expect(not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, f"an atom is none of {atoms}")
         values = child(tensors, meta, "values", (shape[0], blocks * nonzeros))
         return cls(values, index, child(tensors, meta, "dictionary", (blocks * atoms, width)), nonzeros, shape[1])

@@ -29,7 +29,7 @@ from octavo.sites import Layout
 from octavo.train import Regimen, fit, formed, settle
 from octavo.train.dsformer import SOURCE, StraightThroughFactorizer
 
-#: Blocks of 16 columns with 32 atoms, of which a row takes so many: 2, 2.9 and 3.7 times smaller than float16.
+#: Blocks of 16 columns with 32 atoms, of which a row takes so many: about 2, 3 and 4 times smaller than float16.
 SHAPES = (Shape(16, 32, 6), Shape(16, 32, 4), Shape(16, 32, 3))
 #: n:m patterns by falling size. Two neighbours share the rows of every matrix, so that any size between is met.
 PATTERNS = ((4, 8), (3, 8), (2, 6), (2, 8), (1, 6), (1, 8))

@@ -53,7 +53,8 @@ class DenseSparseFactors(Method):
             nonzeros = min(nonzeros, width, atoms)
             # Errors of an atom count in all rows that take it, so its coefficients are finer where there are many.
             finer = bits + math.log2(rows * nonzeros / (atoms * width)) / 2
-            size = nonzeros * (bits + math.log2(atoms)) / width + atoms * max(finer, 0.5) / rows
+            places = math.log2(math.comb(atoms, nonzeros))
+            size = (nonzeros * bits + places) / width + atoms * max(finer, 0.5) / rows
             found[width, atoms, nonzeros, bits] = size
         ordered = sorted(found, key=lambda choice: -found[choice])
         return [dict(zip(("width", "atoms", "nonzeros", "bits"), choice, strict=True)) for choice in ordered]

@@ -36,7 +36,7 @@ class Factors:
     Parameters
     ----------
     index, values
-        (blocks, rows, k): the atoms of every row, best first, and their coefficients.
+        (blocks, rows, k): the atoms of every row in rising order, and their coefficients.
     dictionary
         (blocks, m, b): atoms of unit length.
     """
@@ -106,7 +106,7 @@ def pursue(targets: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, 
     Returns
     -------
     index, values
-        (blocks, rows, k): atoms in the order in which they were chosen, and the coefficients of least squares.
+        (blocks, rows, k): atoms in rising order, and the coefficients of least squares.
     """
     lengths = dictionary.norm(dim=2).clamp_min(1e-30)
     atoms = dictionary / lengths[..., None]
@@ -114,7 +114,8 @@ def pursue(targets: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, 
     height = max(1, _AT_ONCE // (gram.shape[0] * gram.shape[1]))
     parts = [_pursue(part @ atoms.mT, gram, nonzeros) for part in targets.split(height, 1)]
     index, values = (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
-    return index, values / lengths[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+    index, order = index.sort(2)
+    return index, values.gather(2, order) / lengths[:, None].expand(-1, index.shape[1], -1).gather(2, index)
 
 
 def _pursue(left: Tensor, gram: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
