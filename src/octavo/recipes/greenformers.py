@@ -35,7 +35,7 @@ FORWARD, STEP, MEMORY = "forward pass (ms)", "training step (ms)", "it holds (MB
     source="Cahyawijaya (2021), arXiv 2108.10808; Linformer: Wang et al. (2020), arXiv 2006.04768",
     claim="A transformer with low-rank layers is faster than Linformer on short sequences and slower on long ones, and "
     "only the former makes the file smaller.",
-    metric=f"time of a forward pass over {TOKENS:,} tokens on one thread (ms, lower is better)",
+    metric=f"processor time of a forward pass over {TOKENS:,} tokens on one thread (ms, lower is better)",
     data=data.CIFAR10,
 )
 def run(trial: Trial) -> Finding:

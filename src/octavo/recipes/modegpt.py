@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def run(trial: Trial) -> Finding:
         "SVD of each matrix": {name: whitened(linear.weight.detach()) for name, linear in _linears(model)},
         "SVD of each matrix's outputs": _output_spectra(model, windows["calibration"], moments),
     }
+    units = {"magnitude": _by_magnitude(model), "output energy": _by_output(model, moments)}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def restored() -> nn.Module:
@@ -71,7 +73,7 @@ def run(trial: Trial) -> Finding:
     for share in SHARES:
         equal = [share] * len(moments)
         ways: dict[str, Any] = {
-            "magnitude": lambda equal=equal: _sliced(restored(), equal),
+            **{name: lambda name=name, equal=equal: _sliced(restored(), equal, units[name]) for name in units},
             **{
                 name: lambda share=share, name=name: _factorized(model, spectra[name], share) for name in spectra
             },
@@ -84,18 +86,22 @@ def run(trial: Trial) -> Finding:
             trial.step(f"{name}, {share:.0%}")
             found[name, share] = measured(make())
             arms.append(_arm(f"{name}, {share:.0%}", *found[name, share], dense))
+        drawn = []
+        for seed in trial.seeds:
+            trial.step(f"random, {share:.0%}, seed {seed}")
+            drawn.append(measured(_sliced(restored(), equal, _by_chance(model, seed))))
+        found["random", share] = drawn[0][0], torch.stack([losses for _, losses in drawn]).mean(0)
+        also = _arm("", *found["random", share], dense).also
+        values = tuple(math.exp(float(losses.mean())) for _, losses in drawn)
+        arms.append(Arm(f"random, {share:.0%}", drawn[0][0], values, also))
     equal = [MIDDLE] * len(moments)
     for kind in TYPES:
-        for name, forms in (
-            ("magnitude", _sliced(restored(), equal, [kind])),
-            ("MoDeGPT", decompose(restored(), moments, equal, [kind]).forms),
-        ):
+        alone = {name: _sliced(restored(), equal, units[name], [kind]) for name in units}
+        alone["MoDeGPT"] = decompose(restored(), moments, equal, [kind]).forms
+        for name, forms in alone.items():
             trial.step(f"{kind} alone by {name}")
             arms.append(_arm(f"{kind} alone by {name}, {MIDDLE:.0%}", *measured(forms), dense))
-    checks = [
-        _better(found, "MoDeGPT, allocated", other, SHARES)
-        for other in ("magnitude", "SVD of each matrix", "SVD of each matrix's outputs")
-    ]
+    checks = [_better(found, "MoDeGPT, allocated", other, SHARES) for other in (*units, "random", *spectra)]
     checks.append(_better(found, "MoDeGPT, allocated", "MoDeGPT, uniform", (MIDDLE,)))
     return Finding(arms, checks, _reason(arms, moments, tried, temperature))
 
@@ -104,16 +110,20 @@ def _reason(arms: Sequence[Arm], moments: Sequence[Moments], tried: Mapping[floa
     value = {arm.name: arm.mean for arm in arms}
     alone = ", ".join(
         f"{kind} {value[f'{kind} alone by MoDeGPT, {MIDDLE:.0%}']:.4g} "
-        f"(magnitude {value[f'{kind} alone by magnitude, {MIDDLE:.0%}']:.4g})"
+        f"(output energy {value[f'{kind} alone by output energy, {MIDDLE:.0%}']:.4g})"
         for kind in TYPES
     )
     influence = [seen.influence for seen in moments]
     shares = allocate(influence, MIDDLE, temperature)
+    weak = [name for name in ("magnitude", "SVD of each matrix") if value[f"{name}, 10%"] > value["random, 10%"]]
+    caution = (
+        f"At 10% {' and '.join(weak)} lose more than units cut at random: little is proved by them. " if weak else ""
+    )
     told = ", ".join(f"{loss:.3f} at {value:g}" for value, loss in tried.items())
     return (
-        f"The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. Influences "
-        f"of layers lie between {min(influence):.2g} and {max(influence):.2g}; of the temperatures, by the loss on "
-        f"other text ({told}), {temperature:g} was taken, which cuts {min(shares):.0%} to {max(shares):.0%} of a layer."
+        f"{caution}The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. "
+        f"Influences of layers lie between {min(influence):.2g} and {max(influence):.2g}; of the temperatures, by the "
+        f"loss on other text ({told}), {temperature:g} was taken, which cuts {min(shares):.0%} to {max(shares):.0%} of a layer."
     )
 
 
@@ -215,24 +225,75 @@ def _factorized(model: nn.Module, spectra: Mapping[str, Factors], share: float) 
     return forms
 
 
-def _sliced(model: nn.Module, shares: Sequence[float], types: Collection[str] = TYPES) -> dict[str, Form]:
-    """The same units cut as MoDeGPT cuts, those with the smallest weights, and nothing made up for."""
+@dataclass(frozen=True)
+class _Units:
+    """Scores of one block's units: (neurons,), (heads, size), (shared, size) and (shared, size)."""
+
+    neurons: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def _by_magnitude(model: nn.Module) -> list[_Units]:
+    """The product of the energies of all weights that a unit has."""
+    found = []
+    for block in blocks(model):
+        energy = {path.split(".")[1].removesuffix("_proj"): _energy(block, path) for path in PROJECTIONS}
+        outputs = energy["o"].view(block.shared, block.group, block.size).sum(1)
+        found.append(
+            _Units(
+                energy["gate"] * energy["up"] * energy["down"],
+                energy["q"].view(-1, block.size),
+                energy["k"].view(-1, block.size),
+                energy["v"].view_as(outputs) * outputs,
+            )
+        )
+    return found
+
+
+def _by_output(model: nn.Module, moments: Sequence[Moments]) -> list[_Units]:
+    """What a unit adds to the output on the calibration text: MoDeGPT's moments without its decompositions."""
+    found = []
+    for block, seen in zip(blocks(model), moments, strict=True):
+        outputs = _energy(block, "self_attn.o_proj").view(block.shared, block.group, block.size).sum(1)
+        neurons = seen.neurons.diagonal() * _energy(block, "mlp.down_proj")
+        values = seen.values.diagonal(dim1=1, dim2=2) * outputs
+        found.append(_Units(neurons, seen.queries, seen.keys, values))
+    return found
+
+
+def _by_chance(model: nn.Module, seed: int) -> list[_Units]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        _Units(
+            torch.rand(block.linear("mlp.down_proj").in_features, generator=generator),
+            *(
+                torch.rand(heads, block.size, generator=generator)
+                for heads in (block.heads, block.shared, block.shared)
+            ),
+        )
+        for block in blocks(model)
+    ]
+
+
+def _sliced(
+    model: nn.Module, shares: Sequence[float], units: Sequence[_Units], types: Collection[str] = TYPES
+) -> dict[str, Form]:
+    """As many units cut as MoDeGPT cuts, those with the lowest scores, and nothing made up for."""
     forms: dict[str, Form] = {}
-    for block, share in zip(blocks(model), shares, strict=True):
-        energy = {path: _energy(block, path) for path in PROJECTIONS}
+    for block, share, scores in zip(blocks(model), shares, units, strict=True):
         kept: dict[str, Tensor] = {}
-        if "mlp" in types:
-            scores = energy["mlp.gate_proj"] * energy["mlp.up_proj"] * energy["mlp.down_proj"]
-            kept |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), _top(scores, share))
         heads = (block.shared, block.group, block.size)
+        if "mlp" in types:
+            names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+            kept |= dict.fromkeys(names, _top(scores.neurons, share))
         if "query-key" in types:
-            queries, keys = energy["self_attn.q_proj"].view(-1, block.size), energy["self_attn.k_proj"]
-            chosen = pairs(queries, keys.view(block.shared, -1), max(1, round((1 - share) * block.size / 2)))
+            chosen = pairs(scores.queries, scores.keys, max(1, round((1 - share) * block.size / 2)))
             kept["self_attn.k_proj"] = chosen.flatten()
             kept["self_attn.q_proj"] = chosen[:, None].expand(heads).flatten()
         if "value-output" in types:
-            outputs = energy["self_attn.o_proj"].view(heads).sum(1)
-            chosen = _top(energy["self_attn.v_proj"].view_as(outputs) * outputs, share)
+            chosen = _top(scores.values, share)
             kept["self_attn.v_proj"] = chosen.flatten()
             kept["self_attn.o_proj"] = chosen[:, None].expand(heads).flatten()
         for path, mask in kept.items():
