@@ -22,9 +22,9 @@ from octavo.integrations.texts import text_batches
 from octavo.integrations.transformers import require_transformers
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.dictionaries import Shape, learn, split
-from octavo.methods.prune.masks import largest_by_group
+from octavo.methods.prune.masks import largest, largest_by_group
 from octavo.recipes import Arm, Check, Finding, Trial, data, recipe
-from octavo.recipes.stored import through_file
+from octavo.recipes.stored import quantized, through_file
 from octavo.sites import Layout
 from octavo.train import Regimen, fit, formed, settle
 from octavo.train.dsformer import SOURCE, StraightThroughFactorizer
@@ -63,7 +63,11 @@ def run(trial: Trial) -> Finding:
         target = _stored(weights, made["dense-sparse"], layouts)[0]
         made["SVD"] = _matched(weights, layouts, target, _low_rank(matrices))
         made["n:m magnitude"] = _matched(weights, layouts, target, _pruned(matrices))
-        for name, forms in made.items():
+        others = {
+            "magnitude": _matched(weights, layouts, target, _unstructured(matrices)),
+            "quantization alone": _matched(weights, layouts, target, _coarse(matrices)),
+        }
+        for name, forms in (made | others).items():
             arms.append(_arm(task, f"{name}, {dense / target:.1f}x", weights, forms, layouts))
     size = arms[-1].name.rpartition(", ")[2]
     trained = {name: _fine_tuned(task, forms, layouts) for name, forms in made.items()}
@@ -237,6 +241,24 @@ def _pruned(matrices: Mapping[str, Tensor]) -> Callable[[float], dict[str, Form]
     return forms
 
 
+def _unstructured(matrices: Mapping[str, Tensor]) -> Callable[[float], dict[str, Form]]:
+    """Forms by the share of the weights of every matrix that is kept, the largest wherever they are."""
+
+    def forms(share: float) -> dict[str, Form]:
+        made: dict[str, Form] = {}
+        for name, matrix in matrices.items():
+            mask = largest(matrix.abs(), max(1, round(share * matrix.numel())))
+            made[name] = Sparse(mask, Dense(matrix[mask][None]))
+        return made
+
+    return forms
+
+
+def _coarse(matrices: Mapping[str, Tensor]) -> Callable[[float], dict[str, Form]]:
+    """Forms by the fineness of entropy-constrained quantization, from about 1 to 9 bits a weight."""
+    return lambda share: {name: quantized(Dense(matrix), 1 + 8 * share) for name, matrix in matrices.items()}
+
+
 def _two_patterns(matrix: Tensor, coarse: tuple[int, int], fine: tuple[int, int], share: float) -> Form:
     masks = [largest_by_group(matrix.abs(), pattern) for pattern in (coarse, fine)]
     gain = (matrix.square() * (masks[1].float() - masks[0].float())).sum(1)
@@ -355,6 +377,7 @@ def _finding(arms: list[Arm], size: str) -> Finding:
     own, low, pruned = "dense-sparse", "SVD", "n:m magnitude"
     through, fixed = by_name[f"straight-through, {size}"], by_name[f"{own}, fine-tuned, {size}"]
     afterwards = by_name[f"{own}, {size}"]
+    coarse = by_name[f"quantization alone, {size}"]
     svd, nm = by_name[f"{low}, fine-tuned, {size}"], by_name[f"{pruned}, fine-tuned, {size}"]
 
     def figures(*compared: Arm) -> str:
@@ -369,6 +392,10 @@ def _finding(arms: list[Arm], size: str) -> Finding:
             "At every size they are nearer than n:m magnitude pruning with combinatorial index coding.",
             all(a < b for a, b in zip(errors(own), errors(pruned), strict=True)), both(own, pruned),
         ),
+        Check(
+            "At every size they are nearer than unstructured magnitude pruning.",
+            all(a < b for a, b in zip(errors(own), errors("magnitude"), strict=True)), both(own, "magnitude"),
+        ),
         Check("Training through the factorizer beats fine-tuning with fixed supports.", better(through, fixed),
               figures(through, fixed, afterwards)),
         Check("It beats fine-tuned low-rank factors and fine-tuned n:m pruning.",
@@ -379,6 +406,7 @@ def _finding(arms: list[Arm], size: str) -> Finding:
         f"{arms[0].mean - by_name[f'{low}, {size}'].mean:.2f} and n:m pruning "
         f"{arms[0].mean - by_name[f'{pruned}, {size}'].mean:.2f}; after {STEPS} steps of distillation these are "
         f"{arms[0].mean - fixed.mean:.2f} with fixed supports, {arms[0].mean - through.mean:.2f} through the "
-        f"factorizer, {arms[0].mean - svd.mean:.2f} and {arms[0].mean - nm.mean:.2f}."
+        f"factorizer, {arms[0].mean - svd.mean:.2f} and {arms[0].mean - nm.mean:.2f}. All of these store 16-bit "
+        f"values, as published; quantization alone loses {arms[0].mean - coarse.mean:.2f} points at that size."
     )
     return Finding(arms, checks, reason)
