@@ -112,7 +112,7 @@ class Task:
             return Task(model, folder, lines[:32], pairs[32:48], pairs[48:])
         train, test = (_pairs(name) for name in ("stsb-train.csv", "stsb-dev.csv"))
         sentences = sorted({sentence for pair in train[:-500] for sentence in pair[:2]})
-        return Task(model, folder, sentences, train[-500::3], test[::4])
+        return Task(model, folder, sentences, train[-500::3], test[::6])
 
     def batches(self, seed: int) -> Callable[[int], Iterator[tuple[dict[str, Tensor], Tensor]]]:
         """Sentences and the embeddings that the dense model has of them; neighbours in length share a batch."""
