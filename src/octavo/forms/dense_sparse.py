@@ -11,6 +11,11 @@ from torch import Tensor
 
 from octavo.forms.base import Form, child, expect, expect_integers, form, nest
 
+#: Inputs for which products with atoms are gathered; for more of them that takes more than the dense product.
+_FEW = 4
+#: Coefficients, zeros included, that are held at once.
+_AT_ONCE = 1 << 22
+
 
 @form("dense-sparse")
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class DenseSparse(Form):
         return self._combined(self.values.lookup(index), self.index[index])
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        if x.numel() > _FEW * self.columns:
+            return super().apply(x)
         dictionary = self._atoms().to(x.dtype)
         blocks, _, width = dictionary.shape
         padded = torch.nn.functional.pad(x, (0, blocks * width - self.columns)).unflatten(-1, (blocks, width))
@@ -102,6 +109,9 @@ class DenseSparse(Form):
     def _combined(self, values: Tensor, index: Tensor) -> Tensor:
         dictionary = self._atoms()
         blocks, atoms, _ = dictionary.shape
-        sparse = values.new_zeros(len(values), blocks * atoms).scatter_add(1, self._flat(index), values)
-        rows = torch.einsum("rbm,bmw->rbw", sparse.unflatten(1, (blocks, atoms)), dictionary)
-        return rows.flatten(1)[:, : self.columns]
+        # A few rows at a time: with their zeros they may be many times as large as the matrix.
+        height, parts = max(1, _AT_ONCE // (blocks * atoms)), []
+        for some, places in zip(values.split(height), self._flat(index).split(height), strict=True):
+            sparse = some.new_zeros(len(some), blocks * atoms).scatter_add(1, places, some)
+            parts.append(torch.einsum("rbm,bmw->rbw", sparse.unflatten(1, (blocks, atoms)), dictionary).flatten(1))
+        return torch.cat(parts)[:, : self.columns]
