@@ -69,6 +69,21 @@ def test_points_of_a_sample_are_marked():
     assert all(point.estimated for point in curve.points)
 
 
+def test_a_table_is_turned_into_principal_components_if_that_is_better():
+    """The rotation belongs to the columns: a sample of the rows does not pay for it as often as it was taken."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(40, 40, generator=generator) @ torch.diag(torch.logspace(0, -1, 40))
+    weight = torch.randn(20_000, 40, generator=generator) @ mixed
+    site = Site("table", "embedding", tuple(weight.shape), torch.float32)
+    methods = [get_method(name) for name in ("keep", "entropy", "trellis", "trellis-svd")]
+    curve = profile_site(site, weight, evidence_of(weight), methods, Window(1, 6, 3))
+    ours = [point for point in curve.points if point.method == "trellis-svd"]
+    assert ours and not any(point.estimated for point in ours)
+    others = sorted((point.bytes, point.loss) for point in curve.points if point.method in ("entropy", "trellis"))
+    for point in ours:
+        assert all(loss > point.loss for size, loss in others if size <= point.bytes)
+
+
 def test_a_low_rank_is_found_in_a_sample_and_measured_on_the_whole():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2400, 40, generator=generator) @ torch.randn(40, 1024, generator=generator)

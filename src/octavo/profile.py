@@ -19,6 +19,7 @@ from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
+from octavo.methods.factorize.factors import is_table, least_of_table
 from octavo.sampling import Sample, sample_of
 from octavo.sites import Site
 from octavo.workspace import write_file
@@ -156,6 +157,8 @@ def profile_site(
     """
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
+    # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
+    tried = sample_of(weight, evidence, least_of_table(weight.shape[1])) if is_table(*weight.shape) else sample
     for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
         if not method.accepts(site):
             continue
@@ -164,7 +167,7 @@ def profile_site(
                 packed, loss = sample.packed(form), sample.loss(form)
                 keep(method, setting, packed)
                 curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
-        elif sample is None or _competitive(method, sample, curve):
+        elif tried is None or _competitive(method, tried, curve, target):
             for setting, form in _walk(method, weight, evidence, window, curve, target):
                 packed = pack(form)
                 keep(method, setting, packed)
@@ -176,16 +179,17 @@ def profile_site(
     return curve
 
 
-def _competitive(method: Method, sample: Sample, curve: Curve) -> bool:
+def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> bool:
     """Whether a method, tried on a sample as a matrix of its own, is as good as the curve so far.
 
     A method that looks at all rows together takes long on a large matrix, and is a gain on few of them.
     """
-    settings, reference = method.settings(sample.weight, sample.evidence), envelope(curve)
-    if reference is None:
-        return True
+    settings, reference = method.offered(sample.weight, sample.evidence, target), envelope(curve)
+    if reference is None or not settings:
+        return bool(settings)
     form = method.encode(sample.weight, settings[len(settings) // 2], sample.evidence)
-    return sample.loss(form) <= PROMISING * reference(pack(form).bytes * sample.share)
+    whole = sample.grown(form) if is_table(*sample.weight.shape) else pack(form).bytes * sample.share
+    return sample.loss(form) <= PROMISING * reference(whole)
 
 
 def _walk(

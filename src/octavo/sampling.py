@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo import coding
 from octavo.artifact import Packed, Sized, pack
 from octavo.evidence import Evidence
-from octavo.forms import Form
+from octavo.forms import Form, GroupedLowRank, LowRank, RowBlocks, Sum
 from octavo.running.kernels import resident_bytes
 
 #: Larger matrices are sampled, a quarter of their weights within these bounds. Of a 4096 x 4096 matrix bytes are then
@@ -55,6 +55,19 @@ class Sample:
         """Expected loss of the whole matrix in a form that was found for the sample."""
         return self.evidence.loss(form.dense() - self.weight) * self.share
 
+    def grown(self, form: Form) -> int:
+        """Bytes that a whole table would take in a form that was found for the sample as a table of its own.
+
+        Left factors grow with the rows; right ones are the columns' and do not.
+        """
+        if isinstance(form, LowRank | GroupedLowRank):
+            return self.grown(form.left) + pack(form.right).bytes
+        if isinstance(form, RowBlocks):
+            return round(len(form.member) * self.share) + sum(map(self.grown, form.blocks))
+        if isinstance(form, Sum):
+            return self.grown(form.base) + self.grown(form.correction)
+        return round(pack(form).bytes * self.share)
+
     def packed(self, form: Form) -> Packed:
         """What the whole matrix would take in a form that was found for the sample: sizes without content.
 
@@ -79,14 +92,16 @@ class Sample:
         return Packed(Sized(end), parts, found.meta, codecs, resident_bytes(form, self.rows))
 
 
-def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
+def sample_of(weight: Tensor, evidence: Evidence, fewest: int = _ROWS) -> Sample | None:
     """A sample of a matrix (rows, columns), or None if it is small enough to be looked at as a whole.
+
+    ``fewest`` rows are taken at least.
 
     Rows are sorted by what they add to the loss if they are lost, and taken at even distances, so that loud and quiet
     rows are represented by their numbers.
     """
     rows, columns = weight.shape
-    taken = max(_ROWS, min(max(weight.numel() // 4, _TAKEN[0]), _TAKEN[1]) // columns)
+    taken = max(fewest, min(max(weight.numel() // 4, _TAKEN[0]), _TAKEN[1]) // columns)
     if weight.numel() <= MEDIUM or rows < 2 * taken:
         return None
     order = (evidence.rows.sqrt() * torch.linalg.vector_norm(weight, dim=1)).argsort(stable=True)

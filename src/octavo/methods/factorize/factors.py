@@ -34,6 +34,9 @@ _CHOICES: tuple[tuple[float, float], ...] = (
     (1.0, 6), (1.0, 4), (1.0, 3), (1.0, 2.5), (0.75, 3), (1.0, 2), (0.75, 2.5), (0.75, 2), (0.5, 2.5), (0.5, 2),
     (0.35, 2.5), (0.35, 2), (0.25, 2.5), (0.25, 2), (0.25, 1.5), (0.125, 2.5), (0.125, 1.5), (0.0625, 2),
 )  # fmt: skip
+_OF_TABLES = ((1.0, 6), (1.0, 4.5), (1.0, 3.5), (1.0, 2.75), (1.0, 2), (1.0, 1.4), (1.0, 1), (0.25, 1.5), (0.125, 1.5))
+#: Rows a column of a table.
+_TALL = 8
 
 
 @dataclass(frozen=True)
@@ -200,11 +203,23 @@ def _largest(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
     return values, vectors * signs
 
 
+def is_table(rows: int, columns: int) -> bool:
+    """Whether a matrix has so many more rows than columns that a rotation of the columns costs next to nothing."""
+    return rows >= least_of_table(columns)
+
+
+def least_of_table(columns: int) -> int:
+    """The fewest rows of a table."""
+    return _TALL * columns + 1
+
+
 def settings(rows: int, columns: int) -> list[Setting]:
     """Ranks and bits, from largest to smallest file."""
-    # A tall matrix is worth its full rank: the factors then are a rotation, whose own cost hardly counts.
-    even = columns if rows > 8 * columns else rows * columns / (rows + columns)
-    pairs = dict.fromkeys((max(1, round(share * even)), bits) for share, bits in _CHOICES)
+    # A table is worth its full rank: weak components take next to no bits by themselves.
+    even, choices = rows * columns / (rows + columns), _CHOICES
+    if is_table(rows, columns):
+        even, choices = columns, _OF_TABLES
+    pairs = dict.fromkeys((max(1, round(share * even)), bits) for share, bits in choices)
     return [{"rank": rank, "bits": bits} for rank, bits in sorted(pairs, key=lambda pair: -pair[0] * pair[1])]
 
 

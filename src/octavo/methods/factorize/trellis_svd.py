@@ -14,9 +14,6 @@ from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
 from octavo.methods.quantize.trellis import TrellisCoded
 
-#: Rows a column from which on the rotation is small beside what is coded.
-_TALL = 8
-
 
 @method(
     "trellis-svd",
@@ -42,7 +39,7 @@ class TrellisSVD(ActivationSVD):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Bits at full rank, for tables; nothing for other matrices."""
         rows, columns = weight.shape
-        return [{"rank": columns, "bits": bits} for bits in self.levels] if rows > _TALL * columns else []
+        return [{"rank": columns, "bits": bits} for bits in self.levels] if factors.is_table(rows, columns) else []
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition."""
