@@ -57,7 +57,10 @@ def run(trial: Trial) -> Finding:
         moments = _moments(dense, sites, clicks.train[0])
         for ratio in RATIOS:
             trial.step(f"seed {seed}, {ratio} times smaller")
-            plan = plans.setdefault(ratio, _plan(dense, sites, clicks.sizes, through_file(dense).bytes // ratio))
+            if ratio not in plans:
+                # Sizes depend on shapes alone: one plan serves all seeds.
+                plans[ratio] = _plan(dense, sites, clicks.sizes, through_file(dense).bytes // ratio)
+            plan = plans[ratio]
             for name, build in {
                 "SVD": partial(_factored, parts=partial(_svd, dense), relu=False),
                 "AFM": partial(_factored, parts=partial(_afm, dense, moments), relu=False),
