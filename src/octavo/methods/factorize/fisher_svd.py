@@ -12,8 +12,9 @@ from octavo.curvature import Curvature
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Form
-from octavo.methods.base import Method, Setting, method
+from octavo.methods.base import Setting, method
 from octavo.methods.factorize import factors
+from octavo.methods.factorize.activation_svd import ActivationSVD
 
 #: Larger ranks are left where they begin: fitting takes multiplications in proportion to rank squared times weights,
 #: and where few components are left out there is little to gain.
@@ -29,7 +30,7 @@ _ELEMENTS = 1 << 22
     source="SVD whitened by both factors of K-FAC, fitted to EK-FAC (George et al., 2018, arXiv 1806.03884)",
 )
 @dataclass(frozen=True)
-class FisherSVD(Method):
+class FisherSVD(ActivationSVD):
     """The product of that rank of least ``1/2 sum Lam * (Q_S^T E Q_A)^2``, nearly.
 
     With ``W`` (rows, columns), and ``S`` and ``A`` the second moments of output gradients and inputs, it begins with
@@ -47,21 +48,9 @@ class FisherSVD(Method):
 
     sweeps: int = 3
 
-    by_rows = False
-    elastic = "bits"
-
-    def octaves(self, setting: Setting) -> float:  # noqa: D102
-        return -float(setting["bits"])
-
-    def at(self, setting: Setting, octaves: float) -> Setting:  # noqa: D102
-        return {**setting, "bits": round(min(max(-octaves, 1.0), 16.0), 4)}
-
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Those of ``activation-svd`` where there is a curvature, else none."""
         return [] if evidence.curvature is None else factors.settings(*weight.shape)
-
-    def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
-        return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition from which the fit begins; those of one rank share the fit."""
