@@ -239,12 +239,12 @@ def _judged(arms: list[Arm], figures: Mapping[tuple[str, float], _Figures], size
     correlation = float(torch.corrcoef(torch.stack(ranks))[0, 1])
     groups = statistics.fmean(value for size in sizes for value in figures[OURS, size].groups)
     free, error = _gain(figures, sizes, RELEASED, ABLATIONS[0], "after")
-    finest = arms[-1]
+    coded = next(arm for arm in arms if arm.name.startswith("quantization"))
     reason = (
         f"With the factor sqrt(k) of the bound, {groups:.1f} groups are chosen on average, so that the allocation is "
         f"nearly that of one group; without it, as released, accuracy after fine-tuning is {free:+.2f} ± {error:.2f} "
         f"points from one group's. The largest error orders accuracies before fine-tuning by a rank correlation of "
-        f"{correlation:.2f}. Quantization alone, at {finest.bytes:,} bytes, keeps {finest.mean:.1f} % of the dense "
+        f"{correlation:.2f}. Quantization alone has {coded.mean:.1f} % at {coded.bytes:,} bytes, the dense net "
         f"{arms[0].mean:.1f} %."
     )
     return Finding(arms, checks, reason)
