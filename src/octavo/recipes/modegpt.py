@@ -123,7 +123,8 @@ def _reason(arms: Sequence[Arm], moments: Sequence[Moments], tried: Mapping[floa
     return (
         f"{caution}The dense model has {value['dense']:.4g}. With {MIDDLE:.0%} of one type of module gone: {alone}. "
         f"Influences of layers lie between {min(influence):.2g} and {max(influence):.2g}; of the temperatures, by the "
-        f"loss on other text ({told}), {temperature:g} was taken, which cuts {min(shares):.0%} to {max(shares):.0%} of a layer."
+        f"loss on other text ({told}), {temperature:g} was taken, which cuts {min(shares):.0%} to "
+        f"{max(shares):.0%} of a layer."
     )
 
 
