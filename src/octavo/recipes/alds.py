@@ -227,8 +227,8 @@ def _judged(arms: list[Arm], figures: Mapping[tuple[str, float], _Figures], size
         checks.append(
             Check(
                 f"{when.capitalize()} fine-tuning the mean accuracy over the sizes is above that of every ablation by "
-                "more than a standard error of the differences between seeds.",
-                all(mean > error for mean, error in gains.values()),
+                "more than two standard errors of the differences between seeds.",
+                all(mean > 2 * error for mean, error in gains.values()),
                 f"Points: {told}.",
             )
         )
