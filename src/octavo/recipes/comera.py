@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -26,8 +26,9 @@ _EARLY, _LATE = 2, 2
 _RANKS = (8, 14, 20)
 #: Learning rates of dense models and of cores, chosen on development sentences; that of what stays dense beside cores.
 _DENSE_RATES, _CORE_RATES, _BESIDE = (5e-4, 1e-3), (1.5e-3, 3e-3), 1e-3
-#: Rates of diagonals by stage: within its hundreds of steps the late one has to bring them down from 1.
-_EARLY_DIAGONALS, _LATE_DIAGONALS = 5e-3, 2e-2
+#: Rate of diagonals in the early stage, and those of the late one, which has to bring most of them down to zero within
+#: hundreds of steps: too low, it misses its target; too high, all fall together and the model is lost.
+_EARLY_DIAGONALS, _LATE_DIAGONALS = 5e-3, (7e-3, 1e-2, 1.4e-2, 2e-2)
 
 
 @dataclass
@@ -69,16 +70,41 @@ class _Bench:
         return model
 
     def trains(
-        self, seed: int, lr: float, epochs: int = _EARLY + _LATE, start: nn.Module | None = None, **options: Any
+        self,
+        seed: int,
+        lr: float,
+        epochs: int = _EARLY + _LATE,
+        *,
+        start: nn.Module | None = None,
+        diagonals: float = _EARLY_DIAGONALS,
+        **options: Any,
     ) -> _Trained:
         """One stage of training, from random tensor trains or from those of ``start``."""
         model = self.make(seed) if start is None else copy.deepcopy(start)
         regimen = CoMERA(smallest=512 if self.trial.quick else 4096, **options)
-        optimizer = rates(lr, _BESIDE, _EARLY_DIAGONALS if start is None else _LATE_DIAGONALS)
+        optimizer = rates(lr, _BESIDE, diagonals)
         losses = fit(
             model, self.batches(seed), cross_entropy, epochs=epochs, optimizer=optimizer, regimen=regimen, seed=seed
         )
         return _Trained(model, regimen.size, losses[-1])
+
+    def late(
+        self, seed: int, lr: float, early: _Trained, target: int, diagonals: Sequence[float], penalty: str
+    ) -> _Late:
+        """The late stage, at that rate of diagonals which of those that meet the target is best on development data."""
+
+        def tried(rate: float) -> _Trained:
+            goal = {"target": target, "loss_target": early.loss, "penalty": penalty}
+            return self.trains(seed, lr, _LATE, start=early.model, diagonals=rate, **goal)
+
+        if len(diagonals) == 1:
+            return diagonals[0], tried(diagonals[0])
+        runs = {rate: tried(rate) for rate in diagonals}
+        off = {rate: abs(run.size / target - 1) for rate, run in runs.items()}
+        # If none does, the nearest.
+        near = [rate for rate in runs if off[rate] <= 0.05] or [min(off, key=lambda rate: off[rate])]
+        best = max(near, key=lambda rate: self.score(runs[rate].model, self.development))
+        return best, runs[best]
 
     def stored(self, model: nn.Module, *shape: int) -> tuple[int, float]:
         """Bytes of the file, and accuracy on test sentences of what was read back from it."""
@@ -93,6 +119,10 @@ class _Trained:
     model: nn.Module
     size: int
     loss: float
+
+
+#: The rate of diagonals, and the model that was trained at it.
+_Late = tuple[float, _Trained]
 
 
 def _batch(ids: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -145,6 +175,8 @@ def run(trial: Trial) -> Finding:
     )
     found: dict[str, list[tuple[int, float, float]]] = {}
     missed = []
+    also: dict[str, dict[str, float]] = {}
+    late_rates: dict[tuple[int, str], tuple[float, ...]] = {}
 
     def add(name: str, trained: _Trained) -> int:
         """Remember a seed's figures of an arm; returns the bytes of its file."""
@@ -170,18 +202,22 @@ def run(trial: Trial) -> Finding:
             for penalty, start in early.items():
                 if penalty == "mean" and rank != middle:
                     continue
-                goal = {"target": fixed.size, "loss_target": start.loss, "penalty": penalty}
-                late = bench.trains(seed, core_lr, _LATE, start.model, **goal)
-                add(f"early and late, size of rank {rank}{', mean as penalty' * (penalty == 'mean')}", late)
+                # Chosen with the first seed, as all rates are.
+                tries = late_rates.get((rank, penalty), _LATE_DIAGONALS)
+                chosen, late = bench.late(seed, core_lr, start, fixed.size, tries, penalty)
+                late_rates[rank, penalty] = (chosen,)
+                name = f"early and late, size of rank {rank}{', mean as penalty' * (penalty == 'mean')}"
+                add(name, late)
+                also[name] = {"rate of diagonals": chosen}
                 if penalty == "size":
                     missed.append(late.size / fixed.size - 1)
-    return _finding({name: _arm(name, runs) for name, runs in found.items()}, ranks, missed)
+    return _finding({name: _arm(name, runs, also.get(name, {})) for name, runs in found.items()}, ranks, missed)
 
 
-def _arm(name: str, runs: Sequence[tuple[int, float, float]]) -> Arm:
+def _arm(name: str, runs: Sequence[tuple[int, float, float]], also: Mapping[str, float]) -> Arm:
     sizes, values, elements = zip(*runs, strict=True)
-    also = {"elements of cores": fmean(elements)} if elements[0] else {}
-    return Arm(name, round(fmean(sizes)), values, also)
+    cores = {"elements of cores": fmean(elements)} if elements[0] else {}
+    return Arm(name, round(fmean(sizes)), values, {**cores, **also})
 
 
 def _shape(bench: _Bench, size: int, whole: int) -> tuple[int, int]:
