@@ -120,6 +120,15 @@ def test_a_family_that_won_no_site_is_told_with_its_figures(trained, digits, tmp
             assert found["times"][0] <= found["times"][1] and found["nearest"] in done.built.plan.points
 
 
+def test_a_family_may_have_methods_with_nothing_to_offer():
+    """Tables of large nets are looked at by a sample before anything else, and not every method has a setting there."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(40_000, 16), nn.Flatten(), nn.Linear(64, 4))
+    batches = [torch.randint(0, 40_000, (32, 4)) for _ in range(2)]
+    with pytest.raises(BudgetError, match="at most"):
+        octavo.compress(module, ratio=1e6, data=batches, objective="squared", methods=["factorize"])
+
+
 def test_the_model_that_was_compressed_is_unchanged(digits):
     torch.manual_seed(0)
     module = network().train()

@@ -202,5 +202,6 @@ def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:
         weight, evidence, packing = sample.weight, sample.evidence, sample.packed
         methods = [method for method in methods if method.by_rows] or methods
     settings = [(method, method.settings(weight, evidence)[-1:]) for method in methods]
-    forms = [form for method, last in settings for form in method.encode_all(weight, last, evidence)]
+    # A method may have nothing to offer here.
+    forms = [form for method, last in settings if last for form in method.encode_all(weight, last, evidence)]
     return min(map(packing, forms or [Dense(weight.half())]), key=lambda packed: packed.bytes)
