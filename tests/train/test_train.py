@@ -1,5 +1,7 @@
 """One training loop: it learns, resumes where it stopped, and trains forms as they will be stored."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,15 @@ def test_forms_are_trained_and_handed_over():
     before = model(batches(0)[0][0])
     assert settle(model).keys() == {"0.weight"} and isinstance(model[0].weight, nn.Parameter)
     assert torch.equal(model(batches(0)[0][0]), before) and torch.equal(model[0].weight, form.dense())
+
+
+def test_settling_a_copy_leaves_the_model_in_its_forms():
+    model, x = net(), task()(0)[0][0]
+    formed(model, {"0.weight": low_rank(32, 16, 5)})
+    before, other = model(x), copy.deepcopy(model)
+    settle(other)
+    assert torch.equal(model(x), before) and torch.equal(other(x), before)
+    assert forms_of(model).keys() == {"0.weight"} and not forms_of(other)
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):

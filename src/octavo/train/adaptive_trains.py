@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from octavo.forms import Dense, TensorTrain
 from octavo.forms.tensor_train import full_ranks
+from octavo.train.formed import unparametrized
 
 
 def random_train(
@@ -50,11 +51,7 @@ def fold(model: nn.Module) -> dict[str, TensorTrain]:
     """Give every weight that is computed from a train the dense matrix it has now; returns the trains."""
     found = {name: train.form() for name, train in trains(model).items()}
     for name in found:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        # Copies of a module share the class that PyTorch made for it, from which the weight is now taken away.
-        kind = type(owner)
-        owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-        parametrize.remove_parametrizations(owner, "weight")
+        unparametrized(model.get_submodule(name.rpartition(".")[0]), "weight")
     return found
 
 

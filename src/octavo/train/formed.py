@@ -57,9 +57,16 @@ def settle(module: nn.Module) -> dict[str, Form]:
     """Give every parameter that :func:`formed` replaced the dense matrix it has now; returns the forms."""
     found = forms_of(module)
     for name in found:
-        owner, parameter = _owner(module, name)
-        parametrize.remove_parametrizations(owner, parameter)
+        unparametrized(*_owner(module, name))
     return found
+
+
+def unparametrized(owner: nn.Module, parameter: str) -> None:
+    """Give a parameter that is computed the value it has now; copies of the module go on computing theirs."""
+    # Copies share the class that PyTorch made for the module, from which it takes the parameter away.
+    kind = type(owner)
+    owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    parametrize.remove_parametrizations(owner, parameter)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
