@@ -69,6 +69,24 @@ def test_one_layer_is_narrowed_at_a_time():
     assert torch.equal(model[0].weight, full["0.weight"])
 
 
+def test_the_narrowed_network_learns_from_the_whole_one():
+    model, batch = net().eval(), task()(0)[0]
+    regimen = OrderedDropout(pressure=0.0, distil=True)
+    regimen.begin(model, 1)
+    whole, logs = cross_entropy(model, batch), model(batch[0]).log_softmax(-1).detach()
+    divergences = []
+    for step in range(10):
+        regimen.before(step)
+        narrow = model(batch[0]).log_softmax(-1)
+        value = float(regimen.loss(model, batch, cross_entropy).detach())
+        divergences.append(float((logs.exp() * (logs - narrow)).sum(-1).mean().detach()))
+        assert value == pytest.approx(float(whole.detach()) + divergences[-1], rel=1e-4)
+        regimen.after(step)
+    assert max(divergences) > 1e-3
+    losses = fit(net(), task(), cross_entropy, epochs=20, lr=2e-2, regimen=OrderedDropout(pressure=0.0, distil=True))
+    assert losses[-1] < losses[0] / 2
+
+
 def test_ladders():
     assert ladder(1, 2.0) == [1]
     assert ladder(20, 2.0) == [1, 2, 4, 8, 16, 20]

@@ -18,7 +18,11 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 def outputs_of(module: nn.Module, inputs: Any) -> Tensor:
     """The logits, or the tensor that a module returns."""
-    result = run(module, inputs)
+    return logits_of(run(module, inputs))
+
+
+def logits_of(result: Any) -> Tensor:
+    """Those in what a module returned, or the tensor itself."""
     return getattr(result, "logits", result)
 
 

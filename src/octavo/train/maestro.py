@@ -16,7 +16,7 @@ from octavo.forms import Dense, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.sites import Layout
 from octavo.train.loop import Regimen
-from octavo.train.losses import Batch, Loss
+from octavo.train.losses import Batch, Loss, logits_of, outputs_of
 
 SOURCE = "Maestro (Horvath, Laskaridis, Rajput & Wang, 2024, ICML; arXiv 2308.14929)"
 
@@ -35,6 +35,9 @@ class OrderedDropout(Regimen):
     the last columns go for good as long as ``|U[:, i:]| |V[:, i:]| < threshold |U| |V|``. For a linear map this finds
     the SVD of ``W C^(1/2)``, with ``C`` the second moment of the inputs, in its order.
 
+    With ``distil`` every step runs the network twice, whole and narrowed, and the loss is ``loss(whole) + KL(whole ||
+    narrowed)`` of their outputs' distributions, that of the whole being the fixed target.
+
     Parameters
     ----------
     pressure
@@ -44,6 +47,8 @@ class OrderedDropout(Regimen):
     growth
         Widths that are drawn: 1, and then each about so many times the one before, up to all columns; 1 for every
         width. The fewer there are, the more often each has its turn.
+    distil
+        Whether the narrowed network learns from the whole one, and the whole one from the labels.
     names
         Weights to factorize; those of all linear layers and of all convolutions without groups if not given.
     seed
@@ -53,6 +58,7 @@ class OrderedDropout(Regimen):
     pressure: float = 1e-5
     threshold: float = 1e-3
     growth: float = 1.5
+    distil: bool = False
     names: tuple[str, ...] | None = None
     seed: int = 0
     _layers: dict[str, _Ordered] = field(default_factory=dict, init=False, repr=False)
@@ -87,9 +93,24 @@ class OrderedDropout(Regimen):
         layer.width = width
 
     def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-        """That of the narrowed network, and the group lasso."""
-        value = loss(model, batch)
+        """That of the narrowed network, or of both, and the group lasso."""
+        value = self._distilled(model, batch, loss) if self.distil else loss(model, batch)
         return value + self.pressure * self.penalty() if self.pressure else value
+
+    def _distilled(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+        layer, width = next((layer, layer.width) for layer in self._layers.values() if layer.width)
+        layer.width = None
+        outputs: list[Tensor] = []
+        # The loss runs the whole network, and its outputs are the target: one pass for both.
+        handle = model.register_forward_hook(lambda module, args, result: outputs.append(logits_of(result)))
+        try:
+            value = loss(model, batch)
+        finally:
+            handle.remove()
+        layer.width = width
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        target, logs = outputs[0].detach().log_softmax(-1), outputs_of(model, inputs).log_softmax(-1)
+        return value + (target.exp() * (target - logs)).sum(-1).mean()
 
     def penalty(self) -> Tensor:
         """The hierarchical group lasso of all layers."""
