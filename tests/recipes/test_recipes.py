@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from octavo.cli import app
 from octavo.errors import RequestError
-from octavo.recipes import Arm, Check, Finding, Recipe, Trial, get_recipe, recipes
+from octavo.recipes import Arm, Check, Finding, Recipe, Trial, difference, get_recipe, recipes
 from octavo.recipes import results as store
 
 NAMES = (
@@ -51,6 +51,17 @@ def test_results_are_saved_whole_and_listed(tmp_path):
     store.save(result, tmp_path)
     assert store.last("tiny", tmp_path) == result
     assert store.last("another", tmp_path) is None
+
+
+def test_differences_are_of_pairs_and_know_their_error():
+    found = difference((3.0, 4.0, 8.0), (1.0, 3.0, 5.0))
+    assert found.mean == 2 and found.error == pytest.approx(1 / 3**0.5)
+    assert found.surely == pytest.approx(2 - 2 / 3**0.5) and str(found) == "+2 ± 0.58"
+    assert difference((3.0, 4.0, 5.0), (3.0,)) == difference((3.0, 4.0, 5.0), (3.0, 3.0, 3.0))
+    one = difference((3.0,), (1.0,))
+    assert one.error is None and one.surely == 2 and str(one) == "+2"
+    with pytest.raises(ValueError, match="3 values cannot be paired with 2"):
+        difference((1.0, 2.0, 3.0), (1.0, 2.0))
 
 
 def test_a_claim_holds_only_if_all_of_it_does():

@@ -51,6 +51,49 @@ class Arm:
         """Standard deviation over seeds, None of a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
+    @property
+    def shown(self) -> str:
+        """Mean and spread, for texts."""
+        return f"{self.mean:.4g}" if self.spread is None else f"{self.mean:.4g} ± {self.spread:.2g}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two arms' values, seed by seed.
+
+    Parameters
+    ----------
+    mean
+        How much more the first has.
+    error
+        Standard error of that mean, None of a single run.
+    """
+
+    mean: float
+    error: float | None
+
+    @property
+    def surely(self) -> float:
+        """What it is at least, but for two standard errors."""
+        return self.mean - 2 * (self.error or 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3g}" if self.error is None else f"{self.mean:+.3g} ± {self.error:.2g}"
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """How much more ours are: means of pairs that share a seed; a single value is compared with each of the others.
+
+    One rule for all recipes: something is better if the difference is ``surely`` above zero, and as good if it is
+    ``surely`` no lower than a margin, which its check states.
+    """
+    count = max(len(ours), len(theirs))
+    if {len(ours), len(theirs)} - {1, count}:
+        raise ValueError(f"{len(ours)} values cannot be paired with {len(theirs)}")
+    left, right = (list(values) * (count if len(values) == 1 else 1) for values in (ours, theirs))
+    gaps = [a - b for a, b in zip(left, right, strict=True)]
+    return Difference(statistics.fmean(gaps), statistics.stdev(gaps) / count**0.5 if count > 1 else None)
+
 
 @dataclass(frozen=True)
 class Check:

@@ -30,7 +30,7 @@ def shuffled(*tensors: Tensor, size: int, seed: int = 0) -> Callable[[int], Iter
 
 
 def flipped(batches: Callable[[int], Iterable[Any]]) -> Callable[[int], Iterable[Any]]:
-    """The same with half of the images mirrored and all shifted by up to two pixels: the usual augmentation."""
+    """The same, every other batch mirrored and each shifted by up to two pixels, as drawn from the epoch's number."""
 
     def augmented(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(epoch)
