@@ -23,8 +23,8 @@ def families(results: Results, table: Table) -> str:
     head = ["model", "ratio", "bytes", "without", "quality", "without", "share", "sites that factorization won"]
     return f"""## What factorization adds
 
-The plan that Octavo chose among all families (preset `best`), and the best plan without any method of the family `factorize`, encoded,
-fitted, written and read back alike. Quality is 1 − cosine for the encoder and KL for language models (lower is better), on texts that
+The plan that Octavo chose among all families (preset `best`), and the one that it chose, by the same steps, from the same curves without
+the methods of the family `factorize`. Quality is 1 − cosine for the encoder and KL for language models (lower is better), on texts that
 neither calibration nor the choice of the plan saw.
 
 {table(head, rows)}

@@ -1,7 +1,7 @@
 """What factorization adds: the chosen plan with all families against the best plan without it, at the same bytes.
 
 On MiniLM, SmolLM2-135M and the small Llama of the recipes, preset best, ratios 8, 12 and 16, judged on texts that neither
-calibration nor the choice of the plan saw. Goes on where it was stopped. Writes docs/results/families.json.
+calibration nor the choice of the plan saw. What was measured and encoded before is used again. Writes docs/results/families.json.
 
     python benchmarks/families.py [minilm] [smollm2] [llama]
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from models import model_folder
 import octavo
 from octavo.allocate import allocate
 from octavo.compress import Compressed
-from octavo.finish import MARGIN, finish
+from octavo.finish import MARGIN, Built, contest
 from octavo.integrations.texts import text_batches
 from octavo.methods import methods
 from octavo.objective import KL, Cosine, Objective
 from octavo.recipes import Trial
 from octavo.recipes.models import language_model
-from octavo.reconstruct import reconstruct
+from octavo.reconstruct import reconstruct, reserve
 from octavo.request import describe
 from octavo.workspace import Workspace
 
@@ -80,30 +80,37 @@ CASES: dict[str, Callable[[], Case]] = {"minilm": encoder, "llama": llama, "smol
 
 
 def compare(name: str, ratio: int, case: Case, reference: list[torch.Tensor]) -> dict[str, Any]:
-    """One ratio: the plan that Octavo chose, and the best without any method of the family, both with gains fitted."""
+    """One ratio: the plan that Octavo chose, and the one that it would choose without the family."""
     work = CACHE / "families" / name
     done = octavo.compress(
         case.source, ratio=ratio, data=case.data, objective=case.objective, preset="best", workspace=work, resume=True
     )
     report = done.save(work / f"all-{ratio}", overwrite=True)
-    names = [name for name, cls in methods().items() if cls.family != "factorize"]
-    room = Workspace(work, describe(done.job, done.preset), resume=True)
-    plan = allocate(done.profile, done.budget, margin=MARGIN, methods=names)
-    built = finish(done.job, done.profile, done.calibration, room, plan, done.budget)
-    built = reconstruct(done.job, done.calibration, built, done.budget.bytes, done.preset)
-    without = Compressed(**{**done.__dict__, "built": built, "rival": None})
+    without = Compressed(**{**done.__dict__, "built": _without(done, work), "rival": None})
     without.save(work / f"without-{ratio}", overwrite=True)
     sites = [site for site in report["sites"] if site["family"] == "factorize"]
     return {
         "model": name, "ratio": ratio, "budget": done.budget.bytes, "metric": case.objective.metric,
         "bytes": stat_bytes(work / f"all-{ratio}"), "without_bytes": stat_bytes(work / f"without-{ratio}"),
-        "held_back": done.built.quality, "without_held_back": built.quality,
+        "held_back": done.built.quality, "without_held_back": without.built.quality,
         "quality": judge(case, reference, work / f"all-{ratio}"),
         "without_quality": judge(case, reference, work / f"without-{ratio}"),
         "factorized_sites": len(sites), "sites": len(report["sites"]),
         "factorized_bytes": sum(site["bytes"] for site in sites),
         "factorized_methods": sorted({site["method"] for site in sites}), "unused": report["unused"],
     }  # fmt: skip
+
+
+def _without(done: Compressed, work: Path) -> Built:
+    """What is made of the same curves without the points of the family, by the steps of ``octavo.compress``."""
+    names = {name for name, cls in methods().items() if cls.family != "factorize"}
+    curves = [replace(curve, points=[p for p in curve.points if p.method in names]) for curve in done.profile.curves]
+    job, profile, asked = done.job, replace(done.profile, curves=curves), done.budget
+    room = Workspace(work, describe(job, done.preset), resume=True)
+    free = replace(asked, bytes=asked.bytes - reserve(job, asked.bytes, done.preset))
+    chosen = allocate(profile, free, margin=MARGIN)
+    best, _ = contest(job, profile, done.calibration, room, chosen, free)
+    return reconstruct(job, done.calibration, best, asked.bytes, done.preset)
 
 
 def judge(case: Case, reference: list[torch.Tensor], folder: Path) -> float:
