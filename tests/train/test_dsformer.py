@@ -1,5 +1,7 @@
 """The straight-through factorizer: what the network runs with, where gradients go, and what is left of it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,16 @@ def test_supports_move_while_it_trains_and_the_shadow_is_dropped():
     assert torch.equal(regimen.forms(model)["0.weight"].dense(), form.dense())
     stored = through_file(model, forms)
     assert torch.allclose(stored.load(net())[0].weight, form.dense(), atol=2e-3)
+
+
+def test_forms_leave_copies_as_they_are():
+    model, regimen, x = net(), StraightThroughFactorizer({"0.weight": SHAPE}), task()(0)[0][0]
+    regimen.begin(model, 1)
+    other = copy.deepcopy(model)
+    before = other(x)
+    regimen.forms(model)
+    assert torch.equal(other(x), before)
+    assert isinstance(model[0].weight, nn.Parameter) and not isinstance(other[0].weight, nn.Parameter)
 
 
 def test_it_learns_what_a_factorization_afterwards_loses():

@@ -145,6 +145,15 @@ def test_a_trained_network_is_cut_stored_and_read_back():
     assert stored.bytes < through_file(model).bytes
 
 
+def test_forms_leave_copies_as_they_are():
+    model, regimen, x = net().eval(), OrderedDropout(), task()(0)[0][0]
+    regimen.begin(model, 1)
+    other = copy.deepcopy(model)
+    regimen.forms(model)
+    assert torch.allclose(other(x), model(x), atol=1e-6)
+    assert isinstance(model[0].weight, nn.Parameter) and not isinstance(other[0].weight, nn.Parameter)
+
+
 def test_normalization_is_recalibrated_without_touching_anything_else():
     model, x = net(), task()(0)[0][0]
     model.train()(x)

@@ -34,8 +34,8 @@ class CoMERA(Regimen):
     shrink. With it (the late stage) every step minimises the one of two objectives that is further from its target, as
     achievement scalarisation asks for,
 
-        R + 0.1 * loss        if  (loss - loss_target) / loss < (S - target) / S,
-        loss + 0.01 * R       otherwise,
+        R + 0.1 * loss + 0.01 * R       if  (loss - loss_target) / loss < (S - target) / S,
+        loss + 0.1 * loss + 0.01 * R    otherwise,
 
     and the loss alone once the target is reached. Entries below ``threshold`` are cut for good, the smallest first,
     and in the late stage no more of them than it takes to reach the target. A run that begins on a model that has such
@@ -106,9 +106,9 @@ class CoMERA(Regimen):
         now = self.size
         if now <= self.target:
             return task
-        if (task.item() - self.loss_target) / max(task.item(), 1e-12) < (now - self.target) / now:
-            return self._penalty() + 0.1 * task
-        return task + 0.01 * self._penalty()
+        penalty = self._penalty()
+        too_large = (task.item() - self.loss_target) / max(task.item(), 1e-12) < (now - self.target) / now
+        return (penalty if too_large else task) + 0.1 * task + 0.01 * penalty
 
     def after(self, step: int) -> None:
         """Cut what fell below the threshold."""

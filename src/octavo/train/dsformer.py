@@ -13,6 +13,7 @@ from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.factorize.dictionaries import Factors, Shape, again, learn, split
 from octavo.sites import Layout
+from octavo.train.formed import unparametrized
 from octavo.train.loop import Regimen
 
 SOURCE = "DSFormer (Chand, Prabhu & Kumar, 2023, arXiv 2312.13211)"
@@ -77,7 +78,7 @@ class StraightThroughFactorizer(Regimen):
                 factorized.factorize()
             self._forms[name] = factorized.form()
             prefix, _, parameter = name.rpartition(".")
-            parametrize.remove_parametrizations(model.get_submodule(prefix), parameter)
+            unparametrized(model.get_submodule(prefix), parameter)
         self._found = {}
         return dict(self._forms)
 

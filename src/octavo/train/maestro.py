@@ -15,6 +15,7 @@ from octavo.errors import RequestError
 from octavo.forms import Dense, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.sites import Layout
+from octavo.train.formed import unparametrized
 from octavo.train.loop import Regimen
 from octavo.train.losses import Batch, Loss, logits_of, outputs_of
 
@@ -140,7 +141,7 @@ class OrderedDropout(Regimen):
             left, right = (part.detach().clone() for part in layer.parts())
             self._forms[name] = LowRank(Dense(left), Dense(right))
             prefix, _, parameter = name.rpartition(".")
-            parametrize.remove_parametrizations(model.get_submodule(prefix), parameter)
+            unparametrized(model.get_submodule(prefix), parameter)
         self._layers = {}
         return dict(self._forms)
 
