@@ -8,7 +8,11 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.forms import Dense, LowRank
+from octavo.methods.factorize.dictionaries import Shape
 from octavo.train import Regimen, accuracy, cross_entropy, distillation, fit, formed, forms_of, settle
+from octavo.train.comera import CoMERA
+from octavo.train.dsformer import StraightThroughFactorizer
+from octavo.train.maestro import OrderedDropout
 
 
 def task():
@@ -48,22 +52,50 @@ def test_settling_a_copy_leaves_the_model_in_its_forms():
     assert forms_of(model).keys() == {"0.weight"} and not forms_of(other)
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
+REGIMENS = {
+    "none": Regimen,
+    "ordered dropout": lambda: OrderedDropout(pressure=1e-3, threshold=0.05),
+    "straight-through": lambda: StraightThroughFactorizer({"0.weight": Shape(8, 12, 2)}, rounds=2),
+    "tensor trains": lambda: CoMERA(rank=6, smallest=64),
+}
+
+
+@pytest.mark.parametrize("kind", REGIMENS)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kind, tmp_path):
     class Stop(Exception):
         pass
 
-    class Interrupted(Regimen):
-        def epoch(self, number):
-            if number == 2:
-                raise Stop
+    batches = task()
 
-    whole, halved, batches = net(), net(), task()
-    expected = fit(whole, batches, cross_entropy, epochs=4)
+    def interrupted(number):
+        if number == 2:
+            raise Stop
+        return batches(number)
+
+    whole, halved, again = net(), net(), net(seed=5)
+    ours, theirs = REGIMENS[kind](), REGIMENS[kind]()
+    how = {"loss": cross_entropy, "epochs": 4, "lr": 1e-2}
+    expected = fit(whole, batches, regimen=ours, **how)
     with pytest.raises(Stop):
-        fit(halved, batches, cross_entropy, epochs=4, checkpoint=tmp_path / "state", regimen=Interrupted())
-    again = net(seed=5)
-    assert fit(again, batches, cross_entropy, epochs=4, checkpoint=tmp_path / "state") == expected
+        fit(halved, interrupted, regimen=REGIMENS[kind](), checkpoint=tmp_path / "state", **how)
+    found = fit(again, batches, regimen=theirs, checkpoint=tmp_path / "state", **how)
+    assert found == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    forms = [regimen.forms(model) for regimen, model in ((ours, whole), (theirs, again))]
+    assert all(torch.equal(form.dense(), forms[1][name].dense()) for name, form in forms[0].items())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "state"
+    fit(net(), task(), cross_entropy, epochs=2, checkpoint=file)
+    for other in ({"epochs": 3}, {"epochs": 2, "seed": 1}, {"epochs": 2, "lr": 0.1}):
+        with pytest.raises(RequestError, match="a checkpoint of another run"):
+            fit(net(), task(), cross_entropy, checkpoint=file, **other)
+
+
+def test_epochs_of_another_length_are_told():
+    with pytest.raises(RequestError, match="epoch 1 has 7 batches, epoch 0 has 8"):
+        fit(net(), lambda epoch: task()(epoch)[epoch:], cross_entropy, epochs=2)
 
 
 def test_a_student_follows_its_teacher():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,16 @@ class StraightThroughFactorizer(Regimen):
         """One warm round for every weight as it is now."""
         for factorized in self._found.values():
             factorized.factorize()
+
+    def state(self) -> dict[str, Any]:
+        """Dictionaries and codes, which the next round begins with."""
+        return {name: asdict(factorized.factors) for name, factorized in self._found.items()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on with those dictionaries and codes."""
+        for name, factorized in self._found.items():
+            device = factorized.product.device
+            factorized.factors = Factors(**{key: part.to(device) for key, part in state[name].items()})
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """Factorize a last time; the model keeps the products alone. Asked again, the same forms are given."""

@@ -46,6 +46,13 @@ class Regimen:
     def epoch(self, number: int) -> None:
         """After an epoch."""
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the model's parameters and buffers: tensors and plain values."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """After :meth:`begin`, go on from what :meth:`state` gave."""
+
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """The forms to store, by parameter name: those that the model is trained in."""
         return forms_of(model)
@@ -82,7 +89,10 @@ def fit(
     clip
         The largest norm of the gradient.
     checkpoint
-        A file to which the state is saved after every epoch, and from which an interrupted run goes on.
+        A file to which the state is saved after every epoch, and from which an interrupted run goes on: bit for bit
+        where it was, on the CPU.
+    seed
+        Of torch's own generator, which dropout draws from.
     progress
         Called with the number of steps done and their total.
 
@@ -94,7 +104,8 @@ def fit(
     Raises
     ------
     RequestError
-        If an epoch has no batches, or the loss is not finite.
+        If an epoch has no batches or another number than the first, the loss is not finite, or the checkpoint is of
+        another run.
     """
     try:
         from accelerate import Accelerator
@@ -109,12 +120,13 @@ def fit(
     regimen.begin(model, steps)
     made = (optimizer or (lambda module: _adamw(module, lr)))(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _rate(step, steps, warmup))
-    device = next(model.parameters()).device
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    # The model stays on the device that it is on.
+    accelerator = Accelerator(device_placement=False)
     ready, made, schedule = accelerator.prepare(model, made, schedule)
     losses: list[float] = []
+    run = {"epochs": epochs, "batches": a_batch_each, "seed": seed, "rates": schedule.get_last_lr()}
     if checkpoint is not None and checkpoint.exists():
-        losses = _resume(checkpoint, model, made, schedule)
+        losses = _resume(checkpoint, run, model, made, schedule, regimen)
     step = len(losses) * a_batch_each
     model.train()
     for number in range(len(losses), epochs):
@@ -123,7 +135,7 @@ def fit(
             regimen.before(step)
             value = regimen.loss(ready, batch, loss)
             if not math.isfinite(value.item()):
-                raise RequestError(f"the loss is {value.item()} in step {step} of {steps}: lower the rate {lr:g}")
+                raise RequestError(f"the loss is {value.item()} in step {step} of {steps}: lower the learning rate")
             accelerator.backward(value)
             regimen.gradients(step)
             if clip is not None:
@@ -135,10 +147,18 @@ def fit(
             total += value.item()
             step += 1
             progress(step, steps)
+        if step != (number + 1) * a_batch_each:
+            had = step - number * a_batch_each
+            raise RequestError(f"epoch {number} has {had} batches, epoch 0 has {a_batch_each}; they must be as many")
         regimen.epoch(number)
         losses.append(total / a_batch_each)
         if checkpoint is not None:
-            _save(checkpoint, model, made, schedule, losses)
+            state = {
+                "run": run, "model": model.state_dict(), "optimizer": made.state_dict(),
+                "schedule": schedule.state_dict(), "regimen": regimen.state(), "losses": losses,
+                "random": torch.get_rng_state(),
+            }  # fmt: skip
+            _save(checkpoint, state)
     model.eval()
     return losses
 
@@ -159,24 +179,28 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _save(file: Path, model: nn.Module, optimizer: Any, schedule: Any, losses: list[float]) -> None:
-    state = {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-        "losses": losses, "random": torch.get_rng_state(),
-    }  # fmt: skip
+def _save(file: Path, state: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f"{file.name}.aside")
     torch.save(state, aside)
     os.replace(aside, file)
 
 
-def _resume(file: Path, model: nn.Module, optimizer: Any, schedule: Any) -> list[float]:
+def _resume(
+    file: Path, run: dict[str, Any], model: nn.Module, optimizer: Any, schedule: Any, regimen: Regimen
+) -> list[float]:
     try:
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        before = state["run"]
+        if before != run:
+            raise RequestError(f"{file}: a checkpoint of another run, {before}, where this is {run}; remove it")
+        regimen.resume(state["regimen"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         return [float(value) for value in state["losses"]]
+    except RequestError:
+        raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
         raise RequestError(f"{file}: not a checkpoint of this model and optimizer; remove it: {error}") from error

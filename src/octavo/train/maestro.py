@@ -128,6 +128,16 @@ class OrderedDropout(Regimen):
         for layer in self._layers.values():
             layer.shrink(self.threshold)
 
+    def state(self) -> dict[str, Any]:
+        """Columns left, and the generator of the draws."""
+        return {"ranks": self.ranks, "generator": self._generator.get_state()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on with those columns and draws."""
+        self._generator.set_state(state["generator"])
+        for name, layer in self._layers.items():
+            layer.rank = int(state["ranks"][name])
+
     @property
     def ranks(self) -> dict[str, int]:
         """Columns that every layer still has."""
