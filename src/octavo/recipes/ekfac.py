@@ -18,28 +18,34 @@ from octavo.methods.factorize.fisher_svd import Fitting
 from octavo.methods.prune import masks
 from octavo.objective import Batch, Loss, objective
 from octavo.recipes import data, models
-from octavo.recipes.base import Arm, Check, Finding, Trial, recipe
+from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import Stored, through_file
 from octavo.sites import from_module
 from octavo.train import cross_entropy, fit
 
-#: Approximations of the curvature, for influence and for weighing errors. True labels give the empirical Fisher matrix.
-KINDS = ("diagonal", "K-FAC", "EK-FAC", "EK-FAC, true labels", "exact, layer by layer")
+#: Approximations of the curvature, with the exact expectation over the model's own labels if nothing else is said.
+#: Sampled labels are a few draws, as nets of many classes need; true ones give the empirical Fisher matrix.
+KINDS = ("diagonal", "K-FAC", "EK-FAC", "EK-FAC, sampled labels", "EK-FAC, true labels", "exact, layer by layer")
 NETS = ("dense", "convolutional")
 WEIGHTS = ("none", "A", "A and S", "EK-FAC", "EK-FAC, true labels")
 #: Shares of the rank at which two factors have as many elements as the matrix, and shares of zeros.
 _RANKS, _ZEROS = (0.7, 0.5), (0.5, 0.7)
 #: Damping of influence, as a share of the mean eigenvalue.
 _DAMPING = 0.1
+#: What approximate influence may lack of exact influence in the linear datamodel score, and A and S of A in nats.
+_SCORE_MARGIN, _LOSS_MARGIN = 0.05, 0.01
 
 
 @recipe(
     "ekfac",
     system="EK-FAC",
     source="Grosse et al. (2023), arXiv 2308.03296; George et al. (2018), arXiv 1806.03884",
-    claim="Influence by EK-FAC follows exact damped inverse-Hessian influence better than by K-FAC, and that better "
-    "than by a diagonal; weighing errors by inputs and output gradients costs no more task loss than by inputs alone.",
-    metric="influence: correlation with the exact one (higher is better); compressed: test cross-entropy (lower)",
+    claim="Influence by EK-FAC is about as accurate as by iterated inverse-Hessian-vector products, and far cheaper. "
+    "Checked here is the accuracy, against an exact solution, not the cost; and, not published, whether EK-FAC "
+    "follows exact influence better than K-FAC and that better than a diagonal, and whether errors weighed by inputs "
+    "and output gradients cost no more loss than by inputs alone.",
+    metric="influence: correlation with the exact one (higher is better); retraining: linear datamodel score, the rank "
+    "correlation with losses after training on subsets (higher); compressed: test cross-entropy (lower)",
     data=f"scikit-learn's digits for influence; {data.CIFAR10}",
 )
 def run(trial: Trial) -> Finding:
@@ -50,9 +56,15 @@ def run(trial: Trial) -> Finding:
     for seed in trial.seeds:
         for net in NETS:
             trial.step(f"influence on a {net} net, seed {seed}")
-            for kind, (value, rank) in influence(trial, net, seed).items():
-                values.setdefault(f"influence, {net}, {kind}", []).append(value)
-                ranks.setdefault(f"influence, {net}, {kind}", []).append(rank)
+            scores, subsets, losses = influence(trial, net, seed)
+            for kind in KINDS:
+                name = f"influence, {net}, {kind}"
+                values.setdefault(name, []).append(_correlation(scores[kind], scores["exact"]))
+                ranks.setdefault(name, []).append(_rank_correlation(scores[kind], scores["exact"]))
+            for kind, score in scores.items():
+                # What is learned lowers the loss.
+                found = _rank_correlation(-score @ subsets.t(), losses)
+                values.setdefault(f"retraining, {net}, {kind}", []).append(found)
         for name, stored, loss in compressed(trial, seed):
             values.setdefault(name, []).append(loss)
             sizes[name] = stored.bytes
@@ -62,36 +74,44 @@ def run(trial: Trial) -> Finding:
 
 
 def _judged(arms: dict[str, Arm]) -> tuple[list[Check], str]:
-    checks, lifts = [], []
+    checks = []
     for net in NETS:
-        fine, product, coarse = (arms[f"influence, {net}, {kind}"] for kind in ("EK-FAC", "K-FAC", "diagonal"))
-        ordered = [a > b > c for a, b, c in zip(fine.values, product.values, coarse.values, strict=True)]
-        lifts.append(f"{fine.mean - product.mean:+.3f} on the {net} net")
+        for fine, coarse in (("EK-FAC", "K-FAC"), ("K-FAC", "diagonal")):
+            ours, theirs = (arms[f"influence, {net}, {kind}"] for kind in (fine, coarse))
+            gap = difference(ours.values, theirs.values)
+            checks.append(
+                Check(
+                    f"{net} net: {fine} correlates better with exact influence than {coarse}.",
+                    gap.surely > 0,
+                    f"{ours.shown} against {theirs.shown}; difference {gap}.",
+                )
+            )
+        ours, theirs = (arms[f"retraining, {net}, {kind}"] for kind in ("EK-FAC", "exact"))
+        gap = difference(ours.values, theirs.values)
         checks.append(
             Check(
-                f"{net} net: correlation with exact influence by EK-FAC above K-FAC above the diagonal, every seed.",
-                all(ordered),
-                f"{fine.mean:.3f}, {product.mean:.3f}, {coarse.mean:.3f}; in order with {sum(ordered)} of "
-                f"{len(ordered)} seeds.",
+                f"{net} net: linear datamodel score of EK-FAC at most {_SCORE_MARGIN:g} below that of exact influence.",
+                gap.surely >= -_SCORE_MARGIN,
+                f"{ours.shown} against {theirs.shown}; difference {gap}.",
             )
         )
     for kind in _sizes():
         one, both = arms[f"{kind}, A"], arms[f"{kind}, A and S"]
-        differences = [b - a for a, b in zip(one.values, both.values, strict=True)]
+        gain = difference(one.values, both.values)
         checks.append(
             Check(
-                f"{kind}: weighed by A and S no more loss than by A alone, on the mean over seeds.",
-                statistics.fmean(differences) <= 0,
-                f"{both.mean:.4g} against {one.mean:.4g} at {both.bytes:,} and {one.bytes:,} bytes; "
-                f"differences {', '.join(f'{d:+.3g}' for d in differences)}.",
+                f"{kind}: weighed by A and S at most {_LOSS_MARGIN:g} nats more loss than by A alone.",
+                gain.surely >= -_LOSS_MARGIN,
+                f"{both.shown} against {one.shown} at {both.bytes:,} and {one.bytes:,} bytes; A and S gain {gain}.",
             )
         )
-    held = sum(check.holds for check in checks[len(NETS) :])
-    bounds = ", ".join(f"{arms[f'influence, {net}, exact, layer by layer'].mean:.3f}" for net in NETS)
+    bounds = "; ".join(
+        f"{kind} {' and '.join(f'{arms[name].mean:.3f}' for name in (f'influence, {net}, {kind}' for net in NETS))}"
+        for kind in KINDS[2:]
+    )
     reason = (
-        f"Correcting the eigenvalues of K-FAC changes the correlation by {' and '.join(lifts)}; the eigenbasis, which "
-        f"both share, leaves more to be wished for, since exact matrices of single layers reach {bounds}. A and S cost "
-        f"no more than A in {held} of {len(_sizes())} settings; EK-FAC in place of both changes the loss by "
+        f"Correlations with exact influence on the {' and the '.join(NETS)} net: {bounds}. In compression EK-FAC in "
+        "place of A and S changes the loss by "
         f"{_changes(arms, 'A and S', 'EK-FAC')}, and true labels in place of the model's own by "
         f"{_changes(arms, 'EK-FAC', 'EK-FAC, true labels')}."
     )
@@ -99,8 +119,10 @@ def _judged(arms: dict[str, Arm]) -> tuple[list[Check], str]:
 
 
 def _changes(arms: dict[str, Arm], before: str, after: str) -> str:
-    """Differences of mean loss between two weights of errors, size by size."""
-    return ", ".join(f"{arms[f'{kind}, {after}'].mean - arms[f'{kind}, {before}'].mean:+.3g}" for kind in _sizes())
+    """Differences of loss between two weights of errors, size by size."""
+    return ", ".join(
+        str(difference(arms[f"{kind}, {after}"].values, arms[f"{kind}, {before}"].values)) for kind in _sizes()
+    )
 
 
 # Influence
@@ -126,12 +148,17 @@ class Layer:
         heavy = self.gradients * (probabilities.t() / len(probabilities)).sqrt()[:, :, None, None]
         return (heavy.mT @ self.inputs).flatten(2).flatten(0, 1)
 
-    def solved(self, kind: str, draws: Tensor, asked: Tensor, damping: float) -> Tensor:
-        """``(F + damping)^-1`` of gradients (queries, rows, columns), ``F`` approximated from labels (draws, N)."""
-        gradients = torch.cat([self.weights(labels) for labels in draws])
+    def solved(self, kind: str, labels: Tensor, counts: Tensor, asked: Tensor, damping: float) -> Tensor:
+        """``(F + damping)^-1`` of gradients (queries, rows, columns), ``F`` approximated.
+
+        It is a mean over labels (draws, N), each of which counts as often as ``counts`` (draws, N), of mean 1, says.
+        """
+        outputs = torch.cat(
+            [self.outputs(row) * count.sqrt()[:, None, None] for row, count in zip(labels, counts, strict=True)]
+        )
+        gradients = outputs.mT @ self.inputs.repeat(len(labels), 1, 1)
         if kind == "diagonal":
             return asked / (gradients.square().mean(0) + damping)
-        outputs = torch.cat([self.outputs(labels) for labels in draws])
         # A sum over the positions of an example on one side, a mean on the other.
         left = outputs.flatten(0, 1).t() @ outputs.flatten(0, 1) / len(outputs)
         right = self.inputs.flatten(0, 1).t() @ self.inputs.flatten(0, 1) / self.inputs.shape[:2].numel()
@@ -139,41 +166,57 @@ class Layer:
         return (curvature if kind == "K-FAC" else curvature.corrected(gradients)).solve(asked, damping)
 
 
-def influence(trial: Trial, net: str, seed: int) -> dict[str, tuple[float, float]]:
-    """Mean correlation over queries of approximate with exact influence, Pearson's and Spearman's, on a small net.
+def influence(trial: Trial, net: str, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Influence (queries, examples) on a small net by kind, then subsets (subsets, examples) and losses after them.
 
     The influence of training example ``m`` on query ``q`` is ``grad_q^T (F + damping)^-1 grad_m``. Exactly, ``F`` is
     the dense Gauss-Newton matrix of all weights together; approximations take it layer by layer. Damping is the same
-    for all: a tenth of the mean diagonal of a layer.
+    for all: a tenth of the mean diagonal of a layer. The losses (queries, subsets) are those of the net when it was
+    trained again, from the same start, on random halves of the examples.
     """
-    count, queries, epochs = (100, 20, 10) if trial.quick else (500, 200, 30)
+    count, queries, halves = (100, 20, 4) if trial.quick else (500, 200, 32)
     x, y = _digits()
-    torch.manual_seed(seed)
-    model = SmallNet(net).double()
-    batches = models.shuffled(x[:count], y[:count], size=50, seed=seed)
-    fit(model, batches, cross_entropy, epochs=epochs, lr=1e-2, seed=seed)
+    model = _learned(trial, net, seed, x[:count], y[:count])
     known, probabilities = model.seen(x[:count])
     shown, _ = model.seen(x[-queries:])
     learned = [layer.weights(y[:count]) for layer in known]
     asked = [layer.weights(y[-queries:]) for layer in shown]
     roots = [layer.fisher_root(probabilities) for layer in known]
     damping = [_DAMPING * float(root.square().sum()) / root.shape[1] for root in roots]
-    exact = _exact(roots, damping, asked, learned)
-    # Several draws of labels an example, the same for all approximations.
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.multinomial(probabilities, 8, replacement=True, generator=generator).t()
-    found = {}
+    drawn = torch.multinomial(probabilities, 8, replacement=True, generator=generator).t()
+    classes = probabilities.shape[1]
+    expected = torch.arange(classes)[:, None].expand(classes, count), classes * probabilities.t()
+    labels = {
+        "EK-FAC, sampled labels": (drawn, torch.ones_like(drawn, dtype=x.dtype)),
+        "EK-FAC, true labels": (y[:count][None], torch.ones(1, count, dtype=x.dtype)),
+    }
+    scores = {"exact": _exact(roots, damping, asked, learned)}
     for kind in KINDS:
-        scores = torch.zeros_like(exact)
+        scores[kind] = torch.zeros_like(scores["exact"])
         for layer, ridge, root, one, other in zip(known, damping, roots, asked, learned, strict=True):
             if kind == "exact, layer by layer":
-                scores += _exact([root], [ridge], [one], [other])
+                scores[kind] += _exact([root], [ridge], [one], [other])
                 continue
-            labels = y[:count][None] if kind == "EK-FAC, true labels" else draws
-            scores += layer.solved(kind, labels, one, ridge).flatten(1) @ other.flatten(1).t()
-        ranks = (part.argsort(1).argsort(1).double() for part in (scores, exact))
-        found[kind] = _correlation(scores, exact), _correlation(*ranks)
-    return found
+            inverse = layer.solved(kind, *labels.get(kind, expected), one, ridge)
+            scores[kind] += inverse.flatten(1) @ other.flatten(1).t()
+    subsets, losses = torch.zeros(halves, count, dtype=x.dtype), []
+    for subset in subsets:
+        which = torch.randperm(count, generator=generator)[: count // 2]
+        subset[which] = 1
+        again = _learned(trial, net, seed, x[which], y[which])
+        with torch.inference_mode():
+            losses.append(functional.cross_entropy(again(x[-queries:]), y[-queries:], reduction="none"))
+    return scores, subsets, torch.stack(losses, 1)
+
+
+def _learned(trial: Trial, net: str, seed: int, x: Tensor, y: Tensor) -> SmallNet:
+    """A net trained on digits."""
+    torch.manual_seed(seed)
+    model = SmallNet(net).double()
+    batches = models.shuffled(x, y, size=50, seed=seed)
+    fit(model, batches, cross_entropy, epochs=10 if trial.quick else 30, lr=1e-2, seed=seed)
+    return model
 
 
 def _exact(roots: list[Tensor], damping: list[float], asked: list[Tensor], learned: list[Tensor]) -> Tensor:
@@ -188,6 +231,13 @@ def _correlation(one: Tensor, other: Tensor) -> float:
     """Pearson's over the training examples of a query, mean over queries."""
     one, other = one - one.mean(1, keepdim=True), other - other.mean(1, keepdim=True)
     return float(functional.cosine_similarity(one, other).mean())
+
+
+def _rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's, mean over queries."""
+    from scipy.stats import spearmanr
+
+    return statistics.fmean(spearmanr(*pair).statistic for pair in zip(one.numpy(), other.numpy(), strict=True))
 
 
 def _digits() -> tuple[Tensor, Tensor]:
