@@ -78,7 +78,41 @@ def test_the_page_is_made_from_the_results():
         assert not result["quick"] and result["name"] in NAMES
         assert result["holds"] == all(check["holds"] for check in result["checks"])
         recipe = get_recipe(result["name"])
-        assert (result["claim"], result["source"]) == (recipe.claim, recipe.source)
+        if not store.outdated(result):
+            assert all(result[key] == getattr(recipe, key) for key in ("system", "source", "claim", "metric", "data"))
+
+
+def test_a_result_knows_the_recipe_that_made_it(tmp_path):
+    result = store.reproduce(made(), Trial())
+    recipe = get_recipe("afm")
+    assert store.fingerprint(recipe) == store.fingerprint(recipe) != store.fingerprint(get_recipe("alds"))
+    of_another = result | {"name": "afm", "recipe": "0" * 16}
+    assert store.outdated(of_another) and not store.outdated(of_another | {"recipe": store.fingerprint(recipe)})
+    assert "The recipe has changed since this run." in store.page([of_another])
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '{"name": "afm"}'])
+def test_what_is_no_result_is_told(text, tmp_path):
+    (tmp_path / "afm.json").write_text(text)
+    for words in (["--list"], ["--page"]):
+        refused = CliRunner().invoke(app, ["reproduce", *words, "--results", str(tmp_path)])
+        assert refused.exit_code == 2 and "afm.json: not a result" in refused.output.replace("\n", "")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused = CliRunner().invoke(app, ["reproduce", "afm", "--results", str(tmp_path / "file" / "results")])
+    assert refused.exit_code == 2 and "no folder for results" in refused.output
+
+
+def test_figures_that_are_not_finite_are_refused():
+    with pytest.raises(RequestError, match="'theirs' has figures that are not finite"):
+        store.reproduce(made(values=(1.0, float("nan"), 2.0)), Trial())
+
+
+def test_the_page_of_another_folder_lies_in_it(tmp_path):
+    store.save(store.reproduce(made(), Trial()), tmp_path)
+    assert store.write_page(tmp_path) == tmp_path / "recipes.md"
 
 
 def test_the_command_lists_and_refuses(tmp_path):

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from octavo.cli import command, console, errors, options, show_json
-from octavo.errors import RequestError
+from octavo.errors import OctavoError, RequestError
 
 
 @command
@@ -24,7 +24,9 @@ def reproduce(
     results: Annotated[
         Path | None, typer.Option(help="Folder of results. Default: docs/results. Quick ones are never saved.")
     ] = None,
-    page: Annotated[bool, typer.Option("--page", help="Make docs/recipes.md anew from all results.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Make docs/recipes.md anew from all results; beside them, with --results.")
+    ] = False,
     json_output: options.JSON = False,
 ) -> None:
     """Rebuild a published system, and check its claim on real data.
@@ -44,14 +46,27 @@ def reproduce(
     if page:
         console.print(f"{store.write_page(results)} written", markup=False)
         return
-    done = []
-    for recipe in recipes().values() if every else [get_recipe(str(name))]:
-        done.append(_run(recipe, quick=quick, seed=seed, json_output=json_output))
+    chosen = list(recipes().values()) if every else [get_recipe(str(name))]
+    if not quick:
+        store.writable(results)
+    done, failed = [], dict[str, OctavoError]()
+    for recipe in chosen:
+        try:
+            done.append(_run(recipe, quick=quick, seed=seed, json_output=json_output))
+        except OctavoError as error:
+            if not every:
+                raise
+            # The others have nothing to do with it.
+            failed[recipe.name] = error
+            errors.print(f"{recipe.name}: {error}", markup=False, style="red")
+            continue
         if not quick:
             file = store.save(done[-1], results)
             errors.print(f"saved: {file}", markup=False, highlight=False)
     if json_output:
         show_json(done if every else done[0])
+    if failed:
+        raise RequestError(f"{len(failed)} of {len(chosen)} recipes could not run: {', '.join(failed)}")
 
 
 def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str, Any]:
@@ -88,6 +103,8 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _list(found: list[dict[str, Any]], json_output: bool) -> None:
+    from octavo.recipes.results import outdated
+
     if json_output:
         show_json(found)
         return
@@ -95,7 +112,7 @@ def _list(found: list[dict[str, Any]], json_output: bool) -> None:
     for entry in found:
         result = entry["result"]
         verdict = "none" if result is None else "holds" if result["holds"] else "does not hold at this scale"
-        when = "" if result is None else f" ({result['date']})"
+        when = "" if result is None else f" ({result['date']}{', before a change' * outdated(result)})"
         table.add_row(entry["name"], entry["system"], entry["source"], entry["claim"], verdict + when)
     console.print(table)
 

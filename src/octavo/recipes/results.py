@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
+import math
+import os
+import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -11,11 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import octavo
+from octavo.errors import RequestError
 from octavo.recipes.base import Finding, Recipe, Trial, recipes
 from octavo.report.gather import environment
 from octavo.workspace import write_file
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")
+
+#: What the list and the page need of a result.
+_KEYS = {
+    "name", "system", "source", "claim", "metric", "data", "holds", "reason", "checks", "arms", "seeds", "command",
+    "seconds", "date", "versions", "machine",
+}  # fmt: skip
 
 
 def folder() -> Path:
@@ -24,10 +36,32 @@ def folder() -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path()) / "docs" / "results"
 
 
+def fingerprint(recipe: Recipe) -> str:
+    """Of the recipe's file; lines of comment and white space do not count."""
+    lines = inspect.getsource(sys.modules[recipe.run.__module__]).splitlines()
+    code = "".join("".join(line.split()) for line in lines if not line.lstrip().startswith("#"))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def outdated(result: dict[str, Any]) -> bool:
+    """Whether the recipe is no longer the one that made this result."""
+    recipe = recipes().get(result["name"])
+    return recipe is not None and result.get("recipe") != fingerprint(recipe)
+
+
 def reproduce(recipe: Recipe, trial: Trial) -> dict[str, Any]:
-    """Run a recipe; returns what is saved as its result."""
-    started = time.perf_counter()
+    """Run a recipe; returns what is saved as its result.
+
+    Raises
+    ------
+    RequestError
+        If an arm ends with a figure that is not finite.
+    """
+    started, made_by = time.perf_counter(), fingerprint(recipe)
     finding = recipe.run(trial)
+    for arm in finding.arms:
+        if not all(math.isfinite(value) for value in (*arm.values, *arm.also.values())):
+            raise RequestError(f"{recipe.name}: arm {arm.name!r} has figures that are not finite: {arm}")
     options = " --quick" * trial.quick + f" --seed {trial.first_seed}" * bool(trial.first_seed)
     return {
         "name": recipe.name,
@@ -44,6 +78,7 @@ def reproduce(recipe: Recipe, trial: Trial) -> dict[str, Any]:
         ],
         "arms": _arms(finding),
         "seeds": list(trial.seeds),
+        "recipe": made_by,
         "command": f"octavo reproduce {recipe.name}{options}",
         "seconds": round(time.perf_counter() - started, 1),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -54,17 +89,49 @@ def reproduce(recipe: Recipe, trial: Trial) -> dict[str, Any]:
 
 def save(result: dict[str, Any], where: Path | None = None) -> Path:
     """Write a result as ``NAME.json``."""
-    where = where or folder()
-    where.mkdir(parents=True, exist_ok=True)
+    where = writable(where)
     file = where / f"{result['name']}.json"
     write_file(file, (json.dumps(result, indent=1) + "\n").encode())
     return file
 
 
+def writable(where: Path | None = None) -> Path:
+    """The folder of results, made if it is not there; asked before a long run, whose result would be lost.
+
+    Raises
+    ------
+    RequestError
+        If nothing can be written there.
+    """
+    where = where or folder()
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{where}: no folder for results can be made there: {error}; choose another") from error
+    if not os.access(where, os.W_OK):
+        raise RequestError(f"{where}: results cannot be written there; choose another folder with --results")
+    return where
+
+
 def last(name: str, where: Path | None = None) -> dict[str, Any] | None:
-    """The last full result of a recipe, or None."""
+    """The last full result of a recipe, or None.
+
+    Raises
+    ------
+    RequestError
+        If what lies there is no result.
+    """
     file = (where or folder()) / f"{name}.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        missing = _KEYS - set(result)
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(f"{file}: not a result of a recipe: {error}; remove it, or run the recipe again") from error
+    if missing:
+        raise RequestError(f"{file}: not a result of a recipe, {sorted(missing)[0]!r} is missing; run the recipe again")
+    return dict(result)
 
 
 def listing(where: Path | None = None) -> list[dict[str, Any]]:
@@ -94,8 +161,9 @@ def page(results: Iterable[dict[str, Any]]) -> str:
         "# Recipes",
         "",
         "Published systems rebuilt from Octavo's parts, each with an honest small experiment of its claim. Made from",
-        "`docs/results/*.json` by `octavo reproduce --page`; `octavo reproduce NAME` makes a result anew. Bytes are",
-        "those of an artifact that was written and read back before the metric was taken.",
+        "`docs/results/*.json` by `octavo reproduce --page`; `octavo reproduce NAME` makes a result anew. Where an arm",
+        "has bytes, they are those of an artifact that was written and read back. Spread is the standard deviation over",
+        "seeds; differences are of pairs that share a seed, with their standard error, two of which decide.",
         "",
         "| recipe | system | claim | here |",
         "| --- | --- | --- | --- |",
@@ -106,6 +174,8 @@ def page(results: Iterable[dict[str, Any]]) -> str:
         lines += ["", f"## {result['name']}", "", f"{result['system']}: {result['source']}.", ""]
         lines += [f"Claim: {result['claim']} **{verdict[result['holds']].capitalize()}.** {result['reason']}", ""]
         lines += [f"- {'holds' if c['holds'] else 'fails'}: {c['statement']} {c['figures']}" for c in result["checks"]]
+        if outdated(result):
+            lines += ["", "The recipe has changed since this run."]
         lines += ["", f"Data: {result['data']}.", ""]
         head = ["arm", "bytes", result["metric"], "spread", *also]
         lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
@@ -147,9 +217,9 @@ def _versions() -> dict[str, str]:
 
 
 def write_page(where: Path | None = None) -> Path:
-    """Make the page of all full results anew."""
-    where = where or folder()
+    """Make the page of all full results anew: ``docs/recipes.md``, or ``recipes.md`` in the folder given."""
+    file = (where or folder().parent) / "recipes.md"
+    writable(file.parent)
     found = [result for name in recipes() if (result := last(name, where)) is not None]
-    file = where.parent / "recipes.md"
     file.write_text(page(found), encoding="utf-8")
     return file
