@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from octavo.forms import Dense, Form
 from octavo.methods.factorize.alds import SOURCE, decomposed
 from octavo.methods.factorize.minimax import Choice, Layer, allocate
-from octavo.recipes import Arm, Check, Finding, Trial, data, recipe
+from octavo.recipes import Arm, Check, Difference, Finding, Trial, data, difference, recipe
 from octavo.recipes.models import classifier, flipped, in_batches, momentum, shuffled
-from octavo.recipes.stored import quantized, through_file
+from octavo.recipes.stored import Stored, quantized, through_file
 from octavo.train import accuracy, cross_entropy, fit, formed, settle
 
 #: Sizes of all weights together, as shares of the dense ones.
-SIZES = (0.3, 0.5, 0.7)
+SIZES = (0.3, 0.5)
 #: Learning rates that every arm may choose from.
-RATES = (0.01, 0.03)
+RATES = (0.003, 0.01, 0.03, 0.1)
 #: Images of the one epoch of fine-tuning.
 TUNED_ON = 5_000
 
@@ -119,32 +119,51 @@ class _Figures:
 def run(trial: Trial) -> Finding:
     """A ResNet-8, all its weights decomposed, before and after one short epoch of fine-tuning."""
     split = data.images(trial)
-    sizes = SIZES[1:2] if trial.quick else SIZES
-    rates = _chosen_rates(trial, split)
+    sizes = SIZES[1:] if trial.quick else SIZES
+    models = [classifier(trial, seed) for seed in trial.seeds]
+    rates = _chosen_rates(trial, split, models[0])
     test = in_batches(split.test)
     figures = {(name, size): _Figures() for name in ALLOCATORS for size in sizes}
     dense: list[float] = []
     codes: dict[float, list[tuple[int, float]]] = {size: [] for size in sizes}
-    for seed in trial.seeds:
-        model = classifier(trial, seed)
+    for seed, model in zip(trial.seeds, models, strict=True):
         layers = _layers(model)
         whole = sum(layer.dense for layer in layers.values())
         stored = through_file(model)
-        dense.append(100 * accuracy(stored.load(classifier(trial, seed)), test))
+        dense.append(_percent(stored, model, test))
         for size in sizes:
-            forms = {name: quantized(Dense(layer.matrix), 16 * size) for name, layer in layers.items()}
-            loaded = through_file(model, forms)
-            codes[size].append((loaded.bytes, 100 * accuracy(loaded.load(classifier(trial, seed)), test)))
             for name, allocator in ALLOCATORS.items():
                 trial.step(f"seed {seed}, {size:.0%}: {name}")
                 choices = allocator(layers, int(size * whole))
-                _measure(figures[name, size], trial, seed, choices, layers, split, rates[name])
+                _measure(figures[name, size], trial, seed, model, choices, layers, split, rates[name])
+            coded = _codes(model, layers, figures[OURS, size].bytes[-1])
+            codes[size].append((coded.bytes, _percent(coded, model, test)))
     arms = [Arm("dense, 16 bits", stored.bytes, tuple(dense))]
     for size in sizes:
         arms += [found.arm(f"{name}, {size:.0%}", rates[name]) for (name, at), found in figures.items() if at == size]
         taken, values = zip(*codes[size], strict=True)
-        arms.append(Arm(f"quantization alone, {16 * size:.3g} bits", round(statistics.fmean(taken)), values))
+        arms.append(Arm(f"quantization alone, as {OURS} {size:.0%}", round(statistics.fmean(taken)), values))
     return _judged(arms, figures, sizes)
+
+
+def _percent(stored: Stored, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Accuracy of what was stored, in a net of this shape."""
+    return 100 * accuracy(stored.load(copy.deepcopy(model)), batches)
+
+
+def _codes(model: nn.Module, layers: Mapping[str, Layer], size: int) -> Stored:
+    """All weights quantized, with the most bits at which the file is no larger than that."""
+    low, high = 0.0, 16.0
+    best = None
+    for _ in range(10):
+        bits = (low + high) / 2
+        stored = through_file(model, {name: quantized(Dense(layer.matrix), bits) for name, layer in layers.items()})
+        if stored.bytes <= size:
+            low, best = bits, stored
+        else:
+            high = bits
+    assert best is not None
+    return best
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
@@ -162,10 +181,10 @@ def _forms(layers: Mapping[str, Layer], choices: Choices) -> dict[str, Form]:
 
 
 def _tuned(
-    trial: Trial, seed: int, forms: Mapping[str, Form], split: data.Split, rate: float
-) -> tuple[nn.Module, dict]:
-    """The net of a seed with its weights in these forms, after one epoch, and the forms."""
-    model = classifier(trial, seed)
+    trial: Trial, seed: int, model: nn.Module, forms: Mapping[str, Form], split: data.Split, rate: float
+) -> tuple[nn.Module, dict[str, Form]]:
+    """The net with its weights in these forms after one epoch, and the forms."""
+    model = copy.deepcopy(model)
     formed(model, forms)
     count = 128 if trial.quick else TUNED_ON
     batches = flipped(shuffled(*(tensor[:count] for tensor in split.train), size=64, seed=seed))
@@ -173,16 +192,15 @@ def _tuned(
     return model, settle(model)
 
 
-def _chosen_rates(trial: Trial, split: data.Split) -> dict[str, float]:
-    """For every allocator the rate of the best development accuracy, at the middle size and the first seed."""
-    seed, development = trial.seeds[0], in_batches(split.development)
-    layers = _layers(classifier(trial, seed))
+def _chosen_rates(trial: Trial, split: data.Split, model: nn.Module) -> dict[str, float]:
+    """For every allocator the rate of the best development accuracy, at the larger size and the first seed."""
+    seed, development, layers = trial.seeds[0], in_batches(split.development), _layers(model)
     budget = int(SIZES[1] * sum(layer.dense for layer in layers.values()))
     chosen = {}
     for name, allocator in ALLOCATORS.items():
         trial.step(f"learning rate of {name}")
         forms = _forms(layers, allocator(layers, budget))
-        scores = {rate: accuracy(_tuned(trial, seed, forms, split, rate)[0], development) for rate in RATES}
+        scores = {rate: accuracy(_tuned(trial, seed, model, forms, split, rate)[0], development) for rate in RATES}
         chosen[name] = max(scores, key=lambda rate: scores[rate])
     return chosen
 
@@ -191,73 +209,66 @@ def _measure(
     found: _Figures,
     trial: Trial,
     seed: int,
+    model: nn.Module,
     choices: Choices,
     layers: Mapping[str, Layer],
     split: data.Split,
     rate: float,
 ) -> None:
     test, forms = in_batches(split.test), _forms(layers, choices)
-    before = through_file(classifier(trial, seed), forms)
-    found.before.append(100 * accuracy(before.load(classifier(trial, seed)), test))
-    model, trained = _tuned(trial, seed, forms, split, rate)
-    after = through_file(model, trained)
-    found.after.append(100 * accuracy(after.load(classifier(trial, seed)), test))
+    found.before.append(_percent(through_file(model, forms), model, test))
+    after = through_file(*_tuned(trial, seed, model, forms, split, rate))
+    found.after.append(_percent(after, model, test))
     found.bytes.append(after.bytes)
     found.bound.append(max(layers[name].error(choice) for name, choice in choices.items()))
     found.groups.append(statistics.fmean(choice.groups for choice in choices.values() if choice is not None))
 
 
-def _judged(arms: list[Arm], figures: Mapping[tuple[str, float], _Figures], sizes: tuple[float, ...]) -> Finding:
-    bounds = {key: found.bound for key, found in figures.items()}
-    least = all(
-        ours <= theirs + 1e-12
-        for size in sizes
-        for rival in ABLATIONS
-        for ours, theirs in zip(bounds[OURS, size], bounds[rival, size], strict=True)
-    )
-    shown = "; ".join(
-        f"{size:.0%}: {statistics.fmean(bounds[OURS, size]):.3f} against "
-        + ", ".join(f"{statistics.fmean(bounds[rival, size]):.3f}" for rival in ABLATIONS)
-        for size in sizes
-    )
-    checks = [Check("The largest error bound is at most that of every ablation, at every size and seed.", least, shown)]
+def _judged(arms: list[Arm], figures: Mapping[tuple[str, float], _Figures], sizes: Sequence[float]) -> Finding:
+    from scipy.stats import spearmanr
+
+    def gain(ours: str, theirs: str, when: str) -> Difference:
+        """Of the accuracies averaged over the sizes."""
+
+        def curve(name: str) -> list[float]:
+            return [statistics.fmean(at) for at in zip(*(getattr(figures[name, s], when) for s in sizes), strict=True)]
+
+        return difference(curve(ours), curve(theirs))
+
+    checks = []
     for when in ("before", "after"):
-        gains = {rival: _gain(figures, sizes, OURS, rival, when) for rival in ABLATIONS}
-        told = ", ".join(f"{mean:+.2f} ± {error:.2f} over {rival}" for rival, (mean, error) in gains.items())
+        gains = {rival: gain(OURS, rival, when) for rival in ABLATIONS}
+        told = ", ".join(f"{found} over {rival}" for rival, found in gains.items())
         checks.append(
             Check(
-                f"{when.capitalize()} fine-tuning the mean accuracy over the sizes is above that of every ablation by "
-                "more than two standard errors of the differences between seeds.",
-                all(mean > 2 * error for mean, error in gains.values()),
+                f"{when.capitalize()} fine-tuning the mean accuracy of {OURS} over the sizes is above that of every "
+                "ablation.",
+                all(found.surely > 0 for found in gains.values()),
                 f"Points: {told}.",
             )
         )
+    free = {when: gain(RELEASED, ABLATIONS[0], when) for when in ("before", "after")}
+    checks.append(
+        Check(
+            f"{RELEASED}, as released, is above one group with the same allocator, before and after fine-tuning.",
+            all(found.surely > 0 for found in free.values()),
+            f"Points: {free['before']} before, {free['after']} after.",
+        )
+    )
     pairs = [
         (bound, value) for found in figures.values() for bound, value in zip(found.bound, found.before, strict=True)
     ]
-    ranks = [torch.tensor(column).argsort().argsort().double() for column in zip(*pairs, strict=True)]
-    correlation = float(torch.corrcoef(torch.stack(ranks))[0, 1])
     groups = statistics.fmean(value for size in sizes for value in figures[OURS, size].groups)
-    free, error = _gain(figures, sizes, RELEASED, ABLATIONS[0], "after")
+    bounds = "; ".join(
+        f"at {size:.0%} {statistics.fmean(figures[OURS, size].bound):.3f} against "
+        + ", ".join(f"{statistics.fmean(figures[rival, size].bound):.3f}" for rival in ABLATIONS)
+        for size in sizes
+    )
     coded = next(arm for arm in arms if arm.name.startswith("quantization"))
     reason = (
-        f"With the factor sqrt(k) of the bound, {groups:.1f} groups are chosen on average, so that the allocation is "
-        f"nearly that of one group; without it, as released, accuracy after fine-tuning is {free:+.2f} ± {error:.2f} "
-        f"points from one group's. The largest error orders accuracies before fine-tuning by a rank correlation of "
-        f"{correlation:.2f}. Quantization alone has {coded.mean:.1f} % at {coded.bytes:,} bytes, the dense net "
-        f"{arms[0].mean:.1f} %."
+        f"{OURS}, which takes {groups:.1f} groups on average, has by construction the least largest error bound: "
+        f"{bounds} ({', '.join(ABLATIONS)}). Over all arms that bound and the accuracy before fine-tuning have a rank "
+        f"correlation of {spearmanr(*zip(*pairs, strict=True)).statistic:.2f}; a measure of use would have one near -1. Quantization alone "
+        f"has {coded.shown} % at {coded.bytes:,} bytes, the dense net {arms[0].shown} %."
     )
     return Finding(arms, checks, reason)
-
-
-def _gain(
-    figures: Mapping[tuple[str, float], _Figures], sizes: tuple[float, ...], ours: str, theirs: str, when: str
-) -> tuple[float, float]:
-    """Mean and standard error over seeds of the difference of accuracies averaged over sizes."""
-
-    def curve(name: str) -> Tensor:
-        return torch.tensor([getattr(figures[name, size], when) for size in sizes]).mean(0)
-
-    difference = curve(ours) - curve(theirs)
-    error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-    return float(difference.mean()), error
