@@ -162,7 +162,7 @@ def page(results: Iterable[dict[str, Any]]) -> str:
         "",
         "Published systems rebuilt from Octavo's parts, each with an honest small experiment of its claim. Made from",
         "`docs/results/*.json` by `octavo reproduce --page`; `octavo reproduce NAME` makes a result anew. Where an arm",
-        "has bytes, they are those of an artifact that was written and read back. Spread is the standard deviation over",
+        "has bytes, they are those of an artifact that was written and read back. Spread is the standard deviation of",
         "seeds; differences are of pairs that share a seed, with their standard error, two of which decide.",
         "",
         "| recipe | system | claim | here |",
