@@ -34,6 +34,7 @@ bench: $(READY) ## other tools and Octavo side by side, resumed where it stopped
 
 reproduce: $(READY) ## what Octavo promises, measured; writes docs/results.md (hours; the first two are 20 minutes)
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench,onnx,ray,recipes]'
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps recbole
 	$(BIN)/python benchmarks/acceptance.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/speed.py

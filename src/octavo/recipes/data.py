@@ -26,6 +26,11 @@ TEXT = "WikiText-2 validation and Tiny Shakespeare (wikitext2-valid.txt and tiny
 SST2 = "SST-2 (sst2-train.tsv and sst2-dev.tsv in OCTAVO_DATA; nlp.stanford.edu/sentiment)"
 STSB = "STS benchmark, English (stsb-train.csv and stsb-dev.csv in OCTAVO_DATA; ixa2.si.ehu.eus/stswiki)"
 
+_BATCHES = {
+    "cifar10-train.npz": [f"data_batch_{k}.bin" for k in range(1, 6)],
+    "cifar10-test.npz": ["test_batch.bin"],
+}
+
 
 def file(name: str) -> Path:
     """A file of the folder ``OCTAVO_DATA`` (by default ``../shared/data``)."""
@@ -33,7 +38,7 @@ def file(name: str) -> Path:
     if not found.exists():
         raise RequestError(
             f"{found} is not there: set OCTAVO_DATA to the folder that holds {name} "
-            "(docs/recipes.md says where to get it), or run with --quick"
+            "(docs/adding-a-recipe.md says where to get it), or run with --quick"
         )
     return found
 
@@ -86,12 +91,21 @@ def images(trial: Trial, train: int = 10_000, test: int = 2_000) -> Split:
 
 
 def _cifar(name: str, which: range | list[int]) -> tuple[Tensor, Tensor]:
+    official = Path(os.environ.get("OCTAVO_DATA", "../shared/data")) / "cifar-10-batches-bin"
+    if official.is_dir():
+        return _binary([official / batch for batch in _BATCHES[name]], which)
     from PIL import Image
 
     with np.load(file(name)) as found:
         content, offsets, labels = found["jpeg"].tobytes(), found["offsets"], found["labels"]
     pictures = [np.asarray(Image.open(io.BytesIO(content[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in which]
     return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255, torch.tensor(labels[list(which)]).long()
+
+
+def _binary(batches: list[Path], which: range | list[int]) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 as its authors give it: a byte of label and 3 x 32 x 32 of colours each."""
+    rows = np.concatenate([np.fromfile(batch, np.uint8).reshape(-1, 1 + 3 * 32 * 32) for batch in batches])[list(which)]
+    return torch.tensor(rows[:, 1:]).view(-1, 3, 32, 32).float() / 255, torch.tensor(rows[:, 0]).long()
 
 
 @dataclass(frozen=True)
