@@ -268,7 +268,8 @@ def _judged(arms: list[Arm], figures: Mapping[tuple[str, float], _Figures], size
     reason = (
         f"{OURS}, which takes {groups:.1f} groups on average, has by construction the least largest error bound: "
         f"{bounds} ({', '.join(ABLATIONS)}). Over all arms that bound and the accuracy before fine-tuning have a rank "
-        f"correlation of {spearmanr(*zip(*pairs, strict=True)).statistic:.2f}; a measure of use would have one near -1. Quantization alone "
-        f"has {coded.shown} % at {coded.bytes:,} bytes, the dense net {arms[0].shown} %."
+        f"correlation of {spearmanr(*zip(*pairs, strict=True)).statistic:.2f}; a measure of use would have one near "
+        f"-1. Quantization alone has {coded.shown} % at {coded.bytes:,} bytes, the dense net "
+        f"{arms[0].shown} %."
     )
     return Finding(arms, checks, reason)
