@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from octavo.evidence import Evidence
-from octavo.forms import Dense, LowRank
+from octavo.forms import Dense, Form, LowRank
 from octavo.methods.factorize import factors
-from octavo.recipes import Arm, Check, Finding, Trial, data, recipe
-from octavo.recipes.models import ResNet, classifier, flipped, in_batches, momentum, shuffled
-from octavo.recipes.stored import through_file
-from octavo.train import accuracy, cross_entropy, fit
+from octavo.recipes import Arm, Check, Difference, Finding, Trial, data, difference, recipe
+from octavo.recipes.models import ResNet, flipped, in_batches, momentum, shuffled, trained
+from octavo.recipes.stored import quantized, through_file
+from octavo.train import Regimen, accuracy, cross_entropy, fit
 from octavo.train.maestro import SOURCE, OrderedDropout, allocated, factorizable, ladder, recalibrate, truncated
 
 #: Weights of the factorized layers, as shares of the dense ones.
-SIZES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
-#: Weights of the group lasso to choose from, after one epoch and by development accuracy at 30%.
-PRESSURES = (0.0, 1e-5, 1e-4)
-EPOCHS = 8
-#: Size at which the lasso and the loss are chosen.
+SIZES = (0.1, 0.2, 0.3, 0.4)
+#: Learning rates that every kind of network chooses from, by development accuracy of the first seed's after CHOOSING
+#: epochs.
+RATES, CHOOSING, EPOCHS = (0.03, 0.1, 0.3), 1, 4
+#: Size at which the loss is chosen, and whose bytes quantization alone and a thinner network get.
 _CHOICE = 0.3
 #: Largest angle between subspaces, in degrees, that counts as the same one.
 SAME = 5.0
+#: Points below the other that still count as being as accurate, and as a graceful curve.
+_MARGIN, _GRACE = 1.0, 2.0
 #: Both losses of a step: the narrowed network's alone, or the whole one's, from which the narrowed one learns.
 OURS, DISTILLED, PLAIN = "Maestro", "Maestro, distilled", "SVD of a trained network"
+THIN, QUANTIZED = f"thinner dense, about the bytes of {_CHOICE:.0%}", f"quantization alone, bytes of {_CHOICE:.0%}"
 
 
 @recipe(
     "maestro",
     system="Maestro",
     source=SOURCE,
-    claim="One training with ordered dropout on factors finds the SVD of a linear map, weighted by the data, and gives "
-    "a network that can be cut to any size without retraining, better than the SVD of one that was trained as usual.",
+    claim="Ordered dropout on factors finds the SVD of a linear map, and trains a VGG-19 on CIFAR-10 to 93.10% with "
+    "2.2 million parameters, where the dense one has 92.94% with 20 million. Checked here, on a ResNet-8: the linear "
+    "map, whether a smaller network is as accurate as the dense one, and whether one training, cut to any size, beats "
+    "the SVD of a network that was trained as usual.",
     metric="test accuracy (%, higher is better)",
     data=data.CIFAR10,
 )
 def run(trial: Trial) -> Finding:
     """Principal angles of a linear map; then a ResNet-8, cut in both ways with the same choice of ranks."""
     angles = {name: _angles(spread) for name, spread in (("equal inputs", 0.0), ("unequal inputs", 0.5))}
-    split = data.images(trial)
-    pressures = {name: _chosen_pressure(trial, split, name) for name in (OURS, DISTILLED)}
-    sizes = SIZES[3:5] if trial.quick else SIZES
+    split, first = data.images(trial), trial.first_seed
+    sizes = SIZES[2:] if trial.quick else SIZES
     values: dict[str, list[float]] = {}
     stored: dict[str, list[int]] = {}
     ranks: dict[str, list[float]] = {}
@@ -54,13 +60,27 @@ def run(trial: Trial) -> Finding:
         stored.setdefault(name, []).append(bytes_and_accuracy[0])
         values.setdefault(name, []).append(bytes_and_accuracy[1])
 
+    def chosen(name: str, train: Callable[[float], nn.Module]) -> float:
+        """The learning rate that is best on development images."""
+
+        def score(rate: float) -> float:
+            trial.step(f"{name}: rate {rate:g}")
+            return accuracy(recalibrate(train(rate), _inputs(split)), in_batches(split.development))
+
+        return max(RATES, key=score)
+
+    def ordered(name: str, rate: float) -> nn.Module:
+        return _ordered(split, first, name, rate, CHOOSING)[0]
+
+    rates = {"dense": chosen("dense", partial(_dense, trial, split, first, epochs=CHOOSING))}
+    rates |= {name: chosen(name, partial(ordered, name)) for name in (OURS, DISTILLED)}
     for seed in trial.seeds:
-        dense = classifier(trial, seed, epochs=EPOCHS)
+        dense = _dense(trial, split, seed, rates["dense"], EPOCHS)
         measured("dense", _measured(split, dense, {}))
         nets = {PLAIN: (dense, _decomposed(dense))}
-        for name, pressure in pressures.items():
+        for name in (OURS, DISTILLED):
             trial.step(f"{name}, seed {seed}")
-            nets[name] = model, forms = _trained(trial, split, seed, name, pressure, EPOCHS)
+            nets[name] = model, forms = _ordered(split, seed, name, rates[name], EPOCHS)
             ranks.setdefault(name, []).append(statistics.fmean(form.left.shape[1] for form in forms.values()))
             measured(f"{name}, all columns", _measured(split, recalibrate(model, _inputs(split)), {}))
         for name, (net, parts) in nets.items():
@@ -71,17 +91,23 @@ def run(trial: Trial) -> Finding:
                 whole = _recalibrated(split, net, cut)
                 measured(f"{name}, {size:.0%}", _measured(split, whole, cut))
                 # Which of both losses it is, the first seed says.
-                if seed == trial.seeds[0] and size == _CHOICE:
+                if size == _CHOICE and seed == first:
                     development[name] = accuracy(whole, in_batches(split.development))
-    also = {
-        f"{name}, all columns": {"lasso": pressure, "mean rank": statistics.fmean(ranks[name])}
-        for name, pressure in pressures.items()
-    }
+        most = stored[f"{PLAIN}, {_CHOICE:.0%}"][-1]
+        measured(QUANTIZED, _measured(split, dense, _quantized(dense, most)))
+        if seed == first:
+            counts = {w: through_file(ResNet(classes=split.classes, width=w)).bytes for w in range(4, 16)}
+            width = min(counts, key=lambda w: abs(counts[w] - most))
+            rates[THIN] = chosen(THIN, partial(_dense, trial, split, first, epochs=CHOOSING, width=width))
+        measured(THIN, _measured(split, _dense(trial, split, seed, rates[THIN], EPOCHS, width), {}))
+    also = {name: {"learning rate": rates[name]} for name in ("dense", THIN)}
+    for name in (OURS, DISTILLED):
+        also[f"{name}, all columns"] = {"learning rate": rates[name], "mean rank": statistics.fmean(ranks[name])}
     arms = {
         name: Arm(name, round(statistics.fmean(stored[name])), tuple(found), also.get(name, {}))
         for name, found in values.items()
     }
-    return _finding(arms, sizes, angles, max(pressures, key=lambda name: development[name]))
+    return _finding(arms, sizes, angles, max((OURS, DISTILLED), key=lambda name: development[name]))
 
 
 def _angles(spread: float) -> tuple[float, float]:
@@ -117,31 +143,42 @@ def _angle(a: Tensor, b: Tensor) -> float:
     return float(torch.rad2deg(torch.linalg.svdvals(first.t() @ second).min().clamp(max=1).acos()))
 
 
-def _trained(
-    trial: Trial, split: data.Split, seed: int, name: str, pressure: float, epochs: int
-) -> tuple[nn.Module, dict[str, LowRank]]:
-    """From the same start and with the same batches and rates as :func:`classifier`."""
+def _dense(trial: Trial, split: data.Split, seed: int, rate: float, epochs: int, width: int = 16) -> nn.Module:
+    def make() -> nn.Module:
+        torch.manual_seed(seed)
+        return ResNet(classes=split.classes, width=width)
+
+    name = f"resnet8-w{width}-e{epochs}-lr{rate:g}-s{seed}"
+    return trained(trial, name, make, lambda model: _fit(split, model, seed, rate, epochs))
+
+
+def _ordered(split: data.Split, seed: int, name: str, rate: float, epochs: int) -> tuple[nn.Module, dict[str, LowRank]]:
+    """From the same start and with the same batches as the dense network."""
     torch.manual_seed(seed)
-    model = ResNet(classes=split.classes)
-    regimen = OrderedDropout(pressure=pressure, distil=name == DISTILLED, seed=seed)
-    batches = flipped(shuffled(*split.train, size=64, seed=seed))
-    fit(
-        model, batches, cross_entropy, epochs=min(epochs, 2) if trial.quick else epochs, optimizer=momentum(0.1),
-        regimen=regimen, seed=seed,
-    )  # fmt: skip
+    model, regimen = ResNet(classes=split.classes), OrderedDropout(distil=name == DISTILLED, seed=seed)
+    _fit(split, model, seed, rate, epochs, regimen)
     return model.eval(), regimen.forms(model)
 
 
-def _chosen_pressure(trial: Trial, split: data.Split, name: str) -> float:
-    def score(pressure: float) -> float:
-        trial.step(f"{name}, choosing the lasso: {pressure:g}")
-        model, forms = _trained(trial, split, trial.seeds[0], name, pressure, 1)
-        full = {name: form.left.shape[1] for name, form in forms.items()}
-        shares = {name: max(1, round(_CHOICE * rank)) for name, rank in full.items()}
-        model = _recalibrated(split, model, truncated(forms, shares))
-        return accuracy(model, in_batches(split.development))
+def _fit(
+    split: data.Split, model: nn.Module, seed: int, rate: float, epochs: int, regimen: Regimen | None = None
+) -> None:
+    batches = flipped(shuffled(*split.train, size=64, seed=seed))
+    fit(model, batches, cross_entropy, epochs=epochs, optimizer=momentum(rate), regimen=regimen, seed=seed)
 
-    return max(PRESSURES, key=score)
+
+def _quantized(model: nn.Module, most: int) -> dict[str, Form]:
+    """The matrices by entropy-constrained quantization, as fine as that many bytes allow."""
+    matrices = {name: Dense(model.get_parameter(name).detach().flatten(1)) for name in factorizable(model)}
+
+    def forms(bits: float) -> dict[str, Form]:
+        return {name: quantized(matrix, bits) for name, matrix in matrices.items()}
+
+    low, high = 1.0, 8.0
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (middle, high) if through_file(model, forms(middle)).bytes <= most else (low, middle)
+    return forms(low)
 
 
 def _decomposed(model: nn.Module) -> dict[str, LowRank]:
@@ -197,46 +234,47 @@ def _recalibrated(split: data.Split, model: nn.Module, cut: Mapping[str, LowRank
     return recalibrate(changed.eval(), _inputs(split, count))
 
 
-def _measured(split: data.Split, model: nn.Module, forms: Mapping[str, LowRank]) -> tuple[int, float]:
+def _measured(split: data.Split, model: nn.Module, forms: Mapping[str, Form]) -> tuple[int, float]:
     stored = through_file(model, forms)
-    return stored.bytes, 100 * accuracy(stored.load(ResNet(classes=split.classes)), in_batches(split.test))
+    return stored.bytes, 100 * accuracy(stored.load(copy.deepcopy(model)), in_batches(split.test))
 
 
 def _finding(
     arms: Mapping[str, Arm], sizes: tuple[float, ...], angles: Mapping[str, tuple[float, float]], best: str
 ) -> Finding:
-    def difference(name: str, size: float) -> float:
-        return arms[f"{name}, {size:.0%}"].mean - arms[f"{PLAIN}, {size:.0%}"].mean
+    def gaps(name: str, other: str | None = None) -> dict[float, Difference]:
+        """Between the cut networks and those of the other's sizes, or the dense one."""
+        theirs = {size: arms[f"{other}, {size:.0%}" if other else "dense"].values for size in sizes}
+        return {size: difference(arms[f"{name}, {size:.0%}"].values, theirs[size]) for size in sizes}
 
-    def spread(name: str, size: float) -> float:
-        return max(arms[f"{of}, {size:.0%}"].spread or 0.0 for of in (name, PLAIN))
-
-    def told(name: str) -> str:
-        return "; ".join(
-            f"{size:.0%}: {difference(name, size):+.1f} (spread {spread(name, size):.1f})" for size in sizes
-        )
+    def told(found: Mapping[float, Difference]) -> str:
+        return "; ".join(f"{size:.0%}: {gap}" for size, gap in found.items())
 
     def ahead(name: str) -> str:
-        return ", ".join(f"{size:.0%}" for size in sizes if difference(name, size) > spread(name, size)) or "no size"
+        return ", ".join(f"{size:.0%}" for size, gap in gaps(name, PLAIN).items() if gap.surely > 0) or "no size"
 
-    small = [size for size in sizes if size <= 0.4]
     whole, at40 = arms[f"{best}, all columns"], arms[f"{best}, 40%"]
+    fall = difference(at40.values, whole.values)
     (equal, _), (other, weighted) = angles["equal inputs"], angles["unequal inputs"]
     checks = [
         Check("With equal inputs a linear map's first columns span what those of its SVD span.", equal < SAME,
               f"Largest angle {equal:.1f} degrees."),
         Check("With unequal inputs they span what those of the SVD weighted by the data span, not the plain one's.",
               weighted < SAME < other, f"Largest angles {weighted:.1f} and {other:.1f} degrees."),
-        Check("At every size up to 40% one training, cut, is more accurate than the SVD of a network trained as usual.",
-              all(difference(best, size) > spread(best, size) for size in small),
-              f"{best}, chosen on development data; points: {told(best)}."),
-        Check("The curve is graceful: at 40% it is within 2 points of the network with all its columns.",
-              whole.mean - at40.mean < 2, f"{best}: {at40.mean:.1f} against {whole.mean:.1f}."),
+        Check(f"At 40% or less one training, cut, is as accurate as the dense network, within {_MARGIN:g} point.",
+              any(gap.surely >= -_MARGIN for gap in gaps(best).values()),
+              f"{best}, chosen on development data; points: {told(gaps(best))}."),
+        Check("At every size up to 40% it is more accurate than the SVD of a network trained as usual.",
+              all(gap.surely > 0 for gap in gaps(best, PLAIN).values()), f"Points: {told(gaps(best, PLAIN))}."),
+        Check(f"The curve is graceful: at 40% it is within {_GRACE:g} points of the network with all its columns.",
+              fall.surely >= -_GRACE, f"{fall} points."),
     ]  # fmt: skip
-    wholes = " and ".join(f"{arms[f'{name}, all columns'].mean:.1f} ({name})" for name in (OURS, DISTILLED))
+    wholes = " and ".join(f"{arms[f'{name}, all columns'].shown} ({name})" for name in (OURS, DISTILLED))
+    cut = arms[f"{best}, {_CHOICE:.0%}"]
     reason = (
-        f"Ahead of the SVD by more than the spread: {OURS} at {ahead(OURS)}; {DISTILLED} at {ahead(DISTILLED)}. With "
-        f"all columns the accuracy is {wholes}, that of the network trained as usual in as many epochs "
-        f"{arms['dense'].mean:.1f}."
+        f"More accurate than the SVD: {OURS} at {ahead(OURS)}; {DISTILLED} at {ahead(DISTILLED)}. With all columns the "
+        f"accuracy is {wholes}, that of the network trained as usual in as many epochs {arms['dense'].shown}, every "
+        f"one at a rate of its own. At {cut.bytes:,} bytes {best} has {cut.shown}, at {arms[THIN].bytes:,} a thinner "
+        f"dense network {arms[THIN].shown}, at {arms[QUANTIZED].bytes:,} quantization alone {arms[QUANTIZED].shown}."
     )
     return Finding(list(arms.values()), checks, reason)
