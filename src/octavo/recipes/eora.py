@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from octavo.artifact import pack
 from octavo.blocks import Blocks
+from octavo.errors import OctavoError
 from octavo.evidence import Evidence
-from octavo.forms import Form
+from octavo.forms import Dense, Form
 from octavo.inputs import model_of, silent
 from octavo.methods import Setting, get_method
 from octavo.methods.factorize.eora import compensated
 from octavo.objective import KL, Batch, Objective, mask_of
 from octavo.recipes import data, models
-from octavo.recipes.base import Arm, Check, Finding, Trial, recipe
-from octavo.recipes.stored import Stored, through_file
+from octavo.recipes.base import Arm, Check, Difference, Finding, Trial, difference, recipe
+from octavo.recipes.stored import Stored, quantized, through_file
 from octavo.request import open_job
+from octavo.train import next_token
 
 #: How models are compressed before anything is put back: a method and its setting.
 BASES: dict[str, tuple[str, Setting]] = {
@@ -43,9 +45,12 @@ KNOWN: dict[str, Callable[[Tensor], Tensor | None]] = {
 _BITS = 4
 #: Share of its mean that is added to the diagonal of a moment.
 _RIDGE = 1e-6
-#: What the bytes of a correction buy instead: finer groups and one bit more, or more weights that stay.
-_FINER, _MORE = (48, 32, 24, 16, 12, 8), (256, 128, 64, 32, 16)
-_ZEROS = tuple(k / 20 for k in range(11))
+#: What the bytes of a correction buy in groups of the same bits, and of one bit more: sizes of groups.
+_FINER, _MORE = tuple(range(64, 18, -1)), (256, 192, 160, 128, 112, 96, 80, *range(64, 18, -1))
+#: Least shares of a file's bytes that another one of no more takes, with a continuous knob and with one of steps.
+_AS_MANY, _NEARLY = 0.995, 0.98
+#: The rivals that spend a correction's bytes on the weights.
+CODED, FINER = "entropy-coded in the bytes of {}, EoRA {}", "{}, finer grid in the bytes of EoRA {}"
 
 
 @recipe(
@@ -60,13 +65,22 @@ _ZEROS = tuple(k / 20 for k in range(11))
 def run(trial: Trial) -> Finding:
     """Four compressions of a language model, and two of MiniLM, with and without corrections."""
     model, windows = models.language_model(trial)
-    bases, ranks, size = (list(BASES)[1::2], (2, 4), 16) if trial.quick else (list(BASES), RANKS, 64)
-    draws = [_drawn(windows["train"], seed, size // 2) for seed in trial.seeds]
-    compressing = Compressing(model, KL(), lambda loaded: models.perplexity(loaded, windows["test"][:size]))
-    arms: dict[str, Arm] = {}
+    bases, ranks, size = (list(BASES)[1::2], (2, 4), 16) if trial.quick else (list(BASES), RANKS, 96)
+    draws = [_drawn(windows["train"], seed, 16 if trial.quick else 32) for seed in trial.seeds]
+    # From all over the test text, which is of two kinds.
+    test = windows["test"][:: len(windows["test"]) // size][:size].split(1)
 
-    def add(name: str, *found: tuple[Stored, float]) -> None:
-        arms[name] = Arm(name, found[0][0].bytes, tuple(value for _, value in found))
+    @torch.inference_mode()
+    def losses(loaded: nn.Module) -> Tensor:
+        return torch.stack([next_token(loaded, {"input_ids": window}) for window in test])
+
+    compressing = Compressing(model, KL(), losses)
+    arms: dict[str, Arm] = {}
+    seen: dict[str, Tensor] = {}
+
+    def add(name: str, *found: tuple[Stored, Tensor]) -> None:
+        arms[name] = Arm(name, found[0][0].bytes, tuple(float(losses.mean().exp()) for _, losses in found))
+        seen[name] = torch.stack([losses for _, losses in found]).mean(0)
 
     add("as trained", compressing.judged({}))
     for base in bases:
@@ -75,14 +89,18 @@ def run(trial: Trial) -> Finding:
         for rank in ranks:
             for correction in KNOWN:
                 # What looks at inputs depends on their draw; the scaled SVD is tried on the first alone.
-                seen = draws if correction == "EoRA" else draws[:1]
+                texts = draws if correction == "EoRA" else draws[:1]
                 name = f"{base}, {correction} {rank}"
-                add(name, *(compressing.corrected(base, correction, rank, texts) for texts in seen))
-            add(f"{base}, {rank} as bits", compressing.richer(base, arms[f"{base}, EoRA {rank}"].bytes))
+                add(name, *(compressing.corrected(base, correction, rank, drawn) for drawn in texts))
+            budget = arms[f"{base}, EoRA {rank}"].bytes
+            add(CODED.format(base, rank), compressing.coded(budget))
+            finer = compressing.finer(base, budget)
+            if finer is not None:
+                add(FINER.format(base, rank), finer)
         found = compressing.corrected(base, "EoRA", ranks[1], draws[0], in_order=False)
         add(f"{base}, EoRA {ranks[1]}, all layers at once", found)
     _minilm(trial, arms, ranks)
-    return Finding(list(arms.values()), *_judged(arms, bases, ranks))
+    return Finding(list(arms.values()), *_judged(arms, seen, bases, ranks))
 
 
 def _drawn(windows: Tensor, seed: int, count: int) -> list[Batch]:
@@ -101,8 +119,8 @@ def _minilm(trial: Trial, arms: dict[str, Arm], ranks: Sequence[int]) -> None:
         texts, held = texts[:1], held[:1]
     reference = job.objective.reference(job.source.module, held)
 
-    def drift(loaded: nn.Module) -> float:
-        return float(job.objective.measure(loaded, held, reference).mean())
+    def drift(loaded: nn.Module) -> Tensor:
+        return job.objective.measure(loaded, held, reference)
 
     compressing = Compressing(job.source.module, job.objective, drift, layers=1 if trial.quick else None)
     for base in ("2-bit",) if trial.quick else ("2-bit", "2:4 and 4-bit"):
@@ -111,43 +129,74 @@ def _minilm(trial: Trial, arms: dict[str, Arm], ranks: Sequence[int]) -> None:
         for rank in ranks[:1] if trial.quick else ranks:
             for correction in ("SVD", "EoRA"):
                 found[f"{base}, {correction} {rank}"] = compressing.corrected(base, correction, rank, texts)
-        for name, (stored, value) in found.items():
-            arms[name].also.update({"MiniLM 1 - cosine": value, "MiniLM bytes": stored.bytes})
+        for name, (stored, drifts) in found.items():
+            arms[name].also.update({"MiniLM 1 - cosine": float(drifts.mean()), "MiniLM bytes": stored.bytes})
 
 
-def _judged(arms: Mapping[str, Arm], bases: Sequence[str], ranks: Sequence[int]) -> tuple[list[Check], str]:
+def _judged(
+    arms: Mapping[str, Arm], seen: Mapping[str, Tensor], bases: Sequence[str], ranks: Sequence[int]
+) -> tuple[list[Check], str]:
+    """Checks and reason.
+
+    Parameters
+    ----------
+    seen
+        (windows,) losses of every arm on the test windows, means over its draws of calibration text.
+    """
     checks = []
-    cases = [(base, rank) for base in bases for rank in ranks]
+
+    def gaps(ours: str, theirs: str) -> tuple[Difference, Difference]:
+        """How much lower the first arm is: its perplexity over draws, and its loss over test windows."""
+        over_draws = difference(arms[theirs].values, arms[ours].values)
+        return over_draws, difference(seen[theirs].tolist(), seen[ours].tolist())
+
+    def lower(ours: str, theirs: str) -> bool:
+        return all(gap.surely > 0 for gap in gaps(ours, theirs))
+
+    def figures(ours: str, theirs: str) -> str:
+        over_draws, over_windows = gaps(ours, theirs)
+        return (
+            f"{arms[ours].shown} against {arms[theirs].shown}, lower by {over_draws} over draws and in nats by "
+            f"{over_windows} over windows"
+        )
+
     for base in bases:
-        pairs = [(rank, arms[f"{base}, EoRA {rank}"], arms[f"{base}, SVD {rank}"].mean) for rank in ranks]
+        pairs = [(rank, (f"{base}, EoRA {rank}", f"{base}, SVD {rank}")) for rank in ranks]
         checks.append(
             Check(
-                f"{base}: EoRA below SVD at every rank, with every draw of calibration text.",
-                all(max(better.values) < plain for _, better, plain in pairs),
-                "; ".join(f"rank {rank}: {better.mean:.4g} against {plain:.4g}" for rank, better, plain in pairs) + ".",
+                f"{base}: EoRA below SVD at every rank, by two standard errors over draws of calibration text and over "
+                "test windows.",
+                all(lower(*pair) for _, pair in pairs),
+                "; ".join(f"rank {rank}: {figures(*pair)}" for rank, pair in pairs) + ".",
             )
         )
-        falling = [arms[base].mean, *(better.mean for _, better, _ in pairs)]
+        steps = list(pairwise([base, *(f"{base}, EoRA {rank}" for rank in ranks)]))
         checks.append(
             Check(
-                f"{base}: the perplexity of EoRA falls with the rank, from that without correction on.",
-                all(after < before for before, after in pairwise(falling)),
-                f"{', '.join(f'{value:.4g}' for value in falling)}.",
+                f"{base}: the perplexity of EoRA falls with every rank, from that without correction on, by two "
+                "standard errors of either kind.",
+                all(lower(after, before) for before, after in steps),
+                "; ".join(figures(after, before) for before, after in steps) + ".",
             )
         )
 
-    def lower(other: str) -> int:
-        return sum(arms[other.format(base, rank)].mean < arms[f"{base}, EoRA {rank}"].mean for base, rank in cases)
+    def compared(other: str) -> str:
+        cases = [(other.format(base, rank), f"{base}, EoRA {rank}") for base in bases for rank in ranks]
+        cases = [(theirs, ours) for theirs, ours in cases if theirs in arms]
+        below, above = (sum(lower(*pair[::way]) for pair in cases) for way in (1, -1))
+        return f"lower in {below} and higher in {above} of {len(cases)} cases"
 
     once = [
         arms[f"{base}, EoRA {ranks[1]}, all layers at once"].mean - arms[f"{base}, EoRA {ranks[1]}"].values[0]
         for base in bases
     ]
     reason = (
-        f"A diagonal scaling in place of the whole moment is better in {lower('{}, scaled SVD {}')} of {len(cases)} "
-        f"cases, the same bytes spent on more bits or more weights in {lower('{}, {} as bits')}. Without statistics "
-        f"through the layers corrected before, perplexity at rank {ranks[1]} changes by "
-        f"{', '.join(f'{change:+.3g}' for change in once)}."
+        "Against EoRA, by two standard errors of either kind, perplexity is "
+        f"{compared('{}, scaled SVD {}')} with a diagonal scaling in place of the whole moment, {compared(CODED)} when "
+        "there is neither base nor correction, but all the bytes go to entropy-constrained quantization of the weights "
+        f"themselves, and {compared(FINER)} when those of the correction go to finer groups or one bit more of the "
+        "base, where such a grid takes as many. Without statistics through the layers corrected before, perplexity at "
+        f"rank {ranks[1]} changes by {', '.join(f'{change:+.3g}' for change in once)} with the first draw."
     )
     return checks, reason
 
@@ -159,14 +208,14 @@ class Compressing:
     Parameters
     ----------
     judge
-        Gives the metric of a model that was read back.
+        Gives the metric of a model that was read back, (examples,).
     layers
         Blocks that are compressed, from the first on; None for all.
     """
 
     model: nn.Module
     objective: Objective
-    judge: Callable[[nn.Module], float]
+    judge: Callable[[nn.Module], Tensor]
     layers: int | None = None
 
     def __post_init__(self) -> None:
@@ -174,7 +223,6 @@ class Compressing:
         assert found is not None
         self.prefix = found.prefix
         self._bases: dict[str, dict[str, Form]] = {}
-        self._sizes: dict[str, list[int]] = {}
         self.weights = {
             name: module.weight.detach().float()
             for number in range(len(found.list))[: self.layers]
@@ -190,7 +238,7 @@ class Compressing:
             if isinstance(module, nn.Linear)
         }
 
-    def judged(self, forms: Mapping[str, Form]) -> tuple[Stored, float]:
+    def judged(self, forms: Mapping[str, Form]) -> tuple[Stored, Tensor]:
         """What the model becomes with these forms, through a file."""
         stored = through_file(self.model, forms)
         return stored, self.judge(stored.load(copy.deepcopy(self.model)))
@@ -208,23 +256,37 @@ class Compressing:
             for name, weight in self.weights.items()
         }
 
-    def richer(self, name: str, budget: int) -> tuple[Stored, float]:
-        """The largest form of the same kind without correction whose file takes no more than ``budget`` bytes."""
+    def coded(self, budget: int) -> tuple[Stored, Tensor]:
+        """All weights by entropy-constrained quantization, at as many bits a weight as ``budget`` bytes hold."""
+        count = sum(weight.numel() for weight in self.weights.values())
+        bits, low, high = 4.0, 0.0, 16.0
+        for _ in range(12):
+            stored = through_file(self.model, {key: quantized(Dense(w), bits) for key, w in self.weights.items()})
+            if _AS_MANY * budget <= stored.bytes <= budget:
+                return stored, self.judge(stored.load(copy.deepcopy(self.model)))
+            low, high = (low, bits) if stored.bytes > budget else (bits, high)
+            # Mostly so many bits more take so many bytes more; where they do not, the bracket is halved.
+            guess = bits + 8 * ((1 + _AS_MANY) / 2 * budget - stored.bytes) / count
+            bits = guess if low < guess < high else (low + high) / 2
+        raise OctavoError(f"no number of bits a weight gives a file of {budget} bytes: {bits:.4g} give {stored.bytes}")
+
+    def finer(self, name: str, budget: int) -> tuple[Stored, Tensor] | None:
+        """The base with smaller groups or one bit more in ``budget`` bytes; None where no grid takes as many."""
         method, setting = BASES[name]
-        offered: list[Setting] = [{"sparsity": zeros, "bits": setting["bits"]} for zeros in _ZEROS]
-        if method == "rtn":
-            offered = [{**setting, "group": group} for group in (setting["group"], *_FINER)]
-            offered += [{"bits": setting["bits"] + 1, "group": group} for group in _MORE]
-        base = self.base(name)
-        if name not in self._sizes:
-            self._sizes[name] = [_bytes(self._encoded(method, other)) for other in offered]
-        room = budget - through_file(self.model, base).bytes + _bytes(base)
-        _, best = max((size, k) for k, size in enumerate(self._sizes[name]) if size <= room)
+        if method != "rtn":
+            return None
+        bits = int(setting["bits"])
+        offered: list[Setting] = [{"bits": bits, "group": group} for group in _FINER]
+        offered += [{"bits": bits + 1, "group": group} for group in _MORE]
+        sizes = cache(lambda k: through_file(self.model, self._encoded(method, offered[k])).bytes)
+        best = bisect_right(range(len(offered)), budget, key=sizes) - 1
+        if best < 0 or sizes(best) < _NEARLY * budget:
+            return None
         return self.judged(self._encoded(method, offered[best]))
 
     def corrected(
         self, base: str, correction: str, rank: int, texts: Sequence[Batch], *, in_order: bool = True
-    ) -> tuple[Stored, float]:
+    ) -> tuple[Stored, Tensor]:
         """A base with a correction of its layers.
 
         Parameters
@@ -254,10 +316,6 @@ class Compressing:
                         layer.weight.copy_(forms[name].dense())
                 states = through(states) if in_order else after
         return self.judged(forms)
-
-
-def _bytes(forms: Mapping[str, Form]) -> int:
-    return sum(pack(form).bytes for form in forms.values())
 
 
 @contextmanager
