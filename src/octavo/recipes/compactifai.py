@@ -15,7 +15,7 @@ from octavo.forms import Dense, Form, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.methods.factorize.mpo import bond, decompose, elements, modes
 from octavo.recipes import data, models
-from octavo.recipes.base import Arm, Check, Finding, Trial, recipe
+from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import quantized, through_file
 from octavo.train import fit, formed, next_token, settle
 
@@ -23,7 +23,9 @@ from octavo.train import fit, formed, next_token, settle
 _SHARES = (0.5, 0.25)
 #: Learning rates of healing, one chosen for every arm on development text.
 _RATES = (1e-4, 3e-4, 1e-3)
-_STEPS, _BATCH = 32, 8
+_STEPS, _BATCH = 24, 8
+#: Steps after which rates are compared.
+_TRIED = 8
 #: Bits a coefficient of the cores that are quantized after healing.
 _BITS = 4.0
 
@@ -45,7 +47,8 @@ def _mpo(sites: int) -> Callable[[Tensor, float], tuple[Form, int]]:
 
 #: A model, and the forms that its matrices were trained in.
 _Healed = tuple[nn.Module, dict[str, Form]]
-_METHODS = {"SVD": _svd, "MPO, 2 sites": _mpo(2), "MPO, 3 sites": _mpo(3)}
+_CHAINS = ("MPO, 2 sites", "MPO, 3 sites")
+_METHODS = {"SVD": _svd, **{name: _mpo(sites) for name, sites in zip(_CHAINS, (2, 3), strict=True)}}
 
 
 @dataclass
@@ -84,11 +87,11 @@ class _Bench:
         found = through_file(module or self.model, forms)
         return found.bytes, models.perplexity(found.load(copy.deepcopy(self.model)), self.windows["test"])
 
-    def healed(self, forms: Mapping[str, Form], lr: float, seed: int) -> _Healed:
+    def healed(self, forms: Mapping[str, Form], lr: float, seed: int, steps: int) -> _Healed:
         """The model after a part of an epoch, with these forms trained in the place of its matrices."""
         model = copy.deepcopy(self.model)
         formed(model, forms)
-        steps = 4 if self.trial.quick else _STEPS
+        steps = 4 if self.trial.quick else steps
         draw = models.shuffled(self.windows["train"], size=_BATCH, seed=100 + seed)
 
         def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
@@ -99,11 +102,11 @@ class _Bench:
         return model, settle(model)
 
     def runs(self, forms: Mapping[str, Form]) -> tuple[float, list[_Healed]]:
-        """The rate of least perplexity on development text after healing, and a healed model for every seed."""
-        first, *others = self.trial.seeds
-        tried = {rate: self.healed(forms, rate, first) for rate in _RATES}
-        lr = min(tried, key=lambda rate: models.perplexity(tried[rate][0], self.windows["development"]))
-        return lr, [tried[lr], *(self.healed(forms, lr, seed) for seed in others)]
+        """The rate of least perplexity on development text after a few steps, and a healed model for every seed."""
+        first = self.trial.seeds[0]
+        tried = {rate: self.healed(forms, rate, first, _TRIED)[0] for rate in _RATES}
+        lr = min(tried, key=lambda rate: models.perplexity(tried[rate], self.windows["development"]))
+        return lr, [self.healed(forms, lr, seed, _STEPS) for seed in self.trial.seeds]
 
     def add_healed(self, name: str, lr: float, runs: Sequence[_Healed]) -> Arm:
         """Remember an arm of healed models."""
@@ -132,34 +135,40 @@ def run(trial: Trial) -> Finding:
     windows = {part: found if part == "train" or trial.quick else found[::4] for part, found in windows.items()}
     bench = _Bench(trial, model, windows)
     size, base = bench.stored({})
-    bench.add("dense, float16", size, [base])
+    dense = bench.add("dense, float16", size, [base])
     trial.step("more training of the dense model")
     longer = bench.add_healed("dense, with the steps of healing", *bench.runs({}))
     cases = [(method, share, 0) for method in _METHODS for share in _SHARES]
     # The paper leaves the first blocks alone.
-    cases += [(method, max(_SHARES), 1) for method in ("SVD", "MPO, 2 sites")]
-    pairs: dict[str, tuple[float, Arm]] = {}
+    cases.append((_CHAINS[0], max(_SHARES), 1))
+    pairs: dict[tuple[str, float, int], tuple[Arm, Arm]] = {}
     kept: dict[str, _Healed] = {}
     for method, share, spared in cases:
         name = f"{method}, {share:.0%} of the elements{', first layer dense' * spared}"
         trial.step(name)
         forms = bench.factored(method, share, spared)
-        size, cut = bench.stored(forms)
-        bench.add(name, size, [cut])
+        size, value = bench.stored(forms)
+        cut = bench.add(name, size, [value])
         lr, runs = bench.runs(forms)
-        pairs[name] = cut, bench.add_healed(f"{name}, healed", lr, runs)
+        pairs[method, share, spared] = cut, bench.add_healed(f"{name}, healed", lr, runs)
         if share == max(_SHARES):
             kept[name] = runs[0]
     trial.step("quantized")
-    _quantize(bench, kept)
+    few, plain = _quantize(bench, kept)
     trial.step("layer by layer")
-    depth = {method: _by_depth(bench, method, min(_SHARES)) for method in ("SVD", "MPO, 2 sites")}
-    return _finding(bench, base, longer, pairs, depth)
+    depth = {method: _by_depth(bench, method, min(_SHARES), base) for method in ("SVD", _CHAINS[0])}
+    checks, reason = _judged(dense, longer, pairs, depth)
+    winner = min(few, key=lambda arm: arm.mean)
+    reason += (
+        f" Quantized, the best of the factored has {winner.mean:.4g} ({winner.name}, {winner.bytes:,} bytes), and the "
+        f"dense matrices, without any healing, {plain.shown} ({plain.bytes:,} bytes)."
+    )
+    return Finding(bench.arms, checks, reason)
 
 
-def _quantize(bench: _Bench, kept: Mapping[str, _Healed]) -> None:
-    """Healed factors in few bits, against the dense matrices in still fewer at the same bytes."""
-    size = 0
+def _quantize(bench: _Bench, kept: Mapping[str, _Healed]) -> tuple[list[Arm], Arm]:
+    """Healed factors in few bits, and the dense matrices in still fewer at the bytes of the largest of them."""
+    few = []
     for name, (model, found) in kept.items():
         narrow = {site: quantized(form, _BITS) for site, form in found.items()}
         # A layer that was spared is quantized too.
@@ -170,7 +179,8 @@ def _quantize(bench: _Bench, kept: Mapping[str, _Healed]) -> None:
             if site not in narrow
         )
         size, value = bench.stored(narrow, model)
-        bench.add(f"{name}, healed, in {_BITS:g} bits", size, [value])
+        few.append(bench.add(f"{name}, healed, in {_BITS:g} bits", size, [value]))
+    size = max(arm.bytes for arm in few)
 
     def dense(bits: float) -> dict[str, Form]:
         return {name: quantized(Dense(weight), bits) for name, weight in bench.matrices().items()}
@@ -180,67 +190,58 @@ def _quantize(bench: _Bench, kept: Mapping[str, _Healed]) -> None:
         middle = (low + high) / 2
         low, high = (middle, high) if through_file(bench.model, dense(middle)).bytes <= size else (low, middle)
     size, value = bench.stored(dense(low))
-    bench.add("dense matrices, quantized to that size, not healed", size, [value])
+    return few, bench.add("dense matrices, quantized to that size, not healed", size, [value])
 
 
-def _by_depth(bench: _Bench, method: str, share: float) -> list[float]:
+def _by_depth(bench: _Bench, method: str, share: float, base: float) -> list[float]:
     """What it adds to the mean negative log-likelihood to factor one layer alone, by its depth."""
     forms, added = bench.factored(method, share), []
-    base = math.log(bench.arms[0].mean)
     for layer in range(bench.model.config.num_hidden_layers):
         alone = {name: form for name, form in forms.items() if f".layers.{layer}." in name}
         size, value = bench.stored(alone)
-        added.append(math.log(value) - base)
+        added.append(math.log(value / base))
         bench.add(f"{method}, {share:.0%} of the elements in layer {layer + 1} alone", size, [value])
     return added
 
 
-def _finding(
-    bench: _Bench,
-    base: float,
+def _judged(
+    dense: Arm,
     longer: Arm,
-    pairs: Mapping[str, tuple[float, Arm]],
-    depth: Mapping[str, list[float]],
-) -> Finding:
-    # In nats a token above the better of the dense model and the dense model after the same steps.
-    best = min(base, longer.mean)
-    losses = {name: (math.log(cut / best), math.log(arm.mean / best)) for name, (cut, arm) in pairs.items()}
-    told = "; ".join(f"{name}: {cut:.3f} nats lost, {left:.3f} left" for name, (cut, left) in losses.items())
-    half = len(next(iter(depth.values()))) // 2
-    halves = {
-        method: (
-            statistics.fmean(added[:half]),
-            statistics.fmean(added[1:half] or added[:1]),
-            statistics.fmean(added[-half:]),
+    pairs: Mapping[tuple[str, float, int], tuple[Arm, Arm]],
+    depth: Mapping[str, Sequence[float]],
+) -> tuple[list[Check], str]:
+    # In nats a token above the better of the dense model and the dense model after the same steps, by seed.
+    best = [min(dense.mean, value) for value in longer.values]
+    recovered, told = [], []
+    for (method, _, _), (cut, healed) in pairs.items():
+        lost = [math.log(cut.mean / value) for value in best]
+        left = [math.log(mine / value) for mine, value in zip(healed.values, best, strict=True)]
+        ahead = difference([value / 2 for value in lost], left)
+        if method in _CHAINS:
+            recovered.append(ahead.surely > 0)
+        told.append(
+            f"{cut.name}: {statistics.fmean(lost):.3f} nats lost, {statistics.fmean(left):.3f} left, which is {ahead} "
+            "below a half"
         )
-        for method, added in depth.items()
-    }
-    deep = "; ".join(
-        f"{method}: {early:.3f} nats in the first {half} layers ({inner:.3f} without the very first), "
-        f"{late:.3f} in the last"
-        for method, (early, inner, late) in halves.items()
+    half = len(next(iter(depth.values()))) // 2
+    early, inner, late = (
+        {method: statistics.fmean(added[part] or added[:1]) for method, added in depth.items()}
+        for part in (slice(half), slice(1, half), slice(-half, None))
     )
-    chains = [value for name, value in losses.items() if name.startswith("MPO")]
-    late_halves = [value for method, value in halves.items() if method.startswith("MPO")]
+    deep = "; ".join(
+        f"{method}: {early[method]:.3f} nats in the first {half} layers ({inner[method]:.3f} without the very first), "
+        f"{late[method]:.3f} in the last"
+        for method in depth
+    )
+    chains = [method for method in depth if method in _CHAINS]
     checks = [
-        Check(
-            "Healing recovers most of what truncation lost.", all(left < cut / 2 for cut, left in chains), f"{told}."
-        ),
-        Check(
-            "Late layers lose less than early ones.", all(late < early for early, _, late in late_halves), f"{deep}."
-        ),
+        Check("Healing recovers more than half of what truncation lost.", all(recovered), f"{'; '.join(told)}."),
+        Check("Late layers lose less than early ones.", all(late[name] < early[name] for name in chains), f"{deep}."),
         Check(
             "They do so even without the very first layer.",
-            all(late < inner for _, inner, late in late_halves),
+            all(late[name] < inner[name] for name in chains),
             f"{deep}.",
         ),
     ]
-    healed = "; ".join(f"{name} {arm.mean:.1f}" for name, (_, arm) in pairs.items())
-    *few, plain = [arm for arm in bench.arms if f"{_BITS:g} bits" in arm.name or "quantized" in arm.name]
-    winner = min(few, key=lambda arm: arm.mean)
-    reason = (
-        f"Perplexity after healing, at equal bytes: {healed} (dense {base:.1f}, {longer.mean:.1f} with as many steps). "
-        f"Quantized, the best of the factored has {winner.mean:.1f} ({winner.name}), and the dense matrices in those "
-        f"bytes, without any healing, {plain.mean:.1f}."
-    )
-    return Finding(bench.arms, checks, reason)
+    shown = "; ".join(f"{cut.name} {arm.shown}" for cut, arm in pairs.values())
+    return checks, f"Perplexity after healing: {shown} (dense {dense.shown}, {longer.shown} with as many steps)."
