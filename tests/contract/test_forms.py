@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.artifact import pack, unpack
 from octavo.errors import ArtifactError
@@ -272,6 +273,92 @@ def test_apply_is_the_product_with_the_matrix(name, rows, columns, seed, lead):
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * (1 + float(expected.abs().max())))
 
 
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("rows", [9, 300])
+def test_lookup_gives_rows_of_the_matrix(name, rows):
+    form = FORMS[name](rows, 16, 3)
+    dense = form.dense()
+    for index in ([], [rows - 1], [2, 0, 2, 2], list(range(rows)) * 2):
+        torch.testing.assert_close(form.lookup(torch.tensor(index, dtype=torch.long)), dense[index])
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            # A view may have many more elements than there are in memory.
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+
+def train_of(row_modes, column_modes, chi):
+    ranks = [min(chi, most) for most in full_ranks(row_modes, column_modes)]
+    sizes = [o * i for o, i in zip(row_modes, column_modes, strict=True)]
+    cores = tuple(dense(ranks[k] * size, ranks[k + 1], k) for k, size in enumerate(sizes))
+    return TensorTrain(cores, row_modes, column_modes, math.prod(row_modes), math.prod(column_modes))
+
+
+#: Forms, what is done with them, and the elements that may be held at once.
+BOUNDED = {
+    "groups": (lambda: grouped(64, 256, 0), lambda form: form.apply(torch.ones(2048, 256)), 2048 * 256),
+    "a wide train": (
+        lambda: train_of((16, 24), (32, 48), 177), lambda form: form.apply(torch.ones(512, 1536)), 512 * 1536,
+    ),
+    "a train of many inputs": (
+        lambda: train_of((16, 16), (16, 16), 8), lambda form: form.apply(torch.ones(8192, 256)), 1 << 22,
+    ),
+    "a train whose chain is far larger than its matrix": (
+        lambda: train_of((256, 1), (1, 256), 256), lambda form: form.apply(torch.ones(1, 256)), 4 * 256 * 256,
+    ),
+    "rows of a train": (
+        lambda: train_of((64, 64), (16, 24), 64), lambda form: form.lookup(torch.arange(4096)), 4096 * 384,
+    ),
+    "one row of a train many times": (
+        lambda: train_of((64, 64), (16, 24), 64), lambda form: form.lookup(torch.zeros(4096).long()), 4096 * 384,
+    ),
+    "as many atoms as rows": (
+        lambda: dense_sparse_of(1024, 16, 1, 1024), lambda form: form.dense(), 2 * 1024 * 16,
+    ),
+    "many terms": (
+        lambda: Separable(*(dense(1600 * 4, 40, k) for k in range(3)), 1600), lambda form: form.dense(), 1 << 24,
+    ),
+}  # fmt: skip
+
+
+def dense_sparse_of(rows, columns, width, atoms):
+    blocks = columns // width
+    index = torch.randint(0, atoms, (rows, blocks), generator=_generator(0))
+    return DenseSparse(dense(rows, blocks, 0), index, dense(blocks * atoms, width, 1), 1, columns)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_little_more_is_held_than_the_matrix_and_the_result(name):
+    make, act, most = BOUNDED[name]
+    form = make()
+    with Largest() as largest:
+        act(form)
+    assert largest.elements <= most
+
+
+def test_rows_put_together_atom_by_atom_are_right():
+    form = dense_sparse_of(64, 6, 2, 64)
+    expected = torch.cat([form.dictionary.weight[:64][form.index[:, 0]] * form.values.weight[:, :1]], 1)
+    torch.testing.assert_close(form.dense()[:, :2], expected)
+
+
+def test_what_is_said_to_be_held_is_held():
+    for name, form in cases().items():
+        known = {part.data_ptr() for part in form.held()}
+        assert known == {part.data_ptr() for part in form.held()}, name
+
+
 def test_what_forms_stand_for():
     codes = torch.tensor([[1, -2, 3], [0, 5, -6]], dtype=torch.int8)
     scale, zero = torch.tensor([[0.5, 2.0], [1.0, 4.0]]), torch.tensor([[1, 0], [2, 1]], dtype=torch.uint8)
@@ -358,6 +445,40 @@ def test_indices_out_of_range_are_refused():
     assert "gaps" in parts
     for value in (-2, 1600, 2**62):
         refused({**parts, "gaps": parts["gaps"].clone().index_fill_(0, torch.tensor(1), value)}, few.meta(), few.shape)
+
+
+def test_gaps_lead_to_atoms_that_their_own_dtype_cannot_count():
+    form = dense_sparse_of(300, 4, 4, 300)
+    form = DenseSparse(dense(300, 2, 0), torch.tensor([[200, 290]] * 300), form.dictionary, 2, 4)
+    parts = parts_of(form)
+    again = restore({**parts, "gaps": parts["gaps"].to(torch.uint8)}, form.meta(), form.shape)
+    assert torch.equal(again.dense(), form.dense())
+    refused({**parts, "index": form.index}, form.meta(), form.shape)
+
+
+def test_blocks_that_are_not_there_are_refused_before_they_are_counted():
+    form = cases()["row blocks"]
+    for number in (3, -1, 1 << 28):
+        member = form.member.long()
+        member[4] = number
+        with pytest.raises(ArtifactError, match="none of the 3 blocks"), Largest() as largest:
+            restore({**parts_of(form), "member": member}, form.meta(), form.shape)
+        assert largest.elements < 1000
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_descriptions_that_octavo_does_not_write_are_refused(name):
+    form = cases()[name]
+    meta, nested = form.meta(), {}
+    for _ in range(600):
+        nested = {"inner": nested}
+    for value in (7, "x", nested):
+        refused(parts_of(form), {**meta, "more": value}, form.shape)
+    for key, value in meta.items():
+        if type(value) is int and key != "groups":
+            refused(parts_of(form), {**meta, key: value + 0.5}, form.shape)
+        if isinstance(value, list):
+            refused(parts_of(form), {**meta, key: "".join(map(str, value))}, form.shape)
 
 
 def test_a_trellis_has_no_zero_points():

@@ -78,6 +78,8 @@ class Affine(Form):
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Affine:  # noqa: D102
+        odd = set(meta) - {"form", "groups", "rounded", _OFFSET, _STEP, _CODES, "_depth"}
+        expect(not odd, f"an affine form has no {', '.join(map(repr, odd))[:200]}")
         groups, rounded = meta["groups"], meta["rounded"]
         expect(type(groups) is int and 0 < groups <= shape[1], f"{groups!r} groups for {shape[1]} columns")
         expect(shape[1] % groups == 0, f"{shape[1]} columns are not divided evenly by {groups} groups")
@@ -92,6 +94,9 @@ class Affine(Form):
         codes = streams.join(under(_CODES), meta[_CODES], shape, step, offset)
         stored = {"parts": dict(tensors), "meta": {key: value for key, value in meta.items() if key != "_depth"}}
         return cls(codes, step, offset, _ROUNDED[rounded], stored)
+
+    def held(self) -> list[Tensor]:  # noqa: D102
+        return list(self.tensors().values())
 
     def dense(self) -> Tensor:  # noqa: D102
         grouped = self.codes.float().view(*self.step.shape, -1)

@@ -54,7 +54,7 @@ class Form(ABC):
         """The float32 matrix it stands for."""
 
     def lookup(self, index: Tensor) -> Tensor:
-        """``dense()[index]``, without the rest of the matrix where that can be avoided."""
+        """``dense()[index]`` for ``index`` (n,), without the rest of the matrix where that can be avoided."""
         return self.dense()[index]
 
     def apply(self, x: Tensor) -> Tensor:
@@ -63,7 +63,15 @@ class Form(ABC):
 
     def held(self) -> list[Tensor]:
         """The tensors that it holds in memory; those that are stored may be others."""
-        return list(self.tensors().values())
+        parts: list[Tensor] = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor):
+                    parts.append(part)
+                elif isinstance(part, Form):
+                    parts += part.held()
+        return parts
 
 
 def apply_by_rows(form: Form, x: Tensor) -> Tensor:
@@ -100,11 +108,18 @@ def restore(tensors: Mapping[str, Tensor], meta: Any, shape: tuple[int, int], *,
     if not isinstance(kind, str) or kind not in _FORMS:
         raise ArtifactError(f"unknown form {kind!r}; this version knows {', '.join(form_names())}")
     try:
-        return _FORMS[kind].restore(tensors, {**meta, "_depth": depth}, shape)
+        made = _FORMS[kind].restore(tensors, {**meta, "_depth": depth}, shape)
+        own = made.meta()
     except ArtifactError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
+        if "can't allocate memory" in str(error) or "out of memory" in str(error):
+            raise ArtifactError(f"a {kind} form of shape {shape} takes more memory than there is: {error}") from error
         raise ArtifactError(f"the parts of a {kind} form of shape {shape} do not fit together: {error}") from error
+    # What a form did not read, or read as something else ("24" as two modes, 4.7 groups as 4), Octavo did not write.
+    odd = sorted(str(key) for key in {*meta, *own} if key not in meta or key not in own or meta[key] != own[key])
+    expect(not odd, f"a {kind} form of shape {shape} is described by {', '.join(odd)[:200]} otherwise than Octavo does")
+    return made
 
 
 def child(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str, shape: tuple[int, int]) -> Form:

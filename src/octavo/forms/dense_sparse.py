@@ -13,6 +13,8 @@ from octavo.forms.base import Form, child, expect, expect_integers, form, nest
 
 #: Inputs for which products with atoms are gathered; for more of them that takes more than the dense product.
 _FEW = 4
+#: Atoms for every column of a block from which on rows are put together atom by atom.
+_MANY = 16
 #: Coefficients, zeros included, that are held at once.
 _AT_ONCE = 1 << 22
 
@@ -50,7 +52,8 @@ class DenseSparse(Form):
         return (self.values.shape[0], self.columns)
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        gaps = self.index.long().unflatten(1, (-1, self.nonzeros))
+        # A copy, also of what is int64 already.
+        gaps = self.index.to(torch.long, copy=True).unflatten(1, (-1, self.nonzeros))
         gaps[..., 1:] -= gaps[..., :-1] + 1
         rising = not gaps.numel() or int(gaps.min()) >= 0
         atoms = {"gaps": gaps.flatten(1).to(self.index.dtype)} if rising else {"index": self.index}
@@ -69,13 +72,15 @@ class DenseSparse(Form):
         expect(0 < width <= shape[1], f"blocks of {width} columns for a matrix of shape {shape}")
         expect(0 < nonzeros <= atoms <= max(shape[0], width), f"{nonzeros} of {atoms} atoms for shape {shape}")
         blocks = -(-shape[1] // width)
+        expect(not {"gaps", "index"} <= set(tensors), "atoms are given twice, as gaps and as an index")
         part = "gaps" if "gaps" in tensors else "index"
         index = expect_integers(tensors[part], (shape[0], blocks * nonzeros), part)
         if part == "gaps":
             expect(not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, "a gap is out of range")
             places = (index.long() + 1).unflatten(1, (blocks, nonzeros)).cumsum(2) - 1
             expect(not places.numel() or int(places.max()) < atoms, f"gaps lead beyond {atoms} atoms")
-            index = places.flatten(1).to(index.dtype)
+            fits = not places.numel() or int(places.max()) <= torch.iinfo(index.dtype).max
+            index = places.flatten(1).to(index.dtype if fits else torch.int32)
         expect(not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, f"an atom is none of {atoms}")
         values = child(tensors, meta, "values", (shape[0], blocks * nonzeros))
         return cls(values, index, child(tensors, meta, "dictionary", (blocks * atoms, width)), nonzeros, shape[1])
@@ -108,7 +113,15 @@ class DenseSparse(Form):
 
     def _combined(self, values: Tensor, index: Tensor) -> Tensor:
         dictionary = self._atoms()
-        blocks, atoms, _ = dictionary.shape
+        blocks, atoms, width = dictionary.shape
+        if atoms > _MANY * width:
+            # Products with so many zeros would take far longer than the atoms that are used.
+            every, parts = dictionary.flatten(0, 1), []
+            height = max(1, _AT_ONCE // (index.shape[1] * width))
+            for some, places in zip(values.split(height), self._flat(index).split(height), strict=True):
+                picked = every[places] * some[..., None]
+                parts.append(picked.unflatten(1, (blocks, self.nonzeros)).sum(2).flatten(1))
+            return torch.cat(parts)[:, : self.columns]
         # A few rows at a time: with their zeros they may be many times as large as the matrix.
         height, parts = max(1, _AT_ONCE // (blocks * atoms)), []
         for some, places in zip(values.split(height), self._flat(index).split(height), strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from octavo.forms.base import Form, child, expect, form, nest
@@ -61,9 +62,11 @@ class GroupedLowRank(Form):
         return self._joined(self.left.lookup(index))
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        inputs = x.unflatten(-1, (self.groups, -1)).unsqueeze(-2)
+        width = self.right.shape[1]
         right = self.right.dense().to(x.dtype).unflatten(0, (self.groups, -1))
-        return self.left.apply((inputs @ right.mT).flatten(-3))
+        # One product a group; matmul would first copy the factors for every input.
+        inner = torch.bmm(x.reshape(-1, self.groups, width).transpose(0, 1), right.mT)
+        return self.left.apply(inner.transpose(0, 1).reshape(*x.shape[:-1], self.left.shape[1]))
 
     def _joined(self, left: Tensor) -> Tensor:
         lefts = left.unflatten(1, (self.groups, -1)).transpose(0, 1)

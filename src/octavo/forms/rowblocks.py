@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,19 +50,22 @@ class RowBlocks(Form):
         count = int(meta["blocks"])
         expect(0 < count <= MOST_BLOCKS, f"{count} blocks; there are 1 to {MOST_BLOCKS}")
         member = expect_integers(tensors["member"], (shape[0],), "member")
+        # Before they are counted: counting takes memory for every number up to the largest.
+        expect(0 <= int(member.min()) <= int(member.max()) < count, f"a row is in none of the {count} blocks")
         sizes = member.long().bincount(minlength=count).tolist()
-        expect(
-            len(sizes) == count and min(sizes) > 0, f"{count} blocks, but rows are in {len(sizes)} or some are empty"
-        )
+        expect(min(sizes) > 0, f"some of the {count} blocks have no row")
         blocks = [child(tensors, meta, f"block{number}", (size, shape[1])) for number, size in enumerate(sizes)]
         return cls(member.to(torch.uint8), tuple(blocks))
 
     def dense(self) -> Tensor:  # noqa: D102
-        return torch.cat([block.dense() for block in self.blocks])[self._places()]
+        return torch.cat([block.dense() for block in self.blocks])[self._places]
+
+    def held(self) -> list[Tensor]:  # noqa: D102
+        return [*super().held(), self._places]
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
-        member, places = self.member[index].long(), self._places()[index]
-        first, rows = 0, torch.empty(len(index), self.shape[1])
+        member, places = self.member[index].long(), self._places[index]
+        first, rows = 0, torch.empty(len(index), self.shape[1], device=member.device)
         for number, block in enumerate(self.blocks):
             here = member == number
             if bool(here.any()):
@@ -70,11 +74,12 @@ class RowBlocks(Form):
         return rows
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        return torch.cat([block.apply(x) for block in self.blocks], -1)[..., self._places()]
+        return torch.cat([block.apply(x) for block in self.blocks], -1)[..., self._places]
 
     def _named(self) -> dict[str, Form]:
         return {f"block{number}": block for number, block in enumerate(self.blocks)}
 
+    @cached_property
     def _places(self) -> Tensor:
         """Where every row is when the blocks stand one below the other."""
-        return self.member.argsort(stable=True).argsort()
+        return self.member.argsort(stable=True).argsort().int()

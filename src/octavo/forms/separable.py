@@ -11,6 +11,9 @@ from torch import Tensor
 
 from octavo.forms.base import Form, child, expect, form, nest
 
+#: Products of channels and height that are held at once.
+_AT_ONCE = 1 << 24
+
 
 @form("separable")
 @dataclass(frozen=True)
@@ -57,8 +60,15 @@ class Separable(Form):
         return cls(a, b, d, terms)
 
     def dense(self) -> Tensor:  # noqa: D102
-        a, b, c = (part.dense().unflatten(0, (self.terms, -1)) for part in self._named().values())
-        return torch.einsum("tnc,tny,tnx->ncyx", a, b, c).flatten(1)
+        parts = [part.dense().unflatten(0, (self.terms, -1)) for part in self._named().values()]
+        # A few terms at a time: the products of all over channels and height may be many times the matrix.
+        _, rows, channels = parts[0].shape
+        some = max(1, _AT_ONCE // (rows * channels * parts[1].shape[2]))
+        first, *others = (
+            torch.einsum("tnc,tny,tnx->ncyx", *terms)
+            for terms in zip(*(part.split(some) for part in parts), strict=True)
+        )
+        return sum(others, first).flatten(1)
 
     def _named(self) -> dict[str, Form]:
         return {"channel": self.channel, "vertical": self.vertical, "horizontal": self.horizontal}

@@ -102,6 +102,3 @@ class Sparse(Form):
         weight = torch.zeros(self.mask.shape)
         weight[self.mask] = self.values.dense().flatten()
         return weight
-
-    def held(self) -> list[Tensor]:  # noqa: D102
-        return [self.mask, *self.values.held()]

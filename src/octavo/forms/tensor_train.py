@@ -14,6 +14,10 @@ from octavo.forms.base import Form, child, expect, form, nest
 
 #: More cores than this no layer has use for.
 MOST_CORES = 16
+#: Elements between two cores that are held at once: 16 MB of them.
+_AT_ONCE = 1 << 22
+#: From this share of all rows on it is cheaper to multiply the cores out than to look rows up.
+_SHARE = 1 / 32
 
 
 @form("tensor-train")
@@ -80,24 +84,57 @@ class TensorTrain(Form):
         return whole[: self.rows, : self.columns, 0].contiguous()
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
-        digits, rest = [], index.long()
+        rows, places = index.long().unique(return_inverse=True)
+        if len(rows) > _SHARE * self.rows:
+            return self.dense()[index]
+        cores, ranks = [self._core(k) for k in range(len(self.cores))], self.ranks
+        widths = [math.prod(self.column_modes[:k]) for k in range(len(cores) + 1)]
+        each = max(ranks[k + 1] * max(ranks[k] * mode, widths[k + 1]) for k, mode in enumerate(self.column_modes))
+        parts = [self._rows(cores, some) for some in rows.split(max(1, _AT_ONCE // each))]
+        return torch.cat(parts)[places]
+
+    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
+        flat = x.reshape(-1, self.columns)
+        work, whole, largest = self._costs()
+        if len(flat) * work > whole + len(flat) * self.rows * self.columns or largest > _AT_ONCE:
+            return x @ self.dense().to(x.dtype).t()
+        cores = [self._core(k).to(x.dtype) for k in range(len(self.cores))]
+        parts = [self._chained(cores, some) for some in flat.split(max(1, _AT_ONCE // largest))]
+        return torch.cat(parts).reshape(*x.shape[:-1], self.rows)
+
+    def _chained(self, cores: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The product with every row of ``x`` (n, columns), core by core."""
+        width = math.prod(self.column_modes)
+        # Batch, outputs so far, chi, inputs to come.
+        state = torch.nn.functional.pad(x, (0, width - self.columns)).reshape(len(x), 1, 1, width)
+        for core in cores:
+            state = torch.einsum("zRaic,aoib->zRobc", state.unflatten(3, (core.shape[2], -1)), core).flatten(1, 2)
+        return state[:, : self.rows, 0, 0]
+
+    def _rows(self, cores: Sequence[Tensor], index: Tensor) -> Tensor:
+        """Rows of the matrix, (n, columns)."""
+        digits, rest = [], index
         for mode in reversed(self.row_modes):
             digits.append(rest % mode)
             rest = rest // mode
-        found = self._core(0).new_ones(len(index), 1, 1)
-        for k, digit in enumerate(reversed(digits)):
+        found = cores[0].new_ones(len(index), 1, 1)
+        for core, digit in zip(cores, reversed(digits), strict=True):
             # (chi, o, i, chi') at each row's own o: a batch of small products.
-            slices = self._core(k)[:, digit].transpose(0, 1).flatten(2)
-            found = (found @ slices).unflatten(2, (self.column_modes[k], -1)).flatten(1, 2)
+            slices = core[:, digit].transpose(0, 1).flatten(2)
+            found = (found @ slices).unflatten(2, (core.shape[2], -1)).flatten(1, 2)
         return found[:, : self.columns, 0]
 
-    def apply(self, x: Tensor) -> Tensor:  # noqa: D102
-        flat = torch.nn.functional.pad(x.reshape(-1, self.columns), (0, math.prod(self.column_modes) - self.columns))
-        state = flat.reshape(len(flat), 1, 1, -1)  # batch, outputs so far, chi, inputs to come
-        for k, mode in enumerate(self.column_modes):
-            state = torch.einsum("zRaic,aoib->zRobc", state.unflatten(3, (mode, -1)), self._core(k).to(x.dtype))
-            state = state.flatten(1, 2)
-        return state[:, : self.rows, 0, 0].reshape(*x.shape[:-1], self.rows)
+    def _costs(self) -> tuple[int, int, int]:
+        """Multiplications of one input core by core, those of multiplying out, and most elements held for an input."""
+        work, whole, largest = 0, 0, math.prod(self.column_modes)
+        outputs, inputs, ranks = 1, math.prod(self.column_modes), self.ranks
+        for k, (o, i) in enumerate(zip(self.row_modes, self.column_modes, strict=True)):
+            done = math.prod(self.column_modes[: k + 1])
+            work += outputs * o * inputs * ranks[k] * ranks[k + 1]
+            outputs, inputs = outputs * o, inputs // i
+            whole += outputs * done * ranks[k] * ranks[k + 1]
+            largest = max(largest, outputs * inputs * ranks[k + 1])
+        return work, whole, largest
 
     def _core(self, k: int) -> Tensor:
         """Core ``k`` as (chi_(k-1), o_k, i_k, chi_k)."""
