@@ -16,7 +16,7 @@ from octavo.errors import ArtifactError, RequestError
 from octavo.objective import Batch
 from octavo.raw import raw_bytes
 from octavo.running import held_bytes
-from octavo.running.factors import run_as_factors
+from octavo.running.factors import dense_again, run_as_factors
 from octavo.sites import Progress
 
 REPORT = "report.html"
@@ -66,6 +66,8 @@ def load(
     state = Artifact(path).state(packed=packed)
     if into is None:
         return state
+    # Into factors of another artifact nothing could be written.
+    dense_again(into)
     try:
         if packed:
             into.load_state_dict(state, strict=True, assign=True)

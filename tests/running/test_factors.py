@@ -1,15 +1,19 @@
 """Factors that run: equal to the dense weight in every form and geometry, taken only where they are measured cheaper."""
 
 import copy
+import hashlib
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 import octavo
-from octavo.errors import RequestError
+from octavo.errors import ArtifactError, RequestError
 from octavo.forms import (
     Cut,
     Dense,
@@ -358,6 +362,177 @@ def test_a_transformers_artifact_runs_as_factors(tmp_path, always):
     assert sum(choice.as_factors for choice in factored(other).values()) >= 6
     with torch.inference_mode():
         close(other(**batches[0]).last_hidden_state, plain(**batches[0]).last_hidden_state, rtol=1e-3)
+
+
+class Small(nn.Module):
+    """Tied tables and two layers, of which every weight is of rank 2."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table, self.up, self.down = nn.Embedding(96, 32, padding_idx=0), nn.Linear(32, 128), nn.Linear(128, 32)
+        self.head = nn.Linear(32, 96, bias=False)
+        self.head.weight = self.table.weight
+        with torch.no_grad():
+            for layer in (self.table, self.up, self.down):
+                rows, columns = layer.weight.shape
+                layer.weight.copy_(torch.randn(rows, 2) @ torch.randn(2, columns) / columns**0.5)
+
+    def forward(self, index):
+        x = self.table(index)
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two artifacts of one architecture, the first all factors."""
+    for name, seed, methods in (("a", 1, ["svd"]), ("b", 2, ["entropy"])):
+        octavo.compress(Small(seed), ratio=4, methods=methods, preset="fast").save(tmp_path / name)
+    return tmp_path
+
+
+INDEX = torch.arange(1, 25).reshape(4, 6)
+
+
+def test_another_artifact_is_loaded_into_factors(saved, always):
+    module = octavo.load(saved / "a", Small(), factors=True)
+    assert all(choice.as_factors for choice in factored(module).values()) and len(factored(module)) == 3
+    module = octavo.load(saved / "b", module)
+    assert factored(module) == {} and not any(isinstance(part, PackedWeight) for part in module.parameters())
+    assert module.head.weight is module.table.weight and module.up.weight.requires_grad
+    assert torch.equal(module(INDEX), octavo.load(saved / "b", Small())(INDEX))
+    again = octavo.load(saved / "a", module, factors=True)
+    assert torch.equal(again(INDEX), octavo.load(saved / "a", Small(), factors=True)(INDEX))
+
+
+def test_factors_cannot_be_changed_in_place(saved, always):
+    module = octavo.load(saved / "a", Small(), factors=True)
+    before = module(INDEX)
+
+    def assign():
+        module.up.weight[0] = 1.0
+
+    changes = [
+        lambda: nn.init.zeros_(module.up.weight), lambda: module.up.weight.data.mul_(2), assign,
+        lambda: torch.add(torch.ones(128, 32), 1, out=module.up.weight.data),
+    ]  # fmt: skip
+    for change in changes:
+        with torch.no_grad(), pytest.raises(RequestError, match=r"\(128, 32\) cannot be changed in place"):
+            change()
+    assert torch.equal(module(INDEX), before)
+    with pytest.raises(RuntimeError, match="cannot be changed in place"):
+        module.load_state_dict(Small().state_dict())
+
+
+def test_the_state_of_factors_is_dense(saved, always, tmp_path):
+    module = octavo.load(saved / "a", Small(), factors=True)
+    whole = nn.Sequential(module)
+    state = whole.state_dict()
+    assert all(type(part) is torch.Tensor for part in state.values()) and held_bytes(module) < held_bytes(Small())
+    assert state["0.table.weight"].data_ptr() == state["0.head.weight"].data_ptr()
+    assert type(module.up.state_dict()["weight"]) is torch.Tensor
+    torch.save(state, tmp_path / "state")
+    plain = nn.Sequential(Small())
+    plain.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    close(whole(INDEX), plain(INDEX))
+    save_file({name: part for name, part in state.items() if "head" not in name}, tmp_path / "s.safetensors")
+    assert copy.deepcopy(module).half().state_dict()["up.weight"].dtype == torch.float16
+
+
+def test_factors_stay_on_the_cpu_and_in_their_process(saved, always):
+    module = octavo.load(saved / "a", Small(), factors=True)
+    with pytest.raises(RequestError, match="runs on a CPU, not on meta"):
+        copy.deepcopy(module).to("meta")
+    with pytest.raises(RequestError, match="no storage to share"):
+        module.share_memory()
+
+
+def test_tables_of_factors_compile(saved, always):
+    module = octavo.load(saved / "a", Small(), factors=True).eval()
+    with torch.no_grad():
+        close(torch.compile(module, backend="eager")(INDEX), module(INDEX))
+
+
+def test_indices_outside_of_a_table_are_refused(always):
+    _, table = both(nn.Embedding(40, 24), MATRICES["low rank"]())
+    for index in (40, -1):
+        with pytest.raises(IndexError, match="table of 40 rows"):
+            table(torch.tensor([3, index]))
+    assert table(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 24)
+
+
+@torch.inference_mode()
+def test_no_inputs_at_all(always):
+    for name in MATRICES:
+        _, other = both(nn.Linear(24, 40), MATRICES[name]())
+        assert other(torch.ones(3, 0, 24)).shape == (3, 0, 40)
+
+
+class OtherForward(nn.Linear):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+class Unusual(Small):
+    """A layer that takes more than its input, inputs by keyword, and a tensor that is kept from the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.kept = OtherForward(32, 128), None
+
+    def forward(self, index):
+        x = self.table(input=index)
+        if self.kept is None:
+            self.kept = torch.ones(32)
+        return self.head(input=x + self.kept * self.down(input=self.up(x, 2.0).relu()))
+
+
+def test_unusual_modules_are_measured_where_they_can_be(saved):
+    for batch in (INDEX, None):
+        module = octavo.load(saved / "a", Unusual(), factors=True, batch=batch)
+        found = factored(module)
+        assert "OtherForward" in found["up.weight"].reason
+        assert all(found[name].seconds for name in ("table.weight", "down.weight"))
+    octavo.load(saved / "a", module, factors=True, batch=INDEX)
+    module.down.weight = nn.Parameter(module.down.weight.detach().clone())
+    module(INDEX).sum().backward()
+
+
+def test_a_batch_that_does_not_fit_is_named(saved):
+    for batch in (torch.randn(3, 3), {"x": INDEX}, (INDEX, INDEX)):
+        with pytest.raises(RequestError, match="Small fails on the batch"):
+            octavo.load(saved / "a", Small(), factors=True, batch=batch)
+
+
+def test_factors_that_are_far_slower_are_not_measured_for_long():
+    calls = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.extend([func] if func is nn.functional.linear else [])
+            return func(*args, **(kwargs or {}))
+
+    module = nn.Linear(256, 256)
+    with Count():
+        run_as_factors(
+            module, [("site", ["weight"], LowRank(dense(256, 4096), dense(4096, 256)), Layout())], torch.ones(64, 256)
+        )
+    choice = factored(module)["site"]
+    assert not choice.as_factors and choice.seconds["factors"] > choice.seconds["dense"] and len(calls) < 10
+
+
+def test_a_description_without_end_is_refused(saved):
+    manifest = saved / "a" / "octavo.json"
+    content = json.loads(manifest.read_bytes())
+    nested = {}
+    for _ in range(600):
+        nested = {"inner": nested}
+    next(iter(content["sites"].values()))["form"]["more"] = nested
+    del content["sha256"]
+    rest = json.dumps(content).encode()[1:]
+    manifest.write_bytes(b'{"sha256":"' + hashlib.sha256(rest).hexdigest().encode() + b'",' + rest)
+    with pytest.raises(ArtifactError, match="more"):
+        octavo.load(saved / "a", Small(), factors=True)
 
 
 def test_requests_that_make_no_sense_are_refused(tmp_path):

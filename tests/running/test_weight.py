@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from octavo.forms import Dense, Grid
@@ -53,6 +54,24 @@ def test_a_module_runs_as_with_its_decoded_weight(name):
     assert type(out) is torch.Tensor and out.shape == expected.shape and out.dtype == expected.dtype
     torch.testing.assert_close(out, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
     torch.testing.assert_close(weight.data.decode(), decoded, rtol=0.01, atol=1e-3)
+
+
+def test_functions_are_called_with_keywords():
+    torch.manual_seed(0)
+    weight, decoded = packed(torch.randn(48, 64))
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(functional.linear(input=x, weight=weight), x @ decoded.T, rtol=0, atol=0.5)
+    index = torch.tensor([3, 0])
+    torch.testing.assert_close(functional.embedding(input=index, weight=weight), decoded[index], rtol=0.01, atol=1e-3)
+    weight, decoded = packed(torch.randn(48, 16, 2, 2))
+    image = torch.randn(1, 16, 4, 4)
+    expected = functional.conv2d(image, decoded)
+    torch.testing.assert_close(functional.conv2d(input=image, weight=weight), expected, rtol=0, atol=0.5)
+    weight, decoded = packed(torch.randn(64, 48), "columns_first")
+    bias = torch.ones(48)
+    for scale in (1, 2):
+        out = torch.addmm(input=bias, mat1=x, mat2=weight, beta=scale)
+        torch.testing.assert_close(out, scale * bias + x @ decoded, rtol=0, atol=0.5)
 
 
 def test_tied_weights_are_one_copy():

@@ -11,21 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense, Form
+from octavo.forms.base import MAX_DEPTH
 from octavo.objective import Batch, run
 from octavo.running.kernels import Geometry, Plain
 from octavo.running.speed import interleaved
 from octavo.running.staged import chains, staged
-from octavo.running.weight import PackedWeight
+from octavo.running.weight import PackedWeight, decode_in_state, without_packed
 from octavo.sites import Layout
 
 #: Forms, by the name that stands in manifests, whose parts can be applied one after another.
 FACTORIZATIONS = frozenset({"lowrank", "grouped-lowrank", "tensor-train", "separable", "row-blocks"})
 #: Factors must take this share of the dense time at most: less is within the noise, and not worth other rounding.
 _WORTH = 0.95
-#: Turns of a measurement, and the seconds that each lasts at least.
-_ROUNDS, _TURN = 12, 1e-3
+#: Turns of a measurement, the seconds that each lasts at least, and those after which no other begins.
+_ROUNDS, _TURN, _PATIENCE = 12, 1e-3, 2.0
+#: Factors that take so many times as long as the dense weight at first are not measured any further.
+_HOPELESS = 3.0
 _CHOICES = "_octavo_factored"
+_FORWARDS = {layer.forward for layer in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 #: What was measured in this process, so that layers of one shape and form are measured once.
 _MEASURED: dict[Hashable, dict[str, float]] = {}
 
@@ -99,10 +104,10 @@ def _decoded(form: Form) -> Form:
     return replace(form, **changes)  # type: ignore[type-var]
 
 
-def is_factorization(meta: Mapping[str, Any]) -> bool:
-    """Whether a form of this description is made of factors, or one inside it is."""
-    inner = (value for value in meta.values() if isinstance(value, Mapping))
-    return meta.get("form") in FACTORIZATIONS or any(map(is_factorization, inner))
+def is_factorization(meta: Mapping[str, Any], depth: int = 0) -> bool:
+    """Whether a form of this description is made of factors, or one inside it is, as deep as forms nest."""
+    inner = (value for value in meta.values() if isinstance(value, Mapping) and depth < MAX_DEPTH)
+    return meta.get("form") in FACTORIZATIONS or any(is_factorization(value, depth + 1) for value in inner)
 
 
 def run_as_factors(
@@ -126,12 +131,20 @@ def run_as_factors(
         if choices[name].as_factors:
             for owner, attribute in users:
                 owner._parameters[attribute] = weight
+                if decode_in_state not in owner._state_dict_hooks.values():
+                    owner.register_state_dict_post_hook(decode_in_state)
     module.__dict__[_CHOICES] = choices
 
 
 def factored(module: nn.Module) -> dict[str, Choice]:
     """How every factored site of a module runs that was loaded with ``factors=True``, by its name in the artifact."""
     return dict(module.__dict__.get(_CHOICES, {}))
+
+
+def dense_again(module: nn.Module) -> None:
+    """Undo what was loaded packed or with ``factors=True``: dense parameters with the same content."""
+    without_packed(module)
+    module.__dict__.pop(_CHOICES, None)
 
 
 def _users(module: nn.Module, parameters: Iterable[str]) -> list[tuple[nn.Module, str]]:
@@ -149,15 +162,25 @@ def _inputs(module: nn.Module, batch: Batch) -> dict[nn.Module, Tensor]:
     """Shape and dtype, as a tensor without content, of what flows into every layer first."""
     found: dict[nn.Module, Tensor] = {}
 
-    def note(owner: nn.Module, args: tuple) -> None:
-        if args and isinstance(args[0], Tensor):
-            found.setdefault(owner, args[0].detach().to("meta"))
+    def note(owner: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
+        x = next(iter((*args, *keywords.values())), None)
+        if isinstance(x, Tensor):
+            found.setdefault(owner, x.detach().to("meta"))
 
-    handles = [owner.register_forward_pre_hook(note) for owner in module.modules() if _supported(owner)]
+    supported = [owner for owner in module.modules() if _supported(owner)]
+    handles = [owner.register_forward_pre_hook(note, with_kwargs=True) for owner in supported]
     training = {owner: owner.training for owner in module.modules()}
     try:
-        with torch.inference_mode():
+        # Not in inference mode: what a module keeps of this call must be fit for training.
+        with torch.no_grad():
             run(module.eval(), batch)
+    except OctavoError:
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"{type(module).__name__} fails on the batch that factors are to be measured at: {type(error).__name__}: "
+            f"{error}. Give batch= what the module is called with: a tensor, a tuple of arguments or a mapping"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -167,8 +190,8 @@ def _inputs(module: nn.Module, batch: Batch) -> dict[nn.Module, Tensor]:
 
 
 def _supported(owner: nn.Module) -> bool:
-    layer = isinstance(owner, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return layer or type(owner).__name__ == "Conv1D"
+    """Whether it runs as one of the layers that are known: a subclass with a forward of its own may do anything."""
+    return type(owner).forward in _FORWARDS or type(owner).__name__ == "Conv1D"
 
 
 def _choose(
@@ -183,7 +206,10 @@ def _choose(
         return stays("no module holds its weight")
     if not all(_supported(owner) for owner, _ in users):
         names = " and ".join(sorted({type(owner).__name__ for owner, _ in users}))
-        return stays(f"held by {names}: only linear layers, convolutions and embeddings run as factors")
+        return stays(
+            f"held by {names}: only linear layers, convolutions and embeddings without a forward of their own run as "
+            "factors"
+        )
     dense = users[0][0]._parameters[users[0][1]]
     assert dense is not None
     if dense.device.type != "cpu":
@@ -240,9 +266,12 @@ def _measure(owner: nn.Module, attribute: str, weight: nn.Parameter, x: Tensor) 
         return turn
 
     try:
-        once = interleaved({"dense": call(dense)}, rounds=2, of=min)["dense"]
-        repeats = max(1, math.ceil(_TURN / once))
-        seconds = interleaved({"factors": call(weight), "dense": call(dense)}, _ROUNDS, of=min)
+        ways = {"factors": call(weight), "dense": call(dense)}
+        seconds = interleaved(ways, rounds=2, of=min, patience=_PATIENCE)
+        if seconds["factors"] > _HOPELESS * seconds["dense"]:
+            return seconds
+        repeats = max(1, math.ceil(_TURN / seconds["dense"]))
+        seconds = interleaved(ways, _ROUNDS, _PATIENCE, min)
     finally:
         owner._parameters[attribute] = dense
     return {way: value / repeats for way, value in seconds.items()}

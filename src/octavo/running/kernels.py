@@ -80,6 +80,10 @@ class Kernel(ABC):
     def lookup(self, index: Tensor) -> Tensor:
         """Rows of the matrix, (n, columns) in float32, for ``index`` (n,)."""
 
+    def dense(self) -> Tensor:
+        """The matrix itself in float32."""
+        return self.lookup(torch.arange(self.shape[0]))
+
     def convolve(self, x: Tensor, shape: tuple[int, ...], bias: Tensor | None, geometry: Geometry) -> Tensor | None:
         """The convolution with the matrix as a weight of ``shape``; None where that needs the weight itself."""
         return None
@@ -264,7 +268,7 @@ class Product(_Pair):
         return self.first.matmul(self.second.matmul(x))
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
-        return self.first.lookup(index) @ self.second.lookup(torch.arange(self.second.shape[0]))
+        return self.first.lookup(index) @ self.second.dense()
 
 
 class Total(_Pair):
@@ -311,6 +315,9 @@ class Plain(Kernel):
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
         return self.form.lookup(index)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return self.form.dense()
 
 
 #: In order of preference.

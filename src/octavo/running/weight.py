@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from octavo.errors import RequestError
 from octavo.running.kernels import Geometry, Kernel, Plain
 from octavo.sites import Layout
 
@@ -46,8 +48,7 @@ class PackedWeight(Tensor):
 
     def decode(self) -> Tensor:
         """The weight itself, in its dtype."""
-        matrix = self.kernel.lookup(torch.arange(self.kernel.shape[0]))
-        return self.matrix_layout.from_matrix(matrix, tuple(self.shape)).to(self.dtype)
+        return self.matrix_layout.from_matrix(self.kernel.dense(), tuple(self.shape)).to(self.dtype)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, kernel={self.kernel.name!r})"
@@ -69,15 +70,27 @@ class PackedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Copies and casts share the codes; every other operation gets decoded weights."""
+        """Copies and casts share the codes; every other operation gets decoded weights, and none changes them."""
         kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            given = [*args, *(kwargs.get(argument.name) for argument in func._schema.arguments[len(args) :])]
+            for argument, value in zip(func._schema.arguments, given, strict=True):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    torch.utils._pytree.tree_map_only(PackedWeight, _refuse_change, value)
         if func in _COPIES:
-            weight = args[0]
+            weight, device = args[0], torch.device(kwargs.get("device") or "cpu")
+            if device.type != "cpu":
+                raise RequestError(
+                    f"a packed or factored weight of shape {tuple(weight.shape)} runs on a CPU, not on {device}; load "
+                    "the artifact without packed= and factors= to move the model"
+                )
             return PackedWeight(weight.kernel, weight.matrix_layout, weight.shape, kwargs.get("dtype") or weight.dtype)
         args, kwargs = torch.utils._pytree.tree_map_only(PackedWeight, PackedWeight.decode, (args, kwargs))
         return func(*args, **kwargs)
 
 
+#: Weights that stand decoded in some state at the moment.
+_DECODED: weakref.WeakKeyDictionary[Kernel, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
 _COPIES = {
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
@@ -86,33 +99,51 @@ _COPIES = {
 }
 
 
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    if not _is_matrix(weight, "rows_first") or isinstance(x, PackedWeight):
+def _refuse_change(weight: PackedWeight, *_: Any) -> None:
+    raise RequestError(
+        f"a packed or factored weight of shape {tuple(weight.shape)} cannot be changed in place: it holds no dense "
+        "numbers. Load the artifact without packed= and factors=, or put a dense parameter in its place"
+    )
+
+
+def _refuse_sharing(weight: PackedWeight, *_: Any) -> None:
+    raise RequestError(
+        f"a packed or factored weight of shape {tuple(weight.shape)} has no storage to share between processes; load "
+        "the artifact in every process, or without packed= and factors="
+    )
+
+
+# Parameters of the handlers are named as those of the functions that they stand for.
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if not _is_matrix(weight, "rows_first") or isinstance(input, PackedWeight):
         return NotImplemented
-    out = weight.kernel.matmul(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], weight.shape[0])
+    out = weight.kernel.matmul(input.reshape(-1, input.shape[-1])).view(*input.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias
 
 
-def _addmm(bias: Tensor, x: Any, weight: Any) -> Any:
+def _addmm(input: Tensor, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, out: Any = None) -> Any:
     """GPT-2's ``Conv1D``: ``bias + x @ weight`` with a weight of (inputs, outputs)."""
-    if not _is_matrix(weight, "columns_first") or isinstance(x, PackedWeight):
+    if not _is_matrix(mat2, "columns_first") or isinstance(mat1, PackedWeight) or (beta, alpha, out) != (1, 1, None):
         return NotImplemented
-    return weight.kernel.matmul(x) + bias
+    return mat2.kernel.matmul(mat1) + input
 
 
-def _embedding(index: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:
+def _embedding(input: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:
     if not _is_matrix(weight, "rows_first") or max_norm is not None:
         return NotImplemented
-    return weight.kernel.lookup(index.reshape(-1)).to(weight.dtype).view(*index.shape, weight.shape[1])
+    rows, columns = weight.shape
+    if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < rows:
+        raise IndexError(f"indices from {int(input.min())} to {int(input.max())} into a table of {rows} rows")
+    return weight.kernel.lookup(input.reshape(-1)).to(weight.dtype).view(*input.shape, columns)
 
 
 def _convolution(
-    x: Any, weight: Any, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    input: Any, weight: Any, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Any:  # fmt: skip
-    if not isinstance(weight, PackedWeight) or isinstance(x, PackedWeight) or groups != 1:
+    if not isinstance(weight, PackedWeight) or isinstance(input, PackedWeight) or groups != 1:
         return NotImplemented
-    out = weight.kernel.convolve(x, tuple(weight.shape), bias, Geometry(stride, padding, dilation))
+    out = weight.kernel.convolve(input, tuple(weight.shape), bias, Geometry(stride, padding, dilation))
     return NotImplemented if out is None else out
 
 
@@ -124,8 +155,33 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
     functional.embedding: _embedding,
     torch.addmm: _addmm,
+    # An assignment to a part would change a decoded copy.
+    Tensor.__setitem__: _refuse_change,
+    Tensor.share_memory_: _refuse_sharing,
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
 }
+
+
+def decode_in_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A hook after ``state_dict`` of a module: its packed weights stand in it decoded, tied ones as one tensor."""
+    for name, weight in module._parameters.items():
+        if isinstance(weight, PackedWeight) and isinstance(state.get(prefix + name), PackedWeight):
+            known = _DECODED.get(weight.kernel, lambda: None)()
+            if known is None or (known.shape, known.dtype) != (weight.shape, weight.dtype):
+                known = weight.decode()
+                _DECODED[weight.kernel] = weakref.ref(known)
+            state[prefix + name] = known
+
+
+def without_packed(module: nn.Module) -> None:
+    """Put dense parameters in the place of packed ones, tied ones as one."""
+    dense: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, weight in owner._parameters.items():
+            if isinstance(weight, PackedWeight):
+                if id(weight) not in dense:
+                    dense[id(weight)] = nn.Parameter(weight.decode())
+                owner._parameters[name] = dense[id(weight)]
 
 
 def held_bytes(module: nn.Module) -> int:
