@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from octavo.curvature import Curvature
+from octavo.errors import RequestError
 
 
 @dataclass
@@ -71,6 +72,15 @@ class Evidence:
     def moment(self, columns: int) -> Tensor:
         """The column moment as a dense (columns, columns) float32 matrix."""
         return torch.eye(columns) if self.columns is None else self.columns
+
+
+def require_finite(moment: Tensor) -> None:
+    """Refuse weights or a second moment of evidence with values that are not finite."""
+    if not bool(torch.isfinite(moment).all()):
+        raise RequestError(
+            f"evidence of shape {tuple(moment.shape)} has values that are not finite; calibrate with data on which the "
+            "model's outputs and gradients are finite"
+        )
 
 
 def _quadratic(error: Tensor, rows: Tensor, columns: Tensor | None) -> float:

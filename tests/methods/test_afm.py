@@ -73,6 +73,19 @@ def test_all_components_lose_nothing(layer):
     torch.testing.assert_close(run(parts, inputs), outputs, rtol=1e-3, atol=1e-2)
 
 
+def test_quiet_components_are_found_beside_loud_ones():
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(10_000, 4, generator=generator) * torch.tensor([1e4, 1.0, 1.0, 1.0])
+    basis = moments(outputs).principal(3)
+    assert basis.shape == (4, 3)
+    torch.testing.assert_close(basis.t() @ basis, torch.eye(3, dtype=torch.float64))
+
+
+def test_moments_that_are_not_finite_are_refused():
+    with pytest.raises(RequestError, match="not finite; calibrate"):
+        moments(torch.full((4, 3), float("nan"))).principal(2)
+
+
 def test_constant_outputs_are_their_mean():
     weight, bias = torch.zeros(6, 4), torch.arange(6.0)
     parts = mimicked(weight, bias, moments(bias.expand(10, 6)), 3)
@@ -120,8 +133,13 @@ def test_bases_of_tables_fold_into_the_next_layer():
     codes = torch.cat([part.inner.t()[index[:, k]] for k, part in enumerate(parts)], 1)
     rows = torch.cat([p.inner.t()[index[:, k]] @ p.outer.t() + p.outer_bias for k, p in enumerate(parts)], 1)
     torch.testing.assert_close(codes @ weight.t() + bias, layer(rows).detach())
+    narrow, shift = folded(layer.weight.detach().bfloat16(), layer.bias.detach().bfloat16(), parts)
+    assert narrow.dtype == shift.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), weight, rtol=2e-2, atol=2e-2)
     with pytest.raises(RequestError, match="20 inputs does not take"):
         folded(layer.weight, layer.bias, parts[:1])
+    with pytest.raises(RequestError, match="0 inputs does not take"):
+        folded(torch.zeros(6, 0), layer.bias, [])
 
 
 def test_edges(edge, check_edge):

@@ -1,11 +1,15 @@
 """SVD, its activation-aware kind, and EoRA."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
+import octavo
+from octavo.curvature import kronecker
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import LowRank, Sum
@@ -178,6 +182,68 @@ def test_few_components_of_a_large_matrix_are_the_first_of_all():
     assert len(few.values) == 20
     assert torch.allclose(few.values, every.values[:20], rtol=1e-5)
     assert torch.allclose(few.left @ few.right, every.first(20).left @ every.first(20).right, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["svd", "activation-svd", "afm", "alds", "eora", "trellis-svd", "fisher-svd"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_one_column_of_one_value(name, value):
+    """Its left factor is rounded to zeros where there is nothing to store, or where steps are coarse."""
+    weight, method = torch.full((600, 1), value), get_method(name)
+    curvature = kronecker(torch.eye(600), torch.eye(1)) if method.by_curvature else None
+    evidence = Evidence(torch.ones(600), torch.eye(1), curvature=curvature)
+    settings = method.settings(weight, evidence)
+    for form in method.encode_all(weight, settings, evidence):
+        assert form.shape == (600, 1) and bool(torch.isfinite(form.dense()).all())
+    finest = method.encode(weight, settings[0], evidence).dense()
+    torch.testing.assert_close(finest, weight, rtol=0.05, atol=0.05)
+
+
+def test_a_layer_of_one_column_is_compressed():
+    net = nn.Sequential(nn.Linear(1, 600), nn.Tanh(), nn.Linear(600, 8))
+    nn.init.zeros_(net[0].weight)
+    done = octavo.compress(net, ratio=2.5, data=[torch.randn(16, 1)], methods=["activation-svd"])
+    assert done.ratio >= 2.5
+
+
+@pytest.mark.parametrize("shape", [(1200, 1100), (1100, 1200)])
+def test_few_components_of_matrices_with_little_in_them(shape):
+    zeros = torch.zeros(shape)
+    assert len(factors.whitened(zeros, most=8).values) == 1
+    # Orthogonal to a vector of ones, from which a search might begin.
+    centred = zeros.clone()
+    centred[:2, :2] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    parts = factors.whitened(centred, most=8)
+    torch.testing.assert_close(parts.left @ parts.right, centred)
+    evidence = Evidence(torch.ones(len(zeros)), None)
+    form = get_method("eora").encode(zeros, {"step": 0.1, "rank": 8, "bits": 4}, evidence)
+    assert not bool(form.dense().any())
+
+
+@pytest.mark.parametrize("name", ["activation-svd", "trellis-svd", "fisher-svd"])
+@pytest.mark.parametrize("octaves", [-math.inf, math.inf])
+def test_however_far_bits_are_moved_they_can_be_encoded(name, octaves, matrix, evidence):
+    method = get_method(name)
+    seen = replace(evidence, curvature=kronecker(torch.diag(evidence.rows), evidence.columns))
+    moved = method.at({"rank": 8, "bits": 4.0}, octaves)
+    assert method.encode(matrix, moved, seen).shape == matrix.shape
+
+
+@pytest.mark.parametrize("part", ["rows", "columns"])
+@pytest.mark.parametrize(
+    "name", ["activation-svd", "afm", "alds", "dense-sparse", "eora", "entropy", "groupreduce", "mpo"]
+)
+def test_evidence_that_is_not_finite_is_refused(name, part, matrix, evidence):
+    method = get_method(name)
+    setting = method.settings(matrix, evidence)[0]
+    wrong = Evidence(evidence.rows.clone(), evidence.columns.clone())
+    getattr(wrong, part).fill_(math.nan)
+    with pytest.raises(RequestError, match=r"evidence of shape .* not finite; calibrate"):
+        method.encode(matrix, setting, wrong)
+
+
+def test_a_matrix_that_is_not_finite_is_refused():
+    with pytest.raises(RequestError, match="a matrix of 2 x 3 has values that are not finite"):
+        factors.whitened(torch.full((2, 3), math.nan))
 
 
 def test_damping_is_a_share_of_the_mean_diagonal():

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.evidence import Evidence, require_finite
 
 Sweep = Callable[[int, Tensor, Tensor, Tensor], None]
 #: Columns whose feedback is applied one by one before it is applied to the rest by one matrix product.
@@ -30,6 +30,7 @@ def factor(columns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 
     ``columns`` must be positive definite (evidence is damped, so it is).
     """
+    require_finite(columns)
     backwards = order.flip(0)
     lower = torch.linalg.cholesky(columns.double()[backwards][:, backwards]).flip(0, 1)
     diagonal = lower.diagonal().clone()

@@ -31,7 +31,8 @@ class ActivationSVD(Method):
         return -float(setting["bits"])
 
     def at(self, setting: Setting, octaves: float) -> Setting:  # noqa: D102
-        return {**setting, "bits": round(min(max(-octaves, 1.0), 16.0), 4)}
+        # Below 16, as settings must be.
+        return {**setting, "bits": round(min(max(-octaves, 1.0), 15.9999), 4)}
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
+from octavo.evidence import Evidence, require_finite
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
@@ -43,10 +43,11 @@ class OutputMoments:
     def add(self, vectors: Tensor, counts: Tensor | None = None) -> None:
         """Count vectors (n, size), each once or ``counts`` (n,) times."""
         vectors = vectors.detach().double()
-        counts = torch.ones(len(vectors), dtype=torch.float64) if counts is None else counts.double()
-        self._count += counts.sum()
-        self._sum += counts @ vectors
-        self._products += vectors.t() @ (vectors * counts[:, None])
+        counts = vectors.new_ones(len(vectors)) if counts is None else counts.to(vectors)
+        # Sums are kept where the vectors are.
+        self._count = self._count.to(vectors) + counts.sum()
+        self._sum = self._sum.to(vectors) + counts @ vectors
+        self._products = self._products.to(vectors) + vectors.t() @ (vectors * counts[:, None])
 
     @property
     def mean(self) -> Tensor:
@@ -61,10 +62,10 @@ class OutputMoments:
     def principal(self, rank: int) -> Tensor:
         """``U_r``: (size, rank) orthonormal directions, of largest variance first; fewer if others have none."""
         size = len(self._sum)
+        require_finite(self._products)
         if not 0 < rank <= size:
             raise RequestError(f"afm: outputs of {size} elements have 1 to {size} principal components, not {rank}")
-        parts = factors.whitened(self.covariance, most=rank)
-        return (parts.left.double() / parts.values.double().sqrt())[:, : min(rank, parts.left.shape[1])]
+        return factors.principal(self.covariance, rank)[1]
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ def folded(weight: Tensor, bias: Tensor, tables: Sequence[Mimicked]) -> tuple[Te
     """The first layer over the rows of several tables, concatenated, as one over their codes.
 
     ``weight`` (rows, sum of widths) becomes ``[W_1 U_1, W_2 U_2, ...]`` and ``bias`` takes ``sum_f W_f mu_f``: the
-    bases then cost nothing. Only where nothing else reads the rows.
+    bases then cost nothing. Only where nothing else reads the rows. Both keep their precision.
     """
     widths = [len(table.outer) for table in tables]
-    if sum(widths) != weight.shape[1]:
+    if not tables or sum(widths) != weight.shape[1]:
         raise RequestError(f"afm: a layer of {weight.shape[1]} inputs does not take rows of {widths} elements")
-    pieces = list(zip(weight.split(widths, 1), tables, strict=True))
+    pieces = list(zip(weight.float().split(widths, 1), tables, strict=True))
     moved = torch.stack([piece @ table.outer_bias for piece, table in pieces]).sum(0)
-    return torch.cat([piece @ table.outer for piece, table in pieces], 1), bias + moved
+    joined = torch.cat([piece @ table.outer for piece, table in pieces], 1)
+    return joined.to(weight), (bias + moved).to(bias)
 
 
 @method("afm", family="factorize", preset="best", source="Yu et al. (2024, arXiv 2405.18146)")
@@ -144,6 +146,7 @@ class AFM(Method):
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition."""
+        require_finite(evidence.rows)
         parts = factors.whitened(weight, right=evidence.columns)
         # The step is chosen for outputs of mean weight 1, which those of the decomposition have.
         alike = replace(evidence, rows=evidence.rows / evidence.rows.mean().clamp_min(1e-30), terms=())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.evidence import Evidence, require_finite
 from octavo.forms import DenseSparse, Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize.dictionaries import Factors, Shape, learn, narrow, pursue, split
@@ -65,6 +65,7 @@ class DenseSparseFactors(Method):
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """Settings that differ in bits alone share the dictionaries."""
         rows, columns = weight.shape
+        require_finite(evidence.rows)
         # Scaled, so that no square is out of range; nothing else depends on the unit.
         unit = float(weight.abs().max()) or 1.0
         weight = weight.float() / unit
@@ -128,9 +129,10 @@ def _root(columns: Tensor | None, size: int) -> Tensor | None:
     """``U`` upper triangular with ``U U^T`` the column moment, filled up to ``size``; None for the identity."""
     if columns is None:
         return None
+    require_finite(columns)
     moment = columns.double()
     mean = float(moment.diagonal().mean()) or 1.0
-    eye = torch.eye(size, dtype=torch.float64)
+    eye = torch.eye(size).to(moment)
     full = eye.clone()
     full[: len(moment), : len(moment)] = moment / mean
     # Evidence is damped. Where it is not, and has too little rank, no code is bounded in what it does not see.

@@ -59,15 +59,16 @@ class EoRA(Method):
         """Bases that lose something to put back, each with all ranks up to half the smaller side."""
         rows, columns = weight.shape
         fine, coarse = ([x for x in self.levels if (x >= _TRELLIS) is high] for high in (True, False))
-        bases: list[Setting] = [
-            *(_named(setting) for setting in TrellisCoded(levels=tuple(fine)).settings(weight, evidence)),
-            *Entropy(levels=tuple(coarse)).settings(weight, evidence),
+        bases: list[tuple[float, Setting]] = [
+            *zip(fine, map(_named, TrellisCoded(levels=tuple(fine)).settings(weight, evidence)), strict=False),
+            # Of a matrix of zeros there is one setting, whatever the level.
+            *zip(coarse, Entropy(levels=tuple(coarse)).settings(weight, evidence), strict=False),
         ]
         ranks = dict.fromkeys(min(rank, max(1, min(rows, columns) // 2)) for rank in self.ranks)
         correction = self.bits * (rows + columns) / (rows * columns)
         sized = [
             (level + rank * correction, {**base, "rank": rank, "bits": self.bits})
-            for base, level in zip(bases, [*fine, *coarse], strict=False)
+            for level, base in bases
             for rank in ranks
         ]
         return [setting for _, setting in sorted(sized, key=lambda pair: -pair[0])]

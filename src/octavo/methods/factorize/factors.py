@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
+from octavo.evidence import Evidence, require_finite
 from octavo.forms import Form, LowRank
 from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
@@ -95,22 +93,24 @@ def whitened(
         without negative eigenvalues (second moments of outputs' gradients, of inputs). Where such a matrix has no
         full rank, components that it does not see are left out.
     most
-        The most components that are wanted; of large matrices no others are worked out.
+        The most components that are wanted.
     damping
         Share of its mean diagonal that is added to the diagonal of both moments.
     """
     rows, columns = weight.shape
     # Scaled, so that no square is out of range.
     unit = float(weight.abs().max()) or 1.0
+    if not math.isfinite(unit):
+        raise RequestError(f"a matrix of {rows} x {columns} has values that are not finite and cannot be decomposed")
     matrix = weight.double() / unit
     ours, theirs = _Moment(left, rows, damping), _Moment(right, columns, damping)
     if rows >= columns:
-        values, vectors = _largest(theirs.root_t(theirs.root_t(matrix.t() @ ours.times(matrix)).t()), most)
+        values, vectors = principal(theirs.root_t(theirs.root_t(matrix.t() @ ours.times(matrix)).t()), most)
         first = matrix @ theirs.root(vectors / values.sqrt())
         second = theirs.back(vectors * values.sqrt()).t()
     else:
         scaled = ours.root_t(matrix)
-        values, vectors = _largest(scaled @ theirs.times(scaled.t()), most)
+        values, vectors = principal(scaled @ theirs.times(scaled.t()), most)
         first = ours.back(vectors * values.sqrt())
         second = (vectors / values.sqrt()).t() @ scaled
     return Factors((first * math.sqrt(unit)).float(), (second * math.sqrt(unit)).float(), (values * unit).float())
@@ -128,6 +128,7 @@ class _Moment:
         diagonal = self.moment if self.moment.ndim == 1 else self.moment.diagonal()
         if diagonal.shape != (size,):
             raise RequestError(f"a moment of shape {tuple(self.moment.shape)} does not fit a side of {size}")
+        require_finite(self.moment)
         ridge = damping * float(diagonal.mean())
         if self.moment.ndim == 1:
             self.moment = self.moment + ridge
@@ -136,7 +137,7 @@ class _Moment:
             self.inverse = torch.where(self.factor > 0, 1 / self.factor, torch.zeros_like(self.factor))
             return
         if ridge:
-            self.moment = self.moment + ridge * torch.eye(size, dtype=torch.float64)
+            self.moment = self.moment + ridge * torch.eye(size).to(self.moment)
         factor, failed = torch.linalg.cholesky_ex(self.moment)
         self.factor = factor
         if int(failed) or float(factor.diagonal().min()) < 1e-7 * float(factor.diagonal().max()):
@@ -173,25 +174,13 @@ class _Moment:
         return x * self.inverse[:, None] if self.inverse.ndim == 1 else self.inverse @ x
 
 
-#: Where no more components are wanted than this share of a Gram matrix above this size, only they are worked out, if
-#: scipy is there to do it.
-_FEW, _LARGE = 1 / 8, 1024
+def principal(gram: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Singular values and right singular vectors of ``A``, largest first, from its Gram matrix ``A^T A``.
 
-
-def _largest(gram: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
-    """Singular values and vectors from a Gram matrix, largest first."""
-    gram = (gram + gram.t()) / 2
-    few = most is not None and len(gram) > _LARGE and most <= len(gram) * _FEW
-    if few and find_spec("scipy") is not None:
-        from scipy.sparse.linalg import eigsh
-
-        # The first vector is fixed, so that the same matrix gives the same bytes.
-        found = eigsh(gram.numpy(), k=most, v0=np.ones(len(gram)))
-        order = np.argsort(-found[0])
-        squares, vectors = (torch.from_numpy(found[0][order].copy()), torch.from_numpy(found[1][:, order].copy()))
-    else:
-        squares, vectors = torch.linalg.eigh(gram)
-        squares, vectors = squares.flip(0), vectors.flip(1)
+    Those above rounding errors, at least one and at most ``most``.
+    """
+    squares, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
+    squares, vectors = squares.flip(0), vectors.flip(1)
     count = max(1, int((squares > float(squares[0]) * 1e-13).sum()))
     count = min(count, most or count)
     # A matrix of zeros has one component, of nothing.
@@ -234,7 +223,8 @@ def quantized(parts: Factors, bits: float, evidence: Evidence, coder: Method | N
     An error of ``left[i, k]`` costs ``r[i] S[k]``, one of ``right[k]`` costs ``S[k]`` times the column moment. One
     step in units of the loss serves all coefficients, as in transform coding: strong components get more bits than
     weak ones, and ``bits`` is about their mean. The right factor is then fitted anew to the left one as it was
-    stored: ``right = (L^T diag(r) L)^-1 L^T diag(r) W``, where ``W`` is the product of the exact factors.
+    stored: ``right = (L^T diag(r) L)^-1 L^T diag(r) W``, where ``W`` is the product of the exact factors. Where all of
+    the left factor is rounded to zeros, so is the product.
 
     ``coder`` is a method whose one knob is a step, for the left factor in the place of :class:`Entropy`.
     """
@@ -245,8 +235,11 @@ def quantized(parts: Factors, bits: float, evidence: Evidence, coder: Method | N
     stored = first.dense().double()
     heavy = stored * weights.double()[:, None]
     normal = heavy.t() @ stored
+    if not bool(normal.diagonal().any()):
+        # Rounded to zeros, to which no right factor can be fitted, it leaves zeros.
+        return Entropy().encode(torch.zeros(len(left), right.shape[1]), {"step": 1.0}, Evidence(weights, None))
     # Components rounded to nothing have nothing to fit: the ridge leaves them at zero.
-    normal.diagonal().add_(float(normal.diagonal().max().clamp_min(1e-300)) * 1e-9)
+    normal.diagonal().add_(float(normal.diagonal().max()) * 1e-9)
     refitted = torch.linalg.solve(normal, (heavy.t() @ left.double()) @ right.double()).float()
     implied = Evidence(normal.diagonal().float(), evidence.columns)
     if evidence.columns is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
+from octavo.evidence import Evidence, require_finite
 from octavo.methods.factorize import factors
 
 #: Refinement ends when a round gains less than this share of the loss.
@@ -71,6 +71,7 @@ def grouped(weight: Tensor, evidence: Evidence, rank: int, blocks: int, rounds: 
 
 def _weights(evidence: Evidence) -> Tensor:
     """Weights of the rows, float64, none of which is zero."""
+    require_finite(evidence.rows)
     weights = evidence.rows.double()
     return weights.clamp_min(float(weights.max()) * 1e-9).clamp_min(1e-30)
 

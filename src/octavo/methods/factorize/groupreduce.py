@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from octavo.evidence import Evidence
@@ -26,8 +25,6 @@ _CHOICES = ((0.85, 3), (0.85, 2.5), (0.85, 2), (0.67, 2), (0.67, 1.5), (0.5, 1.5
 _ROWS_A_COLUMN = 8
 #: Bits a coefficient at most where blocks are of very different weight: codes must fit 31 bits.
 _MOST_BITS = 16
-#: Coefficients of this many steps are never rounded to zero: 0.95 at most by their rate, with steps rounded by 9%.
-_SURVIVING = 1.05
 
 
 @method("groupreduce", family="factorize", preset="best", source="GroupReduce (Chen et al., 2018, arXiv 1806.06950)")
@@ -100,10 +97,6 @@ def _stored(block: Block, level: float, step: float) -> Form:
     """A block at a step that is given, as its level is, by its logarithm."""
     if block.parts is None:
         return Entropy().encode(block.weight, {"step": 2**step}, block.evidence)
-    sizes = block.parts.left.abs() * (block.evidence.rows[:, None] * block.parts.values).sqrt()
-    if float(sizes.max()) < _SURVIVING * 2**step:
-        # Its left factor would be rounded to zeros, to which no right factor can be fitted.
-        return Entropy().encode(torch.zeros_like(block.weight), {"step": 1.0}, Evidence(block.evidence.rows, None))
     return factors.quantized(block.parts, level - step, block.evidence)
 
 

@@ -138,8 +138,12 @@ def allocate(
     Raises
     ------
     RequestError
-        If the budget is below the least size that there is.
+        If there are no layers, or the budget is below the least size that there is.
     """
+    if not layers:
+        raise RequestError("there are no layers to allocate coefficients to; give at least one")
+    if starts < 1 or rounds < 1:
+        raise RequestError(f"starts is {starts} and rounds is {rounds}; both must be at least 1")
     allowed = {
         name: [k for k in layer.divisors if groups is None or k in groups] or [1] for name, layer in layers.items()
     }

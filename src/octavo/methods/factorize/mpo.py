@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
+from octavo.evidence import Evidence, require_finite
 from octavo.forms import Dense, Form, TensorTrain
 from octavo.forms.tensor_train import MOST_CORES, full_ranks
 from octavo.methods.base import Method, Setting, method
@@ -227,6 +227,9 @@ def _scales(evidence: Evidence | None, row_modes: Sequence[int], column_modes: S
     """Square roots of the weights of every site's digits (o_k * i_k,)."""
     across, along = ([torch.ones(mode, dtype=torch.float64) for mode in modes] for modes in (row_modes, column_modes))
     if evidence is not None:
+        for moment in (evidence.rows, evidence.columns):
+            if moment is not None:
+                require_finite(moment)
         across = _separable(evidence.rows, row_modes)
         along = along if evidence.columns is None else _separable(evidence.columns.diagonal(), column_modes)
     return tuple(torch.outer(o, i).flatten().sqrt() for o, i in zip(across, along, strict=True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
+from octavo.evidence import Evidence, require_finite
 from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting
@@ -31,6 +31,7 @@ class Units:
     """A matrix in units of its steps, for the method of that name."""
 
     def __init__(self, method: str, weight: Tensor, evidence: Evidence) -> None:
+        require_finite(evidence.rows)
         self.method = method
         self.weight, self.shape = weight.float(), tuple(weight.shape)
         columns = self.shape[1]
