@@ -88,6 +88,21 @@ def test_products_with_the_matrix_and_its_inverse(measured, damping):
     torch.testing.assert_close(corrected.inverse_diagonal(damping).flatten(), inverse.diagonal())
 
 
+def test_a_curvature_with_zeros_is_damped_before_it_is_inverted():
+    flat = kronecker(torch.diag(torch.tensor([1.0, 0.0])), torch.eye(3))
+    torch.testing.assert_close(flat.solve(torch.ones(2, 3)), torch.tensor([[1 / 1.05] * 3, [20.0] * 3]))
+    torch.testing.assert_close(flat.inverse_diagonal(), torch.tensor([[1 / 1.05] * 3, [20.0] * 3]))
+    for inverse in (lambda: flat.solve(torch.ones(2, 3), 0.0), lambda: flat.inverse_diagonal(0.0)):
+        with pytest.raises(RequestError, match=r"shape \(2, 3\) has no inverse.*damping above 0"):
+            inverse()
+
+
+def test_the_product_nearest_to_zeros():
+    rows, columns = kronecker(torch.zeros(2, 2), torch.eye(3)).nearest()
+    assert not bool(rows.any())
+    torch.testing.assert_close(columns, torch.eye(3) / 3)
+
+
 def test_the_loss_of_independent_draws_is_that_of_the_dense_fisher_matrix():
     """[V] Every input meets every gradient: K-FAC, EK-FAC and the Fisher matrix are one."""
     a, g = (part[:20] for part in draws(dependent=False))

@@ -1,15 +1,20 @@
 """Large matrices are judged by a sample of their rows, and their plans are carried out exactly."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import octavo
 from octavo.artifact import pack
+from octavo.curvature import kronecker
 from octavo.evidence import Evidence
 from octavo.methods import get_method
 from octavo.profile import Window, profile_site
-from octavo.sampling import MEDIUM, sample_of
+from octavo.sampling import MEDIUM, sample_of, table_sample_of
 from octavo.sites import Site
 
 
@@ -57,6 +62,44 @@ def test_a_sample_tells_of_the_whole(name, setting, moment):
     assert sample.loss(found) == pytest.approx(evidence.loss(whole.dense() - weight), rel=0.03, abs=1e-9)
     assert set(estimate.parts) == set(exact.parts) and estimate.meta["form"] == exact.meta["form"]
     assert estimate.bytes == sum(part[1] for part in estimate.parts.values())
+
+
+def test_a_sample_has_the_loss_of_the_curvature():
+    generator = torch.Generator().manual_seed(0)
+    weight = large(1200, 256)
+    seen = evidence_of(weight, moment=True)
+    values = torch.rand(1200, 256, generator=generator).pow(4) / float(weight.square().sum())
+    basis = torch.linalg.qr(torch.randn(1200, 1200, generator=generator))[0]
+    product = kronecker(basis @ torch.diag(seen.rows) @ basis.t(), seen.columns)
+    seen = replace(seen, curvature=replace(product, values=values))
+    sample, method = sample_of(weight, seen), get_method("rtn")
+    found, whole = (method.encode(part, {"bits": 4, "group": 64}, seen) for part in (sample.weight, weight))
+    assert len(sample.weight) < 600
+    assert sample.loss(found) == pytest.approx(seen.loss(whole.dense() - weight), rel=0.05)
+
+
+def test_methods_of_a_curvature_are_tried_on_large_matrices():
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(512, 640), nn.ReLU(), nn.Linear(640, 8)), [torch.randn(16, 512)]
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randn(640, 8) @ torch.randn(8, 512) * 0.05)
+    done = octavo.compress(net, ratio=6, data=data, methods=["entropy", "fisher-svd"], curvature="ekfac")
+    curve = next(curve for curve in done.profile.curves if curve.site == "0.weight")
+    assert math.prod(curve.shape) > MEDIUM
+    assert {point.method for point in curve.points} == {"entropy", "fisher-svd"}
+
+
+@pytest.mark.parametrize(("rows", "columns", "expected"), [(3000, 256, 2049), (33_000, 256, 2049), (2000, 256, None)])
+def test_a_sample_of_a_table_is_a_table(rows, columns, expected):
+    weight = torch.zeros(1).expand(rows, columns)
+    sample = table_sample_of(weight, Evidence(torch.ones(rows), None))
+    assert (sample and len(sample.weight)) == expected
+
+
+def test_no_sample_of_a_table_is_huge():
+    weight = torch.zeros(1).expand(40_000, 4096)
+    evidence = Evidence(torch.ones(40_000), None)
+    assert table_sample_of(weight, evidence) is None and sample_of(weight, evidence).weight.numel() == 1 << 19
 
 
 def test_points_of_a_sample_are_marked():

@@ -23,6 +23,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from octavo.errors import RequestError
+
+#: What is added to the eigenvalues before they are inverted, as a share of their mean.
+_DAMPING = 0.1
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -31,7 +36,8 @@ class Curvature:
     Parameters
     ----------
     outputs, inputs
-        The bases ``Q_S`` (rows, rows) and ``Q_A`` (columns, columns), eigenvectors in columns.
+        The bases ``Q_S`` (rows, rows) and ``Q_A`` (columns, columns), eigenvectors in columns. Some rows of ``Q_S``
+        give the losses of errors in these rows alone.
     output_values, input_values
         Eigenvalues ``sigma`` (rows,) and ``alpha`` (columns,) of the two moments.
     values
@@ -46,7 +52,7 @@ class Curvature:
 
     def rotated(self, matrix: Tensor) -> Tensor:
         """``Q_S^T M Q_A`` of one matrix, or of each of many (..., rows, columns)."""
-        return self.outputs.to(matrix).t() @ matrix @ self.inputs.to(matrix)
+        return self.outputs.to(matrix).t() @ (matrix @ self.inputs.to(matrix))
 
     def back(self, rotated: Tensor) -> Tensor:
         """``Q_S M Q_A^T``, the inverse of :meth:`rotated`."""
@@ -60,13 +66,28 @@ class Curvature:
         """``F vec(V)`` as a matrix."""
         return self.back(self.values.to(matrix) * self.rotated(matrix))
 
-    def solve(self, matrix: Tensor, damping: float = 0.0) -> Tensor:
-        """``(F + damping)^-1 vec(V)`` as a matrix: ``Q_S [(Q_S^T V Q_A) / (Lam + damping)] Q_A^T``."""
-        return self.back(self.rotated(matrix) / (self.values.to(matrix) + damping))
+    def solve(self, matrix: Tensor, damping: float | None = None) -> Tensor:
+        """``(F + damping)^-1 vec(V)`` as a matrix: ``Q_S [(Q_S^T V Q_A) / (Lam + damping)] Q_A^T``.
 
-    def inverse_diagonal(self, damping: float = 0.0) -> Tensor:
-        """The diagonal of ``(F + damping)^-1`` (rows, columns): ``w^2 / (2 d)`` is what pruning ``w`` alone costs."""
-        return self.outputs.square() @ (1 / (self.values + damping)) @ self.inputs.square().t()
+        ``damping`` is a tenth of the mean of ``Lam`` if not given. 0 is for a curvature without zeros.
+        """
+        return self.back(self.rotated(matrix) / self._damped(damping).to(matrix))
+
+    def inverse_diagonal(self, damping: float | None = None) -> Tensor:
+        """The diagonal of ``(F + damping)^-1`` (rows, columns): ``w^2 / (2 d)`` is what pruning ``w`` alone costs.
+
+        ``damping`` is as in :meth:`solve`.
+        """
+        return self.outputs.square() @ (1 / self._damped(damping)) @ self.inputs.square().t()
+
+    def _damped(self, damping: float | None) -> Tensor:
+        damped = self.values + (_DAMPING * self.values.mean() if damping is None else damping)
+        if not bool((damped > 0).all()):
+            raise RequestError(
+                f"a curvature of shape {tuple(self.values.shape)} has no inverse, since some eigenvalues are zero: "
+                "give a damping above 0"
+            )
+        return damped
 
     def corrected(self, gradients: Tensor) -> Curvature:
         """The same bases with ``Lam`` measured on gradients (examples, rows, columns)."""
@@ -85,8 +106,10 @@ class Curvature:
         """
         values = self.values.double()
         rows = self.outputs.double().square() @ values.sum(1)
-        basis = self.inputs.double()
-        columns = (basis * (values.sum(0) / values.sum())) @ basis.t()
+        basis, total = self.inputs.double(), values.sum()
+        # Of a curvature of zeros all columns have as much.
+        shares = values.sum(0) / total if bool(total > 0) else torch.ones_like(values[0]) / values.shape[1]
+        columns = (basis * shares) @ basis.t()
         return rows.float(), ((columns + columns.t()) / 2).float()
 
 

@@ -19,8 +19,8 @@ from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
-from octavo.methods.factorize.factors import is_table, least_of_table
-from octavo.sampling import Sample, sample_of
+from octavo.methods.factorize.factors import is_table
+from octavo.sampling import Sample, sample_of, table_sample_of
 from octavo.sites import Site
 from octavo.workspace import write_file
 
@@ -154,25 +154,34 @@ def profile_site(
         Called with every packed form, for callers that want to reuse one. Of large matrices only sizes are known.
     target
         What the bytes of a point are: ``disk`` or ``memory``.
+
+    Raises
+    ------
+    RequestError
+        If a method cannot encode the matrix, or none has anything to offer it.
     """
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
     # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
-    tried = sample_of(weight, evidence, least_of_table(weight.shape[1])) if is_table(*weight.shape) else sample
+    tried = sample and (table_sample_of(weight, evidence) or sample)
     for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
         if not method.accepts(site):
             continue
-        if sample is not None and method.by_rows:
-            for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
-                packed, loss = sample.packed(form), sample.loss(form)
-                keep(method, setting, packed)
-                curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
-        elif tried is None or _competitive(method, tried, curve, target):
-            for setting, form in _walk(method, weight, evidence, window, curve, target):
-                packed = pack(form)
-                keep(method, setting, packed)
-                loss = evidence.loss(form.dense() - weight)
-                curve.points.append(Point(method.name, setting, packed.counted(target), loss))
+        method = method.at_site(site)
+        try:
+            if sample is not None and method.by_rows:
+                for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
+                    packed, loss = sample.packed(form), sample.loss(form)
+                    keep(method, setting, packed)
+                    curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
+            elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
+                for setting, form in _walk(method, weight, evidence, window, curve, target):
+                    packed = pack(form)
+                    keep(method, setting, packed)
+                    loss = evidence.loss(form.dense() - weight)
+                    curve.points.append(Point(method.name, setting, packed.counted(target), loss))
+        except RequestError as error:
+            raise RequestError(f"site {site.name!r}: {error}") from error
     if not curve.points:
         names = ", ".join(method.name for method in methods)
         raise RequestError(f"site {site.name!r}: {names} can do nothing with it; add another method, such as entropy")

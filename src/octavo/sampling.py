@@ -6,15 +6,17 @@ What is estimated here only guides the allocator. A plan is always encoded in fu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from octavo import coding
 from octavo.artifact import Packed, Sized, pack
+from octavo.curvature import Curvature
 from octavo.evidence import Evidence
 from octavo.forms import Form, GroupedLowRank, LowRank, RowBlocks, Sum
+from octavo.methods.factorize.factors import is_table, least_of_table
 from octavo.running.kernels import resident_bytes
 
 #: Larger matrices are sampled, a quarter of their weights within these bounds. Of a 4096 x 4096 matrix bytes are then
@@ -24,6 +26,8 @@ MEDIUM = 1 << 18
 _TAKEN = (1 << 17, 1 << 19)
 #: Fewer rows than these are not taken for a sample.
 _ROWS = 16
+#: Elements of the sample of a table at most, which those of up to 2,000 columns do not reach.
+_TABLE = 1 << 25
 #: Bytes that a coder's tables take at most, besides a class of every column.
 _TABLES = 1 << 12
 
@@ -37,14 +41,17 @@ class Sample:
     weight
         (taken, columns) float32.
     evidence
-        That of these rows.
+        That of these rows; without a curvature, which holds for all rows together.
     rows
         Rows of the whole matrix.
+    curvature
+        What an error of these rows alone costs by the curvature of the whole matrix, if it was measured.
     """
 
     weight: Tensor
     evidence: Evidence
     rows: int
+    curvature: Curvature | None = None
 
     @property
     def share(self) -> float:
@@ -53,7 +60,9 @@ class Sample:
 
     def loss(self, form: Form) -> float:
         """Expected loss of the whole matrix in a form that was found for the sample."""
-        return self.evidence.loss(form.dense() - self.weight) * self.share
+        error = form.dense() - self.weight
+        # Points of a sample are compared with points of the whole: both have the same loss.
+        return (self.evidence.loss(error) if self.curvature is None else self.curvature.loss(error)) * self.share
 
     def grown(self, form: Form) -> int:
         """Bytes that a whole table would take in a form that was found for the sample as a table of its own.
@@ -92,22 +101,36 @@ class Sample:
         return Packed(Sized(end), parts, found.meta, codecs, resident_bytes(form, self.rows))
 
 
-def sample_of(weight: Tensor, evidence: Evidence, fewest: int = _ROWS) -> Sample | None:
+def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
     """A sample of a matrix (rows, columns), or None if it is small enough to be looked at as a whole.
-
-    ``fewest`` rows are taken at least.
 
     Rows are sorted by what they add to the loss if they are lost, and taken at even distances, so that loud and quiet
     rows are represented by their numbers.
     """
+    taken = _usual(weight)
+    return None if weight.numel() <= MEDIUM or len(weight) < 2 * taken else _sample(weight, evidence, taken)
+
+
+def table_sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
+    """A sample of a table that is a table, too; None if the matrix is none, or so wide that a sample is too large."""
     rows, columns = weight.shape
-    taken = max(fewest, min(max(weight.numel() // 4, _TAKEN[0]), _TAKEN[1]) // columns)
-    if weight.numel() <= MEDIUM or rows < 2 * taken:
-        return None
+    taken = max(least_of_table(columns), _usual(weight))
+    # Even if it takes most rows: with it one setting of a method is tried in the place of all of them.
+    return _sample(weight, evidence, taken) if is_table(rows, columns) and taken * columns <= _TABLE else None
+
+
+def _usual(weight: Tensor) -> int:
+    """Rows of a sample."""
+    return max(_ROWS, min(max(weight.numel() // 4, _TAKEN[0]), _TAKEN[1]) // weight.shape[1])
+
+
+def _sample(weight: Tensor, evidence: Evidence, taken: int) -> Sample:
+    rows = len(weight)
     order = (evidence.rows.sqrt() * torch.linalg.vector_norm(weight, dim=1)).argsort(stable=True)
     places = (torch.arange(taken, dtype=torch.float64) + 0.5) * (rows / taken)
     index = order[places.long()].sort().values
     # What is cached depends on the columns alone, which are those of the whole.
     terms = tuple((weights[index], moment) for weights, moment in evidence.terms)
     part = Evidence(evidence.rows[index], evidence.columns, evidence.samples, evidence.cache, terms)
-    return Sample(weight[index], part, rows)
+    curvature = evidence.curvature and replace(evidence.curvature, outputs=evidence.curvature.outputs[index])
+    return Sample(weight[index], part, rows, curvature)

@@ -98,8 +98,9 @@ def test_groups_of_columns_are_a_convolution_in_groups():
         (nn.Conv2d(32, 64, 3, groups=4), True),
         (nn.Conv2d(64, 64, 3, groups=64), False),
         (nn.Conv2d(16, 24, 4), True),
-        # Eight groups would divide the 12 * 16 columns, but not the channels.
-        (nn.Conv2d(12, 24, 4), False),
+        # Eight groups divide the 12 * 16 columns, but not the channels; nor do two the three of an image.
+        (nn.Conv2d(12, 24, 4), True),
+        (nn.Conv2d(3, 192, 16, 16), True),
         (nn.Embedding(40, 16), False),
     ],
 )
@@ -111,7 +112,8 @@ def test_where_channels_can_be_split(module, accepted):
         weight = module.weight.detach().flatten(1)
         channels = module.weight.shape[1]
         evidence = Evidence(torch.ones(len(weight)), None)
-        assert all(channels % setting["groups"] == 0 for setting in method.settings(weight, evidence))
+        settings = method.at_site(site).settings(weight, evidence)
+        assert settings and all(channels % setting["groups"] == 0 for setting in settings)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,12 @@ def test_errors_fall_as_the_budget_grows_until_all_is_dense():
 def test_budgets_and_groups_that_cannot_be():
     with pytest.raises(RequestError, match=r"20 coefficients are too few.*rank 1 everywhere takes 430"):
         allocate(layers(), 20)
+    with pytest.raises(RequestError, match="there are no layers"):
+        allocate({}, 20)
+    with pytest.raises(RequestError, match="starts is 0 and rounds is 4; both must be at least 1"):
+        allocate(layers(), 10_000, starts=0)
+    with pytest.raises(RequestError, match="starts is 15 and rounds is 0"):
+        allocate(layers(), 10_000, rounds=0)
     with pytest.raises(RequestError, match="5 channels do not divide the 108 columns"):
         Layer(kernels()["layer0"][0], 5)
     with pytest.raises(RequestError, match="5 groups do not divide 12 channels"):

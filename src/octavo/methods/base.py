@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
@@ -49,10 +49,16 @@ class Method(ABC):
 
     #: Whether rows are encoded alike whichever others there are, so that a sample of them tells of the whole matrix.
     by_rows: ClassVar[bool] = True
+    #: Whether it works from the curvature of the whole matrix, which no sample has: it is not tried on one first.
+    by_curvature: ClassVar[bool] = False
 
     def accepts(self, site: Site) -> bool:
         """Whether the method makes sense at this site."""
         return True
+
+    def at_site(self, site: Site) -> Self:
+        """The method with knobs that are fit for a site that it accepts."""
+        return self
 
     def octaves(self, setting: Setting) -> float:
         """Where a setting's continuous knob stands; one octave more is about one bit a weight less."""

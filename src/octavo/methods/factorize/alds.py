@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class ALDS(Method):
     Parameters
     ----------
     groups
-        Numbers of groups that are tried, each where it divides the columns.
+        Numbers of groups that are tried, each where it divides the input channels.
     """
 
     groups: tuple[int, ...] = (1, 2, 4, 8)
@@ -50,12 +50,12 @@ class ALDS(Method):
     by_rows = False
 
     def accepts(self, site: Site) -> bool:
-        """Linear layers, and convolutions whose channels can be split; those of depthwise ones cannot."""
-        if site.kind != "convolution":
-            return site.kind != "embedding"
-        channels = site.columns // math.prod(site.shape[2:])
-        # The method is not told of kernels: no number of groups may divide the columns and not the channels.
-        return channels > 1 and not any(site.columns % k == 0 and channels % k for k in self.groups)
+        """Linear layers, and convolutions of several channels, which depthwise ones have not."""
+        return site.kind != "embedding" and (site.kind != "convolution" or _channels(site) > 1)
+
+    def at_site(self, site: Site) -> ALDS:
+        """Of a convolution only the groups that split its channels, of which one always does."""
+        return replace(self, groups=tuple(k for k in self.groups if _channels(site) % k == 0))
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Ranks and bits as of an SVD of one group, every other one of several groups."""
@@ -87,6 +87,11 @@ class ALDS(Method):
             if groups not in known:
                 known[groups] = _whitened(weight, groups, evidence)
             yield _quantized(*known[groups], rank, bits)
+
+
+def _channels(site: Site) -> int:
+    """Input channels of a layer."""
+    return site.columns // math.prod(site.shape[2:])
 
 
 def decomposed(weight: Tensor, groups: int, rank: int) -> GroupedLowRank:
@@ -132,9 +137,10 @@ def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float)
     stored = first.dense().double().unflatten(1, (groups, rank)).transpose(0, 1)
     heavy = stored * weights.double()[:, None]
     normal = heavy.mT @ stored
-    # Components rounded to nothing have nothing to fit: the ridge leaves them at zero.
+    # Components rounded to nothing have nothing to fit: the ridge leaves them at zero. It can be divided by, even where
+    # all of a group was.
     diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += diagonal.amax(1, keepdim=True).clamp_min(1e-300) * 1e-9
+    diagonal += diagonal.amax(1, keepdim=True).clamp_min(1e-200) * 1e-9
     exact = left.double().unflatten(1, (groups, rank)).transpose(0, 1) @ right.double()
     refitted = torch.linalg.solve(normal, heavy.mT @ exact).float()
     implied = Evidence(diagonal.flatten().float(), evidence.columns, cache=evidence.cache)

@@ -48,6 +48,8 @@ class FisherSVD(ActivationSVD):
 
     sweeps: int = 3
 
+    by_curvature = True
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Those of ``activation-svd`` where there is a curvature, else none."""
         return [] if evidence.curvature is None else factors.settings(*weight.shape)
