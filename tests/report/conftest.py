@@ -149,8 +149,14 @@ def sample(layers: int = 6) -> dict[str, Any]:
         "kept": kept,
         "families": families,
         "unused": {
-            "prune": {"sites": 36, "times": [1.2, 3.4], "nearest": "encoder.layer.0.output.dense.weight"},
-            "share": {"sites": 2, "times": None, "nearest": None},
+            "prune": {
+                "sites": 36,
+                "larger": 4,
+                "exact": 1,
+                "times": [1.2, 3.4],
+                "nearest": "encoder.layer.0.output.dense.weight",
+            },
+            "share": {"sites": 2, "larger": 2, "exact": 0, "times": None, "nearest": None},
         },
         "code_lengths": {
             "bins": [n / 2 for n in range(17)],

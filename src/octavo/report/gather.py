@@ -212,14 +212,15 @@ def unused(done: Compressed) -> dict[str, dict[str, Any]]:
     Returns
     -------
     dict
-        Family to ``sites`` that it was tried at; ``times``, least and median over those of its expected loss over the
-        chosen one's; and ``nearest``, the site of the least. The latter are None where it had nothing as small.
+        Family to ``sites`` that it was tried at; ``larger``, those of them at which it had nothing as small as what was
+        chosen; ``exact``, those at which it had, but what was chosen loses nothing; ``times``, least and median over
+        all others of its expected loss over the chosen one's; and ``nearest``, the site of the least. The latter two
+        are None if there are no others.
     """
     chosen = done.built.plan.points
     # Leaving a weight as it is competes with nobody.
     won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
-    tried: dict[str, int] = {}
-    behind: dict[str, dict[str, float]] = {}
+    tried: dict[str, dict[str, float]] = {}
     for curve in done.profile.curves:
         point = chosen[curve.site]
         least: dict[str, float] = {}
@@ -229,15 +230,18 @@ def unused(done: Compressed) -> dict[str, dict[str, Any]]:
                 within = other.loss if other.bytes <= point.bytes else math.inf
                 least[family] = min(least.get(family, math.inf), within)
         for family, loss in least.items():
-            tried[family] = tried.get(family, 0) + 1
-            if math.isfinite(loss) and point.loss > 0:
-                behind.setdefault(family, {})[curve.site] = loss / point.loss
+            tried.setdefault(family, {})[curve.site] = loss
     found: dict[str, dict[str, Any]] = {}
-    for family, sites in sorted(tried.items()):
-        times = behind.get(family, {})
-        spread = [min(times.values()), statistics.median(times.values())] if times else None
-        nearest = min(times, key=lambda site: times[site]) if times else None
-        found[family] = {"sites": sites, "times": spread, "nearest": nearest}
+    for family, losses in sorted(tried.items()):
+        smaller = {site: loss for site, loss in losses.items() if math.isfinite(loss)}
+        times = {site: loss / chosen[site].loss for site, loss in smaller.items() if chosen[site].loss > 0}
+        found[family] = {
+            "sites": len(losses),
+            "larger": len(losses) - len(smaller),
+            "exact": len(smaller) - len(times),
+            "times": [min(times.values()), statistics.median(times.values())] if times else None,
+            "nearest": min(times, key=lambda site: times[site]) if times else None,
+        }
     return found
 
 

@@ -97,14 +97,28 @@ def families(data: dict[str, Any]) -> Safe:
 
 def _unused(family: str, found: dict[str, Any]) -> str:
     """Why a family that was tried is in no row."""
+    reasons = []
+    compared = found["sites"] - found["larger"] - found["exact"]
+    if found["times"]:
+        least, median = found["times"]
+        reasons.append(
+            f"in the bytes that {_these(found, compared)} given its best would "
+            f"lose at least {figures(least)} times as much (median {figures(median)}), and comes nearest at "
+            f"{plain(found['nearest'], 80)}"
+        )
+    if found["larger"]:
+        reasons.append(f"it has no setting in the bytes that {_these(found, found['larger'])} given")
+    if found["exact"]:
+        reasons.append(f"what was chosen loses nothing in the bytes that {_these(found, found['exact'])} given")
     tried = f"{plain(family, 40)} was tried at {things(found['sites'], 'site')} and won none"
-    if not found["times"]:
-        return f"{tried}: it has no setting in the bytes that these were given."
-    least, median = found["times"]
-    return (
-        f"{tried}: in the bytes that these were given its best would lose at least {figures(least)} times as much "
-        f"(median {figures(median)}), and comes nearest at {plain(found['nearest'], 80)}."
-    )
+    return f"{tried}: {'; '.join(reasons)}."
+
+
+def _these(found: dict[str, Any], number: int) -> str:
+    """Some of the sites that a family was tried at, and the verb that goes with them."""
+    if number == found["sites"]:
+        return "this was" if number == 1 else "these were"
+    return f"{count(number)} of these {'was' if number == 1 else 'were'}"
 
 
 def _rows(sites: list[dict[str, Any]]) -> list[tuple[object, ...]]:
