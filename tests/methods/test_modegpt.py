@@ -252,6 +252,18 @@ def test_allocation_meets_the_mean_clips_and_follows_influence():
     assert allocate([0.1, 0.9], 0.0) == [0, 0]
 
 
+def test_observing_leaves_modes_as_they_are():
+    model = decoder().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    observe(model, BATCHES)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_pairs_stay_where_their_moments_are():
+    assert pairs(torch.rand(4, 8, device="meta"), torch.rand(2, 8, device="meta"), 2).device.type == "meta"
+
+
 def test_moments_are_those_of_the_tokens_that_are_no_padding():
     model = decoder(bias=True)
     plain = observe(model, [{"input_ids": TOKENS}])
@@ -292,6 +304,8 @@ def test_bad_requests_are_told():
         allocate([0.1], 0.9)
     with pytest.raises(RequestError, match="temperature is 0"):
         allocate([0.1], 0.2, 0)
+    with pytest.raises(RequestError, match="influence is nan; it must be a finite number"):
+        allocate([0.1, float("nan")], 0.2)
     with pytest.raises(RequestError, match="nothing to observe"):
         observe(model, [])
     model.model.layers[0].mlp.up_proj.weight.data[0] = float("nan")

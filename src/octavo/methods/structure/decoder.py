@@ -120,9 +120,8 @@ def observe(model: nn.Module, batches: Iterable[Batch]) -> list[Moments]:
     RequestError
         If there are no batches, or something that flows is not finite.
     """
-    model.eval()
     found = [_Sums(block) for block in blocks(model)]
-    with _hooked(found):
+    with _evaluating(model), _hooked(found):
         for batch in batches:
             mask = mask_of(batch)
             for sums in found:
@@ -186,6 +185,18 @@ class _Sums:
         after = self._kept(output[0] if isinstance(output, tuple) else output)
         self._add("cosine", cosine_similarity(before, after, dim=-1).double().sum())
         self.count += len(before)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; then every module is in its former mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

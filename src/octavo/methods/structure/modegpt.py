@@ -15,6 +15,7 @@ Layers give up shares of their weights by their influence on the stream (:func:`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,8 @@ def allocate(influence: Sequence[float], mean: float, temperature: float = 0.015
         raise RequestError(f"modegpt: the share of weights to cut is {mean!r}; it must be from 0 to {LIMIT}")
     if not temperature > 0:
         raise RequestError(f"modegpt: the temperature is {temperature!r}; it must be above 0")
+    if wrong := [value for value in influence if not math.isfinite(value)]:
+        raise RequestError(f"modegpt: an influence is {wrong[0]!r}; it must be a finite number")
     logits = -torch.tensor(influence, dtype=torch.float64) / temperature
     shares, free = torch.zeros(len(logits), dtype=torch.float64), torch.ones(len(logits), dtype=torch.bool)
     while bool(free.any()):
@@ -161,7 +164,7 @@ def pairs(queries: Tensor, keys: Tensor, count: int) -> Tensor:
     shared, size = keys.shape
     ours, theirs = (energy.view(len(energy), 2, size // 2).sum(1).sqrt() for energy in (queries, keys))
     scores = ours.view(shared, -1, size // 2).sum(1) * theirs
-    kept = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, _largest(scores, count), True)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, _largest(scores, count), True)
     return kept.repeat(1, 2)
 
 
@@ -182,7 +185,7 @@ def value_bases(outputs: Tensor, moment: Tensor, rank: int, ridge: float) -> tup
         where the matrices have no more.
     """
     alone = outputs.shape[1] == 1
-    target = outputs[:, 0] if alone else torch.eye(outputs.shape[2], dtype=torch.float64)
+    target = outputs[:, 0] if alone else torch.eye(outputs.shape[2]).to(outputs)
     found = whitened(target, None, moment, rank, damping=ridge)
     left, right = found.left[:, :rank].double(), found.right[:rank].double()
     return [left] if alone else [outputs[:, member] @ left for member in range(outputs.shape[1])], right
@@ -190,12 +193,12 @@ def value_bases(outputs: Tensor, moment: Tensor, rank: int, ridge: float) -> tup
 
 def _mlp(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
     gate, up, down = (block.linear(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
-    kept = torch.zeros(down.in_features, dtype=torch.bool)
+    kept = torch.zeros(down.in_features, dtype=torch.bool, device=down.weight.device)
     kept[_largest(leverage(seen.neurons, ridge), _count(keep, len(kept)))] = True
     for name, linear in (("gate", gate), ("up", up)):
         _cut_rows(block, f"mlp.{name}_proj", linear.weight, linear.bias, kept, result)
     weight = refitted(down.weight, seen.neurons, kept, ridge).to(down.weight)
-    result.forms[f"{block.name}.mlp.down_proj.weight"] = Cut(Dense(weight), _all(len(weight)), kept)
+    result.forms[f"{block.name}.mlp.down_proj.weight"] = Cut(Dense(weight), _all(len(weight), kept), kept)
 
 
 def _query_key(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
@@ -209,14 +212,14 @@ def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result
     value, output, name = block.linear("self_attn.v_proj"), block.linear("self_attn.o_proj"), f"{block.name}.self_attn"
     values = value.weight.double().view(block.shared, block.size, -1)
     outputs = output.weight.double().view(-1, block.shared, block.group, block.size)
-    bias = torch.zeros(block.shared, block.size, dtype=torch.float64)
+    bias = values.new_zeros(block.shared, block.size)
     moved = torch.zeros_like(bias) if value.bias is None else value.bias.double().view_as(bias)
     if value.bias is not None and output.bias is not None:
         # Weights of attention sum to one, so the bias of values comes out of it as it went in.
         constant = torch.einsum("dhgi,hi->d", outputs, moved)
         result.biases[f"{name}.o_proj.bias"] = (output.bias + constant).to(output.bias)
         moved = torch.zeros_like(bias)
-    rows = torch.zeros(block.shared, block.size, dtype=torch.bool)
+    rows = torch.zeros_like(bias, dtype=torch.bool)
     first, second = [], []
     for head in range(block.shared):
         lefts, right = value_bases(outputs[:, head], seen.values[head], _count(keep, block.size), ridge)
@@ -226,8 +229,8 @@ def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result
         second += lefts
     columns = rows.repeat_interleave(block.group, 0).flatten()
     made = torch.cat(first).to(value.weight), torch.cat(second, 1).to(output.weight)
-    result.forms[f"{name}.v_proj.weight"] = Cut(Dense(made[0]), rows.flatten(), _all(value.in_features))
-    result.forms[f"{name}.o_proj.weight"] = Cut(Dense(made[1]), _all(output.out_features), columns)
+    result.forms[f"{name}.v_proj.weight"] = Cut(Dense(made[0]), rows.flatten(), _all(value.in_features, rows))
+    result.forms[f"{name}.o_proj.weight"] = Cut(Dense(made[1]), _all(output.out_features, rows), columns)
     if value.bias is not None:
         result.biases[f"{name}.v_proj.bias"] = bias.flatten().to(value.bias)
 
@@ -235,7 +238,7 @@ def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result
 def _cut_rows(
     block: Block, path: str, weight: Tensor, bias: Tensor | None, kept: Tensor, result: Decomposition
 ) -> None:
-    result.forms[f"{block.name}.{path}.weight"] = Cut(Dense(weight[kept].clone()), kept, _all(weight.shape[1]))
+    result.forms[f"{block.name}.{path}.weight"] = Cut(Dense(weight[kept].clone()), kept, _all(weight.shape[1], kept))
     if bias is not None:
         result.biases[f"{block.name}.{path}.bias"] = bias * kept
 
@@ -244,8 +247,8 @@ def _count(keep: float, units: int) -> int:
     return max(1, round(keep * units))
 
 
-def _all(count: int) -> Tensor:
-    return torch.ones(count, dtype=torch.bool)
+def _all(count: int, like: Tensor) -> Tensor:
+    return torch.ones(count, dtype=torch.bool, device=like.device)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -256,4 +259,5 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 def _damped(moment: Tensor, ridge: float) -> tuple[Tensor, float]:
     """``C + l I`` in float64, and ``l``; a moment of zeros is given some diagonal too."""
     added = ridge * float(moment.diagonal().mean()) or 1e-12
-    return moment.double() + added * torch.eye(len(moment), dtype=torch.float64), added
+    moment = moment.double()
+    return moment + added * torch.eye(len(moment)).to(moment), added
