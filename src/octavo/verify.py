@@ -34,8 +34,9 @@ def load(
     path
         The artifact folder.
     into
-        A module to load the weights into. Without it an artifact of an architecture that ``transformers`` knows gives
-        its model, and any other the dictionary of its tensors.
+        A module to load the weights into; what was loaded into it packed or as factors becomes dense first. Without
+        it an artifact of an architecture that ``transformers`` knows gives its model, and any other the dictionary of
+        its tensors.
     packed
         Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
         being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
@@ -51,7 +52,8 @@ def load(
     ArtifactError
         If the artifact is damaged, or does not fit ``into``.
     RequestError
-        If factors are asked for together with ``packed``, or of an artifact that no module is loaded from.
+        If factors are asked for together with ``packed``, of an artifact that no module is loaded from, or with a batch
+        that the module fails on.
     """
     path = Path(path)
     if factors:

@@ -89,7 +89,7 @@ class PackedWeight(Tensor):
         return func(*args, **kwargs)
 
 
-#: Weights that stand decoded in some state at the moment.
+#: Weights as they stand decoded in the latest state.
 _DECODED: weakref.WeakKeyDictionary[Kernel, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
 _COPIES = {
     torch.ops.aten.detach.default,
@@ -167,7 +167,7 @@ def decode_in_state(module: nn.Module, state: dict[str, Any], prefix: str, _: An
     for name, weight in module._parameters.items():
         if isinstance(weight, PackedWeight) and isinstance(state.get(prefix + name), PackedWeight):
             known = _DECODED.get(weight.kernel, lambda: None)()
-            if known is None or (known.shape, known.dtype) != (weight.shape, weight.dtype):
+            if known is None or not any(value is known for value in state.values()):
                 known = weight.decode()
                 _DECODED[weight.kernel] = weakref.ref(known)
             state[prefix + name] = known
