@@ -327,7 +327,7 @@ BOUNDED = {
         lambda: dense_sparse_of(1024, 16, 1, 1024), lambda form: form.dense(), 2 * 1024 * 16,
     ),
     "many terms": (
-        lambda: Separable(*(dense(1600 * 4, 40, k) for k in range(3)), 1600), lambda form: form.dense(), 1 << 24,
+        lambda: Separable(*(dense(4096 * 2, 64, k) for k in range(3)), 4096), lambda form: form.dense(), 1 << 24,
     ),
 }  # fmt: skip
 
