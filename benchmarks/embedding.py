@@ -28,12 +28,13 @@ from octavo.methods.factorize.grouping import grouped
 from octavo.methods.factorize.groupreduce import quantized
 from octavo.methods.quantize.entropy import Entropy
 from octavo.objective import Cosine
-from octavo.recipes.groupreduce import Maker, matched
+from octavo.recipes.groupreduce import Maker, blocks_rank, matched
 
 #: Times smaller than the table in 32 bits.
 RATIOS = (6, 9, 13, 19, 28)
-#: Ranks of GroupReduce, as shares of the full one, and its blocks and rounds of refinement.
-SHARES, BLOCKS, ROUNDS = (0.95, 0.85, 0.7, 0.5), 8, 6
+#: Ranks of GroupReduce, as shares of the full one, at which its blocks are whole, and its blocks and rounds of
+#: refinement.
+SHARES, BLOCKS, ROUNDS = (1.0, 0.95, 0.85, 0.7, 0.5, 0.35), 8, 6
 
 
 def makers(table: Tensor, evidence: Evidence) -> dict[str, list[tuple[dict[str, Any], Maker]]]:
@@ -45,7 +46,7 @@ def makers(table: Tensor, evidence: Evidence) -> dict[str, list[tuple[dict[str, 
         "groupreduce": [],
     }
     for share in SHARES:
-        rank = round(share * table.shape[0] * table.shape[1] / sum(table.shape))
+        rank = blocks_rank(table, share)
         grouping = grouped(table, evidence, rank, BLOCKS, ROUNDS)
         blocks = grouping.blocks(table, evidence)
         setting = {"rank": rank, "ranks": list(grouping.ranks), "rows": grouping.member.bincount().tolist()}
