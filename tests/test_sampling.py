@@ -102,6 +102,14 @@ def test_no_sample_of_a_table_is_huge():
     assert table_sample_of(weight, evidence) is None and sample_of(weight, evidence).weight.numel() == 1 << 19
 
 
+def test_errors_of_methods_name_the_site():
+    site = Site("some.layer", "linear", (8, 8), torch.float32)
+    with pytest.raises(octavo.RequestError, match=r"site 'some\.layer': evidence of shape \(8,\)"):
+        profile_site(
+            site, torch.ones(8, 8), Evidence(torch.full((8,), math.nan), None), [get_method("entropy")], Window()
+        )
+
+
 def test_points_of_a_sample_are_marked():
     weight = large()
     site = Site("big", "linear", tuple(weight.shape), torch.float32)

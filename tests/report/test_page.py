@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import octavo
 from octavo.errors import MissingExtraError, RequestError
 from octavo.report import write
+from octavo.report.gather import unused
 
 SECTIONS = [
     "outcome",
@@ -110,6 +114,18 @@ def test_the_page_has_every_section_in_order_and_says_what_was_measured(report: 
     for section, phrases in expected.items():
         missing = [phrase for phrase in phrases if phrase not in page.texts[section]]
         assert not missing, section
+
+
+def test_a_family_is_not_said_to_be_larger_where_nothing_is_lost() -> None:
+    """Nothing that stands before a layer of zeros costs anything, whatever is stored of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 8))
+    nn.init.zeros_(net[2].weight)
+    done = octavo.compress(net, ratio=4, data=[torch.randn(64, 24)], methods=["entropy", "mpo"])
+    assert not any(point.loss for point in done.built.plan.points.values())
+    found = unused(done)["factorize"]
+    assert found["times"] is None and found["exact"] > 0
+    assert found["exact"] + found["larger"] == found["sites"]
 
 
 def test_the_worst_sites_are_the_ten_of_highest_loss(report: dict[str, Any], tmp_path: Path) -> None:
