@@ -145,8 +145,8 @@ def main() -> None:
     ]
     (DOCS / "results.md").write_text(page + "\n".join(parts), encoding="utf-8")
     short = table(
-        ["ratio asked", "artifact", "1 − cosine", "best uniform setting"],
-        [[row[0], row[1], row[3], row[4]] for row in ratio_rows(results)],
+        ["ratio asked", "artifact", "1 − cosine", "best uniform setting", "Spearman"],
+        [[row[0], row[1], row[3], row[4], row[6]] for row in ratio_rows(results)],
     )
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
