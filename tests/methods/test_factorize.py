@@ -276,3 +276,14 @@ def test_a_trellis_over_principal_components_is_better_than_either(size):
     plain = losses("trellis", [steps[6], steps[8]])
     assert ours < 0.9 * at(rotated, length) and ours < 0.9 * at(plain, length)
     assert not get_method("trellis-svd").settings(table[:100], evidence)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_few_components_of_a_large_matrix_are_those_of_all(decay):
+    torch.manual_seed(0)
+    weight = torch.randn(1200, 1100) * torch.arange(1, 1101) ** -decay
+    few, whole = factors.whitened(weight, most=20), factors.whitened(weight).first(20)
+    assert torch.allclose(few.values, whole.values, rtol=1e-4)
+    product = lambda parts: parts.left @ parts.right  # noqa: E731
+    assert float((product(few) - product(whole)).norm() / product(whole).norm()) < 1e-3
+    assert torch.equal(factors.whitened(weight, most=20).left, few.left), "the same matrix gives the same bytes"

@@ -93,7 +93,7 @@ def whitened(
         without negative eigenvalues (second moments of outputs' gradients, of inputs). Where such a matrix has no
         full rank, components that it does not see are left out.
     most
-        The most components that are wanted.
+        The most components that are wanted; of large matrices no others are worked out where that can be avoided.
     damping
         Share of its mean diagonal that is added to the diagonal of both moments.
     """
@@ -174,13 +174,42 @@ class _Moment:
         return x * self.inverse[:, None] if self.inverse.ndim == 1 else self.inverse @ x
 
 
+#: Where no more components are wanted than this share of a Gram matrix above this size, only they are worked out: by so
+#: many steps of subspace iteration at most, with so many vectors more than are wanted, until ``G V - V S`` is no more
+#: than this share of the largest value.
+_FEW, _LARGE = 1 / 8, 1024
+_STEPS, _SPARE, _EXACT = 24, 16, 1e-6
+
+
+def _leading(gram: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """The ``most`` largest eigenvalues and their vectors, or None where the spectrum is too flat to find them so."""
+    start = torch.randn(len(gram), most + most // 2 + _SPARE, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(start.to(gram))[0]
+    for step in range(1, _STEPS + 1):
+        product = gram @ basis
+        if step % 6 == 0:
+            values, turn = torch.linalg.eigh(basis.t() @ product)
+            values, turn = values.flip(0)[:most], turn.flip(1)[:, :most]
+            vectors = basis @ turn
+            if float((product @ turn - vectors * values).norm(dim=0).max()) <= _EXACT * float(values[0]):
+                return values, vectors
+        basis = torch.linalg.qr(product)[0]
+    return None
+
+
 def principal(gram: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors of ``A``, largest first, from its Gram matrix ``A^T A``.
 
     Those above rounding errors, at least one and at most ``most``.
     """
-    squares, vectors = torch.linalg.eigh((gram + gram.t()) / 2)
-    squares, vectors = squares.flip(0), vectors.flip(1)
+    gram = (gram + gram.t()) / 2
+    found = None
+    if most is not None and len(gram) > _LARGE and most <= len(gram) * _FEW:
+        found = _leading(gram, most)
+    if found is None:
+        squares, vectors = torch.linalg.eigh(gram)
+        found = squares.flip(0), vectors.flip(1)
+    squares, vectors = found
     count = max(1, int((squares > float(squares[0]) * 1e-13).sum()))
     count = min(count, most or count)
     # A matrix of zeros has one component, of nothing.
