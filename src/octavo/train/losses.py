@@ -58,12 +58,17 @@ def distillation(teacher: nn.Module, loss: Loss | None = None, *, share: float =
     def combined(module: nn.Module, batch: Batch) -> Tensor:
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
         with torch.no_grad():
-            target = (outputs_of(teacher, inputs) / temperature).log_softmax(-1)
-        logs = (outputs_of(module, inputs) / temperature).log_softmax(-1)
-        divergence = (target.exp() * (target - logs)).sum(-1).mean() * temperature**2
-        return divergence if loss is None else share * divergence + (1 - share) * loss(module, batch)
+            target = outputs_of(teacher, inputs) / temperature
+        value = divergence(target, outputs_of(module, inputs) / temperature) * temperature**2
+        return value if loss is None else share * value + (1 - share) * loss(module, batch)
 
     return combined
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of the distributions that logits (..., classes) give: mean over all but classes."""
+    target, logs = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (target.exp() * (target - logs)).sum(-1).mean()
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from octavo.methods.factorize.factors import whitened
 from octavo.sites import Layout
 from octavo.train.formed import unparametrized
 from octavo.train.loop import Regimen
-from octavo.train.losses import Batch, Loss, logits_of, outputs_of
+from octavo.train.losses import Batch, Loss, divergence, logits_of, outputs_of
 
 SOURCE = "Maestro (Horvath, Laskaridis, Rajput & Wang, 2024, ICML; arXiv 2308.14929)"
 
@@ -110,8 +110,7 @@ class OrderedDropout(Regimen):
             handle.remove()
         layer.width = width
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
-        target, logs = outputs[0].detach().log_softmax(-1), outputs_of(model, inputs).log_softmax(-1)
-        return value + (target.exp() * (target - logs)).sum(-1).mean()
+        return value + divergence(outputs[0].detach(), outputs_of(model, inputs))
 
     def penalty(self) -> Tensor:
         """The hierarchical group lasso of all layers."""
