@@ -146,7 +146,6 @@ def decompose(
     column_modes: Sequence[int],
     chi: int | None = None,
     *,
-    discard: float = 0.0,
     evidence: Evidence | None = None,
 ) -> Chain:
     """Truncated SVDs from the first site to the last (TT-SVD; Oseledets, 2011).
@@ -161,8 +160,6 @@ def decompose(
         (rows, columns).
     chi
         The most singular values that a cut keeps; None for all.
-    discard
-        Share of the squared norm that all cuts together may discard besides.
     evidence
         Weighs errors by what of it is a product over the digits of rows and columns, for such weights can be folded
         into the cores and others cannot. Of token counts, which fall with a token's number, that is a good part.
@@ -189,13 +186,12 @@ def decompose(
     unit = float(rest.abs().max()) or 1.0
     # Scaled, so that no square is out of range.
     rest = (rest / unit).reshape(1, -1).double()
-    allowed = discard * float(rest.square().sum()) / max(sites - 1, 1)
     cores, bonds, lost = [], [], 0.0
     for scale in scales[:-1]:
         rest = rest.reshape(len(rest) * len(scale), -1)
         parts = _leading(rest, chi)
         tails = float(rest.square().sum()) - parts.values.double().square().cumsum(0)
-        parts = parts.first(min(len(tails), int((tails > allowed).sum()) + 1))
+        parts = parts.first(min(len(tails), int((tails > 0).sum()) + 1))
         values = parts.values.double()
         lost += max(0.0, float(tails[len(values) - 1]))
         basis = parts.left.double() / values.sqrt()
