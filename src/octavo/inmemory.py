@@ -55,9 +55,7 @@ class InMemory:
         if self._reference is None:
             with replaced(self.module, {}), torch.inference_mode():
                 self._reference = _reference(self.module, batches, objective)
-        parameters = self.source.parameters
-        stored = {parameter: self.source.aliases.get(name, name) for name, parameter in parameters.items()}
-        new = {parameter: weights[name] for parameter, name in stored.items() if name in weights}
+        new = self.source.placed(weights)
         losses = []
         with replaced(self.module, new) as change, torch.inference_mode():
             for number, batch in enumerate(batches):

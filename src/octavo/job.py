@@ -59,6 +59,7 @@ class Job:
         # Checksums of kept tensors are worked out once for all contents.
         self._kept: dict[torch.dtype | None, dict[str, Kept]] = {}
         self._by_name = {site.name: site for site in self.sites}
+        self._own_names: frozenset[str] | None = None
 
     def site(self, name: str) -> Site:
         """The site of that name."""
@@ -161,7 +162,17 @@ class Job:
             for name, item in packed.items()
         }
         resident = self.resident(packed) if self.target == "memory" else None
-        return Contents(source, entries, self.kept(dtype), self.source.aliases, resident)
+        return Contents(source, entries, self.kept(dtype), self.source.aliases, resident, self._named())
+
+    def _named(self) -> frozenset[str]:
+        """Aliases that the loader of the source must find in the files, since it does not tie them itself."""
+        if self._own_names is None:
+            self._own_names = frozenset()
+            if self.source.is_transformers and self.source.aliases:
+                from octavo.integrations.transformers import tied_names
+
+                self._own_names = frozenset(self.source.aliases) - tied_names(self.source)
+        return self._own_names
 
     def resident(self, packed: Mapping[str, Packed]) -> int:
         """Bytes of all tensors while the model runs packed: sites, what is no site, and buffers that are not stored."""

@@ -89,6 +89,7 @@ class Artifact:
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
         self.coded: Mapping[str, Any] = _mapping(self.manifest, "coded")
         self.aliases: Mapping[str, Any] = _mapping(self.manifest, "aliases")
+        self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
         if set(named) != set(self._tensors) or len(named) != len(self._tensors):
             odd = sorted(set(named) ^ set(self._tensors))[:3]
@@ -181,6 +182,13 @@ class Artifact:
             tensors = dict(zip(order, pool.map(self.packed if packed else self.tensor, order), strict=True))
         torch.set_num_threads(threads)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
+
+    def _take_named(self) -> None:
+        """Take out aliases that stand in the files without content, for the sake of other loaders."""
+        for alias in self.aliases:
+            place = self._tensors.get(alias)
+            if place is not None and (place.dtype, place.shape) == (torch.uint8, (0,)):
+                del self._tensors[alias]
 
     def _open(self, name: str, entry: Any) -> None:
         if not _FILE_NAME.fullmatch(name):
@@ -301,7 +309,7 @@ def _layout(name: str, entry: Mapping[str, Any]) -> Layout:
     kind, groups = layout if isinstance(layout, list) and len(layout) == 2 else (None, 0)
     whole = naturals([groups]) and groups > 0 and (groups == 1 or (kind == "transposed" and shape[0] % groups == 0))
     if (
-        kind not in ("rows_first", "columns_first", "transposed")
+        kind not in ("rows_first", "columns_first", "transposed", "stacked")
         or not whole
         or (kind == "columns_first" and len(shape) != 2)
     ):

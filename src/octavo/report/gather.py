@@ -44,8 +44,7 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
         losses = job.measure(state)
         quality, p95 = float(losses.mean()), float(losses.quantile(0.95))
         if job.source.is_transformers and not job.source.is_skeleton:
-            names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
-            with replaced(job.source.module, names):
+            with replaced(job.source.module, job.source.placed(state)):
                 digests["outputs"] = probe_outputs(job.source.module)
     sites = [_site_row(done, name) for name in built.packed]
     families: dict[str, dict[str, Any]] = {}
@@ -313,7 +312,7 @@ def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) 
     if job.source.module is None or job.source.is_skeleton or not job.held_data:
         return None
     module, batch = job.source.module, job.held_data[0]
-    weights = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
+    weights = job.source.placed(state)
 
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
         def call() -> None:
