@@ -139,6 +139,17 @@ class Blockwise:
         self._reference.drop("measured")
         return torch.cat(losses)
 
+    @fast_matmul()
+    def judge(
+        self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Divergence of every example from the source, with another module in its place."""
+        losses = []
+        with torch.inference_mode():
+            for batch, outputs in zip(batches, self.outputs(batches, objective), strict=True):
+                losses.append(objective.divergence(outputs, objective.outputs(module, batch)))
+        return torch.cat(losses)
+
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
         """What the objective compares, batch by batch."""
         with tempfile.TemporaryDirectory(prefix="octavo-states-") as folder:

@@ -202,14 +202,13 @@ class Job:
             raise RequestError("nothing can be measured without a model and data")
         return self._model.measure(self.held_data, self.objective, weights)
 
-    def judge(self, module: nn.Module) -> Tensor:
-        """Divergence of every held-back example from the source with another module in its place."""
+    def judge(self, module: nn.Module, old: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Divergence of every held-back example from the source with another module in its place.
+
+        ``old`` holds the values of the source's own module where they were changed since it was measured.
+        """
         assert self._model is not None
-        with torch.inference_mode():
-            pairs = zip(self.held_data, self._model.outputs(self.held_data, self.objective), strict=True)
-            return torch.cat(
-                [self.objective.divergence(old, self.objective.outputs(module, data)) for data, old in pairs]
-            )
+        return self._model.judge(self.held_data, self.objective, module, old or {})
 
     @property
     def measurable(self) -> bool:

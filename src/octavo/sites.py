@@ -140,6 +140,8 @@ class Source:
         Tensors that become tensors of ``module`` in another shape.
     unused
         Tensors that ``module`` has no place for.
+    unfilled
+        Parameters of ``module`` that none of the tensors fills: its own loader gives them random values.
     """
 
     title: str
@@ -152,6 +154,7 @@ class Source:
     parameters: dict[str, str] = field(default_factory=dict)
     conversions: list[Conversion] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    unfilled: list[str] = field(default_factory=list)
     is_transformers: bool = False
     #: Where configuration and tokenizer are, if not in ``path``.
     companions: Path | None = None

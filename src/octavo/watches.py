@@ -61,7 +61,7 @@ class _Watch:
             self.scale, self._checked = scale_of_table(module, args, kwargs), True
         if self.scale is None:
             return None
-        held = module._parameters if self.leaf in module._parameters else module._buffers
+        held: dict[str, Any] = module._parameters if self.leaf in module._parameters else module._buffers
         self._own = held[self.leaf]
         assert self._own is not None
         copy = self._own.detach()

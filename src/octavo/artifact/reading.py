@@ -89,7 +89,8 @@ class Artifact:
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
         self.coded: Mapping[str, Any] = _mapping(self.manifest, "coded")
         self.aliases: Mapping[str, Any] = _mapping(self.manifest, "aliases")
-        self._take_named()
+        #: Aliases that stand in the files under their own name.
+        self.named = self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
         if set(named) != set(self._tensors) or len(named) != len(self._tensors):
             odd = sorted(set(named) ^ set(self._tensors))[:3]
@@ -183,12 +184,22 @@ class Artifact:
         torch.set_num_threads(threads)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
 
-    def _take_named(self) -> None:
-        """Take out aliases that stand in the files without content, for the sake of other loaders."""
-        for alias in self.aliases:
-            place = self._tensors.get(alias)
-            if place is not None and (place.dtype, place.shape) == (torch.uint8, (0,)):
-                del self._tensors[alias]
+    def loadable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that a loader finds in the files, as they are once decoded."""
+        shapes = {name: tuple(entry["shape"]) for name, entry in self.sites.items()}
+        shapes.update((name, tuple(entry[1:])) for name, entry in self.coded.items())
+        shapes.update((name, self._tensors[name].shape) for name in self.kept)
+        return {**shapes, **{alias: shapes[self.aliases[alias]] for alias in self.named}}
+
+    def _take_named(self) -> list[str]:
+        """Take out the aliases that stand in the files without content, for the sake of other loaders."""
+        places = {alias: self._tensors.get(alias) for alias in self.aliases}
+        named = [
+            alias for alias, place in places.items() if place and (place.dtype, place.shape) == (torch.uint8, (0,))
+        ]
+        for alias in named:
+            del self._tensors[alias]
+        return named
 
     def _open(self, name: str, entry: Any) -> None:
         if not _FILE_NAME.fullmatch(name):

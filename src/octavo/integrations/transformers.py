@@ -76,20 +76,32 @@ def attach_module(source: Source, folder: Path) -> None:
             "model is run"
         )
         return
+    source.module = skeleton(folder)
+    bind(source, source.module)
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model of a folder without weights, in float32, by the class that its config names.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be built.
+    """
+    transformers = require_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         cls = _class_of(folder)
         with _WithoutContent():
             build = getattr(cls, "_from_config", None) or cls.from_config
-            module = build(config, dtype=torch.float32)
+            module: Any = build(config, dtype=torch.float32)
     except Exception as error:
         # A config can be wrong in as many ways as there are architectures, and each raises what it likes.
         raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
     # Keys and values of earlier tokens are of no use to one pass over whole texts.
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
-    source.module = module.eval()
-    bind(source, module)
+    return module.eval()
 
 
 def _class_of(folder: Path) -> Any:
@@ -99,14 +111,16 @@ def _class_of(folder: Path) -> Any:
 
 
 def load_weights(source: Source) -> None:
-    """Put the whole model of a folder in memory, in float32, in place of its skeleton."""
+    """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
     assert source.path is not None
-    cls = _class_of(source.path)
     try:
-        source.module = cls.from_pretrained(source.path, dtype=torch.float32, local_files_only=True).eval()
+        loaded = load_as_users_do(source.path, {"dtype": torch.float32})
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RequestError(f"{source.path}: {cls.__name__}.from_pretrained failed: {error}") from error
-    bind(source, source.module)
+        name = _class_of(source.path).__name__
+        raise RequestError(f"{source.path}: {name}.from_pretrained failed: {error}") from error
+    source.module = loaded.model
+    bind(source, loaded.model)
+    source.unfilled = loaded.missing
 
 
 def bind(source: Source, module: nn.Module) -> None:
@@ -118,6 +132,7 @@ def bind(source: Source, module: nn.Module) -> None:
     converted = {name: item.targets[0] for item in found.conversions for name in item.names}
     source.parameters, source.conversions = {**found.parameters, **converted}, found.conversions
     source.unused = [name for name in found.unused if name in source.shapes]
+    source.unfilled = found.missing
 
 
 def tied_names(source: Source) -> set[str]:
