@@ -15,6 +15,7 @@ from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
 from octavo.files import from_path
 from octavo.inmemory import InMemory
+from octavo.integrations.pretrained import adopt, is_pretrained
 from octavo.integrations.sentences import SentenceEncoder, transformer_folder
 from octavo.objective import Batch, Objective, objective, select, sequences_in
 from octavo.sites import Source, examine, from_module
@@ -58,6 +59,8 @@ def open_source(source: str | Path | nn.Module | Source, *, module: bool = True,
 
     if isinstance(source, nn.Module):
         opened = from_module(source)
+        if is_pretrained(source):
+            adopt(opened, source)
     elif isinstance(source, Source):
         opened = source
     else:

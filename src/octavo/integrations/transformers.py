@@ -152,10 +152,19 @@ def bind(source: Source, module: nn.Module) -> None:
 
 def tied_names(source: Source) -> set[str]:
     """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
-    module = source.module
-    if module is None:
+    from octavo.integrations.names import names_of
+
+    folder, module = source.folder, source.module
+    if module is None or folder is None:
         return set()
-    state, direct = module.state_dict(keep_vars=True), source.direct
+    direct = source.direct
+    if source.path is None or not source.path.is_dir():
+        # A model that was given in memory may be tied by hand; what counts is what its configuration ties.
+        module = skeleton(transformer_folder(folder))
+        direct = names_of(
+            module, {**source.shapes, **{a: source.shapes[n] for a, n in source.aliases.items()}}
+        ).parameters
+    state = module.state_dict(keep_vars=True)
 
     def held(name: str) -> int | None:
         parameter = direct.get(name)
