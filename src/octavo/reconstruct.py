@@ -127,7 +127,8 @@ class _Fit:
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
-        batches = [piece for batch in self.job.calibration_data for piece in _pieces(batch, size)]
+        whole = self.job.calibration_data
+        batches = [piece for batch in whole for piece in _pieces(batch, size)] if self.job.rows else whole
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.rows.values()]
         optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
