@@ -25,6 +25,7 @@ from octavo.inputs import Progress
 from octavo.job import Job
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
+from octavo.narrowing import Narrowing
 from octavo.objective import Objective
 from octavo.patterns import apply_patterns
 from octavo.running import resident_bytes
@@ -161,14 +162,14 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
         return
     evidence = data_free(job.source, job.sites).evidence
     packed = {site.name: _coarsest(job, site, evidence[site.name]) for site in job.sites}
-    if asked.bytes > _SURE * job.contents(packed, torch.float16).bytes:
+    if asked.bytes > _SURE * job.contents(packed, Narrowing.SCALE).bytes:
         return
     if job.measurable:
         # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
         steps = sum(site.rows + site.columns for site in job.sites)
-        smallest = int(1.1 * (job.contents(packed, None).bytes + steps))
+        smallest = int(1.1 * (job.contents(packed, Narrowing.EXACT).bytes + steps))
     else:
-        smallest = job.contents(packed, job.kept_dtype()).bytes
+        smallest = job.contents(packed, job.narrowing()).bytes
     raise unreachable(asked, job.source.original_bytes, smallest)
 
 
