@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from octavo.artifact import Contents, Entry, Kept, Packed, unpack
@@ -131,10 +130,12 @@ class Job:
             self._kept[how] = {}
             for name, reason in self.left.items():
                 own = stored = self.source.dtypes[name]
+                fixed = name in self.source.fixed
                 # What the user asked to leave alone is left alone.
-                if own.is_floating_point and not reason.startswith("ignored"):
-                    stored = stored_dtype(self.source.read(name).detach(), how)
-                self._kept[how][name] = Kept(partial(self.source.read, name), self.source.shapes[name], stored, own)
+                if not reason.startswith("ignored"):
+                    stored = stored_dtype(self.source.read(name).detach(), Narrowing.EXACT if fixed else how)
+                read, shape = partial(self.source.read, name), self.source.shapes[name]
+                self._kept[how][name] = Kept(read, shape, stored, own, coded=fixed)
         return self._kept[how]
 
     def narrowing(self) -> Narrowing:
@@ -163,7 +164,8 @@ class Job:
             for name, item in packed.items()
         }
         resident = self.resident(packed) if self.target == "memory" else None
-        return Contents(source, entries, self.kept(how), self.source.aliases, resident, self._named())
+        aliases, extra = self.source.aliases, self.source.extra
+        return Contents(source, entries, self.kept(how), aliases, resident, self._named(), extra)
 
     def _named(self) -> frozenset[str]:
         """Aliases that the loader of the source must find in the files, since it does not tie them itself."""
@@ -184,7 +186,7 @@ class Job:
             narrow = self.source.is_transformers and dtype.is_floating_point
             total += math.prod(self.source.shapes[name]) * (2 if narrow else dtype.itemsize)
         if self.source.module is not None:
-            stored = self.source.module.state_dict().keys()
+            stored = set(self.source.parameters.values())
             total += sum(b.nbytes for name, b in self.source.module.named_buffers() if name not in stored)
         return total
 
