@@ -473,7 +473,7 @@ def test_the_model_is_left_as_it_was(fail):
     training = {name: child.training for name, child in module.named_modules()}
     wanted = {name: p.requires_grad for name, p in module.named_parameters()}
     if fail:
-        with pytest.raises(KeyError, match="in the model"):
+        with pytest.raises(RequestError, match="in the model"):
             gather(module, [torch.randn(16, 24)])
     else:
         gather(module, [torch.randn(16, 24)])

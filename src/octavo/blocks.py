@@ -25,8 +25,8 @@ from octavo.sites import Source
 AROUND = -1
 
 
-class _Stop(Exception):
-    """Ends a forward pass in which everything of interest was seen."""
+class _Stop(BaseException):
+    """Ends a forward pass in which everything of interest was seen; no error, which would be told as one."""
 
 
 @dataclass(frozen=True)

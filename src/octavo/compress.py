@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from octavo import executors
 from octavo.allocate import allocate, load_plan
+from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget
 from octavo.calibrate import Calibration
 from octavo.curves import build_profile
@@ -86,6 +87,7 @@ def compress(
     latency: str | float | None = None,
     shape: str | Sequence[int] = (1, 32),
     data: Any = None,
+    forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
     curvature: str = "kfac",
     methods: Sequence[str] | None = None,
@@ -116,8 +118,14 @@ def compress(
         seconds (``"5ms"``), at ``shape`` sequences x tokens, on this machine with onnxruntime
         (:func:`octavo.speed.compress_for_speed`). Its methods and preset are its own.
     data
-        A file or list of texts for a text model, or an iterable of batches that the module takes. Without any, the
-        built-in English text serves a text model, and other sources are compressed without data.
+        A file or list of texts for a text model, or an iterable of batches, such as a ``DataLoader``; a single tensor
+        or mapping is one batch. Without any, the built-in English text serves a text model, and other sources are
+        compressed without data. Of a tuple longer than ``forward`` takes, such as inputs with labels, the first
+        element goes in; keys that ``forward`` does not know are left out. Batches whose rows point to each other,
+        such as graphs, are held back whole.
+    forward_args
+        Says for each batch what the module is called with: a tuple of positional or a mapping of keyword arguments,
+        as in ``lambda batch: (batch.x, batch.edge_index)``.
     objective
         ``cosine``, ``kl``, ``squared`` or an :class:`~octavo.objective.Objective`; chosen by the source if not given.
     curvature
@@ -160,8 +168,9 @@ def compress(
         said = [choice for choice, usual in ((preset, "default"), (curvature, "kfac")) if choice != usual]
         others = (ratio, size, bits, methods, plan, *said)
         return _for_speed(
-            others, source, speedup=speedup, latency=latency, shape=shape, data=data, objective=objective,
-            ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed, progress=progress,
+            others, source, speedup=speedup, latency=latency, shape=shape, data=data, forward_args=forward_args,
+            objective=objective, ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed,
+            progress=progress,
         )  # fmt: skip
     if speedup is not None or latency is not None:
         raise RequestError("speedup and latency are budgets of speed: add --for speed (target='speed')")
@@ -169,8 +178,9 @@ def compress(
         raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     clock = _Clock()
     job = open_job(
-        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature
-    )
+        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature,
+        forward_args,
+    )  # fmt: skip
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
     if not resume:

@@ -139,7 +139,8 @@ def export(
     probe(source, size)
     batches, text = inputs.load_data(source, data, limit=None)
     wanted = inputs.choose_objective(source, objective)
-    calibration_data, held = inputs.split(inputs.prepared(source, wanted, batches))
+    batches = inputs.prepared(source, wanted, batches)
+    calibration_data, held = inputs.split(batches, rows=inputs.divisible(source, wanted, batches))
     model, kinds = trace(source)
     forms = {name: opened.forms[name] for name in kinds}
     difference = check_graph(source, model, forms)

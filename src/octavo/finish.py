@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from octavo.allocate import Plan, allocate, uniform, unreachable
 from octavo.artifact import Contents, Packed
@@ -16,6 +15,7 @@ from octavo.calibrate import Calibration
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job
 from octavo.methods import get_method
+from octavo.narrowing import Narrowing
 from octavo.profile import Point, Profile, slope
 from octavo.raw import Lazily
 from octavo.workspace import Workspace
@@ -117,10 +117,10 @@ def _encoded(
     return points, packed, contents
 
 
-def _kept(job: Job, profile: Profile, points: Mapping[str, Point]) -> torch.dtype | None:
+def _kept(job: Job, profile: Profile, points: Mapping[str, Point]) -> Narrowing:
     # Where no site loses anything, what is no site shall lose nothing either.
     lossless = not job.pinned and all(point.loss == 0 for point in points.values())
-    return torch.float16 if profile.options.get("kept") and not lossless else None
+    return Narrowing.EXACT if lossless else Narrowing(profile.options["kept"])
 
 
 def _fits(total: int, asked: Budget) -> bool:

@@ -13,6 +13,7 @@ from octavo.blocks import Blocks
 from octavo.calibrate import Calibration, calibrate
 from octavo.errors import RequestError
 from octavo.matmul import fast_matmul
+from octavo.modules import own_tensors
 from octavo.objective import Batch, Objective
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
@@ -107,11 +108,7 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         for tensor in tensors.values():
             tensor.data = tensor.data.clone()
         module.eval()
-        yield {
-            name: before[id(tensor)]
-            for name, tensor in module.state_dict(keep_vars=True).items()
-            if id(tensor) in before
-        }
+        yield {name: before[id(tensor)] for name, tensor in own_tensors(module).items()}
     finally:
         for key, tensor in tensors.items():
             tensor.data = before[key]
@@ -123,8 +120,8 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _extra_state(module: nn.Module) -> list[tuple[nn.Module, Any]]:
     """What modules keep beside tensors, of those that can take it back."""
-    own = nn.Module.get_extra_state
-    return [(part, part.get_extra_state()) for part in module.modules() if type(part).get_extra_state is not own]
+    own = nn.Module.set_extra_state
+    return [(part, part.get_extra_state()) for part in module.modules() if type(part).set_extra_state is not own]
 
 
 class _Outputs:
@@ -189,7 +186,7 @@ class replaced:
     def __enter__(self) -> replaced:
         self.training = [submodule for submodule in self.module.modules() if submodule.training]
         self.module.eval()
-        self.state = self.module.state_dict(keep_vars=True)
+        self.state = own_tensors(self.module)
         self.old = {name: self.state[name].data for name in self.weights}
         for name, weight in self.weights.items():
             target = self.state[name]

@@ -4,47 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch, mask_of, run, select, sequences_in
 from octavo.errors import RequestError
 from octavo.matmul import fast_matmul
 
-Batch = Any
 #: Logits of one batch take no more, so that some copies of them do not matter beside a model.
 _LOGITS_BYTES = 1 << 28
-
-
-def run(module: nn.Module, batch: Batch) -> Any:
-    """Call a module on a batch that is a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    return module(*batch) if isinstance(batch, tuple | list) else module(batch)
-
-
-def mask_of(batch: Batch) -> Tensor | None:
-    """The (sequences, tokens) mask of a batch that tells tokens from padding, or None."""
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
-
-
-def sequences_in(batch: Batch) -> int:
-    """Number of examples in a batch."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)
-
-
-def select(batch: Batch, which: slice | Tensor) -> Batch:
-    """Some of the examples of a batch."""
-    size = sequences_in(batch)
-
-    def pick(value: Any) -> Any:
-        return value[which] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-    if isinstance(batch, Mapping):
-        return {key: pick(value) for key, value in batch.items()}
-    return type(batch)(pick(value) for value in batch) if isinstance(batch, tuple | list) else pick(batch)
 
 
 def _vocabulary(module: nn.Module) -> int:

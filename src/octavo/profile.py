@@ -29,7 +29,7 @@ from octavo.workspace import write_file
 SCREEN = 3.0
 #: One that loses less than this many times more is tried further, catching up or not.
 PROMISING = 1.15
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from octavo.finish import Built
 from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
 from octavo.inmemory import replaced
 from octavo.job import Job
+from octavo.modules import own_tensors
+from octavo.narrowing import FLOATS
 from octavo.objective import Batch, Loss, select, sequences_in
 from octavo.raw import Lazily
 
@@ -102,13 +104,16 @@ class _Fit:
         self.weights = dict(job.weights(built.packed))
         self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
         self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
-        state = self.module.state_dict(keep_vars=True)
+        state = own_tensors(self.module)
         self.start: dict[str, Tensor] = {}
         self.units: dict[str, Tensor] = {}
         for name, kept in built.contents.kept.items():
+            if kept.dtype not in FLOATS:
+                continue
             weight = kept.tensor().float()
             learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
-            if learnable and kept.dtype.is_floating_point and not job.left[name].startswith("ignored") and weight.any():
+            learnable = learnable and name not in job.source.fixed and not job.left[name].startswith("ignored")
+            if learnable and weight.any() and weight.isfinite().all():
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
                 self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
         self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
@@ -127,7 +132,8 @@ class _Fit:
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
-        batches = [piece for batch in self.job.calibration_data for piece in _pieces(batch, size)]
+        whole = self.job.calibration_data
+        batches = [piece for batch in whole for piece in _pieces(batch, size)] if self.job.rows else whole
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.rows.values()]
         optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
@@ -145,7 +151,7 @@ class _Fit:
         objective, kept = self.job.objective, self.kept()
         device = next(self.module.parameters()).device.type
         coarse = self.old.quality > _COARSE
-        state = self.module.state_dict(keep_vars=True)
+        state = own_tensors(self.module)
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.module, {}):
                 reference = objective.outputs(self.module, batch)

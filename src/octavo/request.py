@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from octavo import inputs
 from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
+from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import CURVATURES, data_free
@@ -24,6 +25,7 @@ from octavo.inputs import Progress
 from octavo.job import Job
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
+from octavo.narrowing import Narrowing
 from octavo.objective import Objective
 from octavo.patterns import apply_patterns
 from octavo.running import resident_bytes
@@ -56,6 +58,7 @@ def open_job(
     memory: str | int | None = None,
     target: str = "disk",
     curvature: str = "kfac",
+    forward_args: Callable[[Batch], Any] | None = None,
 ) -> Job:
     """Check a request and gather what all steps share."""
     if curvature not in CURVATURES:
@@ -76,7 +79,7 @@ def open_job(
         )
     if preset == DATA_FREE:
         opened.module = None
-    batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset])
+    batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset], forward_args=forward_args)
     wanted = inputs.choose_objective(opened, objective)
     if opened.module is not None and not batches:
         opened.module = None
@@ -87,10 +90,11 @@ def open_job(
         )
     if opened.module is not None:
         batches = inputs.prepared(opened, wanted, batches)
-    calibration, held = inputs.split(batches)
+    rows = inputs.divisible(opened, wanted, batches)
+    calibration, held = inputs.split(batches, rows=rows)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
-        list(opened.notes), limit, curvature=curvature,
+        [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature, rows=rows,
     )  # fmt: skip
 
 
@@ -158,14 +162,14 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
         return
     evidence = data_free(job.source, job.sites).evidence
     packed = {site.name: _coarsest(job, site, evidence[site.name]) for site in job.sites}
-    if asked.bytes > _SURE * job.contents(packed, torch.float16).bytes:
+    if asked.bytes > _SURE * job.contents(packed, Narrowing.SCALE).bytes:
         return
     if job.measurable:
         # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
         steps = sum(site.rows + site.columns for site in job.sites)
-        smallest = int(1.1 * (job.contents(packed, None).bytes + steps))
+        smallest = int(1.1 * (job.contents(packed, Narrowing.EXACT).bytes + steps))
     else:
-        smallest = job.contents(packed, job.kept_dtype()).bytes
+        smallest = job.contents(packed, job.narrowing()).bytes
     raise unreachable(asked, job.source.original_bytes, smallest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
+from octavo.coding.container import DTYPES as INTEGERS
 from octavo.conversions import Conversion
 from octavo.errors import RequestError
+from octavo.modules import own_tensors, state_of
+from octavo.narrowing import FLOATS
 from octavo.raw import raw_bytes
 
 #: Called with how much is done and how much there is.
@@ -27,7 +31,12 @@ SMALLEST_SITE = 512
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "C64": torch.complex64,
 }  # fmt: skip
+#: A tensor of zeros and one number at least as far below is a mask that is added.
+_MASK = -1e4
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -140,6 +149,10 @@ class Source:
         Tensors that become tensors of ``module`` in another shape.
     unused
         Tensors that ``module`` has no place for.
+    fixed
+        Tensors that are stored as they are, whatever their shape, and why.
+    extra
+        What is stored beside tensors: plain data by name (``torch.nn.Module.get_extra_state``).
     unfilled
         Parameters of ``module`` that none of the tensors fills: its own loader gives them random values.
     """
@@ -154,6 +167,8 @@ class Source:
     parameters: dict[str, str] = field(default_factory=dict)
     conversions: list[Conversion] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     unfilled: list[str] = field(default_factory=list)
     is_transformers: bool = False
     #: Whether ``module`` is an encoder of sentence-transformers as a whole.
@@ -194,6 +209,8 @@ class Source:
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
             digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]} {self.digests[name]}\n".encode())
+        if self.extra:
+            digest.update(json.dumps(self.extra, sort_keys=True).encode())
         return digest.hexdigest()
 
     def owner(self, name: str) -> nn.Module | None:
@@ -226,7 +243,7 @@ class Source:
         """
         if self.module is None:
             return {}
-        state = self.module.state_dict(keep_vars=True)
+        state = own_tensors(self.module)
         names = {id(state[parameter]): self.aliases.get(name, name) for name, parameter in self.direct.items()}
         result: dict[str, list[tuple[nn.Module, str]]] = {}
         for module in self.module.modules():
@@ -264,8 +281,12 @@ class Source:
         sites, reasons = [], {}
         for name, shape in self.shapes.items():
             dtype = self.dtypes[name]
-            if not dtype.is_floating_point:
+            if dtype in INTEGERS:
                 reasons[name] = "not a floating tensor: coded without loss"
+            elif name in self.fixed:
+                reasons[name] = self.fixed[name]
+            elif dtype not in FLOATS:
+                reasons[name] = f"{str(dtype).removeprefix('torch.')} tensor"
             elif len(shape) < 2:
                 reasons[name] = f"{len(shape)}-d tensor"
             elif math.prod(shape) < SMALLEST_SITE:
@@ -297,16 +318,15 @@ class Source:
 
 def from_module(module: nn.Module, *, title: str | None = None) -> Source:
     """A source from any module in memory; tied tensors are those that share their storage."""
+    state = state_of(module)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.dtype not in DTYPES.values():
-            raise RequestError(f"{type(module).__name__}: {name!r} has dtype {tensor.dtype}, which is not supported")
+    for name, tensor in state.tensors.items():
         # A transposed view of a square weight has its address and shape, but other strides: it is another tensor.
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key = (
+            tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        )  # fmt: skip
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
             continue
@@ -322,23 +342,36 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
         aliases=aliases,
         read=lambda name: tensors[name].detach(),
         module=module,
-        parameters={name: name for name in (*tensors, *aliases)},
+        parameters=state.parameters,
+        fixed=state.fixed,
+        extra=state.extra,
+        notes=state.notes,
     )
 
 
 def examine(source: Source, progress: Progress = lambda done, total: None) -> None:
-    """Read every tensor once, if that was not done before: refuse NaN and Inf, and remember the content's digest.
+    """Read every tensor once, if that was not done before, and remember the content's digest.
+
+    Weights with NaN or Inf are refused. Masks may hold them, and so may buffers: these are stored as they are.
 
     Raises
     ------
     RequestError
-        Naming the first tensor that holds NaN or Inf, and where in it.
+        Naming the first weight that holds NaN or Inf, and where in it.
     """
     names = [name for name in source.shapes if name not in source.digests]
+    own = {} if source.module is None else own_tensors(source.module)
+    buffers = {name for name, target in source.direct.items() if not isinstance(own.get(target), nn.Parameter | None)}
 
     def digest(name: str) -> str:
         tensor = source.read(name).detach()
-        _check_finite(source, name, tensor)
+        if name not in source.fixed and _may_be_site(tensor):
+            if _is_mask(tensor):
+                source.fixed[name] = "a mask"
+            elif not _is_finite(tensor):
+                if name not in buffers:
+                    raise _not_finite(source, name, tensor)
+                source.fixed[name] = "a buffer with values that are not finite"
         return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
     for done, found in enumerate(in_order(digest, names)):
@@ -346,12 +379,24 @@ def examine(source: Source, progress: Progress = lambda done, total: None) -> No
         progress(done + 1, len(names))
 
 
-def _check_finite(source: Source, name: str, tensor: Tensor) -> None:
-    # NaN and Inf show in the extremes, which take no memory, unlike a mask.
-    if not tensor.dtype.is_floating_point or not tensor.numel() or all(map(math.isfinite, torch.aminmax(tensor))):
-        return
+def _may_be_site(tensor: Tensor) -> bool:
+    return tensor.dtype in FLOATS and tensor.ndim >= 2 and tensor.numel() >= SMALLEST_SITE
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN and Inf show in the extremes, which take no memory.
+    return all(map(math.isfinite, torch.aminmax(tensor)))
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor is zero but where it hides something by a number far below."""
+    least, most = map(float, torch.aminmax(tensor))
+    return least <= _MASK and most == 0 and bool(((tensor == 0) | (tensor == least)).all())
+
+
+def _not_finite(source: Source, name: str, tensor: Tensor) -> RequestError:
     index = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
-    raise RequestError(
+    return RequestError(
         f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; "
         "a model with NaN or Inf weights cannot be compressed, repair it first"
     )

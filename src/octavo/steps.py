@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from octavo import executors
 from octavo.allocate import Plan, allocate
+from octavo.batches import Batch
 from octavo.budget import budget as budget_of
 from octavo.compress import Compressed, compress
 from octavo.curves import build_profile
@@ -34,6 +35,7 @@ def profile(
     out: str | Path,
     *,
     data: Any = None,
+    forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
     curvature: str = "kfac",
     methods: Sequence[str] | None = None,
@@ -58,8 +60,9 @@ def profile(
         If something about the request or the source cannot be served.
     """
     job = open_job(
-        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature
-    )
+        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature,
+        forward_args,
+    )  # fmt: skip
     room = Workspace(Path(out), describe(job, preset), resume=resume)
     with executors.executor(executor) as job.executor:
         result = build_profile(job, job.calibrate(room), room, None, preset)

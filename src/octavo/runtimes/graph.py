@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.integrations.onnx import require
+from octavo.modules import own_tensors
 from octavo.objective import run
 from octavo.sites import Source
 
@@ -134,7 +135,7 @@ class _Call(nn.Module):
 def _open_sites(source: Source, names: list[str]) -> Iterator[None]:
     """While the context lasts, layers that hold a tensor of ``names`` call a placeholder with its index."""
     assert source.module is not None
-    state = source.module.state_dict(keep_vars=True)
+    state = own_tensors(source.module)
     index = {
         state[source.parameters[name]].data_ptr(): number
         for number, name in enumerate(names)

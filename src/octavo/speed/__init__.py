@@ -6,12 +6,13 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from octavo.batches import Batch
 from octavo.errors import BudgetError, RequestError
 from octavo.export import SHAPE
 from octavo.inputs import Progress, silent
@@ -36,6 +37,7 @@ def compress_for_speed(
     latency: str | float | None = None,
     shape: str | Sequence[int] = SHAPE,
     data: Any = None,
+    forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
     ignore: Iterable[str] = (),
     keep: Mapping[str, str] | None = None,
@@ -54,7 +56,7 @@ def compress_for_speed(
         Or seconds at ``shape``: ``"5ms"``.
     shape
         Sequences and tokens, ``"1x32"``.
-    source, data, objective, ignore, keep, workspace, resume, seed, progress
+    source, data, forward_args, objective, ignore, keep, workspace, resume, seed, progress
         As for :func:`octavo.compress`. ``ignore`` and ``keep`` sites run in float32, unless what is kept is a form that
         an integer kernel runs.
 
@@ -70,7 +72,7 @@ def compress_for_speed(
     require()
     asked = asked_for(speedup, latency, shape)
     clock = time.perf_counter()
-    job = _open(source, data, objective, ignore, keep, seed, progress)
+    job = _open(source, data, objective, ignore, keep, seed, progress, forward_args)
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     try:
         search = _search(job, folder, asked, resume)
@@ -146,8 +148,11 @@ def _open(
     keep: Mapping[str, str] | None,
     seed: int,
     progress: Progress,
+    forward_args: Callable[[Batch], Any] | None = None,
 ) -> Job:
-    job = open_job(source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress)
+    job = open_job(
+        source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args
+    )
     check_exportable(job.source)
     if not job.measurable:
         raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")

@@ -168,7 +168,7 @@ class Search:
         forms = {name: self._form(name, packed[name]) if name in packed else self.dense[name] for name in self.dense}
         kernels = {name: chosen[name].kernel for name in self.matrices}
         session = Session(lower(self.model, forms, kernels).SerializeToString())
-        contents = job.contents(packed, torch.float16 if job.kept_dtype() else None)
+        contents = job.contents(packed, job.narrowing())
         points = {name: Point(c.method, {**c.setting}, packed[name].bytes, c.loss) for name, c in chosen.items()}
         total = contents.bytes
         self.profile.fixed_bytes = total - sum(item.bytes for item in packed.values())
