@@ -12,6 +12,7 @@ import yaml
 
 from octavo.budget import Budget
 from octavo.errors import BudgetError, RequestError
+from octavo.knapsack import knapsack
 from octavo.methods import get_method
 from octavo.profile import Point, Profile, densified, family, interpolate
 from octavo.workspace import write_file
@@ -116,6 +117,12 @@ def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
             chosen, high = trial, middle
         else:
             low = middle
+    return filled(costs, losses, chosen, room)
+
+
+def filled(costs: np.ndarray, losses: np.ndarray, chosen: np.ndarray, room: int) -> np.ndarray:
+    """A choice with the room that it leaves given, step by step, to the site that gains most per unit."""
+    rows, chosen = np.arange(len(costs)), chosen.copy()
     left = room - int(costs[rows, chosen].sum())
     while True:
         more = costs - costs[rows, chosen][:, None]
@@ -151,14 +158,22 @@ class Choices:
 
     def solve(self, room: int) -> np.ndarray:
         """Index of the chosen point of every site, at most ``room`` bytes in sum."""
-        return solve(self.bytes, self.loss, room)
+        chosen = solve(self.bytes, self.loss, room)
+        if any(get_method(name).elastic for name in {point.method for points in self.points for point in points}):
+            return chosen
+        # Without a continuous setting nothing closes the gap that a multiplier leaves.
+        other = filled(self.bytes, self.loss, knapsack(self.bytes, self.loss, room), room)
+        return min(chosen, other, key=self.total)
+
+    def total(self, chosen: np.ndarray) -> float:
+        """Expected loss of a choice."""
+        return float(self.loss[np.arange(len(chosen)), chosen].sum())
 
     def plan(self, budget: Budget, room: int, label: str = "mixed") -> Plan:
         """The best plan within ``room`` bytes for all sites."""
         chosen = self.solve(room)
         points = {curve.site: self.points[row][chosen[row]] for row, curve in enumerate(self.profile.curves)}
-        expected = float(self.loss[np.arange(len(chosen)), chosen].sum())
-        return Plan(budget, points, expected, self.profile.fixed_bytes, label)
+        return Plan(budget, points, self.total(chosen), self.profile.fixed_bytes, label)
 
 
 def allocate(

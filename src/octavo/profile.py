@@ -204,7 +204,11 @@ def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> b
 def _walk(
     method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: str
 ) -> Iterator[tuple[Setting, Any]]:
-    """Settings of a method from the middle outwards, until they leave the window or turn out hopeless."""
+    """Settings of a method from the middle outwards, until they leave the window or turn out hopeless.
+
+    For memory there are few of them, and all are tried: a budget is then used by no continuous setting, but by knowing
+    every choice.
+    """
     settings = method.offered(weight, evidence, target)
     if not settings:
         return
@@ -240,6 +244,9 @@ def _walk(
                 return  # behind, and not catching up
 
     def order() -> Iterator[int]:
+        if target == "memory":
+            yield from range(len(settings))
+            return
         yield start
         if needless(start) or excess(start) <= SCREEN:
             yield from outwards(1, lambda index: bits(index) > window.least)
