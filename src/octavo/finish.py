@@ -16,7 +16,7 @@ from octavo.calibrate import Calibration
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job
 from octavo.leftover import upgrades
-from octavo.methods import get_method
+from octavo.methods import Setting, get_method
 from octavo.profile import Point, Profile, slope
 from octavo.raw import Lazily
 from octavo.rivals import Plain, best_uniform
@@ -187,7 +187,9 @@ def contest(
     plans = [mixed, *rivals] if job.measurable else sorted([mixed, *rivals], key=lambda plan: plan.expected)
     built = [finish(job, profile, calibration, room, plans[0], asked)]
     for plan in plans[1:]:
-        if any(_same(plan, other.plan) for other in built):
+        if (known := _among(built, plan)) is not None:
+            if plan.is_uniform and not known.plan.is_uniform and _alike(plan, known.plan):
+                known.plan.label = plan.label  # choosing site by site came to one setting for all
             continue
         if not job.measurable:
             built.append(Built(plan, {}, Contents({}), plan.bytes, plan.expected))
@@ -209,7 +211,7 @@ def _plain(
     """Plain round-to-nearest as it comes out at the same bytes, if that is worth knowing and not among the built."""
     best = min(other.quality for other in built)
     for plan in Plain(job, profile, calibration, room, asked).plans(best):
-        if any(_same(plan, other.plan) for other in built):
+        if _among(built, plan) is not None:
             return []
         try:
             return [finish(job, profile, calibration, room, plan, asked, exact=False)]
@@ -251,6 +253,20 @@ def _topped(job: Job, profile: Profile, calibration: Calibration, room: Workspac
             items = list(sites.items())
             waiting += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
     return replace(best, refused=len(refused)) if refused else best
+
+
+def _among(built: Sequence[Built], plan: Plan) -> Built | None:
+    """The one of the built plans that is the same as a plan."""
+    return next((other for other in built if _same(plan, other.plan)), None)
+
+
+def _alike(one: Plan, other: Plan) -> bool:
+    """Whether all settings are the same but for continuous ones."""
+
+    def fixed(point: Point) -> Setting:
+        return {**point.setting, get_method(point.method).elastic or "": 0}
+
+    return all(fixed(point) == fixed(other.points[name]) for name, point in one.points.items())
 
 
 def _same(one: Plan, other: Plan) -> bool:
