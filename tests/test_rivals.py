@@ -77,7 +77,7 @@ def test_no_plan_is_worse_than_round_to_nearest_at_the_same_bytes(name):
 def test_methods_that_were_named_are_obeyed():
     torch.manual_seed(0)
     module = MODELS["lstm"]().eval()
-    done = octavo.compress(module, ratio=6, data=DATA, objective="squared", methods=["entropy"])
+    done = octavo.compress(module, ratio=6, data=DATA, objective="squared", preset="fast", methods=["entropy"])
     assert {point.method for point in done.built.plan.points.values()} == {"entropy"}
 
 
@@ -98,7 +98,7 @@ def test_dense_storage_screens_nobody_out(methods):
     module = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
     data = [torch.randn(32, 64) for _ in range(4)]
     for ratio in (4.5, 8):
-        done = octavo.compress(module, ratio=ratio, data=data, objective="squared", methods=methods)
+        done = octavo.compress(module, ratio=ratio, data=data, objective="squared", preset="fast", methods=methods)
         assert done.built.counted <= done.budget.bytes
     for curve in done.profile.curves:
         for name in methods[:1]:
@@ -110,7 +110,7 @@ def test_a_uniform_rival_has_its_setting_wherever_it_is_offered():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
     data = [torch.randn(32, 64) for _ in range(4)]
-    done = octavo.compress(module, ratio=6, data=data, objective="squared", methods=["gptq", "rtn"])
+    done = octavo.compress(module, ratio=6, data=data, objective="squared", preset="fast", methods=["gptq", "rtn"])
     assert done.rival is not None
     name, points = done.rival.plan.label.split()[0], done.rival.plan.points.values()
     assert {point.method for point in points} == {name}

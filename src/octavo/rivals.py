@@ -21,6 +21,8 @@ PLAIN = "rtn"
 _HOPELESS = 8.0
 #: A coder may save this share of the bits of round-to-nearest's codes.
 _CODED = 0.25
+#: By so much of the bits asked for the sites' own bits may differ under one setting.
+_SPREAD = 0.15
 #: Bytes of large matrices are estimated from a sample of their rows, and miss by less than this share.
 _MISS = 0.01
 
@@ -135,7 +137,7 @@ class Plain:
         if job.target == "memory":  # there every setting was tried
             return {curve.site: [p for p in curve.points if p.method == PLAIN] for curve in self.free}
         sites, methods = [job.site(curve.site) for curve in self.free], [get_method(PLAIN)]
-        window = Window(self.bits * (1 - _CODED), self.bits * (1 + _CODED))
+        window = Window(self.bits * (1 - _SPREAD), self.bits * (1 + _SPREAD))
         evidence = self.calibration.evidence
         work = ((site, job.matrix(site), evidence[site.name], methods, window, None, job.target) for site in sites)
         found = {}
