@@ -95,7 +95,10 @@ def test_a_run_without_anything_to_say_does_not_warn(deep):
 def model(tmp_path_factory):
     """A folder of a small language model, and a text of few words for it."""
     torch.manual_seed(0)
-    folder, words = tmp_path_factory.mktemp("model"), "the a cat dog bird sees hears likes red blue".split()
+    folder, words = (
+        tmp_path_factory.mktemp("model"),
+        ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "red", "blue"],
+    )
     tokenizer = Tokenizer(WordLevel({"<eos>": 0, **{w: n + 1 for n, w in enumerate(words)}}, unk_token="<eos>"))
     tokenizer.pre_tokenizer = Whitespace()
     special = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<eos>")

@@ -208,15 +208,14 @@ def contest(
 def _plain(
     job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, built: Sequence[Built]
 ) -> list[Built]:
-    """Plain round-to-nearest as it comes out at the same bytes, if that is worth knowing and not among the built."""
-    best = min(other.quality for other in built)
-    for plan in Plain(job, profile, calibration, room, asked).plans(best):
+    """Plain round-to-nearest at the same bytes, if it is worth building and not among the built."""
+    for plan in Plain(job, profile, calibration, room, asked).plans(min(other.quality for other in built)):
         if _among(built, plan) is not None:
-            return []
+            break
         try:
             return [finish(job, profile, calibration, room, plan, asked, exact=False)]
-        except OctavoError:
-            continue  # sizes of large matrices are estimates: the next coarser setting fits
+        except RequestError:
+            continue
     return []
 
 

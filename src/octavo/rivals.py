@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from octavo.allocate import Plan, labelled, uniform
@@ -12,8 +12,8 @@ from octavo.calibrate import Calibration
 from octavo.evidence_folder import EvidenceFolder
 from octavo.job import Job
 from octavo.methods import Setting, get_method
-from octavo.profile import Point, Profile, Window, envelope
-from octavo.tasks import profiled, weighed
+from octavo.profile import Point, Profile, envelope
+from octavo.tasks import weighed
 from octavo.workspace import Workspace
 
 PLAIN = "rtn"
@@ -21,10 +21,6 @@ PLAIN = "rtn"
 _HOPELESS = 8.0
 #: A coder may save this share of the bits of round-to-nearest's codes.
 _CODED = 0.25
-#: By so much of the bits asked for the sites' own bits may differ under one setting.
-_SPREAD = 0.15
-#: Bytes of large matrices are estimated from a sample of their rows, and miss by less than this share.
-_MISS = 0.01
 
 
 def best_uniform(job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget) -> list[Plan]:
@@ -87,29 +83,32 @@ def _gaps(job: Job, profile: Profile, tried: Mapping[str, Point], asked: Budget,
 
 
 class Plain:
-    """Plans of plain round-to-nearest with one setting for all, the finest that fits first.
+    """Plain round-to-nearest with one setting for all sites, the finest that fits.
 
     Sites at which the setting does not apply are kept in 16 bits, pinned ones as they are pinned.
     """
 
     def __init__(self, job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget) -> None:
         self.job, self.profile, self.calibration, self.room, self.asked = job, profile, calibration, room, asked
-        free = [curve for curve in profile.curves if curve.site not in job.pinned]
-        weights = sum(job.site(curve.site).parameters for curve in free)
+        self.free = [curve for curve in profile.curves if curve.site not in job.pinned]
+        weights = sum(job.site(curve.site).parameters for curve in self.free)
         pinned = sum(curve.points[0].bytes for curve in profile.curves if curve.site in job.pinned)
-        self.free = free
         self.bits = max(asked.bytes - profile.fixed_bytes - pinned, 0) * 8 / max(weights, 1)
 
-    def plans(self, best: float) -> list[Plan]:
-        """Those that are worth being built beside a plan that lost ``best`` on held-back data."""
-        if not self.free or (self._hopeless(best) and self._measured()):
-            return []
-        limit = math.inf if not self._measured() else _HOPELESS * best
-        tried = self._points()
-        settings = {repr(point.setting): point.setting for points in tried.values() for point in points}
-        plans = [plan for setting in settings.values() if (plan := self._plan(tried, setting)) is not None]
-        fitting = [plan for plan in plans if plan.bytes <= self.asked.bytes * (1 + _MISS) and plan.expected <= limit]
-        return sorted(fitting, key=lambda plan: -plan.bytes)
+    def plans(self, best: float) -> Iterator[Plan]:
+        """Plans that fit, as long as they are worth building beside one that lost ``best``.
+
+        Entries of a manifest differ by a few bytes, so one that should just fit may not.
+        """
+        limit = _HOPELESS * best if self._measured() else math.inf
+        if not self.free or self._guess() > limit:
+            return
+        for setting in self._settings():
+            plan = self._with(setting)
+            if plan is not None and plan.expected > limit:
+                return  # coarser ones lose more
+            if plan is not None and plan.bytes <= self.asked.bytes:
+                yield plan
 
     def _measured(self) -> bool:
         """Whether calibration saw every site, so that expected losses can be compared."""
@@ -119,44 +118,59 @@ class Plain:
             return all(evidence.samples.get(name, 0) for name in names)
         return all(evidence[name].samples for name in names)
 
-    def _hopeless(self, best: float) -> bool:
-        """Whether even optimistic guesses from what the profile has are far behind."""
+    def _guess(self) -> float:
+        """The least that it may be expected to lose, from what the profile has; zero if that has too little."""
         finest = min(int(self.bits * (1 + _CODED)), 8)
         total = 0.0
         for curve in self.free:
-            points = [p for p in curve.points if p.method == PLAIN]
+            points = [point for point in curve.points if point.method == PLAIN]
             if not points:
-                return False
+                return 0.0
             nearest = min(points, key=lambda point: abs(point.setting["bits"] - finest))
             total += self.profile.corrected(curve, nearest.loss * 4.0 ** (nearest.setting["bits"] - finest))
-        return total > _HOPELESS * best
+        return total
 
-    def _points(self) -> dict[str, list[Point]]:
-        """Round-to-nearest's points of all sites around the size asked for, screened by nothing."""
-        job, room = self.job, self.room
-        if job.target == "memory":  # there every setting was tried
-            return {curve.site: [p for p in curve.points if p.method == PLAIN] for curve in self.free}
-        sites, methods = [job.site(curve.site) for curve in self.free], [get_method(PLAIN)]
-        window = Window(self.bits * (1 - _SPREAD), self.bits * (1 + _SPREAD))
-        evidence = self.calibration.evidence
-        work = ((site, job.matrix(site), evidence[site.name], methods, window, None, job.target) for site in sites)
-        found = {}
-        for site, (curve, made, _) in zip(sites, job.executor.map(profiled, work), strict=True):
-            for method, setting, packed in made:
-                room.save_packed(site.name, method, setting, packed)
-            found[site.name] = curve.points
-        return found
+    def _settings(self) -> list[Setting]:
+        """Settings that may fit, finest first."""
+        if self.job.target == "memory":
+            points = [point for curve in self.free for point in curve.points if point.method == PLAIN]
+            found = {repr(point.setting): point.setting for point in points}
+            # Fewer columns a group is finer, and not offered everywhere.
+            return sorted(found.values(), key=lambda setting: (-setting["bits"], str(setting["group"]).zfill(9)))
+        site = self.job.site(self.free[0].site)
+        settings = get_method(PLAIN).settings(self.job.matrix(site), self.calibration.evidence[site.name])
+        return [setting for setting in settings if setting["bits"] <= self.bits * (1 + _CODED)]
 
-    def _plan(self, tried: Mapping[str, Sequence[Point]], setting: Setting) -> Plan | None:
+    def _with(self, setting: Setting) -> Plan | None:
         """The plan of one setting; None if a site can have neither it nor 16 bits."""
-        points = {}
-        for curve in self.profile.curves:
-            exact = [point for point in tried.get(curve.site, ()) if point.setting == setting]
-            half = [p for p in curve.points if p.method == "keep" and p.setting["dtype"] != "float32"]
-            pinned = curve.points if curve.site in self.job.pinned else []
-            allowed = pinned or exact or sorted(half, key=lambda point: point.loss)
-            if not allowed:
-                return None
-            points[curve.site] = allowed[0]
+        points = {curve.site: curve.points[0] for curve in self.profile.curves if curve.site in self.job.pinned}
+        points |= self._tried(setting)
+        for curve in self.free:
+            if curve.site not in points:
+                half = [p for p in curve.points if p.method == "keep" and p.setting["dtype"] != "float32"]
+                if not half:
+                    return None
+                points[curve.site] = min(half, key=lambda point: point.loss)
         expected = sum(self.profile.corrected(curve, points[curve.site].loss) for curve in self.profile.curves)
         return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(PLAIN, setting))
+
+    def _tried(self, setting: Setting) -> dict[str, Point]:
+        """Points of a setting at all sites that it is offered at: those of the profile, and encoded if it has none."""
+        job, evidence = self.job, self.calibration.evidence
+        # For memory every setting was tried, and sizes are exact though losses may be of a sample.
+        found = {
+            curve.site: point
+            for curve in self.free
+            for point in curve.points
+            if (point.method, point.setting) == (PLAIN, setting) and (not point.estimated or job.target == "memory")
+        }
+        if job.target == "memory":
+            return found
+        sites = [job.site(curve.site) for curve in self.free if curve.site not in found]
+        work = ((site, job.matrix(site), evidence[site.name], PLAIN, setting) for site in sites)
+        for site, made in zip(sites, job.executor.map(weighed, work), strict=True):
+            if made is not None:
+                packed, loss = made
+                self.room.save_packed(site.name, PLAIN, setting, packed)
+                found[site.name] = Point(PLAIN, setting, packed.counted(job.target), loss)
+        return found
