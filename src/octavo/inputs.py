@@ -15,6 +15,7 @@ from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
 from octavo.files import from_path
 from octavo.inmemory import InMemory
+from octavo.integrations.sentences import SentenceEncoder, transformer_folder
 from octavo.objective import Batch, Objective, objective, select, sequences_in
 from octavo.sites import Source, examine, from_module
 
@@ -78,6 +79,9 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
         return [], "none (data-free)"
     is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
     if data is None or isinstance(data, str | Path) or is_texts:
+        if source.is_encoder and isinstance(source.module, SentenceEncoder):
+            texts, label = texts_of(data)
+            return source.module.batches(texts[:limit]), f"{label}, {len(texts[:limit])} texts"
         if folder is None or not source.is_transformers:
             if data is None:
                 return [], "none (data-free)"
@@ -86,6 +90,7 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             )
         from octavo.integrations.texts import context_of, is_causal, text_batches, window_batches
 
+        folder = transformer_folder(folder)
         texts, label = texts_of(data)
         if is_causal(source.module):
             length = min(WINDOW, context_of(source.module))
@@ -163,7 +168,7 @@ def choose_objective(source: Source, wanted: str | Objective | None) -> Objectiv
     """The objective asked for, or the one that fits the source."""
     if wanted is not None:
         return objective(wanted)
-    if source.is_transformers:
+    if source.is_transformers or source.is_encoder:
         from octavo.integrations.transformers import default_objective
 
         return default_objective(source, source.folder)

@@ -7,18 +7,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
-from octavo.raw import Lazily
+from octavo.integrations.sentences import members, transformer_folder
+from octavo.proof import prove
 from octavo.report.gather import report_data
 from octavo.verify import REPORT
 
@@ -51,9 +49,9 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
         _write(done, aside)
         artifact = Artifact(aside)
         _compare(done, artifact)
-        state = _read_back(done, artifact)
+        proof = prove(done.job, artifact)
         done.timings["verify"] = time.perf_counter() - started
-        data = report_data(done, artifact, state)
+        data = report_data(done, artifact, proof)
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
         data["timings"] = {**done.timings, "total": sum(done.timings.values())}
         _write_report(data, aside)
@@ -85,13 +83,15 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
 def _write(done: Compressed, folder: Path) -> None:
     source = done.job.source
     done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
+    if source.folder is not None and not source.is_transformers and members(source.folder):
+        _copy_companions(source.folder, folder)
     if source.is_transformers and source.folder is not None:
         from octavo.integrations.transformers import artifact_config
 
         _copy_companions(source.folder, folder)
-        (folder / "config.json").write_text(
-            json.dumps(artifact_config(source.folder), indent=2) + "\n", encoding="utf-8"
-        )
+        inner = transformer_folder(source.folder)
+        config = folder / inner.relative_to(source.folder) / "config.json"
+        config.write_text(json.dumps(artifact_config(inner), indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
@@ -142,16 +142,6 @@ def _compare(done: Compressed, artifact: Artifact) -> None:
     for name, equal in zip(names, in_order(same, names), strict=True):
         if not equal:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
-
-
-def _read_back(done: Compressed, artifact: Artifact) -> Mapping[str, Tensor]:
-    """The tensors read back, for a model that runs: at once if it is in memory, else as its blocks ask for them."""
-    source = done.job.source
-    if source.module is None:
-        return {}
-    if not source.is_skeleton:
-        return artifact.state()
-    return Lazily({name: partial(artifact.tensor, name) for name in artifact.names()})
 
 
 def _write_report(data: dict[str, Any], folder: Path) -> None:

@@ -6,16 +6,25 @@ import importlib.abc
 import importlib.util
 import json
 import sys
-import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.errors import MissingExtraError, RequestError
-from octavo.raw import raw_bytes
+from octavo.integrations.sentences import (
+    MODULE,
+    bind_encoder,
+    decode_members,
+    is_installed,
+    load_encoder,
+    members,
+    transformer_folder,
+)
 
 if TYPE_CHECKING:
     from octavo.objective import Objective
@@ -76,20 +85,32 @@ def attach_module(source: Source, folder: Path) -> None:
             "model is run"
         )
         return
+    source.module = skeleton(folder)
+    bind(source, source.module)
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model of a folder without weights, in float32, by the class that its config names.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be built.
+    """
+    transformers = require_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         cls = _class_of(folder)
         with _WithoutContent():
             build = getattr(cls, "_from_config", None) or cls.from_config
-            module = build(config, dtype=torch.float32)
+            module: Any = build(config, dtype=torch.float32)
     except Exception as error:
         # A config can be wrong in as many ways as there are architectures, and each raises what it likes.
         raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
     # Keys and values of earlier tokens are of no use to one pass over whole texts.
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
-    source.module = module.eval()
-    source.parameters = match_names(source, module)
+    return module.eval()
 
 
 def _class_of(folder: Path) -> Any:
@@ -99,28 +120,49 @@ def _class_of(folder: Path) -> Any:
 
 
 def load_weights(source: Source) -> None:
-    """Put the whole model of a folder in memory, in float32, in place of its skeleton."""
+    """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
     assert source.path is not None
-    cls = _class_of(source.path)
+    if members(source.path) and is_installed():
+        encoder = load_encoder(source.path)
+        source.module, source.is_encoder = encoder, True
+        bind_encoder(source, encoder, source.path)
+        return
+    folder = transformer_folder(source.path)
     try:
-        source.module = cls.from_pretrained(source.path, dtype=torch.float32, local_files_only=True).eval()
+        loaded = load_as_users_do(folder, {"dtype": torch.float32})
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RequestError(f"{source.path}: {cls.__name__}.from_pretrained failed: {error}") from error
-    source.parameters = match_names(source, source.module)
+        name = _class_of(folder).__name__
+        raise RequestError(f"{folder}: {name}.from_pretrained failed: {error}") from error
+    source.module = loaded.model
+    bind(source, loaded.model)
+    source.unfilled = loaded.missing
 
 
-def match_names(source: Source, module: nn.Module) -> dict[str, str]:
-    """Tensor names of the source to names in the module, which may have gained or lost the base model's prefix."""
-    state = module.state_dict()
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    names = {}
+def bind(source: Source, module: nn.Module) -> None:
+    """Say how the source's tensors reach the module, by the loader's own rules."""
+    from octavo.integrations.names import names_of
+
     tied = {alias: source.shapes[name] for alias, name in source.aliases.items()}
-    for name, shape in {**source.shapes, **tied}.items():
-        for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if candidate in state and tuple(state[candidate].shape) == shape:
-                names[name] = candidate
-                break
-    return names
+    found = names_of(module, {**source.shapes, **tied})
+    converted = {name: item.targets[0] for item in found.conversions for name in item.names}
+    source.parameters, source.conversions = {**found.parameters, **converted}, found.conversions
+    source.unused = [name for name in found.unused if name in source.shapes]
+    source.unfilled = found.missing
+
+
+def tied_names(source: Source) -> set[str]:
+    """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
+    module = source.module
+    if module is None:
+        return set()
+    state, direct = module.state_dict(keep_vars=True), source.direct
+
+    def held(name: str) -> int | None:
+        parameter = direct.get(name)
+        return None if parameter is None else id(state[parameter])
+
+    pairs = ((alias, held(alias), held(name)) for alias, name in source.aliases.items())
+    return {alias for alias, one, other in pairs if one is not None and one == other}
 
 
 def default_objective(source: Source, folder: Path | None) -> Objective:
@@ -140,6 +182,38 @@ def artifact_config(folder: Path) -> dict[str, Any]:
     return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
 
 
+@dataclass
+class Loaded:
+    """A model as ``from_pretrained`` gives it.
+
+    Parameters
+    ----------
+    missing
+        Names of the model that nothing in the files filled; they have random values.
+    unexpected
+        Names in the files that the model has no place for.
+    """
+
+    model: nn.Module
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
+    """Load a model folder or an artifact by the class that its config names, and say what did not fit.
+
+    Parameters
+    ----------
+    options
+        Further arguments of ``from_pretrained``, such as a dtype.
+    """
+    register()
+    cls = _class_of(folder)
+    model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **(options or {}))
+    missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
+    return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
+
+
 def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
     """The model of an artifact folder, of the class that its config names; ``packed`` runs in bfloat16."""
     register()
@@ -152,19 +226,25 @@ def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
 
 
 def register() -> None:
-    """Make ``from_pretrained`` understand artifacts, now or as soon as ``transformers`` is imported."""
-    if _TARGET in sys.modules:
-        _register_quantizer()
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        # Importing transformers takes longer than everything else together; whoever does not use it need not wait.
-        sys.meta_path.insert(0, _OnImport())
+    """Make the loaders of ``transformers`` and ``sentence-transformers`` understand artifacts, now or once imported."""
+    for name, then in _ON_IMPORT.items():
+        if name in sys.modules:
+            if name not in _DONE:
+                _DONE.add(name)
+                then(sys.modules[name])
+        elif not any(isinstance(finder, _OnImport) and finder.name == name for finder in sys.meta_path):
+            # Importing these takes longer than everything else together; whoever does not use them need not wait.
+            sys.meta_path.insert(0, _OnImport(name))
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Registers the quantizer right after ``transformers.quantizers.auto`` was imported."""
+    """Does something right after a module was imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != _TARGET:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -174,100 +254,17 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            _register_quantizer()
+            _DONE.add(self.name)
+            _ON_IMPORT[self.name](module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register_quantizer() -> None:
-    from transformers.quantizers import auto
-
-    if "octavo" in auto.AUTO_QUANTIZER_MAPPING:
-        return
-    from transformers.core_model_loading import ConversionOps, WeightConverter
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    from octavo.artifact import Artifact
-
-    @auto.register_quantization_config("octavo")
-    class OctavoConfig(QuantizationConfigMixin):
-        """Says that the weights of this folder are an Octavo artifact."""
-
-        def __init__(self, quant_method: str = "octavo", packed: bool = False, **_: Any) -> None:
-            self.quant_method = quant_method  # type: ignore[assignment]
-            self.packed = packed
-
-    class Decode(ConversionOps):
-        """Exchanges the packed bytes of a site for its weight."""
-
-        def __init__(self, hf_quantizer: OctavoQuantizer) -> None:
-            self.hf_quantizer = hf_quantizer
-
-        def __deepcopy__(self, memo: dict) -> Decode:
-            return self  # The loader copies converters; the decoded weights must not be copied with them.
-
-        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-            model, name = kwargs.get("model"), kwargs.get("full_layer_name", "")
-            wanted = model.state_dict(keep_vars=True).get(name) if model is not None else None
-            dtype = None if wanted is None else wanted.dtype
-            return {
-                pattern: [self.hf_quantizer.decoded(tensor, dtype) for tensor in _as_list(tensors)]
-                for pattern, tensors in input_dict.items()
-            }
-
-    @auto.register_quantizer("octavo")
-    class OctavoQuantizer(HfQuantizer):
-        """Decodes an artifact while ``from_pretrained`` loads it; the model then runs dense, or from packed codes."""
-
-        requires_calibration = True
-
-        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-            super().__init__(quantization_config, **kwargs)
-            self._packed: bool = quantization_config.packed
-            self._weights: dict[int, Tensor] = {}
-            self._leaves: list[str] = []
-
-        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            files = kwargs.get("checkpoint_files") or []
-            if files:
-                artifact = Artifact(Path(files[0]).parent)
-                coded = {name: entry["crc"] for name, entry in artifact.sites.items()}
-                coded.update({name: entry[0] for name, entry in artifact.coded.items()})
-                state = artifact.state(coded, packed=self._packed)
-                # Names may change on the way into the model; a blob's checksum does not.
-                self._weights = {crc: state[name] for name, crc in coded.items()}
-                self._leaves = sorted({name.rpartition(".")[2] for name in coded})
-            return model
-
-        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            self._weights = {}
-            return model
-
-        def get_weight_conversions(self) -> list:
-            return [WeightConverter(leaf, leaf, [Decode(self)]) for leaf in self._leaves]
-
-        def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
-            for converter in weight_conversions:
-                if isinstance(converter, WeightConverter):
-                    converter.operations.insert(0, Decode(self))
-            return weight_conversions + self.get_weight_conversions()
-
-        def decoded(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-            if tensor.dtype == torch.uint8 and tensor.ndim == 1:
-                found = self._weights.get(zlib.crc32(raw_bytes(tensor)))
-                tensor = tensor if found is None else found
-            # Casting a packed weight changes what it decodes to; its codes are not touched.
-            return tensor if dtype is None else tensor.to(dtype)
-
-        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
+def _register_quantizer(module: Any) -> None:
+    importlib.import_module("octavo.integrations.quantizer")
 
 
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+#: What is done once a module was imported, and for which that has been.
+_ON_IMPORT = {_TARGET: _register_quantizer, MODULE: decode_members}
+_DONE: set[str] = set()

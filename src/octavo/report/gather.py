@@ -24,10 +24,11 @@ from octavo.leftover import upgrades
 from octavo.methods import get_method
 from octavo.objective import run
 from octavo.profile import densified
+from octavo.proof import Proof
 from octavo.report.running import running_data
 from octavo.report.text import things
 from octavo.running.speed import interleaved
-from octavo.verify import digest_of, probe_outputs
+from octavo.verify import digest_of
 
 if TYPE_CHECKING:
     from octavo.compress import Compressed
@@ -37,18 +38,14 @@ _PAIRS = 7
 _PATIENCE = 5.0
 
 
-def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The report's data; quality is measured on the tensors that were read back."""
+def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str, Any]:
+    """The report's data; quality is that of the model as it was loaded from the artifact."""
     job, profile, built = done.job, done.profile, done.built
-    quality, p95 = built.quality, built.p95
-    digests: dict[str, str | None] = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": None}
-    if job.source.module is not None:
-        losses = job.measure(state)
-        quality, p95 = float(losses.mean()), float(losses.quantile(0.95))
-        if job.source.is_transformers and not job.source.is_skeleton:
-            names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
-            with replaced(job.source.module, names):
-                digests["outputs"] = probe_outputs(job.source.module)
+    losses = proof.losses
+    quality = None if losses is None else float(losses.mean())
+    p95 = None if losses is None else float(losses.quantile(0.95))
+    outputs = None if proof.outputs is None else proof.outputs.record()
+    digests = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
     sites = [_site_row(done, name) for name in built.packed]
     families: dict[str, dict[str, Any]] = {}
     for row in sites:
@@ -84,21 +81,23 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
             "bytes": artifact.bytes,
             "ratio": profile.original_bytes / artifact.bytes,
             "used": built.counted / done.budget.bytes,
-            "files": {file.name: file.stat().st_size for file in artifact.files()},
+            "files": {file.relative_to(artifact.path).as_posix(): file.stat().st_size for file in artifact.files()},
             "bits_per_weight": artifact.bytes * 8 / profile.weights,
             "note": note,
         },
         "quality": {
-            "metric": job.objective.metric if job.measurable else "expected relative error of the weights",
+            "metric": job.objective.metric,
             "lower_is_better": True,
+            "loader": proof.loader,
+            "why": proof.why,
             "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}"
             if job.measurable
             else job.text,
             "value": quality,
-            "uniform": done.rival.quality if done.rival else None,
+            "uniform": done.rival.quality if done.rival and losses is not None else None,
             "p95": p95,
         },
-        "latency": _latency(done, artifact, state),
+        "latency": _latency(done, artifact),
         "running": running_data(done, artifact) if done.budget.target == "memory" else None,
         "calibration": {
             "text": done.calibration.text,
@@ -108,7 +107,7 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
         },
         "winner": "uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
         "uniform": _uniform_row(done),
-        "curve": curve_data(done),
+        "curve": curve_data(done, quality),
         "sites": sites,
         "kept": [_kept_row(done, name, reason) for name, reason in job.left.items()],
         "families": families,
@@ -273,7 +272,7 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
     }
 
 
-def curve_data(done: Compressed) -> dict[str, Any]:
+def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
     """Expected loss over ratios from the profile, and what uniform settings would give."""
     from octavo.allocate import allocate, uniform
     from octavo.errors import BudgetError
@@ -308,7 +307,7 @@ def curve_data(done: Compressed) -> dict[str, Any]:
         for row in rivals:
             if done.rival.plan.label.startswith(row["method"] + " "):
                 row["measured"] = done.rival.quality
-    chosen = {"ratio": done.ratio, "bytes": done.built.bytes, "quality": done.built.quality}
+    chosen = {"ratio": done.ratio, "bytes": done.built.bytes, "quality": quality}
     return {"points": points, "uniform": rivals, "chosen": chosen}
 
 
@@ -322,13 +321,13 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"bins": bins, "weights": weights}
 
 
-def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
     """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
     job = done.job
     if job.source.module is None or job.source.is_skeleton or not job.held_data:
         return None
     module, batch = job.source.module, job.held_data[0]
-    weights = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
+    weights = job.source.placed(artifact.state())
 
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
         def call() -> None:
@@ -344,13 +343,14 @@ def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) 
         "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
     }
     if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
-        from octavo.integrations.transformers import load_model
+        from octavo.integrations.sentences import transformer_folder
+        from octavo.integrations.transformers import load_as_users_do
 
-        original_class: Any = type(module)
+        source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
         loads = {
-            "load_original": lambda: _touch(original_class.from_pretrained(job.source.path)),
-            "load_artifact": lambda: _touch(load_model(artifact.path)),
+            "load_original": lambda: _touch(load_as_users_do(source).model),
+            "load_artifact": lambda: _touch(load_as_users_do(written).model),
         }
         result |= {name: 1000 * value for name, value in interleaved(loads, 3, _PATIENCE).items()}
     return result
