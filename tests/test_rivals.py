@@ -85,8 +85,9 @@ def test_a_sites_own_choice_is_kept_by_every_rival():
     torch.manual_seed(0)
     module = MODELS["lstm"]().eval()
     done = octavo.compress(
-        module, ratio=5, data=DATA, objective="squared", preset="fast", keep={"side.0.weight": "float16"}
-    )
+        module, ratio=5, data=DATA, objective="squared", methods=["rtn", "keep"], preset="fast",
+        keep={"side.0.weight": "float16"},
+    )  # fmt: skip
     for built in (done.built, done.rival):
         assert built.plan.points["side.0.weight"].setting == {"dtype": "float16"}
 
