@@ -193,7 +193,7 @@ def described(
             )
         elif seen < site.columns and site.kind != "embedding":
             result.warnings.append(
-                f"{site.name}: {seen} calibration positions for {site.columns} input columns; "
+                f"{site.name}: fewer calibration positions than input columns ({seen} for {site.columns}); "
                 f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
             )
     return result
