@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.artifact import Contents, Entry, Kept, Packed, unpack
+from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
 from octavo.blockwise import Blockwise
 from octavo.calibrate import Calibration, data_free
 from octavo.errors import RequestError
@@ -132,7 +132,11 @@ class Job:
                 if own.is_floating_point and not reason.startswith("ignored"):
                     narrow = _exactly(self.source.read(name)) or dtype
                     stored = narrow if narrow is not None and own.itemsize > narrow.itemsize else own
-                self._kept[dtype][name] = Kept(partial(self.source.read, name), self.source.shapes[name], stored, own)
+                # Folding leaves constants. Others may be learned by reconstruction, and are then no constants any more.
+                constant = name in self.source.folded and is_constant(self.source.read(name))
+                stored = own if constant else stored
+                read = partial(self.source.read, name)
+                self._kept[dtype][name] = Kept(read, self.source.shapes[name], stored, own, constant)
         return self._kept[dtype]
 
     def kept_dtype(self) -> torch.dtype | None:

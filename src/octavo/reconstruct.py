@@ -99,7 +99,7 @@ class _Fit:
         assert job.source.module is not None
         self.module = job.source.module
         self.parameters = job.source.direct
-        self.weights = dict(job.weights(built.packed))
+        self.weights = {**job.source.folded, **job.weights(built.packed)}
         self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
         self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
         state = self.module.state_dict(keep_vars=True)
@@ -108,7 +108,9 @@ class _Fit:
         for name, kept in built.contents.kept.items():
             weight = kept.tensor().float()
             learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
-            if learnable and kept.dtype.is_floating_point and not job.left[name].startswith("ignored") and weight.any():
+            # What is stored as one value would take bytes that nobody planned for.
+            floats = kept.dtype.is_floating_point and not kept.constant
+            if learnable and floats and not job.left[name].startswith("ignored") and weight.any():
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
                 self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
         self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo import inputs
+from octavo import folds, inputs
 from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
 from octavo.budget import TARGETS, Budget, parse_size
@@ -22,9 +22,10 @@ from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.inputs import Progress
 from octavo.job import Job
+from octavo.memory import fits
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
-from octavo.objective import Objective
+from octavo.objective import Batch, Objective
 from octavo.patterns import apply_patterns
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
@@ -56,8 +57,13 @@ def open_job(
     memory: str | int | None = None,
     target: str = "disk",
     curvature: str = "kfac",
+    *,
+    folding: bool = True,
 ) -> Job:
-    """Check a request and gather what all steps share."""
+    """Check a request and gather what all steps share.
+
+    ``folding`` says whether batch normalisation may be folded, which whoever runs the module's own graph must not do.
+    """
     if curvature not in CURVATURES:
         raise RequestError(f"curvature {curvature!r} is not known; choose from {', '.join(CURVATURES)}")
     if target not in TARGETS:
@@ -74,6 +80,7 @@ def open_job(
             f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
             "weights that is not ignored"
         )
+    module = opened.module
     if preset == DATA_FREE:
         opened.module = None
     batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset])
@@ -88,10 +95,32 @@ def open_job(
     if opened.module is not None:
         batches = inputs.prepared(opened, wanted, batches)
     calibration, held = inputs.split(batches)
+    if folding and not all(method.lossless for method in chosen):
+        opened = _folded(opened, module, calibration, wanted, left, limit)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         list(opened.notes), limit, curvature=curvature,
     )  # fmt: skip
+
+
+def _folded(
+    source: Source,
+    module: nn.Module | None,
+    calibration: Sequence[Batch],
+    objective: Objective,
+    left: Mapping[str, str],
+    memory: int | None,
+) -> Source:
+    """The source with batch normalisation folded into the layers before it, where that can be."""
+    if module is None or not folds.has_norms(module):
+        return source
+    if source.is_skeleton and calibration:
+        if not fits(source, memory):
+            return source
+        inputs.model_of(source, blockwise=False)
+        module = source.module
+    ignored = [name for name, reason in left.items() if reason.startswith("ignored")]
+    return folds.fold(source, module, calibration[0] if calibration else None, objective, ignored)
 
 
 def describe(job: Job, preset: str) -> dict[str, Any]:
@@ -102,6 +131,7 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "objective": type(job.objective).__name__,
         "methods": [repr(method) for method in job.methods],
         "sites": [site.name for site in job.sites],
+        "folded": sorted(job.source.folded),
         "pinned": {name: list(choice) for name, choice in job.pinned.items()},
         "preset": preset,
         "seed": job.seed,

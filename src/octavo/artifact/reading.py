@@ -161,11 +161,15 @@ class Artifact:
             weight = self.layout(name).from_matrix(matrix, _shape(name, entry))
             return narrowed(weight, _dtype(name, entry.get("dtype")))
         if name in self.coded:
-            shape = self.coded[name][1:]
+            dtype, shape = _coded(name, self.coded[name])
             tensor = coding.decode(self.content(name), max_elements=math.prod(shape))
             if list(tensor.shape) != shape:
                 raise ArtifactError(f"{self.path}: {name!r} decodes to shape {list(tensor.shape)}, not {shape}")
-            return tensor
+            if dtype is None:
+                return tensor
+            if tensor.itemsize != dtype.itemsize:
+                raise ArtifactError(f"{self.path}: {name!r} decodes to {tensor.dtype}, which cannot hold {dtype}")
+            return tensor.view(dtype)
         place = self._tensors[name]
         return from_bytes(self.content(name), place.dtype, place.shape).to(_dtype(name, self.kept[name][1]))
 
@@ -245,9 +249,7 @@ class Artifact:
                 raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
             total += math.prod(shape) * 4
         for name, entry in self.coded.items():
-            if not isinstance(entry, list) or not entry or not naturals(entry):
-                raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
-            total += math.prod(entry[1:]) * 8
+            total += math.prod(_coded(name, entry)[1]) * 8
         for name, entry in self.kept.items():
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
@@ -302,6 +304,17 @@ def _shape(name: str, entry: Any) -> tuple[int, ...]:
     if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not naturals(shape) or 0 in shape:
         raise ArtifactError(f"site {name!r} has shape {shape!r}")
     return tuple(shape)
+
+
+def _coded(name: str, entry: Any) -> tuple[torch.dtype | None, list[int]]:
+    """The dtype of floats whose bits were coded, None for integers; and the shape."""
+    if not isinstance(entry, list) or not entry:
+        raise ArtifactError(f"the manifest entry of {name!r} is malformed")
+    crc, *shape = entry
+    dtype = _dtype(name, shape.pop(0)) if shape and isinstance(shape[0], str) else None
+    if not naturals([crc, *shape]) or (dtype is not None and not dtype.is_floating_point):
+        raise ArtifactError(f"the manifest entry of {name!r} is malformed")
+    return dtype, shape
 
 
 def _layout(name: str, entry: Mapping[str, Any]) -> Layout:

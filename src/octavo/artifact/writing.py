@@ -31,6 +31,11 @@ WEIGHTS = "model.safetensors"
 #: Larger artifacts are split into shards of at most this size.
 SHARD_BYTES = 4_000_000_000
 
+#: A float tensor of which all elements are equal is coded if it has more bytes than this; a coded one has about 30.
+_CONSTANT_BYTES = 64
+#: Integers that hold the bits of floats, by bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 #: What safetensors calls the dtypes that artifacts hold, in the order in which it writes them: so all are aligned.
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
@@ -72,12 +77,15 @@ class Kept:
         The dtype to store it in.
     dtype
         The dtype to give back, which is that of the source.
+    constant
+        Whether one value is stored in place of all elements of a float tensor, which are equal.
     """
 
     read: Callable[[], Tensor]
     shape: tuple[int, ...]
     stored: torch.dtype
     dtype: torch.dtype
+    constant: bool = False
 
     def tensor(self) -> Tensor:
         """The tensor in the dtype that it is stored in."""
@@ -87,16 +95,31 @@ class Kept:
         """The tensor as the artifact gives it back."""
         return self.tensor().to(self.dtype)
 
+    @property
+    def coded(self) -> bool:
+        """Whether its content is coded: integers, or the bits of equal floats."""
+        return self.constant or not self.stored.is_floating_point
+
     def content(self) -> bytes | memoryview:
-        """What is stored: floating numbers as they are, integers coded."""
+        """What is stored: floating numbers as they are, integers and constants coded."""
         tensor = self.tensor()
-        return raw_bytes(tensor) if self.stored.is_floating_point else coding.encode(tensor)
+        if not self.coded:
+            return raw_bytes(tensor)
+        return coding.encode(tensor.view(_BITS[tensor.itemsize]) if self.constant else tensor)
 
     @cached_property
     def measured(self) -> tuple[int, int]:
         """Length and CRC-32 of the content."""
         content = self.content()
         return len(content), zlib.crc32(content)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether all elements of a float tensor have the same bits, and are so many that one of them is smaller."""
+    if tensor.nbytes <= _CONSTANT_BYTES or not tensor.is_floating_point() or tensor.itemsize not in _BITS:
+        return False
+    low, high = torch.aminmax(tensor.view(_BITS[tensor.itemsize]))
+    return bool(low == high)
 
 
 @dataclass(frozen=True)
@@ -197,12 +220,13 @@ class Contents:
             manifest["sites"][name] = entry.describe()
         for name, kept in self.kept.items():
             length, crc = kept.measured
-            if kept.stored.is_floating_point:
+            if not kept.coded:
                 pieces[name] = _Piece(kept.stored, kept.shape, kept.content)
                 manifest["kept"][name] = [crc, dtype_name(kept.dtype)]
-            else:
-                pieces[name] = _Piece(torch.uint8, (length,), kept.content)
-                manifest["coded"][name] = [crc, *kept.shape]
+                continue
+            pieces[name] = _Piece(torch.uint8, (length,), kept.content)
+            floats = [dtype_name(kept.stored)] if kept.constant else []
+            manifest["coded"][name] = [crc, *floats, *kept.shape]
         for alias in sorted(self.named):
             pieces[alias] = _Piece(torch.uint8, (0,), lambda: b"")
         files = _shards(pieces)

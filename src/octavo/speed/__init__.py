@@ -147,7 +147,7 @@ def _open(
     seed: int,
     progress: Progress,
 ) -> Job:
-    job = open_job(source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress)
+    job = open_job(source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, folding=False)
     check_exportable(job.source)
     if not job.measurable:
         raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")
