@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"
 SHARD_BYTES = 4_000_000_000
 
 #: A float tensor of which all elements are equal is coded if it has more bytes than this; a coded one has about 30.
-_CONSTANT_BYTES = 64
+_CONSTANT_BYTES = 40
 #: Integers that hold the bits of floats, by bytes.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
