@@ -217,7 +217,7 @@ def test_what_others_read_is_left_alone(kind):
     objective = octavo.objective.Loss(lambda m, x: m(x)["logits"].square().sum(1)) if kind is Returned else "kl"
     done = octavo.compress(module, ratio=1.2, data=[images()], objective=objective, preset="fast", methods=["keep"])
     assert not any(FOLDED in note for note in done.job.notes)
-    assert abs(done.built.quality) < 1e-3
+    assert kind is Returned or done.built.quality < 1e-3
 
 
 def test_what_was_to_be_ignored_is_left_alone(tmp_path):
