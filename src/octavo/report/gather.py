@@ -200,10 +200,12 @@ def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
     narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
+    if kept.coded and name in done.job.source.folded:
+        narrow = ": all elements are equal, stored as one"
     return {
         "name": name,
         "shape": list(kept.shape),
-        "bytes": elements * kept.stored.itemsize,
+        "bytes": kept.measured[0],
         "original_bytes": elements * kept.dtype.itemsize,
         "reason": reason if reason.startswith("not a floating") else reason + narrow,
     }

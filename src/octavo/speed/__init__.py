@@ -151,8 +151,9 @@ def _open(
     forward_args: Callable[[Batch], Any] | None = None,
 ) -> Job:
     job = open_job(
-        source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args
-    )
+        source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
+        folding=False,
+    )  # fmt: skip
     check_exportable(job.source)
     if not job.measurable:
         raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")
