@@ -211,9 +211,12 @@ def test_what_cannot_be_compared_is_refused():
             return {"answer": x}
 
     x = torch.randn(3, 4)
-    for wanted in (Cosine(), KL(), Squared()):
-        with pytest.raises(RequestError, match="dict"):
+    for wanted in (Cosine(), KL()):
+        with pytest.raises(RequestError, match=r"dict \(answer\).*; fits: squared$"):
             wanted.outputs(Odd(), x)
+    for wanted in (Cosine(), KL(), Squared()):
+        with pytest.raises(RequestError, match=r"dict \(answer\).*give an objective"):
+            wanted.outputs(Odd(), x.long())
     with pytest.raises(RequestError, match="cosine, kl, squared"):
         objective("perplexity")
     given = KL()

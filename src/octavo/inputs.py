@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from octavo.calibrate import MINIMUM_SEQUENCES
 from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
 from octavo.files import from_path
-from octavo.inmemory import InMemory
-from octavo.objective import Batch, Objective, objective, select, sequences_in
+from octavo.inmemory import InMemory, replaced
+from octavo.objective import Batch, Objective, fitting, objective, run, select, sequences_in
 from octavo.sites import Source, examine, from_module
 
 #: Called with a step's name, how much of it is done and how much there is.
@@ -84,8 +85,23 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             raise RequestError(
                 f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
             )
-        from octavo.integrations.texts import context_of, is_causal, text_batches, window_batches
+        from octavo.integrations.texts import (
+            context_of,
+            is_causal,
+            missing_for_texts,
+            text_batches,
+            window_batches,
+        )
 
+        missing = missing_for_texts(source.module, folder)
+        if missing:
+            give = getattr(source.module, "main_input_name", "input_ids")
+            give = give if isinstance(give, str) else give[0]
+            mend = f'give batches that it takes, such as data=[{{"{give}": tensor}}] with examples first'
+            if data is not None:
+                raise RequestError(f"{source.title}: texts cannot serve: {missing}; {mend}")
+            source.notes.append(f"compressed without data: {missing}; to calibrate and to measure, {mend}")
+            return [], "none (data-free)"
         texts, label = texts_of(data)
         if is_causal(source.module):
             length = min(WINDOW, context_of(source.module))
@@ -93,7 +109,7 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             count = sum(len(batch["input_ids"]) for batch in windows)
             return windows, f"{label}, {count} windows of {windows[0]['input_ids'].shape[1]} tokens"
         texts = texts[:limit]
-        return text_batches(folder, texts), f"{label}, {len(texts)} texts"
+        return text_batches(folder, texts, source.module), f"{label}, {len(texts)} texts"
     if not isinstance(data, Iterable):
         raise RequestError(f"data is {type(data).__name__}; give a file or list of texts, or an iterable of batches")
     batches = list(data)
@@ -159,12 +175,16 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return calibration, held
 
 
-def choose_objective(source: Source, wanted: str | Objective | None) -> Objective:
-    """The objective asked for, or the one that fits the source."""
+def choose_objective(source: Source, wanted: str | Objective | None, batches: Sequence[Batch] = ()) -> Objective:
+    """The objective asked for, or the one that fits the source: by its class, or by what it returns on a batch."""
     if wanted is not None:
         return objective(wanted)
-    if source.is_transformers:
-        from octavo.integrations.transformers import default_objective
+    if source.is_transformers or "transformers" in sys.modules:
+        from octavo.integrations.tasks import default_objective, is_pretrained
 
-        return default_objective(source, source.folder)
-    return objective("kl")
+        if source.is_transformers or is_pretrained(source.module):
+            return default_objective(source, source.folder)
+    if source.module is None or not batches:
+        return objective("kl")
+    with replaced(source.module, {}), torch.inference_mode():
+        return fitting(run(source.module, batches[0]), source.module, batches[0])

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.errors import MissingExtraError, RequestError
+from octavo.integrations.tasks import class_for, default_objective  # noqa: F401  (an objective is asked for here too)
 from octavo.raw import raw_bytes
 
 if TYPE_CHECKING:
-    from octavo.objective import Objective
     from octavo.sites import Source
 
 _TARGET = "transformers.quantizers.auto"
@@ -78,7 +78,7 @@ def attach_module(source: Source, folder: Path) -> None:
         return
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        cls = _class_of(folder)
+        cls = class_for(folder)
         with _WithoutContent():
             build = getattr(cls, "_from_config", None) or cls.from_config
             module = build(config, dtype=torch.float32)
@@ -92,16 +92,10 @@ def attach_module(source: Source, folder: Path) -> None:
     source.parameters = match_names(source, module)
 
 
-def _class_of(folder: Path) -> Any:
-    transformers = require_transformers()
-    name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
-    return getattr(transformers, name, None) or transformers.AutoModel
-
-
 def load_weights(source: Source) -> None:
     """Put the whole model of a folder in memory, in float32, in place of its skeleton."""
     assert source.path is not None
-    cls = _class_of(source.path)
+    cls = class_for(source.path)
     try:
         source.module = cls.from_pretrained(source.path, dtype=torch.float32, local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -123,18 +117,6 @@ def match_names(source: Source, module: nn.Module) -> dict[str, str]:
     return names
 
 
-def default_objective(source: Source, folder: Path | None) -> Objective:
-    """KL for models with a head of classes or tokens, cosine of the sentence vector for encoders."""
-    from octavo.objective import KL, Cosine
-
-    if folder is not None and (folder / "modules.json").exists():
-        pooling = folder / "1_Pooling" / "config.json"
-        cls = pooling.exists() and json.loads(pooling.read_text(encoding="utf-8")).get("pooling_mode_cls_token")
-        return Cosine("cls" if cls else "mean")
-    name = type(source.module).__name__
-    return KL() if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "Classification")) else Cosine()
-
-
 def artifact_config(folder: Path) -> dict[str, Any]:
     """The source's config with the note by which ``from_pretrained`` finds Octavo."""
     return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
@@ -148,7 +130,7 @@ def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
         config = require_transformers().AutoConfig.from_pretrained(folder, **options)
         config.quantization_config = {**config.quantization_config, "packed": True}
         options.update(config=config, dtype=torch.bfloat16)
-    return _class_of(folder).from_pretrained(folder, **options).eval()
+    return class_for(folder).from_pretrained(folder, **options).eval()
 
 
 def register() -> None:
