@@ -1,19 +1,13 @@
 """Every architecture of the zoo: compressed from its folder, saved, and loaded by its own class in a fresh process."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
 from safetensors.torch import save_file
 
 import octavo
-from octavo import inputs
 
 sys.path.insert(0, str(Path(__file__).parent))
-import zoo
 
 RATIO = 4
 
