@@ -120,7 +120,7 @@ def test_plan_and_compress_from_the_profile(bare, measured, tmp_path):
         out = tmp_path / f"out{ratio}"
         result = read("compress", bare, "--profile", folder, "--ratio", ratio, "--out", out)
         assert 0.98 * planned["budget"] <= size_of(out) <= planned["budget"]
-        assert result["quality"]["value"] == pytest.approx(planned["expected"], rel=0.2)
+        assert result["quality"]["value"] is None and "bare tensors" in result["quality"]["why"]
     assert (folder / "profile.json").exists(), "the profile is the user's"
     default = read("plan", folder, "--size", "60kB")
     assert default["plan"] == str(folder / "plan.yaml") and default["budget"] == 60_000

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.conversions import Conversion
 from octavo.errors import RequestError
 from octavo.objective import Batch, Objective
 from octavo.sites import Source
@@ -227,34 +228,48 @@ class Loader:
     def __init__(self, source: Source, blocks: Blocks) -> None:
         assert source.module is not None
         self.source = source
-        names = {parameter: name for name, parameter in source.parameters.items()}
         state = source.module.state_dict(keep_vars=True)
         # Tied parameters are one object under several names, of which one at least is in the source.
-        known = {id(state[parameter]): name for parameter, name in names.items()}
+        known: dict[int, str | Conversion] = {id(state[target]): name for name, target in source.direct.items()}
+        self._targets: dict[int, str] = {}
+        for conversion in source.conversions:
+            known.update((id(state[target]), conversion) for target in conversion.targets)
+            self._targets.update((id(state[target]), target) for target in conversion.targets)
         self._places: dict[int, dict[str, list[tuple[nn.Module, str]]]] = {}
+        self._conversions: dict[int, list[Conversion]] = {}
         for parameter, tensor in state.items():
-            name = known.get(id(tensor))
-            if name is None:
+            found = known.get(id(tensor))
+            if found is None:
                 if isinstance(tensor, nn.Parameter):
                     raise RequestError(
                         f"{source.title}: the model's {parameter!r} is not among the weights of the source"
                     )
                 continue
             owner, _, leaf = parameter.rpartition(".")
-            part = self._places.setdefault(blocks.part_of(parameter), {})
-            part.setdefault(name, []).append((source.module.get_submodule(owner), leaf))
-
-    def names(self, part: int) -> list[str]:
-        """Tensors of the source that a part uses."""
-        return list(self._places.get(part, ()))
+            part = blocks.part_of(parameter)
+            key = found if isinstance(found, str) else self._targets[id(tensor)]
+            self._places.setdefault(part, {}).setdefault(key, []).append((source.module.get_submodule(owner), leaf))
+            if isinstance(found, Conversion) and found not in self._conversions.setdefault(part, []):
+                self._conversions[part].append(found)
 
     def read(self, part: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of a part, those in ``weights`` in place of the source's."""
-        result = {}
-        for name in self.names(part):
+        """The tensors of a part, by name in the source or, of converted ones, in the module.
+
+        Parameters
+        ----------
+        weights
+            Tensors in place of the source's.
+        """
+
+        def tensor(name: str) -> Tensor:
             stored = self.source.aliases.get(name, name)
-            tensor = weights[stored] if stored in weights else self.source.read(stored)
-            result[name] = tensor.float() if tensor.is_floating_point() else tensor
+            found = weights[stored] if stored in weights else self.source.read(stored)
+            return found.float() if found.is_floating_point() else found
+
+        result: dict[str, Tensor] = {}
+        for conversion in self._conversions.get(part, ()):
+            result.update(conversion.values([tensor(name) for name in conversion.names]))
+        result.update((name, tensor(name)) for name in self._places.get(part, ()) if name not in result)
         return result
 
     @contextmanager

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.blocks import AROUND, Blocks, Call, Loader
-from octavo.calibrate import Calibration, check_outputs, count_sequences, described, typical
+from octavo.calibrate import Calibration, check_outputs, count_sequences, described, tokens_in, typical
 from octavo.errors import OctavoError, RequestError
 from octavo.evidence import combined
 from octavo.evidence_folder import EvidenceFolder
@@ -139,6 +139,17 @@ class Blockwise:
         self._reference.drop("measured")
         return torch.cat(losses)
 
+    @fast_matmul()
+    def judge(
+        self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Divergence of every example from the source, with another module in its place."""
+        losses = []
+        with torch.inference_mode():
+            for batch, outputs in zip(batches, self.outputs(batches, objective), strict=True):
+                losses.append(objective.divergence(outputs, objective.outputs(module, batch)))
+        return torch.cat(losses)
+
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
         """What the objective compares, batch by batch."""
         with tempfile.TemporaryDirectory(prefix="octavo-states-") as folder:
@@ -212,9 +223,8 @@ class _Evidence:
         self.roles = EvidenceFolder(room.path / "roles")
         self.evidence = room.evidence
         self.depth, self.steps = len(self.blocks.list), 0
-        self.holders = model.source.holders()
-        names = {module: name for name, module in self._module.named_modules()}
-        self.parts = {m: self.blocks.part_of(names[m]) for modules in self.holders.values() for m in modules}
+        self.parts = {module: self.blocks.part_of(name) for name, module in self._module.named_modules()}
+        self.site_parts = self._parts_of_sites()
         #: Modules around the blocks that are called before them.
         self.early: set[nn.Module] = set()
 
@@ -222,6 +232,18 @@ class _Evidence:
     def _module(self) -> nn.Module:
         assert self.model.source.module is not None
         return self.model.source.module
+
+    def _parts_of_sites(self) -> dict[str, set[int]]:
+        """The parts of the model that use each site."""
+        source = self.model.source
+        found: dict[str, set[int]] = {
+            name: {self.parts[module] for module in modules} for name, modules in source.holders().items()
+        }
+        for conversion in source.conversions:
+            parts = {self.blocks.part_of(target) for target in conversion.targets}
+            for name in conversion.names:
+                found.setdefault(source.aliases.get(name, name), set()).update(parts)
+        return found
 
     def gather(self) -> Calibration:
         """Do what is not done yet."""
@@ -311,17 +333,21 @@ class _Evidence:
         self, stage: str, part: int, wanted: Callable[[nn.Module], bool] = lambda module: True
     ) -> Iterator[Callable[[Batch], None]]:
         """A context in which a part is in memory and its sites are watched; at its end their evidence is written."""
-        holders = {
-            site: [module for module in modules if self.parts[module] == part and wanted(module)]
-            for site, modules in self.holders.items()
-        }
-        watches = Watches([site for site in self.sites if holders.get(site.name)], holders)
-        with self.model.part(part), watches.watching():
-            yield watches.begin
+        sites = [site for site in self.sites if part in self.site_parts.get(site.name, ())]
+        with self.model.part(part):
+            watches = Watches(
+                sites,
+                self.model.source,
+                only=lambda module: self.parts[module] == part and wanted(module),
+                uses=lambda module: self.parts[module] == part,
+            )
+            with watches.watching():
+                yield watches.begin
         whole, roles = {}, {}
         for site, found in watches.evidence(self.sequences).items():
-            if len(self.holders[site]) == 1:
-                whole[site] = found[0]
+            # What is around the blocks is used before them, after them, or both.
+            if self.site_parts[site] == {part} and part != AROUND:
+                whole[site] = combined(found)
             else:
                 roles[f"{stage} {site}"] = combined(found)
         self.evidence.write(stage, whole)
@@ -337,6 +363,7 @@ class _Evidence:
                 several[site.name] = combined(roles)
         self.evidence.write("roles", several)
         self.evidence.without("typical")
-        result = described(self.sites, self.evidence.samples, self.sequences, self.text)
+        result = described(self.sites, self.evidence.samples, self.sequences, self.text, self.model.source)
+        result.tokens = sum(tokens_in(batch) for batch in self.batches)
         self.evidence.write("typical", typical(self.model.source, self.sites, self.evidence))
         return result

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from octavo.ahead import in_order
 from octavo.errors import RequestError
 from octavo.evidence import Evidence, combined
-from octavo.objective import Batch, Objective, sequences_in
+from octavo.objective import Batch, Objective, mask_of, select, sequences_in
 from octavo.sites import Site, Source
 from octavo.watches import DAMPING, Corrections, Watches
 
 MINIMUM_SEQUENCES = 8
+#: Gradients of weights are taken from at least so many passes, if there are as many examples.
+_PASSES = 64
 CURVATURES = ("kfac", "ekfac")
 
 
@@ -63,8 +65,11 @@ def calibrate(
     if source.module is None:
         return data_free(source, sites)
     sequences = count_sequences(batches)
-    holders, generator, module = source.holders(), torch.Generator().manual_seed(seed), source.module
+    generator, module = torch.Generator().manual_seed(seed), source.module
     passes = 2 if curvature == "ekfac" else 1
+    notes: list[str] = []
+    if _reads_gradients(source, sites, batches[0], objective, notes):
+        batches = _smaller(batches, sequences)
 
     def go_through(watches: Watches, before: int) -> None:
         with _differentiating(module), watches.watching():
@@ -76,16 +81,56 @@ def calibrate(
                     objective.probe(outputs, generator).backward()
                 progress(before + done + 1, passes * len(batches))
 
-    watches = Watches(sites, holders, curvature=passes == 2)
-    go_through(watches, 0)
+    watches = Watches(sites, source, curvature=passes == 2)
+    if not notes:
+        go_through(watches, 0)
+    positions = watches.positions
     evidence = {name: combined(roles) for name, roles in watches.evidence(sequences).items()}
-    if passes == 2:
-        # Labels are drawn anew, so that no basis is judged by the samples that it was made from.
-        corrections = Corrections(sites, holders, evidence)
+    if passes == 2 and not notes:
+        # Labels are drawn again, so that no basis is judged by the samples that it was made from.
+        corrections = Corrections(sites, source, evidence)
         go_through(corrections, len(batches))
         evidence |= corrections.corrected(sequences)
-    result = described(sites, {name: found.samples for name, found in evidence.items()}, sequences, text)
+    result = described(sites, {name: found.samples for name, found in evidence.items()}, sequences, text, source)
+    result.tokens = positions or sequences
+    result.warnings = notes + result.warnings
     result.evidence = {**evidence, **typical(source, sites, evidence)}
+    return result
+
+
+def _reads_gradients(
+    source: Source, sites: Sequence[Site], batch: Batch, objective: Objective, notes: list[str]
+) -> bool:
+    """Whether a site gets gradients from a use outside of layers; learned from a few examples.
+
+    A model through which no gradient can go is noted: it is weighed without.
+    """
+    assert source.module is not None
+    few = select(batch, slice(0, min(4, sequences_in(batch))))
+    watches = Watches([*sites], source)
+    with _differentiating(source.module), watches.watching():
+        watches.begin(few)
+        outputs = objective.outputs(source.module, few)
+        check_outputs(outputs, 0)
+        if not outputs.requires_grad:
+            return False
+        try:
+            objective.probe(outputs, torch.Generator().manual_seed(0)).backward()
+        except RuntimeError as error:
+            said, name = str(error).splitlines()[0], type(source.module).__name__
+            notes.append(f"{source.title}: no gradient goes through {name} ({said}); its sites were weighed as typical")
+            return False
+    return bool(watches.gradients.seen())
+
+
+def _smaller(batches: Sequence[Batch], sequences: int) -> list[Batch]:
+    """Batches of so few examples that there are :data:`_PASSES` of them, since each gives one gradient."""
+    size = max(1, sequences // _PASSES)
+    result = []
+    for batch in batches:
+        total = sequences_in(batch)
+        parts = range(0, total, size) if total > size else (0,)
+        result += [select(batch, slice(at, at + size)) for at in parts]
     return result
 
 
@@ -97,6 +142,15 @@ def count_sequences(batches: Sequence[Batch]) -> int:
             f"calibration has {total} sequences, at least {MINIMUM_SEQUENCES} are needed; give more data"
         )
     return total
+
+
+def tokens_in(batch: Batch) -> int:
+    """Tokens of a batch that are no padding; examples where it holds no tokens."""
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(tokens, Tensor):
+        return sequences_in(batch)
+    mask = mask_of(batch)
+    return tokens.numel() if mask is None else int(mask.sum())
 
 
 def check_outputs(outputs: Tensor, number: int) -> None:
@@ -120,14 +174,22 @@ def _differentiating(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def described(sites: Sequence[Site], samples: Mapping[str, int], sequences: int, text: str) -> Calibration:
+def described(
+    sites: Sequence[Site], samples: Mapping[str, int], sequences: int, text: str, source: Source
+) -> Calibration:
     """A calibration without its evidence: what was seen, given the positions seen at every site."""
     result = Calibration({}, sequences, max(samples.values(), default=0), text)
+    unused = set(source.unused)
     for site in sites:
         seen = samples.get(site.name, 0)
-        if not seen:
+        if site.name in unused:
             result.warnings.append(
-                f"{site.name}: calibration saw no output depend on it; it was weighed as a typical site"
+                f"{site.name}: {type(source.module).__name__} has no place for it, so its loss is in no measured "
+                "quality; it was weighed as a typical site"
+            )
+        elif not seen:
+            result.warnings.append(
+                f"{site.name}: no output on the calibration data depends on it; it was weighed as a typical site"
             )
         elif seen < site.columns and site.kind != "embedding":
             result.warnings.append(

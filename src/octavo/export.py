@@ -52,7 +52,7 @@ def open_model(path: str | Path) -> Opened:
         check_exportable(source)
         inputs.model_of(source, blockwise=False)
         return Opened(source, dense_forms(source))
-    from octavo.integrations.transformers import match_names
+    from octavo.integrations.transformers import bind
     from octavo.verify import load
 
     artifact = Artifact(path)
@@ -67,7 +67,7 @@ def open_model(path: str | Path) -> Opened:
         title=path.name, path=path, shapes=shapes, dtypes=dict.fromkeys(shapes, torch.float32), aliases={},
         read=artifact.tensor, module=module, is_transformers=True,
     )  # fmt: skip
-    source.parameters = match_names(source, module)
+    bind(source, module)
     check_exportable(source)
     forms = {name: artifact.form(name) for name, shape in shapes.items() if len(shape) == 2}
     return Opened(source, forms, artifact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,12 +53,8 @@ class InMemory:
     @fast_matmul()
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
         """Divergence of every example from the source, with some of its tensors, by name in the source, replaced."""
-        if self._reference is None:
-            with replaced(self.module, {}), torch.inference_mode():
-                self._reference = _reference(self.module, batches, objective)
-        parameters = self.source.parameters
-        stored = {parameter: self.source.aliases.get(name, name) for name, parameter in parameters.items()}
-        new = {parameter: weights[name] for parameter, name in stored.items() if name in weights}
+        self._reference = self._reference or self._refer(batches, objective)
+        new = self.source.placed(weights)
         losses = []
         with replaced(self.module, new) as change, torch.inference_mode():
             for number, batch in enumerate(batches):
@@ -65,12 +62,69 @@ class InMemory:
                 losses.append(objective.divergence(self._reference.of(number, batch, change.old), outputs))
         return torch.cat(losses)
 
+    @fast_matmul()
+    def judge(
+        self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Divergence of every example from the source, with another module in its place.
+
+        Parameters
+        ----------
+        old
+            Values of the source's own module, by name, if they were changed since it was measured.
+        """
+        self._reference = self._reference or self._refer(batches, objective)
+        losses = []
+        with torch.inference_mode():
+            for number, batch in enumerate(batches):
+                outputs = objective.outputs(module, batch)
+                losses.append(objective.divergence(self._reference.of(number, batch, old), outputs))
+        return torch.cat(losses)
+
+    def _refer(self, batches: Sequence[Batch], objective: Objective) -> _Outputs | _LastStates:
+        with replaced(self.module, {}), torch.inference_mode():
+            return _reference(self.module, batches, objective)
+
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
         """What the objective compares, batch by batch."""
         for batch in batches:
             with replaced(self.module, {}), torch.inference_mode():
                 outputs = objective.outputs(self.module, batch)
             yield outputs
+
+
+@contextmanager
+def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A context in which a module's tensors may be written to; at its end all values are what they were.
+
+    It gives the values before, by name.
+    """
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    before = {key: tensor.data for key, tensor in tensors.items()}
+    training = [submodule for submodule in module.modules() if submodule.training]
+    extra = _extra_state(module)
+    try:
+        for tensor in tensors.values():
+            tensor.data = tensor.data.clone()
+        module.eval()
+        yield {
+            name: before[id(tensor)]
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if id(tensor) in before
+        }
+    finally:
+        for key, tensor in tensors.items():
+            tensor.data = before[key]
+        for submodule, state in extra:
+            submodule.set_extra_state(state)
+        for submodule in training:
+            submodule.training = True
+
+
+def _extra_state(module: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """What modules keep beside tensors, of those that can take it back."""
+    own = nn.Module.get_extra_state
+    return [(part, part.get_extra_state()) for part in module.modules() if type(part).get_extra_state is not own]
 
 
 class _Outputs:

@@ -59,6 +59,7 @@ class Job:
         # Checksums of kept tensors are worked out once for all contents.
         self._kept: dict[torch.dtype | None, dict[str, Kept]] = {}
         self._by_name = {site.name: site for site in self.sites}
+        self._own_names: frozenset[str] | None = None
 
     def site(self, name: str) -> Site:
         """The site of that name."""
@@ -161,7 +162,17 @@ class Job:
             for name, item in packed.items()
         }
         resident = self.resident(packed) if self.target == "memory" else None
-        return Contents(source, entries, self.kept(dtype), self.source.aliases, resident)
+        return Contents(source, entries, self.kept(dtype), self.source.aliases, resident, self._named())
+
+    def _named(self) -> frozenset[str]:
+        """Aliases that the loader of the source must find in the files, since it does not tie them itself."""
+        if self._own_names is None:
+            self._own_names = frozenset()
+            if self.source.is_transformers and self.source.aliases:
+                from octavo.integrations.transformers import tied_names
+
+                self._own_names = frozenset(self.source.aliases) - tied_names(self.source)
+        return self._own_names
 
     def resident(self, packed: Mapping[str, Packed]) -> int:
         """Bytes of all tensors while the model runs packed: sites, what is no site, and buffers that are not stored."""
@@ -191,14 +202,13 @@ class Job:
             raise RequestError("nothing can be measured without a model and data")
         return self._model.measure(self.held_data, self.objective, weights)
 
-    def judge(self, module: nn.Module) -> Tensor:
-        """Divergence of every held-back example from the source with another module in its place."""
+    def judge(self, module: nn.Module, old: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Divergence of every held-back example from the source with another module in its place.
+
+        ``old`` holds the values of the source's own module where they were changed since it was measured.
+        """
         assert self._model is not None
-        with torch.inference_mode():
-            pairs = zip(self.held_data, self._model.outputs(self.held_data, self.objective), strict=True)
-            return torch.cat(
-                [self.objective.divergence(old, self.objective.outputs(module, data)) for data, old in pairs]
-            )
+        return self._model.judge(self.held_data, self.objective, module, old or {})
 
     @property
     def measurable(self) -> bool:

@@ -7,18 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
-from octavo.raw import Lazily
+from octavo.proof import prove
 from octavo.report.gather import report_data
 from octavo.verify import REPORT
 
@@ -51,9 +48,9 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
         _write(done, aside)
         artifact = Artifact(aside)
         _compare(done, artifact)
-        state = _read_back(done, artifact)
+        proof = prove(done.job, artifact)
         done.timings["verify"] = time.perf_counter() - started
-        data = report_data(done, artifact, state)
+        data = report_data(done, artifact, proof)
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
         data["timings"] = {**done.timings, "total": sum(done.timings.values())}
         _write_report(data, aside)
@@ -142,16 +139,6 @@ def _compare(done: Compressed, artifact: Artifact) -> None:
     for name, equal in zip(names, in_order(same, names), strict=True):
         if not equal:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
-
-
-def _read_back(done: Compressed, artifact: Artifact) -> Mapping[str, Tensor]:
-    """The tensors read back, for a model that runs: at once if it is in memory, else as its blocks ask for them."""
-    source = done.job.source
-    if source.module is None:
-        return {}
-    if not source.is_skeleton:
-        return artifact.state()
-    return Lazily({name: partial(artifact.tensor, name) for name in artifact.names()})
 
 
 def _write_report(data: dict[str, Any], folder: Path) -> None:

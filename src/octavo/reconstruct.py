@@ -98,7 +98,7 @@ class _Fit:
         self.job, self.old = job, built
         assert job.source.module is not None
         self.module = job.source.module
-        self.parameters = job.source.parameters
+        self.parameters = job.source.direct
         self.weights = dict(job.weights(built.packed))
         self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
         self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
@@ -149,8 +149,7 @@ class _Fit:
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.module, {}):
                 reference = objective.outputs(self.module, batch)
-            new = {self.parameters[name]: weight for name, weight in {**self.weights, **kept}.items()
-                   if name in self.parameters}  # fmt: skip
+            new = self.job.source.placed({**self.weights, **kept})
             learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
             rows = {name: change.requires_grad_(True) for name, change in self.rows.items()}
             with replaced(self.module, new), _scaled(self.owners, rows):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
+from octavo.conversions import Conversion
 from octavo.errors import RequestError
 from octavo.raw import raw_bytes
 
@@ -39,7 +40,8 @@ class Layout:
     ----------
     kind
         ``rows_first`` (linear, embedding, convolution: dimension 0 is the output), ``columns_first`` (GPT-2
-        ``Conv1D``: dimension 1 is the output) or ``transposed`` (transposed convolution: (in, out / groups, *kernel)).
+        ``Conv1D``: dimension 1 is the output), ``transposed`` (transposed convolution: (in, out / groups, *kernel)) or
+        ``stacked`` (matrices in one tensor, such as those of experts: all dimensions but the last count the rows).
     groups
         Groups of a transposed convolution.
     """
@@ -50,6 +52,8 @@ class Layout:
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of the matrix of a weight of ``shape``."""
         total = math.prod(shape)
+        if self.kind == "stacked":
+            return (total // shape[-1] if shape[-1] else 0, shape[-1])
         rows = shape[0] if self.kind == "rows_first" else shape[1] * (self.groups if self.kind == "transposed" else 1)
         return (rows, total // rows if rows else 0)
 
@@ -131,7 +135,13 @@ class Source:
     module
         The module, or None for bare tensors. That of a folder is a skeleton until it is to be run.
     parameters
-        Tensor name, tied ones too, to parameter or buffer name in ``module`` (they differ by prefixes at times).
+        Tensor name, tied ones too, to the parameter or buffer of ``module`` that it becomes or becomes part of.
+    conversions
+        Tensors that become tensors of ``module`` in another shape.
+    unused
+        Tensors that ``module`` has no place for.
+    unfilled
+        Parameters of ``module`` that none of the tensors fills: its own loader gives them random values.
     """
 
     title: str
@@ -142,6 +152,9 @@ class Source:
     read: Callable[[str], Tensor]
     module: nn.Module | None = None
     parameters: dict[str, str] = field(default_factory=dict)
+    conversions: list[Conversion] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    unfilled: list[str] = field(default_factory=list)
     is_transformers: bool = False
     #: Where configuration and tokenizer are, if not in ``path``.
     companions: Path | None = None
@@ -151,6 +164,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     #: SHA-256 of every tensor's content, from :func:`examine`.
     digests: dict[str, str] = field(default_factory=dict, repr=False)
+    _direct: tuple[list[Conversion], dict[str, str]] | None = field(default=None, repr=False, init=False)
 
     @property
     def original_bytes(self) -> int:
@@ -182,26 +196,62 @@ class Source:
 
     def owner(self, name: str) -> nn.Module | None:
         """The module that holds the tensor ``name``, if there is one."""
-        if self.module is None or name not in self.parameters:
+        if self.module is None or name not in self.direct:
             return None
-        return self.module.get_submodule(self.parameters[name].rpartition(".")[0])
+        return self.module.get_submodule(self.direct[name].rpartition(".")[0])
+
+    @property
+    def direct(self) -> dict[str, str]:
+        """Tensor name to the name in ``module``, of those that keep their shape on the way."""
+        if not self.conversions:
+            return self.parameters
+        known = self._direct
+        if known is None or known[0] is not self.conversions:
+            converted = {name for conversion in self.conversions for name in conversion.names}
+            plain = {name: target for name, target in self.parameters.items() if name not in converted}
+            self._direct = known = (self.conversions, plain)
+        return known[1]
 
     @property
     def is_skeleton(self) -> bool:
         """Whether the module is there without its weights."""
         return self.module is not None and any(parameter.is_meta for parameter in self.module.parameters())
 
-    def holders(self) -> dict[str, list[nn.Module]]:
-        """The modules that hold each tensor, in the order of the model: several if it is tied."""
+    def places(self) -> dict[str, list[tuple[nn.Module, str]]]:
+        """The modules that hold each tensor, with the name that it has there, in the order of the model.
+
+        Several if the tensor is tied. Tensors that change their shape on the way into the module are not among them.
+        """
         if self.module is None:
             return {}
         state = self.module.state_dict(keep_vars=True)
-        names = {id(state[parameter]): self.aliases.get(name, name) for name, parameter in self.parameters.items()}
-        result: dict[str, list[nn.Module]] = {}
+        names = {id(state[parameter]): self.aliases.get(name, name) for name, parameter in self.direct.items()}
+        result: dict[str, list[tuple[nn.Module, str]]] = {}
         for module in self.module.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if id(tensor) in names:
-                    result.setdefault(names[id(tensor)], []).append(module)
+                    result.setdefault(names[id(tensor)], []).append((module, leaf))
+        return result
+
+    def holders(self) -> dict[str, list[nn.Module]]:
+        """The modules that hold each tensor, in the order of the model: several if it is tied."""
+        return {name: [module for module, _ in places] for name, places in self.places().items()}
+
+    def placed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's tensors that change when some tensors of the source have other values.
+
+        Parameters
+        ----------
+        weights
+            By name in the source.
+        """
+        stored = {parameter: self.aliases.get(name, name) for name, parameter in self.direct.items()}
+        result = {parameter: weights[name] for parameter, name in stored.items() if name in weights}
+        for conversion in self.conversions:
+            names = [self.aliases.get(name, name) for name in conversion.names]
+            if any(name in weights for name in names):
+                made = conversion.values([(weights[n] if n in weights else self.read(n)).float() for n in names])
+                result.update((target, made[target]) for target in conversion.targets)
         return result
 
     def sites(self) -> tuple[list[Site], dict[str, str]]:
@@ -227,6 +277,8 @@ class Source:
         owner = self.owner(name)
         if isinstance(owner, _TRANSPOSED):
             return "convolution", Layout("transposed", owner.groups)
+        if owner is not None and len(shape) > 2 and not isinstance(owner, _CONVOLUTIONS):
+            return "linear", Layout("stacked")
         if isinstance(owner, _CONVOLUTIONS) or (owner is None and len(shape) > 2):
             return "convolution", Layout()
         if type(owner).__name__ == "Conv1D" and len(shape) == 2:

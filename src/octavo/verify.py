@@ -14,6 +14,8 @@ from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError, RequestError
 from octavo.objective import Batch
+from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
+from octavo.probes import Outputs, first_output, probe
 from octavo.raw import raw_bytes
 from octavo.running import held_bytes
 from octavo.running.factors import dense_again, run_as_factors
@@ -123,22 +125,6 @@ def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None)
     return digest.hexdigest()
 
 
-def probe(module: nn.Module, seed: int = 0) -> Tensor | None:
-    """A transformers model's first output on fixed tokens; None for what takes no token ids."""
-    vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
-    if not vocabulary:
-        return None
-    tokens = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(seed))
-    with torch.inference_mode():
-        return next(value for value in module(input_ids=tokens).values() if isinstance(value, Tensor))
-
-
-def probe_outputs(module: nn.Module, seed: int = 0) -> str | None:
-    """SHA-256 of :func:`probe`."""
-    first = probe(module, seed)
-    return None if first is None else hashlib.sha256(raw_bytes(first)).hexdigest()
-
-
 def packed_run(artifact: Artifact, seed: int = 0) -> dict[str, Any]:
     """What an artifact made for memory holds while it runs, and how its outputs differ from the decoded weights'.
 
@@ -155,10 +141,10 @@ def packed_run(artifact: Artifact, seed: int = 0) -> dict[str, Any]:
         return result
     result["held"] = held_bytes(packed)
     dense = load(artifact.path)
-    exact = probe(dense, seed)
+    exact = first_output(dense, seed)
     if exact is not None:
-        result["error"] = _relative(probe(packed, seed), exact)
-        result["allowed"] = _TOLERANCE * _relative(probe(dense.to(torch.bfloat16), seed), exact)
+        result["error"] = _relative(first_output(packed, seed), exact)
+        result["allowed"] = _TOLERANCE * _relative(first_output(dense.to(torch.bfloat16), seed), exact)
     return result
 
 
@@ -173,16 +159,21 @@ def verify(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``bytes``, ``ratio``, ``tensors``, ``weights_match`` and ``outputs_match`` (None if nothing was recorded), and
-        ``packed``, the result of :func:`packed_run` if it was made for memory.
+        ``bytes``, ``ratio``, ``tensors``; ``weights_match`` and ``outputs_match`` (None if nothing was recorded);
+        ``outputs_difference``, how far outputs on a fixed input are from those recorded, relative to the largest;
+        ``loader``, how the model was loaded (None if it has none that is known here); ``quality`` as it was measured
+        when the artifact was written (None without a report); and ``packed``, the result of :func:`packed_run` if it
+        was made for memory.
 
     Raises
     ------
     ArtifactError
-        At the first thing that is wrong.
+        At the first thing that is wrong: damage, weights or outputs other than recorded, a model that the artifact
+        does not fill.
     """
     artifact = Artifact(path)
     recorded = _recorded(artifact.path)
+    digests = recorded.get("digests") or {}
     digest = digest_of(artifact)
     result: dict[str, Any] = {
         "path": str(path),
@@ -190,14 +181,25 @@ def verify(path: str | Path) -> dict[str, Any]:
         "ratio": artifact.manifest["source"]["bytes"] / artifact.bytes,
         "tensors": len(artifact.names()) + len(artifact.aliases),
         "weights_sha256": digest,
-        "weights_match": None if recorded.get("weights") is None else recorded["weights"] == digest,
+        "weights_match": None if digests.get("weights") is None else digests["weights"] == digest,
         "outputs_match": None,
+        "outputs_difference": None,
+        "loader": None,
+        "quality": recorded.get("quality"),
         "packed": None,
     }
-    if recorded.get("outputs") is not None:
-        result["outputs_match"] = recorded["outputs"] == probe_outputs(load(path))
     if result["weights_match"] is False:
         raise ArtifactError(f"{path}: the restored weights are not those recorded when it was written")
+    wanted = Outputs.recorded(digests.get("outputs"))
+    if wanted is not None:
+        result["loader"], result["outputs_difference"] = _outputs_of(artifact.path, wanted)
+        result["outputs_match"] = result["outputs_difference"] <= OUTPUTS_TOLERANCE
+        if not result["outputs_match"]:
+            raise ArtifactError(
+                f"{path}: the loaded model's outputs differ from those recorded when it was written by "
+                f"{result['outputs_difference']:.3g} of the largest, {OUTPUTS_TOLERANCE:g} is rounding; its "
+                "configuration was changed, or this machine or version of transformers computes something else"
+            )
     if artifact.resident is not None:
         result["packed"] = packed = packed_run(artifact)
         if packed["error"] is not None and packed["error"] > packed["allowed"]:
@@ -208,8 +210,24 @@ def verify(path: str | Path) -> dict[str, Any]:
     return result
 
 
+def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
+    """How the model was loaded, and how far its outputs are from those recorded."""
+    from octavo.integrations.transformers import load_as_users_do
+
+    loaded = load_as_users_do(path, {"dtype": torch.float32})
+    found = probe(loaded.model)
+    difference = float("inf") if found is None else wanted.differ(found)
+    return f"{type(loaded.model).__name__}.from_pretrained(path)", difference
+
+
 def _recorded(path: Path) -> dict[str, Any]:
+    """The report that lies beside an artifact, if there is one."""
     try:
-        return dict(json.loads((path / REPORT).with_suffix(".json").read_text(encoding="utf-8"))["digests"])
-    except (OSError, ValueError, KeyError, TypeError):
+        data = json.loads((path / REPORT).with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    quality, digests = (data.get(key) for key in ("quality", "digests")) if isinstance(data, dict) else (None, None)
+    return {
+        "quality": quality if isinstance(quality, dict) else None,
+        "digests": digests if isinstance(digests, dict) else None,
+    }

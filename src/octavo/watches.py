@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from octavo.curvature import Curvature, eigen
 from octavo.evidence import Evidence
-from octavo.objective import Batch, mask_of, sequences_in
+from octavo.gradients import Gradients, Seen
+from octavo.layers import is_layer, scale_of_table
+from octavo.objective import Batch, sequences_in
 from octavo.raw import raw_bytes
-from octavo.sites import Site
+from octavo.sides import Masks, sides_of
+from octavo.sites import Site, Source
 
 #: Calibration moments overfit: a share of their mean is added to every direction. Measured on MiniLM with 256
 #: sentences, 0.1 was the best of 0.01, 0.03, 0.1, 0.3 and 1 on held-out text, from 2 to 4 bits (docs/decisions.md).
@@ -33,28 +36,60 @@ _GRADIENTS = 1 << 23
 
 
 class _Watch:
-    """Accumulates the moments of one site while batches go through the model."""
+    """Accumulates the moments of one site while batches go through a layer that holds it.
 
-    def __init__(self, site: Site, module: nn.Module, shared: dict[Any, Any]) -> None:
-        self.site, self.module, self.shared = site, module, shared
+    While the layer runs it reads a copy of its weight that shares the memory and asks for no gradient. So the gradient
+    of the weight itself comes from uses elsewhere alone, and nothing is counted twice (:mod:`octavo.gradients`).
+    """
+
+    def __init__(self, site: Site, module: nn.Module, leaf: str, shared: dict[Any, Any], side: str = "") -> None:
+        self.site, self.module, self.leaf, self.shared, self.side = site, module, leaf, shared, side
         self.embedding = isinstance(module, nn.Embedding)
+        #: What an embedding multiplies its rows by; None if it is no table of tokens.
+        self.scale: float | None = 1.0
+        self._checked = not self.embedding or type(module).forward is nn.Embedding.forward
+        self._own: Tensor | None = None
         self.rows = torch.zeros(site.rows, dtype=torch.float64)
         self.columns: Tensor | None = None
         #: The whole moment of the gradients at the outputs, where it is wanted.
         self.outputs: Tensor | None = None
         self.samples = 0
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        mask = self.shared["mask"]
-        inputs = args[0] if args else None
-        if not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Put the copy in place, and let gradients begin here if they have not before."""
+        if not self._checked:
+            self.scale, self._checked = scale_of_table(module, args, kwargs), True
+        if self.scale is None:
             return None
+        held: dict[str, Any] = module._parameters if self.leaf in module._parameters else module._buffers
+        self._own = held[self.leaf]
+        assert self._own is not None
+        copy = self._own.detach()
+        held[self.leaf] = nn.Parameter(copy, requires_grad=False) if held is module._parameters else copy
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, Tensor) and first.is_floating_point() and not first.requires_grad:
+            first = first.detach().requires_grad_(True)
+            return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): first})
+        return None
+
+    def restore(self) -> None:
+        """Put the weight itself back."""
+        if self._own is not None:
+            held: dict[str, Any] = self.module._parameters
+            (held if self.leaf in held else self.module._buffers)[self.leaf] = self._own
+            self._own = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        self.restore()
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if self.scale is None or not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
+            return None
+        mask = self.shared["masks"].of(self.side)
         if self.embedding:
             return self._embedding(inputs, output, mask)
-        convolution = self.site.kind == "convolution"
-        # Attention, recurrent and other modules hold matrices that are not what turns their input into their output.
-        if not output.requires_grad or not (convolution or self._turns(inputs, output)):
+        if not output.requires_grad:
             return None
+        convolution = self.site.kind == "convolution"
         backward = self._layer(inputs, output, None if convolution else _live(inputs, mask))
         # Hooks of a view are lost when models go on in place, as with ReLU(inplace=True); those of a copy are not.
         output = output.clone() if output._is_view() else output
@@ -92,10 +127,6 @@ class _Watch:
         else:
             self.columns += moment
 
-    def _turns(self, inputs: Tensor, output: Tensor) -> bool:
-        """Whether inputs have the columns of the matrix, and outputs its rows."""
-        return inputs.ndim > 0 and inputs.shape[-1] == self.site.columns and output.shape[-1] == self.site.rows
-
     def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
         shown = tokens if live is None else tokens.expand(live.shape)[live]
@@ -104,7 +135,8 @@ class _Watch:
 
         def backward(gradient: Tensor) -> None:
             flat = gradient[live] if live is not None and live.shape == gradient.shape[:-1] else gradient.flatten(0, -2)
-            self._add((flat.float().t() @ flat.float()).double().cpu())
+            scale = 1.0 if self.scale is None else self.scale
+            self._add((flat.float().t() @ flat.float()).double().cpu() * scale**2)
 
         if output.is_leaf:
             # A copy, since models may go on in place, which a leaf does not allow.
@@ -159,8 +191,10 @@ class _Watch:
 class _Correction(_Watch):
     """Accumulates the squares of the gradients of single examples in the basis of a site's curvature."""
 
-    def __init__(self, site: Site, module: nn.Module, shared: dict[Any, Any], evidence: Evidence) -> None:
-        super().__init__(site, module, shared)
+    def __init__(
+        self, site: Site, module: nn.Module, leaf: str, shared: dict[Any, Any], side: str, evidence: Evidence
+    ) -> None:
+        super().__init__(site, module, leaf, shared, side)
         assert evidence.curvature is not None
         self.found, self.curvature = evidence, evidence.curvature
         self.values = torch.zeros(site.rows, site.columns, dtype=torch.float64)
@@ -238,24 +272,41 @@ def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
 
 
 class Watches:
-    """The watches of some sites: one for every module that holds a site's tensor.
+    """The watches of some sites: one for every layer that holds a site's tensor, and one on all other uses of it.
 
     Parameters
     ----------
-    holders
-        Site name to the modules that hold it (:meth:`octavo.sites.Source.holders`).
+    source
+        Says which modules hold a site.
     curvature
         Whether the evidence of layers gets a curvature, which is that of K-FAC until it is corrected. Embeddings,
         grouped and transposed convolutions, tensors with several roles and very wide ones get none.
+    only
+        Which layers are watched.
+    uses
+        The modules whose weights' own gradients are watched; those of ``only`` by default.
     """
 
     def __init__(
-        self, sites: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]], *, curvature: bool = False
+        self,
+        sites: Sequence[Site],
+        source: Source,
+        *,
+        curvature: bool = False,
+        only: Callable[[nn.Module], bool] = lambda module: True,
+        uses: Callable[[nn.Module], bool] | None = None,
     ) -> None:
-        self._shared: dict[Any, Any] = {"mask": None}
+        self._shared: dict[Any, Any] = {"masks": Masks()}
+        sides, places = sides_of(source.module), source.places()
         self.watches = {
-            site.name: [_Watch(site, module, self._shared) for module in holders.get(site.name, ())] for site in sites
+            site.name: [
+                _Watch(site, module, leaf, self._shared, sides.get(module, ""))
+                for module, leaf in places.get(site.name, ())
+                if only(module) and is_layer(module, leaf)
+            ]
+            for site in sites
         }
+        self.gradients = Gradients(sites, source, uses or only)
         for watches in self.watches.values() if curvature else ():
             if len(watches) == 1 and _is_plain(watches[0]):
                 site = watches[0].site
@@ -265,29 +316,55 @@ class Watches:
     def watching(self) -> Iterator[None]:
         """A context in which the modules are watched."""
         handles = []
+        every = [watch for watches in self.watches.values() for watch in watches]
         try:
-            for watch in (watch for watches in self.watches.values() for watch in watches):
-                handles.append(watch.module.register_forward_pre_hook(_require_gradient))
-                handles.append(watch.module.register_forward_hook(watch))
-            yield
+            with self.gradients.watching():
+                for watch in every:
+                    handles.append(watch.module.register_forward_pre_hook(watch.before, with_kwargs=True))
+                    handles.append(watch.module.register_forward_hook(watch, with_kwargs=True))
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+            for watch in every:
+                watch.restore()
 
     def begin(self, batch: Batch) -> None:
         """Say which batch comes next, and let go of what the last one left."""
+        self.gradients.finish()
         self._shared.clear()
-        self._shared["mask"], self._shared["sequences"] = mask_of(batch), sequences_in(batch)
+        self._shared["masks"], self._shared["sequences"] = Masks.of_batch(batch), sequences_in(batch)
+
+    @property
+    def positions(self) -> int:
+        """The most positions that any layer has seen."""
+        return max((watch.samples for watches in self.watches.values() for watch in watches), default=0)
 
     def evidence(self, sequences: int) -> dict[str, list[Evidence]]:
         """What every site's watches have seen, without those that saw nothing; the moments are given up for it."""
+        self.gradients.finish()
         self._shared.clear()
         moments: dict[tuple, tuple[Tensor, dict[str, Any]]] = {}
         found = {
             name: [watch.evidence(sequences, moments) for watch in watches if watch.seen]
             for name, watches in self.watches.items()
         }
+        for name, seen in self.gradients.seen().items():
+            found[name].append(_of_gradients(seen, sequences))
         return {name: roles for name, roles in found.items() if roles}
+
+
+def _of_gradients(seen: Seen, sequences: int) -> Evidence:
+    """Damped evidence of the uses of a site outside of layers."""
+    rows = seen.rows / sequences
+    rows = rows + DAMPING * rows.mean()
+    columns = seen.columns
+    if columns is not None:
+        columns = columns.clone()
+        columns.diagonal().add_(DAMPING * columns.diagonal().mean())
+        columns = columns.float()
+    # Every row of every gradient is a sample of the column moment.
+    return Evidence(rows.float(), columns, seen.passes * len(rows))
 
 
 class Corrections(Watches):
@@ -299,15 +376,15 @@ class Corrections(Watches):
         That of the first pass.
     """
 
-    def __init__(
-        self, sites: Sequence[Site], holders: Mapping[str, Sequence[nn.Module]], evidence: Mapping[str, Evidence]
-    ) -> None:
-        super().__init__([], holders)
-        self.corrections = {
-            site.name: _Correction(site, holders[site.name][0], self._shared, evidence[site.name])
-            for site in sites
-            if site.name in evidence and evidence[site.name].curvature is not None
-        }
+    def __init__(self, sites: Sequence[Site], source: Source, evidence: Mapping[str, Evidence]) -> None:
+        super().__init__([], source)
+        sides, places = sides_of(source.module), source.places()
+        self.corrections: dict[str, _Correction] = {}
+        for site in sites:
+            if site.name in evidence and evidence[site.name].curvature is not None:
+                module, leaf = next(place for place in places[site.name] if is_layer(*place))
+                side = sides.get(module, "")
+                self.corrections[site.name] = _Correction(site, module, leaf, self._shared, side, evidence[site.name])
         self.watches = {name: [watch] for name, watch in self.corrections.items()}
 
     def corrected(self, sequences: int) -> dict[str, Evidence]:
@@ -325,14 +402,6 @@ def _is_plain(watch: _Watch) -> bool:
         and site.layout.kind != "transposed"
         and max(site.rows, site.columns) <= _WIDEST
     )
-
-
-def _require_gradient(module: nn.Module, args: tuple) -> tuple | None:
-    """Let gradients begin at the first site, since no parameter asks for one."""
-    first = args[0] if args else None
-    if isinstance(first, Tensor) and first.is_floating_point() and not first.requires_grad:
-        return (first.detach().requires_grad_(True), *args[1:])
-    return None
 
 
 def _frequencies(counts: Tensor) -> Tensor:

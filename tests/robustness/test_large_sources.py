@@ -68,12 +68,13 @@ def test_peak_memory_does_not_grow_with_depth(lab: Any, tmp_path: Path) -> None:
     assert peaks[15] - peaks[3] < grown / 2, peaks
 
 
-def test_a_model_is_not_loaded_where_nothing_runs(lab: Any, bert: Path, tmp_path: Path) -> None:
-    words = ("compress", bert, "--preset", "data-free", "--ratio", "3", "--out", tmp_path / "out")
-    _, said = peak_of(lab, *words)
-    assert said.splitlines()[-1] == "False"
-    assert (tmp_path / "out" / "tokenizer.json").exists()
-    assert type(octavo.load(tmp_path / "out")).__name__ == "BertModel"
+def test_without_data_the_artifact_is_loaded_and_no_quality_is_stated(lab: Any, bert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    peak_of(lab, "compress", bert, "--preset", "data-free", "--ratio", "3", "--out", out)
+    quality = json.loads((out / "report.json").read_text())["quality"]
+    assert quality["value"] is None and "no data" in quality["why"] and "BertModel" in quality["loader"]
+    assert (out / "tokenizer.json").exists()
+    assert type(octavo.load(out)).__name__ == "BertModel"
 
 
 def test_a_run_killed_at_any_site_goes_on_with_the_same_bytes(lab: Any, command: Command, tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ class Artifact:
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
         self.coded: Mapping[str, Any] = _mapping(self.manifest, "coded")
         self.aliases: Mapping[str, Any] = _mapping(self.manifest, "aliases")
+        #: Aliases that stand in the files under their own name.
+        self.named = self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
         if set(named) != set(self._tensors) or len(named) != len(self._tensors):
             odd = sorted(set(named) ^ set(self._tensors))[:3]
@@ -181,6 +183,23 @@ class Artifact:
             tensors = dict(zip(order, pool.map(self.packed if packed else self.tensor, order), strict=True))
         torch.set_num_threads(threads)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
+
+    def loadable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that a loader finds in the files, as they are once decoded."""
+        shapes = {name: tuple(entry["shape"]) for name, entry in self.sites.items()}
+        shapes.update((name, tuple(entry[1:])) for name, entry in self.coded.items())
+        shapes.update((name, self._tensors[name].shape) for name in self.kept)
+        return {**shapes, **{alias: shapes[self.aliases[alias]] for alias in self.named}}
+
+    def _take_named(self) -> list[str]:
+        """Take out the aliases that stand in the files without content, for the sake of other loaders."""
+        places = {alias: self._tensors.get(alias) for alias in self.aliases}
+        named = [
+            alias for alias, place in places.items() if place and (place.dtype, place.shape) == (torch.uint8, (0,))
+        ]
+        for alias in named:
+            del self._tensors[alias]
+        return named
 
     def _open(self, name: str, entry: Any) -> None:
         if not _FILE_NAME.fullmatch(name):
@@ -301,7 +320,7 @@ def _layout(name: str, entry: Mapping[str, Any]) -> Layout:
     kind, groups = layout if isinstance(layout, list) and len(layout) == 2 else (None, 0)
     whole = naturals([groups]) and groups > 0 and (groups == 1 or (kind == "transposed" and shape[0] % groups == 0))
     if (
-        kind not in ("rows_first", "columns_first", "transposed")
+        kind not in ("rows_first", "columns_first", "transposed", "stacked")
         or not whole
         or (kind == "columns_first" and len(shape) != 2)
     ):

@@ -137,7 +137,10 @@ class Contents:
     kept
         Tensors that are no sites, by name.
     aliases
-        Tied names to the names under which their tensors are stored.
+        Further names of tensors to the names under which they are stored.
+    named
+        Aliases that stand in the files under their own name too, without content: a loader that does not tie them
+        itself learns of them there.
     resident
         Bytes that all tensors take while the model runs packed, if that was the budget.
     """
@@ -147,6 +150,7 @@ class Contents:
     kept: dict[str, Kept] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     resident: int | None = None
+    named: frozenset[str] = frozenset()
 
     @property
     def bytes(self) -> int:
@@ -199,6 +203,8 @@ class Contents:
             else:
                 pieces[name] = _Piece(torch.uint8, (length,), kept.content)
                 manifest["coded"][name] = [crc, *kept.shape]
+        for alias in sorted(self.named):
+            pieces[alias] = _Piece(torch.uint8, (0,), lambda: b"")
         files = _shards(pieces)
         for name, file in files.items():
             if name.endswith(".safetensors"):

@@ -115,6 +115,7 @@ def compress(
     console.print(report.table(result))
     if "speed" in result:
         tell_speed(result["speed"])
+    console.print(report.measured(result), markup=False)
     if result["artifact"]["note"]:
         console.print(f"note: {result['artifact']['note']}", markup=False)
     for warning in result["calibration"]["warnings"][:3]:

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 import octavo
+from octavo import report
 from octavo.cli import command, console, options, show_json
 from octavo.methods import methods as known_methods
 
@@ -84,12 +85,18 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
             f"{packed['error']:.2g} (at most {packed['allowed']:.2g})",
             markup=False,
         )
-    words = {True: "equal, bit for bit", False: "DIFFERENT", None: "not recorded"}
     console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}", markup=False)
-    console.print(f"weights: {words[result['weights_match']]}; outputs: {words[result['outputs_match']]}", markup=False)
-    if result["outputs_match"] is False:
-        # Other machines and thread counts round differently; the weights are what the artifact promises.
-        console.print("outputs differ in their last bits on machines or thread counts other than the writer's")
+    weights = {True: "equal, bit for bit", None: "not recorded"}[result["weights_match"]]
+    apart = result["outputs_difference"]
+    outputs = (
+        "not recorded" if apart is None else "equal, bit for bit" if not apart else f"equal to rounding ({apart:.1g})"
+    )
+    console.print(f"weights: {weights}; outputs: {outputs}", markup=False)
+    if result["loader"] is not None:
+        console.print(f"loaded with {result['loader']}: nothing missing", markup=False)
+    quality = result["quality"]
+    if quality is not None:
+        console.print(f"When it was written: {report.measured({'quality': quality})}", markup=False)
 
 
 @command

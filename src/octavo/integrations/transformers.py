@@ -6,17 +6,17 @@ import importlib.abc
 import importlib.util
 import json
 import sys
-import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.errors import MissingExtraError, RequestError
 from octavo.integrations.tasks import class_for, default_objective  # noqa: F401  (an objective is asked for here too)
-from octavo.raw import raw_bytes
 
 if TYPE_CHECKING:
     from octavo.sites import Source
@@ -76,50 +76,109 @@ def attach_module(source: Source, folder: Path) -> None:
             "model is run"
         )
         return
+    source.module = skeleton(folder)
+    bind(source, source.module)
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model of a folder without weights, in float32, by the class that its config names.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be built.
+    """
+    transformers = require_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         cls = class_for(folder)
         with _WithoutContent():
             build = getattr(cls, "_from_config", None) or cls.from_config
-            module = build(config, dtype=torch.float32)
+            module: Any = build(config, dtype=torch.float32)
     except Exception as error:
         # A config can be wrong in as many ways as there are architectures, and each raises what it likes.
         raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
     # Keys and values of earlier tokens are of no use to one pass over whole texts.
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
-    source.module = module.eval()
-    source.parameters = match_names(source, module)
+    return module.eval()
 
 
 def load_weights(source: Source) -> None:
-    """Put the whole model of a folder in memory, in float32, in place of its skeleton."""
+    """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
     assert source.path is not None
-    cls = class_for(source.path)
     try:
-        source.module = cls.from_pretrained(source.path, dtype=torch.float32, local_files_only=True).eval()
+        loaded = load_as_users_do(source.path, {"dtype": torch.float32})
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RequestError(f"{source.path}: {cls.__name__}.from_pretrained failed: {error}") from error
-    source.parameters = match_names(source, source.module)
+        name = class_for(source.path).__name__
+        raise RequestError(f"{source.path}: {name}.from_pretrained failed: {error}") from error
+    source.module = loaded.model
+    bind(source, loaded.model)
+    source.unfilled = loaded.missing
 
 
-def match_names(source: Source, module: nn.Module) -> dict[str, str]:
-    """Tensor names of the source to names in the module, which may have gained or lost the base model's prefix."""
-    state = module.state_dict()
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    names = {}
+def bind(source: Source, module: nn.Module) -> None:
+    """Say how the source's tensors reach the module, by the loader's own rules."""
+    from octavo.integrations.names import names_of
+
     tied = {alias: source.shapes[name] for alias, name in source.aliases.items()}
-    for name, shape in {**source.shapes, **tied}.items():
-        for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if candidate in state and tuple(state[candidate].shape) == shape:
-                names[name] = candidate
-                break
-    return names
+    found = names_of(module, {**source.shapes, **tied})
+    converted = {name: item.targets[0] for item in found.conversions for name in item.names}
+    source.parameters, source.conversions = {**found.parameters, **converted}, found.conversions
+    source.unused = [name for name in found.unused if name in source.shapes]
+    source.unfilled = found.missing
+
+
+def tied_names(source: Source) -> set[str]:
+    """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
+    module = source.module
+    if module is None:
+        return set()
+    state, direct = module.state_dict(keep_vars=True), source.direct
+
+    def held(name: str) -> int | None:
+        parameter = direct.get(name)
+        return None if parameter is None else id(state[parameter])
+
+    pairs = ((alias, held(alias), held(name)) for alias, name in source.aliases.items())
+    return {alias for alias, one, other in pairs if one is not None and one == other}
 
 
 def artifact_config(folder: Path) -> dict[str, Any]:
     """The source's config with the note by which ``from_pretrained`` finds Octavo."""
     return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
+
+
+@dataclass
+class Loaded:
+    """A model as ``from_pretrained`` gives it.
+
+    Parameters
+    ----------
+    missing
+        Names of the model that nothing in the files filled; they have random values.
+    unexpected
+        Names in the files that the model has no place for.
+    """
+
+    model: nn.Module
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
+    """Load a model folder or an artifact by the class that its config names, and say what did not fit.
+
+    Parameters
+    ----------
+    options
+        Further arguments of ``from_pretrained``, such as a dtype.
+    """
+    register()
+    cls = class_for(folder)
+    model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **(options or {}))
+    missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
+    return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
 
 
 def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
@@ -163,93 +222,4 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def _register_quantizer() -> None:
-    from transformers.quantizers import auto
-
-    if "octavo" in auto.AUTO_QUANTIZER_MAPPING:
-        return
-    from transformers.core_model_loading import ConversionOps, WeightConverter
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    from octavo.artifact import Artifact
-
-    @auto.register_quantization_config("octavo")
-    class OctavoConfig(QuantizationConfigMixin):
-        """Says that the weights of this folder are an Octavo artifact."""
-
-        def __init__(self, quant_method: str = "octavo", packed: bool = False, **_: Any) -> None:
-            self.quant_method = quant_method  # type: ignore[assignment]
-            self.packed = packed
-
-    class Decode(ConversionOps):
-        """Exchanges the packed bytes of a site for its weight."""
-
-        def __init__(self, hf_quantizer: OctavoQuantizer) -> None:
-            self.hf_quantizer = hf_quantizer
-
-        def __deepcopy__(self, memo: dict) -> Decode:
-            return self  # The loader copies converters; the decoded weights must not be copied with them.
-
-        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-            model, name = kwargs.get("model"), kwargs.get("full_layer_name", "")
-            wanted = model.state_dict(keep_vars=True).get(name) if model is not None else None
-            dtype = None if wanted is None else wanted.dtype
-            return {
-                pattern: [self.hf_quantizer.decoded(tensor, dtype) for tensor in _as_list(tensors)]
-                for pattern, tensors in input_dict.items()
-            }
-
-    @auto.register_quantizer("octavo")
-    class OctavoQuantizer(HfQuantizer):
-        """Decodes an artifact while ``from_pretrained`` loads it; the model then runs dense, or from packed codes."""
-
-        requires_calibration = True
-
-        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-            super().__init__(quantization_config, **kwargs)
-            self._packed: bool = quantization_config.packed
-            self._weights: dict[int, Tensor] = {}
-            self._leaves: list[str] = []
-
-        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            files = kwargs.get("checkpoint_files") or []
-            if files:
-                artifact = Artifact(Path(files[0]).parent)
-                coded = {name: entry["crc"] for name, entry in artifact.sites.items()}
-                coded.update({name: entry[0] for name, entry in artifact.coded.items()})
-                state = artifact.state(coded, packed=self._packed)
-                # Names may change on the way into the model; a blob's checksum does not.
-                self._weights = {crc: state[name] for name, crc in coded.items()}
-                self._leaves = sorted({name.rpartition(".")[2] for name in coded})
-            return model
-
-        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            self._weights = {}
-            return model
-
-        def get_weight_conversions(self) -> list:
-            return [WeightConverter(leaf, leaf, [Decode(self)]) for leaf in self._leaves]
-
-        def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
-            for converter in weight_conversions:
-                if isinstance(converter, WeightConverter):
-                    converter.operations.insert(0, Decode(self))
-            return weight_conversions + self.get_weight_conversions()
-
-        def decoded(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-            if tensor.dtype == torch.uint8 and tensor.ndim == 1:
-                found = self._weights.get(zlib.crc32(raw_bytes(tensor)))
-                tensor = tensor if found is None else found
-            # Casting a packed weight changes what it decodes to; its codes are not touched.
-            return tensor if dtype is None else tensor.to(dtype)
-
-        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+    importlib.import_module("octavo.integrations.quantizer")

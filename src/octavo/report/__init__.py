@@ -5,6 +5,6 @@ beside it.
 """
 
 from octavo.report.page import write
-from octavo.report.summary import card, headline, table
+from octavo.report.summary import card, headline, measured, table
 
-__all__ = ["card", "headline", "table", "write"]
+__all__ = ["card", "headline", "measured", "table", "write"]

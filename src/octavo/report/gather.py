@@ -23,9 +23,10 @@ from octavo.inmemory import replaced
 from octavo.methods import get_method
 from octavo.objective import run
 from octavo.profile import densified
+from octavo.proof import Proof
 from octavo.report.running import running_data
 from octavo.running.speed import interleaved
-from octavo.verify import digest_of, probe_outputs
+from octavo.verify import digest_of
 
 if TYPE_CHECKING:
     from octavo.compress import Compressed
@@ -35,18 +36,14 @@ _PAIRS = 7
 _PATIENCE = 5.0
 
 
-def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The report's data; quality is measured on the tensors that were read back."""
+def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str, Any]:
+    """The report's data; quality is that of the model as it was loaded from the artifact."""
     job, profile, built = done.job, done.profile, done.built
-    quality, p95 = built.quality, built.p95
-    digests: dict[str, str | None] = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": None}
-    if job.source.module is not None:
-        losses = job.measure(state)
-        quality, p95 = float(losses.mean()), float(losses.quantile(0.95))
-        if job.source.is_transformers and not job.source.is_skeleton:
-            names = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
-            with replaced(job.source.module, names):
-                digests["outputs"] = probe_outputs(job.source.module)
+    losses = proof.losses
+    quality = None if losses is None else float(losses.mean())
+    p95 = None if losses is None else float(losses.quantile(0.95))
+    outputs = None if proof.outputs is None else proof.outputs.record()
+    digests = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
     sites = [_site_row(done, name) for name in built.packed]
     families: dict[str, dict[str, Any]] = {}
     for row in sites:
@@ -87,16 +84,18 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
             "note": note,
         },
         "quality": {
-            "metric": job.objective.metric if job.measurable else "expected relative error of the weights",
+            "metric": job.objective.metric,
             "lower_is_better": True,
+            "loader": proof.loader,
+            "why": proof.why,
             "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}"
             if job.measurable
             else job.text,
             "value": quality,
-            "uniform": done.rival.quality if done.rival else None,
+            "uniform": done.rival.quality if done.rival and losses is not None else None,
             "p95": p95,
         },
-        "latency": _latency(done, artifact, state),
+        "latency": _latency(done, artifact),
         "running": running_data(done, artifact) if done.budget.target == "memory" else None,
         "calibration": {
             "text": done.calibration.text,
@@ -106,7 +105,7 @@ def report_data(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor
         },
         "winner": "uniform" if built is done.rival else "mixed",
         "uniform": _uniform_row(done),
-        "curve": curve_data(done),
+        "curve": curve_data(done, quality),
         "sites": sites,
         "kept": [_kept_row(done, name, reason) for name, reason in job.left.items()],
         "families": families,
@@ -258,7 +257,7 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
     }
 
 
-def curve_data(done: Compressed) -> dict[str, Any]:
+def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
     """Expected loss over ratios from the profile, and what uniform settings would give."""
     from octavo.allocate import allocate, uniform
     from octavo.errors import BudgetError
@@ -293,7 +292,7 @@ def curve_data(done: Compressed) -> dict[str, Any]:
         for row in rivals:
             if done.rival.plan.label.startswith(row["method"] + " "):
                 row["measured"] = done.rival.quality
-    chosen = {"ratio": done.ratio, "bytes": done.built.bytes, "quality": done.built.quality}
+    chosen = {"ratio": done.ratio, "bytes": done.built.bytes, "quality": quality}
     return {"points": points, "uniform": rivals, "chosen": chosen}
 
 
@@ -307,13 +306,13 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"bins": bins, "weights": weights}
 
 
-def _latency(done: Compressed, artifact: Artifact, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
     """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
     job = done.job
     if job.source.module is None or job.source.is_skeleton or not job.held_data:
         return None
     module, batch = job.source.module, job.held_data[0]
-    weights = {job.source.parameters[n]: t for n, t in state.items() if n in job.source.parameters}
+    weights = job.source.placed(artifact.state())
 
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
         def call() -> None:

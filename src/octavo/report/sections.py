@@ -5,7 +5,7 @@ from typing import Any
 
 from octavo.report import pictures
 from octavo.report.markup import Safe, bar, bars, folded, grid, items, join, paragraph, section
-from octavo.report.summary import budget, comparison, running, verdict
+from octavo.report.summary import budget, comparison, measured, running, verdict
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -27,7 +27,7 @@ ROWS = 50
 
 def outcome(data: dict[str, Any]) -> Safe:
     """Return the sizes as two bars, the verdict and the before/after table."""
-    source, artifact, quality = data["source"], data["artifact"], data["quality"]
+    source, artifact = data["source"], data["artifact"]
     strip = bars(
         (name, (bar(nbytes / max(source["bytes"], artifact["bytes"], 1), role, size(nbytes)),))
         for name, nbytes, role in (("Original", source["bytes"], "muted"), ("Octavo", artifact["bytes"], "accent"))
@@ -45,7 +45,7 @@ def outcome(data: dict[str, Any]) -> Safe:
         paragraph(budget(data), " ", artifact["note"]),
         paragraph(running(data)) if data.get("running") else Safe(),
         grid(("", "Original", "Octavo", "Best uniform"), rows, "compare"),
-        paragraph(f"Quality: {plain(quality['data'])}. Latency and load time: {plain(how)}.", kind="note"),
+        paragraph(f"{measured(data)} Latency and load time: {plain(how)}.", kind="note"),
         folded(
             f"The artifact: {things(len(artifact['files']), 'file')}",
             grid(("File", "Size"), files),

@@ -54,7 +54,20 @@ def headline(data: dict[str, Any]) -> str:
         sizes = f"{size(source['bytes'])} -> {size(memory['stated'])} in memory"
         smaller = f"{ratio(source['bytes'] / memory['stated'])} smaller"
     smaller = smaller.replace("×", "x")  # plain ASCII, for logs
+    if not known(quality["value"]):
+        return f"{sizes}, {smaller}, quality {NOT_MEASURED}"
     return f"{sizes}, {smaller}, {plain(quality['metric'], 60)} {figures(quality['value'])}"
+
+
+def measured(data: dict[str, Any]) -> str:
+    """Say on what quality was measured, and on which model, or why it was not."""
+    quality = data["quality"]
+    loader, why = plain(quality.get("loader") or "", 120), plain(quality.get("why") or "", 300)
+    loaded = f" The artifact was loaded with {loader}; nothing was missing." if loader else ""
+    if not known(quality.get("value")):
+        return f"Quality was {NOT_MEASURED}{': ' + why if why else ''}.{loaded}"
+    value = f"{plain(quality.get('metric'), 60)} {figures(quality['value'])}"
+    return f"{value}, measured on {plain(quality.get('data'))}.{loaded}"
 
 
 def comparison(data: dict[str, Any]) -> list[Row]:
@@ -199,7 +212,7 @@ tags:
 |---|---:|---:|---:|
 {rows}
 
-Quality was measured on {_mark(data["quality"]["data"])}.
+{_mark(measured(data), 600)}
 
 - Source: {_mark(source["path"])}, {count(source["parameters"])} parameters, {_mark(source["fingerprint"])}
 - Methods: {families or "none"}

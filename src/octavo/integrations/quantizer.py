@@ -1,0 +1,160 @@
+"""Octavo among the quantizers of ``transformers``: how ``from_pretrained`` decodes an artifact.
+
+Importing this module imports ``transformers`` and registers what it defines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from octavo.artifact import Artifact
+
+
+@auto.register_quantization_config("octavo")
+class OctavoConfig(QuantizationConfigMixin):
+    """Says that the weights of this folder are an Octavo artifact."""
+
+    def __init__(self, quant_method: str = "octavo", packed: bool = False, **_: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.packed = packed
+
+
+class Decode(ConversionOps):
+    """Names the quantizer to a converter; the tensors that come in are decoded already."""
+
+    def __init__(self, hf_quantizer: OctavoQuantizer) -> None:
+        # The loader leaves the dtype of what goes through an operation with this attribute alone.
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict) -> Decode:
+        return self  # The loader copies converters; the decoded weights must not be copied with them.
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The tensors as they are."""
+        return input_dict
+
+
+class Decoding(WeightConverter):
+    """A converter of the loader that is given decoded weights in place of packed bytes, told apart by their names."""
+
+    __slots__ = ("original",)
+
+    def __init__(
+        self, source_patterns: Any, target_patterns: Any, operations: list[ConversionOps], force_cpu: bool = False
+    ) -> None:
+        super().__init__(source_patterns, target_patterns, operations, force_cpu)
+        #: The library's own converter in whose place this one stands, if there is one.
+        self.original: WeightConverter | None = None
+
+    @classmethod
+    def of(cls, converter: WeightConverter, quantizer: OctavoQuantizer) -> Decoding:
+        """A converter that does the same with decoded weights."""
+        sources, targets = converter._original_source_patterns, converter._original_target_patterns
+        result = cls(list(sources), list(targets), [Decode(quantizer), *converter.operations], converter.force_cpu)
+        result.scope_prefix, result.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+        result.original = converter
+        return result
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        """Take a tensor of the checkpoint, or what it decodes to."""
+        (operation,) = (item for item in self.operations if isinstance(item, Decode))
+        decoded = operation.hf_quantizer.decoded(source_key, target_key, future)
+        super().add_tensor(target_key, source_key, source_pattern, decoded)  # type: ignore[arg-type]
+
+
+@auto.register_quantizer("octavo")
+class OctavoQuantizer(HfQuantizer):
+    """Decodes an artifact while ``from_pretrained`` loads it; the model then runs dense, or from packed codes.
+
+    A decoded model is an ordinary one: it trains, is copied and saved like any other. One that runs from packed codes
+    is not, and says so.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.packed: bool = quantization_config.packed
+        self._weights: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._names: list[str] = []
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        files = kwargs.get("checkpoint_files") or []
+        if files:
+            artifact = Artifact(Path(files[0]).parent)
+            self._names = [*artifact.sites, *artifact.coded]
+            # Tied names are filled in as well, and may stand in the files without content.
+            self._weights = artifact.state(self._names, packed=self.packed)
+            self._names += [name for name in artifact.aliases if name in self._weights]
+            self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._weights, self._dtypes = {}, {}
+        used = getattr(model, "_weight_conversions", None) or []
+        plain = [entry.original if isinstance(entry, Decoding) else entry for entry in used]
+        model._weight_conversions = [entry for entry in plain if entry is not None]
+        if not self.packed:
+            _make_ordinary(model)
+        return model
+
+    def get_weight_conversions(self) -> list:
+        """Converters of weights that the model's own ones leave alone."""
+        leaves = sorted({name.rpartition(".")[2] for name in self._names})
+        return [Decoding(leaf, leaf, [Decode(self)]) for leaf in leaves]
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        """The model's converters, given decoded weights, and those of all other weights."""
+        own = [Decoding.of(x, self) if isinstance(x, WeightConverter) else x for x in weight_conversions]
+        assert all(isinstance(entry, WeightConverter | WeightRenaming) for entry in own)
+        return own + self.get_weight_conversions()
+
+    def decoded(self, name: str, target: str, future: Any) -> Callable[[], Tensor]:
+        """What gives a tensor of the checkpoint, in the dtype of the model's tensor that it becomes."""
+        dtype = self._dtypes.get(target)
+
+        def given() -> Tensor:
+            tensor = self._weights.get(name)
+            if tensor is None:
+                tensor = future() if callable(future) else future.result()
+            # Casting a packed weight changes what it decodes to; its codes are not touched.
+            return tensor if dtype is None else tensor.to(dtype)
+
+        return given
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if self.packed:
+            raise NotImplementedError(
+                "this model runs from packed codes and has no dense weights; load the artifact without packed=True"
+            )
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether ``save_pretrained`` can write the model: one that runs from packed codes is written as it was."""
+        return not self.packed
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a trainer may take the model."""
+        return True
+
+
+def _make_ordinary(model: Any) -> None:
+    """Take back what marks a model as quantized, which forbids casting, training and saving."""
+    model.is_quantized = False
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config.__dict__.pop("_is_quantized", None)
+            config.__dict__.pop("quantization_config", None)
+    model.__dict__.pop("quantization_method", None)

@@ -1,0 +1,49 @@
+"""Modules whose outputs are their inputs times their weight, which input moments describe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CLASSES: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+def is_layer(module: nn.Module, leaf: str) -> bool:
+    """Whether a module multiplies its input by the tensor that it holds under ``leaf``, and does nothing else with it.
+
+    A class that has a ``forward`` of its own may do anything. Embeddings are the exception: many scale their rows, and
+    whether one does that and no more is seen when it runs (:func:`scale_of_table`).
+    """
+    if leaf != "weight" or "weight" not in {**module._parameters, **module._buffers} or "forward" in module.__dict__:
+        return False
+    if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
+        return True
+    return any(isinstance(module, cls) and type(module).forward is cls.forward for cls in _CLASSES)
+
+
+def scale_of_table(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> float | None:
+    """The number by which an embedding multiplies the rows that its tokens name; None if it does anything else.
+
+    The module is called once without gradients. Learned positions take a mask or a length as their first argument,
+    for example, and are no table of tokens.
+    """
+    tokens = args[0] if args else next(iter(kwargs.values()), None)
+    weight = module.weight
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        return None
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        output = module.forward(*args, **kwargs)
+        if not isinstance(output, Tensor) or output.shape != (*tokens.shape, weight.shape[1]) or not tokens.numel():
+            return None
+        if int(tokens.min()) < 0 or int(tokens.max()) >= len(weight):
+            return None
+        rows = weight[tokens].to(output.dtype)
+        power = float(rows.float().square().sum())
+        scale = float((rows.float() * output.float()).sum()) / power if power else 0.0
+        same = torch.allclose(output.float(), scale * rows.float(), rtol=1e-2, atol=1e-3 * float(output.abs().max()))
+    return scale if same and scale else None
