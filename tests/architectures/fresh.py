@@ -31,7 +31,11 @@ def measured(case):
     model, info = kind.from_pretrained(case["artifact"], dtype=torch.float32, output_loading_info=True)
     losses = wanted.measure(model.eval(), [batch], wanted.reference(source, [batch]))
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return {"class": kind.__name__, "quality": float(losses.mean()), **{key: sorted(map(str, info[key])) for key in keys}}
+    return {
+        "class": kind.__name__,
+        "quality": float(losses.mean()),
+        **{key: sorted(map(str, info[key])) for key in keys},
+    }
 
 
 def class_for_name(case):

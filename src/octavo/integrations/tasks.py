@@ -16,7 +16,6 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.objective import KL, Cosine, Objective, Squared
-from octavo.pooling import MODES
 
 if TYPE_CHECKING:
     from octavo.sites import Source
@@ -31,9 +30,15 @@ _DISTRIBUTIONS = re.compile(
 _HEADED = re.compile("For[A-Z]|LMHead|DoubleHeads|MTModel|EncoderDecoderModel")
 #: Modules of ``sentence-transformers`` that are heads of their own, such as that of SPLADE.
 _HEADED_MODULE = "MLMTransformer"
-#: How the old format of a pooling module's configuration calls the modes.
-_OLD_MODES = {mode: f"pooling_mode_{mode}" + ("" if mode == "lasttoken" else "_tokens") for mode in MODES}
-_OLD_MODES["cls"] = "pooling_mode_cls_token"
+#: Modes by what the old format of a pooling module's configuration calls them, in the order of their concatenation.
+_OLD_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 def class_for(folder: Path) -> Any:
@@ -108,7 +113,7 @@ def _bare(folder: Path, named: Any) -> Any:
     """The class of the model without a head."""
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    kinds = transformers.AutoModel._model_mapping.get(type(config))
+    kinds = transformers.AutoModel._model_mapping.get(type(config), None)
     kind = kinds[0] if isinstance(kinds, tuple) else kinds
     if kind is not None and _modules(folder) and config.is_encoder_decoder:
         # As sentence-transformers does: only the encoder is read.
@@ -124,19 +129,17 @@ def _has_head(folder: Path, named: Any) -> bool:
     """
     names = _tensor_names(folder)
     config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    bare = _bare(folder, None)
+    if not names or not hasattr(bare, "_from_config") or bare is named:
+        return True
     with torch.device("meta"):
-        model = named._from_config(config)
-    prefix = model.base_model_prefix
-    base = getattr(model, prefix, None) if prefix else None
+        model, base = named._from_config(config), bare._from_config(config)
+    prefix = f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    head = {name for name in model.state_dict() if not name.startswith(f"{prefix}.")} - tied
-    if base is None or base is model or not head or not names:
-        return True
+    head = {name.partition(".")[0] for name in set(model.state_dict()) - tied if not name.startswith(prefix)}
     seen = {part for name in names for part in name.split(".")}
-    if seen & {name.partition(".")[0] for name in head}:
-        return True
     own = {name.partition(".")[0] for name in base.state_dict()}
-    return not {name.removeprefix(f"{prefix}.").partition(".")[0] for name in names} <= own
+    return not head or bool(seen & head) or not {name.removeprefix(prefix).partition(".")[0] for name in names} <= own
 
 
 def _tensor_names(folder: Path) -> set[str]:
@@ -165,7 +168,7 @@ def _cosine(folder: Path, modules: list[tuple[str, str]]) -> Cosine:
     if not (folder / place / "config.json").exists():
         return Cosine()
     config = _json(folder / place / "config.json")
-    pooling = config.get("pooling_mode") or [mode for mode, old in _OLD_MODES.items() if config.get(old)] or "mean"
+    pooling = config.get("pooling_mode") or [mode for old, mode in _OLD_MODES.items() if config.get(old)] or "mean"
     prompt = 0
     if not config.get("include_prompt", True):
         from octavo.integrations.texts import prompt_length
