@@ -196,7 +196,7 @@ DECODERS = [
         {"vocab_size": WORDS, "hidden_size": WIDTH, "n_layer": 2, "n_head": 4}),
     row("decoder", "StableLmForCausalLM", "StableLmConfig",
         {**GROUPED, "num_attention_heads": 3, "num_key_value_heads": 3}, slow=True),
-    row("decoder", "CohereForCausalLM", "CohereConfig", GROUPED, slow=True),
+    row("decoder", "CohereForCausalLM", "CohereConfig", {**GROUPED, "logit_scale": 1.0}, slow=True),
     row("decoder", "Olmo2ForCausalLM", "Olmo2Config", GROUPED, slow=True),
     row("decoder", "SmolLM3ForCausalLM", "SmolLM3Config", GROUPED, slow=True),
     row("decoder", "GraniteForCausalLM", "GraniteConfig", GROUPED, slow=True),
@@ -319,9 +319,6 @@ VISUAL = [
     row("vision", "DPTForDepthEstimation", "DPTConfig",
         {**VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16,
          "is_hybrid": False}, images, slow=True),
-    row("vision", "RegNetForImageClassification", "RegNetConfig",
-        {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [1, 1], "groups_width": 32, "num_labels": 5}, images,
-        slow=True),
     row("vision", "ViTMAEForPreTraining", "ViTMAEConfig",
         {**VISION, "decoder_hidden_size": 32, "decoder_intermediate_size": 64, "decoder_num_hidden_layers": 1,
          "decoder_num_attention_heads": 4}, lambda: {**images(), **frames("noise", 16)()}, slow=True),
@@ -362,8 +359,7 @@ del WHISPER["max_position_embeddings"]
 
 HEARING = [
     row("speech", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, frames("input_values", 800)),
-    row("speech", "HubertForSequenceClassification", "HubertConfig", {**SPEECH, "num_labels": 5, "classifier_proj_size": 32},
-        frames("input_values", 800)),
+    row("speech", "HubertForCTC", "HubertConfig", SPEECH, frames("input_values", 800)),
     row("speech", "WavLMModel", "WavLMConfig", {**SPEECH, "num_buckets": 20, "max_bucket_distance": 40},
         frames("input_values", 800), slow=True),
     row("speech", "WhisperForConditionalGeneration", "WhisperConfig", WHISPER, heard),

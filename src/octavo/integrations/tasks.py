@@ -127,19 +127,21 @@ def _has_head(folder: Path, named: Any) -> bool:
     A head that is tied to the table of tokens is in no file. One that older versions called otherwise shows as a part
     that the model without a head does not have.
     """
-    names = _tensor_names(folder)
+    names, prefix = _tensor_names(folder), f"{named.base_model_prefix}."
+    if any(name.startswith(prefix) for name in names):
+        # Written by a class with a head, for the one without knows no prefix.
+        return True
     config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     bare = _bare(folder, None)
     if not names or not hasattr(bare, "_from_config") or bare is named:
         return True
     with torch.device("meta"):
         model, base = named._from_config(config), bare._from_config(config)
-    prefix = f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     head = {name.partition(".")[0] for name in set(model.state_dict()) - tied if not name.startswith(prefix)}
-    seen = {part for name in names for part in name.split(".")}
     own = {name.partition(".")[0] for name in base.state_dict()}
-    return not head or bool(seen & head) or not {name.removeprefix(prefix).partition(".")[0] for name in names} <= own
+    seen = {part for name in names for part in name.split(".")}
+    return not head or bool(seen & head) or not {name.partition(".")[0] for name in names} <= own
 
 
 def _tensor_names(folder: Path) -> set[str]:
