@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
+from octavo.batches import Batch, mask_of, select, sequences_in
 from octavo.errors import RequestError
 from octavo.evidence import Evidence, combined
-from octavo.objective import Batch, Objective, mask_of, select, sequences_in
+from octavo.objective import Objective
 from octavo.sites import Site, Source
 from octavo.watches import DAMPING, Corrections, Watches
 

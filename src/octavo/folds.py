@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from octavo.batches import Batch
 from octavo.inmemory import replaced
-from octavo.objective import Batch, Objective
+from octavo.objective import Objective
 from octavo.sites import Layout, Source
 
 #: Outputs may move by this share of the largest of them, or by one rounding of the dtype that tensors are stored in.

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch
 from octavo.blocks import Blocks
 from octavo.calibrate import Calibration, calibrate
 from octavo.errors import RequestError
 from octavo.matmul import fast_matmul
 from octavo.modules import own_tensors
-from octavo.objective import Batch, Objective
+from octavo.objective import Objective
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
 

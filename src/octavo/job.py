@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
+from octavo.batches import Batch
 from octavo.blockwise import Blockwise
 from octavo.calibrate import Calibration, data_free
 from octavo.errors import RequestError
@@ -20,7 +21,7 @@ from octavo.inputs import Progress, model_of, silent
 from octavo.memory import fits
 from octavo.methods import Method, Setting
 from octavo.narrowing import Narrowing, stored_dtype
-from octavo.objective import Batch, Objective
+from octavo.objective import Objective
 from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
 from octavo.tasks import encoded

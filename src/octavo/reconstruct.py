@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.artifact import Packed, pack, unpack
+from octavo.batches import Batch, select, sequences_in
 from octavo.calibrate import Calibration
 from octavo.finish import Built
 from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
@@ -26,7 +27,7 @@ from octavo.inmemory import replaced
 from octavo.job import Job
 from octavo.modules import own_tensors
 from octavo.narrowing import FLOATS
-from octavo.objective import Batch, Loss, select, sequences_in
+from octavo.objective import Loss
 from octavo.raw import Lazily
 
 #: Positions of the calibration data to learn from, repeats counted.

@@ -87,7 +87,7 @@ def open_job(
     if preset == DATA_FREE:
         opened.module = None
     batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset], forward_args=forward_args)
-    wanted = inputs.choose_objective(opened, objective)
+    wanted = inputs.choose_objective(opened, objective, batches)
     if opened.module is not None and not batches:
         opened.module = None
     if opened.module is None and curvature != "kfac":

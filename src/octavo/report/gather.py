@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.artifact import Artifact, dtype_name
+from octavo.batches import run
 from octavo.budget import Budget
 from octavo.inmemory import replaced
 from octavo.leftover import upgrades
 from octavo.methods import get_method
-from octavo.objective import run
 from octavo.profile import densified
 from octavo.proof import Proof
 from octavo.report.running import running_data

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import run
 from octavo.errors import RequestError
 from octavo.integrations.onnx import require
 from octavo.modules import own_tensors
-from octavo.objective import run
 from octavo.sites import Source
 
 DOMAIN = "octavo"
