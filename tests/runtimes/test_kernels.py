@@ -10,7 +10,8 @@ from octavo.forms import Codebook, Dense, Form, Grid, LowRank, Sum
 from octavo.integrations.onnx import Session
 from octavo.runtimes.activations import Ranges, rounding_loss
 from octavo.runtimes.graph import OPSET
-from octavo.runtimes.kernels import BLOCKS, FLOAT, INT8, Nodes, finished, kernel_of, multiply
+from octavo.runtimes.kernels import BLOCKS, FLOAT, INT8, kernel_of, multiply
+from octavo.runtimes.nodes import Nodes, finished
 
 
 def codes(low: int, high: int, *shape: int, seed: int = 0) -> torch.Tensor:

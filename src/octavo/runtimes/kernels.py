@@ -17,10 +17,9 @@ MatMulNBits are plain ONNX; onnxruntime fuses those around MatMulInteger into on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +28,11 @@ from octavo.forms import Dense, Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
 from octavo.integrations.onnx import NOTE
 from octavo.runtimes.graph import DOMAIN, is_placeholder, prune
+from octavo.runtimes.nodes import MICROSOFT, Nodes
 
 FLOAT, INT8, BLOCKS = "float32", "int8", "blocks"
 KERNELS = (FLOAT, INT8, BLOCKS)
 
-_MICROSOFT = "com.microsoft"
-_IR = 10
 BLOCK_WIDTHS = (16, 32, 64, 128, 256)
 #: MatMulNBits with inputs rounded to 8 bits, the only level at which it is faster than float32.
 _ACCURACY_INT8 = 4
@@ -137,80 +135,12 @@ def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> 
     prune(graph)
     versions = {entry.domain: entry.version for entry in result.opset_import if entry.domain != DOMAIN}
     del result.opset_import[:]
-    versions |= {_MICROSOFT: 1} if any(node.domain == _MICROSOFT for node in graph.node) else {}
+    versions |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in graph.node) else {}
     result.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in versions.items())
     result.producer_name = "octavo"
     del result.metadata_props[:]
     onnx.helper.set_model_props(result, {NOTE: json.dumps({"kernels": used})})
     return result
-
-
-class Nodes:
-    """Nodes and initializers under names of their own."""
-
-    def __init__(self, taken: Iterable[str] = ()) -> None:
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self._names = set(taken)
-        self._shared: dict[tuple, list[str]] = {}
-
-    def add_node(self, node: Any) -> None:
-        """Take over a node as it is."""
-        self.nodes.append(node)
-
-    def add(
-        self,
-        kind: str,
-        inputs: list[str],
-        *,
-        count: int = 1,
-        outputs: list[str] | None = None,
-        domain: str = "",
-        **attributes: Any,
-    ) -> Any:
-        """Append a node; returns the name of its output, or a list of names if there are several."""
-        import onnx
-
-        outputs = outputs or [self._name(kind.lower()) for _ in range(count)]
-        self.nodes.append(onnx.helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
-        return outputs[0] if count == 1 else outputs
-
-    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
-        """Append an initializer."""
-        import onnx
-
-        array = value.contiguous().numpy() if isinstance(value, Tensor) else value
-        name = self._name(name)
-        self.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def once(self, key: tuple, make: Any) -> list[str]:
-        """What ``make`` returned the first time that it was asked for under this key."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
-
-    def _name(self, wanted: str) -> str:
-        name, number = wanted, 0
-        while name in self._names:
-            number += 1
-            name = f"{wanted}.{number}"
-        self._names.add(name)
-        return name
-
-
-def finished(nodes: Nodes, columns: int, rows: int, opset: int) -> bytes:
-    """A serialized model of its own: ``x`` (positions, columns) to ``y`` (positions, rows)."""
-    import onnx
-
-    ends = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["positions", width])
-        for name, width in (("x", columns), ("y", rows))
-    ]
-    graph = onnx.helper.make_graph(nodes.nodes, "site", ends[:1], ends[1:], nodes.initializers)
-    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(_MICROSOFT, 1)]
-    # The IR version that goes with the opset; a newer onnx would write one that this onnxruntime does not read.
-    return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR).SerializeToString())
 
 
 def multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
@@ -281,7 +211,7 @@ def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
     ]
     return str(
         nodes.add(
-            "MatMulNBits", inputs, domain=_MICROSOFT, K=columns, N=rows, bits=bits, block_size=columns // groups,
+            "MatMulNBits", inputs, domain=MICROSOFT, K=columns, N=rows, bits=bits, block_size=columns // groups,
             accuracy_level=_ACCURACY_INT8,
         )
     )  # fmt: skip
