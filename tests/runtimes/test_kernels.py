@@ -110,7 +110,7 @@ def test_tables_are_read_in_codes() -> None:
         import onnx
 
         nodes = Nodes(["x", "y"])
-        nodes.add("Identity", [_lookup(nodes, "w", "x", form)], outputs=["y"])
+        nodes.add("Identity", [_lookup(nodes, "w", form, "x")], outputs=["y"])
         ends = [
             onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, [1, 3]),
             onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3, COLUMNS]),

@@ -84,6 +84,10 @@ class Nodes:
             self._shared[key] = make()
         return self._shared[key]
 
+    def shared(self, key: Hashable) -> Any:
+        """What :meth:`once` keeps under a key, or None."""
+        return self._shared.get(key)
+
     def _name(self, wanted: str) -> str:
         name, number = wanted, 0
         while name in self._names:

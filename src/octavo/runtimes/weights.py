@@ -88,14 +88,19 @@ def decoded(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:
 
 def floats(nodes: Nodes, name: str, values: Tensor, rows: Rows = ALL) -> str:
     """Floats in the precision, or as a table of their values, that is smallest and exact; read as float32."""
-    narrow = [dtype for dtype in (torch.float16, torch.bfloat16) if torch.equal(values.to(dtype).float(), values.float())]
-    stored = values.to(narrow[0]) if narrow and values.numel() >= _FEW else values.float()
+    stored = narrow(values) if values.numel() >= _FEW else values.float()
     if _FEW <= values.numel() <= _MANY:
         table, index = values.float().unique(return_inverse=True)
         if 4 * len(table) + values.numel() * (1 if len(table) <= 256 else 2) < stored.nbytes and len(table) < 2**15:
             return _codebook(nodes, name, Codebook(index, table), rows)
     value = rows.of(nodes, nodes.once(("floats", name), lambda: nodes.constant(name, stored)))
     return value if stored.dtype == torch.float32 else nodes.cast(value, torch.float32)
+
+
+def narrow(values: Tensor) -> Tensor:
+    """The values in 16 bits if they hold them exactly, else in float32."""
+    exact = (d for d in (torch.float16, torch.bfloat16) if torch.equal(values.to(d).float(), values.float()))
+    return values.to(next(exact, torch.float32))
 
 
 def _by_factors(form: Form) -> bool:

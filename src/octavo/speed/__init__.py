@@ -19,7 +19,7 @@ from octavo.integrations.onnx import require
 from octavo.job import Job
 from octavo.objective import Objective
 from octavo.request import describe, open_job
-from octavo.runtimes.graph import check_exportable
+from octavo.runtimes.given import check_tokens_only
 from octavo.sites import Source
 from octavo.speed.asked import Asked, asked_for
 from octavo.speed.fast import Fast
@@ -148,7 +148,7 @@ def _open(
     progress: Progress,
 ) -> Job:
     job = open_job(source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress)
-    check_exportable(job.source)
+    check_tokens_only(job.source)
     if not job.measurable:
         raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")
     return job
