@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from octavo import inputs
-from octavo.artifact import MANIFEST, Artifact
 from octavo.calibrate import calibrate
 from octavo.errors import ArtifactError, OctavoError, RequestError
-from octavo.files import from_path
-from octavo.forms import Dense, Form
+from octavo.forms import Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Batch, Objective
+from octavo.opened import open_model
 from octavo.runtimes.activations import rounding_losses, watch
-from octavo.runtimes.given import Inputs, Tokens, check_exportable, inputs_of, vocabulary
+from octavo.runtimes.given import Inputs, Tokens, inputs_of, vocabulary
 from octavo.runtimes.graph import SITE, TIED, trace
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare, machine
-from octavo.runtimes.small import lower_small, packed_bytes
+from octavo.runtimes.small import lower_small
 from octavo.sites import Source
 from octavo.workspace import write_file
 
@@ -38,63 +35,6 @@ PREFERENCES = (SIZE, SPEED)
 TOLERANCE = 1e-3
 #: Sequences and tokens at which latency is measured, if no others are asked for.
 SHAPE = (1, 32)
-
-
-@dataclass
-class Opened:
-    """A source or an artifact, with the form of every site."""
-
-    source: Source
-    forms: dict[str, Form]
-    artifact: Artifact | None = None
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """What the weights of an artifact are rounded to after they were decoded, by site."""
-        return {} if self.artifact is None else {name: self.artifact.dtype(name) for name in self.artifact.sites}
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of all tensors with the integers of sites at 4, 8, 16 or 32 bits, whichever hold them."""
-        rest = [] if self.artifact is None else [n for n in self.artifact.names() if n not in self.artifact.sites]
-        others = sum(self.source.read(name).nbytes for name in rest)
-        if self.artifact is None:
-            others = sum(math.prod(shape) * self.source.dtypes[n].itemsize for n, shape in self.source.shapes.items() if n not in self.forms)
-        return others + sum(packed_bytes(form) for form in self.forms.values())
-
-
-def open_model(path: str | Path) -> Opened:
-    """An artifact or a model folder, ready to be traced."""
-    path = Path(path)
-    if not (path / MANIFEST).exists():
-        source = inputs.open_source(from_path(path))
-        check_exportable(source)
-        inputs.model_of(source, blockwise=False)
-        return Opened(source, dense_forms(source))
-    from octavo.integrations.transformers import match_names
-    from octavo.verify import load
-
-    artifact = Artifact(path)
-    module = load(path)
-    if not isinstance(module, nn.Module):
-        raise RequestError(
-            f"{path}: holds bare tensors, which have no graph to export; load them into their module with "
-            "octavo.load(path, into=module) and call torch.onnx.export"
-        )
-    shapes = {name: tuple(entry["shape"]) for name, entry in artifact.sites.items()}
-    source = Source(
-        title=path.name, path=path, shapes=shapes, dtypes=dict.fromkeys(shapes, torch.float32), aliases={},
-        read=artifact.tensor, module=module, is_transformers=True,
-    )  # fmt: skip
-    source.parameters = match_names(source, module)
-    check_exportable(source)
-    forms = {name: artifact.form(name) for name in shapes}
-    return Opened(source, forms, artifact)
-
-
-def dense_forms(source: Source) -> dict[str, Form]:
-    """Every matrix of a source as it is."""
-    return {site.name: Dense(site.layout.to_matrix(source.read(site.name))) for site in source.sites()[0]}
 
 
 def export(

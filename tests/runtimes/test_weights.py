@@ -5,8 +5,24 @@ import pytest
 import torch
 
 from octavo.forms import (
-    Affine, Codebook, Cut, Dense, DenseSparse, Folded, Form, Grid, GroupedLowRank, LowRank, RowBlocks, Scaled,
-    Separable, Sparse, Sum, TensorTrain, Trellis, form_names,
+    Affine,
+    Codebook,
+    Cut,
+    Dense,
+    DenseSparse,
+    Folded,
+    Form,
+    Grid,
+    GroupedLowRank,
+    LowRank,
+    RowBlocks,
+    Scaled,
+    Separable,
+    Sparse,
+    Sum,
+    TensorTrain,
+    Trellis,
+    form_names,
 )  # fmt: skip
 from octavo.integrations.onnx import Session
 from octavo.runtimes.codes import store, window_of
@@ -30,7 +46,9 @@ def heavy(*shape: int) -> torch.Tensor:
     return (real(*shape) * 1.5).round().where(real(*shape) < 2.5, 90 * torch.ones(())).to(torch.int16)
 
 
-GRID = Grid(heavy(ROWS, COLUMNS), torch.full((1, 1), 0.01), None, whole(-9, 9, ROWS).short(), whole(-9, 9, COLUMNS).short())
+GRID = Grid(
+    heavy(ROWS, COLUMNS), torch.full((1, 1), 0.01), None, whole(-9, 9, ROWS).short(), whole(-9, 9, COLUMNS).short()
+)
 FORMS: dict[str, tuple[Form, bool]] = {
     "grid with row and column steps": (GRID, True),
     "grid in groups": (Grid(whole(0, 15, ROWS, COLUMNS).to(torch.uint8), real(ROWS, 3).half(), whole(0, 15, ROWS, 3).to(torch.uint8)), True),
@@ -99,7 +117,11 @@ def test_a_matrix_is_decoded_in_the_graph(name: str) -> None:
         found = run(nodes, tokens, weight(nodes, "w", form, dtype, "x"))
         rows = wanted.to(dtype).float()[torch.from_numpy(tokens)]
         assert found.shape == rows.shape
-        assert torch.equal(found, rows) if exact else torch.allclose(found, rows, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+        assert (
+            torch.equal(found, rows)
+            if exact
+            else torch.allclose(found, rows, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+        )
     nodes = Nodes(["x", "y"])
     x = torch.eye(form.shape[1])
     found = run(nodes, x.numpy(), product(nodes, "w", "x", form)).t()
@@ -112,10 +134,13 @@ def test_a_matrix_is_decoded_in_the_graph(name: str) -> None:
         (whole(0, 1, 65536), 1, 65536 // 8),
         (whole(-1, 2, 65536), 2, 65536 // 4),
         (whole(5, 20, 4095), 4, 2048),
+        (whole(0, 7, 65536), 3, 3 * 65536 // 8),
+        (whole(0, 31, 65535), 5, 5 * 65536 // 8),
+        (whole(0, 63, 65536), 6, 6 * 65536 // 8),
         (whole(-100, 100, 4096), 8, 4096),
         (whole(-1000, 1000, 4096), 16, 8192),
         (whole(-100000, 100000, 4096), 32, 16384),
-        (heavy(64, 1000), 4, 40000),
+        (heavy(64, 1000), 3, 30000),
         (torch.zeros(50000, dtype=torch.int8).index_fill_(0, torch.tensor([7, 40000]), 9), 0, 100),
         (torch.full((9, 9), -3), 0, 0),
     ],

@@ -1,9 +1,9 @@
 """Integers as initializers of the fewest bits that hold them exactly, and the nodes that read them again.
 
 Most codes of a matrix lie in a narrow window, the more so if they were chosen for an entropy coder. What lies in the
-window takes 1, 2, 4, 8 or 16 bits; the few beyond it are stored apart, by the steps between their places. Of 4 bits
+window takes 0 to 6, 8 or 16 bits; the few beyond it are stored apart, by the steps between their places. Of 4 bits
 an initializer of ONNX holds two to a byte. Of 1 and 2 bits there is no type, so bytes are taken apart when they are
-read.
+read; 3, 5 and 6 bits are two of these side by side.
 
 All of this depends on nothing but initializers. So onnxruntime works it out once, when it opens the file.
 """
@@ -20,10 +20,17 @@ from torch import Tensor
 
 from octavo.runtimes.nodes import UINT4, Nodes
 
-#: Bytes that one integer beyond the window takes, about: two for its place and one or two for itself.
-_BEYOND_BYTES = 4
-#: Bytes of the nodes that put integers beyond the window where they belong, and of those that take bytes apart.
-_BEYOND_NODES, _PLANE_NODES = 700, 250
+#: Bytes that one integer beyond the window takes, about: for its place and for itself.
+_BEYOND_BYTES = 2.5
+#: Bytes of the nodes that put integers beyond the window where they belong.
+_BEYOND_NODES = 700
+#: Bits to the widths that are stored side by side for them, and to the bytes of nodes that this takes.
+_WIDTHS = {
+    16: ((16,), 0), 8: ((8,), 0), 6: ((4, 2), 1200), 5: ((4, 1), 2200), 4: ((4,), 0), 3: ((2, 1), 3200),
+    2: ((2,), 1000), 1: ((1,), 2000), 0: ((), 0),
+}  # fmt: skip
+#: Steps between places beyond the window are bytes: a longer one is divided by integers that lie in the window.
+_LONGEST = 255
 #: Beyond so many values integers take 32 bits.
 _MOST_VALUES = 1 << 16
 _AT_ONCE = 1 << 22
@@ -52,14 +59,13 @@ def window_of(integers: Tensor) -> Window:
 
 def _windows(before: np.ndarray, low: int, size: int) -> Iterator[Window]:
     """The best window of every number of bits; ``before`` counts integers below each value from ``low`` on."""
-    for bits in (16, 8, 4, 2, 1, 0):
+    for bits, (_, nodes) in _WIDTHS.items():
         width = min(2**bits, len(before) - 1)
         inside = before[width:] - before[:-width]
         start = int(inside.argmax())
         beyond = size - int(inside[start])
-        nodes = _PLANE_NODES * (8 // bits) if bits in (1, 2) else 0
-        nodes += _BEYOND_NODES if beyond else 0
-        yield Window(bits, low + start, beyond, -(-size * bits // 8) + beyond * _BEYOND_BYTES + nodes)
+        apart = round(beyond * _BEYOND_BYTES) + _BEYOND_NODES if beyond else 0
+        yield Window(bits, low + start, beyond, -(-size * bits // 8) + apart + nodes)
 
 
 def store(nodes: Nodes, name: str, integers: Tensor) -> tuple[str, int]:
@@ -78,15 +84,27 @@ def store(nodes: Nodes, name: str, integers: Tensor) -> tuple[str, int]:
     codes = (integers.int() - window.low).flatten()
     outside = (codes < 0) | (codes >= 2**window.bits)
     dtype = narrowest(codes)
-    value = _dense(nodes, name, codes.masked_fill(outside, 0), window.bits, dtype)
+    value = _inside(nodes, name, codes.masked_fill(outside, 0), window.bits)
+    value = value if dtype == torch.uint8 and window.bits < 16 else nodes.cast(value, dtype)
     if window.beyond:
-        places = outside.nonzero()[:, 0]
+        places = _divided(outside.nonzero()[:, 0])
         gaps = torch.diff(places, prepend=places.new_zeros(1))
         steps = nodes.constant(f"{name}/places", gaps.to(narrowest(gaps)))
         index = nodes.add("CumSum", [nodes.cast(steps, torch.int64), nodes.once("first", lambda: _first_axis(nodes))])
-        beyond = nodes.constant(f"{name}/beyond", codes[outside].to(dtype))
+        beyond = nodes.constant(f"{name}/beyond", codes[places].to(dtype))
         value = str(nodes.add("ScatterElements", [value, index, beyond], axis=0))
     return nodes.reshape(value, *integers.shape), window.low
+
+
+def _divided(places: Tensor) -> Tensor:
+    """The places, and others between those that lie far apart, if all steps are small and little is added."""
+    gaps = torch.diff(places, prepend=places.new_zeros(1))
+    more = (gaps - 1).clamp_min(0) // _LONGEST
+    if int(more.sum()) > len(places) // 2:
+        return places
+    owner = torch.arange(len(places)).repeat_interleave(more + 1)
+    last = (more + 1).cumsum(0)[owner] - 1
+    return places[owner] - (last - torch.arange(len(owner))) * _LONGEST
 
 
 def zero_byte() -> Any:
@@ -107,39 +125,48 @@ def narrowest(integers: Tensor) -> torch.dtype:
     return next((k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max), torch.int64)
 
 
-def _dense(nodes: Nodes, name: str, codes: Tensor, bits: int, dtype: torch.dtype) -> str:
-    """A flat tensor of unsigned integers of so many bits, as ``dtype``."""
-    if bits == 0:
-        value = str(nodes.add("ConstantOfShape", [nodes.sizes(len(codes))], value=zero_byte()))
-    elif bits == 4:
+def _inside(nodes: Nodes, name: str, codes: Tensor, bits: int) -> str:
+    """A flat tensor of unsigned integers of so many bits; of 16 as uint16, of all others as uint8."""
+    widths, _ = _WIDTHS[bits]
+    if not widths:
+        return str(nodes.add("ConstantOfShape", [nodes.sizes(len(codes))], value=zero_byte()))
+    value, below = "", 0
+    for width in widths:
+        part = _of_width(nodes, name, codes >> below & (2**width - 1), width)
+        if below:
+            shifted = nodes.add("BitShift", [part, _byte(nodes, below)], direction="LEFT")
+            part = str(nodes.add("BitwiseOr", [value, shifted]))
+        value, below = part, below + width
+    return value
+
+
+def _of_width(nodes: Nodes, name: str, codes: Tensor, width: int) -> str:
+    if width == 4:
         whole = torch.nn.functional.pad(codes, (0, len(codes) % 2)).to(torch.uint8)
         packed = whole[::2] | whole[1::2] << 4
-        return nodes.cast(nodes.raw(name, UINT4, codes.shape, packed.numpy().tobytes()), dtype)
-    elif bits < 8:
-        value = _planes(nodes, name, codes, bits)
-    else:
-        stored = torch.uint8 if bits == 8 else torch.uint16
-        value = nodes.constant(name, codes.to(stored))
-        return value if stored == dtype else nodes.cast(value, dtype)
-    return value if dtype == torch.uint8 else nodes.cast(value, dtype)
+        return nodes.cast(nodes.raw(name, UINT4, codes.shape, packed.numpy().tobytes()), torch.uint8)
+    if width < 4:
+        return _planes(nodes, name, codes, width)
+    return nodes.constant(name, codes.to(torch.uint8 if width == 8 else torch.uint16))
+
+
+def _byte(nodes: Nodes, number: int) -> str:
+    wanted = torch.tensor(number, dtype=torch.uint8)
+    return nodes.once(("byte", number), lambda: nodes.constant("byte", wanted))
 
 
 def _planes(nodes: Nodes, name: str, codes: Tensor, bits: int) -> str:
-    """Codes of 1 or 2 bits: the lowest bits of all bytes first, then those above them."""
+    """Codes of 1 or 2 bits: those in the lowest bits of all bytes first, then those above them."""
     count = 8 // bits
     planes = torch.nn.functional.pad(codes, (0, -len(codes) % count)).to(torch.uint8).view(count, -1)
     packed = planes[0].clone()
     for place in range(1, count):
         packed |= planes[place] << bits * place
 
-    def byte(number: int) -> str:
-        wanted = torch.tensor(number, dtype=torch.uint8)
-        return nodes.once(("byte", number), lambda: nodes.constant("byte", wanted))
-
     stored = nodes.constant(name, packed)
     parts = []
     for place in range(count):
-        shifted = nodes.add("BitShift", [stored, byte(bits * place)], direction="RIGHT") if place else stored
-        parts.append(nodes.add("BitwiseAnd", [shifted, byte(2**bits - 1)]))
+        shifted = nodes.add("BitShift", [stored, _byte(nodes, bits * place)], direction="RIGHT") if place else stored
+        parts.append(nodes.add("BitwiseAnd", [shifted, _byte(nodes, 2**bits - 1)]))
     whole = nodes.add("Concat", parts, axis=0)
     return str(nodes.add("Slice", [whole, nodes.sizes(0), nodes.sizes(len(codes))]))

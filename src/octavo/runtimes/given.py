@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Inputs(ABC):
         Number of an axis to its name, of those that the exported file leaves open.
     """
 
-    axes: dict[int, str]
+    axes: ClassVar[dict[int, str]]
 
     @abstractmethod
     def example(self) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class Inputs(ABC):
 class Tokens(Inputs):
     """``input_ids`` and ``attention_mask``; the file takes any number of sequences and tokens."""
 
-    axes = {0: "batch", 1: "tokens"}
+    axes: ClassVar = {0: "batch", 1: "tokens"}
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -81,7 +81,7 @@ class Tokens(Inputs):
 class Examples(Inputs):
     """Tensors by name, examples first; the file takes any number of examples of the same size."""
 
-    axes = {0: "batch"}
+    axes: ClassVar = {0: "batch"}
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)

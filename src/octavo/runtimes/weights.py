@@ -19,9 +19,24 @@ import torch
 from torch import Tensor
 
 from octavo.forms import (
-    Affine, Codebook, Cut, Dense, DenseSparse, Folded, Form, Grid, GroupedLowRank, LowRank, RowBlocks, Scaled,
-    Separable, Sparse, Sum, TensorTrain, Trellis,
-)  # fmt: skip
+    Affine,
+    Codebook,
+    Cut,
+    Dense,
+    DenseSparse,
+    Folded,
+    Form,
+    Grid,
+    GroupedLowRank,
+    LowRank,
+    RowBlocks,
+    Scaled,
+    Separable,
+    Sparse,
+    Sum,
+    TensorTrain,
+    Trellis,
+)
 from octavo.forms.folded import FOLDS
 from octavo.forms.grid import exponent_steps
 from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS
@@ -34,7 +49,7 @@ _FEW = 256
 _MANY = 1 << 18
 _LARGEST = torch.finfo(torch.float16).max
 #: Bytes of the nodes by which the quantizers of a trellis are worked out, for each time that the rows double.
-_DOUBLING_BYTES = 450
+_DOUBLING_BYTES = 500
 
 
 @dataclass(frozen=True)
@@ -63,9 +78,7 @@ def product(nodes: Nodes, name: str, x: str, form: Form, dtype: torch.dtype = to
     return str(nodes.add("MatMul", [x, nodes.add("Transpose", [weight(nodes, name, form, dtype)], perm=[1, 0])]))
 
 
-def weight(
-    nodes: Nodes, name: str, form: Form, dtype: torch.dtype = torch.float32, tokens: str | None = None
-) -> str:
+def weight(nodes: Nodes, name: str, form: Form, dtype: torch.dtype = torch.float32, tokens: str | None = None) -> str:
     """Nodes for the matrix, or for the rows of it that ``tokens`` name, rounded to ``dtype``, in float32."""
     found = decoded(nodes, name, form, Rows(tokens))
     if dtype == torch.float32:

@@ -14,8 +14,9 @@ import torch
 
 from octavo.compress import Compressed
 from octavo.errors import OctavoError
-from octavo.export import TOLERANCE, check_graph, open_model, write_model
+from octavo.export import TOLERANCE, check_graph, write_model
 from octavo.integrations.onnx import Session
+from octavo.opened import open_model
 from octavo.publish import check_writable, move_into_place
 from octavo.runtimes.given import Tokens
 from octavo.runtimes.graph import trace
