@@ -14,10 +14,11 @@ from torch import Tensor
 from octavo import inputs
 from octavo.calibrate import calibrate
 from octavo.errors import ArtifactError, OctavoError, RequestError
-from octavo.forms import Form
+from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Batch, Objective
 from octavo.opened import open_model
+from octavo.raw import narrowed
 from octavo.runtimes.activations import rounding_losses, watch
 from octavo.runtimes.given import Inputs, Tokens, inputs_of, vocabulary
 from octavo.runtimes.graph import SITE, TIED, trace
@@ -119,7 +120,7 @@ def export(
         difference = compare_graph(source, small, given)
         content = small.SerializeToString()
     else:
-        difference = check_graph(source, model, forms, given)
+        difference = check_graph(source, model, forms, given, opened.dtypes)
         kernels, table = _fastest(forms, kinds, size)
         if loss is not None:
             # What is known of a tied head is what it does as a table: its rounding cannot be foreseen.
@@ -224,15 +225,28 @@ def _spare(
         left -= expected[name]
 
 
-def check_graph(source: Source, model: Any, forms: Mapping[str, Form], given: Inputs | None = None) -> float:
+def check_graph(
+    source: Source,
+    model: Any,
+    forms: Mapping[str, Form],
+    given: Inputs | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> float:
     """Run a traced graph with float kernels beside the module; returns the largest relative difference.
+
+    ``dtypes`` are those that the module's weights were rounded to after they were decoded, where not float32.
 
     Raises
     ------
     ArtifactError
         If it is above :data:`TOLERANCE`.
     """
-    return compare_graph(source, lower(model, forms, {}), given or Tokens(source))
+    held = {name: _rounded(form, (dtypes or {}).get(name, torch.float32)) for name, form in forms.items()}
+    return compare_graph(source, lower(model, held, {}), given or Tokens(source))
+
+
+def _rounded(form: Form, dtype: torch.dtype) -> Form:
+    return form if dtype == torch.float32 else Dense(narrowed(form.dense(), dtype).float())
 
 
 def compare_graph(source: Source, model: Any, given: Inputs) -> float:

@@ -82,7 +82,7 @@ class Fast(Compressed):
         opened = open_model(folder)
         model, kinds = trace(opened.source)
         forms = {name: opened.forms[name] for name in kinds}
-        difference = check_graph(opened.source, model, forms)
+        difference = check_graph(opened.source, model, forms, dtypes=opened.dtypes)
         size = write_model(lower(model, forms, self.kernels).SerializeToString(), folder / MODEL, Tokens(opened.source))
         session = Session(folder / MODEL)
         losses = divergences(job, session)
