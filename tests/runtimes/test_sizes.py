@@ -105,9 +105,7 @@ def test_forms_of_every_method_go_out(prefer: str, tmp_path: Path, mixed: Path) 
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     data = [tokens(seed=seed) for seed in range(4)]
-    done = octavo.compress(
-        built("bert", folder / "model"), ratio=2, data=data, ignore=["pooler*"], keep=METHODS
-    )
+    done = octavo.compress(built("bert", folder / "model"), ratio=2, data=data, ignore=["pooler*"], keep=METHODS)
     done.save(folder / "folded")
     return folder / "folded"
 
