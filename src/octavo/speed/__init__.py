@@ -20,7 +20,7 @@ from octavo.integrations.onnx import require
 from octavo.job import Job
 from octavo.objective import Objective
 from octavo.request import describe, open_job
-from octavo.runtimes.graph import check_exportable
+from octavo.runtimes.given import check_tokens_only
 from octavo.sites import Source
 from octavo.speed.asked import Asked, asked_for
 from octavo.speed.fast import Fast
@@ -154,7 +154,7 @@ def _open(
         source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
         folding=False,
     )  # fmt: skip
-    check_exportable(job.source)
+    check_tokens_only(job.source)
     if not job.measurable:
         raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")
     return job
