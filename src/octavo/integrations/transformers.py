@@ -25,6 +25,7 @@ from octavo.integrations.sentences import (
     members,
     transformer_folder,
 )
+from octavo.weight_files import NAMED
 
 if TYPE_CHECKING:
     from octavo.objective import Objective
@@ -179,7 +180,10 @@ def default_objective(source: Source, folder: Path | None) -> Objective:
 
 def artifact_config(folder: Path) -> dict[str, Any]:
     """The source's config with the note by which ``from_pretrained`` finds Octavo."""
-    return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
+    config = {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
+    # The artifact's file has the usual name.
+    config.pop(NAMED, None)
+    return config
 
 
 @dataclass
