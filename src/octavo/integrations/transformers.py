@@ -178,11 +178,19 @@ def default_objective(source: Source, folder: Path | None) -> Objective:
     return KL() if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "Classification")) else Cosine()
 
 
-def artifact_config(folder: Path) -> dict[str, Any]:
-    """The source's config with the note by which ``from_pretrained`` finds Octavo."""
+def artifact_config(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The source's config with the note by which ``from_pretrained`` finds Octavo.
+
+    Parameters
+    ----------
+    dtype
+        That of the source's weights. Where the config names none, loaders would take that of what is stored here.
+    """
     config = {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
     # The artifact's file has the usual name.
     config.pop(NAMED, None)
+    if dtype is not None and config.get("dtype") is None and config.get("torch_dtype") is None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
     return config
 
 
@@ -212,6 +220,7 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> 
         Further arguments of ``from_pretrained``, such as a dtype.
     """
     register()
+    require_transformers().utils.logging.disable_progress_bar()
     cls = _class_of(folder)
     model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **(options or {}))
     missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
