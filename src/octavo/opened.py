@@ -79,4 +79,3 @@ def open_model(path: str | Path) -> Opened:
 def dense_forms(source: Source) -> dict[str, Form]:
     """Every matrix of a source as it is."""
     return {site.name: Dense(site.layout.to_matrix(source.read(site.name))) for site in source.sites()[0]}
-

@@ -26,6 +26,7 @@ from octavo.integrations.sentences import (
     transformer_folder,
 )
 from octavo.integrations.tasks import class_for, default_objective  # noqa: F401  (an objective is asked for here too)
+from octavo.weight_files import NAMED
 
 if TYPE_CHECKING:
     from octavo.sites import Source
@@ -168,9 +169,20 @@ def tied_names(source: Source) -> set[str]:
     return {alias for alias, one, other in pairs if one is not None and one == other}
 
 
-def artifact_config(folder: Path) -> dict[str, Any]:
-    """The source's config with the note by which ``from_pretrained`` finds Octavo."""
-    return {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
+def artifact_config(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The source's config with the note by which ``from_pretrained`` finds Octavo.
+
+    Parameters
+    ----------
+    dtype
+        That of the source's weights. Where the config names none, loaders would take that of what is stored here.
+    """
+    config = {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
+    # The artifact's file has the usual name.
+    config.pop(NAMED, None)
+    if dtype is not None and config.get("dtype") is None and config.get("torch_dtype") is None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
 
 
 @dataclass
@@ -199,6 +211,7 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> 
         Further arguments of ``from_pretrained``, such as a dtype.
     """
     register()
+    require_transformers().utils.logging.disable_progress_bar()
     cls = class_for(folder)
     model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **(options or {}))
     missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
