@@ -38,12 +38,26 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
     quantized = gguf_file(path)
     if quantized is not None:
         return open_gguf(quantized)
-    files, promised = _weight_files(path)
-    config = path / "config.json" if path.is_dir() else None
+    from octavo.integrations.sentences import (
+        bind_encoder,
+        is_installed,
+        load_encoder,
+        members,
+        transformer_folder,
+        weight_folders,
+    )
+
+    files, promised = [], dict[str, Path]()
+    for prefix, folder in weight_folders(path):
+        found, index = _weight_files(folder)
+        files += [(prefix, file) for file in found]
+        promised.update((prefix + name, file) for name, file in index.items())
+    inner = transformer_folder(path)
+    config = inner / "config.json" if inner.is_dir() else None
     if config is not None and config.exists():
         from octavo.integrations.transformers import read_config
 
-        if read_config(path).get("quantization_config"):
+        if read_config(inner).get("quantization_config"):
             raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
     source = _from_files(path, files, promised)
     examine(source, progress)
@@ -55,7 +69,12 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
 
         source.is_transformers = True
         if module:
-            attach_module(source, path)
+            attach_module(source, inner)
+    elif module and path.is_dir() and members(path) and is_installed():
+        # Without a model of transformers inside, an encoder is small.
+        encoder = load_encoder(path)
+        source.module, source.is_encoder = encoder, True
+        bind_encoder(source, encoder, path)
     return source
 
 
@@ -91,16 +110,18 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     return files, {tensor: index.parent / name for tensor, name in promised.items()}
 
 
-def _from_files(path: Path, files: list[Path], promised: Mapping[str, Path]) -> Source:
+def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str, Path]) -> Source:
+    """A source from files, each with what the names of its tensors begin with in the source."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     where: dict[str, Path] = {}
-    for file in files:
+    inner: dict[str, str] = {}
+    for prefix, file in files:
         try:
             with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                    tensor = handle.get_slice(name)
-                    shapes[name], where[name] = tuple(tensor.get_shape()), file
+                for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                    name, tensor = prefix + key, handle.get_slice(key)
+                    shapes[name], where[name], inner[name] = tuple(tensor.get_shape()), file, key
                     dtypes[name] = DTYPES.get(tensor.get_dtype(), torch.uint8)
                     if tensor.get_dtype() not in DTYPES:
                         raise RequestError(
@@ -120,7 +141,7 @@ def _from_files(path: Path, files: list[Path], promised: Mapping[str, Path]) -> 
     def read(name: str) -> Tensor:
         # Opened each time and copied out: pages of a mapping count as this process's memory until it is closed.
         with safe_open(where[name], framework="pt") as handle:
-            return handle.get_tensor(name).clone()
+            return handle.get_tensor(inner[name]).clone()
 
     return Source(path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, read)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
 from octavo.files import from_path
 from octavo.inmemory import InMemory, replaced
+from octavo.integrations.pretrained import adopt, is_pretrained
+from octavo.integrations.sentences import SentenceEncoder, transformer_folder
 from octavo.objective import Batch, Objective, fitting, objective, run, select, sequences_in
 from octavo.sites import Source, examine, from_module
 
@@ -58,6 +59,8 @@ def open_source(source: str | Path | nn.Module | Source, *, module: bool = True,
 
     if isinstance(source, nn.Module):
         opened = from_module(source)
+        if is_pretrained(source):
+            adopt(opened, source)
     elif isinstance(source, Source):
         opened = source
     else:
@@ -79,6 +82,9 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
         return [], "none (data-free)"
     is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
     if data is None or isinstance(data, str | Path) or is_texts:
+        if source.is_encoder and isinstance(source.module, SentenceEncoder):
+            texts, label = texts_of(data)
+            return source.module.batches(texts[:limit]), f"{label}, {len(texts[:limit])} texts"
         if folder is None or not source.is_transformers:
             if data is None:
                 return [], "none (data-free)"
@@ -93,6 +99,7 @@ def load_data(source: Source, data: Any, *, limit: int | None) -> tuple[list[Bat
             window_batches,
         )
 
+        folder = transformer_folder(folder)
         missing = missing_for_texts(source.module, folder)
         if missing:
             give = getattr(source.module, "main_input_name", "input_ids")
@@ -179,11 +186,11 @@ def choose_objective(source: Source, wanted: str | Objective | None, batches: Se
     """The objective asked for, or the one that fits the source: by its class, or by what it returns on a batch."""
     if wanted is not None:
         return objective(wanted)
-    if source.is_transformers or "transformers" in sys.modules:
-        from octavo.integrations.tasks import default_objective, is_pretrained
+    known = source.module is not None and is_pretrained(source.module)
+    if source.is_transformers or source.is_encoder or known:
+        from octavo.integrations.tasks import default_objective
 
-        if source.is_transformers or is_pretrained(source.module):
-            return default_objective(source, source.folder)
+        return default_objective(source, source.folder)
     if source.module is None or not batches:
         return objective("kl")
     with replaced(source.module, {}), torch.inference_mode():

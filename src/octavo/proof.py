@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from octavo.artifact import Artifact
 from octavo.errors import ArtifactError, MissingExtraError
 from octavo.inmemory import scratch
+from octavo.integrations.sentences import load_encoder, members, transformer_folder
 from octavo.job import Job
 from octavo.memory import fits
 from octavo.probes import Outputs, probe
 from octavo.raw import Lazily
 from octavo.verify import load
 
+_UNCOMPARED = "no data were given, so nothing but the weights could be compared"
 #: Names of keys that an error shows.
 _SHOWN = 3
 
@@ -64,6 +65,9 @@ def prove(job: Job, artifact: Artifact) -> Proof:
             return _of_folder(job, artifact, source.folder)
         except MissingExtraError as error:
             return Proof(why=str(error))
+    if source.is_encoder:
+        encoder = load_encoder(artifact.path)
+        return Proof("SentenceTransformer(path)", job.judge(encoder)) if job.measurable else Proof(why=_UNCOMPARED)
     if source.module is None:
         return Proof(why="no data were given" if source.path is None else "bare tensors have no model that runs")
     if not job.held_data:
@@ -80,16 +84,25 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
 
     source = job.source
     require_transformers()
-    if not is_known(folder):
+    inner = transformer_folder(folder)
+    if not is_known(inner):
         return Proof(why="the architecture is not known to transformers; its own code is copied and never run here")
     if source.is_skeleton or (source.module is None and not fits(source, job.memory)):
         return _block_by_block(job, artifact)
-    options = {"dtype": torch.float32} if source.module is not None else {}
-    loaded = load_as_users_do(artifact.path, options)
+    # A folder's model runs in float32, one that was given in memory as it is.
+    own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
+    options = {"dtype": own} if own is not None else {}
+    loaded = load_as_users_do(artifact.path / inner.relative_to(folder), options)
     _check_keys(artifact.path, loaded.missing, loaded.unexpected, source.unfilled, source.unused)
+    if members(folder):
+        encoder = load_encoder(artifact.path)
+        outputs = probe(loaded.model)
+        if source.is_encoder and job.measurable:
+            return Proof("SentenceTransformer(path)", job.judge(encoder), outputs=outputs)
+        return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
     if not job.measurable:
-        return Proof(loader, why="no data were given, so nothing but the weights could be compared")
+        return Proof(loader, why=_UNCOMPARED)
     return Proof(loader, job.judge(loaded.model), outputs=probe(loaded.model))
 
 
@@ -98,12 +111,12 @@ def _block_by_block(job: Job, artifact: Artifact) -> Proof:
     from octavo.integrations.names import names_of
     from octavo.integrations.transformers import skeleton
 
-    model = skeleton(artifact.path)
+    model = skeleton(transformer_folder(artifact.path))
     found = names_of(model, artifact.loadable_shapes())
     _check_keys(artifact.path, found.missing, found.unused, job.source.unfilled, job.source.unused)
     loader = f"{type(model).__name__}, block by block"
     if not job.measurable:
-        return Proof(loader, why="no data were given, so nothing but the weights could be compared")
+        return Proof(loader, why=_UNCOMPARED)
     losses = job.measure(Lazily({name: partial(artifact.tensor, name) for name in artifact.names()}))
     return Proof(loader, losses)
 

@@ -15,6 +15,7 @@ import torch
 from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
+from octavo.integrations.sentences import members, transformer_folder
 from octavo.proof import prove
 from octavo.report.gather import report_data
 from octavo.verify import REPORT
@@ -82,13 +83,15 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
 def _write(done: Compressed, folder: Path) -> None:
     source = done.job.source
     done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
+    if source.folder is not None and not source.is_transformers and members(source.folder):
+        _copy_companions(source.folder, folder)
     if source.is_transformers and source.folder is not None:
         from octavo.integrations.transformers import artifact_config
 
         _copy_companions(source.folder, folder)
-        (folder / "config.json").write_text(
-            json.dumps(artifact_config(source.folder), indent=2) + "\n", encoding="utf-8"
-        )
+        inner = transformer_folder(source.folder)
+        config = folder / inner.relative_to(source.folder) / "config.json"
+        config.write_text(json.dumps(artifact_config(inner), indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -156,6 +156,8 @@ class Source:
     unused: list[str] = field(default_factory=list)
     unfilled: list[str] = field(default_factory=list)
     is_transformers: bool = False
+    #: Whether ``module`` is an encoder of sentence-transformers as a whole.
+    is_encoder: bool = False
     #: Where configuration and tokenizer are, if not in ``path``.
     companions: Path | None = None
     #: Bytes by type as its tensors are stored, where that is in no dtype of torch.

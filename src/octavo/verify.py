@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError, RequestError
+from octavo.integrations.sentences import is_installed, load_encoder, members, transformer_folder
 from octavo.objective import Batch
 from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.probes import Outputs, first_output, probe
@@ -214,9 +215,12 @@ def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
     """How the model was loaded, and how far its outputs are from those recorded."""
     from octavo.integrations.transformers import load_as_users_do
 
-    loaded = load_as_users_do(path, {"dtype": torch.float32})
+    loaded = load_as_users_do(transformer_folder(path), {"dtype": torch.float32})
     found = probe(loaded.model)
     difference = float("inf") if found is None else wanted.differ(found)
+    if members(path) and is_installed():
+        load_encoder(path)
+        return "SentenceTransformer(path)", difference
     return f"{type(loaded.model).__name__}.from_pretrained(path)", difference
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 import octavo.forms as forms
 from octavo import coding
 from octavo.artifact.packing import DTYPES, check_parts, from_bytes, naturals, unpack
-from octavo.artifact.writing import FORMAT_VERSION, MANIFEST, WEIGHTS
+from octavo.artifact.writing import FORMAT_VERSION, MANIFEST, SUBFOLDER, WEIGHTS
 from octavo.errors import ArtifactError
 from octavo.raw import narrowed
 from octavo.running import PackedWeight, kernel_for
@@ -41,7 +41,7 @@ _SLACK = 64 << 20
 _MANIFEST_LIMIT = 256 << 20
 #: That of the safetensors library.
 _HEADER_LIMIT = 100_000_000
-_FILE_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_FILE_NAME = re.compile(rf"({SUBFOLDER.pattern}/)?model(-\d{{5}}-of-\d{{5}})?\.safetensors", re.ASCII)
 _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')
 
 _SAFETENSORS = {
@@ -113,8 +113,9 @@ class Artifact:
     def files(self) -> list[Path]:
         """The files that count."""
         names = [MANIFEST, *self.manifest["files"]]
-        index = f"{WEIGHTS}.index.json"
-        return [self.path / name for name in (*names, *([index] if (self.path / index).exists() else []))]
+        folders = sorted({(self.path / name).parent for name in names})
+        indices = [folder / f"{WEIGHTS}.index.json" for folder in folders]
+        return [*(self.path / name for name in names), *(index for index in indices if index.exists())]
 
     def names(self) -> list[str]:
         """Names of all stored tensors, tied ones under one name."""
@@ -207,7 +208,8 @@ class Artifact:
         file = self.path / name
         if not (isinstance(entry, list) and len(entry) == 2 and naturals(entry)):
             raise ArtifactError(f"{self.path}: the manifest does not say size and checksum of {name}")
-        if file.is_symlink() or not file.is_file():
+        prefix, _, _ = name.rpartition("model")
+        if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
             raise ArtifactError(f"{file}: missing, or not a plain file")
         if file.stat().st_size != entry[0]:
             raise ArtifactError(f"{file}: has {file.stat().st_size} bytes, the manifest says {entry[0]}: truncated?")
@@ -219,9 +221,10 @@ class Artifact:
         if len(head) != 8 + length or zlib.crc32(head) != entry[1]:
             raise ArtifactError(f"{file}: the header is damaged (checksum mismatch)")
         start_of_data, size_of_data = len(head), entry[0] - len(head)
-        for tensor, info in _json(head[8:], file).items():
-            if tensor == "__metadata__":
+        for inner, info in _json(head[8:], file).items():
+            if inner == "__metadata__":
                 continue
+            tensor = prefix + inner
             try:
                 dtype, shape, (start, stop) = _SAFETENSORS[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
                 whole = naturals((start, stop, *shape)) and start <= stop <= size_of_data

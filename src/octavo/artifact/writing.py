@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ MANIFEST = "octavo.json"
 WEIGHTS = "model.safetensors"
 #: Larger artifacts are split into shards of at most this size.
 SHARD_BYTES = 4_000_000_000
+
+#: Sub-folders that may hold weights, such as ``2_Dense``.
+SUBFOLDER = re.compile(r"\d{1,3}_\w{1,64}", re.ASCII)
 
 #: What safetensors calls the dtypes that artifacts hold, in the order in which it writes them: so all are aligned.
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
@@ -173,6 +177,7 @@ class Contents:
         files = self._files()
         done, total = 0, sum(file.bytes for file in files.values())
         for name, file in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             with open(folder / name, "wb") as out:
                 out.write(file.head)
                 for piece in file.pieces:
@@ -205,13 +210,32 @@ class Contents:
                 manifest["coded"][name] = [crc, *kept.shape]
         for alias in sorted(self.named):
             pieces[alias] = _Piece(torch.uint8, (0,), lambda: b"")
-        files = _shards(pieces)
+        files = _by_folder(pieces)
         for name, file in files.items():
             if name.endswith(".safetensors"):
                 manifest["files"][name] = [file.bytes, zlib.crc32(file.head)]
         body = json.dumps(manifest, separators=(",", ":"), ensure_ascii=True)[1:].encode()
         head = b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body
         return {**files, MANIFEST: _File(head)}
+
+
+def _by_folder(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
+    """Files of all tensors; those named after a sub-folder lie in it, under the rest of their name."""
+    folders: dict[str, dict[str, _Piece]] = {"": {}}
+    for name, piece in pieces.items():
+        folder, inner = split_name(name)
+        folders.setdefault(folder, {})[inner] = piece
+    result: dict[str, _File] = {}
+    for folder, own in folders.items():
+        if own or len(folders) == 1:
+            result.update((folder + name, file) for name, file in _shards(own).items())
+    return result
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The sub-folder that a tensor lies in, with its slash, and its name there."""
+    folder, slash, inner = name.partition("/")
+    return (f"{folder}/", inner) if slash and SUBFOLDER.fullmatch(folder) and inner else ("", name)
 
 
 def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:

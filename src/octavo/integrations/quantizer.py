@@ -16,7 +16,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from octavo.artifact import Artifact
+from octavo.artifact import MANIFEST, Artifact
+from octavo.artifact.writing import split_name
 
 
 @auto.register_quantization_config("octavo")
@@ -91,11 +92,16 @@ class OctavoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = kwargs.get("checkpoint_files") or []
         if files:
-            artifact = Artifact(Path(files[0]).parent)
-            self._names = [*artifact.sites, *artifact.coded]
+            # A member of a sentence encoder lies in a folder of its own, after which its tensors are named.
+            folder = Path(files[0]).parent
+            root = folder if (folder / MANIFEST).exists() else folder.parent
+            artifact = Artifact(root)
+            prefix = "" if folder == root else f"{folder.name}/"
+            coded = [name for name in (*artifact.sites, *artifact.coded) if split_name(name)[0] == prefix]
             # Tied names are filled in as well, and may stand in the files without content.
-            self._weights = artifact.state(self._names, packed=self.packed)
-            self._names += [name for name in artifact.aliases if name in self._weights]
+            state = artifact.state(coded, packed=self.packed)
+            self._weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            self._names = list(self._weights)
             self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         return model
 

@@ -16,6 +16,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.errors import MissingExtraError, RequestError
+from octavo.integrations.sentences import (
+    MODULE,
+    bind_encoder,
+    decode_members,
+    is_installed,
+    load_encoder,
+    members,
+    transformer_folder,
+)
 from octavo.integrations.tasks import class_for, default_objective  # noqa: F401  (an objective is asked for here too)
 
 if TYPE_CHECKING:
@@ -107,11 +116,17 @@ def skeleton(folder: Path) -> nn.Module:
 def load_weights(source: Source) -> None:
     """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
     assert source.path is not None
+    if members(source.path) and is_installed():
+        encoder = load_encoder(source.path)
+        source.module, source.is_encoder = encoder, True
+        bind_encoder(source, encoder, source.path)
+        return
+    folder = transformer_folder(source.path)
     try:
-        loaded = load_as_users_do(source.path, {"dtype": torch.float32})
+        loaded = load_as_users_do(folder, {"dtype": torch.float32})
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        name = class_for(source.path).__name__
-        raise RequestError(f"{source.path}: {name}.from_pretrained failed: {error}") from error
+        name = class_for(folder).__name__
+        raise RequestError(f"{folder}: {name}.from_pretrained failed: {error}") from error
     source.module = loaded.model
     bind(source, loaded.model)
     source.unfilled = loaded.missing
@@ -131,10 +146,19 @@ def bind(source: Source, module: nn.Module) -> None:
 
 def tied_names(source: Source) -> set[str]:
     """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
-    module = source.module
-    if module is None:
+    from octavo.integrations.names import names_of
+
+    folder, module = source.folder, source.module
+    if module is None or folder is None:
         return set()
-    state, direct = module.state_dict(keep_vars=True), source.direct
+    direct = source.direct
+    if source.path is None or not source.path.is_dir():
+        # A model that was given in memory may be tied by hand; what counts is what its configuration ties.
+        module = skeleton(transformer_folder(folder))
+        direct = names_of(
+            module, {**source.shapes, **{a: source.shapes[n] for a, n in source.aliases.items()}}
+        ).parameters
+    state = module.state_dict(keep_vars=True)
 
     def held(name: str) -> int | None:
         parameter = direct.get(name)
@@ -193,19 +217,25 @@ def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
 
 
 def register() -> None:
-    """Make ``from_pretrained`` understand artifacts, now or as soon as ``transformers`` is imported."""
-    if _TARGET in sys.modules:
-        _register_quantizer()
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        # Importing transformers takes longer than everything else together; whoever does not use it need not wait.
-        sys.meta_path.insert(0, _OnImport())
+    """Make the loaders of ``transformers`` and ``sentence-transformers`` understand artifacts, now or once imported."""
+    for name, then in _ON_IMPORT.items():
+        if name in sys.modules:
+            if name not in _DONE:
+                _DONE.add(name)
+                then(sys.modules[name])
+        elif not any(isinstance(finder, _OnImport) and finder.name == name for finder in sys.meta_path):
+            # Importing these takes longer than everything else together; whoever does not use them need not wait.
+            sys.meta_path.insert(0, _OnImport(name))
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Registers the quantizer right after ``transformers.quantizers.auto`` was imported."""
+    """Does something right after a module was imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != _TARGET:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -215,11 +245,17 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            _register_quantizer()
+            _DONE.add(self.name)
+            _ON_IMPORT[self.name](module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register_quantizer() -> None:
+def _register_quantizer(module: Any) -> None:
     importlib.import_module("octavo.integrations.quantizer")
+
+
+#: What is done once a module was imported, and for which that has been.
+_ON_IMPORT = {_TARGET: _register_quantizer, MODULE: decode_members}
+_DONE: set[str] = set()

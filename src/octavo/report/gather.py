@@ -79,7 +79,7 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
             "bytes": artifact.bytes,
             "ratio": profile.original_bytes / artifact.bytes,
             "used": built.counted / done.budget.bytes,
-            "files": {file.name: file.stat().st_size for file in artifact.files()},
+            "files": {file.relative_to(artifact.path).as_posix(): file.stat().st_size for file in artifact.files()},
             "bits_per_weight": artifact.bytes * 8 / profile.weights,
             "note": note,
         },
@@ -328,13 +328,14 @@ def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
         "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
     }
     if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
-        from octavo.integrations.transformers import load_model
+        from octavo.integrations.sentences import transformer_folder
+        from octavo.integrations.transformers import load_as_users_do
 
-        original_class: Any = type(module)
+        source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
         loads = {
-            "load_original": lambda: _touch(original_class.from_pretrained(job.source.path)),
-            "load_artifact": lambda: _touch(load_model(artifact.path)),
+            "load_original": lambda: _touch(load_as_users_do(source).model),
+            "load_artifact": lambda: _touch(load_as_users_do(written).model),
         }
         result |= {name: 1000 * value for name, value in interleaved(loads, 3, _PATIENCE).items()}
     return result

@@ -1,0 +1,145 @@
+"""Encoders of sentence-transformers: every layout is compressed, loaded by its own class, and measured there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import octavo
+
+pytest.importorskip("sentence_transformers")
+
+WORDS = 300
+TEXTS = [" ".join(f"w{(7 * i + 3 * j * j) % (WORDS - 2)}" for j in range(4 + i % 5)) for i in range(48)]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("encoder") / "bert"
+    words = {word: index for index, word in enumerate(["<pad>", "<unk>", *(f"w{i}" for i in range(WORDS - 2))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.2,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def modules(layout: str, bert: Path) -> list[Any]:
+    import sentence_transformers.models as S
+    from tokenizers import Tokenizer
+
+    torch.manual_seed(1)
+    if layout == "static":
+        return [S.StaticEmbedding(Tokenizer.from_file(str(bert / "tokenizer.json")), embedding_dim=32)]
+    body = S.Transformer(str(bert))
+    if layout in ("cls", "max", "mean", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"):
+        return [body, S.Pooling(32, pooling_mode=layout)]
+    if layout == "cls+mean":
+        return [body, S.Pooling(32, pooling_mode=("cls", "mean")), S.Normalize()]
+    if layout == "dense":
+        return [body, S.Pooling(32), S.Dense(32, 24), S.Normalize()]
+    if layout == "two dense":
+        return [body, S.Pooling(32), S.Dense(32, 64), S.Dense(64, 32, bias=False)]
+    assert layout == "layer norm"
+    return [body, S.Pooling(32), S.LayerNorm(32)]
+
+
+LAYOUTS = [
+    "mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", "cls+mean", "dense", "two dense",
+    "layer norm", "static",
+]  # fmt: skip
+
+
+def saved(layout: str, bert: Path, folder: Path) -> Path:
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(modules=modules(layout, bert), device="cpu", prompts={"query": "w1 "})
+    encoder.save(str(folder))
+    return folder
+
+
+def divergence(source: Path, artifact: Path, texts: list[str]) -> float:
+    from sentence_transformers import SentenceTransformer
+
+    one, two = (
+        torch.nn.functional.normalize(
+            SentenceTransformer(str(path), device="cpu").encode(texts, convert_to_tensor=True), dim=1
+        )
+        for path in (source, artifact)
+    )
+    return float((one - two).double().square().sum(1).mean() / 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_compressed_and_loads_as_it_did(layout: str, bert: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    source, out = saved(layout, bert, tmp_path / "source"), tmp_path / "out"
+    done = octavo.compress(source, ratio=6, data=TEXTS, preset="fast")
+    report = done.save(out)
+    assert report["quality"]["loader"] == "SentenceTransformer(path)" and report["quality"]["metric"] == "1 - cosine"
+    weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
+    assert report["source"]["bytes"] <= weights <= 1.1 * report["source"]["bytes"]
+    stated = report["quality"]["value"]
+    held = [text for batch in done.job.held_data for text in texts_of(batch)]
+    assert 0 < stated == pytest.approx(divergence(source, out, held), rel=1e-3)
+    assert SentenceTransformer(str(out), device="cpu").prompts["query"] == "w1 "
+    octavo.verify(out)
+
+
+def texts_of(batch: dict[str, torch.Tensor]) -> list[str]:
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [" ".join(f"w{int(token) - 2}" for token in row[mask.bool()]) for row, mask in rows]
+
+
+def test_weights_of_every_folder_are_sites(bert: Path, tmp_path: Path) -> None:
+    source = saved("two dense", bert, tmp_path / "source")
+    done = octavo.compress(source, ratio=4, preset="data-free")
+    done.save(tmp_path / "out")
+    assert {"2_Dense/linear.weight", "3_Dense/linear.weight"} <= {site.name for site in done.job.sites}
+    artifact = octavo.Artifact(tmp_path / "out")
+    assert {"2_Dense/model.safetensors", "3_Dense/model.safetensors"} <= set(artifact.manifest["files"])
+    assert divergence(source, tmp_path / "out", TEXTS) < 0.1
+
+
+def test_the_first_module_in_a_folder_of_its_own(bert: Path, tmp_path: Path) -> None:
+    """Encoders saved by early versions keep the transformer in 0_Transformer."""
+    source = saved("dense", bert, tmp_path / "source")
+    inner = source / "0_Transformer"
+    inner.mkdir()
+    for file in list(source.iterdir()):
+        if file.is_file() and file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+            shutil.move(file, inner / file.name)
+    listed = json.loads((source / "modules.json").read_text())
+    listed[0]["path"] = "0_Transformer"
+    (source / "modules.json").write_text(json.dumps(listed))
+    done = octavo.compress(source, ratio=4, data=TEXTS, preset="fast")
+    report = done.save(tmp_path / "out")
+    held = [text for batch in done.job.held_data for text in texts_of(batch)]
+    assert report["quality"]["value"] == pytest.approx(divergence(source, tmp_path / "out", held), rel=1e-3)
+    octavo.verify(tmp_path / "out")
+
+
+def test_a_list_of_modules_that_leaves_the_folder_is_refused(bert: Path, tmp_path: Path) -> None:
+    source = saved("dense", bert, tmp_path / "source")
+    listed = json.loads((source / "modules.json").read_text())
+    for path in ("../elsewhere", "/tmp/elsewhere", "a/b"):
+        listed[2]["path"] = path
+        (source / "modules.json").write_text(json.dumps(listed))
+        with pytest.raises(octavo.RequestError, match=r"modules\.json"):
+            octavo.compress(source, ratio=4, preset="data-free")
