@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,12 +248,11 @@ def choose_objective(source: Source, wanted: str | Objective | None, batches: Se
     """The objective asked for, or the one that fits the source: by its class, or by what it returns on a batch."""
     if wanted is not None:
         return objective(wanted)
-    if source.is_transformers or source.is_encoder or "transformers" in sys.modules:
+    known = source.module is not None and is_pretrained(source.module)
+    if source.is_transformers or source.is_encoder or known:
         from octavo.integrations.tasks import default_objective
 
-        pretrained = source.module is not None and is_pretrained(source.module)
-        if source.is_transformers or source.is_encoder or pretrained:
-            return default_objective(source, source.folder)
+        return default_objective(source, source.folder)
     if source.module is None or not batches:
         return objective("kl")
     return fitting(returned(source.module, batches[0]), source.module, batches[0])

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from octavo.errors import RequestError
+from octavo.integrations.sentences import Member, is_encoder_folder, members
 from octavo.objective import KL, Cosine, Objective, Squared
 
 if TYPE_CHECKING:
     from octavo.sites import Source
 
-MODULES = "modules.json"
 #: Heads whose logits are a distribution over classes or tokens, as classes are named.
 _DISTRIBUTIONS = re.compile(
     "CausalLM|LMHead|MaskedLM|ConditionalGeneration|Generation$|Seq2SeqLM|MTModel|EncoderDecoderModel|DoubleHeads|ForCTC|"
@@ -51,11 +50,11 @@ def class_for(folder: Path) -> Any:
     config = _json(folder / "config.json")
     name = (config.get("architectures") or [""])[0]
     named = getattr(transformers, name, None) if isinstance(name, str) and name else None
-    modules = _modules(folder)
     if named is None:
         return _bare(folder, None)
-    if modules:
-        return named if _HEADED_MODULE in modules[0][0] or not _HEADED.search(name) else _bare(folder, named)
+    first = _first_member(folder)
+    if first is not None and first.kind != _HEADED_MODULE:
+        return named if not _HEADED.search(name) else _bare(folder, named)
     return named if _HEADED.search(name) is None or _has_head(folder, named) else _bare(folder, named)
 
 
@@ -67,9 +66,10 @@ def default_objective(source: Source, folder: Path | None) -> Objective:
     their folder says.
     """
     model: Any = source.module
-    modules = _modules(folder) if folder is not None else None
-    if folder is not None and modules is not None and not (modules and _HEADED_MODULE in modules[0][0]):
-        return _cosine(folder, modules)
+    if folder is not None and is_encoder_folder(folder):
+        modules = members(folder)
+        if not modules or modules[0].kind != _HEADED_MODULE:
+            return _cosine(folder, modules)
     name, fields = type(model).__name__, returned(type(model))
     if "ForQuestionAnswering" in name and fields and not fields & {"start_logits", "logits"}:
         return Squared()
@@ -99,11 +99,6 @@ def returned(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(found)} if found is not None else set()
 
 
-def is_pretrained(module: nn.Module | None) -> bool:
-    """Whether a module is a model of ``transformers``."""
-    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
-
-
 def _are_classes(config: Any) -> bool:
     """Whether a classifier chooses one of its labels, rather than giving a number, or saying yes or no to each."""
     return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
@@ -115,7 +110,7 @@ def _bare(folder: Path, named: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kinds = transformers.AutoModel._model_mapping.get(type(config), None)
     kind = kinds[0] if isinstance(kinds, tuple) else kinds
-    if kind is not None and _modules(folder) and config.is_encoder_decoder:
+    if kind is not None and _first_member(folder) is not None and config.is_encoder_decoder:
         # As sentence-transformers does: only the encoder is read.
         kind = getattr(transformers, kind.__name__.removesuffix("Model") + "EncoderModel", kind)
     return kind or named or transformers.AutoModel
@@ -156,17 +151,15 @@ def _tensor_names(folder: Path) -> set[str]:
     return names
 
 
-def _modules(folder: Path) -> list[tuple[str, str]] | None:
-    """Types and folders of the modules of ``sentence-transformers``, None if the folder is none of theirs."""
-    if not (folder / MODULES).exists():
-        return None
-    listed = _json(folder / MODULES, list)
-    return [(str(one.get("type", "")), str(one.get("path", ""))) for one in listed if isinstance(one, dict)]
+def _first_member(folder: Path) -> Member | None:
+    """The module of ``sentence-transformers`` that reads a folder, which is the encoder's or below it."""
+    above = [one for one in members(folder.parent)[:1] if one.path == folder.name]
+    return next(iter(members(folder) or above), None)
 
 
-def _cosine(folder: Path, modules: list[tuple[str, str]]) -> Cosine:
+def _cosine(folder: Path, modules: list[Member]) -> Cosine:
     """The cosine of vectors that are pooled as a folder of ``sentence-transformers`` says."""
-    place = next((path for kind, path in modules if kind.endswith(".Pooling")), "1_Pooling")
+    place = next((one.path for one in modules if one.kind == "Pooling"), "1_Pooling")
     if not (folder / place / "config.json").exists():
         return Cosine()
     config = _json(folder / place / "config.json")
@@ -188,11 +181,11 @@ def _transformers() -> Any:
     return require_transformers()
 
 
-def _json(file: Path, kind: type = dict) -> Any:
+def _json(file: Path) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(content, kind):
-        raise RequestError(f"{file}: not a JSON {'object' if kind is dict else 'list'}")
+    if not isinstance(content, dict):
+        raise RequestError(f"{file}: not a JSON object")
     return content
