@@ -222,7 +222,7 @@ tags:
 
 **{_mark(headline(data).replace(" -> ", " → ", 1))}**
 
-{_mark(verdict(data))} {_mark(budget(data))}{_paragraph(running(data))}
+{_mark(verdict(data), 600)} {_mark(budget(data))}{_paragraph(running(data))}
 {note}
 | | Original | Octavo | Best uniform |
 |---|---:|---:|---:|
