@@ -166,10 +166,12 @@ class Choices:
             self.bytes[row, : len(points)] = [p.bytes for p in points]
             self.loss[row, : len(points)] = [profile.corrected(curve, p.loss) for p in points]
 
-    def solve(self, room: int) -> np.ndarray:
-        """Index of the chosen point of every site, at most ``room`` bytes in sum."""
+    def solve(self, room: int, *, thorough: bool = True) -> np.ndarray:
+        """Index of the chosen point of every site, at most ``room`` bytes in sum; by a multiplier alone or better."""
         chosen = solve(self.bytes, self.loss, room)
-        if any(get_method(name).elastic for name in {point.method for points in self.points for point in points}):
+        if not thorough or any(
+            get_method(name).elastic for name in {point.method for points in self.points for point in points}
+        ):
             return chosen
         # Without a continuous setting nothing closes the gap that a multiplier leaves.
         other = filled(self.bytes, self.loss, knapsack(self.bytes, self.loss, room), room)
@@ -179,9 +181,9 @@ class Choices:
         """Expected loss of a choice."""
         return float(self.loss[np.arange(len(chosen)), chosen].sum())
 
-    def plan(self, budget: Budget, room: int, label: str = MIXED) -> Plan:
+    def plan(self, budget: Budget, room: int, label: str = MIXED, *, thorough: bool = True) -> Plan:
         """The best plan within ``room`` bytes for all sites."""
-        chosen = self.solve(room)
+        chosen = self.solve(room, thorough=thorough)
         points = {curve.site: self.points[row][chosen[row]] for row, curve in enumerate(self.profile.curves)}
         return Plan(budget, points, self.total(chosen), self.profile.fixed_bytes, label)
 
@@ -193,6 +195,7 @@ def allocate(
     margin: float = 0.0,
     methods: Iterable[str] | None = None,
     interpolate: bool = True,
+    thorough: bool = True,
 ) -> Plan:
     """The plan of least expected loss within the budget.
 
@@ -204,6 +207,8 @@ def allocate(
         Names of the only methods to use; all by default.
     interpolate
         Whether settings between the measured ones may be chosen.
+    thorough
+        Whether, where settings are few, more than a multiplier is tried.
 
     Raises
     ------
@@ -215,7 +220,7 @@ def allocate(
     if smallest > budget.bytes:
         raise unreachable(budget, profile.original_bytes, smallest)
     room = max(int(budget.bytes * (1 - margin)), smallest) - profile.fixed_bytes
-    return choices.plan(budget, room)
+    return choices.plan(budget, room, thorough=thorough)
 
 
 def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
@@ -264,7 +269,10 @@ def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
             exact = [p for p in curve.points if p.method == name and p.setting == setting]
             kept = [p for p in curve.points if p.method == "keep"]
             finest = sorted(curve.points, key=lambda p: p.loss)
-            points[curve.site] = (exact or sorted(kept, key=lambda p: p.bytes) or finest)[0]
+            found = (exact or sorted(kept, key=lambda p: p.bytes) or finest)[0]
+            # A kernel pads a matrix of few rows until 16 bits are smaller.
+            smaller = (p for p in kept if p.bytes < found.bytes and p.loss <= found.loss)
+            points[curve.site] = min(smaller, key=lambda p: p.loss, default=found)
         plans.append(points)
     return plans
 

@@ -286,7 +286,8 @@ def single_families(profile: Profile, asked: Budget) -> list[Plan]:
     plans = []
     for family, names in families.items():
         try:
-            plan = allocate(profile, asked, margin=margin_of(asked.target), methods=[*names, "keep"])
+            # Expected losses are no more than that: where settings are few, this is a second opinion on them as well.
+            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, "keep"], thorough=False)
         except BudgetError:
             continue
         plan.label, plan.notes = ONE_FAMILY, [family]

@@ -69,7 +69,7 @@ def test_one_setting_that_does_not_exist_everywhere_is_not_said_to_be(report: di
     report["winner"] = "uniform"
     report["uniform"] |= {"sites": 26, "of": 38, "moved": False}
     text = card(report)
-    assert "so 26 of 38 sites have entropy (step=0.1); for the others it does not exist" in text
+    assert "so 26 of 38 sites have entropy (step=0.1); at the others it does not exist or saves nothing" in text
     assert "every site" not in text
     report["uniform"] |= {"sites": 38, "moved": True}
     assert "so every site has entropy (step=0.1), moved a little at some sites to use the budget" in card(report)

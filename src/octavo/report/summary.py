@@ -112,7 +112,7 @@ def verdict(data: dict[str, Any]) -> str:
     if data["winner"] == "uniform":
         having, every = uniform.get("sites"), uniform.get("of")
         who = "every site has" if having == every else f"{having:,} of {every:,} sites have"
-        rest = "" if having == every else "; for the others it does not exist"
+        rest = "" if having == every else "; at the others it does not exist or saves nothing"
         moved = ", moved a little at some sites to use the budget" if uniform.get("moved") else ""
         return (
             f"Choosing site by site did not beat one setting for all, so {who} {named}{moved}{rest}: {metric} {value}."
@@ -222,7 +222,7 @@ tags:
 
 **{_mark(headline(data).replace(" -> ", " → ", 1))}**
 
-{_mark(verdict(data))} {_mark(budget(data))}{_paragraph(running(data))}
+{_mark(verdict(data), 600)} {_mark(budget(data))}{_paragraph(running(data))}
 {note}
 | | Original | Octavo | Best uniform |
 |---|---:|---:|---:|
