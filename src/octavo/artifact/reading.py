@@ -188,7 +188,7 @@ class Artifact:
             raise ArtifactError(
                 f"{self.path}: {name!r} decodes to {list(bits.shape)} of {bits.dtype}, not to {count} of {kind}"
             )
-        return bits.view(stored).reshape(shape).to(dtype)
+        return (bits.view(stored).reshape(shape) if count else torch.zeros(shape, dtype=stored)).to(dtype)
 
     def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
         """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel.
