@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from octavo.runtimes.activations import rounding_losses, watch
 from octavo.runtimes.graph import LOOKUP, SITE, check_exportable, positions, trace, vocabulary
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare, machine
-from octavo.sites import Source
+from octavo.sites import Layout, Source
 from octavo.workspace import write_file
 
 RUNTIMES = ("onnx",)
@@ -69,13 +69,23 @@ def open_model(path: str | Path) -> Opened:
     )  # fmt: skip
     bind(source, module)
     check_exportable(source)
-    forms = {name: artifact.form(name) for name, shape in shapes.items() if len(shape) == 2}
+    forms = {name: _form(artifact, name) for name, shape in shapes.items() if len(shape) == 2}
     return Opened(source, forms, artifact)
+
+
+def _form(artifact: Artifact, name: str) -> Form:
+    """The form of a weight; that of a scaled matrix would be another weight."""
+    layout = artifact.layout(name)
+    return artifact.form(name) if not layout.exponent else Dense(_unscaled(layout).to_matrix(artifact.tensor(name)))
+
+
+def _unscaled(layout: Layout) -> Layout:
+    return replace(layout, exponent=0)
 
 
 def dense_forms(source: Source) -> dict[str, Form]:
     """Every matrix of a source as it is."""
-    return {site.name: Dense(site.layout.to_matrix(source.read(site.name))) for site in source.sites()[0]}
+    return {site.name: Dense(_unscaled(site.layout).to_matrix(source.read(site.name))) for site in source.sites()[0]}
 
 
 def export(
