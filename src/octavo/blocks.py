@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch
 from octavo.conversions import Conversion
 from octavo.errors import RequestError
-from octavo.objective import Batch, Objective
+from octavo.objective import Objective
 from octavo.sites import Source
 
 #: The part of a model that is around its blocks; the others are numbered.

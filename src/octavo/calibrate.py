@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
+from octavo.batches import Batch, mask_of, select, sequences_in
 from octavo.errors import RequestError
 from octavo.evidence import Evidence, combined
-from octavo.objective import Batch, Objective, mask_of, select, sequences_in
+from octavo.objective import Objective
 from octavo.sites import Site, Source
 from octavo.watches import DAMPING, Corrections, Watches
 
@@ -194,7 +195,7 @@ def described(
             )
         elif seen < site.columns and site.kind != "embedding":
             result.warnings.append(
-                f"{site.name}: {seen} calibration positions for {site.columns} input columns; "
+                f"{site.name}: fewer calibration positions than input columns ({seen} for {site.columns}); "
                 f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
             )
     return result

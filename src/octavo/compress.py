@@ -21,17 +21,22 @@ from octavo.calibrate import Calibration
 from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
-from octavo.finish import MARGIN, Built, contest, finish
+from octavo.finish import Built, contest, finish, margin_of
 from octavo.inputs import Progress, silent
 from octavo.job import Job
 from octavo.matmul import fast_matmul
 from octavo.methods import get_method
+from octavo.notes import Note, by_kind, warn
 from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.reconstruct import reconstruct, reserve
 from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget
+from octavo.rivals import PLAIN
 from octavo.sites import Source
 from octavo.workspace import Workspace
+
+#: Frames between :func:`compress` and its caller, its own and that of its decorator.
+_DEPTH = 3
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Compressed:
     built
         The best of the plans that were measured.
     rival
-        The best uniform plan at the same bytes, if it is another.
+        The best uniform plan at the same bytes; the same object as ``built`` if it won.
     workspace
         The folder of unfinished work, where the encoded forms lie until they are saved.
     """
@@ -63,6 +68,11 @@ class Compressed:
     def ratio(self) -> float:
         """Original bytes over what the budget counts: artifact bytes, or bytes in memory."""
         return self.job.source.original_bytes / self.built.counted
+
+    @property
+    def notes(self) -> list[Note]:
+        """What there is to know about the run, put together by kind."""
+        return by_kind([*self.job.notes, *self.calibration.warnings], [site.name for site in self.job.sites])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
         """Write the artifact, read it back, measure it, write the report; returns the report's data."""
@@ -163,15 +173,22 @@ def compress(
         If something about the request or the source cannot be served.
     BudgetError
         If the budget cannot be reached.
+
+    Warns
+    -----
+    OctavoWarning
+        Once for every kind of note about the run, such as sites for which there was too little data.
     """
     if target == "speed":
         said = [choice for choice, usual in ((preset, "default"), (curvature, "kfac")) if choice != usual]
         others = (ratio, size, bits, methods, plan, *said)
-        return _for_speed(
+        fast = _for_speed(
             others, source, speedup=speedup, latency=latency, shape=shape, data=data, forward_args=forward_args,
             objective=objective, ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed,
             progress=progress,
         )  # fmt: skip
+        warn(fast.notes, _DEPTH)
+        return fast
     if speedup is not None or latency is not None:
         raise RequestError("speedup and latency are budgets of speed: add --for speed (target='speed')")
     if target not in TARGETS:
@@ -203,12 +220,12 @@ def compress(
             clock.lap("profile")
             spared = asked.bytes - reserve(job, asked.bytes, preset)
             free = asked if plan or profile.smallest > spared else replace(asked, bytes=spared)
-            # What a form takes in memory is known exactly: there are no settings between the measured ones.
-            margin = MARGIN if target == "disk" else 0.0
-            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=margin)
+            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=margin_of(target))
             clock.lap("plan")
             if plan is None:
-                best, rival = contest(job, profile, calibration, room, chosen, free)
+                # Whoever names methods gets no other.
+                plain = methods is None or any(method.name == PLAIN for method in job.methods)
+                best, rival = contest(job, profile, calibration, room, chosen, free, plain=plain)
                 clock.lap("encode")
                 best = reconstruct(job, calibration, best, asked.bytes, preset)
             else:
@@ -222,6 +239,7 @@ def compress(
     if workspace is None:
         # The encoded forms lie there until they are saved.
         weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)
+    warn(done.notes, _DEPTH)
     return done
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.errors import RequestError
 from octavo.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
+from octavo.weight_files import beside, weight_files
 
 
 def from_path(path: str | Path, *, module: bool = True, progress: Progress = lambda done, total: None) -> Source:
@@ -30,7 +31,8 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
     RequestError
         If there is nothing there, or a file is truncated, or is not safetensors, or holds NaN or Inf.
     """
-    path = Path(path)
+    # A relative path means another file once the working folder changes, and "." is no title.
+    path = Path(os.path.abspath(path))
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder")
     from octavo.integrations.gguf import gguf_file, open_gguf
@@ -48,10 +50,12 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
     )
 
     files, promised = [], dict[str, Path]()
+    strange: list[str] = []
     for prefix, folder in weight_folders(path):
-        found, index = _weight_files(folder)
-        files += [(prefix, file) for file in found]
-        promised.update((prefix + name, file) for name, file in index.items())
+        found = weight_files(folder)
+        files += [(prefix, file) for file in found.files]
+        promised.update((prefix + name, file) for name, file in found.promised.items())
+        strange += [] if found.usual else [file.name for file in found.files]
     inner = transformer_folder(path)
     config = inner / "config.json" if inner.is_dir() else None
     if config is not None and config.exists():
@@ -60,6 +64,9 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         if read_config(inner).get("quantization_config"):
             raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
     source = _from_files(path, files, promised)
+    if path.is_dir():
+        left = beside(path, [file for _, file in files])
+        source.notes += [f"not counted and not read: {', '.join(left)}"] if left else []
     examine(source, progress)
     for alias, name in list(_equal_tensors(source)):
         source.aliases[alias] = name
@@ -68,7 +75,12 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         from octavo.integrations.transformers import attach_module
 
         source.is_transformers = True
-        if module:
+        if module and strange:
+            source.notes.append(
+                f"from_pretrained does not find {', '.join(strange)}, for want of the name model.safetensors or an "
+                "index: the tensors are compressed on their own, without data, and nothing of the model is run"
+            )
+        elif module:
             attach_module(source, inner)
     elif module and path.is_dir() and members(path) and is_installed():
         # Without a model of transformers inside, an encoder is small.
@@ -76,38 +88,6 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         source.module, source.is_encoder = encoder, True
         bind_encoder(source, encoder, path)
     return source
-
-
-def _weight_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files that hold the weights, and, if there is an index, in which of them it says that each tensor is."""
-    if path.is_file():
-        if path.name.endswith(".index.json"):
-            return _indexed(path)
-        if path.suffix != ".safetensors":
-            raise RequestError(
-                f"{path}: only .safetensors files, their .index.json and .gguf files can be read (pickles run code)"
-            )
-        return [path], {}
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        return _indexed(index)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise RequestError(f"{path}: no .safetensors file in this folder; save the model with save_pretrained first")
-    return files, {}
-
-
-def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
-    try:
-        promised = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RequestError(f"{index}: not an index of safetensors shards: {error}") from error
-    if not all(isinstance(name, str) for name in promised.values()):
-        raise RequestError(f"{index}: not an index of safetensors shards: a shard's name is not a string")
-    files = [index.parent / name for name in sorted(set(promised.values()))]
-    for file in files:
-        if not file.exists():
-            raise RequestError(f"{index}: names the shard {file.name}, which is missing beside it")
-    return files, {tensor: index.parent / name for tensor, name in promised.items()}
 
 
 def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str, Path]) -> Source:
@@ -121,6 +101,11 @@ def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str
             with safe_open(file, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                     name, tensor = prefix + key, handle.get_slice(key)
+                    if name in where:
+                        raise RequestError(
+                            f"{path}: tensor {name!r} is in {where[name].name} and in {file.name}; remove one of them, "
+                            "or name the file that counts"
+                        )
                     shapes[name], where[name], inner[name] = tuple(tensor.get_shape()), file, key
                     dtypes[name] = DTYPES.get(tensor.get_dtype(), torch.uint8)
                     if tensor.get_dtype() not in DTYPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from octavo.data.texts import builtin_texts, check_texts, read_texts
 from octavo.errors import RequestError
 from octavo.files import from_path
 from octavo.inmemory import InMemory
+from octavo.integrations.pretrained import adopt, is_pretrained
 from octavo.integrations.sentences import SentenceEncoder, transformer_folder
-from octavo.objective import Loss, Objective, objective
+from octavo.objective import Loss, Objective, fitting, objective
 from octavo.sites import Source, examine, from_module
-from octavo.trying import rows_are_examples, try_batches
+from octavo.trying import returned, rows_are_examples, try_batches
 
 #: Called with a step's name, how much of it is done and how much there is.
 Progress = Callable[[str, int, int], Any]
@@ -60,6 +62,8 @@ def open_source(source: str | Path | nn.Module | Source, *, module: bool = True,
 
     if isinstance(source, nn.Module):
         opened = from_module(source)
+        if is_pretrained(source):
+            adopt(opened, source)
     elif isinstance(source, Source):
         opened = source
     else:
@@ -92,9 +96,24 @@ def load_data(
             raise RequestError(
                 f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
             )
-        from octavo.integrations.texts import context_of, is_causal, text_batches, window_batches
+        from octavo.integrations.texts import (
+            context_of,
+            is_causal,
+            missing_for_texts,
+            text_batches,
+            window_batches,
+        )
 
         folder = transformer_folder(folder)
+        missing = missing_for_texts(source.module, folder)
+        if missing:
+            give = getattr(source.module, "main_input_name", "input_ids")
+            give = give if isinstance(give, str) else give[0]
+            mend = f'give batches that it takes, such as data=[{{"{give}": tensor}}] with examples first'
+            if data is not None:
+                raise RequestError(f"{source.title}: texts cannot serve: {missing}; {mend}")
+            source.notes.append(f"compressed without data: {missing}; to calibrate and to measure, {mend}")
+            return [], "none (data-free)"
         texts, label = texts_of(data)
         if is_causal(source.module):
             length = min(WINDOW, context_of(source.module))
@@ -102,7 +121,7 @@ def load_data(
             count = sum(len(batch["input_ids"]) for batch in windows)
             return windows, f"{label}, {count} windows of {windows[0]['input_ids'].shape[1]} tokens"
         texts = texts[:limit]
-        return text_batches(folder, texts), f"{label}, {len(texts)} texts"
+        return text_batches(folder, texts, source.module), f"{label}, {len(texts)} texts"
     if not isinstance(data, Iterable):
         raise RequestError(f"data is {type(data).__name__}; give a file or list of texts, or an iterable of batches")
     batches = converted(list(_read([data] if isinstance(data, Tensor | Mapping) else data)), forward_args)
@@ -226,12 +245,16 @@ def _by_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     )
 
 
-def choose_objective(source: Source, wanted: str | Objective | None) -> Objective:
-    """The objective asked for, or the one that fits the source."""
+def choose_objective(source: Source, wanted: str | Objective | None, batches: Sequence[Batch] = ()) -> Objective:
+    """The objective asked for, or the one that fits the source: by its class, or by what it returns on a batch."""
     if wanted is not None:
         return objective(wanted)
-    if source.is_transformers or source.is_encoder:
-        from octavo.integrations.transformers import default_objective
+    if source.is_transformers or source.is_encoder or "transformers" in sys.modules:
+        from octavo.integrations.tasks import default_objective
 
-        return default_objective(source, source.folder)
-    return objective("kl")
+        pretrained = source.module is not None and is_pretrained(source.module)
+        if source.is_transformers or source.is_encoder or pretrained:
+            return default_objective(source, source.folder)
+    if source.module is None or not batches:
+        return objective("kl")
+    return fitting(returned(source.module, batches[0]), source.module, batches[0])

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.artifact import Contents, Entry, Kept, Packed, unpack
+from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
+from octavo.batches import Batch
 from octavo.blockwise import Blockwise
 from octavo.calibrate import Calibration, data_free
 from octavo.errors import RequestError
@@ -20,7 +21,7 @@ from octavo.inputs import Progress, model_of, silent
 from octavo.memory import fits
 from octavo.methods import Method, Setting
 from octavo.narrowing import Narrowing, stored_dtype
-from octavo.objective import Batch, Objective
+from octavo.objective import Objective
 from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
 from octavo.tasks import encoded
@@ -134,8 +135,11 @@ class Job:
                 # What the user asked to leave alone is left alone.
                 if not reason.startswith("ignored"):
                     stored = stored_dtype(self.source.read(name).detach(), Narrowing.EXACT if fixed else how)
+                # Folding leaves constants. Others may be learned by reconstruction, and are then no constants any more.
+                constant = name in self.source.folded and is_constant(self.source.read(name))
+                stored = own if constant else stored
                 read, shape = partial(self.source.read, name), self.source.shapes[name]
-                self._kept[how][name] = Kept(read, shape, stored, own, coded=fixed)
+                self._kept[how][name] = Kept(read, shape, stored, own, coded=fixed or constant)
         return self._kept[how]
 
     def narrowing(self) -> Narrowing:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.ahead import in_order
-from octavo.artifact import MANIFEST, Artifact
+from octavo.artifact import Artifact
+from octavo.companions import copy_companions
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.integrations.sentences import members, transformer_folder
 from octavo.proof import prove
@@ -21,9 +22,6 @@ from octavo.verify import REPORT
 
 if TYPE_CHECKING:
     from octavo.compress import Compressed
-
-#: Files of the source that are copied: everything that loaders and tokenizers read, and nothing that holds weights.
-_COPIED = {".json", ".txt", ".model", ".jinja", ".spm", ".vocab"}
 
 
 def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -82,29 +80,20 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
 def _write(done: Compressed, folder: Path) -> None:
     source = done.job.source
     done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
-    if source.folder is not None and not source.is_transformers and members(source.folder):
-        _copy_companions(source.folder, folder)
-    if source.is_transformers and source.folder is not None:
+    if source.folder is None:
+        return
+    inner = transformer_folder(source.folder)
+    is_model = (inner / "config.json").exists()
+    if is_model or members(source.folder):
+        notes = copy_companions(source.folder, folder)
+        done.job.notes += [note for note in notes if note not in done.job.notes]
+    if is_model:
         from octavo.integrations.transformers import artifact_config
 
-        _copy_companions(source.folder, folder)
-        inner = transformer_folder(source.folder)
+        # Also of an architecture that only the code beside it knows: whoever trusts that code can load the artifact.
         config = folder / inner.relative_to(source.folder) / "config.json"
-        config.write_text(json.dumps(artifact_config(inner), indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation and pooling files; weights, hidden files and large files stay behind."""
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not file.is_file() or hidden or file.suffix not in _COPIED or file.name.endswith(".index.json"):
-            continue
-        if len(relative.parts) > 2 or (file.name in (MANIFEST, "config.json") and len(relative.parts) == 1):
-            continue
-        target = folder / relative
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
+        config.write_text(json.dumps(artifact_config(inner, dtype), indent=2) + "\n", encoding="utf-8")
 
 
 def move_into_place(aside: Path, path: Path) -> None:

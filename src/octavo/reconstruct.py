@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.artifact import Packed, pack, unpack
+from octavo.batches import Batch, select, sequences_in
 from octavo.calibrate import Calibration
 from octavo.finish import Built
 from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
@@ -26,7 +27,7 @@ from octavo.inmemory import replaced
 from octavo.job import Job
 from octavo.modules import own_tensors
 from octavo.narrowing import FLOATS
-from octavo.objective import Batch, Loss, select, sequences_in
+from octavo.objective import Loss
 from octavo.raw import Lazily
 
 #: Positions of the calibration data to learn from, repeats counted.
@@ -101,7 +102,7 @@ class _Fit:
         assert job.source.module is not None
         self.module = job.source.module
         self.parameters = job.source.direct
-        self.weights = dict(job.weights(built.packed))
+        self.weights = {**job.source.folded, **job.weights(built.packed)}
         self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
         self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
         state = own_tensors(self.module)
@@ -112,7 +113,8 @@ class _Fit:
                 continue
             weight = kept.tensor().float()
             learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
-            learnable = learnable and name not in job.source.fixed and not job.left[name].startswith("ignored")
+            # What is coded as bits would take bytes that nobody planned for.
+            learnable = learnable and not kept.coded and not job.left[name].startswith("ignored")
             if learnable and weight.any() and weight.isfinite().all():
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
                 self.start[name], self.units[name] = weight, weight.square().mean().sqrt()

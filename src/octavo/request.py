@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo import inputs
+from octavo import folds, inputs
 from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
 from octavo.batches import Batch
@@ -23,6 +23,7 @@ from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.inputs import Progress
 from octavo.job import Job
+from octavo.memory import fits
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
@@ -59,8 +60,13 @@ def open_job(
     target: str = "disk",
     curvature: str = "kfac",
     forward_args: Callable[[Batch], Any] | None = None,
+    *,
+    folding: bool = True,
 ) -> Job:
-    """Check a request and gather what all steps share."""
+    """Check a request and gather what all steps share.
+
+    ``folding`` says whether batch normalisation may be folded, which whoever runs the module's own graph must not do.
+    """
     if curvature not in CURVATURES:
         raise RequestError(f"curvature {curvature!r} is not known; choose from {', '.join(CURVATURES)}")
     if target not in TARGETS:
@@ -77,10 +83,11 @@ def open_job(
             f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
             "weights that is not ignored"
         )
+    module = opened.module
     if preset == DATA_FREE:
         opened.module = None
     batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset], forward_args=forward_args)
-    wanted = inputs.choose_objective(opened, objective)
+    wanted = inputs.choose_objective(opened, objective, batches)
     if opened.module is not None and not batches:
         opened.module = None
     if opened.module is None and curvature != "kfac":
@@ -92,10 +99,32 @@ def open_job(
         batches = inputs.prepared(opened, wanted, batches)
     rows = inputs.divisible(opened, wanted, batches)
     calibration, held = inputs.split(batches, rows=rows)
+    if folding and not all(method.lossless for method in chosen):
+        opened = _folded(opened, module, calibration, wanted, left, limit)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature, rows=rows,
     )  # fmt: skip
+
+
+def _folded(
+    source: Source,
+    module: nn.Module | None,
+    calibration: Sequence[Batch],
+    objective: Objective,
+    left: Mapping[str, str],
+    memory: int | None,
+) -> Source:
+    """The source with batch normalisation folded into the layers before it, where that can be."""
+    if module is None or not folds.has_norms(module):
+        return source
+    if source.is_skeleton and calibration:
+        if not fits(source, memory):
+            return source
+        inputs.model_of(source, blockwise=False)
+        module = source.module
+    ignored = [name for name, reason in left.items() if reason.startswith("ignored")]
+    return folds.fold(source, module, calibration[0] if calibration else None, objective, ignored)
 
 
 def describe(job: Job, preset: str) -> dict[str, Any]:
@@ -106,6 +135,7 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "objective": type(job.objective).__name__,
         "methods": [repr(method) for method in job.methods],
         "sites": [site.name for site in job.sites],
+        "folded": sorted(job.source.folded),
         "pinned": {name: list(choice) for name, choice in job.pinned.items()},
         "preset": preset,
         "seed": job.seed,

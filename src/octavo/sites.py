@@ -202,6 +202,8 @@ class Source:
     notes: list[str] = field(default_factory=list)
     #: SHA-256 of every tensor's content, from :func:`examine`.
     digests: dict[str, str] = field(default_factory=dict, repr=False)
+    #: Tensors that :func:`octavo.folds.fold` changed. ``read`` gives them; the module holds the original ones.
+    folded: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _direct: tuple[list[Conversion], dict[str, str]] | None = field(default=None, repr=False, init=False)
 
     @property

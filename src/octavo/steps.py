@@ -17,7 +17,7 @@ from octavo.compress import Compressed, compress
 from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
-from octavo.finish import MARGIN, finish, single_families
+from octavo.finish import finish, margin_of, single_families
 from octavo.inputs import Progress, silent
 from octavo.matmul import fast_matmul
 from octavo.objective import Objective
@@ -105,7 +105,7 @@ def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = N
         saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits, target=saved.options["target"]
     )
     # Carried out as it is, a plan must not exceed its budget by the little that interpolated points miss.
-    return allocate(saved, asked, margin=MARGIN)
+    return allocate(saved, asked, margin=margin_of(asked.target))
 
 
 def frontier(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octavo.batches import Batch, failure, has_rows, select, sequences_in
+from octavo.batches import Batch, failure, has_rows, run, select, sequences_in
 from octavo.errors import OctavoError, RequestError
 from octavo.inmemory import replaced
 from octavo.objective import Objective
@@ -35,6 +36,21 @@ def try_batches(objective: Objective, module: nn.Module, batches: Sequence[Batch
             except Exception as error:
                 # A loss of the user's own calls the module itself.
                 raise RequestError(f"data: {failure(module, batch, error, f'batch {number}')}") from error
+
+
+def returned(module: nn.Module, batch: Batch) -> Any:
+    """What a module gives for a batch.
+
+    Raises
+    ------
+    RequestError
+        With the batch's shapes and the module's own message, if it fails.
+    """
+    with _idle(module):
+        try:
+            return run(module, batch)
+        except Exception as error:
+            raise RequestError(f"data: {failure(module, batch, error, 'batch 0')}") from error
 
 
 def rows_are_examples(objective: Objective, module: nn.Module, batches: Sequence[Batch]) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact, dtype_name
+from octavo.batches import Batch
 from octavo.errors import ArtifactError, RequestError
 from octavo.filling import fill
 from octavo.integrations.sentences import is_installed, load_encoder, members, transformer_folder
-from octavo.objective import Batch
 from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.probes import Outputs, first_output, probe
 from octavo.raw import raw_bytes

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch, sequences_in
 from octavo.curvature import Curvature, eigen
 from octavo.evidence import Evidence
 from octavo.gradients import Gradients, Seen
 from octavo.layers import is_layer, scale_of_table
-from octavo.objective import Batch, sequences_in
 from octavo.raw import raw_bytes
 from octavo.sides import Masks, sides_of
 from octavo.sites import Site, Source
@@ -129,6 +129,9 @@ class _Watch:
 
     def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
+        if live is not None and live.numel() == tokens.numel():
+            # Answers to one question are sequences of their own to the model.
+            live = live.reshape(tokens.shape)
         shown = tokens if live is None else tokens.expand(live.shape)[live]
         self.rows += torch.bincount(shown.flatten().cpu(), minlength=self.site.rows).double()
         self.samples += shown.numel()

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import octavo
-from octavo.artifact import Contents, Entry, Kept, Sized, pack, writing
+from octavo.artifact import Contents, Entry, Kept, Sized, is_constant, pack, writing
 from octavo.errors import OctavoError
 from octavo.forms import Dense, Grid
+from octavo.raw import raw_bytes
 from octavo.sites import Layout
 from octavo.workspace import Workspace
 
@@ -190,3 +191,26 @@ def test_the_name_of_the_metadata_is_escaped_both_ways(tmp_path):
     assert all(float(artifact.tensor(name)[0]) == len(name) for name in made.kept if "metadata" in name)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) >= {"__metadata__.", "__metadata__..", "__metadata__...", "x.__metadata__"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1 - 1e-3, 3e-5])
+def test_a_constant_takes_the_room_of_one_value(tmp_path, dtype, value):
+    made, tensor = Contents(SOURCE), torch.full((640, 2), value, dtype=dtype)
+    made.kept["ones"] = replace(kept(tensor), coded=True)
+    made.kept["others"] = kept(torch.randn(7))
+    made.write(tmp_path)
+    artifact = octavo.Artifact(tmp_path)
+    assert artifact.bytes == made.bytes < 1000
+    found = artifact.tensor("ones")
+    assert found.dtype == dtype and found.shape == tensor.shape
+    assert raw_bytes(found) == raw_bytes(tensor)
+    assert made.kept["ones"].measured[0] < 40
+
+
+def test_what_differs_in_one_bit_is_no_constant():
+    assert is_constant(torch.full((64,), 0.3))
+    assert not is_constant(torch.tensor([0.0] * 63 + [-0.0]))
+    assert not is_constant(torch.full((64,), 3))
+    assert not is_constant(torch.full((8,), 0.3))
+    assert not is_constant(torch.zeros(0))

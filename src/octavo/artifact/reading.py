@@ -150,6 +150,10 @@ class Artifact:
         """How the weight of a site is read as the matrix of its form."""
         return _layout(name, self.sites[name])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a site had in the source, to which its weight is rounded."""
+        return _dtype(name, self.sites[name].get("dtype"))
+
     def factorizations(self) -> list[str]:
         """Names of the sites whose forms are made of factors. Those of a scaled matrix are not the weight's."""
         sites = self.sites.items()

@@ -42,6 +42,8 @@ _CODES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8",
 }  # fmt: skip
+#: A float tensor of which all elements are equal is coded if it has more bytes than this; a coded one has about 30.
+_CONSTANT_BYTES = 40
 #: Integers as which the bits of other tensors are coded.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 #: The name that safetensors files keep for themselves.
@@ -126,6 +128,14 @@ class Kept:
         """Length and CRC-32 of the content."""
         content = self.content()
         return len(content), zlib.crc32(content)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether all elements of a float tensor have the same bits, and are so many that one of them is smaller."""
+    if tensor.nbytes <= _CONSTANT_BYTES or not tensor.is_floating_point() or tensor.itemsize not in BITS:
+        return False
+    low, high = torch.aminmax(bits_of(tensor))
+    return bool(low == high)
 
 
 @dataclass(frozen=True)

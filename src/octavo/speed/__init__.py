@@ -20,7 +20,7 @@ from octavo.integrations.onnx import require
 from octavo.job import Job
 from octavo.objective import Objective
 from octavo.request import describe, open_job
-from octavo.runtimes.graph import check_exportable
+from octavo.runtimes.given import check_tokens_only
 from octavo.sites import Source
 from octavo.speed.asked import Asked, asked_for
 from octavo.speed.fast import Fast
@@ -151,9 +151,10 @@ def _open(
     forward_args: Callable[[Batch], Any] | None = None,
 ) -> Job:
     job = open_job(
-        source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args
-    )
-    check_exportable(job.source)
+        source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
+        folding=False,
+    )  # fmt: skip
+    check_tokens_only(job.source)
     scaled = next((site.name for site in job.sites if site.layout.exponent), None)
     if scaled is not None:
         raise RequestError(

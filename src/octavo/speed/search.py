@@ -23,13 +23,14 @@ from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.errors import BudgetError
 from octavo.evidence import Evidence
-from octavo.export import check_graph, dense_forms, probe
+from octavo.export import check_graph, probe
 from octavo.finish import Built
 from octavo.forms import Form
 from octavo.integrations.onnx import Session
 from octavo.job import Job
 from octavo.methods import Setting, get_method
 from octavo.methods.quantize.int8 import SMOOTHING
+from octavo.opened import dense_forms
 from octavo.profile import Curve, Point, Profile
 from octavo.runtimes.activations import rounding_loss, watch
 from octavo.runtimes.graph import SITE, open_inputs, trace
