@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -209,11 +210,18 @@ def typical(source: Source, sites: Sequence[Site], seen: Mapping[str, Evidence])
         seen[site.name].loss(site.layout.to_matrix(source.read(site.name))) for site in sites if site.name in seen
     ]
     level = float(torch.tensor(levels).median()) if levels else 1.0
-    powers = {site.name: float(source.read(site.name).float().square().sum()) for site in unseen}
+    powers = {site.name: _power(source, site) for site in unseen}
     return {
         site.name: Evidence(torch.full((site.rows,), 2 * level / max(powers[site.name], 1e-30)), None)
         for site in unseen
     }
+
+
+def _power(source: Source, site: Site) -> float:
+    """Sum of the squares of a site's matrix."""
+    weight = source.read(site.name)
+    weight = weight.float() if not site.layout.exponent else site.layout.to_matrix(weight)
+    return float(weight.square().sum())
 
 
 def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
@@ -224,10 +232,7 @@ def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
     weights = sum(site.parameters for site in sites)
     evidence = {}
 
-    def power(site: Site) -> float:
-        return float(source.read(site.name).float().square().sum())
-
-    for site, lost in zip(sites, in_order(power, sites), strict=True):
+    for site, lost in zip(sites, in_order(partial(_power, source), sites), strict=True):
         level = 2 * site.parameters / weights / max(lost, 1e-30)
         evidence[site.name] = Evidence(torch.full((site.rows,), level), None)
     return Calibration(evidence)

@@ -40,6 +40,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], extra: Mapping[str, Any
         # Hooks of a module raise what they like when they meet names that they do not know.
         if not _put(module, state, assign=assign):
             raise ArtifactError(f"does not fit {kind}: {error}") from error
+        _put_extra(module, {**state, **extra})
         return
     entries = module.state_dict(keep_vars=True)
     names = names_in_state(module, entries)
@@ -75,6 +76,22 @@ def _put(module: nn.Module, state: Mapping[str, Tensor], *, assign: bool) -> boo
         else:
             owner._buffers[leaf] = tensor
     return True
+
+
+def _put_extra(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give modules their extra state."""
+    parts = dict(module.named_modules())
+    for name, value in state.items():
+        prefix, _, leaf = name.rpartition(".")
+        owner = parts.get(prefix)
+        if leaf == EXTRA_STATE and owner is not None:
+            try:
+                owner.set_extra_state(value)
+            except Exception as error:
+                raise ArtifactError(
+                    f"does not fit {type(module).__name__}: it does not take its extra state {name!r}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
 
 def _listed(names: list[str]) -> str:

@@ -70,7 +70,7 @@ class Job:
 
     def matrix(self, site: Site) -> Tensor:
         """A site's weight as a float32 matrix."""
-        return site.layout.to_matrix(self.source.read(site.name).float())
+        return site.layout.to_matrix(self.source.read(site.name)).float()
 
     def calibrate(self, workspace: Workspace) -> Calibration:
         """Evidence of all sites, from the workspace if it is there."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo import inputs
 from octavo.artifact import MANIFEST, Artifact
@@ -15,7 +15,7 @@ from octavo.files import from_path
 from octavo.forms import Dense, Form
 from octavo.runtimes.given import check_exportable
 from octavo.runtimes.small import packed_bytes
-from octavo.sites import Source
+from octavo.sites import Layout, Source
 
 
 @dataclass
@@ -72,10 +72,19 @@ def open_model(path: str | Path) -> Opened:
     source.module = nn.Module.float(module)
     bind(source, module)
     check_exportable(source)
-    forms = {name: artifact.form(name) for name in shapes}
-    return Opened(source, forms, artifact)
+    return Opened(source, {name: _form(artifact, name) for name in shapes}, artifact)
 
 
 def dense_forms(source: Source) -> dict[str, Form]:
     """Every matrix of a source as it is."""
-    return {site.name: Dense(site.layout.to_matrix(source.read(site.name))) for site in source.sites()[0]}
+    return {site.name: _dense(site.layout, source.read(site.name)) for site in source.sites()[0]}
+
+
+def _form(artifact: Artifact, name: str) -> Form:
+    """The form of a weight. That of a scaled matrix would be another weight."""
+    layout = artifact.layout(name)
+    return _dense(layout, artifact.tensor(name)) if layout.exponent else artifact.form(name)
+
+
+def _dense(layout: Layout, weight: Tensor) -> Form:
+    return Dense(replace(layout, exponent=0).to_matrix(weight))

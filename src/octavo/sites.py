@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ DTYPES = {
 }  # fmt: skip
 #: A tensor of zeros and one number at least as far below is a mask that is added.
 _MASK = -1e4
+#: Weights whose largest is beyond this power of two, either way, are scaled before anything is done with them.
+_USUAL = 40
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -53,10 +55,19 @@ class Layout:
         ``stacked`` (matrices in one tensor, such as those of experts: all dimensions but the last count the rows).
     groups
         Groups of a transposed convolution.
+    exponent
+        The matrix is the weight divided by this power of two. It is zero but for weights so small or large that their
+        squares would not be floats.
     """
 
     kind: str = "rows_first"
     groups: int = 1
+    exponent: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What the matrix is multiplied by to give the weight."""
+        return 2.0**self.exponent
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of the matrix of a weight of ``shape``."""
@@ -69,6 +80,8 @@ class Layout:
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as (rows, columns), contiguous."""
         rows, columns = self.matrix_shape(tuple(weight.shape))
+        if self.exponent:
+            weight = weight.double() / self.scale
         if self.kind == "columns_first":
             return weight.t().contiguous()
         if self.kind == "transposed":
@@ -76,8 +89,14 @@ class Layout:
             return split.permute(0, 2, 1, 3).reshape(rows, columns).contiguous()
         return weight.reshape(rows, columns).contiguous()
 
+    def to_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradients at a layer's output as they would be if its weight were the matrix."""
+        return gradient.double() * self.scale if self.exponent else gradient
+
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Exact inverse of :meth:`to_matrix`."""
+        if self.exponent:
+            matrix = matrix.double() * self.scale
         if self.kind == "columns_first":
             return matrix.t().contiguous()
         if self.kind == "transposed":
@@ -169,6 +188,8 @@ class Source:
     unused: list[str] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    #: Powers of two near the largest element of weights of unusual size (:attr:`Layout.exponent`).
+    exponents: dict[str, int] = field(default_factory=dict, repr=False)
     unfilled: list[str] = field(default_factory=list)
     is_transformers: bool = False
     #: Whether ``module`` is an encoder of sentence-transformers as a whole.
@@ -295,6 +316,7 @@ class Source:
                 reasons[name] = f"fewer than {SMALLEST_SITE} weights"
             else:
                 kind, layout = self._kind(name, shape, tuple(tied.get(name, ())))
+                layout = replace(layout, exponent=self.exponents.get(name, 0))
                 sites.append(Site(name, kind, shape, dtype, layout, tuple(tied.get(name, ()))))
         return sites, reasons
 
@@ -368,12 +390,18 @@ def examine(source: Source, progress: Progress = lambda done, total: None) -> No
     def digest(name: str) -> str:
         tensor = source.read(name).detach()
         if name not in source.fixed and _may_be_site(tensor):
-            if _is_mask(tensor):
+            # NaN and Inf show in the extremes, which take no memory.
+            least, most = map(float, torch.aminmax(tensor))
+            if _is_mask(tensor, least, most):
                 source.fixed[name] = "a mask"
-            elif not _is_finite(tensor):
+            elif not (math.isfinite(least) and math.isfinite(most)):
                 if name not in buffers:
                     raise _not_finite(source, name, tensor)
                 source.fixed[name] = "a buffer with values that are not finite"
+            elif least < 0 or most > 0:
+                exponent = math.frexp(max(-least, most))[1]
+                if abs(exponent) > _USUAL:
+                    source.exponents[name] = exponent
         return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
     for done, found in enumerate(in_order(digest, names)):
@@ -385,14 +413,8 @@ def _may_be_site(tensor: Tensor) -> bool:
     return tensor.dtype in FLOATS and tensor.ndim >= 2 and tensor.numel() >= SMALLEST_SITE
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # NaN and Inf show in the extremes, which take no memory.
-    return all(map(math.isfinite, torch.aminmax(tensor)))
-
-
-def _is_mask(tensor: Tensor) -> bool:
+def _is_mask(tensor: Tensor, least: float, most: float) -> bool:
     """Whether a tensor is zero but where it hides something by a number far below."""
-    least, most = map(float, torch.aminmax(tensor))
     return least <= _MASK and most == 0 and bool(((tensor == 0) | (tensor == least)).all())
 
 

@@ -41,6 +41,8 @@ from octavo.sites import Layout
 #: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
 _LARGEST_RATIO = 2000
 _SLACK = 64 << 20
+#: That of a float64.
+_LARGEST_EXPONENT = 1023
 _MANIFEST_LIMIT = 256 << 20
 #: That of the safetensors library.
 _HEADER_LIMIT = 100_000_000
@@ -153,12 +155,13 @@ class Artifact:
         return _dtype(name, self.sites[name].get("dtype"))
 
     def factorizations(self) -> list[str]:
-        """Names of the sites whose forms are made of factors."""
-        return [name for name, entry in self.sites.items() if is_factorization(entry["form"])]
+        """Names of the sites whose forms are made of factors. Those of a scaled matrix are not the weight's."""
+        sites = self.sites.items()
+        return [name for name, entry in sites if is_factorization(entry["form"]) and not self.layout(name).exponent]
 
     def packed(self, name: str) -> Tensor:
-        """A site as a weight that runs from its codes; any other tensor as the source had it."""
-        if name not in self.sites:
+        """A site as a weight that runs from its codes; any other tensor, and a scaled weight, as the source had it."""
+        if name not in self.sites or self.layout(name).exponent:
             return self.tensor(name)
         entry = self.sites[name]
         shape, dtype = _shape(name, entry), _dtype(name, entry.get("dtype"))
@@ -192,7 +195,7 @@ class Artifact:
             raise ArtifactError(
                 f"{self.path}: {name!r} decodes to {list(bits.shape)} of {bits.dtype}, not to {count} of {kind}"
             )
-        return bits.view(stored).reshape(shape).to(dtype)
+        return (bits.view(stored).reshape(shape) if count else torch.zeros(shape, dtype=stored)).to(dtype)
 
     def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
         """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel.
@@ -357,15 +360,18 @@ def _shape(name: str, entry: Any) -> tuple[int, ...]:
 
 def _layout(name: str, entry: Mapping[str, Any]) -> Layout:
     layout, shape = entry.get("layout", ["rows_first", 1]), _shape(name, entry)
-    kind, groups = layout if isinstance(layout, list) and len(layout) == 2 else (None, 0)
+    parts = layout if isinstance(layout, list) and len(layout) in (2, 3) else [None, 0]
+    kind, groups, exponent = [*parts, 0][:3]
     whole = naturals([groups]) and groups > 0 and (groups == 1 or (kind == "transposed" and shape[0] % groups == 0))
     if (
         kind not in ("rows_first", "columns_first", "transposed", "stacked")
         or not whole
+        or type(exponent) is not int
+        or abs(exponent) > _LARGEST_EXPONENT
         or (kind == "columns_first" and len(shape) != 2)
     ):
         raise ArtifactError(f"site {name!r} has layout {layout!r} for shape {list(shape)}")
-    return Layout(kind, groups)
+    return Layout(kind, groups, exponent)
 
 
 def _dtype(name: str, dtype: Any) -> torch.dtype:

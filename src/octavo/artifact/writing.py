@@ -69,7 +69,8 @@ class Entry:
             "crc": self.packed.crc,
         }
         if self.layout != Layout():
-            entry["layout"] = [self.layout.kind, self.layout.groups]
+            exponent = [self.layout.exponent] if self.layout.exponent else []
+            entry["layout"] = [self.layout.kind, self.layout.groups, *exponent]
         return entry
 
 

@@ -155,6 +155,12 @@ def _open(
         folding=False,
     )  # fmt: skip
     check_tokens_only(job.source)
+    scaled = next((site.name for site in job.sites if site.layout.exponent), None)
+    if scaled is not None:
+        raise RequestError(
+            f"{job.source.title}: the weights of {scaled!r} are of a size that no kernel of a graph takes; compress "
+            "for disk, or scale them"
+        )
     if not job.measurable:
         raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")
     return job
