@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,8 @@ from octavo.files import from_path
 from octavo.inmemory import InMemory
 from octavo.integrations.sentences import SentenceEncoder, transformer_folder
 from octavo.objective import Batch, Objective, objective, select, sequences_in
+from octavo.progress import Progress, silent
 from octavo.sites import Source, examine, from_module
-
-#: Called with a step's name, how much of it is done and how much there is.
-Progress = Callable[[str, int, int], Any]
 
 #: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
 _HELD = 96
@@ -30,10 +28,6 @@ TOKENS_PER_TEXT = 64
 MOST_TEXTS = 1024
 #: Texts of a language model are joined and cut into windows of this many tokens, or of its context if shorter.
 WINDOW = 256
-
-
-def silent(step: str, done: int, total: int) -> None:
-    """No progress."""
 
 
 def model_of(source: Source, *, blockwise: bool) -> InMemory | Blockwise:

@@ -20,12 +20,12 @@ from octavo.calibrate import CURVATURES, data_free
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
-from octavo.inputs import Progress
 from octavo.job import Job
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.objective import Objective
 from octavo.patterns import apply_patterns
+from octavo.progress import Progress
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
