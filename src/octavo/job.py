@@ -17,11 +17,12 @@ from octavo.calibrate import Calibration, data_free
 from octavo.errors import RequestError
 from octavo.executors import Executor, Local
 from octavo.inmemory import InMemory
-from octavo.inputs import Progress, model_of, silent
+from octavo.inputs import model_of
 from octavo.memory import fits
 from octavo.methods import Method, Setting
 from octavo.narrowing import Narrowing, stored_dtype
 from octavo.objective import Objective
+from octavo.progress import Progress, silent
 from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
 from octavo.tasks import encoded

@@ -22,9 +22,11 @@ from octavo.verify import REPORT
 
 if TYPE_CHECKING:
     from octavo.compress import Compressed
+#: What the names of folders go on with that are written, or were moved out of the way, beside the output.
+NEW, _OLD = ".octavo-new.", ".octavo-old."
 
 
-def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool = True) -> dict[str, Any]:
     """Write the artifact of a finished compression; nothing is left behind if anything fails.
 
     The folder is written aside, read back, measured, and only then renamed into place.
@@ -41,7 +43,7 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
     check_writable(path, overwrite=overwrite, source=done.job.source.path)
     started = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}{NEW}", dir=path.parent))
     try:
         _write(done, aside)
         artifact = Artifact(aside)
@@ -51,7 +53,7 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
         data = report_data(done, artifact, proof)
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
         data["timings"] = {**done.timings, "total": sum(done.timings.values())}
-        _write_report(data, aside)
+        _write_report(data, aside, page=report)
         move_into_place(aside, path)
     except OSError as error:
         raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error
@@ -63,6 +65,7 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False) -> dict[str, 
 def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = None) -> None:
     """Refuse an output folder that is in use, holds the source, or cannot be written, before work starts."""
     path = path.resolve()
+    _tidy(path)
     if source is not None and Path(source).resolve().is_relative_to(path):
         raise RequestError(f"{path}: holds the source, which would be replaced; choose another folder")
     if path.exists() and not path.is_dir():
@@ -75,6 +78,19 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
             pass
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _tidy(path: Path) -> None:
+    """Put right what a run left beside ``path`` that was killed while it wrote: half of a folder, or the old one."""
+    if not path.parent.is_dir():
+        return
+    for entry in path.parent.iterdir():
+        if entry.name.startswith(f".{path.name}{_OLD}"):
+            if not path.exists() and (entry / "folder").exists():
+                os.replace(entry / "folder", path)
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name.startswith(f".{path.name}{NEW}"):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _write(done: Compressed, folder: Path) -> None:
@@ -102,7 +118,7 @@ def move_into_place(aside: Path, path: Path) -> None:
     if not path.exists():
         os.replace(aside, path)
         return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.old.", dir=path.parent, ignore_cleanup_errors=True) as old:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}{_OLD}", dir=path.parent, ignore_cleanup_errors=True) as old:
         os.replace(path, Path(old) / "folder")
         try:
             os.replace(aside, path)
@@ -134,10 +150,13 @@ def _compare(done: Compressed, artifact: Artifact) -> None:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
 
 
-def _write_report(data: dict[str, Any], folder: Path) -> None:
+def _write_report(data: dict[str, Any], folder: Path, *, page: bool) -> None:
+    """The card, which is part of the artifact, and the report, which is not."""
     from octavo import report
 
     (folder / "README.md").write_text(report.card(data), encoding="utf-8")
+    if not page:
+        return
     try:
         report.write(data, folder / REPORT)
     except MissingExtraError:

@@ -21,7 +21,6 @@ from octavo.calibrate import CURVATURES, data_free
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
-from octavo.inputs import Progress
 from octavo.job import Job
 from octavo.memory import fits
 from octavo.methods import get_method, select_methods
@@ -29,6 +28,7 @@ from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
 from octavo.objective import Objective
 from octavo.patterns import apply_patterns
+from octavo.progress import Progress
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source

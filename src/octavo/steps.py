@@ -18,10 +18,11 @@ from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import finish, margin_of, single_families
-from octavo.inputs import Progress, silent
+from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.objective import Objective
 from octavo.profile import Profile
+from octavo.progress import Shown, callback, with_progress
 from octavo.request import describe, open_job
 from octavo.sites import Source
 from octavo.workspace import Workspace
@@ -29,6 +30,7 @@ from octavo.workspace import Workspace
 _REQUEST = "request.json"
 
 
+@with_progress
 @fast_matmul()
 def profile(
     source: str | Path | nn.Module | Source,
@@ -47,7 +49,7 @@ def profile(
     target: str = "disk",
     memory: str | int | None = None,
     executor: str | Executor | None = None,
-    progress: Progress = silent,
+    progress: Shown = None,
 ) -> Profile:
     """Measure the curves of a source over all sizes and save them in the folder ``out``.
 
@@ -60,26 +62,24 @@ def profile(
         If something about the request or the source cannot be served.
     """
     job = open_job(
-        source, data, objective, methods, preset, ignore, keep or {}, seed, progress, memory, target, curvature,
-        forward_args,
+        source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
+        curvature, forward_args,
     )  # fmt: skip
-    room = Workspace(Path(out), describe(job, preset), resume=resume)
-    with executors.executor(executor) as job.executor:
+    request = {
+        "data": str(data) if isinstance(data, str | Path) else None,
+        "objective": objective if isinstance(objective, str) else None,
+        "curvature": curvature,
+        "methods": list(methods) if methods else None,
+        "preset": preset,
+        "ignore": list(ignore),
+        "keep": dict(keep or {}),
+        "seed": seed,
+        "target": target,
+    }
+    with Lock(out), executors.executor(executor) as job.executor:
+        room = Workspace(Path(out), describe(job, preset), resume=resume)
         result = build_profile(job, job.calibrate(room), room, None, preset)
-    room.write_json(
-        _REQUEST,
-        {
-            "data": str(data) if isinstance(data, str | Path) else None,
-            "objective": objective if isinstance(objective, str) else None,
-            "curvature": curvature,
-            "methods": list(methods) if methods else None,
-            "preset": preset,
-            "ignore": list(ignore),
-            "keep": dict(keep or {}),
-            "seed": seed,
-            "target": target,
-        },
-    )
+        room.write_json(_REQUEST, request)
     return result
 
 
@@ -108,13 +108,14 @@ def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = N
     return allocate(saved, asked, margin=margin_of(asked.target))
 
 
+@with_progress
 def frontier(
     source: str | Path | nn.Module | Source,
     ratios: Sequence[float],
     *,
     workspace: str | Path,
     families: bool = False,
-    progress: Progress = silent,
+    progress: Shown = None,
     **request: Any,
 ) -> list[dict[str, Any]]:
     """Build and measure a compression at each ratio.

@@ -24,6 +24,7 @@ from octavo.artifact import Packed, Stored
 from octavo.calibrate import Calibration
 from octavo.errors import OctavoError, RequestError
 from octavo.evidence_folder import EvidenceFolder
+from octavo.lock import INSIDE
 from octavo.raw import raw_bytes
 
 _JOB, _CALIBRATION = "job.json", "calibration.json"
@@ -50,12 +51,12 @@ class Workspace:
     def __init__(self, path: Path, job: dict[str, Any], *, resume: bool) -> None:
         self.path = path
         try:
-            names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+            names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
             if names - {f"{_JOB}.part"} and _JOB not in names:
                 # Removing it would remove somebody's files.
                 raise RequestError(f"{path}: is neither empty nor a folder of Octavo's own work; name another folder")
             if names and not resume:
-                shutil.rmtree(path)
+                _empty(path)
             path.mkdir(parents=True, exist_ok=True)
             found = self.read_json(_JOB)
             if found is None:
@@ -135,6 +136,26 @@ class Workspace:
     def _point(self, site: str, method: str, setting: dict[str, Any]) -> str:
         key = json.dumps([site, method, setting], sort_keys=True).encode()
         return f"points/{hashlib.sha256(key).hexdigest()[:32]}.bin"
+
+
+def forget(path: Path) -> None:
+    """Remove a folder of unfinished work, and no other."""
+    if holds_work(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def holds_work(path: Path) -> bool:
+    """Whether there is a folder of unfinished work, or a profile."""
+    return (path / _JOB).exists()
+
+
+def _empty(path: Path) -> None:
+    """Remove what is in a folder, but for the lock of this run."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != INSIDE:
+            entry.unlink()
 
 
 def write_file(path: Path, *content: bytes, flush: bool = True) -> None:

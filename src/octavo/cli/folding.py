@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,12 @@ from rich.table import Table
 import octavo
 from octavo import report
 from octavo.cli import command, console, errors, options, show_json
-from octavo.cli.progress import progress
 from octavo.cli.running import tell_speed
+from octavo.lock import Lock
 from octavo.publish import check_writable
 from octavo.steps import request_of
 from octavo.verify import REPORT
+from octavo.workspace import forget, holds_work
 
 #: What a request says if none of its options is given.
 _UNSAID: dict[str, Any] = {
@@ -32,6 +34,27 @@ _UNSAID: dict[str, Any] = {
     "seed": 0,
     "target": "disk",
 }
+
+
+@contextmanager
+def _work(folder: Path, then: str, *, remove: bool) -> Iterator[None]:
+    """Remove a folder of unfinished work if nothing can come of it, or say that it is there."""
+    own = remove and not holds_work(folder)
+    try:
+        yield
+    except (octavo.RequestError, octavo.BudgetError):
+        # Going on from here would end here again. What was there before is another run's.
+        if own:
+            forget(folder)
+        raise
+    except Exception:
+        if folder.is_dir():
+            errors.print(f"unfinished work is kept in {folder}; {then}", markup=False, soft_wrap=True)
+        raise
+
+
+def _progress(quiet: bool) -> bool | None:
+    return False if quiet else None
 
 
 @command
@@ -67,7 +90,6 @@ def compress(
 
     Example: octavo compress all-MiniLM-L6-v2 --ratio 8 --out folded
     """
-    check_writable(out, overwrite=overwrite, source=source)
     request: dict[str, Any] = {
         "data": data,
         "objective": objective,
@@ -88,25 +110,18 @@ def compress(
                 "it was made with: leave these out, or leave --profile out to measure again"
             )
         request = request_of(profile)
-    try:
-        with progress(errors, quiet=json_output) as show:
+    with Lock(out):
+        check_writable(out, overwrite=overwrite, source=source)
+        with _work(workspace, "--resume continues it", remove=profile is None and not resume):
             done = octavo.compress(
                 source, ratio=ratio, size=size, bits=bits, speedup=speedup, latency=latency,
                 shape=shape, plan=plan, workspace=workspace, resume=resume or profile is not None, memory=memory,
-                executor=executor, progress=show, **request,
+                executor=executor, progress=_progress(json_output), **request,
             )  # fmt: skip
             done.command = shlex.join(["octavo", *sys.argv[1:]])
             result = done.save(out, overwrite=overwrite)
-    except (octavo.RequestError, octavo.BudgetError):
-        # Going on from here would end here again.
-        if profile is None and not resume:
-            shutil.rmtree(workspace, ignore_errors=True)
-        raise
-    except octavo.OctavoError:
-        errors.print(f"unfinished work is kept in {workspace}; --resume continues it", markup=False, soft_wrap=True)
-        raise
-    if profile is None:
-        done.forget_workspace()
+        if profile is None:
+            done.forget_workspace()
     if json_output:
         show_json(
             {key: value for key, value in result.items() if key not in ("sites", "kept", "curve", "code_lengths")}
@@ -146,13 +161,14 @@ def profile_(
 
     Example: octavo profile all-MiniLM-L6-v2 --out measured
     """
-    check_writable(out, overwrite=overwrite or resume)
-    with progress(errors, quiet=json_output) as show:
-        result = octavo.profile(
-            source, out, data=data, objective=objective, curvature=curvature, methods=options.listed(methods),
-            preset=preset, ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, target=target,
-            memory=memory, executor=executor, progress=show,
-        )  # fmt: skip
+    with Lock(out):
+        check_writable(out, overwrite=overwrite or resume)
+        with _work(out, "--resume continues it", remove=not resume):
+            result = octavo.profile(
+                source, out, data=data, objective=objective, curvature=curvature, methods=options.listed(methods),
+                preset=preset, ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, target=target,
+                memory=memory, executor=executor, progress=_progress(json_output),
+            )  # fmt: skip
     points = sum(len(curve.points) for curve in result.curves)
     summary = {"profile": str(out), "sites": len(result.curves), "points": points, "smallest_bytes": result.smallest}
     summary["largest_ratio"] = round(result.original_bytes / result.smallest, 2)
@@ -220,10 +236,11 @@ def frontier(
         wanted = [float(part) for part in ratios.split(",")]
     except ValueError as error:
         raise octavo.RequestError(f"--ratios {ratios!r}: write numbers with commas, such as 4,8,16") from error
-    with progress(errors, quiet=json_output) as show:
+    with _work(out, "the same command continues it", remove=False):
         rows = octavo.frontier(
-            source, wanted, workspace=out, families=families, progress=show, data=data, objective=objective,
-            curvature=curvature, methods=options.listed(methods), preset=preset, seed=seed, target=target,
+            source, wanted, workspace=out, families=families, progress=_progress(json_output), data=data,
+            objective=objective, curvature=curvature, methods=options.listed(methods), preset=preset, seed=seed,
+            target=target,
         )  # fmt: skip
     if json_output:
         show_json(rows)

@@ -15,10 +15,11 @@ from torch import nn
 from octavo.batches import Batch
 from octavo.errors import BudgetError, RequestError
 from octavo.export import SHAPE
-from octavo.inputs import Progress, silent
 from octavo.integrations.onnx import require
 from octavo.job import Job
+from octavo.lock import Lock
 from octavo.objective import Objective
+from octavo.progress import Progress, Shown, callback, with_progress
 from octavo.request import describe, open_job
 from octavo.runtimes.given import check_tokens_only
 from octavo.sites import Source
@@ -30,6 +31,7 @@ from octavo.workspace import Workspace
 __all__ = ["Fast", "compress_for_speed", "speed_frontier"]
 
 
+@with_progress
 def compress_for_speed(
     source: str | Path | nn.Module | Source,
     *,
@@ -44,7 +46,7 @@ def compress_for_speed(
     workspace: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Shown = None,
 ) -> Fast:
     """Compress a model so that onnxruntime runs it as fast as asked for, with as little loss as that allows.
 
@@ -72,21 +74,28 @@ def compress_for_speed(
     require()
     asked = asked_for(speedup, latency, shape)
     clock = time.perf_counter()
-    job = _open(source, data, objective, ignore, keep, seed, progress, forward_args)
+    job = _open(source, data, objective, ignore, keep, seed, callback(progress), forward_args)
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
+    lock = None if workspace is None else Lock(folder)
     try:
         search = _search(job, folder, asked, resume)
         fast = _found(search, asked, folder, {"encode": time.perf_counter() - clock})
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release()
         raise
-    if workspace is None:
+    if lock is not None:
+        fast.lock = lock
+        weakref.finalize(fast, lock.release)
+    else:
         # The encoded forms lie there until they are saved.
         weakref.finalize(fast, shutil.rmtree, folder, ignore_errors=True)
     return fast
 
 
+@with_progress
 def speed_frontier(
     source: str | Path | nn.Module | Source,
     speedups: Sequence[float],
@@ -98,7 +107,7 @@ def speed_frontier(
     ignore: Iterable[str] = (),
     keep: Mapping[str, str] | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Shown = None,
 ) -> list[dict[str, Any]]:
     """Build, write and measure a compression at each speed; what all have in common is measured once.
 
@@ -117,27 +126,27 @@ def speed_frontier(
     """
     require()
     wanted = [asked_for(speedup, None, shape) for speedup in speedups]
-    job = _open(source, data, objective, ignore, keep, seed, progress)
+    job = _open(source, data, objective, ignore, keep, seed, callback(progress))
     folder = Path(workspace)
-    search = _search(job, folder / "work", wanted[0], resume=True)
-    rows: list[dict[str, Any]] = []
-    for asked in wanted:
-        try:
-            fast = _found(search, asked, folder / "work", {})
-        except BudgetError as error:
-            rows.append({"asked": asked.speedup, "error": str(error)})
-            continue
-        data = fast.save(folder / f"speedup-{asked.speedup:g}", overwrite=True)
-        found = data["speed"]
-        rows.append(
-            {
-                "asked": asked.speedup,
-                **{key: found[key] for key in ("speedup", "seconds", "kernels", "met")},
-                "divergence": found["divergence"]["mean"],
-                "bytes": data["artifact"]["bytes"],
-            }
-        )
-    return rows
+    with Lock(folder):
+        search = _search(job, folder / "work", wanted[0], resume=True)
+        return [_row(search, asked, folder) for asked in wanted]
+
+
+def _row(search: Search, asked: Asked, folder: Path) -> dict[str, Any]:
+    """What was measured at one speed, or why it cannot be reached."""
+    try:
+        fast = _found(search, asked, folder / "work", {})
+    except BudgetError as error:
+        return {"asked": asked.speedup, "error": str(error)}
+    data = fast.save(folder / f"speedup-{asked.speedup:g}", overwrite=True)
+    found = data["speed"]
+    return {
+        "asked": asked.speedup,
+        **{key: found[key] for key in ("speedup", "seconds", "kernels", "met")},
+        "divergence": found["divergence"]["mean"],
+        "bytes": data["artifact"]["bytes"],
+    }
 
 
 def _open(

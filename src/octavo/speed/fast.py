@@ -16,8 +16,10 @@ from octavo.compress import Compressed
 from octavo.errors import OctavoError
 from octavo.export import TOLERANCE, check_graph, write_model
 from octavo.integrations.onnx import Session
+from octavo.lock import Lock
 from octavo.opened import open_model
-from octavo.publish import check_writable, move_into_place
+from octavo.progress import Shown
+from octavo.publish import NEW, check_writable, move_into_place
 from octavo.runtimes.given import Tokens
 from octavo.runtimes.graph import trace
 from octavo.runtimes.kernels import lower
@@ -46,8 +48,15 @@ class Fast(Compressed):
     anchors: Anchors
     asked: Asked
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    def save(
+        self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
+    ) -> dict[str, Any]:
         """Write the artifact and ``model.onnx`` in it, both read back and measured; returns the report's data.
+
+        Parameters
+        ----------
+        path, overwrite, report, progress
+            As for :meth:`octavo.Compressed.save`.
 
         Raises
         ------
@@ -57,14 +66,19 @@ class Fast(Compressed):
             If what was read back is not what was written.
         """
         path = Path(path).resolve()
+        with Lock(path):
+            return self._saved(path, overwrite=overwrite, report=report, progress=progress)
+
+    def _saved(self, path: Path, *, overwrite: bool, report: bool, progress: Shown) -> dict[str, Any]:
         check_writable(path, overwrite=overwrite, source=self.job.source.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}{NEW}", dir=path.parent))
         try:
             folder = aside / "artifact"
-            data = super().save(folder)
+            data = super().save(folder, report=report, progress=progress)
             data["speed"] = self._export(folder)
-            write_file(folder / "report.json", json.dumps(data).encode())
+            if report:
+                write_file(folder / "report.json", json.dumps(data).encode())
             with open(folder / "README.md", "a", encoding="utf-8") as card:
                 card.write(card_section(data["speed"]))
             move_into_place(folder, path)
