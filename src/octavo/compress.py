@@ -37,7 +37,7 @@ from octavo.sites import Source
 from octavo.workspace import Workspace, forget
 
 #: Frames between :func:`compress` and its caller, its own and that of its decorator.
-_DEPTH = 3
+_DEPTH = 4
 
 
 @dataclass
