@@ -103,7 +103,7 @@ def open_job(
         opened = _folded(opened, module, calibration, wanted, left, limit)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
-        [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature, rows=rows,
+        [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
     )  # fmt: skip
 
 
