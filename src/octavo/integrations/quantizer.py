@@ -116,7 +116,8 @@ class OctavoQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list:
         """Converters of weights that the model's own ones leave alone."""
-        leaves = sorted({name.rpartition(".")[2] for name in self._names})
+        # A name may be changed before it is matched, so those of the model count as well as those in the files.
+        leaves = sorted({name.rpartition(".")[2] for name in (*self._names, *self._dtypes)})
         return [Decoding(leaf, leaf, [Decode(self)]) for leaf in leaves]
 
     def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
