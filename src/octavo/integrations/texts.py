@@ -43,7 +43,8 @@ def context_of(module: nn.Module) -> int:
     """Most tokens that a model takes at once; a number no text reaches where it does not say."""
     config: Any = getattr(module, "config", None)
     config = config.get_text_config() if config is not None else None
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+    longest = int(getattr(config, "max_position_embeddings", None) or 0)
+    return longest if longest > 0 else 2**31
 
 
 def window_batches(
