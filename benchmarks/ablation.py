@@ -34,6 +34,7 @@ from octavo.inmemory import replaced
 from octavo.integrations.texts import text_batches
 from octavo.methods import get_method
 from octavo.methods.quantize.entropy import Entropy
+from octavo.narrowing import Narrowing
 from octavo.profile import Point
 from octavo.request import describe, open_job
 from octavo.sites import Site
@@ -190,7 +191,7 @@ class Bench:
     def row(self, forms: dict[str, Form], step: float) -> tuple[dict[str, Any], Built]:
         """Bytes and quality of forms; and the whole as a plan that was built."""
         packed = {name: pack(form) for name, form in forms.items()}
-        contents = self.job.contents(packed, torch.float16)
+        contents = self.job.contents(packed, Narrowing.SCALE)
         weights = {name: self.job.site(name).layout.from_matrix(form.dense(), self.job.site(name).shape)
                    for name, form in forms.items()}  # fmt: skip
         kept = {name: item.tensor().to(item.dtype) for name, item in contents.kept.items()}

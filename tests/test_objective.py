@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from octavo.batches import mask_of, run, sequences_in
 from octavo.errors import RequestError
-from octavo.objective import KL, OBJECTIVES, Cosine, Squared, mask_of, objective, run, sequences_in
+from octavo.objective import KL, OBJECTIVES, Cosine, Squared, objective
 
 
 class Tagger(nn.Module):
@@ -211,9 +212,12 @@ def test_what_cannot_be_compared_is_refused():
             return {"answer": x}
 
     x = torch.randn(3, 4)
-    for wanted in (Cosine(), KL(), Squared()):
-        with pytest.raises(RequestError, match="dict"):
+    for wanted in (Cosine(), KL()):
+        with pytest.raises(RequestError, match=r"dict \(answer\).*; fits: squared$"):
             wanted.outputs(Odd(), x)
+    for wanted in (Cosine(), KL(), Squared()):
+        with pytest.raises(RequestError, match=r"dict \(answer\).*give an objective"):
+            wanted.outputs(Odd(), x.long())
     with pytest.raises(RequestError, match="cosine, kl, squared"):
         objective("perplexity")
     given = KL()
@@ -246,3 +250,177 @@ def test_loss_objective_follows_the_labels() -> None:
     assert torch.allclose(total, wanted, rtol=0.15)
     with pytest.raises(RequestError, match="one number an example"):
         Loss(lambda module, batch: module(batch[0])).outputs(model, (inputs, labels))
+
+
+class Giving(nn.Module):
+    """Returns what is made of one linear layer's outputs."""
+
+    def __init__(self, make, width=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.make = nn.Linear(4, width), make
+
+    def forward(self, x, **_):
+        return self.make(self.layer(x))
+
+
+def moved(module):
+    other = Giving(module.make, module.layer.out_features)
+    torch.manual_seed(1)
+    other.layer.weight.data += 0.05 * torch.randn_like(other.layer.weight)
+    return other
+
+
+def divergence(wanted, make, shape, width=6, **more):
+    module, batch = Giving(make, width), {"x": torch.randn(*shape, generator=torch.Generator().manual_seed(0)), **more}
+    other = moved(module)
+    got = wanted.measure(other, [batch], wanted.reference(module, [batch]))
+    with torch.no_grad():
+        return got, module.layer(batch["x"]), other.layer(batch["x"])
+
+
+def kl(old, new):
+    logs = [logits.double().log_softmax(-1) for logits in (new, old)]
+    return nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1)
+
+
+def test_an_answer_is_two_distributions_over_tokens_without_padding():
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    got, old, new = divergence(
+        KL(), lambda y: {"start_logits": y[..., 0], "end_logits": y[..., 1]}, (3, 5, 4), 2, attention_mask=mask
+    )
+    for row, keep in enumerate(mask.bool()):
+        each = [kl(old[row, keep, side], new[row, keep, side]) for side in (0, 1)]
+        assert float(got[row]) == pytest.approx(float(sum(each) / 2), rel=1e-4)
+
+
+def test_several_heads_count_by_their_positions():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    got, old, new = divergence(
+        KL(),
+        lambda y: {"prediction_logits": y, "seq_relationship_logits": y[:, 0, :2], "router_logits": y[:1]},
+        (2, 3, 4),
+        attention_mask=mask,
+    )
+    words, pairs = kl(old, new) * mask, kl(old[:, 0, :2], new[:, 0, :2])
+    expected = (words.sum(1) + pairs) / (mask.sum(1) + 1)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_frames_are_not_masked_by_samples():
+    class Hearing(Giving):
+        main_input_name = "input_values"
+
+    module, x = Hearing(lambda y: {"logits": y}), torch.randn(2, 3, 4)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    masked, plain = (KL().outputs(module, {"x": x, **more}) for more in ({"attention_mask": mask}, {}))
+    assert torch.equal(masked, plain)
+
+
+def test_images_have_their_classes_in_dimension_one():
+    got, old, new = divergence(KL(), lambda y: {"logits": y.movedim(-1, 1)}, (2, 3, 5, 4))
+    torch.testing.assert_close(got, kl(old, new).flatten(1).mean(1), rtol=1e-4, atol=1e-9)
+
+
+def test_classes_without_a_chance_are_left_out():
+    def make(y):
+        return {"logits": torch.cat([y, torch.full_like(y[..., :1], float("-inf"))], -1)}
+
+    got, old, new = divergence(KL(), make, (3, 4))
+    torch.testing.assert_close(got, kl(old, new), rtol=1e-4, atol=1e-9)
+
+
+def test_one_class_is_no_distribution():
+    for make in (lambda y: {"logits": y}, lambda y: y):
+        with pytest.raises(RequestError, match=r"two classes or more; fits: (cosine, )?squared"):
+            KL().outputs(Giving(make, 1), {"x": torch.randn(3, 4)})
+
+
+def test_embeddings_of_two_sides_count_alike():
+    def make(y):
+        return {"text_embeds": 3 * y[:, :2], "image_embeds": y[:, 2:], "logits_per_text": y @ y.t()}
+
+    got, old, new = divergence(Cosine(), make, (5, 4))
+    sides = [1 - nn.functional.cosine_similarity(old[:, part], new[:, part]) for part in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(got.float(), sum(sides) / 2, rtol=1e-3, atol=1e-7)
+
+
+def test_sentence_embeddings_are_taken_as_they_are():
+    got = Cosine("max").outputs(
+        Giving(lambda y: {"sentence_embedding": y[:, 0], "last_hidden_state": y}), torch.randn(3, 2, 4)
+    )
+    assert got.shape == (3, 6)
+
+
+def boxes(y):
+    return {"loss": y.sum(), "logits": y, "levels": (100 * y[:, :2], [y[:, 0]]), "past_key_values": (y,)}
+
+
+def test_tensors_of_a_tree_are_each_relative_to_themselves():
+    got, old, new = divergence(Squared(), boxes, (5, 4))
+    errors = []
+    for part in (old, old[:, :2], old[:, :1]):
+        error = (part - new[:, : part.shape[1]]).square()
+        errors.append(error.sum(1) / part.square().sum(1).mean())
+    torch.testing.assert_close(got.float(), sum(errors) / 3, rtol=1e-4, atol=0)
+
+
+def test_padding_is_no_error():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    got, old, new = divergence(Squared(), lambda y: {"last_hidden_state": y}, (2, 3, 4), attention_mask=mask)
+    old, new = ((states * mask[..., None]).flatten(1) for states in (old, new))
+    torch.testing.assert_close(got.float(), (old - new).square().mean(1) / old.square().mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "make", "width"),
+    [
+        (Squared(), boxes, 3),
+        (KL(), lambda y: {"start_logits": y[:, :2], "end_logits": y[:, 1:]}, 3),
+        (KL(), lambda y: {"prediction_logits": torch.stack([y, -y], 1), "other_logits": y[:, :2]}, 3),
+        (Cosine(), lambda y: {"text_embeds": y, "image_embeds": y[:, :2]}, 3),
+    ],
+    ids=["tree", "answer", "heads", "sides"],
+)
+def test_probes_sample_the_curvature_of_every_kind_of_output(wanted, make, width):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 2), torch.randn(width, 2)
+    module = nn.Module()
+    module.forward = lambda x: make(x @ module.weight.t())
+
+    def call(value):
+        module.__dict__["weight"] = value
+        return wanted.outputs(module, {"x": x})
+
+    exact = curvature(wanted, module, weight, call).reshape(2 * width, 2 * width)
+    live = weight.clone().requires_grad_(True)
+    outputs, generator, draws = call(live), torch.Generator().manual_seed(0), 3000
+    total = torch.zeros(2 * width, 2 * width, dtype=torch.float64)
+    for _ in range(draws):
+        (gradient,) = torch.autograd.grad(wanted.probe(outputs, generator), live, retain_graph=True)
+        total += gradient.flatten().double()[:, None] * gradient.flatten().double()[None]
+    assert float((total / draws - exact).norm() / exact.norm()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda y: y, KL),
+        (lambda y: y[:, None], KL),
+        (lambda y: y[:, :1], Squared),
+        (lambda y: y[:, 0], Squared),
+        (lambda y: y[:, :, None, None], Squared),
+        (lambda y: (y, y), Squared),
+        (lambda y: {"out": y}, Squared),
+        (lambda y: {"logits": y}, KL),
+        (lambda y: SimpleNamespace(last_hidden_state=y), Cosine),
+        (lambda y: {"sentence_embedding": y}, Cosine),
+    ],
+)
+def test_outputs_have_an_objective_by_default(make, kind):
+    from octavo.inputs import choose_objective
+    from octavo.sites import from_module
+
+    module = Giving(make).train()
+    assert type(choose_objective(from_module(module), None, [torch.randn(3, 4)])) is kind
+    assert module.training and type(choose_objective(from_module(module), "squared", [])) is Squared

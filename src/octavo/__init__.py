@@ -6,6 +6,7 @@ from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoE
 from octavo.evaluate import evaluate
 from octavo.export import export
 from octavo.integrations.transformers import register as _register
+from octavo.notes import OctavoWarning
 from octavo.steps import frontier, plan, profile
 from octavo.verify import load, verify
 
@@ -20,6 +21,7 @@ __all__ = [
     "Compressed",
     "MissingExtraError",
     "OctavoError",
+    "OctavoWarning",
     "RequestError",
     "compress",
     "evaluate",

@@ -12,9 +12,13 @@ import yaml
 
 from octavo.budget import Budget
 from octavo.errors import BudgetError, RequestError
-from octavo.methods import get_method
+from octavo.knapsack import knapsack
+from octavo.methods import Setting, get_method
 from octavo.profile import Point, Profile, densified, family, interpolate
 from octavo.workspace import write_file
+
+#: Labels of plans that do not stand for one setting everywhere.
+MIXED, ONE_FAMILY, EDITED = "mixed", "one family", "edited"
 
 
 @dataclass
@@ -26,20 +30,25 @@ class Plan:
     points
         Site name to point. An estimated point's bytes are known exactly only once it is encoded.
     label
-        ``mixed``, or the uniform choice it stands for.
+        :data:`MIXED`, :data:`ONE_FAMILY`, :data:`EDITED`, or the uniform choice it stands for.
     """
 
     budget: Budget
     points: dict[str, Point]
     expected: float
     fixed_bytes: int
-    label: str = "mixed"
+    label: str = MIXED
     notes: list[str] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
         """Expected artifact bytes."""
         return self.fixed_bytes + sum(point.bytes for point in self.points.values())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it stands for one setting everywhere."""
+        return self.label not in (MIXED, ONE_FAMILY, EDITED)
 
     def save(self, path: Path) -> None:
         """Write as YAML that can be read and edited."""
@@ -90,7 +99,9 @@ def load_plan(path: Path, profile: Profile) -> Plan:
         raise RequestError(f"{path}: site {name!r} is {'missing' if name in known else 'not in the source'}")
     for point in points.values():
         get_method(point.method)
-    return Plan(budget, points, float("nan"), profile.fixed_bytes, str(data.get("label", "edited")))
+    # Whoever edits a plan does not edit its label.
+    label = MIXED if data.get("label") == MIXED else EDITED
+    return Plan(budget, points, float("nan"), profile.fixed_bytes, label)
 
 
 def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
@@ -116,6 +127,12 @@ def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
             chosen, high = trial, middle
         else:
             low = middle
+    return filled(costs, losses, chosen, room)
+
+
+def filled(costs: np.ndarray, losses: np.ndarray, chosen: np.ndarray, room: int) -> np.ndarray:
+    """A choice with the room that it leaves given, step by step, to the site that gains most per unit."""
+    rows, chosen = np.arange(len(costs)), chosen.copy()
     left = room - int(costs[rows, chosen].sum())
     while True:
         more = costs - costs[rows, chosen][:, None]
@@ -149,16 +166,26 @@ class Choices:
             self.bytes[row, : len(points)] = [p.bytes for p in points]
             self.loss[row, : len(points)] = [profile.corrected(curve, p.loss) for p in points]
 
-    def solve(self, room: int) -> np.ndarray:
-        """Index of the chosen point of every site, at most ``room`` bytes in sum."""
-        return solve(self.bytes, self.loss, room)
+    def solve(self, room: int, *, thorough: bool = True) -> np.ndarray:
+        """Index of the chosen point of every site, at most ``room`` bytes in sum; by a multiplier alone or better."""
+        chosen = solve(self.bytes, self.loss, room)
+        if not thorough or any(
+            get_method(name).elastic for name in {point.method for points in self.points for point in points}
+        ):
+            return chosen
+        # Without a continuous setting nothing closes the gap that a multiplier leaves.
+        other = filled(self.bytes, self.loss, knapsack(self.bytes, self.loss, room), room)
+        return min(chosen, other, key=self.total)
 
-    def plan(self, budget: Budget, room: int, label: str = "mixed") -> Plan:
+    def total(self, chosen: np.ndarray) -> float:
+        """Expected loss of a choice."""
+        return float(self.loss[np.arange(len(chosen)), chosen].sum())
+
+    def plan(self, budget: Budget, room: int, label: str = MIXED, *, thorough: bool = True) -> Plan:
         """The best plan within ``room`` bytes for all sites."""
-        chosen = self.solve(room)
+        chosen = self.solve(room, thorough=thorough)
         points = {curve.site: self.points[row][chosen[row]] for row, curve in enumerate(self.profile.curves)}
-        expected = float(self.loss[np.arange(len(chosen)), chosen].sum())
-        return Plan(budget, points, expected, self.profile.fixed_bytes, label)
+        return Plan(budget, points, self.total(chosen), self.profile.fixed_bytes, label)
 
 
 def allocate(
@@ -168,6 +195,7 @@ def allocate(
     margin: float = 0.0,
     methods: Iterable[str] | None = None,
     interpolate: bool = True,
+    thorough: bool = True,
 ) -> Plan:
     """The plan of least expected loss within the budget.
 
@@ -179,6 +207,8 @@ def allocate(
         Names of the only methods to use; all by default.
     interpolate
         Whether settings between the measured ones may be chosen.
+    thorough
+        Whether, where settings are few, more than a multiplier is tried.
 
     Raises
     ------
@@ -190,7 +220,7 @@ def allocate(
     if smallest > budget.bytes:
         raise unreachable(budget, profile.original_bytes, smallest)
     room = max(int(budget.bytes * (1 - margin)), smallest) - profile.fixed_bytes
-    return choices.plan(budget, room)
+    return choices.plan(budget, room, thorough=thorough)
 
 
 def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
@@ -207,7 +237,8 @@ def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetErr
 def uniform(profile: Profile, budget: Budget) -> list[Plan]:
     """For every method the best plan that uses one setting everywhere, within the budget; best expected loss first.
 
-    Sites at which the method does not apply, or was screened out, are kept as they are in 16 bits.
+    Sites at which the method does not apply, or was screened out, are kept in 16 bits, or as finely as the methods that
+    may be used allow.
     """
     plans = []
     names = sorted({point.method for curve in profile.curves for point in curve.points})
@@ -217,9 +248,14 @@ def uniform(profile: Profile, budget: Budget) -> list[Plan]:
         if fitting:
             best = min(fitting, key=lambda points: _loss(profile, points))
             example = next(p for p in best.values() if p.method == name)
-            label = f"{name} " + " ".join(f"{key}={value}" for key, value in example.setting.items())
+            label = labelled(name, example.setting)
             plans.append(Plan(budget, best, _loss(profile, best), profile.fixed_bytes, label))
     return sorted(plans, key=lambda plan: plan.expected)
+
+
+def labelled(method: str, setting: Setting) -> str:
+    """The label of a plan that uses one setting everywhere."""
+    return f"{method} " + " ".join(f"{key}={value}" for key, value in setting.items())
 
 
 def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
@@ -232,7 +268,11 @@ def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
         for curve in profile.curves:
             exact = [p for p in curve.points if p.method == name and p.setting == setting]
             kept = [p for p in curve.points if p.method == "keep"]
-            points[curve.site] = (exact or sorted(kept, key=lambda p: p.bytes) or curve.points)[0]
+            finest = sorted(curve.points, key=lambda p: p.loss)
+            found = (exact or sorted(kept, key=lambda p: p.bytes) or finest)[0]
+            # A kernel pads a matrix of few rows until 16 bits are smaller.
+            smaller = (p for p in kept if p.bytes < found.bytes and p.loss <= found.loss)
+            points[curve.site] = min(smaller, key=lambda p: p.loss, default=found)
         plans.append(points)
     return plans
 

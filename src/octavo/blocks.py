@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch
 from octavo.conversions import Conversion
 from octavo.errors import RequestError
-from octavo.objective import Batch, Objective
+from octavo.objective import Objective
 from octavo.sites import Source
 
 #: The part of a model that is around its blocks; the others are numbered.
 AROUND = -1
 
 
-class _Stop(Exception):
-    """Ends a forward pass in which everything of interest was seen."""
+class _Stop(BaseException):
+    """Ends a forward pass in which everything of interest was seen; no error, which would be told as one."""
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch
 from octavo.blocks import AROUND, Blocks, Call, Loader
 from octavo.calibrate import Calibration, check_outputs, count_sequences, described, tokens_in, typical
 from octavo.errors import OctavoError, RequestError
 from octavo.evidence import combined
 from octavo.evidence_folder import EvidenceFolder
 from octavo.matmul import fast_matmul
-from octavo.objective import Batch, Objective
+from octavo.objective import Objective
 from octavo.sites import Site, Source
 from octavo.watches import Watches
 from octavo.workspace import Workspace

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
+from octavo.batches import Batch, mask_of, select, sequences_in
 from octavo.errors import RequestError
 from octavo.evidence import Evidence, combined
-from octavo.objective import Batch, Objective, mask_of, select, sequences_in
+from octavo.objective import Objective
 from octavo.sites import Site, Source
 from octavo.watches import DAMPING, Corrections, Watches
 
@@ -193,7 +195,7 @@ def described(
             )
         elif seen < site.columns and site.kind != "embedding":
             result.warnings.append(
-                f"{site.name}: {seen} calibration positions for {site.columns} input columns; "
+                f"{site.name}: fewer calibration positions than input columns ({seen} for {site.columns}); "
                 f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
             )
     return result
@@ -208,11 +210,18 @@ def typical(source: Source, sites: Sequence[Site], seen: Mapping[str, Evidence])
         seen[site.name].loss(site.layout.to_matrix(source.read(site.name))) for site in sites if site.name in seen
     ]
     level = float(torch.tensor(levels).median()) if levels else 1.0
-    powers = {site.name: float(source.read(site.name).float().square().sum()) for site in unseen}
+    powers = {site.name: _power(source, site) for site in unseen}
     return {
         site.name: Evidence(torch.full((site.rows,), 2 * level / max(powers[site.name], 1e-30)), None)
         for site in unseen
     }
+
+
+def _power(source: Source, site: Site) -> float:
+    """Sum of the squares of a site's matrix."""
+    weight = source.read(site.name)
+    weight = weight.float() if not site.layout.exponent else site.layout.to_matrix(weight)
+    return float(weight.square().sum())
 
 
 def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
@@ -223,10 +232,7 @@ def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
     weights = sum(site.parameters for site in sites)
     evidence = {}
 
-    def power(site: Site) -> float:
-        return float(source.read(site.name).float().square().sum())
-
-    for site, lost in zip(sites, in_order(power, sites), strict=True):
+    for site, lost in zip(sites, in_order(partial(_power, source), sites), strict=True):
         level = 2 * site.parameters / weights / max(lost, 1e-30)
         evidence[site.name] = Evidence(torch.full((site.rows,), level), None)
     return Calibration(evidence)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,29 @@ from torch import nn
 
 from octavo import executors
 from octavo.allocate import allocate, load_plan
+from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget
 from octavo.calibrate import Calibration
 from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
-from octavo.finish import MARGIN, Built, contest, finish
+from octavo.finish import Built, contest, finish, margin_of
 from octavo.job import Job
 from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.methods import get_method
+from octavo.notes import Note, by_kind, warn
 from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
 from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget
+from octavo.rivals import PLAIN
 from octavo.sites import Source
 from octavo.workspace import Workspace, forget
+
+#: Frames between :func:`compress` and its caller, its own and that of its decorator.
+_DEPTH = 3
 
 
 @dataclass
@@ -43,7 +49,7 @@ class Compressed:
     built
         The best of the plans that were measured.
     rival
-        The best uniform plan at the same bytes, if it is another.
+        The best uniform plan at the same bytes; the same object as ``built`` if it won.
     workspace
         The folder of unfinished work, where the encoded forms lie until they are saved.
     """
@@ -69,6 +75,11 @@ class Compressed:
     def ratio(self) -> float:
         """Original bytes over what the budget counts: artifact bytes, or bytes in memory."""
         return self.job.source.original_bytes / self.built.counted
+
+    @property
+    def notes(self) -> list[Note]:
+        """What there is to know about the run, put together by kind."""
+        return by_kind([*self.job.notes, *self.calibration.warnings], [site.name for site in self.job.sites])
 
     def save(
         self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
@@ -120,6 +131,7 @@ def compress(
     latency: str | float | None = None,
     shape: str | Sequence[int] = (1, 32),
     data: Any = None,
+    forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
     curvature: str = "kfac",
     methods: Sequence[str] | None = None,
@@ -150,8 +162,14 @@ def compress(
         seconds (``"5ms"``), at ``shape`` sequences x tokens, on this machine with onnxruntime
         (:func:`octavo.speed.compress_for_speed`). Its methods and preset are its own.
     data
-        A file or list of texts for a text model, or an iterable of batches that the module takes. Without any, the
-        built-in English text serves a text model, and other sources are compressed without data.
+        A file or list of texts for a text model, or an iterable of batches, such as a ``DataLoader``; a single tensor
+        or mapping is one batch. Without any, the built-in English text serves a text model, and other sources are
+        compressed without data. Of a tuple longer than ``forward`` takes, such as inputs with labels, the first
+        element goes in; keys that ``forward`` does not know are left out. Batches whose rows point to each other,
+        such as graphs, are held back whole.
+    forward_args
+        Says for each batch what the module is called with: a tuple of positional or a mapping of keyword arguments,
+        as in ``lambda batch: (batch.x, batch.edge_index)``.
     objective
         ``cosine``, ``kl``, ``squared`` or an :class:`~octavo.objective.Objective`; chosen by the source if not given.
     curvature
@@ -192,33 +210,31 @@ def compress(
         If something about the request or the source cannot be served.
     BudgetError
         If the budget cannot be reached.
+
+    Warns
+    -----
+    OctavoWarning
+        Once for every kind of note about the run, such as sites for which there was too little data.
     """
     if target == "speed":
         said = [choice for choice, usual in ((preset, "default"), (curvature, "kfac")) if choice != usual]
         others = (ratio, size, bits, methods, plan, *said)
-        return _for_speed(
-            others, source, speedup=speedup, latency=latency, shape=shape, data=data, objective=objective,
-            ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed, progress=progress,
+        fast = _for_speed(
+            others, source, speedup=speedup, latency=latency, shape=shape, data=data, forward_args=forward_args,
+            objective=objective, ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed,
+            progress=progress,
         )  # fmt: skip
+        warn(fast.notes, _DEPTH)
+        return fast
     if speedup is not None or latency is not None:
         raise RequestError("speedup and latency are budgets of speed: add --for speed (target='speed')")
     if target not in TARGETS:
         raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     clock = _Clock()
     job = open_job(
-        source,
-        data,
-        objective,
-        methods,
-        preset,
-        ignore,
-        keep or {},
-        seed,
-        callback(progress),
-        memory,
-        target,
-        curvature,
-    )
+        source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
+        curvature, forward_args,
+    )  # fmt: skip
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
     if not resume:
@@ -242,12 +258,12 @@ def compress(
             clock.lap("profile")
             spared = asked.bytes - reserve(job, asked.bytes, preset)
             free = asked if plan or profile.smallest > spared else replace(asked, bytes=spared)
-            # What a form takes in memory is known exactly: there are no settings between the measured ones.
-            margin = MARGIN if target == "disk" else 0.0
-            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=margin)
+            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=margin_of(target))
             clock.lap("plan")
             if plan is None:
-                best, rival = contest(job, profile, calibration, room, chosen, free)
+                # Whoever names methods gets no other.
+                plain = methods is None or any(method.name == PLAIN for method in job.methods)
+                best, rival = contest(job, profile, calibration, room, chosen, free, plain=plain)
                 clock.lap("encode")
                 best = reconstruct(job, calibration, best, asked.bytes, preset)
             else:
@@ -263,6 +279,7 @@ def compress(
     if workspace is None:
         # The encoded forms lie there until they are saved.
         weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)
+    warn(done.notes, _DEPTH)
     return done
 
 

@@ -39,11 +39,11 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
         curves.append(curve)
         smallest[curve.site] = packed
         job.progress("profile", len(curves), len(job.sites))
-    dtype = job.kept_dtype()
+    narrowing = job.narrowing()
     source = job.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
-    profile.options = {"bits": bits, "preset": preset, "kept": dtype is not None, "target": job.target}
-    profile.fixed_bytes = job.contents(smallest, dtype).counted - sum(
+    profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": job.target}
+    profile.fixed_bytes = job.contents(smallest, narrowing).counted - sum(
         packed.counted(job.target) for packed in smallest.values()
     )
     if job.measurable and preset != "fast":

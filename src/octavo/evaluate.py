@@ -75,7 +75,7 @@ def evaluate(
     batches, text = inputs.load_data(reference, data, limit=None)
     if reference.module is None or source.module is None or not batches:
         raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
-    wanted = inputs.choose_objective(reference, objective)
+    wanted = inputs.choose_objective(reference, objective, batches)
     batches = inputs.prepared(reference, wanted, batches)
     outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
     losses = torch.cat([wanted.divergence(old, new) for old, new in outputs])
@@ -129,7 +129,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     if len(rows) < 2:
         raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)
-    batches = inputs.prepared(source, wanted, text_batches(source.folder, texts))
+    batches = inputs.prepared(source, wanted, text_batches(source.folder, texts, source.module))
     vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]

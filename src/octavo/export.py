@@ -5,77 +5,38 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from octavo import inputs
-from octavo.artifact import MANIFEST, Artifact
+from octavo.batches import Batch
 from octavo.calibrate import calibrate
 from octavo.errors import ArtifactError, OctavoError, RequestError
-from octavo.files import from_path
 from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Objective
+from octavo.opened import open_model
+from octavo.raw import narrowed
 from octavo.runtimes.activations import rounding_losses, watch
-from octavo.runtimes.graph import LOOKUP, SITE, check_exportable, positions, trace, vocabulary
+from octavo.runtimes.given import Inputs, Tokens, inputs_of, vocabulary
+from octavo.runtimes.graph import SITE, TIED, trace
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare, machine
+from octavo.runtimes.small import lower_small
 from octavo.sites import Source
 from octavo.workspace import write_file
 
 RUNTIMES = ("onnx",)
+SIZE, SPEED = "size", "speed"
+PREFERENCES = (SIZE, SPEED)
 #: The graph with float kernels may differ from the module by this share of its largest output: operations are summed
 #: in another order.
 TOLERANCE = 1e-3
 #: Sequences and tokens at which latency is measured, if no others are asked for.
 SHAPE = (1, 32)
-
-
-@dataclass
-class Opened:
-    """A source or an artifact, with the form of every site."""
-
-    source: Source
-    forms: dict[str, Form]
-    artifact: Artifact | None = None
-
-
-def open_model(path: str | Path) -> Opened:
-    """An artifact or a model folder, ready to be traced."""
-    path = Path(path)
-    if not (path / MANIFEST).exists():
-        source = inputs.open_source(from_path(path))
-        check_exportable(source)
-        inputs.model_of(source, blockwise=False)
-        return Opened(source, dense_forms(source))
-    from octavo.integrations.transformers import bind
-    from octavo.verify import load
-
-    artifact = Artifact(path)
-    module = load(path)
-    if not isinstance(module, nn.Module):
-        raise RequestError(
-            f"{path}: holds bare tensors, which have no graph to export; load them into their module with "
-            "octavo.load(path, into=module) and call torch.onnx.export"
-        )
-    shapes = {name: tuple(entry["shape"]) for name, entry in artifact.sites.items()}
-    source = Source(
-        title=path.name, path=path, shapes=shapes, dtypes=dict.fromkeys(shapes, torch.float32), aliases={},
-        read=artifact.tensor, module=module, is_transformers=True,
-    )  # fmt: skip
-    bind(source, module)
-    check_exportable(source)
-    forms = {name: artifact.form(name) for name, shape in shapes.items() if len(shape) == 2}
-    return Opened(source, forms, artifact)
-
-
-def dense_forms(source: Source) -> dict[str, Form]:
-    """Every matrix of a source as it is."""
-    return {site.name: Dense(site.layout.to_matrix(source.read(site.name))) for site in source.sites()[0]}
 
 
 def export(
@@ -87,12 +48,17 @@ def export(
     objective: str | Objective | None = None,
     loss: float | None = None,
     shape: str | Sequence[int] = SHAPE,
+    prefer: str = SIZE,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an artifact, or an uncompressed model, as a file that onnxruntime runs.
 
-    Every site runs on the integer kernel that its form has (see :mod:`octavo.runtimes.kernels`), and in float32 where
-    it has none or where float32 is measured to be faster at ``shape`` on this machine.
+    With ``prefer="size"`` every matrix and table is stored in the fewest bits that are exact for its form. onnxruntime
+    decodes them when it opens the file, and then runs them in float32 (see :mod:`octavo.runtimes.weights`).
+
+    With ``prefer="speed"`` every site runs on the integer kernel that its form has (see
+    :mod:`octavo.runtimes.kernels`), and in float32 where it has none or where float32 is measured to be faster at
+    ``shape`` on this machine. What runs in float32 is stored in float32.
 
     Parameters
     ----------
@@ -103,21 +69,25 @@ def export(
     to
         ``onnx``.
     data
-        Texts to measure on: a file or a list. The built-in English text by default.
+        Texts to measure on: a file or a list; the built-in English text by default. For a model that takes no text,
+        batches: mappings of tensors by name, examples first.
     objective
         As for :func:`octavo.compress`.
     loss
         Integer kernels round their inputs. The most that this may add to the divergence, by expectation from three
         quarters of ``data``: sites run in float32, those first that lose most for the time they save, until it holds.
-        No limit by default.
+        No limit by default. With ``prefer="size"`` nothing is rounded.
     shape
         Sequences and tokens for which kernels are chosen and latency is measured; the file takes any.
+    prefer
+        ``size`` or ``speed``.
 
     Returns
     -------
     dict
-        ``kernels`` and ``expected_loss`` by site, ``bytes``, ``difference`` of the float graph and its ``tolerance``,
-        ``divergence`` from ``path`` on data held back, and ``latency`` next to PyTorch's.
+        ``kernels`` and ``expected_loss`` by site; ``bytes``, ``packed_bytes`` (all tensors, with integers at 4, 8, 16
+        or 32 bits) and ``artifact_bytes``; ``difference`` of the float graph and its ``tolerance``; ``divergence`` from
+        ``path`` on data held back, None without data; and ``latency`` next to PyTorch's.
 
     Raises
     ------
@@ -132,48 +102,81 @@ def export(
     out, size = Path(out).resolve(), parse_shape(shape)
     if to not in RUNTIMES:
         raise RequestError(f"--to {to!r} is not known; choose from {', '.join(RUNTIMES)}")
+    if prefer not in PREFERENCES:
+        raise RequestError(f"--prefer {prefer!r} is not known; choose from {', '.join(PREFERENCES)}")
     if out.is_dir() or (out.exists() and not overwrite):
         raise RequestError(f"{out}: is already there; name another file, or give --overwrite to replace it")
     opened = open_model(path)
     source = opened.source
-    probe(source, size)
-    batches, text = inputs.load_data(source, data, limit=None)
+    batches, text = _data(source, data)
+    given = inputs_of(source, batches)
+    given.batch(size)
     wanted = inputs.choose_objective(source, objective)
-    calibration_data, held = inputs.split(inputs.prepared(source, wanted, batches))
-    model, kinds = trace(source)
+    batches = inputs.prepared(source, wanted, batches)
+    calibration_data, held = inputs.split(batches, rows=inputs.divisible(source, wanted, batches))
+    model, kinds = trace(source, given)
     forms = {name: opened.forms[name] for name in kinds}
-    difference = check_graph(source, model, forms)
-    kernels, table = _fastest(forms, kinds, size)
     expected: dict[str, float] = {}
-    if loss is not None:
-        # What is known of a tied head is what it does as a table: its rounding cannot be foreseen.
-        kernels = {name: kernel if kinds[name] == SITE else FLOAT for name, kernel in kernels.items()}
-    rounded = [name for name, kernel in kernels.items() if kernel != FLOAT]
-    if rounded and loss is not None:
-        sites = [site for site in source.sites()[0] if site.name in rounded]
-        evidence = calibrate(source, sites, calibration_data, wanted, text=text).evidence
-        expected = rounding_losses(forms, kernels, evidence, watch(source, rounded, calibration_data))
-        _spare(forms, kernels, expected, table, loss)
-    table.save()
-    result = write_model(lower(model, forms, kernels).SerializeToString(), out, source)
+    if prefer == SIZE:
+        small = lower_small(model, forms, opened.dtypes)
+        difference = compare_graph(source, small, given)
+        content = small.SerializeToString()
+    else:
+        difference = check_graph(source, model, forms, given, opened.dtypes)
+        kernels, table = _fastest(forms, kinds, size)
+        if loss is not None:
+            # What is known of a tied head is what it does as a table: its rounding cannot be foreseen.
+            kernels = {name: kernel if kinds[name] == SITE else FLOAT for name, kernel in kernels.items()}
+        rounded = [name for name, kernel in kernels.items() if kernel != FLOAT]
+        if rounded and loss is not None:
+            if not calibration_data:
+                raise RequestError("--loss: what rounding adds is foreseen from data; give data, or leave it out")
+            sites = [site for site in source.sites()[0] if site.name in rounded]
+            evidence = calibrate(source, sites, calibration_data, wanted, text=text).evidence
+            expected = rounding_losses(forms, kernels, evidence, watch(source, rounded, calibration_data))
+            _spare(forms, kernels, expected, table, loss)
+        table.save()
+        content = lower(model, forms, kernels).SerializeToString()
+    result = write_model(content, out, given)
     session = Session(out)
-    losses = wanted.measure(session, held, wanted.reference(source.module, held)) if source.module else torch.zeros(1)
     return {
         "path": str(out),
         "source": str(path),
         "to": to,
+        "prefer": prefer,
         **result,
+        "packed_bytes": opened.packed_bytes,
+        "artifact_bytes": None if opened.artifact is None else opened.artifact.bytes,
         "kernels": session.kernels,
         "expected_loss": {name: value for name, value in expected.items() if session.kernels[name] != FLOAT},
         "difference": difference,
         "tolerance": TOLERANCE,
-        "divergence": {
-            "metric": wanted.metric, "mean": float(losses.mean()), "p95": float(losses.quantile(0.95)),
-            "data": f"{len(losses)} held-back examples of {text}",
-        },
-        "latency": latency(source, session, size),
+        "divergence": _divergence(source, session, wanted, held, text),
+        "latency": latency(source, session, size, given),
         "machine": machine(torch.get_num_threads()),
-    }  # fmt: skip
+    }
+
+
+def _data(source: Source, data: Any) -> tuple[list[Batch], str]:
+    """Batches to measure on, and what to call them: none for a model that takes no text, if none are given."""
+    if data is None and not vocabulary(source):
+        return [], "none"
+    return inputs.load_data(source, data, limit=None)
+
+
+def _divergence(
+    source: Source, session: Session, wanted: Objective, held: Sequence[Batch], text: str
+) -> dict[str, Any] | None:
+    """How far the file's outputs are from the model's, on data held back; None without data."""
+    if not held or source.module is None:
+        return None
+    losses = wanted.measure(session, held, wanted.reference(source.module, held))
+    return {
+        "metric": wanted.metric,
+        "mean": float(losses.mean()),
+        "p95": float(losses.quantile(0.95)),
+        "data": f"{len(losses)} held-back examples of {text}",
+    }
 
 
 def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
@@ -201,7 +204,7 @@ def _fastest(
     table = Table(shape[0] * shape[1])
     kernels = {}
     for name, kind in kinds.items():
-        own = FLOAT if kind == LOOKUP else kernel_of(forms[name])
+        own = kernel_of(forms[name]) if kind in (SITE, TIED) else FLOAT
         faster = own != FLOAT and table.seconds(forms[name], own) < table.seconds(forms[name], FLOAT)
         kernels[name] = own if faster else FLOAT
     return kernels, table
@@ -224,26 +227,45 @@ def _spare(
         left -= expected[name]
 
 
-def check_graph(source: Source, model: Any, forms: Mapping[str, Form]) -> float:
-    """Run the graph with float kernels beside the module on probe tokens; returns the largest relative difference.
+def check_graph(
+    source: Source,
+    model: Any,
+    forms: Mapping[str, Form],
+    given: Inputs | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> float:
+    """Run a traced graph with float kernels beside the module; returns the largest relative difference.
+
+    ``dtypes`` are those that the module's weights were rounded to after they were decoded, where not float32.
 
     Raises
     ------
     ArtifactError
         If it is above :data:`TOLERANCE`.
     """
-    session = Session(lower(model, forms, {}).SerializeToString())
+    held = {name: _rounded(form, (dtypes or {}).get(name, torch.float32)) for name, form in forms.items()}
+    return compare_graph(source, lower(model, held, {}), given or Tokens(source))
+
+
+def _rounded(form: Form, dtype: torch.dtype) -> Form:
+    return form if dtype == torch.float32 else Dense(narrowed(form.dense(), dtype).float())
+
+
+def compare_graph(source: Source, model: Any, given: Inputs) -> float:
+    """Run a whole graph beside the module on random inputs; returns the largest relative difference.
+
+    Raises
+    ------
+    ArtifactError
+        If it is above :data:`TOLERANCE`.
+    """
+    session = Session(model.SerializeToString())
     assert source.module is not None
-    generator = torch.Generator().manual_seed(0)
-    length = min(24, positions(source))
-    tokens = torch.randint(0, vocabulary(source), (3, length), generator=generator)
-    mask = torch.ones_like(tokens)
-    mask[0, length * 2 // 3 :] = 0
+    batch = given.example()
     with torch.inference_mode():
-        wanted = source.module(input_ids=tokens, attention_mask=mask)[session.names[0]].float()
-    found = session(input_ids=tokens, attention_mask=mask)[session.names[0]]
-    live = mask.bool()
-    difference = float((found - wanted)[live].abs().max() / wanted[live].abs().max().clamp_min(1e-30))
+        wanted = given.live(batch, source.module(**batch)[session.names[0]].float())
+    found = given.live(batch, session(**batch)[session.names[0]])
+    difference = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
     if not difference <= TOLERANCE:
         raise ArtifactError(
             f"{source.title}: the exported graph differs from the model by {difference:.2g} of its largest output "
@@ -252,14 +274,14 @@ def check_graph(source: Source, model: Any, forms: Mapping[str, Form]) -> float:
     return difference
 
 
-def write_model(content: bytes, out: Path, source: Source) -> dict[str, Any]:
+def write_model(content: bytes, out: Path, given: Inputs) -> dict[str, Any]:
     """Write a model, whole or not at all, once it was seen to load and to run from the disk."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             aside = Path(folder) / out.name
             write_file(aside, content)
-            outputs = Session(aside)(**probe(source, (1, min(16, positions(source)))))
+            outputs = Session(aside)(**given.example())
             if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
                 raise ArtifactError(f"{out}: the exported model gives NaN or Inf; nothing was written")
             os.replace(aside, out)
@@ -276,17 +298,12 @@ def probe(source: Source, shape: tuple[int, int]) -> dict[str, Tensor]:
     RequestError
         If the model takes fewer tokens.
     """
-    if shape[1] > positions(source):
-        raise RequestError(
-            f"{source.title}: has {positions(source)} positions, {shape[0]}x{shape[1]} asks for {shape[1]} tokens each"
-        )
-    tokens = torch.randint(0, vocabulary(source), shape, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return Tokens(source).batch(shape)
 
 
-def latency(source: Source, session: Session, shape: tuple[int, int]) -> dict[str, Any]:
+def latency(source: Source, session: Session, shape: tuple[int, int], given: Inputs) -> dict[str, Any]:
     """Median seconds of the exported file and of the module in PyTorch, taking turns, with the same threads."""
-    batch = probe(source, shape)
+    batch = given.batch(shape)
     assert source.module is not None
     module, feed = source.module, session.feed(batch)
     taken = compare(
@@ -295,7 +312,7 @@ def latency(source: Source, session: Session, shape: tuple[int, int]) -> dict[st
     )
     speedup = taken["onnxruntime"]["speedup"]
     return {
-        "shape": list(shape),
+        "shape": given.shape(shape),
         "threads": torch.get_num_threads(),
         "torch_seconds": taken["torch float32"]["seconds"],
         "seconds": taken["onnxruntime"]["seconds"],

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from octavo.allocate import Plan, allocate, uniform, unreachable
+from octavo.allocate import MIXED, ONE_FAMILY, Plan, allocate, unreachable
 from octavo.artifact import Contents, Packed
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.job import Job
-from octavo.methods import get_method
+from octavo.leftover import upgrades
+from octavo.methods import Setting, get_method
+from octavo.narrowing import Narrowing
 from octavo.profile import Point, Profile, slope
 from octavo.raw import Lazily
+from octavo.rivals import Plain, best_uniform
 from octavo.workspace import Workspace
 
 #: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
 MARGIN = 0.004
 _ROUNDS = 8
 _RETREATS = 3
+#: Plans that are built and measured to spend what the best of them leaves.
+_TRIES = 10
 #: Share of its bytes that a site may gain or lose to close a small gap.
 _SHARE = 0.04
+
+
+def margin_of(target: str) -> float:
+    """The share that plans leave free: none for memory, where every setting's bytes are known exactly."""
+    return MARGIN if target == "disk" else 0.0
 
 
 @dataclass
@@ -41,6 +50,8 @@ class Built:
     bytes: int
     quality: float
     p95: float | None = None
+    #: Sites at which finer settings would still fit, but were built and did not lower the loss.
+    refused: int = 0
 
     @property
     def counted(self) -> int:
@@ -66,7 +77,7 @@ def finish(
         If a plan that must not be moved exceeds the budget.
     """
     points, packed, contents = _encoded(job, profile, calibration, room, plan, asked if exact else None)
-    total = contents.counted
+    total, label = contents.counted, plan.label
     aim = asked.bytes
     for _ in range(_RETREATS if exact else 0):
         if total <= asked.bytes:
@@ -75,7 +86,7 @@ def finish(
         # that were measured on a sample do so by little, which the next attempt leaves free.
         known = allocate(profile, replace(asked, bytes=aim), margin=2 * MARGIN, interpolate=False)
         points, packed, contents = _encoded(job, profile, calibration, room, known, None)
-        total = contents.counted
+        total, label = contents.counted, known.label
         aim -= max(total - asked.bytes, 0)
     if total > asked.bytes and exact:
         raise unreachable(asked, profile.original_bytes, total)
@@ -85,7 +96,7 @@ def finish(
         )
     expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
     fixed = total - sum(item.counted(job.target) for item in packed.values())
-    done = Plan(plan.budget, points, expected, fixed, plan.label, plan.notes)
+    done = Plan(plan.budget, points, expected, fixed, label, plan.notes)
     size = total if job.target == "disk" else contents.bytes
     if not job.measurable:
         return Built(done, packed, contents, size, expected)
@@ -117,10 +128,10 @@ def _encoded(
     return points, packed, contents
 
 
-def _kept(job: Job, profile: Profile, points: Mapping[str, Point]) -> torch.dtype | None:
+def _kept(job: Job, profile: Profile, points: Mapping[str, Point]) -> Narrowing:
     # Where no site loses anything, what is no site shall lose nothing either.
     lossless = not job.pinned and all(point.loss == 0 for point in points.values())
-    return torch.float16 if profile.options.get("kept") and not lossless else None
+    return Narrowing.EXACT if lossless else Narrowing(profile.options["kept"])
 
 
 def _fits(total: int, asked: Budget) -> bool:
@@ -155,20 +166,30 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone:
 
 
 def contest(
-    job: Job, profile: Profile, calibration: Calibration, room: Workspace, mixed: Plan, asked: Budget
+    job: Job,
+    profile: Profile,
+    calibration: Calibration,
+    room: Workspace,
+    mixed: Plan,
+    asked: Budget,
+    *,
+    plain: bool = False,
 ) -> tuple[Built, Built | None]:
-    """Build the mixed plan and what it must beat; returns the winner, and the best uniform plan if it is another.
+    """Build the mixed plan and what it must beat; returns the winner, and the best uniform plan that was built.
 
-    The rivals are the best uniform plan at the same bytes, and the best plan of a single family. Where plans can be
-    measured all are built, and the best wins. Where they cannot, the best expected one is, and the figures of the
-    others are expectations: encoding them would tell nothing more.
+    The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
+    round-to-nearest. Where plans can be measured all are built, and the best wins. Where they cannot, the best expected
+    one is, and the figures of the others are expectations: encoding them would tell nothing more. What room the winner
+    leaves is then spent, if that lowers its loss.
     """
-    rivals = uniform(profile, Budget(int(asked.bytes * (1 - MARGIN)), asked.asked))[:1]
-    rivals += single_families(profile, asked)[:1]
+    aim = replace(asked, bytes=int(asked.bytes * (1 - margin_of(job.target))))
+    rivals = [*best_uniform(job, profile, calibration, room, aim), *single_families(profile, asked)[:1]]
     plans = [mixed, *rivals] if job.measurable else sorted([mixed, *rivals], key=lambda plan: plan.expected)
     built = [finish(job, profile, calibration, room, plans[0], asked)]
     for plan in plans[1:]:
-        if any(_same(plan, other.plan) for other in built):
+        if (known := _among(built, plan)) is not None:
+            if plan.is_uniform and not known.plan.is_uniform and _alike(plan, known.plan):
+                known.plan.label = plan.label  # choosing site by site came to one setting for all
             continue
         if not job.measurable:
             built.append(Built(plan, {}, Contents({}), plan.bytes, plan.expected))
@@ -177,8 +198,74 @@ def contest(
             built.append(finish(job, profile, calibration, room, plan, asked))
         except OctavoError as error:
             job.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
-    even = next((other for other in built if other.plan.label not in ("mixed", "one family")), None)
-    return (min(built, key=lambda other: other.quality) if job.measurable else built[0]), even
+    if plain and job.measurable:
+        built += _plain(job, profile, calibration, room, asked, built)
+    best = min(built, key=lambda other: other.quality) if job.measurable else built[0]
+    even = min((other for other in built if other.plan.is_uniform), key=lambda other: other.quality, default=None)
+    return _topped(job, profile, calibration, room, best, asked), even
+
+
+def _plain(
+    job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, built: Sequence[Built]
+) -> list[Built]:
+    """Plain round-to-nearest at the same bytes, if it is worth building and not among the built."""
+    for plan in Plain(job, profile, calibration, room, asked).plans(min(other.quality for other in built)):
+        if _among(built, plan) is not None:
+            break
+        try:
+            return [finish(job, profile, calibration, room, plan, asked, exact=False)]
+        except RequestError:
+            continue
+    return []
+
+
+def _topped(job: Job, profile: Profile, calibration: Calibration, room: Workspace, best: Built, asked: Budget) -> Built:
+    """A built plan with the room that it leaves spent on finer settings, as far as that lowers its loss.
+
+    Where continuous settings use the budget there is nothing left to spend. All sites that may rise do so together;
+    if that does not help, both halves of them are tried, and halves of these.
+    """
+    if job.target == "disk" and best.counted >= asked.least:
+        return best
+
+    def finer() -> list[dict[str, Point]]:
+        found = dict(upgrades(profile, best.plan.points, asked.bytes - best.counted, job.pinned))
+        return [found] if found else []
+
+    waiting, refused = finer(), set[str]()
+    for _ in range(_TRIES):
+        if not waiting:
+            break
+        sites = waiting.pop(0)
+        plan = replace(best.plan, points={**best.plan.points, **sites}, label=MIXED)
+        try:
+            built = finish(job, profile, calibration, room, plan, asked, exact=False)
+        except RequestError:
+            built = None  # sizes of large matrices are estimates, and these were too low
+        if built is not None and built.quality < best.quality:
+            best, refused = built, set()
+            waiting = finer()
+            continue
+        if built is not None:
+            refused |= set(sites)
+        if len(sites) > 1:
+            items = list(sites.items())
+            waiting += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
+    return replace(best, refused=len(refused)) if refused else best
+
+
+def _among(built: Sequence[Built], plan: Plan) -> Built | None:
+    """The one of the built plans that is the same as a plan."""
+    return next((other for other in built if _same(plan, other.plan)), None)
+
+
+def _alike(one: Plan, other: Plan) -> bool:
+    """Whether all settings are the same but for continuous ones."""
+
+    def fixed(point: Point) -> Setting:
+        return {**point.setting, get_method(point.method).elastic or "": 0}
+
+    return all(fixed(point) == fixed(other.points[name]) for name, point in one.points.items())
 
 
 def _same(one: Plan, other: Plan) -> bool:
@@ -199,9 +286,10 @@ def single_families(profile: Profile, asked: Budget) -> list[Plan]:
     plans = []
     for family, names in families.items():
         try:
-            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, "keep"])
+            # Expected losses are no more than that: where settings are few, this is a second opinion on them as well.
+            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, "keep"], thorough=False)
         except BudgetError:
             continue
-        plan.label, plan.notes = "one family", [family]
+        plan.label, plan.notes = ONE_FAMILY, [family]
         plans.append(plan)
     return sorted(plans, key=lambda plan: plan.expected)

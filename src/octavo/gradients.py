@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,8 @@ class Gradients:
         site = self._sites.get(self._stored.get(name, name))
         if site is None or not bool(torch.isfinite(gradient).all()):
             return
-        matrix = site.layout.to_matrix(gradient.float())
+        # The gradient of the matrix is that of the weight times the scale between them.
+        matrix = replace(site.layout, exponent=-site.layout.exponent).to_matrix(gradient.float())
         squares = matrix.square().sum(1).double().cpu()
         self.rows[site.name] = self.rows[site.name] + squares if site.name in self.rows else squares
         self.passes[site.name] = self.passes.get(site.name, 0) + 1

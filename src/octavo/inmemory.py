@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch
 from octavo.blocks import Blocks
 from octavo.calibrate import Calibration, calibrate
 from octavo.errors import RequestError
 from octavo.matmul import fast_matmul
-from octavo.objective import Batch, Objective
+from octavo.modules import own_tensors
+from octavo.objective import Objective
 from octavo.sites import Site, Source
 from octavo.workspace import Workspace
 
@@ -28,6 +30,8 @@ class InMemory:
     def __init__(self, source: Source) -> None:
         assert source.module is not None
         self.source, self.module = source, source.module
+        #: What stands in the module whenever tensors of the source are replaced, or evidence of them is gathered.
+        self.folded = source.placed(source.folded)
         self._reference: _Outputs | _LastStates | None = None
 
     @fast_matmul()
@@ -44,9 +48,10 @@ class InMemory:
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
         """Evidence of all sites (:func:`octavo.calibrate.calibrate`), written to the workspace."""
-        found = calibrate(
-            self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress
-        )
+        with replaced(self.module, self.folded):
+            found = calibrate(
+                self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress
+            )
         room.evidence.write("whole", found.evidence)
         return found
 
@@ -54,7 +59,7 @@ class InMemory:
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
         """Divergence of every example from the source, with some of its tensors, by name in the source, replaced."""
         self._reference = self._reference or self._refer(batches, objective)
-        new = self.source.placed(weights)
+        new = {**self.folded, **self.source.placed(weights)}
         losses = []
         with replaced(self.module, new) as change, torch.inference_mode():
             for number, batch in enumerate(batches):
@@ -107,11 +112,7 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         for tensor in tensors.values():
             tensor.data = tensor.data.clone()
         module.eval()
-        yield {
-            name: before[id(tensor)]
-            for name, tensor in module.state_dict(keep_vars=True).items()
-            if id(tensor) in before
-        }
+        yield {name: before[id(tensor)] for name, tensor in own_tensors(module).items()}
     finally:
         for key, tensor in tensors.items():
             tensor.data = before[key]
@@ -123,8 +124,8 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _extra_state(module: nn.Module) -> list[tuple[nn.Module, Any]]:
     """What modules keep beside tensors, of those that can take it back."""
-    own = nn.Module.get_extra_state
-    return [(part, part.get_extra_state()) for part in module.modules() if type(part).get_extra_state is not own]
+    own = nn.Module.set_extra_state
+    return [(part, part.get_extra_state()) for part in module.modules() if type(part).set_extra_state is not own]
 
 
 class _Outputs:
@@ -189,7 +190,7 @@ class replaced:
     def __enter__(self) -> replaced:
         self.training = [submodule for submodule in self.module.modules() if submodule.training]
         self.module.eval()
-        self.state = self.module.state_dict(keep_vars=True)
+        self.state = own_tensors(self.module)
         self.old = {name: self.state[name].data for name in self.weights}
         for name, weight in self.weights.items():
             target = self.state[name]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from octavo.artifact import Contents, Entry, Kept, Packed, unpack
+from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
+from octavo.batches import Batch
 from octavo.blockwise import Blockwise
 from octavo.calibrate import Calibration, data_free
 from octavo.errors import RequestError
@@ -20,7 +20,8 @@ from octavo.inmemory import InMemory
 from octavo.inputs import model_of
 from octavo.memory import fits
 from octavo.methods import Method, Setting
-from octavo.objective import Batch, Objective
+from octavo.narrowing import Narrowing, stored_dtype
+from octavo.objective import Objective
 from octavo.progress import Progress, silent
 from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
@@ -54,11 +55,13 @@ class Job:
     executor: Executor = field(default_factory=Local)
     #: How errors are weighed: ``kfac`` or ``ekfac`` (:mod:`octavo.curvature`).
     curvature: str = "kfac"
+    #: Whether batches may be divided by rows.
+    rows: bool = True
 
     def __post_init__(self) -> None:
         self._model: InMemory | Blockwise | None = None
         # Checksums of kept tensors are worked out once for all contents.
-        self._kept: dict[torch.dtype | None, dict[str, Kept]] = {}
+        self._kept: dict[Narrowing, dict[str, Kept]] = {}
         self._by_name = {site.name: site for site in self.sites}
         self._own_names: frozenset[str] | None = None
 
@@ -68,7 +71,7 @@ class Job:
 
     def matrix(self, site: Site) -> Tensor:
         """A site's weight as a float32 matrix."""
-        return site.layout.to_matrix(self.source.read(site.name).float())
+        return site.layout.to_matrix(self.source.read(site.name)).float()
 
     def calibrate(self, workspace: Workspace) -> Calibration:
         """Evidence of all sites, from the workspace if it is there."""
@@ -123,34 +126,37 @@ class Job:
                 packed = workspace.save_packed(name, point.method, point.setting, next(results))
             yield name, packed
 
-    def kept(self, dtype: torch.dtype | None) -> dict[str, Kept]:
-        """Tensors that are no sites, floating ones in 16 bits where these are exact, or ``dtype`` is narrower."""
-        if dtype not in self._kept:
-            self._kept[dtype] = {}
+    def kept(self, how: Narrowing) -> dict[str, Kept]:
+        """Tensors that are no sites, those in 16 bits that may be."""
+        if how not in self._kept:
+            self._kept[how] = {}
             for name, reason in self.left.items():
                 own = stored = self.source.dtypes[name]
+                fixed = name in self.source.fixed
                 # What the user asked to leave alone is left alone.
-                if own.is_floating_point and not reason.startswith("ignored"):
-                    narrow = _exactly(self.source.read(name)) or dtype
-                    stored = narrow if narrow is not None and own.itemsize > narrow.itemsize else own
-                self._kept[dtype][name] = Kept(partial(self.source.read, name), self.source.shapes[name], stored, own)
-        return self._kept[dtype]
+                if not reason.startswith("ignored"):
+                    stored = stored_dtype(self.source.read(name).detach(), Narrowing.EXACT if fixed else how)
+                # Folding leaves constants. Others may be learned by reconstruction, and are then no constants any more.
+                constant = name in self.source.folded and is_constant(self.source.read(name))
+                stored = own if constant else stored
+                read, shape = partial(self.source.read, name), self.source.shapes[name]
+                self._kept[how][name] = Kept(read, shape, stored, own, coded=fixed or constant)
+        return self._kept[how]
 
-    def kept_dtype(self) -> torch.dtype | None:
-        """float16 if storing everything that is no site in it costs nothing measurable, else None."""
-        changed = {name: kept for name, kept in self.kept(torch.float16).items() if kept.stored != kept.dtype}
-        if not all(bool(torch.isfinite(kept.tensor()).all()) for kept in changed.values()):
-            return None
+    def narrowing(self) -> Narrowing:
+        """How tensors that are no sites are narrowed: as far as it costs nothing measurable.
+
+        Where nothing can be measured each value keeps its relative precision.
+        """
         if not self.measurable:
-            close = all(
-                torch.allclose(kept.tensor().float(), kept.read().float(), rtol=1e-3, atol=1e-6)
-                for kept in changed.values()
-            )
-            return torch.float16 if close else None
-        weights = {name: kept.tensor() for name, kept in changed.items()}
-        return torch.float16 if float(self.measure(weights).mean()) < _FREE else None
+            return Narrowing.EACH
+        for how in (Narrowing.SCALE, Narrowing.EACH):
+            changed = {name: kept.tensor() for name, kept in self.kept(how).items() if kept.stored != kept.dtype}
+            if float(self.measure(changed).mean()) < _FREE:
+                return how
+        return Narrowing.EXACT
 
-    def contents(self, packed: Mapping[str, Packed], dtype: torch.dtype | None) -> Contents:
+    def contents(self, packed: Mapping[str, Packed], how: Narrowing) -> Contents:
         """Everything that goes into an artifact."""
         source = {
             "title": self.source.title,
@@ -163,7 +169,8 @@ class Job:
             for name, item in packed.items()
         }
         resident = self.resident(packed) if self.target == "memory" else None
-        return Contents(source, entries, self.kept(dtype), self.source.aliases, resident, self._named())
+        aliases, extra = self.source.aliases, self.source.extra
+        return Contents(source, entries, self.kept(how), aliases, resident, self._named(), extra)
 
     def _named(self) -> frozenset[str]:
         """Aliases that the loader of the source must find in the files, since it does not tie them itself."""
@@ -184,7 +191,7 @@ class Job:
             narrow = self.source.is_transformers and dtype.is_floating_point
             total += math.prod(self.source.shapes[name]) * (2 if narrow else dtype.itemsize)
         if self.source.module is not None:
-            stored = self.source.module.state_dict().keys()
+            stored = set(self.source.parameters.values())
             total += sum(b.nbytes for name, b in self.source.module.named_buffers() if name not in stored)
         return total
 
@@ -215,9 +222,3 @@ class Job:
     def measurable(self) -> bool:
         """Whether plans can be measured."""
         return self.source.module is not None and bool(self.held_data)
-
-
-def _exactly(tensor: Tensor) -> torch.dtype | None:
-    """The 16-bit dtype that holds all values of a tensor, if there is one."""
-    narrow = (torch.float16, torch.bfloat16)
-    return next((dtype for dtype in narrow if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)), None)

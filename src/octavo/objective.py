@@ -9,47 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch, run, select, sequences_in
 from octavo.errors import RequestError
 from octavo.matmul import fast_matmul
+from octavo.outputs import described, leaves, mask_for, part, parts
+from octavo.pooling import modes_of, pooled
 
-Batch = Any
 #: Logits of one batch take no more, so that some copies of them do not matter beside a model.
 _LOGITS_BYTES = 1 << 28
-
-
-def run(module: nn.Module, batch: Batch) -> Any:
-    """Call a module on a batch that is a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    return module(*batch) if isinstance(batch, tuple | list) else module(batch)
-
-
-def mask_of(batch: Batch) -> Tensor | None:
-    """The (sequences, tokens) mask of a batch that tells tokens from padding, or None."""
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
-
-
-def sequences_in(batch: Batch) -> int:
-    """Number of examples in a batch."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)
-
-
-def select(batch: Batch, which: slice | Tensor) -> Batch:
-    """Some of the examples of a batch."""
-    size = sequences_in(batch)
-
-    def pick(value: Any) -> Any:
-        return value[which] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-
-    if isinstance(batch, Mapping):
-        return {key: pick(value) for key, value in batch.items()}
-    return type(batch)(pick(value) for value in batch) if isinstance(batch, tuple | list) else pick(batch)
+#: The tokens at which a model gives a distribution: those of its decoder, if it has one beside an encoder.
+_TOKENS = ("decoder_input_ids", "input_ids")
+#: Outputs that hold one vector an example, or one a token; the first that is there is taken.
+_VECTORS = ("sentence_embedding", "last_hidden_state", "pooler_output")
+#: Where an answer starts and ends, as distributions over tokens.
+_ENDS = ("start_logits", "end_logits")
+#: The logarithm of a probability of zero, as a finite number.
+_NEVER = -1e4
 
 
 def _vocabulary(module: nn.Module) -> int:
     """Classes of the distribution that a language model gives at every position; 0 if it is none."""
-    head = getattr(module, "get_output_embeddings", lambda: None)()
+    try:
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:
+        # Models without a table of tokens, such as those of sound, do not say that they have no head either.
+        return 0
     return 0 if head is None else len(head.weight)
 
 
@@ -96,36 +80,61 @@ class Objective(ABC):
             return torch.cat([self.divergence(old, self.outputs(module, batch)) for batch, old in pairs])
 
 
-class Cosine(Objective):
-    """``1 - cosine`` of one vector an example: the mean of the last hidden states over the tokens that are no padding.
+class _OfOutputs(Objective):
+    """An objective that reads what the module returns."""
+
+    #: What :meth:`read` looks for, for messages.
+    needs: str
+
+    @abstractmethod
+    def read(self, result: Any, module: nn.Module, batch: Batch) -> Tensor | None:
+        """What is compared, as (examples, features); None if the result has nothing of the kind."""
+
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
+        result = run(module, batch)
+        found = self.read(result, module, batch)
+        if found is None:
+            fitting = [name for name, kind in OBJECTIVES.items() if kind().read(result, module, batch) is not None]
+            raise RequestError(
+                f"the model returns {described(result)}: {self.needs}; "
+                + (f"fits: {', '.join(fitting)}" if fitting else "give an objective with an `outputs` of its own")
+            )
+        return found
+
+
+class Cosine(_OfOutputs):
+    """``1 - cosine`` of one vector an example.
+
+    That is the ``sentence_embedding``, or the embeddings of a model with a side for every kind of input (text, image,
+    sound), each of unit length and concatenated, or the last hidden states, pooled over the tokens that are no padding.
 
     Parameters
     ----------
     pooling
-        ``mean`` or ``cls``. Modules that return a plain (examples, features) tensor need neither.
+        How states are pooled: a mode of :data:`octavo.pooling.MODES`, or several whose vectors are concatenated
+        (``cls+mean``). Modules that return a plain (examples, features) tensor need none.
+    prompt
+        Tokens at the beginning of every text that are not pooled.
     """
 
     metric = "1 - cosine"
+    needs = "cosine needs a tensor (examples, features), a last_hidden_state or embeddings"
 
-    def __init__(self, pooling: str = "mean") -> None:
-        self.pooling = pooling
+    def __init__(self, pooling: str = "mean", prompt: int = 0) -> None:
+        self.modes = modes_of(pooling)
+        self.pooling, self.prompt = pooling, prompt
 
-    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
-        result = run(module, batch)
-        states = getattr(result, "last_hidden_state", result)
-        if not isinstance(states, Tensor):
-            raise RequestError(
-                f"the model returns {type(result).__name__}: cosine needs a tensor or a last_hidden_state"
-            )
+    def read(self, result: Any, module: nn.Module, batch: Batch) -> Tensor | None:  # noqa: D102
+        name, states = next(
+            ((name, part(result, name)) for name in _VECTORS if part(result, name) is not None), ("", result)
+        )
+        sides = _sides(result) if name != "sentence_embedding" else []
+        if sides:
+            states = torch.cat([nn.functional.normalize(side.flatten(1).float(), dim=1) for side in sides], 1)
+        if not isinstance(states, Tensor) or states.ndim < 2:
+            return None
         if states.ndim == 3:
-            mask = mask_of(batch)
-            if self.pooling == "cls":
-                states = states[:, 0]
-            elif mask is None:
-                states = states.mean(1)
-            else:
-                weights = mask.to(states.dtype)[..., None]
-                states = (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+            states = pooled(states, mask_for(name, states, module, batch), self.modes, self.prompt)
         return nn.functional.normalize(states.flatten(1).float(), dim=1)
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
@@ -136,35 +145,50 @@ class Cosine(Objective):
         return (outputs * torch.randn(outputs.shape, generator=generator).to(outputs.device)).sum()
 
 
-class KL(Objective):
-    """``KL(source || compressed)`` of the class or next-token distribution, mean over the positions of an example."""
+class KL(_OfOutputs):
+    """``KL(source || compressed)`` of the class or next-token distribution, mean over the positions of an example.
+
+    Logits are (examples, ..., classes); those of four and more dimensions are images, with the classes in dimension 1.
+    The start and end of an answer are two distributions over tokens. Where a model has several heads, every position of
+    each counts alike.
+    """
 
     metric = "KL divergence"
+    needs = "KL needs logits of shape (examples, ..., classes), of two classes or more"
 
     def pieces(self, module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
         """Batches of so few sequences that their logits over the whole vocabulary take 256 MB, if one does."""
         vocabulary = _vocabulary(module)
         result: list[Batch] = []
         for batch in batches:
-            tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            tokens = next((batch[key] for key in _TOKENS if key in batch), None) if isinstance(batch, Mapping) else None
             size = sequences_in(batch)
             most = size if tokens is None or not vocabulary else _LOGITS_BYTES // (4 * vocabulary * tokens.shape[1])
             result += [select(batch, slice(at, at + max(most, 1))) for at in range(0, size, max(most, 1))]
         return result
 
-    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
-        result = run(module, batch)
-        logits = getattr(result, "logits", result)
-        if not isinstance(logits, Tensor) or logits.ndim < 2:
-            raise RequestError(
-                f"the model returns {type(result).__name__}: KL needs logits of shape (examples, ..., classes)"
-            )
-        logs = logits.float().log_softmax(-1)
-        mask = mask_of(batch)
-        if logs.ndim == 3 and mask is not None:
-            # Padding gets log-probabilities of zero on both sides, so it adds nothing to the divergence.
-            logs = logs * mask.to(logs.dtype)[..., None]
-        return logs
+    def read(self, result: Any, module: nn.Module, batch: Batch) -> Tensor | None:  # noqa: D102
+        logs = []
+        for name, logits in _heads(result).items():
+            mask = mask_for(name, logits, module, batch) if logits.ndim < 4 else None
+            found = logits.float().movedim(1, -1).flatten(1, -2) if logits.ndim > 3 else logits.float()
+            if name in _ENDS:
+                # Tokens are the classes, and padding is none that can be chosen.
+                found = found if mask is None else found.masked_fill(mask == 0, _NEVER)
+                found, mask = found[:, None], None
+            found = found.log_softmax(-1)
+            if bool(found.detach().isneginf().any()):
+                found = found.clamp_min(_NEVER)
+            logs.append((found, mask))
+        if len(logs) > 1:
+            widest = max(found.shape[-1] for found, _ in logs)
+            logs = [(_widened(found, widest), mask) for found, mask in logs]
+        # Padding gets log-probabilities of zero on both sides, so it adds nothing to the divergence.
+        masked = [
+            found if mask is None or found.ndim != 3 else found * mask.to(found.dtype)[..., None]
+            for found, mask in logs
+        ]
+        return None if not masked else masked[0] if len(masked) == 1 else torch.cat(masked, 1)
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
         terms = (reference.exp() * (reference - outputs)).sum(-1, dtype=torch.float64)
@@ -187,27 +211,76 @@ class KL(Objective):
         return (picked.reshape(len(outputs), -1).sum(1) / positions.sqrt()).sum()
 
 
-class Squared(Objective):
-    """Squared error of the outputs relative to their mean square: for regressors and anything else with tensors."""
+def _sides(result: Any) -> list[Tensor]:
+    """The embeddings of every kind of input that a contrastive model takes, if all examples have them."""
+    found = [value for name, value in parts(result).items() if name.endswith("_embeds") and isinstance(value, Tensor)]
+    return found if all(side.ndim > 1 for side in found) and len({len(side) for side in found}) == 1 else []
+
+
+def _heads(result: Any) -> dict[str, Tensor]:
+    """The logits that a model returns, by name: the only ones, or those of its several heads."""
+    if isinstance(result, Tensor):
+        found = {"": result}
+    elif isinstance(part(result, "logits"), Tensor):
+        found = {"logits": part(result, "logits")}
+    else:
+        names = [name for name in parts(result) if name.endswith("_logits") and "router" not in name]
+        ends = [name for name in _ENDS if name in names]
+        found = {name: part(result, name) for name in ends or names}
+    return {
+        name: logits
+        for name, logits in found.items()
+        if isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[-1 if logits.ndim < 4 else 1] > 1
+    }
+
+
+def _widened(logs: Tensor, classes: int) -> Tensor:
+    """Distributions of one head as (examples, positions, classes), where the classes that it lacks have no chance."""
+    logs = logs[:, None] if logs.ndim == 2 else logs.flatten(1, -2)
+    return nn.functional.pad(logs, (0, classes - logs.shape[-1]), value=_NEVER)
+
+
+class Squared(_OfOutputs):
+    """Squared error of the outputs relative to their mean square: for regressors and anything else with tensors.
+
+    All floating tensors that have an entry an example are compared, each relative to itself, and their errors averaged.
+    Caches are left out, and so are single numbers, such as a loss.
+    """
 
     metric = "relative squared error"
+    needs = "squared needs floating tensors with an entry an example"
 
-    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
-        result = run(module, batch)
-        states = getattr(result, "last_hidden_state", result)
-        if not isinstance(states, Tensor):
-            raise RequestError(
-                f"the model returns {type(result).__name__}: give an objective with an `outputs` of its own"
+    def read(self, result: Any, module: nn.Module, batch: Batch) -> Tensor | None:  # noqa: D102
+        found = {"": result} if isinstance(result, Tensor) else leaves(result, sequences_in(batch))
+        flat = []
+        for name, tensor in found.items():
+            mask = mask_for(name, tensor, module, batch) if tensor.ndim > 2 else None
+            kept = (
+                tensor
+                if mask is None
+                else tensor * mask.to(tensor.dtype).reshape(*mask.shape, *[1] * (tensor.ndim - 2))
             )
-        return states.float().flatten(1)
+            flat.append(kept.float().reshape(len(kept), -1))
+        if len(flat) < 2:
+            return flat[0] if flat else None
+        widest = max(tensor.shape[1] for tensor in flat)
+        return torch.stack([nn.functional.pad(tensor, (0, widest - tensor.shape[1])) for tensor in flat], 1)
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
-        scale = reference.double().square().mean().clamp_min(1e-30)
-        return (reference - outputs).double().square().mean(1) / scale
+        error = (reference - outputs).double().square()
+        if error.ndim == 3:
+            # Tensors of unequal size lie beside each other, filled up with zeros: sums are relative, means are not.
+            return (error.sum(2) / reference.double().square().sum(2).mean(0).clamp_min(1e-30)).mean(1)
+        return error.mean(1) / reference.double().square().mean().clamp_min(1e-30)
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
-        scale = (2 / (outputs.detach().square().mean().clamp_min(1e-30) * outputs.shape[1])).sqrt()
-        return (outputs * torch.randn(outputs.shape, generator=generator).to(outputs.device)).sum() * scale
+        if outputs.ndim == 3:
+            sizes = outputs.detach().square().sum(2).mean(0).clamp_min(1e-30)
+            scale = (2 / (sizes * outputs.shape[1])).sqrt()[:, None]
+        else:
+            scale = (2 / (outputs.detach().square().mean().clamp_min(1e-30) * outputs.shape[1])).sqrt()
+        drawn = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+        return (outputs * drawn * scale).sum() if outputs.ndim == 3 else (outputs * drawn).sum() * scale
 
 
 class Loss(Objective):
@@ -242,7 +315,7 @@ class Loss(Objective):
         return (outputs * signs.to(outputs.device, outputs.dtype)).sum()
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"cosine": Cosine, "kl": KL, "squared": Squared}
+OBJECTIVES: dict[str, type[_OfOutputs]] = {"cosine": Cosine, "kl": KL, "squared": Squared}
 
 
 def objective(name: str | Objective) -> Objective:
@@ -252,3 +325,14 @@ def objective(name: str | Objective) -> Objective:
     if name not in OBJECTIVES:
         raise RequestError(f"objective {name!r} is not known; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()
+
+
+def fitting(result: Any, module: nn.Module, batch: Batch) -> Objective:
+    """The objective that fits what a module returned on a batch.
+
+    KL for logits, cosine for named states and embeddings, squared error for images, single numbers and all else.
+    """
+    if isinstance(result, Tensor) and result.ndim > 3:
+        return Squared()
+    kinds = (KL, Squared) if isinstance(result, Tensor) else (KL, Cosine, Squared)
+    return next((kind() for kind in kinds if kind().read(result, module, batch) is not None), KL())

@@ -29,7 +29,7 @@ from octavo.workspace import write_file
 SCREEN = 3.0
 #: One that loses less than this many times more is tried further, catching up or not.
 PROMISING = 1.15
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -204,15 +204,21 @@ def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> b
 def _walk(
     method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: str
 ) -> Iterator[tuple[Setting, Any]]:
-    """Settings of a method from the middle outwards, until they leave the window or turn out hopeless."""
+    """Settings of a method from the middle outwards, until they leave the window or turn out hopeless.
+
+    For memory there are few of them, and all are tried: a budget is then used by no continuous setting, but by knowing
+    every choice.
+    """
     settings = method.offered(weight, evidence, target)
     if not settings:
         return
     if method.elastic is not None:
         settings = settings[:: window.stride] if len(settings) > 2 else settings
     start = len(settings) // 2
-    # How dense storage compares is no question of settings: all of its few are always there.
-    reference = None if method.family == "keep" else envelope(curve)
+    # How dense storage compares is no question of settings: all of its few are always there. Nor is it what others have
+    # to be as good as, in fewer bytes.
+    dense = all(get_method(name).family == "keep" for name in {point.method for point in curve.points})
+    reference = None if dense or method.family == "keep" else envelope(curve)
     seen: dict[int, Point] = {}
     enough = lossless_bytes(curve)
 
@@ -240,6 +246,9 @@ def _walk(
                 return  # behind, and not catching up
 
     def order() -> Iterator[int]:
+        if target == "memory":
+            yield from range(len(settings))
+            return
         yield start
         if needless(start) or excess(start) <= SCREEN:
             yield from outwards(1, lambda index: bits(index) > window.least)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from octavo.artifact import Artifact
@@ -90,7 +89,9 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
         return Proof(why="the architecture is not known to transformers; its own code is copied and never run here")
     if source.is_skeleton or (source.module is None and not fits(source, job.memory)):
         return _block_by_block(job, artifact)
-    options = {"dtype": torch.float32} if source.module is not None else {}
+    # A folder's model runs in float32, one that was given in memory as it is.
+    own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
+    options = {"dtype": own} if own is not None else {}
     loaded = load_as_users_do(artifact.path / inner.relative_to(folder), options)
     _check_keys(artifact.path, loaded.missing, loaded.unexpected, source.unfilled, source.unused)
     if members(folder):

@@ -10,7 +10,10 @@ from torch import Tensor
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements in row-major order as bytes, without a copy where it is contiguous on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if not plain.numel():
+        return memoryview(b"")
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:

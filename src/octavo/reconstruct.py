@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from octavo.artifact import Packed, pack, unpack
+from octavo.batches import Batch, select, sequences_in
 from octavo.calibrate import Calibration
 from octavo.finish import Built
 from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
 from octavo.inmemory import replaced
 from octavo.job import Job
-from octavo.objective import Batch, Loss, select, sequences_in
+from octavo.modules import own_tensors
+from octavo.narrowing import FLOATS
+from octavo.objective import Loss
 from octavo.raw import Lazily
 
 #: Positions of the calibration data to learn from, repeats counted.
@@ -99,16 +102,20 @@ class _Fit:
         assert job.source.module is not None
         self.module = job.source.module
         self.parameters = job.source.direct
-        self.weights = dict(job.weights(built.packed))
+        self.weights = {**job.source.folded, **job.weights(built.packed)}
         self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
         self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
-        state = self.module.state_dict(keep_vars=True)
+        state = own_tensors(self.module)
         self.start: dict[str, Tensor] = {}
         self.units: dict[str, Tensor] = {}
         for name, kept in built.contents.kept.items():
+            if kept.dtype not in FLOATS:
+                continue
             weight = kept.tensor().float()
             learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
-            if learnable and kept.dtype.is_floating_point and not job.left[name].startswith("ignored") and weight.any():
+            # What is coded as bits would take bytes that nobody planned for.
+            learnable = learnable and not kept.coded and not job.left[name].startswith("ignored")
+            if learnable and weight.any() and weight.isfinite().all():
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
                 self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
         self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
@@ -127,7 +134,8 @@ class _Fit:
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
-        batches = [piece for batch in self.job.calibration_data for piece in _pieces(batch, size)]
+        whole = self.job.calibration_data
+        batches = [piece for batch in whole for piece in _pieces(batch, size)] if self.job.rows else whole
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.rows.values()]
         optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
@@ -145,7 +153,7 @@ class _Fit:
         objective, kept = self.job.objective, self.kept()
         device = next(self.module.parameters()).device.type
         coarse = self.old.quality > _COARSE
-        state = self.module.state_dict(keep_vars=True)
+        state = own_tensors(self.module)
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.module, {}):
                 reference = objective.outputs(self.module, batch)

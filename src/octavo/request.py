@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from octavo import inputs
+from octavo import folds, inputs
 from octavo.allocate import unreachable
 from octavo.artifact import Packed, pack
+from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import CURVATURES, data_free
@@ -21,8 +22,10 @@ from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.job import Job
+from octavo.memory import fits
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
+from octavo.narrowing import Narrowing
 from octavo.objective import Objective
 from octavo.patterns import apply_patterns
 from octavo.progress import Progress
@@ -56,8 +59,14 @@ def open_job(
     memory: str | int | None = None,
     target: str = "disk",
     curvature: str = "kfac",
+    forward_args: Callable[[Batch], Any] | None = None,
+    *,
+    folding: bool = True,
 ) -> Job:
-    """Check a request and gather what all steps share."""
+    """Check a request and gather what all steps share.
+
+    ``folding`` says whether batch normalisation may be folded, which whoever runs the module's own graph must not do.
+    """
     if curvature not in CURVATURES:
         raise RequestError(f"curvature {curvature!r} is not known; choose from {', '.join(CURVATURES)}")
     if target not in TARGETS:
@@ -74,10 +83,11 @@ def open_job(
             f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
             "weights that is not ignored"
         )
+    module = opened.module
     if preset == DATA_FREE:
         opened.module = None
-    batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset])
-    wanted = inputs.choose_objective(opened, objective)
+    batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset], forward_args=forward_args)
+    wanted = inputs.choose_objective(opened, objective, batches)
     if opened.module is not None and not batches:
         opened.module = None
     if opened.module is None and curvature != "kfac":
@@ -87,11 +97,34 @@ def open_job(
         )
     if opened.module is not None:
         batches = inputs.prepared(opened, wanted, batches)
-    calibration, held = inputs.split(batches)
+    rows = inputs.divisible(opened, wanted, batches)
+    calibration, held = inputs.split(batches, rows=rows)
+    if folding and not all(method.lossless for method in chosen):
+        opened = _folded(opened, module, calibration, wanted, left, limit)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
-        list(opened.notes), limit, curvature=curvature,
+        [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature, rows=rows,
     )  # fmt: skip
+
+
+def _folded(
+    source: Source,
+    module: nn.Module | None,
+    calibration: Sequence[Batch],
+    objective: Objective,
+    left: Mapping[str, str],
+    memory: int | None,
+) -> Source:
+    """The source with batch normalisation folded into the layers before it, where that can be."""
+    if module is None or not folds.has_norms(module):
+        return source
+    if source.is_skeleton and calibration:
+        if not fits(source, memory):
+            return source
+        inputs.model_of(source, blockwise=False)
+        module = source.module
+    ignored = [name for name, reason in left.items() if reason.startswith("ignored")]
+    return folds.fold(source, module, calibration[0] if calibration else None, objective, ignored)
 
 
 def describe(job: Job, preset: str) -> dict[str, Any]:
@@ -102,6 +135,7 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "objective": type(job.objective).__name__,
         "methods": [repr(method) for method in job.methods],
         "sites": [site.name for site in job.sites],
+        "folded": sorted(job.source.folded),
         "pinned": {name: list(choice) for name, choice in job.pinned.items()},
         "preset": preset,
         "seed": job.seed,
@@ -158,14 +192,14 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
         return
     evidence = data_free(job.source, job.sites).evidence
     packed = {site.name: _coarsest(job, site, evidence[site.name]) for site in job.sites}
-    if asked.bytes > _SURE * job.contents(packed, torch.float16).bytes:
+    if asked.bytes > _SURE * job.contents(packed, Narrowing.SCALE).bytes:
         return
     if job.measurable:
         # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
         steps = sum(site.rows + site.columns for site in job.sites)
-        smallest = int(1.1 * (job.contents(packed, None).bytes + steps))
+        smallest = int(1.1 * (job.contents(packed, Narrowing.EXACT).bytes + steps))
     else:
-        smallest = job.contents(packed, job.kept_dtype()).bytes
+        smallest = job.contents(packed, job.narrowing()).bytes
     raise unreachable(asked, job.source.original_bytes, smallest)
 
 

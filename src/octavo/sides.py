@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.objective import Batch, mask_of
+from octavo.batches import Batch, mask_of
 
 #: Attention of a decoder to the states of its encoder, by what models call it, and the layers of it that read these.
 _CROSS = ("cross", "encoder_attn", "EncDecAttention", "encoder_decoder")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
+from octavo.coding.container import DTYPES as INTEGERS
 from octavo.conversions import Conversion
 from octavo.errors import RequestError
+from octavo.modules import own_tensors, state_of
+from octavo.narrowing import FLOATS
 from octavo.raw import raw_bytes
 
 #: Called with how much is done and how much there is.
@@ -27,7 +31,14 @@ SMALLEST_SITE = 512
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "C64": torch.complex64,
 }  # fmt: skip
+#: A tensor of zeros and one number at least as far below is a mask that is added.
+_MASK = -1e4
+#: Weights whose largest is beyond this power of two, either way, are scaled before anything is done with them.
+_USUAL = 40
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -44,10 +55,19 @@ class Layout:
         ``stacked`` (matrices in one tensor, such as those of experts: all dimensions but the last count the rows).
     groups
         Groups of a transposed convolution.
+    exponent
+        The matrix is the weight divided by this power of two. It is zero but for weights so small or large that their
+        squares would not be floats.
     """
 
     kind: str = "rows_first"
     groups: int = 1
+    exponent: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What the matrix is multiplied by to give the weight."""
+        return 2.0**self.exponent
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of the matrix of a weight of ``shape``."""
@@ -60,6 +80,8 @@ class Layout:
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight as (rows, columns), contiguous."""
         rows, columns = self.matrix_shape(tuple(weight.shape))
+        if self.exponent:
+            weight = weight.double() / self.scale
         if self.kind == "columns_first":
             return weight.t().contiguous()
         if self.kind == "transposed":
@@ -67,8 +89,14 @@ class Layout:
             return split.permute(0, 2, 1, 3).reshape(rows, columns).contiguous()
         return weight.reshape(rows, columns).contiguous()
 
+    def to_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradients at a layer's output as they would be if its weight were the matrix."""
+        return gradient.double() * self.scale if self.exponent else gradient
+
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Exact inverse of :meth:`to_matrix`."""
+        if self.exponent:
+            matrix = matrix.double() * self.scale
         if self.kind == "columns_first":
             return matrix.t().contiguous()
         if self.kind == "transposed":
@@ -140,6 +168,10 @@ class Source:
         Tensors that become tensors of ``module`` in another shape.
     unused
         Tensors that ``module`` has no place for.
+    fixed
+        Tensors that are stored as they are, whatever their shape, and why.
+    extra
+        What is stored beside tensors: plain data by name (``torch.nn.Module.get_extra_state``).
     unfilled
         Parameters of ``module`` that none of the tensors fills: its own loader gives them random values.
     """
@@ -154,6 +186,10 @@ class Source:
     parameters: dict[str, str] = field(default_factory=dict)
     conversions: list[Conversion] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    #: Powers of two near the largest element of weights of unusual size (:attr:`Layout.exponent`).
+    exponents: dict[str, int] = field(default_factory=dict, repr=False)
     unfilled: list[str] = field(default_factory=list)
     is_transformers: bool = False
     #: Whether ``module`` is an encoder of sentence-transformers as a whole.
@@ -166,6 +202,8 @@ class Source:
     notes: list[str] = field(default_factory=list)
     #: SHA-256 of every tensor's content, from :func:`examine`.
     digests: dict[str, str] = field(default_factory=dict, repr=False)
+    #: Tensors that :func:`octavo.folds.fold` changed. ``read`` gives them; the module holds the original ones.
+    folded: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _direct: tuple[list[Conversion], dict[str, str]] | None = field(default=None, repr=False, init=False)
 
     @property
@@ -194,6 +232,8 @@ class Source:
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
             digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]} {self.digests[name]}\n".encode())
+        if self.extra:
+            digest.update(json.dumps(self.extra, sort_keys=True).encode())
         return digest.hexdigest()
 
     def owner(self, name: str) -> nn.Module | None:
@@ -226,7 +266,7 @@ class Source:
         """
         if self.module is None:
             return {}
-        state = self.module.state_dict(keep_vars=True)
+        state = own_tensors(self.module)
         names = {id(state[parameter]): self.aliases.get(name, name) for name, parameter in self.direct.items()}
         result: dict[str, list[tuple[nn.Module, str]]] = {}
         for module in self.module.modules():
@@ -264,14 +304,19 @@ class Source:
         sites, reasons = [], {}
         for name, shape in self.shapes.items():
             dtype = self.dtypes[name]
-            if not dtype.is_floating_point:
+            if dtype in INTEGERS:
                 reasons[name] = "not a floating tensor: coded without loss"
+            elif name in self.fixed:
+                reasons[name] = self.fixed[name]
+            elif dtype not in FLOATS:
+                reasons[name] = f"{str(dtype).removeprefix('torch.')} tensor"
             elif len(shape) < 2:
                 reasons[name] = f"{len(shape)}-d tensor"
             elif math.prod(shape) < SMALLEST_SITE:
                 reasons[name] = f"fewer than {SMALLEST_SITE} weights"
             else:
                 kind, layout = self._kind(name, shape, tuple(tied.get(name, ())))
+                layout = replace(layout, exponent=self.exponents.get(name, 0))
                 sites.append(Site(name, kind, shape, dtype, layout, tuple(tied.get(name, ()))))
         return sites, reasons
 
@@ -297,16 +342,15 @@ class Source:
 
 def from_module(module: nn.Module, *, title: str | None = None) -> Source:
     """A source from any module in memory; tied tensors are those that share their storage."""
+    state = state_of(module)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.dtype not in DTYPES.values():
-            raise RequestError(f"{type(module).__name__}: {name!r} has dtype {tensor.dtype}, which is not supported")
+    for name, tensor in state.tensors.items():
         # A transposed view of a square weight has its address and shape, but other strides: it is another tensor.
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key = (
+            tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        )  # fmt: skip
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
             continue
@@ -322,23 +366,42 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
         aliases=aliases,
         read=lambda name: tensors[name].detach(),
         module=module,
-        parameters={name: name for name in (*tensors, *aliases)},
+        parameters=state.parameters,
+        fixed=state.fixed,
+        extra=state.extra,
+        notes=state.notes,
     )
 
 
 def examine(source: Source, progress: Progress = lambda done, total: None) -> None:
-    """Read every tensor once, if that was not done before: refuse NaN and Inf, and remember the content's digest.
+    """Read every tensor once, if that was not done before, and remember the content's digest.
+
+    Weights with NaN or Inf are refused. Masks may hold them, and so may buffers: these are stored as they are.
 
     Raises
     ------
     RequestError
-        Naming the first tensor that holds NaN or Inf, and where in it.
+        Naming the first weight that holds NaN or Inf, and where in it.
     """
     names = [name for name in source.shapes if name not in source.digests]
+    own = {} if source.module is None else own_tensors(source.module)
+    buffers = {name for name, target in source.direct.items() if not isinstance(own.get(target), nn.Parameter | None)}
 
     def digest(name: str) -> str:
         tensor = source.read(name).detach()
-        _check_finite(source, name, tensor)
+        if name not in source.fixed and _may_be_site(tensor):
+            # NaN and Inf show in the extremes, which take no memory.
+            least, most = map(float, torch.aminmax(tensor))
+            if _is_mask(tensor, least, most):
+                source.fixed[name] = "a mask"
+            elif not (math.isfinite(least) and math.isfinite(most)):
+                if name not in buffers:
+                    raise _not_finite(source, name, tensor)
+                source.fixed[name] = "a buffer with values that are not finite"
+            elif least < 0 or most > 0:
+                exponent = math.frexp(max(-least, most))[1]
+                if abs(exponent) > _USUAL:
+                    source.exponents[name] = exponent
         return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
     for done, found in enumerate(in_order(digest, names)):
@@ -346,12 +409,18 @@ def examine(source: Source, progress: Progress = lambda done, total: None) -> No
         progress(done + 1, len(names))
 
 
-def _check_finite(source: Source, name: str, tensor: Tensor) -> None:
-    # NaN and Inf show in the extremes, which take no memory, unlike a mask.
-    if not tensor.dtype.is_floating_point or not tensor.numel() or all(map(math.isfinite, torch.aminmax(tensor))):
-        return
+def _may_be_site(tensor: Tensor) -> bool:
+    return tensor.dtype in FLOATS and tensor.ndim >= 2 and tensor.numel() >= SMALLEST_SITE
+
+
+def _is_mask(tensor: Tensor, least: float, most: float) -> bool:
+    """Whether a tensor is zero but where it hides something by a number far below."""
+    return least <= _MASK and most == 0 and bool(((tensor == 0) | (tensor == least)).all())
+
+
+def _not_finite(source: Source, name: str, tensor: Tensor) -> RequestError:
     index = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
-    raise RequestError(
+    return RequestError(
         f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; "
         "a model with NaN or Inf weights cannot be compressed, repair it first"
     )

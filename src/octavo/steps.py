@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import nn
 
 from octavo import executors
 from octavo.allocate import Plan, allocate
+from octavo.batches import Batch
 from octavo.budget import budget as budget_of
 from octavo.compress import Compressed, compress
 from octavo.curves import build_profile
 from octavo.errors import RequestError
 from octavo.executors import Executor
-from octavo.finish import MARGIN, finish, single_families
+from octavo.finish import finish, margin_of, single_families
 from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.objective import Objective
@@ -36,6 +37,7 @@ def profile(
     out: str | Path,
     *,
     data: Any = None,
+    forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
     curvature: str = "kfac",
     methods: Sequence[str] | None = None,
@@ -60,19 +62,9 @@ def profile(
         If something about the request or the source cannot be served.
     """
     job = open_job(
-        source,
-        data,
-        objective,
-        methods,
-        preset,
-        ignore,
-        keep or {},
-        seed,
-        callback(progress),
-        memory,
-        target,
-        curvature,
-    )
+        source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
+        curvature, forward_args,
+    )  # fmt: skip
     request = {
         "data": str(data) if isinstance(data, str | Path) else None,
         "objective": objective if isinstance(objective, str) else None,
@@ -113,7 +105,7 @@ def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = N
         saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits, target=saved.options["target"]
     )
     # Carried out as it is, a plan must not exceed its budget by the little that interpolated points miss.
-    return allocate(saved, asked, margin=MARGIN)
+    return allocate(saved, asked, margin=margin_of(asked.target))
 
 
 @with_progress

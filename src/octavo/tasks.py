@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from octavo.artifact import Packed, Sized, pack
+from octavo.artifact import Packed, Sized, pack, unpack
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.matmul import fast_matmul
@@ -65,3 +65,15 @@ def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting
         return pack(get_method(method).encode(weight, setting, evidence))
     except RequestError as error:
         raise RequestError(f"site {site.name!r}: {error}") from error
+
+
+@fast_matmul()
+def weighed(
+    site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting
+) -> tuple[Packed, float] | None:
+    """A site's form on disk by one method and setting and its expected loss; None if that is not offered there."""
+    if setting not in get_method(method).at_site(site).settings(weight, evidence):
+        return None
+    packed = encoded(site, weight, evidence, method, setting)
+    form = unpack(memoryview(packed.blob), packed.parts, packed.meta, (site.rows, site.columns))
+    return packed, evidence.loss(form.dense() - weight)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from octavo.ahead import in_order
 from octavo.artifact import MANIFEST, Artifact, dtype_name
+from octavo.batches import Batch
 from octavo.errors import ArtifactError, RequestError
+from octavo.filling import fill
 from octavo.integrations.sentences import is_installed, load_encoder, members, transformer_folder
-from octavo.objective import Batch
 from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.probes import Outputs, first_output, probe
 from octavo.raw import raw_bytes
@@ -68,18 +69,16 @@ def load(
         Artifact(path)
         if is_known(path):
             return load_model(path, packed=packed)
-    state = Artifact(path).state(packed=packed)
+    artifact = Artifact(path)
+    state = artifact.state(packed=packed)
     if into is None:
-        return state
+        return {**state, **artifact.extra}
     # Into factors of another artifact nothing could be written.
     dense_again(into)
     try:
-        if packed:
-            into.load_state_dict(state, strict=True, assign=True)
-            return into
-        into.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ArtifactError(f"{path}: does not fit {type(into).__name__}: {error}") from error
+        fill(into, state, artifact.extra, assign=packed)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
     return into
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch, sequences_in
 from octavo.curvature import Curvature, eigen
 from octavo.evidence import Evidence
 from octavo.gradients import Gradients, Seen
 from octavo.layers import is_layer, scale_of_table
-from octavo.objective import Batch, sequences_in
 from octavo.raw import raw_bytes
 from octavo.sides import Masks, sides_of
 from octavo.sites import Site, Source
@@ -107,7 +107,7 @@ class _Watch:
 
         def backward(gradient: Tensor) -> None:
             flat = gradient.movedim(self._axis, -1) if keep is None else gradient[keep]
-            flat = flat.reshape(-1, self.site.rows).float()
+            flat = self.site.layout.to_gradient(flat.reshape(-1, self.site.rows).float())
             self.rows += flat.square().sum(0).double().cpu()
             if self.outputs is not None:
                 self.outputs += (flat.t() @ flat).double().cpu()
@@ -129,6 +129,9 @@ class _Watch:
 
     def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
+        if live is not None and live.numel() == tokens.numel():
+            # Answers to one question are sequences of their own to the model.
+            live = live.reshape(tokens.shape)
         shown = tokens if live is None else tokens.expand(live.shape)[live]
         self.rows += torch.bincount(shown.flatten().cpu(), minlength=self.site.rows).double()
         self.samples += shown.numel()
@@ -136,7 +139,8 @@ class _Watch:
         def backward(gradient: Tensor) -> None:
             flat = gradient[live] if live is not None and live.shape == gradient.shape[:-1] else gradient.flatten(0, -2)
             scale = 1.0 if self.scale is None else self.scale
-            self._add((flat.float().t() @ flat.float()).double().cpu() * scale**2)
+            flat = self.site.layout.to_gradient(flat.float())
+            self._add((flat.t() @ flat).double().cpu() * scale**2)
 
         if output.is_leaf:
             # A copy, since models may go on in place, which a leaf does not allow.
@@ -209,15 +213,16 @@ class _Correction(_Watch):
         first = columns.shape[1] * (height**2 + width**2) < height * width * (height + width)
 
         def backward(gradient: Tensor) -> None:
-            rows = gradient.movedim(self._axis, -1).float()
+            rows = self.site.layout.to_gradient(gradient.movedim(self._axis, -1).float())
             rows = rows if keep is None else rows * keep[..., None]
             rows = rows.reshape(examples, -1, self.site.rows)
             left, right = self.curvature.outputs.to(rows), self.curvature.inputs.to(rows)
             for some in torch.arange(examples).split(max(1, _GRADIENTS // self.values.numel())):
+                own = columns[some].to(rows)
                 if first:
-                    gradients = (rows[some] @ left).mT @ (columns[some] @ right)
+                    gradients = (rows[some] @ left).mT @ (own @ right)
                 else:
-                    gradients = left.t() @ (rows[some].mT @ columns[some]) @ right
+                    gradients = left.t() @ (rows[some].mT @ own) @ right
                 self.values += gradients.square().sum(0).double().cpu()
 
         return backward

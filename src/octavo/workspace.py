@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from octavo.artifact import Packed, Stored
@@ -179,9 +181,9 @@ def hash_tensors(batches: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(raw_bytes(value))
-        elif isinstance(value, dict):
-            for key in sorted(value):
+            digest.update(raw_bytes(value if value.layout == torch.strided else value.to_dense()))
+        elif isinstance(value, Mapping):
+            for key in sorted(value, key=str):
                 digest.update(str(key).encode())
                 add(value[key])
         elif isinstance(value, list | tuple):

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import octavo
-from octavo.artifact import Contents, Entry, Kept, Sized, pack, writing
+from octavo.artifact import Contents, Entry, Kept, Sized, is_constant, pack, writing
 from octavo.errors import OctavoError
 from octavo.forms import Dense, Grid
+from octavo.raw import raw_bytes
 from octavo.sites import Layout
 from octavo.workspace import Workspace
 
@@ -115,3 +116,101 @@ def test_a_manifest_says_what_the_files_hold(tmp_path):
     header = 8 + int.from_bytes(content[:8], "little")
     assert manifest["files"] == {"model.safetensors": [len(content), zlib.crc32(content[:header])]}
     assert set(manifest["sites"]) == {"b.0", "b.1", "b.2", "dense"} and set(manifest["coded"]) == {"positions"}
+
+
+def with_bits(tmp_path):
+    made = contents(1)
+    made.kept["mask"] = replace(kept(torch.full((6, 7), float("-inf"))), coded=True)
+    made.kept["pair"] = kept(torch.complex(torch.randn(5), torch.randn(5)).to(torch.complex128))
+    made.kept["eight"] = kept(torch.randn(9).to(torch.float8_e5m2))
+    made.extra = {"_extra_state": {"step": 3}}
+    stated = made.bytes
+    made.write(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == stated
+    return made
+
+
+def forge(folder, change):
+    """The manifest with something else in it, and a checksum that fits."""
+    import hashlib
+
+    manifest = json.loads((folder / "octavo.json").read_bytes())
+    del manifest["sha256"]
+    change(manifest)
+    body = json.dumps(manifest, separators=(",", ":"))[1:].encode()
+    head = b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",'
+    (folder / "octavo.json").write_bytes(head + body)
+
+
+def test_bits_and_data_are_read_back(tmp_path):
+    made = with_bits(tmp_path)
+    artifact = octavo.Artifact(tmp_path)
+    for name in ("mask", "pair", "eight"):
+        found, wanted = artifact.tensor(name), made.kept[name].read()
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+    assert artifact.extra == {"_extra_state": {"step": 3}}
+    assert artifact.loadable_shapes()["mask"] == (6, 7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["bits"].update(mask=["float32", "complex64"]),
+        lambda m: m["bits"].update(mask=["float64", "float64"]),
+        lambda m: m["bits"].update(mask=["object", "object"]),
+        lambda m: m["bits"].update(mask="float32"),
+        lambda m: m["bits"].update(mask=[["float32"], "float32"]),
+        lambda m: m["bits"].update(norm=["float32", "float32"]),
+        lambda m: m.update(bits=[]),
+        lambda m: m["coded"].update(mask=[m["coded"]["mask"][0], 2**20, 2**20]),
+        lambda m: m["coded"].update(mask=[m["coded"]["mask"][0], 6, 8]),
+        lambda m: m["kept"]["eight"].__setitem__(1, "float32"),
+        lambda m: m["kept"]["norm"].__setitem__(1, "int64"),
+        lambda m: m.update(extra=[1]),
+        lambda m: m.update(extra={"norm": 1}),
+        lambda m: m["sites"]["b.0"].update(layout=["rows_first", 1, 4000]),
+        lambda m: m["sites"]["b.0"].update(layout=["rows_first", 1, True]),
+        lambda m: m["sites"]["b.0"].update(layout=["rows_first", 1, 0, 0]),
+        lambda m: m["sites"]["b.0"].update(layout=["rows_first", 1, 1.5]),
+    ],
+)
+def test_a_forged_entry_is_refused(tmp_path, change):
+    with_bits(tmp_path)
+    forge(tmp_path, change)
+    with pytest.raises(octavo.ArtifactError):
+        octavo.Artifact(tmp_path).state()
+
+
+def test_the_name_of_the_metadata_is_escaped_both_ways(tmp_path):
+    made = contents(1)
+    for name in ("__metadata__", "__metadata__.", "__metadata__..", "x.__metadata__"):
+        made.kept[name] = kept(torch.full((3,), float(len(name))))
+    made.write(tmp_path)
+    artifact = octavo.Artifact(tmp_path)
+    assert all(float(artifact.tensor(name)[0]) == len(name) for name in made.kept if "metadata" in name)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) >= {"__metadata__.", "__metadata__..", "__metadata__...", "x.__metadata__"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1 - 1e-3, 3e-5])
+def test_a_constant_takes_the_room_of_one_value(tmp_path, dtype, value):
+    made, tensor = Contents(SOURCE), torch.full((640, 2), value, dtype=dtype)
+    made.kept["ones"] = replace(kept(tensor), coded=True)
+    made.kept["others"] = kept(torch.randn(7))
+    made.write(tmp_path)
+    artifact = octavo.Artifact(tmp_path)
+    assert artifact.bytes == made.bytes < 1000
+    found = artifact.tensor("ones")
+    assert found.dtype == dtype and found.shape == tensor.shape
+    assert raw_bytes(found) == raw_bytes(tensor)
+    assert made.kept["ones"].measured[0] < 40
+
+
+def test_what_differs_in_one_bit_is_no_constant():
+    assert is_constant(torch.full((64,), 0.3))
+    assert not is_constant(torch.tensor([0.0] * 63 + [-0.0]))
+    assert not is_constant(torch.full((64,), 3))
+    assert not is_constant(torch.full((8,), 0.3))
+    assert not is_constant(torch.zeros(0))

@@ -63,3 +63,28 @@ def test_the_card_escapes_markdown_of_strangers(report: dict[str, Any]) -> None:
     text = card(report)
     assert "# !\\[x\\](y) \\<script\\>\\|a\\| # big, compressed" in text
     assert "````sh\noctavo compress '```\n```' \\\n  --ratio 8\n````" in text
+
+
+def test_one_setting_that_does_not_exist_everywhere_is_not_said_to_be(report: dict[str, Any]) -> None:
+    report["winner"] = "uniform"
+    report["uniform"] |= {"sites": 26, "of": 38, "moved": False}
+    text = card(report)
+    assert "so 26 of 38 sites have entropy (step=0.1); at the others it does not exist or saves nothing" in text
+    assert "every site" not in text
+    report["uniform"] |= {"sites": 38, "moved": True}
+    assert "so every site has entropy (step=0.1), moved a little at some sites to use the budget" in card(report)
+
+
+def test_the_verdict_says_what_the_best_single_setting_takes(report: dict[str, Any]) -> None:
+    assert "against 0.0042 with the best single setting, entropy (step=0.1), which takes 11.30 MB." in card(report)
+    report["uniform"]["held"] = 15_000_000
+    assert "which takes 15.00 MB in memory." in card(report)
+    report["uniform"], report["quality"]["uniform"] = {}, None
+    assert "no single setting for all was measured beside them" in card(report)
+
+
+def test_the_card_has_one_line_a_kind_of_warning(report: dict[str, Any]) -> None:
+    names = [site["name"] for site in report["sites"]]
+    report["calibration"]["warnings"] = [f"{name}: little data ({n} for 384)" for n, name in enumerate(names)]
+    text = card(report)
+    assert text.count("Warning:") == 1 and f"{len(names)} sites: little data, e.g. " in text

@@ -231,6 +231,27 @@ def test_signed_lies(damaged: Path, sound: Path, lab: Any, change: str) -> None:
     refused(damaged)
 
 
+CODED_LIES: dict[str, Callable[..., list]] = {
+    "another width": lambda crc, *shape: [crc, "float16", *shape],
+    "an integer dtype": lambda crc, *shape: [crc, "int64", *shape],
+    "no dtype": lambda crc, *shape: [crc, "float8", *shape],
+    "another shape": lambda crc, *shape: [crc, "float64", *shape, 2],
+    "huge shape": lambda crc, *shape: [crc, "float64", 2**40],
+    "two dtypes": lambda crc, *shape: [crc, "float64", "float64", *shape],
+    "nothing": lambda crc, *shape: [],
+}
+
+
+@pytest.mark.parametrize("change", CODED_LIES)
+def test_signed_lies_about_coded_floats(zoo_artifact: Path, tmp_path: Path, lab: Any, change: str) -> None:
+    folder = shutil.copytree(zoo_artifact, tmp_path / "zoo")
+    manifest = lab.manifest_of(folder)
+    name, entry = next(iter(manifest["coded"].items()))
+    manifest["coded"][name] = CODED_LIES[change](*entry)
+    sign(folder, manifest)
+    refused(folder)
+
+
 def test_a_link_is_not_followed(damaged: Path, sound: Path) -> None:
     for name in COUNTED:
         (damaged / name).unlink()
@@ -423,6 +444,7 @@ def test_huge_claims_take_no_memory(zoo_artifact: Path, tmp_path: Path, lab: Any
     for shape in HUGE:
         add(_change(shape=shape))
     add(lambda manifest: next(iter(manifest["coded"].values())).append(2**40))
+    add(lambda manifest: next(iter(manifest["coded"].values())).__setitem__(slice(1, None), ["float64", 2**40]))
     add(CHANGES["a rank beyond"])
     add(CHANGES["survivors beyond"])
     add(CHANGES["floats of huge shape"])

@@ -10,7 +10,8 @@ from octavo.forms import Codebook, Dense, Form, Grid, LowRank, Sum
 from octavo.integrations.onnx import Session
 from octavo.runtimes.activations import Ranges, rounding_loss
 from octavo.runtimes.graph import OPSET
-from octavo.runtimes.kernels import BLOCKS, FLOAT, INT8, Nodes, finished, kernel_of, multiply
+from octavo.runtimes.kernels import BLOCKS, FLOAT, INT8, kernel_of, multiply
+from octavo.runtimes.nodes import Nodes, finished
 
 
 def codes(low: int, high: int, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -109,7 +110,7 @@ def test_tables_are_read_in_codes() -> None:
         import onnx
 
         nodes = Nodes(["x", "y"])
-        nodes.add("Identity", [_lookup(nodes, "w", "x", form)], outputs=["y"])
+        nodes.add("Identity", [_lookup(nodes, "w", form, "x")], outputs=["y"])
         ends = [
             onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, [1, 3]),
             onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3, COLUMNS]),

@@ -27,27 +27,30 @@ from torch import Tensor
 
 import octavo.forms as forms
 from octavo import coding
-from octavo.artifact.packing import DTYPES, check_parts, from_bytes, naturals, unpack
-from octavo.artifact.writing import FORMAT_VERSION, MANIFEST, SUBFOLDER, WEIGHTS
+from octavo.artifact.packing import DTYPES, check_parts, dtype_name, from_bytes, naturals, unpack
+from octavo.artifact.writing import BITS, FORMAT_VERSION, MANIFEST, SUBFOLDER, WEIGHTS, unescaped
 from octavo.errors import ArtifactError
+from octavo.modules import SUPPORTED
+from octavo.narrowing import FLOATS
 from octavo.raw import narrowed
 from octavo.running import PackedWeight, kernel_for
 from octavo.running.factors import is_factorization
+from octavo.sites import DTYPES as CODES
 from octavo.sites import Layout
 
 #: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
 _LARGEST_RATIO = 2000
 _SLACK = 64 << 20
+#: That of a float64.
+_LARGEST_EXPONENT = 1023
 _MANIFEST_LIMIT = 256 << 20
 #: That of the safetensors library.
 _HEADER_LIMIT = 100_000_000
 _FILE_NAME = re.compile(rf"({SUBFOLDER.pattern}/)?model(-\d{{5}}-of-\d{{5}})?\.safetensors", re.ASCII)
 _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')
 
-_SAFETENSORS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+#: Dtypes of tensors that are stored bit for bit.
+_EXACT = {dtype_name(dtype): dtype for dtype in SUPPORTED}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ class Artifact:
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
         self.coded: Mapping[str, Any] = _mapping(self.manifest, "coded")
         self.aliases: Mapping[str, Any] = _mapping(self.manifest, "aliases")
+        #: Coded tensors that are not integers: the dtype of their bits, and the one to give back.
+        self.bits: Mapping[str, Any] = _mapping({"bits": {}, **self.manifest}, "bits")
+        #: Plain data that the source kept beside its tensors.
+        self.extra: Mapping[str, Any] = _mapping({"extra": {}, **self.manifest}, "extra")
         #: Aliases that stand in the files under their own name.
         self.named = self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
@@ -143,13 +150,18 @@ class Artifact:
         """How the weight of a site is read as the matrix of its form."""
         return _layout(name, self.sites[name])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a site had in the source, to which its weight is rounded."""
+        return _dtype(name, self.sites[name].get("dtype"))
+
     def factorizations(self) -> list[str]:
-        """Names of the sites whose forms are made of factors."""
-        return [name for name, entry in self.sites.items() if is_factorization(entry["form"])]
+        """Names of the sites whose forms are made of factors. Those of a scaled matrix are not the weight's."""
+        sites = self.sites.items()
+        return [name for name, entry in sites if is_factorization(entry["form"]) and not self.layout(name).exponent]
 
     def packed(self, name: str) -> Tensor:
-        """A site as a weight that runs from its codes; any other tensor as the source had it."""
-        if name not in self.sites:
+        """A site as a weight that runs from its codes; any other tensor, and a scaled weight, as the source had it."""
+        if name not in self.sites or self.layout(name).exponent:
             return self.tensor(name)
         entry = self.sites[name]
         shape, dtype = _shape(name, entry), _dtype(name, entry.get("dtype"))
@@ -162,6 +174,8 @@ class Artifact:
             matrix = self.form(name).dense()
             weight = self.layout(name).from_matrix(matrix, _shape(name, entry))
             return narrowed(weight, _dtype(name, entry.get("dtype")))
+        if name in self.bits:
+            return self._of_bits(name)
         if name in self.coded:
             shape = self.coded[name][1:]
             tensor = coding.decode(self.content(name), max_elements=math.prod(shape))
@@ -169,7 +183,19 @@ class Artifact:
                 raise ArtifactError(f"{self.path}: {name!r} decodes to shape {list(tensor.shape)}, not {shape}")
             return tensor
         place = self._tensors[name]
-        return from_bytes(self.content(name), place.dtype, place.shape).to(_dtype(name, self.kept[name][1]))
+        return from_bytes(self.content(name), place.dtype, place.shape).to(_EXACT[self.kept[name][1]])
+
+    def _of_bits(self, name: str) -> Tensor:
+        """A tensor whose bits were coded as integers."""
+        shape, (stored, dtype) = self.coded[name][1:], (_EXACT[word] for word in self.bits[name])
+        kind = BITS.get(stored.itemsize, torch.int64)
+        count = math.prod(shape) * stored.itemsize // kind.itemsize
+        bits = coding.decode(self.content(name), max_elements=count)
+        if bits.dtype != kind or bits.shape != (count,):
+            raise ArtifactError(
+                f"{self.path}: {name!r} decodes to {list(bits.shape)} of {bits.dtype}, not to {count} of {kind}"
+            )
+        return (bits.view(stored).reshape(shape) if count else torch.zeros(shape, dtype=stored)).to(dtype)
 
     def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
         """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel.
@@ -224,9 +250,9 @@ class Artifact:
         for inner, info in _json(head[8:], file).items():
             if inner == "__metadata__":
                 continue
-            tensor = prefix + inner
+            tensor = prefix + unescaped(inner)
             try:
-                dtype, shape, (start, stop) = _SAFETENSORS[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
+                dtype, shape, (start, stop) = CODES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
                 whole = naturals((start, stop, *shape)) and start <= stop <= size_of_data
                 fits = whole and stop - start == math.prod(shape) * dtype.itemsize
             except (KeyError, TypeError, ValueError) as error:
@@ -265,14 +291,28 @@ class Artifact:
         for name, entry in self.kept.items():
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
-            _dtype(name, entry[1])
+            self._check_pair(name, self._tensors[name].dtype, entry[1])
             # Other loaders read these tensors as they are, and check nothing.
             self.content(name)
+        for name, entry in self.bits.items():
+            words = entry if isinstance(entry, list) and len(entry) == 2 else [None, None]
+            if name not in self.coded or not isinstance(words[0], str) or words[0] not in _EXACT:
+                raise ArtifactError(f"{self.path}: the bits of {name!r} are of dtype {words[0]!r}")
+            self._check_pair(name, _EXACT[words[0]], words[1])
+            total += math.prod(self.coded[name][1:]) * 16
+        if set(self.extra) & {*self._tensors, *self.aliases}:
+            raise ArtifactError(f"{self.path}: the manifest has data under the name of a tensor")
         if total > _LARGEST_RATIO * self.bytes + _SLACK:
             raise ArtifactError(
                 f"{self.path}: claims {total} bytes of weights in {self.bytes} bytes of files; refused, since no "
                 f"artifact compresses {_LARGEST_RATIO} times"
             )
+
+    def _check_pair(self, name: str, stored: torch.dtype, given: Any) -> None:
+        """Floats may be stored in another precision; every other dtype is given back as it is stored."""
+        dtype = _EXACT.get(given) if isinstance(given, str) else None
+        if dtype is None or (dtype != stored and not {dtype, stored} <= {*FLOATS}):
+            raise ArtifactError(f"{self.path}: {name!r} has dtype {given!r}, and is stored as {dtype_name(stored)}")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -320,15 +360,18 @@ def _shape(name: str, entry: Any) -> tuple[int, ...]:
 
 def _layout(name: str, entry: Mapping[str, Any]) -> Layout:
     layout, shape = entry.get("layout", ["rows_first", 1]), _shape(name, entry)
-    kind, groups = layout if isinstance(layout, list) and len(layout) == 2 else (None, 0)
+    parts = layout if isinstance(layout, list) and len(layout) in (2, 3) else [None, 0]
+    kind, groups, exponent = [*parts, 0][:3]
     whole = naturals([groups]) and groups > 0 and (groups == 1 or (kind == "transposed" and shape[0] % groups == 0))
     if (
         kind not in ("rows_first", "columns_first", "transposed", "stacked")
         or not whole
+        or type(exponent) is not int
+        or abs(exponent) > _LARGEST_EXPONENT
         or (kind == "columns_first" and len(shape) != 2)
     ):
         raise ArtifactError(f"site {name!r} has layout {layout!r} for shape {list(shape)}")
-    return Layout(kind, groups)
+    return Layout(kind, groups, exponent)
 
 
 def _dtype(name: str, dtype: Any) -> torch.dtype:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from octavo import coding
 from octavo.artifact.packing import Packed, dtype_name
+from octavo.coding.container import DTYPES as INTEGERS
 from octavo.raw import raw_bytes
 from octavo.sites import Layout
 
@@ -36,7 +37,17 @@ SHARD_BYTES = 4_000_000_000
 SUBFOLDER = re.compile(r"\d{1,3}_\w{1,64}", re.ASCII)
 
 #: What safetensors calls the dtypes that artifacts hold, in the order in which it writes them: so all are aligned.
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_CODES = {
+    torch.uint64: "U64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32", torch.uint32: "U32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8",
+}  # fmt: skip
+#: A float tensor of which all elements are equal is coded if it has more bytes than this; a coded one has about 30.
+_CONSTANT_BYTES = 40
+#: Integers as which the bits of other tensors are coded.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+#: The name that safetensors files keep for themselves.
+_RESERVED = "__metadata__"
 
 
 @dataclass
@@ -58,7 +69,8 @@ class Entry:
             "crc": self.packed.crc,
         }
         if self.layout != Layout():
-            entry["layout"] = [self.layout.kind, self.layout.groups]
+            exponent = [self.layout.exponent] if self.layout.exponent else []
+            entry["layout"] = [self.layout.kind, self.layout.groups, *exponent]
         return entry
 
 
@@ -76,12 +88,25 @@ class Kept:
         The dtype to store it in.
     dtype
         The dtype to give back, which is that of the source.
+    coded
+        Whether its bits are coded as integers, as those of dtypes that files have no name for always are.
     """
 
     read: Callable[[], Tensor]
     shape: tuple[int, ...]
     stored: torch.dtype
     dtype: torch.dtype
+    coded: bool = False
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is coded as the integers that it holds."""
+        return self.stored in INTEGERS
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it stands in the file as itself."""
+        return not self.is_integer and not self.coded and self.stored in _CODES
 
     def tensor(self) -> Tensor:
         """The tensor in the dtype that it is stored in."""
@@ -92,15 +117,25 @@ class Kept:
         return self.tensor().to(self.dtype)
 
     def content(self) -> bytes | memoryview:
-        """What is stored: floating numbers as they are, integers coded."""
+        """What is stored: floating numbers as they are, integers and bits coded."""
         tensor = self.tensor()
-        return raw_bytes(tensor) if self.stored.is_floating_point else coding.encode(tensor)
+        if self.is_raw:
+            return raw_bytes(tensor)
+        return coding.encode(tensor if self.is_integer else bits_of(tensor))
 
     @cached_property
     def measured(self) -> tuple[int, int]:
         """Length and CRC-32 of the content."""
         content = self.content()
         return len(content), zlib.crc32(content)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether all elements of a float tensor have the same bits, and are so many that one of them is smaller."""
+    if tensor.nbytes <= _CONSTANT_BYTES or not tensor.is_floating_point() or tensor.itemsize not in BITS:
+        return False
+    low, high = torch.aminmax(bits_of(tensor))
+    return bool(low == high)
 
 
 @dataclass(frozen=True)
@@ -147,6 +182,8 @@ class Contents:
         itself learns of them there.
     resident
         Bytes that all tensors take while the model runs packed, if that was the budget.
+    extra
+        Plain data by name that the source keeps beside its tensors.
     """
 
     source: dict[str, Any]
@@ -155,6 +192,7 @@ class Contents:
     aliases: dict[str, str] = field(default_factory=dict)
     resident: int | None = None
     named: frozenset[str] = frozenset()
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -196,18 +234,22 @@ class Contents:
         }  # fmt: skip
         if self.resident is not None:
             manifest["resident"] = self.resident
+        if self.extra:
+            manifest["extra"] = self.extra
         pieces: dict[str, _Piece] = {}
         for name, entry in self.entries.items():
             pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)
             manifest["sites"][name] = entry.describe()
         for name, kept in self.kept.items():
             length, crc = kept.measured
-            if kept.stored.is_floating_point:
+            if kept.is_raw:
                 pieces[name] = _Piece(kept.stored, kept.shape, kept.content)
                 manifest["kept"][name] = [crc, dtype_name(kept.dtype)]
-            else:
-                pieces[name] = _Piece(torch.uint8, (length,), kept.content)
-                manifest["coded"][name] = [crc, *kept.shape]
+                continue
+            pieces[name] = _Piece(torch.uint8, (length,), kept.content)
+            manifest["coded"][name] = [crc, *kept.shape]
+            if not kept.is_integer:
+                manifest.setdefault("bits", {})[name] = [dtype_name(kept.stored), dtype_name(kept.dtype)]
         for alias in sorted(self.named):
             pieces[alias] = _Piece(torch.uint8, (0,), lambda: b"")
         files = _by_folder(pieces)
@@ -238,6 +280,22 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/", inner) if slash and SUBFOLDER.fullmatch(folder) and inner else ("", name)
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor's elements in row-major order, as integers of one dimension."""
+    plain = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return plain.view(BITS.get(tensor.dtype.itemsize, torch.int64))
+
+
+def escaped(name: str) -> str:
+    """The name of a tensor in a safetensors file, which is another where the format keeps the name for itself."""
+    return f"{name}." if name.rstrip(".") == _RESERVED else name
+
+
+def unescaped(name: str) -> str:
+    """Inverse of :func:`escaped`."""
+    return name[:-1] if name.endswith(".") and name.rstrip(".") == _RESERVED else name
+
+
 def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
     shards: list[dict[str, _Piece]] = [{}]
     size = 0
@@ -250,7 +308,7 @@ def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
     if len(shards) == 1:
         return {WEIGHTS: _safetensors(shards[0])}
     names = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
-    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    where = {escaped(tensor): name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = json.dumps({"metadata": {}, "weight_map": where}, separators=(",", ":")).encode()
     files = {name: _safetensors(shard) for name, shard in zip(names, shards, strict=True)}
     return {**files, f"{WEIGHTS}.index.json": _File(index)}
@@ -258,13 +316,13 @@ def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
 
 def _safetensors(pieces: Mapping[str, _Piece]) -> _File:
     """The same bytes as the library's, which can only write what is all in memory."""
-    order = sorted(pieces, key=lambda name: (list(_CODES).index(pieces[name].dtype), name.encode()))
+    order = sorted(pieces, key=lambda name: (list(_CODES).index(pieces[name].dtype), escaped(name).encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in order:
         piece = pieces[name]
         stop = start + piece.length
-        header[name] = {"dtype": _CODES[piece.dtype], "shape": piece.shape, "data_offsets": [start, stop]}
+        header[escaped(name)] = {"dtype": _CODES[piece.dtype], "shape": piece.shape, "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NoReturn
@@ -34,7 +35,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with warnings.catch_warnings():
+                # Commands print notes themselves.
+                warnings.simplefilter("ignore", octavo.OctavoWarning)
+                function(*args, **kwargs)
         except OctavoError as error:
             _fail(error, as_json=bool(kwargs.get("json_output")))
         except KeyboardInterrupt:

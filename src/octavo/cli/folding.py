@@ -133,8 +133,8 @@ def compress(
     console.print(report.measured(result), markup=False)
     if result["artifact"]["note"]:
         console.print(f"note: {result['artifact']['note']}", markup=False)
-    for warning in result["calibration"]["warnings"][:3]:
-        console.print(f"note: {warning}", markup=False)
+    for note in done.notes:
+        console.print(f"note: {note}", markup=False)
     console.print(f"Artifact: {out}    Report: {out / REPORT}", markup=False)
 
 

@@ -41,6 +41,9 @@ def export(
         typer.Option(help="The most that rounding the inputs of integer kernels may add to the divergence."),
     ] = None,
     shape: options.SHAPE = "1x32",
+    prefer: Annotated[
+        str, typer.Option(help="size: every weight in the fewest bits that are exact; speed: the fastest kernels.")
+    ] = "size",
     overwrite: options.OVERWRITE = False,
     json_output: options.JSON = False,
 ) -> None:
@@ -49,23 +52,26 @@ def export(
     Example: octavo export folded --to onnx model.onnx
     """
     result = octavo.export(
-        model, out, to=to, data=data, objective=objective, loss=loss, shape=shape, overwrite=overwrite
+        model, out, to=to, data=data, objective=objective, loss=loss, shape=shape, prefer=prefer, overwrite=overwrite
     )
     if json_output:
         show_json(result)
         return
     counts = Counter(result["kernels"].values())
     kernels = ", ".join(f"{count} on {kernel}" for kernel, count in sorted(counts.items()))
-    speed, far = result["latency"], result["divergence"]
-    console.print(f"{out}: {result['bytes']:,} bytes; sites by kernel: {kernels}", markup=False)
+    speed, far, artifact = result["latency"], result["divergence"], result["artifact_bytes"]
+    beside = f" (the artifact: {artifact:,})" if artifact else ""
+    console.print(f"{out}: {result['bytes']:,} bytes{beside}; sites by kernel: {kernels}", markup=False)
+    moved = f"{far['metric']} {far['mean']:.3g} from MODEL on {far['data']}" if far else "not measured without data"
     console.print(
         f"with float kernels its outputs are within {result['difference']:.2g} of MODEL's ({result['tolerance']:g} is "
-        f"allowed); as written, {far['metric']} {far['mean']:.3g} from MODEL on {far['data']}",
+        f"allowed); as written, {moved}",
         markup=False,
     )
-    batch, tokens = speed["shape"]
+    examples, *tokens = speed["shape"]
+    size = f"{examples} x {tokens[0]} tokens" if tokens else f"{examples} examples"
     console.print(
-        f"{speed['seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {speed['threads']} threads: "
+        f"{speed['seconds'] * 1e3:.3g} ms at {size}, {speed['threads']} threads: "
         f"{speed['speedup']:.2f} times as fast as MODEL in PyTorch (float32, dense)",
         markup=False,
     )

@@ -60,6 +60,10 @@ class Trellis(Form):
         return cls(grid)
 
     def dense(self) -> Tensor:  # noqa: D102
+        return self.levels().dense()
+
+    def levels(self) -> Grid:
+        """The grid of all levels, with the quantizers in its codes."""
         codes = self.grid.codes
         narrow = codes.cpu().numpy()
         # One bit more than the codes have.
@@ -68,7 +72,7 @@ class Trellis(Form):
         )
         levels <<= 1
         levels |= quantizers(narrow)
-        return replace(self.grid, codes=torch.from_numpy(levels).to(codes.device)).dense()
+        return replace(self.grid, codes=torch.from_numpy(levels).to(codes.device))
 
 
 def quantizers(codes: np.ndarray) -> np.ndarray:

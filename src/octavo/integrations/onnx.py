@@ -91,9 +91,9 @@ class Session(nn.Module):
             raise RequestError(f"the exported model takes {', '.join(self.inputs)}; {', '.join(missing)} is not given")
         return {name: given[name].numpy() for name in self.inputs}
 
-    def forward(self, **batch: Tensor) -> Any:
+    def forward(self, *values: Tensor, **batch: Tensor) -> Any:
         """Outputs under the names that the source gives them, ``last_hidden_state`` or ``logits``."""
         from transformers.utils import ModelOutput
 
-        arrays = self.session.run(None, self.feed(batch))
+        arrays = self.session.run(None, self.feed({**dict(zip(self.inputs, values, strict=False)), **batch}))
         return ModelOutput({name: torch.from_numpy(array) for name, array in zip(self.names, arrays, strict=True)})

@@ -44,7 +44,7 @@ def members(folder: Path) -> list[Member]:
         If ``modules.json`` names a folder outside of this one.
     """
     file = folder / "modules.json"
-    if not file.is_file() or _model_type(folder) != "SentenceTransformer":
+    if not is_encoder_folder(folder):
         return []
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -56,6 +56,11 @@ def members(folder: Path) -> list[Member]:
         if len(parts) > 1 or ".." in parts or PurePosixPath(member.path).is_absolute():
             raise RequestError(f"{file}: names the folder {member.path!r}, which is not directly below it")
     return found
+
+
+def is_encoder_folder(folder: Path) -> bool:
+    """Whether a folder is an encoder of ``sentence-transformers``, and no reranker or sparse encoder."""
+    return (folder / "modules.json").is_file() and _model_type(folder) == "SentenceTransformer"
 
 
 def _model_type(folder: Path) -> str:
@@ -97,6 +102,9 @@ class SentenceEncoder(nn.Module):
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.encoder = encoder
+        prompt = self._prompt()
+        # Pooling leaves out the prompt if it is told how long that is and its configuration asks for it.
+        self._prompt_length = encoder.preprocess([""], **prompt).get("prompt_length") if prompt else None
 
     @property
     def transformer(self) -> nn.Module | None:
@@ -108,14 +116,22 @@ class SentenceEncoder(nn.Module):
         """Sentence vectors (examples, dimensions)."""
         if type(self.encoder[0]).__name__ == "StaticEmbedding" and "offsets" not in features:
             features = _flat(features["input_ids"], features["attention_mask"])
+        if self._prompt_length is not None:
+            features = {"prompt_length": self._prompt_length, **features}
         result: Tensor = self.encoder(dict(features))["sentence_embedding"]
         return result
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Batches of texts, tokenized by the encoder's own tokenizer; neighbours in length share a batch."""
-        ordered = sorted(texts, key=len)
-        made = (self.encoder.preprocess(ordered[at : at + _BATCH]) for at in range(0, len(ordered), _BATCH))
+        ordered, prompt = sorted(texts, key=len), self._prompt()
+        made = (self.encoder.preprocess(ordered[at : at + _BATCH], **prompt) for at in range(0, len(ordered), _BATCH))
         return [_padded({k: v for k, v in batch.items() if isinstance(v, Tensor)}) for batch in made]
+
+    def _prompt(self) -> dict[str, str]:
+        """The prompt that stands before every text by default, if there is one."""
+        name = self.encoder.default_prompt_name
+        prompt = self.encoder.prompts.get(name) if name is not None else None
+        return {"prompt": prompt} if prompt else {}
 
 
 def _flat(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:

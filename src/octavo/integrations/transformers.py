@@ -25,10 +25,10 @@ from octavo.integrations.sentences import (
     members,
     transformer_folder,
 )
+from octavo.integrations.tasks import class_for, default_objective  # noqa: F401  (an objective is asked for here too)
 from octavo.weight_files import NAMED
 
 if TYPE_CHECKING:
-    from octavo.objective import Objective
     from octavo.sites import Source
 
 _TARGET = "transformers.quantizers.auto"
@@ -101,7 +101,7 @@ def skeleton(folder: Path) -> nn.Module:
     transformers = require_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        cls = _class_of(folder)
+        cls = class_for(folder)
         with _WithoutContent():
             build = getattr(cls, "_from_config", None) or cls.from_config
             module: Any = build(config, dtype=torch.float32)
@@ -112,12 +112,6 @@ def skeleton(folder: Path) -> nn.Module:
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
     return module.eval()
-
-
-def _class_of(folder: Path) -> Any:
-    transformers = require_transformers()
-    name = (read_config(folder).get("architectures") or ["AutoModel"])[0]
-    return getattr(transformers, name, None) or transformers.AutoModel
 
 
 def load_weights(source: Source) -> None:
@@ -132,7 +126,7 @@ def load_weights(source: Source) -> None:
     try:
         loaded = load_as_users_do(folder, {"dtype": torch.float32})
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        name = _class_of(folder).__name__
+        name = class_for(folder).__name__
         raise RequestError(f"{folder}: {name}.from_pretrained failed: {error}") from error
     source.module = loaded.model
     bind(source, loaded.model)
@@ -153,10 +147,19 @@ def bind(source: Source, module: nn.Module) -> None:
 
 def tied_names(source: Source) -> set[str]:
     """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
-    module = source.module
-    if module is None:
+    from octavo.integrations.names import names_of
+
+    folder, module = source.folder, source.module
+    if module is None or folder is None:
         return set()
-    state, direct = module.state_dict(keep_vars=True), source.direct
+    direct = source.direct
+    if source.path is None or not source.path.is_dir():
+        # A model that was given in memory may be tied by hand; what counts is what its configuration ties.
+        module = skeleton(transformer_folder(folder))
+        direct = names_of(
+            module, {**source.shapes, **{a: source.shapes[n] for a, n in source.aliases.items()}}
+        ).parameters
+    state = module.state_dict(keep_vars=True)
 
     def held(name: str) -> int | None:
         parameter = direct.get(name)
@@ -164,18 +167,6 @@ def tied_names(source: Source) -> set[str]:
 
     pairs = ((alias, held(alias), held(name)) for alias, name in source.aliases.items())
     return {alias for alias, one, other in pairs if one is not None and one == other}
-
-
-def default_objective(source: Source, folder: Path | None) -> Objective:
-    """KL for models with a head of classes or tokens, cosine of the sentence vector for encoders."""
-    from octavo.objective import KL, Cosine
-
-    if folder is not None and (folder / "modules.json").exists():
-        pooling = folder / "1_Pooling" / "config.json"
-        cls = pooling.exists() and json.loads(pooling.read_text(encoding="utf-8")).get("pooling_mode_cls_token")
-        return Cosine("cls" if cls else "mean")
-    name = type(source.module).__name__
-    return KL() if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "Classification")) else Cosine()
 
 
 def artifact_config(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -221,7 +212,7 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> 
     """
     register()
     require_transformers().utils.logging.disable_progress_bar()
-    cls = _class_of(folder)
+    cls = class_for(folder)
     model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **(options or {}))
     missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
     return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
@@ -235,7 +226,7 @@ def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
         config = require_transformers().AutoConfig.from_pretrained(folder, **options)
         config.quantization_config = {**config.quantization_config, "packed": True}
         options.update(config=config, dtype=torch.bfloat16)
-    return _class_of(folder).from_pretrained(folder, **options).eval()
+    return class_for(folder).from_pretrained(folder, **options).eval()
 
 
 def register() -> None:

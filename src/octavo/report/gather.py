@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.artifact import Artifact, dtype_name
+from octavo.batches import run
 from octavo.budget import Budget
 from octavo.inmemory import replaced
+from octavo.leftover import upgrades
 from octavo.methods import get_method
-from octavo.objective import run
 from octavo.profile import densified
 from octavo.proof import Proof
 from octavo.report.running import running_data
+from octavo.report.text import things
 from octavo.running.speed import interleaved
 from octavo.verify import digest_of
 
@@ -103,7 +105,7 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
             "tokens": done.calibration.tokens,
             "warnings": job.notes + done.calibration.warnings,
         },
-        "winner": "uniform" if built is done.rival else "mixed",
+        "winner": "uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
         "uniform": _uniform_row(done),
         "curve": curve_data(done, quality),
         "sites": sites,
@@ -126,19 +128,21 @@ def _call(budget: Budget) -> str:
 
 
 def _why_less(done: Compressed) -> str:
-    if not any(point.loss for point in done.built.plan.points.values()) and not done.job.pinned:
+    plan, pinned = done.built.plan, done.job.pinned
+    if not any(point.loss for point in plan.points.values()) and not pinned:
         return (
             "less than the budget is used: the source is restored bit for bit, so more bytes could not lower the loss"
         )
-    if done.budget.target == "memory":
+    less = "less than 98% of the budget is used"
+    if done.built.refused:
         return (
-            "less than 98% of the budget is used: the settings that a kernel runs are few, and no other choice of them "
-            "that fits lowers the expected loss"
+            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but with them the loss was "
+            "measured to be no lower"
         )
-    return (
-        "less than 98% of the budget is used: with these methods and settings more bytes would not lower the "
-        "expected loss, or none of them has a continuous setting"
-    )
+    if upgrades(done.profile, plan.points, done.budget.bytes - done.built.counted, pinned):
+        return f"{less} by this plan"
+    known = "all the settings that a kernel runs" if done.budget.target == "memory" else "the settings that were tried"
+    return f"{less}: of {known}, none that fits into the rest lowers a site's expected loss"
 
 
 def environment() -> dict[str, Any]:
@@ -196,10 +200,12 @@ def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
     narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
+    if kept.coded and name in done.job.source.folded:
+        narrow = ": all elements are equal, stored as one"
     return {
         "name": name,
         "shape": list(kept.shape),
-        "bytes": elements * kept.stored.itemsize,
+        "bytes": kept.measured[0],
         "original_bytes": elements * kept.dtype.itemsize,
         "reason": reason if reason.startswith("not a floating") else reason + narrow,
     }
@@ -245,15 +251,26 @@ def unused(done: Compressed) -> dict[str, dict[str, Any]]:
 
 
 def _uniform_row(done: Compressed) -> dict[str, Any]:
-    plan = done.rival
-    if plan is None:
+    """The best uniform plan, and how many sites really have its setting."""
+    rival = done.rival
+    if rival is None:
         return {}
-    point = next(iter(plan.plan.points.values()))
+    name = rival.plan.label.split()[0]
+    own = [point.setting for point in rival.plan.points.values() if point.method == name]
+    common = max(own, key=own.count)
+    moving = get_method(name).elastic or ""
+    same = [setting for setting in own if {**setting, moving: 0} == {**common, moving: 0}]
+    in_memory = done.budget.target == "memory"
     return {
-        "method": plan.plan.label.split()[0],
-        "setting": point.setting,
-        "bytes": plan.bytes,
-        "quality": plan.quality,
+        "method": name,
+        "setting": common,
+        "sites": len(same),
+        "of": len(rival.plan.points),
+        "moved": any(setting != common for setting in same),
+        # Of a plan that was not built only what the budget counts is known.
+        "bytes": rival.bytes if rival.packed or not in_memory else None,
+        "held": rival.counted if in_memory else None,
+        "quality": rival.quality,
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from octavo.artifact import Artifact
-from octavo.objective import run
+from octavo.batches import run
 from octavo.running import held_bytes, kernels_of
 from octavo.running.speed import generates, greedy, interleaved
 from octavo.verify import load

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from octavo.notes import by_kind
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -90,7 +91,8 @@ def comparison(data: dict[str, Any]) -> list[Row]:
     ]
     if data.get("running"):
         held = data["running"]["held"]
-        rows.append(Row("In memory, running", size(source["bytes"]), size(held), NOTHING))
+        other = size(uniform["held"]) if known(uniform.get("held")) else NOTHING
+        rows.append(Row("In memory, running", size(source["bytes"]), size(held), other))
         rows.append(Row("  quality, running", "reference", figures(data["running"]["quality"]), NOTHING))
     latency = data.get("latency") or {}
     unit = latency.get("unit", "ms")
@@ -108,10 +110,23 @@ def verdict(data: dict[str, Any]) -> str:
     named = f"{plain(uniform.get('method'), 60)} ({setting(uniform.get('setting'))})"
     metric, value, other = plain(quality["metric"], 60), figures(quality["value"]), figures(quality.get("uniform"))
     if data["winner"] == "uniform":
-        return f"Choosing site by site did not beat one setting for all, so every site has {named}: {metric} {value}."
+        having, every = uniform.get("sites"), uniform.get("of")
+        who = "every site has" if having == every else f"{having:,} of {every:,} sites have"
+        rest = "" if having == every else "; at the others it does not exist or saves nothing"
+        moved = ", moved a little at some sites to use the budget" if uniform.get("moved") else ""
+        return (
+            f"Choosing site by site did not beat one setting for all, so {who} {named}{moved}{rest}: {metric} {value}."
+        )
     if not known(quality.get("uniform")):
+        if not uniform:
+            return "Methods were chosen site by site, and no single setting for all was measured beside them."
         return f"Methods were chosen site by site; the best single setting, {named}, was {NOT_MEASURED}."
-    return f"Methods were chosen site by site: {metric} {value}, against {other} with the best single setting, {named}."
+    takes = f", which takes {size(uniform['held'])} in memory" if known(uniform.get("held")) else ""
+    takes = takes or (f", which takes {size(uniform['bytes'])}" if known(uniform.get("bytes")) else "")
+    return (
+        f"Methods were chosen site by site: {metric} {value}, against {other} with the best single setting, "
+        f"{named}{takes}."
+    )
 
 
 def budget(data: dict[str, Any]) -> str:
@@ -193,7 +208,8 @@ def card(data: dict[str, Any]) -> str:
     amount = f"{count(calibration['sequences'])} sequences, {count(calibration['tokens'])} tokens"
     command = script(data["command"])
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
-    warnings = "".join(f"\n- Warning: {_mark(warning)}" for warning in calibration["warnings"][:20])
+    notes = by_kind(calibration["warnings"], (row["name"] for row in data["sites"]))
+    warnings = "".join(f"\n- Warning: {_mark(note, 400)}" for note in notes[:20])
     note = f"\n{_mark(data['artifact']['note'])}\n" if data["artifact"]["note"] else ""
     return f"""---
 library_name: octavo
@@ -206,7 +222,7 @@ tags:
 
 **{_mark(headline(data).replace(" -> ", " → ", 1))}**
 
-{_mark(verdict(data))} {_mark(budget(data))}{_paragraph(running(data))}
+{_mark(verdict(data), 600)} {_mark(budget(data))}{_paragraph(running(data))}
 {note}
 | | Original | Octavo | Best uniform |
 |---|---:|---:|---:|

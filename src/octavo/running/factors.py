@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import Batch, run
 from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense, Form
 from octavo.forms.base import MAX_DEPTH
-from octavo.objective import Batch, run
 from octavo.running.kernels import Geometry, Plain
 from octavo.running.speed import interleaved
 from octavo.running.staged import chains, staged

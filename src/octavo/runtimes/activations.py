@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.batches import Batch, run
 from octavo.evidence import Evidence
 from octavo.forms import Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
-from octavo.objective import Batch, run
 from octavo.runtimes.kernels import BLOCK_WIDTHS, FLOAT, INT8, children, kernel_of
 from octavo.sites import Source
 

@@ -1,8 +1,9 @@
 """The graph of a module with its sites left open, so that each can be filled with the kernel of its form.
 
 ``torch.onnx.export`` traces the module while every layer that holds a site puts a node of our own in its place:
-``octavo.Site`` for a matrix that is multiplied with, ``octavo.Lookup`` for a table that is read. So no pattern of
-nodes needs to be recognised to find the weights again, and the weights themselves never go through the exporter.
+``octavo.Site`` for a matrix that is multiplied with, ``octavo.Lookup`` for a table that is read, ``octavo.Weight`` for
+the weight of any other layer. So no pattern of nodes needs to be recognised to find the weights again, and the weights
+themselves never go through the exporter.
 """
 
 from __future__ import annotations
@@ -19,58 +20,65 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from octavo.batches import run
 from octavo.errors import RequestError
 from octavo.integrations.onnx import require
-from octavo.objective import run
-from octavo.sites import Source
+from octavo.modules import own_tensors
+from octavo.runtimes.given import Inputs, inputs_of
+from octavo.sites import Site, Source
 
 DOMAIN = "octavo"
-SITE, LOOKUP, TIED = "Site", "Lookup", "Tied"
+SITE, LOOKUP, WEIGHT, TIED = "Site", "Lookup", "Weight", "Tied"
 #: The first opset with attention, root-mean-square norms and rotary embeddings as operations.
 OPSET = 23
 #: Outputs of transformers' models that are exported; the first one that a model has.
 OUTPUTS = ("logits", "last_hidden_state")
 
 
-def trace(source: Source) -> tuple[Any, dict[str, str]]:
-    """The graph of a ``transformers`` model, (batch, tokens) left open, with its sites as placeholders.
+def trace(source: Source, given: Inputs | None = None) -> tuple[Any, dict[str, str]]:
+    """The graph of a ``transformers`` model, with its sites as placeholders.
+
+    Parameters
+    ----------
+    source
+        The model.
+    given
+        What it takes; tokens by default.
 
     Returns
     -------
     model
         ``onnx.ModelProto``.
     sites
-        Site name to ``Site``, ``Lookup`` or, of a table that is the head as well, ``Tied``; of the sites that run.
+        Site name to ``Site``, ``Lookup``, ``Weight`` or, of what is several of them, ``Tied``; of the sites that run.
 
     Raises
     ------
     RequestError
-        If the source is no model of tokens, or torch cannot export it.
+        If torch cannot export the source.
     """
     require()
-    check_exportable(source)
+    given = given or inputs_of(source)
     assert source.module is not None
-    tokens = torch.arange(32).reshape(2, 16) % vocabulary(source)
-    mask = torch.ones_like(tokens)
-    mask[0, 12:] = 0
+    example = given.example()
     with torch.no_grad():
-        found = source.module(input_ids=tokens, attention_mask=mask)
+        found = run(source.module, example)
     output = next((name for name in OUTPUTS if isinstance(getattr(found, name, None), Tensor)), None)
     if output is None:
         kind = type(source.module).__name__
         raise RequestError(f"{source.title}: {kind} returns none of {', '.join(OUTPUTS)}; it cannot be exported")
-    names = [site.name for site in source.sites()[0]]
-    with _open_sites(source, names), _quiet():
+    sites = source.sites()[0]
+    with _open_sites(source, sites), _quiet():
         try:
             program = torch.onnx.export(
-                _Call(source.module, output).eval(),
-                (tokens, mask),
+                _Call(source.module, output, list(example)).eval(),
+                tuple(example.values()),
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=["input_ids", "attention_mask"],
+                input_names=list(example),
                 output_names=[output],
-                dynamic_shapes={name: {0: "batch", 1: "tokens"} for name in ("input_ids", "attention_mask")},
+                dynamic_shapes=(tuple(given.axes for _ in example),),
             )
         except Exception as error:
             # The exporter raises errors of many kinds; the last line is the one that says why.
@@ -81,72 +89,54 @@ def trace(source: Source) -> tuple[Any, dict[str, str]]:
             ) from error
     assert program is not None
     model = program.model_proto
-    sites: dict[str, str] = {}
+    _look_up(model)
+    kinds: dict[str, str] = {}
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            node.name = names[node.attribute[0].i]
-            sites[node.name] = node.op_type if sites.get(node.name, node.op_type) == node.op_type else TIED
+            node.name = sites[_index(node)].name
+            kinds[node.name] = node.op_type if kinds.get(node.name, node.op_type) == node.op_type else TIED
     flatten_attention(model)
     widen_rotary(model)
-    return model, sites
-
-
-def check_exportable(source: Source) -> None:
-    """Raise :class:`RequestError` unless the source is a ``transformers`` model of tokens."""
-    if source.module is None or not source.is_transformers:
-        raise RequestError(
-            f"{source.title}: only transformers models can be exported, bare tensors have no graph; for another "
-            "module, load the artifact into it with octavo.load(path, into=module) and call torch.onnx.export"
-        )
-    if not vocabulary(source) or getattr(source.module.config, "is_encoder_decoder", False):
-        kind = type(source.module).__name__
-        raise RequestError(
-            f"{source.title}: {kind} cannot be exported; encoders and decoders that take input_ids can "
-            "(BERT, DistilBERT, MPNet, Llama, Qwen, Gemma, GPT-2 and their like)"
-        )
-
-
-def vocabulary(source: Source) -> int:
-    """Number of tokens that a ``transformers`` model knows; 0 if it takes none."""
-    return int(getattr(getattr(source.module, "config", None), "vocab_size", None) or 0)
-
-
-def positions(source: Source) -> int:
-    """Tokens that a ``transformers`` model takes at most."""
-    return int(getattr(getattr(source.module, "config", None), "max_position_embeddings", None) or 2**31)
+    _without_origin(model.graph)
+    return model, kinds
 
 
 class _Call(nn.Module):
-    """A model as a function of tokens and mask to its one output."""
+    """A model as a function of its inputs, in order, to its one output."""
 
-    def __init__(self, module: nn.Module, output: str) -> None:
+    def __init__(self, module: nn.Module, output: str, names: list[str]) -> None:
         super().__init__()
-        self.module, self.output = module, output
+        self.module, self.output, self.names = module, output, names
         # A cache of keys and values would be among the outputs.
-        self.options = {"use_cache": False} if output == "logits" else {}
+        self.options = {"use_cache": False} if output == "logits" and "input_ids" in names else {}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **self.options}
+    def forward(self, *values: Tensor) -> Tensor:
+        batch = {**dict(zip(self.names, values, strict=True)), **self.options}
         return getattr(run(self.module, batch), self.output)
 
 
 @contextlib.contextmanager
-def _open_sites(source: Source, names: list[str]) -> Iterator[None]:
-    """While the context lasts, layers that hold a tensor of ``names`` call a placeholder with its index."""
+def _open_sites(source: Source, sites: list[Site]) -> Iterator[None]:
+    """While the context lasts, layers that hold the tensor of a site call a placeholder with its index."""
     assert source.module is not None
-    state = source.module.state_dict(keep_vars=True)
+    state = own_tensors(source.module)
     index = {
-        state[source.parameters[name]].data_ptr(): number
-        for number, name in enumerate(names)
-        if name in source.parameters and len(source.shapes[name]) == 2
+        state[source.direct[site.name]].data_ptr(): number
+        for number, site in enumerate(sites)
+        if site.name in source.direct
     }
     opened = []
     try:
         for module in source.module.modules():
-            weight = getattr(module, "weight", None)
+            held = {
+                leaf: index[tensor.data_ptr()]
+                for leaf, tensor in module._parameters.items()
+                if tensor is not None and tensor.data_ptr() in index
+            }
             forward = _FORWARDS.get(type(module).__name__)
-            if forward is not None and isinstance(weight, Tensor) and weight.data_ptr() in index:
-                module.forward = MethodType(forward(index[weight.data_ptr()]), module)
+            if held and "forward" not in vars(module):
+                chosen = forward(held["weight"]) if forward and "weight" in held else _with_weights(held, sites)
+                module.forward = MethodType(chosen, module)
                 opened.append(module)
         yield
     finally:
@@ -154,11 +144,32 @@ def _open_sites(source: Source, names: list[str]) -> Iterator[None]:
             del module.forward
 
 
+def _with_weights(held: dict[str, int], sites: list[Site]) -> Callable[..., Any]:
+    """The forward of any layer, with placeholders in place of its weights while it lasts."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for leaf, number in held.items():
+            site = sites[number]
+            matrix = torch.onnx.ops.symbolic(
+                f"{DOMAIN}::{WEIGHT}", (), {"index": number}, dtype=torch.float32, shape=(site.rows, site.columns),
+                version=1,
+            )  # fmt: skip
+            # Before its parameter, a module finds what stands in its own dictionary.
+            vars(self)[leaf] = site.layout.from_matrix(matrix, site.shape)
+        try:
+            return type(self).forward(self, *args, **kwargs)
+        finally:
+            for leaf in held:
+                del vars(self)[leaf]
+
+    return forward
+
+
 def _linear(index: int) -> Callable[[nn.Module, Tensor], Tensor]:
     def forward(self: Any, x: Tensor) -> Tensor:
         rows = self.nf if type(self).__name__ == "Conv1D" else self.out_features
         y = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Site", (x,), {"index": index}, dtype=x.dtype, shape=(*x.shape[:-1], rows), version=1
+            f"{DOMAIN}::{SITE}", (x,), {"index": index}, dtype=x.dtype, shape=(*x.shape[:-1], rows), version=1
         )
         return y if self.bias is None else y + self.bias
 
@@ -168,7 +179,7 @@ def _linear(index: int) -> Callable[[nn.Module, Tensor], Tensor]:
 def _lookup(index: int) -> Callable[[nn.Module, Tensor], Tensor]:
     def forward(self: Any, tokens: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Lookup",
+            f"{DOMAIN}::{LOOKUP}",
             (tokens,),
             {"index": index},
             dtype=torch.float32,
@@ -194,6 +205,31 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def _index(node: Any) -> int:
+    return int(next(attribute.i for attribute in node.attribute if attribute.name == "index"))
+
+
+def _look_up(model: Any) -> None:
+    """Make a table of every weight that is only read by its rows."""
+    import onnx
+
+    weights = {node.output[0]: node for node in model.graph.node if node.domain == DOMAIN and node.op_type == WEIGHT}
+    for node in model.graph.node:
+        if node.op_type == "Gather" and node.input[0] in weights and not any(a.i for a in node.attribute):
+            number = _index(weights[node.input[0]])
+            made = onnx.helper.make_node(LOOKUP, [node.input[1]], list(node.output), domain=DOMAIN, index=number)
+            node.CopyFrom(made)
+    prune(model.graph, types=True)
+
+
+def _without_origin(graph: Any) -> None:
+    """Leave out where in the module, and in which files of this machine, every node comes from."""
+    graph.ClearField("metadata_props")
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def flatten_attention(model: Any) -> None:
@@ -257,7 +293,7 @@ def widen_rotary(model: Any) -> None:
                 ones = onnx.numpy_helper.from_array(np.ones(2, np.int64), "rotary_ones")
                 model.graph.initializer.append(ones)
                 nodes += [
-                    onnx.helper.make_node("Shape", ["input_ids"], ["rotary_batch"], start=0, end=1),
+                    onnx.helper.make_node("Shape", [model.graph.input[0].name], ["rotary_batch"], start=0, end=1),
                     onnx.helper.make_node("Concat", ["rotary_batch", ones.name], ["rotary_shape"], axis=0),
                 ]
             for place in (1, 2):
@@ -275,8 +311,8 @@ def _perm(node: Any) -> list[int]:
     return next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
 
 
-def prune(graph: Any) -> None:
-    """Remove nodes and initializers that no output depends on."""
+def prune(graph: Any, *, types: bool = False) -> None:
+    """Remove nodes and initializers that no output depends on, and what is known of values unless ``types``."""
     needed = {value.name for value in graph.output}
     kept = []
     for node in reversed(graph.node):
@@ -285,7 +321,9 @@ def prune(graph: Any) -> None:
             kept.append(node)
     initializers = [tensor for tensor in graph.initializer if tensor.name in needed]
     kept.reverse()
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    del graph.node[:], graph.initializer[:]
+    if not types:
+        graph.ClearField("value_info")
     graph.node.extend(kept)
     graph.initializer.extend(initializers)
 

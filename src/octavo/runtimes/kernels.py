@@ -16,30 +16,27 @@ MatMulNBits are plain ONNX; onnxruntime fuses those around MatMulInteger into on
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
-from octavo.integrations.onnx import NOTE
-from octavo.runtimes.graph import DOMAIN, is_placeholder, prune
+from octavo.runtimes.filling import filled
+from octavo.runtimes.graph import LOOKUP, WEIGHT, is_placeholder
+from octavo.runtimes.nodes import MICROSOFT, Nodes
+from octavo.runtimes.weights import product, weight
 
 FLOAT, INT8, BLOCKS = "float32", "int8", "blocks"
 KERNELS = (FLOAT, INT8, BLOCKS)
 
-_MICROSOFT = "com.microsoft"
-_IR = 10
 BLOCK_WIDTHS = (16, 32, 64, 128, 256)
 #: MatMulNBits with inputs rounded to 8 bits, the only level at which it is faster than float32.
 _ACCURACY_INT8 = 4
-#: A protobuf holds less than two gigabytes.
-LARGEST = 2**31 - 2**20
 
 
 def kernel_of(form: Form) -> str:
@@ -105,112 +102,26 @@ def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> 
     RequestError
         If a form cannot run on the kernel named for it, or the file would be too large.
     """
-    import onnx
+    count = Counter(node.name for node in model.graph.node if is_placeholder(node))
+    used = {name: kernels.get(name, FLOAT) for name in count}
+    for name, kernel in used.items():
+        if kernel not in (FLOAT, kernel_of(forms[name])):
+            raise RequestError(f"site {name!r}: its form, {forms[name].name}, cannot run on the kernel {kernel!r}")
 
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
-    nodes = Nodes(taken=[name for node in graph.node for name in (*node.input, *node.output)])
-    used = {}
-    for node in graph.node:
-        if not is_placeholder(node):
-            nodes.add_node(node)
-            continue
-        form, kernel = forms[node.name], kernels.get(node.name, FLOAT)
-        if kernel not in (FLOAT, kernel_of(form)):
-            raise RequestError(f"site {node.name!r}: its form, {form.name}, cannot run on the kernel {kernel!r}")
-        used[node.name] = kernel
-        if node.op_type == "Lookup":
-            value = _lookup(nodes, node.name, node.input[0], form)
-        else:
-            value = multiply(nodes, node.name, node.input[0], form, kernel)
-        nodes.add("Identity", [value], outputs=[node.output[0]])
-    total = sum(tensor.ByteSize() for tensor in nodes.initializers)
-    if total > LARGEST:
-        raise RequestError(
-            f"the weights take {total:,} bytes and one ONNX file holds {LARGEST:,}; compress the model further, or "
-            "choose forms that integer kernels run"
-        )
-    del graph.node[:]
-    graph.node.extend(nodes.nodes)
-    graph.initializer.extend(nodes.initializers)
-    prune(graph)
-    versions = {entry.domain: entry.version for entry in result.opset_import if entry.domain != DOMAIN}
-    del result.opset_import[:]
-    versions |= {_MICROSOFT: 1} if any(node.domain == _MICROSOFT for node in graph.node) else {}
-    result.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in versions.items())
-    result.producer_name = "octavo"
-    del result.metadata_props[:]
-    onnx.helper.set_model_props(result, {NOTE: json.dumps({"kernels": used})})
-    return result
+    def place(nodes: Nodes, node: Any) -> str:
+        form, kernel = forms[node.name], used[node.name]
+        # A table that is the head as well is in the file once, and both are decoded from it.
+        shared = count[node.name] > 1 and kernel != INT8
+        if node.op_type == LOOKUP:
+            read = weight if shared else _lookup
+            return read(nodes, node.name, form, tokens=node.input[0])
+        if node.op_type == WEIGHT:
+            return weight(nodes, node.name, form) if shared else nodes.constant(node.name, form.dense())
+        if shared and kernel == FLOAT:
+            return product(nodes, node.name, node.input[0], form)
+        return multiply(nodes, node.name, node.input[0], form, kernel)
 
-
-class Nodes:
-    """Nodes and initializers under names of their own."""
-
-    def __init__(self, taken: Iterable[str] = ()) -> None:
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self._names = set(taken)
-        self._shared: dict[tuple, list[str]] = {}
-
-    def add_node(self, node: Any) -> None:
-        """Take over a node as it is."""
-        self.nodes.append(node)
-
-    def add(
-        self,
-        kind: str,
-        inputs: list[str],
-        *,
-        count: int = 1,
-        outputs: list[str] | None = None,
-        domain: str = "",
-        **attributes: Any,
-    ) -> Any:
-        """Append a node; returns the name of its output, or a list of names if there are several."""
-        import onnx
-
-        outputs = outputs or [self._name(kind.lower()) for _ in range(count)]
-        self.nodes.append(onnx.helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
-        return outputs[0] if count == 1 else outputs
-
-    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
-        """Append an initializer."""
-        import onnx
-
-        array = value.contiguous().numpy() if isinstance(value, Tensor) else value
-        name = self._name(name)
-        self.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def once(self, key: tuple, make: Any) -> list[str]:
-        """What ``make`` returned the first time that it was asked for under this key."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
-
-    def _name(self, wanted: str) -> str:
-        name, number = wanted, 0
-        while name in self._names:
-            number += 1
-            name = f"{wanted}.{number}"
-        self._names.add(name)
-        return name
-
-
-def finished(nodes: Nodes, columns: int, rows: int, opset: int) -> bytes:
-    """A serialized model of its own: ``x`` (positions, columns) to ``y`` (positions, rows)."""
-    import onnx
-
-    ends = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["positions", width])
-        for name, width in (("x", columns), ("y", rows))
-    ]
-    graph = onnx.helper.make_graph(nodes.nodes, "site", ends[:1], ends[1:], nodes.initializers)
-    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(_MICROSOFT, 1)]
-    # The IR version that goes with the opset; a newer onnx would write one that this onnxruntime does not read.
-    return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR).SerializeToString())
+    return filled(model, place, used)
 
 
 def multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
@@ -251,14 +162,21 @@ def _integer(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
         ("rounded", smoothed), lambda: nodes.add("DynamicQuantizeLinear", [smoothed], count=3)
     )
     shift = _shift(grid)
-    codes = (grid.codes.to(torch.int16) - shift).to(torch.int8)
+    table = nodes.shared(("bytes", name))
+    # The codes of a table that is the head as well are turned around when the file is opened.
+    codes = nodes.add("Transpose", [table], perm=[1, 0]) if table else nodes.constant(name, _bytes(grid).t())
     zeros = (torch.zeros(1) if grid.zero is None else grid.zero[:, 0].float()) - shift
-    inputs = [rounded, nodes.constant(name, codes.t()), zero]
+    inputs = [rounded, codes, zero]
     if bool(zeros.any()):
-        inputs.append(nodes.constant(f"{name}/zero", zeros.expand(len(codes)).to(torch.int8)))
-    product = nodes.add("Cast", [nodes.add("MatMulInteger", inputs)], to=1)
+        inputs.append(nodes.constant(f"{name}/zero", zeros.expand(len(grid.codes)).to(torch.int8)))
+    summed = nodes.add("Cast", [nodes.add("MatMulInteger", inputs)], to=1)
     scale = nodes.add("Mul", [step, nodes.constant(f"{name}/scale", _row_scale(grid)[:, 0])])
-    return str(nodes.add("Mul", [product, scale]))
+    return str(nodes.add("Mul", [summed, scale]))
+
+
+def _bytes(grid: Grid) -> Tensor:
+    """The codes as signed bytes."""
+    return (grid.codes.to(torch.int16) - _shift(grid)).to(torch.int8)
 
 
 def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
@@ -281,13 +199,13 @@ def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
     ]
     return str(
         nodes.add(
-            "MatMulNBits", inputs, domain=_MICROSOFT, K=columns, N=rows, bits=bits, block_size=columns // groups,
+            "MatMulNBits", inputs, domain=MICROSOFT, K=columns, N=rows, bits=bits, block_size=columns // groups,
             accuracy_level=_ACCURACY_INT8,
         )
     )  # fmt: skip
 
 
-def _lookup(nodes: Nodes, name: str, tokens: str, form: Form) -> str:
+def _lookup(nodes: Nodes, name: str, form: Form, tokens: str) -> str:
     """Rows of a table: dense, or codes of 8 bits that are scaled as they are read."""
     if not isinstance(form, Grid) or form.scale.shape[1] > 1 or not _fits_a_byte(form):
         half = isinstance(form, Dense) and form.weight.dtype == torch.float16
@@ -295,7 +213,7 @@ def _lookup(nodes: Nodes, name: str, tokens: str, form: Form) -> str:
         row = nodes.add("Gather", [table, tokens], axis=0)
         return str(nodes.add("Cast", [row], to=1) if half else row)
     shift = _shift(form)
-    codes = nodes.constant(name, (form.codes.to(torch.int16) - shift).to(torch.int8))
+    codes = nodes.once(("bytes", name), lambda: nodes.constant(name, _bytes(form)))
     row = nodes.add("Cast", [nodes.add("Gather", [codes, tokens], axis=0)], to=1)
     zeros = (torch.zeros(len(form.codes), 1) if form.zero is None else form.zero.float()) - shift
     if bool(zeros.any()):

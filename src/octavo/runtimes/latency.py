@@ -21,7 +21,8 @@ import torch
 from octavo.forms import Form, Grid
 from octavo.integrations.onnx import Session, require
 from octavo.runtimes.graph import OPSET
-from octavo.runtimes.kernels import Nodes, children, finished, multiply
+from octavo.runtimes.kernels import children, multiply
+from octavo.runtimes.nodes import Nodes, finished
 from octavo.workspace import write_file
 
 #: Where tables are kept.

@@ -6,12 +6,13 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from octavo.batches import Batch
 from octavo.errors import BudgetError, RequestError
 from octavo.export import SHAPE
 from octavo.integrations.onnx import require
@@ -20,7 +21,7 @@ from octavo.lock import Lock
 from octavo.objective import Objective
 from octavo.progress import Progress, Shown, callback, with_progress
 from octavo.request import describe, open_job
-from octavo.runtimes.graph import check_exportable
+from octavo.runtimes.given import check_tokens_only
 from octavo.sites import Source
 from octavo.speed.asked import Asked, asked_for
 from octavo.speed.fast import Fast
@@ -38,6 +39,7 @@ def compress_for_speed(
     latency: str | float | None = None,
     shape: str | Sequence[int] = SHAPE,
     data: Any = None,
+    forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
     ignore: Iterable[str] = (),
     keep: Mapping[str, str] | None = None,
@@ -56,7 +58,7 @@ def compress_for_speed(
         Or seconds at ``shape``: ``"5ms"``.
     shape
         Sequences and tokens, ``"1x32"``.
-    source, data, objective, ignore, keep, workspace, resume, seed, progress
+    source, data, forward_args, objective, ignore, keep, workspace, resume, seed, progress
         As for :func:`octavo.compress`. ``ignore`` and ``keep`` sites run in float32, unless what is kept is a form that
         an integer kernel runs.
 
@@ -72,7 +74,7 @@ def compress_for_speed(
     require()
     asked = asked_for(speedup, latency, shape)
     clock = time.perf_counter()
-    job = _open(source, data, objective, ignore, keep, seed, callback(progress))
+    job = _open(source, data, objective, ignore, keep, seed, callback(progress), forward_args)
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:
@@ -155,9 +157,19 @@ def _open(
     keep: Mapping[str, str] | None,
     seed: int,
     progress: Progress,
+    forward_args: Callable[[Batch], Any] | None = None,
 ) -> Job:
-    job = open_job(source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress)
-    check_exportable(job.source)
+    job = open_job(
+        source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
+        folding=False,
+    )  # fmt: skip
+    check_tokens_only(job.source)
+    scaled = next((site.name for site in job.sites if site.layout.exponent), None)
+    if scaled is not None:
+        raise RequestError(
+            f"{job.source.title}: the weights of {scaled!r} are of a size that no kernel of a graph takes; compress "
+            "for disk, or scale them"
+        )
     if not job.measurable:
         raise RequestError(f"{job.source.title}: speed needs a model that runs, and data for it")
     return job

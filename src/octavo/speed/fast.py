@@ -14,11 +14,13 @@ import torch
 
 from octavo.compress import Compressed
 from octavo.errors import OctavoError
-from octavo.export import TOLERANCE, check_graph, open_model, write_model
+from octavo.export import TOLERANCE, check_graph, write_model
 from octavo.integrations.onnx import Session
 from octavo.lock import Lock
+from octavo.opened import open_model
 from octavo.progress import Shown
 from octavo.publish import NEW, check_writable, move_into_place
+from octavo.runtimes.given import Tokens
 from octavo.runtimes.graph import trace
 from octavo.runtimes.kernels import lower
 from octavo.runtimes.latency import compare, machine
@@ -94,8 +96,8 @@ class Fast(Compressed):
         opened = open_model(folder)
         model, kinds = trace(opened.source)
         forms = {name: opened.forms[name] for name in kinds}
-        difference = check_graph(opened.source, model, forms)
-        size = write_model(lower(model, forms, self.kernels).SerializeToString(), folder / MODEL, opened.source)
+        difference = check_graph(opened.source, model, forms, dtypes=opened.dtypes)
+        size = write_model(lower(model, forms, self.kernels).SerializeToString(), folder / MODEL, Tokens(opened.source))
         session = Session(folder / MODEL)
         losses = divergences(job, session)
         taken = compare(runs(job.source, self.asked.shape, {"exported": session}), DENSE, seconds=4.0)

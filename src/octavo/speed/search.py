@@ -23,13 +23,14 @@ from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.errors import BudgetError
 from octavo.evidence import Evidence
-from octavo.export import check_graph, dense_forms, probe
+from octavo.export import check_graph, probe
 from octavo.finish import Built
 from octavo.forms import Form
 from octavo.integrations.onnx import Session
 from octavo.job import Job
 from octavo.methods import Setting, get_method
 from octavo.methods.quantize.int8 import SMOOTHING
+from octavo.opened import dense_forms
 from octavo.profile import Curve, Point, Profile
 from octavo.runtimes.activations import rounding_loss, watch
 from octavo.runtimes.graph import SITE, open_inputs, trace
@@ -168,7 +169,7 @@ class Search:
         forms = {name: self._form(name, packed[name]) if name in packed else self.dense[name] for name in self.dense}
         kernels = {name: chosen[name].kernel for name in self.matrices}
         session = Session(lower(self.model, forms, kernels).SerializeToString())
-        contents = job.contents(packed, torch.float16 if job.kept_dtype() else None)
+        contents = job.contents(packed, job.narrowing())
         points = {name: Point(c.method, {**c.setting}, packed[name].bytes, c.loss) for name, c in chosen.items()}
         total = contents.bytes
         self.profile.fixed_bytes = total - sum(item.bytes for item in packed.values())

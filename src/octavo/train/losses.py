@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from octavo.objective import mask_of, run
+from octavo.batches import mask_of, run
 
 Batch = Any
 #: A module and a batch to a scalar.

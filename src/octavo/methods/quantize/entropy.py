@@ -51,7 +51,7 @@ class Entropy(Stepped):
         units = Units(self.name, weight, evidence)
         at_once, in_turn = partial(_round_at_once, rate=self.rate), partial(_round_in_turn, rate=self.rate)
         for setting in settings:
-            yield units.grid(real(self.name, setting, "step", 1e-30), at_once, in_turn)
+            yield units.grid(real(self.name, setting, "step", 1e-38), at_once, in_turn)
 
 
 def _round_at_once(targets: Tensor, rate: float) -> Tensor:

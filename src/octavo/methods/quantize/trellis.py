@@ -61,7 +61,7 @@ class TrellisCoded(Stepped):
         for setting in settings:
             search = _Search(weight.shape[1], self.rate)
             # Steps of the grid are those between the levels of both quantizers.
-            half = real(self.name, setting, "step", 1e-30) / 2
+            half = real(self.name, setting, "step", 1e-38) / 2
             yield Trellis(units.grid(half, search.at_once, search.in_turn, chunk=_CHUNK, multiple=LANES))
 
 

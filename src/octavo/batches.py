@@ -1,0 +1,201 @@
+"""Batches: what a module is called with, how many examples that is, and how it is divided."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import OctavoError, RequestError
+
+Batch = Any
+
+
+def run(module: nn.Module, batch: Batch) -> Any:
+    """Call a module on a batch that is a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Of a tuple longer than ``forward`` takes, such as inputs with labels, the first element goes in. Keys that
+    ``forward`` does not know are left out of a mapping.
+
+    Raises
+    ------
+    RequestError
+        If the module fails, with the shapes of the batch and the module's own message.
+    """
+    args, keywords = _call(module, batch)
+    try:
+        return module(*args, **keywords)
+    except (OctavoError, MemoryError):
+        raise
+    except Exception as error:
+        # A module can fail in as many ways as there are modules, and each raises what it likes.
+        raise RequestError(failure(module, batch, error)) from error
+
+
+def failure(module: nn.Module, batch: Batch, error: Exception, what: str = "a batch") -> str:
+    """What to say of a module that raised an error on a batch."""
+    return (
+        f"{type(module).__name__} fails on {what} of {described(batch)}: {type(error).__name__}: {error}; give batches "
+        "that its forward takes, or say with forward_args= which parts of a batch go in"
+    )
+
+
+def described(batch: Batch) -> str:
+    """Shapes and dtypes of a batch, for messages: ``{x: (32, 64) float32, idx: list}``."""
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {described(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, tuple | list) and any(isinstance(value, Tensor | Mapping | tuple | list) for value in batch):
+        return "[" + ", ".join(map(described, batch)) + "]"
+    return type(batch).__name__
+
+
+def left_out(module: nn.Module, batch: Batch) -> str | None:
+    """What :func:`run` leaves out of such a batch, as a note; None if all of it goes in."""
+    taken = _Taken.by(module)
+    if isinstance(batch, Mapping):
+        odd = [str(key) for key in batch if not taken.keyword(key)]
+        if not odd:
+            return None
+        return (
+            f"{type(module).__name__} does not take {', '.join(odd)}: left out of every batch "
+            "(forward_args= decides otherwise)"
+        )
+    if isinstance(batch, tuple | list) and len(batch) > taken.positions:
+        return (
+            f"{type(module).__name__} takes {taken.positions} of the {len(batch)} elements of a batch: the first one "
+            "goes in (forward_args= decides otherwise)"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Which arguments a ``forward`` takes."""
+
+    positions: float
+    names: frozenset[str]
+    any_name: bool
+
+    @classmethod
+    def by(cls, module: nn.Module) -> _Taken:
+        try:
+            parameters = list(inspect.signature(module.forward).parameters.values())
+        except (TypeError, ValueError):
+            # Functions of C have no signature: whatever is given goes in.
+            return cls(math.inf, frozenset(), True)
+        kinds = [parameter.kind for parameter in parameters]
+        placed = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+        named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        return cls(
+            math.inf if Parameter.VAR_POSITIONAL in kinds else placed,
+            frozenset(parameter.name for parameter in parameters if parameter.kind in named),
+            Parameter.VAR_KEYWORD in kinds,
+        )
+
+    def keyword(self, key: Any) -> bool:
+        return isinstance(key, str) and (self.any_name or key in self.names)
+
+
+def _call(module: nn.Module, batch: Batch) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        taken = _Taken.by(module)
+        return (), {key: value for key, value in batch.items() if taken.keyword(key)}
+    if not isinstance(batch, tuple | list):
+        return (batch,), {}
+    if len(batch) > _Taken.by(module).positions and batch:
+        return _call(module, batch[0])
+    return tuple(batch), {}
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """The (sequences, tokens) mask of a batch that tells tokens from padding, or None."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
+def sequences_in(batch: Batch) -> int:
+    """Number of examples in a batch: the rows of its first tensor.
+
+    Of a batch that no rows divide, it is the rows of its first floating tensor, such as the nodes of a graph.
+    """
+    tensors = [tensor for tensor in _tensors(batch) if tensor.ndim]
+    if not tensors:
+        return 0
+    if _indexed(tensors):
+        tensors = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
+    return len(tensors[0])
+
+
+def has_rows(batch: Batch) -> bool:
+    """Whether the rows of a batch may be examples.
+
+    They are not where integers of another length, such as the edges of a graph, may point to rows. Other tensors of
+    another length, such as a mask of positions by positions, belong to all rows.
+    """
+    return not _indexed([tensor for tensor in _tensors(batch) if tensor.ndim])
+
+
+def select(batch: Batch, which: slice | Tensor) -> Batch:
+    """Some of the examples of a batch; all that is not one row an example stays as it is."""
+    size = sequences_in(batch)
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[which] if value.ndim and len(value) == size else value
+        if isinstance(value, Mapping):
+            return {key: pick(inner) for key, inner in value.items()}
+        if isinstance(value, tuple | list):
+            parts = [pick(inner) for inner in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return value
+
+    return pick(batch)
+
+
+def _indexed(tensors: Sequence[Tensor]) -> bool:
+    """Whether some integers among tensors have another length than the rest, so that they may be indices of rows."""
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        return True
+    floating = [len(tensor) for tensor in tensors if tensor.is_floating_point()]
+    size = floating[0] if floating else len(tensors[0]) if tensors else 0
+    return any(
+        len(tensor) not in (1, size)
+        for tensor in tensors
+        if not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    )
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
+
+
+def converted(batches: Sequence[Batch], forward_args: Callable[[Batch], Any] | None) -> list[Batch]:
+    """What ``forward_args`` makes of every batch: a tuple of positional or a mapping of keyword arguments."""
+    if forward_args is None:
+        return list(batches)
+    result = []
+    for number, batch in enumerate(batches):
+        try:
+            made = forward_args(batch)
+        except Exception as error:
+            raise RequestError(
+                f"data: forward_args fails on batch {number} of {described(batch)}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, Tensor | tuple | list | Mapping):
+            raise RequestError(
+                f"data: forward_args gives {type(made).__name__} for batch {number}; return a tuple of positional or a "
+                "mapping of keyword arguments"
+            )
+        result.append(made)
+    return result

@@ -1,0 +1,99 @@
+"""What a module returned: a tree of tensors, of which some have a mask that tells positions from padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+#: What models hand on to their next call, and what they only show of their inside.
+_NOT_COMPARED = {
+    "past_key_values", "encoder_past_key_values", "decoder_past_key_values", "cache_params", "state", "mems",
+    "hidden_states", "encoder_hidden_states", "decoder_hidden_states",
+}  # fmt: skip
+#: Outputs of parts that see pixels or sound, whose positions no mask of tokens tells.
+_OTHER = ("vision", "visual", "image", "audio", "speech", "pixel")
+#: The label of a position that does not count.
+_IGNORED = -100
+
+
+def part(result: Any, name: str) -> Any:
+    """A named part of what a module returned, None if there is none."""
+    if isinstance(result, Tensor):
+        return None
+    return result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+
+
+def parts(result: Any) -> dict[str, Any]:
+    """All parts by name; those of a tuple or a list by number."""
+    if isinstance(result, Mapping):
+        return {str(name): value for name, value in result.items()}
+    if isinstance(result, tuple | list):
+        names = getattr(result, "_fields", range(len(result)))
+        return {str(name): value for name, value in zip(names, result, strict=True)}
+    if dataclasses.is_dataclass(result):
+        return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return dict(vars(result)) if isinstance(result, SimpleNamespace) else {}
+
+
+def leaves(result: Any, examples: int) -> dict[str, Tensor]:
+    """The floating tensors that have one entry an example, by their path; caches are left out."""
+    return {
+        name: tensor
+        for name, tensor in _walk("", result)
+        if tensor.is_floating_point() and tensor.ndim and len(tensor) == examples and tensor.numel()
+    }
+
+
+def _walk(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    for name, inner in parts(value).items():
+        if name not in _NOT_COMPARED:
+            yield from _walk(f"{path}.{name}" if path else name, inner)
+
+
+def described(result: Any) -> str:
+    """A result's type and the names in it, for messages."""
+    names = [name for name, value in parts(result).items() if value is not None]
+    return f"{type(result).__name__} ({', '.join(names)})" if names else type(result).__name__
+
+
+def mask_for(name: str, tensor: Tensor, module: nn.Module, batch: Any) -> Tensor | None:
+    """The (examples, positions) mask of an output, if the batch has one that is surely its own.
+
+    An encoder's mask is not that of its decoder's positions, nor that of samples one of frames, even where their
+    lengths are equal by chance.
+
+    Parameters
+    ----------
+    name
+        Path of the output in what the module returned, empty for a tensor by itself.
+    """
+    if not isinstance(batch, Mapping) or any(word in name for word in _OTHER):
+        return None
+    mask: Any = None
+    if is_paired(module, batch) and not name.startswith("encoder"):
+        mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+        if mask is None and isinstance(labels, Tensor):
+            mask = labels != _IGNORED
+    elif takes_tokens(module):
+        mask = batch.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == tensor.shape[:2] else None
+
+
+def is_paired(module: nn.Module, batch: Any = None) -> bool:
+    """Whether a module has an encoder and a decoder, so that its outputs are those of the decoder."""
+    config = getattr(module, "config", None)
+    named = isinstance(batch, Mapping) and any(str(key).startswith("decoder_") for key in batch)
+    return named or bool(getattr(config, "is_encoder_decoder", False))
+
+
+def takes_tokens(module: nn.Module | None) -> bool:
+    """Whether the first input of a model is tokens; any module that does not say so is believed to take them."""
+    main = getattr(module, "main_input_name", "input_ids")
+    return main == "input_ids"

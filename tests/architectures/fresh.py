@@ -1,0 +1,42 @@
+"""Loads artifacts as their users do, in a process that made none of them, and measures them against their sources.
+
+Read on standard input: a JSON list of cases, each with the folders of source and artifact, a file of held-back data, a
+class of ``transformers`` and an objective. Written on standard output: one JSON object a line, in the same order.
+"""
+
+import json
+import sys
+import traceback
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import octavo  # noqa: F401  (makes from_pretrained understand artifacts)
+from octavo.objective import objective
+
+
+def found_in(case):
+    """Divergence of an artifact from its source, each loaded by its own class, and what the loader complained of."""
+    kind, batches, wanted = (
+        getattr(transformers, case["class"]),
+        [load_file(case["data"])],
+        objective(case["objective"]),
+    )
+    source = kind.from_pretrained(case["source"], dtype=torch.float32).eval()
+    model, info = kind.from_pretrained(case["artifact"], dtype=torch.float32, output_loading_info=True)
+    losses = wanted.measure(model.eval(), batches, wanted.reference(source, batches))
+    keys = {key: sorted(map(str, info[f"{key}_keys"])) for key in ("missing", "unexpected", "mismatched")}
+    return {"quality": float(losses.mean()), **keys}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for case in json.load(sys.stdin):
+        try:
+            found = found_in(case)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        print(json.dumps(found), flush=True)

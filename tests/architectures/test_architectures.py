@@ -1,0 +1,71 @@
+"""Every architecture of the zoo: compressed from its folder, saved, and loaded by its own class in a fresh process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import zoo  # noqa: E402
+
+#: Models are compressed by as many processes beside each other.
+MAKERS = 2
+
+
+def lines(process, given=""):
+    """The JSON objects that a process writes, one a line."""
+    out, errors = process.communicate(given)
+    assert process.returncode == 0, errors
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def started(script, *arguments):
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.fixture(scope="module")
+def cases(request, tmp_path_factory):
+    """By architecture what its report stated and what a fresh process found in its artifact.
+
+    Rows that are not asked for are left out, so that one can be tried alone.
+    """
+    asked = {item.callspec.params["name"] for item in request.session.items if "cases" in item.fixturenames}
+    names, folder = [row.name for row in zoo.ZOO if row.name in asked], tmp_path_factory.mktemp("zoo")
+    makers = [started("making.py", folder, *names[at::MAKERS]) for at in range(MAKERS)]
+    made = [case for maker in makers for case in lines(maker)]
+    sound = [case for case in made if "error" not in case]
+    found = lines(started("fresh.py"), json.dumps(sound))
+    pairs = {case["name"]: {**case, "found": one} for case, one in zip(sound, found, strict=True)}
+    return {case["name"]: pairs.get(case["name"], case) for case in made}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(row.name, marks=[pytest.mark.slow] * row.slow, id=f"{row.group}-{row.name}") for row in zoo.ZOO],
+)
+def test_what_is_stated_is_what_its_own_class_gives(name, cases):
+    case = cases[name]
+    assert "error" not in case, case["error"]
+    found = case["found"]
+    assert "error" not in found, found["error"]
+    assert (found["missing"], found["unexpected"], found["mismatched"]) == ([], [], [])
+    assert found["quality"] == pytest.approx(case["stated"], rel=1e-3, abs=1e-7)
+    assert case["stated"] > 0
+
+
+def test_the_zoo_is_wide_enough():
+    assert len({row.name for row in zoo.ZOO}) == len(zoo.ZOO) >= 80
+    assert len([row for row in zoo.ZOO if not row.slow]) >= 40
+    assert len({row.group for row in zoo.ZOO if not row.slow}) == 9
+
+
+@pytest.mark.parametrize("row", [row for row in zoo.ZOO if not row.slow], ids=lambda row: row.name)
+def test_models_of_the_zoo_are_the_same_at_every_call(row):
+    one, other = row.model().state_dict(), row.model().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
