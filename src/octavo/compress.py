@@ -36,8 +36,8 @@ from octavo.rivals import PLAIN
 from octavo.sites import Source
 from octavo.workspace import Workspace, forget
 
-#: Frames between :func:`compress` and its caller, its own and that of its decorator.
-_DEPTH = 3
+#: Frames between :func:`compress` and its caller, its own and those of its decorators.
+_DEPTH = 4
 
 
 @dataclass
