@@ -142,8 +142,37 @@ def has_rows(batch: Batch) -> bool:
     return not _indexed([tensor for tensor in _tensors(batch) if tensor.ndim])
 
 
+class Whole:
+    """Marks a batch that no rows divide."""
+
+
+class _WholeTuple(Whole, tuple):
+    """Positional arguments that belong together."""
+
+
+class _WholeMapping(Whole, dict):
+    """Keyword arguments that belong together."""
+
+
+def whole(batch: Batch) -> Batch:
+    """The batch, marked as one that stays as it is."""
+    if isinstance(batch, Mapping):
+        return _WholeMapping(batch)
+    return _WholeTuple(batch if isinstance(batch, tuple | list) else (batch,))
+
+
+def divided(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of at most so many examples, if it can be divided."""
+    total = sequences_in(batch)
+    if isinstance(batch, Whole) or total <= size:
+        return [batch]
+    return [select(batch, slice(at, at + size)) for at in range(0, total, size)]
+
+
 def select(batch: Batch, which: slice | Tensor) -> Batch:
     """Some of the examples of a batch; all that is not one row an example stays as it is."""
+    if isinstance(batch, Whole):
+        return batch
     size = sequences_in(batch)
 
     def pick(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ahead import in_order
-from octavo.batches import Batch, mask_of, select, sequences_in
+from octavo.batches import Batch, divided, mask_of, select, sequences_in
 from octavo.errors import RequestError
 from octavo.evidence import Evidence, combined
 from octavo.objective import Objective
@@ -130,9 +130,7 @@ def _smaller(batches: Sequence[Batch], sequences: int) -> list[Batch]:
     size = max(1, sequences // _PASSES)
     result = []
     for batch in batches:
-        total = sequences_in(batch)
-        parts = range(0, total, size) if total > size else (0,)
-        result += [select(batch, slice(at, at + size)) for at in parts]
+        result += divided(batch, size)
     return result
 
 

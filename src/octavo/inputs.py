@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.batches import Batch, converted, described, has_rows, left_out, select, sequences_in
+from octavo.batches import Batch, converted, described, has_rows, left_out, select, sequences_in, whole
 from octavo.blockwise import Blockwise
 from octavo.calibrate import MINIMUM_SEQUENCES
 from octavo.data.texts import builtin_texts, check_texts, cleaned, read_texts
@@ -233,8 +233,8 @@ def _by_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         )
     held = set(list(range(len(batches)))[3::4][:_HELD] or [len(batches) - 1])
     return (
-        [batch for number, batch in enumerate(batches) if number not in held],
-        [batch for number, batch in enumerate(batches) if number in held],
+        [whole(batch) for number, batch in enumerate(batches) if number not in held],
+        [whole(batch) for number, batch in enumerate(batches) if number in held],
     )
 
 

@@ -55,8 +55,6 @@ class Job:
     executor: Executor = field(default_factory=Local)
     #: How errors are weighed: ``kfac`` or ``ekfac`` (:mod:`octavo.curvature`).
     curvature: str = "kfac"
-    #: Whether batches may be divided by rows.
-    rows: bool = True
 
     def __post_init__(self) -> None:
         self._model: InMemory | Blockwise | None = None

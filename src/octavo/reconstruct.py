@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.artifact import Packed, pack, unpack
-from octavo.batches import Batch, select, sequences_in
+from octavo.batches import Batch, Whole, select, sequences_in
 from octavo.calibrate import Calibration
 from octavo.finish import Built
 from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
@@ -134,8 +134,7 @@ class _Fit:
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
-        whole = self.job.calibration_data
-        batches = [piece for batch in whole for piece in _pieces(batch, size)] if self.job.rows else whole
+        batches = [piece for batch in self.job.calibration_data for piece in _pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.rows.values()]
         optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
@@ -207,7 +206,10 @@ class _Value:
 
 
 def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
-    """A batch in parts of about the same size."""
+    """A batch in parts of about the same size, if it can be divided."""
+    if isinstance(batch, Whole):
+        yield batch
+        return
     for part in torch.arange(sequences_in(batch)).chunk(max(1, round(sequences_in(batch) / size))):
         yield select(batch, slice(int(part[0]), int(part[-1]) + 1))
 

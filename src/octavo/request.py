@@ -103,7 +103,7 @@ def open_job(
         opened = _folded(opened, module, calibration, wanted, left, limit)
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
-        [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature, rows=rows,
+        [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
     )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def refuse_unreachable(job: Job, asked: Budget) -> None:
     if job.measurable:
         # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
         steps = sum(site.rows + site.columns for site in job.sites)
-        smallest = int(1.1 * (job.contents(packed, Narrowing.EXACT).bytes + steps))
+        smallest = int(1.15 * (job.contents(packed, Narrowing.EXACT).bytes + steps))
     else:
         smallest = job.contents(packed, job.narrowing()).bytes
     raise unreachable(asked, job.source.original_bytes, smallest)
