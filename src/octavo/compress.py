@@ -36,7 +36,7 @@ from octavo.rivals import PLAIN
 from octavo.sites import Source
 from octavo.workspace import Workspace, forget
 
-#: Frames between :func:`compress` and its caller, its own and that of its decorator.
+#: Frames between :func:`compress` and its caller, its own and those of its decorators.
 _DEPTH = 4
 
 

@@ -122,7 +122,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     if data is None or source.folder is None or source.module is None:
         raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
     try:
-        with open(data, encoding="utf-8", newline="") as file:
+        with open(data, encoding="utf-8-sig", newline="") as file:
             rows = [(row[0], row[1], float(row[2])) for row in csv.reader(file) if len(row) >= 3]
     except (OSError, ValueError, csv.Error) as error:
         raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {error}") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from octavo.batches import Batch, converted, described, has_rows, left_out, select, sequences_in, whole
 from octavo.blockwise import Blockwise
 from octavo.calibrate import MINIMUM_SEQUENCES
-from octavo.data.texts import builtin_texts, check_texts, read_texts
+from octavo.data.texts import builtin_texts, check_texts, cleaned, read_texts
 from octavo.errors import RequestError
 from octavo.files import from_path
 from octavo.inmemory import InMemory
@@ -182,7 +182,7 @@ def texts_of(data: Any) -> tuple[list[str], str]:
         return builtin_texts(), "built-in English text"
     if isinstance(data, list):
         check_texts(data, "data")
-        return list(data), "texts given"
+        return cleaned(data), "texts given"
     return read_texts(data), Path(data).name
 
 

@@ -85,7 +85,7 @@ class Bars:
 
     def __enter__(self) -> Bars:
         if not self._depth:
-            self._drawing = _Line() if in_notebook() else _Rich()
+            self._drawing = _Rich() if _in_terminal() and not in_notebook() else _Line()
         self._depth += 1
         return self
 
@@ -122,7 +122,7 @@ class _Rich:
 
 
 class _Line:
-    """A bar in a notebook, which can draw over its last line and no further up."""
+    """A bar where only the last line can be drawn over, as in a notebook."""
 
     def __init__(self) -> None:
         self._step, self._start, self._before, self._drawn = "", 0.0, 0, 0.0
@@ -155,6 +155,10 @@ def in_notebook() -> bool:
     return shell is not None and type(shell).__name__ != "TerminalInteractiveShell"
 
 
+def _in_terminal() -> bool:
+    return Console(stderr=True).is_terminal
+
+
 @contextmanager
 def showing(choice: Shown) -> Iterator[Progress]:
     """A context in which progress is shown as was chosen; gives the callback that shows it."""
@@ -163,7 +167,7 @@ def showing(choice: Shown) -> Iterator[Progress]:
             yield choice
     elif callable(choice):
         yield choice
-    elif choice or (choice is None and (in_notebook() or Console(stderr=True).is_terminal)):
+    elif choice or (choice is None and (in_notebook() or _in_terminal())):
         with Bars() as bars:
             yield bars
     else:

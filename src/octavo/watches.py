@@ -130,8 +130,9 @@ class _Watch:
     def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
         if live is not None and live.numel() == tokens.numel():
-            # Answers to one question are sequences of their own to the model.
-            live = live.reshape(tokens.shape)
+            # Answers to one question are sequences of their own to the model; some models put positions first.
+            turned = live.ndim == 2 and live.shape != tokens.shape and live.shape == tokens.shape[::-1]
+            live = live.t() if turned else live.reshape(tokens.shape)
         shown = tokens if live is None else tokens.expand(live.shape)[live]
         self.rows += torch.bincount(shown.flatten().cpu(), minlength=self.site.rows).double()
         self.samples += shown.numel()

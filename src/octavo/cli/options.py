@@ -26,7 +26,10 @@ LATENCY = Annotated[str | None, typer.Option(help="For speed: the time that one 
 SHAPE = Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")]
 DATA = Annotated[
     Path | None,
-    typer.Option(help="Calibration texts, one a line, or .jsonl with 'text'. Default: a built-in English text."),
+    typer.Option(
+        help="Calibration texts: one a line, .jsonl or .json with 'text', or a .csv or .tsv with a header. "
+        "Default: a built-in English text."
+    ),
 ]
 OBJECTIVE = Annotated[
     str | None, typer.Option(help="What to keep: cosine, kl or squared. Default: what fits the model.")
