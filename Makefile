@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench reproduce format clean
+.PHONY: help demo test wide check bench reproduce format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: $(READY) ## compress a sentence encoder to an eighth; writes demo/ and dem
 
 test: $(READY) ## run all tests
 	$(BIN)/python -m pytest -q --durations=15
+
+wide: $(READY) ## run the tests of all other architectures of transformers (10 minutes)
+	$(BIN)/python -m pytest -q -m wide tests/architectures
 
 check: $(READY) ## check format, lint and types
 	$(BIN)/ruff format --check .

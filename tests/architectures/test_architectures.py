@@ -47,7 +47,7 @@ def cases(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(row.name, marks=[pytest.mark.slow] * row.slow, id=f"{row.group}-{row.name}") for row in zoo.ZOO],
+    [pytest.param(row.name, marks=[pytest.mark.wide] * row.wide, id=f"{row.group}-{row.name}") for row in zoo.ZOO],
 )
 def test_what_is_stated_is_what_its_own_class_gives(name, cases):
     case = cases[name]
@@ -61,11 +61,11 @@ def test_what_is_stated_is_what_its_own_class_gives(name, cases):
 
 def test_the_zoo_is_wide_enough():
     assert len({row.name for row in zoo.ZOO}) == len(zoo.ZOO) >= 80
-    assert len([row for row in zoo.ZOO if not row.slow]) >= 40
-    assert len({row.group for row in zoo.ZOO if not row.slow}) == 9
+    assert len([row for row in zoo.ZOO if not row.wide]) >= 40
+    assert len({row.group for row in zoo.ZOO if not row.wide}) == 9
 
 
-@pytest.mark.parametrize("row", [row for row in zoo.ZOO if not row.slow], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in zoo.ZOO if not row.wide], ids=lambda row: row.name)
 def test_models_of_the_zoo_are_the_same_at_every_call(row):
     one, other = row.model().state_dict(), row.model().state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)

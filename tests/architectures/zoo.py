@@ -26,7 +26,7 @@ class Row:
     group: str
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
-    slow: bool = False
+    wide: bool = False
 
     def model(self) -> nn.Module:
         """The model, the same at every call."""
@@ -134,24 +134,24 @@ def row(
     options: dict[str, Any],
     batch: Callable[[], dict[str, Tensor]] = tokens,
     *,
-    slow: bool = False,
+    wide: bool = False,
 ) -> Row:
     """A row whose model is of the class ``model`` and the configuration ``config`` with ``options``."""
 
     def build() -> nn.Module:
         return getattr(T, model)(getattr(T, config)(**options))
 
-    return Row(model, group, build, batch, slow)
+    return Row(model, group, build, batch, wide)
 
 
 ENCODERS = [
     row("encoder", "BertForMaskedLM", "BertConfig", TEXT, padded),
-    row("encoder", "BertModel", "BertConfig", TEXT, padded, slow=True),
+    row("encoder", "BertModel", "BertConfig", TEXT, padded, wide=True),
     row("encoder", "BertForPreTraining", "BertConfig", TEXT, padded),
-    row("encoder", "BertForMultipleChoice", "BertConfig", TEXT, lambda: choices(), slow=True),
+    row("encoder", "BertForMultipleChoice", "BertConfig", TEXT, lambda: choices(), wide=True),
     row("encoder", "RobertaForSequenceClassification", "RobertaConfig", {**TEXT, "num_labels": 5}, padded),
     row("encoder", "RobertaForQuestionAnswering", "RobertaConfig", TEXT, padded),
-    row("encoder", "XLMRobertaForTokenClassification", "XLMRobertaConfig", {**TEXT, "num_labels": 5}, padded, slow=True),
+    row("encoder", "XLMRobertaForTokenClassification", "XLMRobertaConfig", {**TEXT, "num_labels": 5}, padded, wide=True),
     row("encoder", "DistilBertModel", "DistilBertConfig",
         {"vocab_size": WORDS, "dim": WIDTH, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "pad_token_id": 1,
          "max_position_embeddings": 64}, padded),
@@ -162,15 +162,15 @@ ENCODERS = [
         {**TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "legacy": False},
         padded),
     row("encoder", "XLNetLMHeadModel", "XLNetConfig",
-        {"vocab_size": WORDS, "d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 96, **MARKS}, slow=True),
+        {"vocab_size": WORDS, "d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 96, **MARKS}, wide=True),
     row("encoder", "ModernBertForMaskedLM", "ModernBertConfig",
         {**TEXT, **MARKS, "cls_token_id": 2, "sep_token_id": 3, "attn_implementation": "eager"}, padded),
     row("encoder", "NomicBertModel", "NomicBertConfig", TEXT, padded),
-    row("encoder", "FNetForMaskedLM", "FNetConfig", TEXT, slow=True),
+    row("encoder", "FNetForMaskedLM", "FNetConfig", TEXT, wide=True),
     row("encoder", "LongformerForMaskedLM", "LongformerConfig",
-        {**TEXT, "attention_window": 4, "max_position_embeddings": 66}, padded, slow=True),
-    row("encoder", "CamembertForMaskedLM", "CamembertConfig", TEXT, padded, slow=True),
-    row("encoder", "ConvBertForMaskedLM", "ConvBertConfig", {**TEXT, "embedding_size": 32}, padded, slow=True),
+        {**TEXT, "attention_window": 4, "max_position_embeddings": 66}, padded, wide=True),
+    row("encoder", "CamembertForMaskedLM", "CamembertConfig", TEXT, padded, wide=True),
+    row("encoder", "ConvBertForMaskedLM", "ConvBertConfig", {**TEXT, "embedding_size": 32}, padded, wide=True),
 ]  # fmt: skip
 
 DECODERS = [
@@ -179,54 +179,54 @@ DECODERS = [
         {"vocab_size": WORDS, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     row("decoder", "GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT),
     row("decoder", "GPTJForCausalLM", "GPTJConfig",
-        {"vocab_size": WORDS, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}, slow=True),
+        {"vocab_size": WORDS, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}, wide=True),
     row("decoder", "OPTForCausalLM", "OPTConfig",
         {"vocab_size": WORDS, "hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 64}, padded),
-    row("decoder", "MistralForCausalLM", "MistralConfig", GROUPED, slow=True),
+    row("decoder", "MistralForCausalLM", "MistralConfig", GROUPED, wide=True),
     row("decoder", "Qwen2ForCausalLM", "Qwen2Config", {**GROUPED, "tie_word_embeddings": True}),
-    row("decoder", "Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 12}, slow=True),
-    row("decoder", "GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 12}, slow=True),
-    row("decoder", "Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 12}, slow=True),
+    row("decoder", "Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 12}, wide=True),
+    row("decoder", "GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 12}, wide=True),
+    row("decoder", "Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 12}, wide=True),
     row("decoder", "Gemma3ForCausalLM", "Gemma3TextConfig", {**GROUPED, "head_dim": 12}),
-    row("decoder", "PhiForCausalLM", "PhiConfig", GROUPED, slow=True),
+    row("decoder", "PhiForCausalLM", "PhiConfig", GROUPED, wide=True),
     row("decoder", "Phi3ForCausalLM", "Phi3Config", GROUPED),
     row("decoder", "FalconForCausalLM", "FalconConfig", {**TEXT, "new_decoder_architecture": True, "num_kv_heads": 2}),
     row("decoder", "BloomForCausalLM", "BloomConfig",
         {"vocab_size": WORDS, "hidden_size": WIDTH, "n_layer": 2, "n_head": 4}),
     row("decoder", "StableLmForCausalLM", "StableLmConfig",
-        {**GROUPED, "num_attention_heads": 3, "num_key_value_heads": 3}, slow=True),
-    row("decoder", "CohereForCausalLM", "CohereConfig", {**GROUPED, "logit_scale": 1.0}, slow=True),
-    row("decoder", "Olmo2ForCausalLM", "Olmo2Config", GROUPED, slow=True),
-    row("decoder", "SmolLM3ForCausalLM", "SmolLM3Config", GROUPED, slow=True),
-    row("decoder", "GraniteForCausalLM", "GraniteConfig", GROUPED, slow=True),
-    row("decoder", "LlamaForSequenceClassification", "LlamaConfig", {**GROUPED, "num_labels": 4}, padded, slow=True),
+        {**GROUPED, "num_attention_heads": 3, "num_key_value_heads": 3}, wide=True),
+    row("decoder", "CohereForCausalLM", "CohereConfig", {**GROUPED, "logit_scale": 1.0}, wide=True),
+    row("decoder", "Olmo2ForCausalLM", "Olmo2Config", GROUPED, wide=True),
+    row("decoder", "SmolLM3ForCausalLM", "SmolLM3Config", GROUPED, wide=True),
+    row("decoder", "GraniteForCausalLM", "GraniteConfig", GROUPED, wide=True),
+    row("decoder", "LlamaForSequenceClassification", "LlamaConfig", {**GROUPED, "num_labels": 4}, padded, wide=True),
 ]  # fmt: skip
 
 ENCODER_DECODERS = [
     row("encoder-decoder", "T5ForConditionalGeneration", "T5Config", T5, equally_long),
-    row("encoder-decoder", "T5EncoderModel", "T5Config", T5, padded, slow=True),
+    row("encoder-decoder", "T5EncoderModel", "T5Config", T5, padded, wide=True),
     row("encoder-decoder", "MT5ForConditionalGeneration", "MT5Config", {**T5, "feed_forward_proj": "gated-gelu"}, both,
-        slow=True),
+        wide=True),
     row("encoder-decoder", "BartForConditionalGeneration", "BartConfig", PAIRED, both),
-    row("encoder-decoder", "MBartForConditionalGeneration", "MBartConfig", PAIRED, both, slow=True),
-    row("encoder-decoder", "PegasusForConditionalGeneration", "PegasusConfig", PAIRED, both, slow=True),
+    row("encoder-decoder", "MBartForConditionalGeneration", "MBartConfig", PAIRED, both, wide=True),
+    row("encoder-decoder", "PegasusForConditionalGeneration", "PegasusConfig", PAIRED, both, wide=True),
     row("encoder-decoder", "MarianMTModel", "MarianConfig", PAIRED, equally_long),
-    row("encoder-decoder", "M2M100ForConditionalGeneration", "M2M100Config", PAIRED, both, slow=True),
+    row("encoder-decoder", "M2M100ForConditionalGeneration", "M2M100Config", PAIRED, both, wide=True),
 ]  # fmt: skip
 
 EXPERT_MIXTURES = [
     row("mixture", "MixtralForCausalLM", "MixtralConfig",
         {**GROUPED, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    row("mixture", "Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 48}, slow=True),
+    row("mixture", "Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 48}, wide=True),
     row("mixture", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**EXPERTS, "head_dim": 12}),
-    row("mixture", "OlmoeForCausalLM", "OlmoeConfig", {**EXPERTS, "intermediate_size": 48}, slow=True),
-    row("mixture", "DeepseekV2ForCausalLM", "DeepseekV2Config", LATENT, slow=True),
+    row("mixture", "OlmoeForCausalLM", "OlmoeConfig", {**EXPERTS, "intermediate_size": 48}, wide=True),
+    row("mixture", "DeepseekV2ForCausalLM", "DeepseekV2Config", LATENT, wide=True),
     row("mixture", "DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
     row("mixture", "GptOssForCausalLM", "GptOssConfig",
         {**GROUPED, "head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     row("mixture", "GraniteMoeForCausalLM", "GraniteMoeConfig",
-        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, slow=True),
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, wide=True),
 ]  # fmt: skip
 
 
@@ -289,16 +289,16 @@ def captioned() -> dict[str, Tensor]:
 
 SEEING = [
     Row("LlavaForConditionalGeneration", "vision-language", llava, told(5, 16)),
-    Row("PaliGemmaForConditionalGeneration", "vision-language", paligemma, told(5, 16), slow=True),
+    Row("PaliGemmaForConditionalGeneration", "vision-language", paligemma, told(5, 16), wide=True),
     Row("Idefics3ForConditionalGeneration", "vision-language", idefics3, seen_by_idefics),
     Row("Qwen2VLForConditionalGeneration", "vision-language", qwen_vl, tokens),
-    Row("VisionEncoderDecoderModel", "vision-language", vision_text, captioned, slow=True),
+    Row("VisionEncoderDecoderModel", "vision-language", vision_text, captioned, wide=True),
 ]
 
 VISUAL = [
     row("vision", "ViTForImageClassification", "ViTConfig", {**VISION, "num_labels": 5}, images),
-    row("vision", "ViTModel", "ViTConfig", VISION, images, slow=True),
-    row("vision", "DeiTForImageClassification", "DeiTConfig", {**VISION, "num_labels": 5}, images, slow=True),
+    row("vision", "ViTModel", "ViTConfig", VISION, images, wide=True),
+    row("vision", "DeiTForImageClassification", "DeiTConfig", {**VISION, "num_labels": 5}, images, wide=True),
     row("vision", "Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}, images),
     row("vision", "SwinForImageClassification", "SwinConfig",
         {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4,
@@ -309,7 +309,7 @@ VISUAL = [
         {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}, images),
     row("vision", "CLIPVisionModel", "CLIPVisionConfig", VISION, images),
     row("vision", "BeitForImageClassification", "BeitConfig",
-        {**VISION, "num_labels": 5, "out_indices": [1, 2], "use_relative_position_bias": True}, images, slow=True),
+        {**VISION, "num_labels": 5, "out_indices": [1, 2], "use_relative_position_bias": True}, images, wide=True),
     row("vision", "YolosForObjectDetection", "YolosConfig",
         {**VISION, "image_size": [32, 32], "num_detection_tokens": 6, "num_labels": 5}, images),
     row("vision", "SegformerForSemanticSegmentation", "SegformerConfig",
@@ -318,10 +318,10 @@ VISUAL = [
          "num_labels": 5}, images),
     row("vision", "DPTForDepthEstimation", "DPTConfig",
         {**VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16,
-         "is_hybrid": False}, images, slow=True),
+         "is_hybrid": False}, images, wide=True),
     row("vision", "ViTMAEForPreTraining", "ViTMAEConfig",
         {**VISION, "decoder_hidden_size": 32, "decoder_intermediate_size": 64, "decoder_num_hidden_layers": 1,
-         "decoder_num_attention_heads": 4}, lambda: {**images(), **frames("noise", 16)()}, slow=True),
+         "decoder_num_attention_heads": 4}, lambda: {**images(), **frames("noise", 16)()}, wide=True),
 ]  # fmt: skip
 
 
@@ -349,9 +349,9 @@ def sounds() -> dict[str, Tensor]:
 CONTRASTIVE = [
     Row("CLIPModel", "contrastive", clip, pairs),
     Row("SiglipModel", "contrastive", siglip, pairs),
-    Row("ClapModel", "contrastive", clap, sounds, slow=True),
+    Row("ClapModel", "contrastive", clap, sounds, wide=True),
     row("contrastive", "CLIPTextModelWithProjection", "CLIPTextConfig", {**TEXT, **MARKS, "projection_dim": 32}, padded,
-        slow=True),
+        wide=True),
 ]  # fmt: skip
 
 WHISPER = {**PAIRED, "num_mel_bins": 16, "max_source_positions": 50, "max_target_positions": 64}
@@ -361,7 +361,7 @@ HEARING = [
     row("speech", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, frames("input_values", 800)),
     row("speech", "HubertForCTC", "HubertConfig", SPEECH, frames("input_values", 800)),
     row("speech", "WavLMModel", "WavLMConfig", {**SPEECH, "num_buckets": 20, "max_bucket_distance": 40},
-        frames("input_values", 800), slow=True),
+        frames("input_values", 800), wide=True),
     row("speech", "WhisperForConditionalGeneration", "WhisperConfig", WHISPER, heard),
     row("speech", "ASTForAudioClassification", "ASTConfig",
         {**SIZES, "max_length": 32, "num_mel_bins": 16, "patch_size": 8, "time_stride": 8, "frequency_stride": 8,
@@ -369,7 +369,7 @@ HEARING = [
     row("speech", "Speech2TextForConditionalGeneration", "Speech2TextConfig",
         {**{key: value for key, value in PAIRED.items() if key != "max_position_embeddings"}, "input_feat_per_channel": 16,
          "conv_channels": 32, "max_source_positions": 64, "max_target_positions": 64},
-        lambda: {**frames("input_features", 40, 16)(), "decoder_input_ids": tokens(7)["input_ids"]}, slow=True),
+        lambda: {**frames("input_features", 40, 16)(), "decoder_input_ids": tokens(7)["input_ids"]}, wide=True),
 ]  # fmt: skip
 
 STATES = {**TEXT, **MARKS, "state_size": 8, "time_step_rank": 4}
@@ -382,8 +382,8 @@ RECURRENT = [
          "n_groups": 1, "chunk_size": 8}),
     row("state-space", "RwkvForCausalLM", "RwkvConfig",
         {"vocab_size": WORDS, "hidden_size": WIDTH, "attention_hidden_size": WIDTH, "num_hidden_layers": 2,
-         "intermediate_size": 96, "context_length": 64}, slow=True),
-    row("state-space", "FalconMambaForCausalLM", "FalconMambaConfig", STATES, slow=True),
+         "intermediate_size": 96, "context_length": 64}, wide=True),
+    row("state-space", "FalconMambaForCausalLM", "FalconMambaConfig", STATES, wide=True),
 ]  # fmt: skip
 
 
