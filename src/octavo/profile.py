@@ -240,7 +240,7 @@ def _walk(
         while 0 <= index + step < len(settings) and wanted(index):
             index += step
             yield index
-            if needless(index) and step < 0:
+            if index not in seen or (needless(index) and step < 0):
                 return
             if not needless(index) and excess(index) > PROMISING and excess(index) > 0.95 * excess(index - step):
                 return  # behind, and not catching up
@@ -250,6 +250,9 @@ def _walk(
             yield from range(len(settings))
             return
         yield start
+        # A method may find that a setting it offered does not serve, and give no form for it.
+        if start not in seen:
+            return
         if needless(start) or excess(start) <= SCREEN:
             yield from outwards(1, lambda index: bits(index) > window.least)
             yield from outwards(-1, lambda index: bits(index) < window.most and not needless(index))
