@@ -335,11 +335,11 @@ def test_a_mask_in_a_file_is_no_weight(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_small_parameter_may_be_anything(value, tmp_path):
+def test_a_small_frozen_parameter_may_be_anything(value, tmp_path):
     class Unused(nn.Linear):
         def __init__(self):
             super().__init__(64, 32)
-            self.spare = nn.Parameter(torch.tensor([value, 1.0]))
+            self.spare = nn.Parameter(torch.tensor([value, 1.0]), requires_grad=False)
 
     _, loaded, _, _ = round_trip(Unused, tmp_path)
     assert raw_bytes(loaded.spare) == raw_bytes(torch.tensor([value, 1.0]))

@@ -376,7 +376,8 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
 def examine(source: Source, progress: Progress = lambda done, total: None) -> None:
     """Read every tensor once, if that was not done before, and remember the content's digest.
 
-    Weights with NaN or Inf are refused. Masks may hold them, and so may buffers: these are stored as they are.
+    Weights with NaN or Inf are refused, and so are parameters of a module that ask for gradients. Masks, buffers and
+    frozen parameters that are no weights may hold them: these are stored as they are.
 
     Raises
     ------
@@ -385,7 +386,9 @@ def examine(source: Source, progress: Progress = lambda done, total: None) -> No
     """
     names = [name for name in source.shapes if name not in source.digests]
     own = {} if source.module is None else own_tensors(source.module)
-    buffers = {name for name, target in source.direct.items() if not isinstance(own.get(target), nn.Parameter | None)}
+    held = {name: own.get(target) for name, target in source.direct.items()}
+    buffers = {name for name, tensor in held.items() if not isinstance(tensor, nn.Parameter | None)}
+    trained = {name for name, tensor in held.items() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
 
     def digest(name: str) -> str:
         tensor = source.read(name).detach()
@@ -402,6 +405,8 @@ def examine(source: Source, progress: Progress = lambda done, total: None) -> No
                 exponent = math.frexp(max(-least, most))[1]
                 if abs(exponent) > _USUAL:
                     source.exponents[name] = exponent
+        elif name in trained and not bool(torch.isfinite(tensor).all()):
+            raise _not_finite(source, name, tensor)
         return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
     for done, found in enumerate(in_order(digest, names)):

@@ -499,8 +499,8 @@ def test_unusual_modules_are_measured_where_they_can_be(saved):
 
 
 def test_a_batch_that_does_not_fit_is_named(saved):
-    for batch in (torch.randn(3, 3), {"x": INDEX}, (INDEX, INDEX)):
-        with pytest.raises(RequestError, match="Small fails on the batch"):
+    for batch in (torch.randn(3, 3), {"x": INDEX}):
+        with pytest.raises(RequestError, match=r"Small fails on (the|a) batch"):
             octavo.load(saved / "a", Small(), factors=True, batch=batch)
 
 

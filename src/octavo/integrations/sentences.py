@@ -164,7 +164,8 @@ def load_encoder(folder: Path) -> SentenceEncoder:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise MissingExtraError(
-            f"{folder}: is an encoder of sentence-transformers, which cannot be imported ({error}): pip install 'octavo[st]'"
+            f"{folder}: is an encoder of sentence-transformers, which cannot be imported ({error}); "
+            "pip install 'octavo[st]'"
         ) from error
     from octavo.integrations.transformers import register
 
