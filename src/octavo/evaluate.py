@@ -15,6 +15,7 @@ from octavo.artifact import MANIFEST, Artifact
 from octavo.blockwise import Blockwise
 from octavo.errors import MissingExtraError, RequestError
 from octavo.inmemory import InMemory
+from octavo.integrations.sentences import is_installed, load_encoder, members, transformer_folder
 from octavo.matmul import fast_matmul
 from octavo.memory import fits
 from octavo.objective import KL, Objective
@@ -97,6 +98,11 @@ def _open(path: Path, *, packed: bool) -> Source:
     from octavo.verify import load
 
     Artifact(path)
+    if members(path) and is_installed() and not packed:
+        encoder = load_encoder(path)
+        return Source(
+            path.name, path, {}, {}, {}, encoder.get_parameter, encoder, is_transformers=True, is_encoder=True
+        )
     model = load(path, packed=packed)
     if not isinstance(model, nn.Module):
         raise RequestError(f"{path}: holds bare tensors, there is no model to run")
@@ -129,7 +135,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     if len(rows) < 2:
         raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)
-    batches = inputs.prepared(source, wanted, text_batches(source.folder, texts, source.module))
+    batches = inputs.prepared(source, wanted, text_batches(transformer_folder(source.folder), texts, source.module))
     vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]

@@ -117,6 +117,13 @@ def test_weights_of_every_folder_are_sites(bert: Path, tmp_path: Path) -> None:
     assert divergence(source, tmp_path / "out", TEXTS) < 0.1
 
 
+def test_evaluation_measures_the_whole_encoder(bert: Path, tmp_path: Path) -> None:
+    source = saved("dense", bert, tmp_path / "source")
+    octavo.compress(source, ratio=4, preset="data-free").save(tmp_path / "out")
+    found = octavo.evaluate(tmp_path / "out", data=TEXTS, against=source)
+    assert found["mean"] == pytest.approx(divergence(source, tmp_path / "out", TEXTS), rel=1e-3)
+
+
 def test_the_first_module_in_a_folder_of_its_own(bert: Path, tmp_path: Path) -> None:
     """Encoders saved by early versions keep the transformer in 0_Transformer."""
     source = saved("dense", bert, tmp_path / "source")
