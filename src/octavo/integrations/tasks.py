@@ -47,7 +47,7 @@ def class_for(folder: Path) -> Any:
     the folder: then it is that of the model without a head.
     """
     transformers = _transformers()
-    config = _json(folder / "config.json")
+    config = json_object(folder / "config.json")
     name = (config.get("architectures") or [""])[0]
     named = getattr(transformers, name, None) if isinstance(name, str) and name else None
     if named is None:
@@ -162,7 +162,7 @@ def _cosine(folder: Path, modules: list[Member]) -> Cosine:
     place = next((one.path for one in modules if one.kind == "Pooling"), "1_Pooling")
     if not (folder / place / "config.json").exists():
         return Cosine()
-    config = _json(folder / place / "config.json")
+    config = json_object(folder / place / "config.json")
     pooling = config.get("pooling_mode") or [mode for old, mode in _OLD_MODES.items() if config.get(old)] or "mean"
     prompt = 0
     if not config.get("include_prompt", True):
@@ -181,7 +181,8 @@ def _transformers() -> Any:
     return require_transformers()
 
 
-def _json(file: Path) -> Any:
+def json_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from octavo.integrations.sentences import (
     members,
     transformer_folder,
 )
-from octavo.integrations.tasks import class_for, default_objective  # noqa: F401  (an objective is asked for here too)
+from octavo.integrations.tasks import class_for, default_objective, json_object  # noqa: F401  (an objective is asked for here too)
 from octavo.weight_files import NAMED
 
 if TYPE_CHECKING:
@@ -45,14 +44,7 @@ def require_transformers() -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a model folder."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise RequestError(f"{file}: not a JSON object")
-    return config
+    return json_object(folder / "config.json")
 
 
 class _WithoutContent(TorchFunctionMode):
