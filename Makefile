@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+WORKERS ?= 2
 
 # Models come from installed packages or from local folders; a hub is never asked.
 export HF_HUB_OFFLINE ?= 1
@@ -18,8 +19,8 @@ help: ## list the targets
 demo: $(READY) ## compress a sentence encoder to an eighth; writes demo/ and demo/report.html
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## run all tests
-	$(BIN)/python -m pytest -q --durations=15
+test: $(READY) ## run all tests, by WORKERS processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
 
 wide: $(READY) ## run the tests of all other architectures of transformers (10 minutes)
 	$(BIN)/python -m pytest -q -m wide tests/architectures
