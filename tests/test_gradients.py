@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers as T
 from torch import nn
 from torch.nn import functional as F
 
@@ -341,6 +342,66 @@ def test_learned_positions_are_weighed_by_their_gradients():
     used[1 : LENGTH + 1] = True
     assert rows[used].min() > 2 * rows[~used].max()
     assert not [warning for warning in found.warnings if "typical" in warning]
+
+
+PAIRED = {
+    "vocab_size": 64, "d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 1, "scale_embedding": True, "init_std": 0.2,
+}  # fmt: skip
+OPT = {
+    "vocab_size": 64, "hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.2,
+}  # fmt: skip
+WHISPER = {"num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 16}
+
+
+def both_sides():
+    return {"input_ids": tokens(), "decoder_input_ids": tokens()[:, :4]}
+
+
+def heard():
+    return {"input_features": torch.randn(EXAMPLES, 16, 40), "decoder_input_ids": tokens()[:, :4]}
+
+
+#: Positions that are met, by the names of their tables.
+LEARNED = {
+    "opt": (
+        lambda: T.OPTForCausalLM(T.OPTConfig(**OPT)),
+        lambda: {"input_ids": tokens()},
+        {"model.decoder.embed_positions.weight": range(2, 2 + LENGTH)},
+    ),
+    "bart": (
+        lambda: T.BartForConditionalGeneration(T.BartConfig(**PAIRED, max_position_embeddings=32)),
+        both_sides,
+        {
+            "model.encoder.embed_positions.weight": range(2, 2 + LENGTH),
+            "model.decoder.embed_positions.weight": range(2, 6),
+        },
+    ),
+    "whisper": (
+        lambda: T.WhisperForConditionalGeneration(T.WhisperConfig(**PAIRED, **WHISPER)),
+        heard,
+        {"model.decoder.embed_positions.weight": range(4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_positions_of_transformers(name):
+    torch.manual_seed(0)
+    make, batch, places = LEARNED[name]
+    few = [{key: value[at : at + 8] for key, value in batch().items()} for at in range(0, 32, 8)]
+    found, sites = gather(make().eval(), few, "kl")
+    assert set(found.evidence) == set(sites) and not [warning for warning in found.warnings if "typical" in warning]
+    for table, met in places.items():
+        rows = found.evidence[table].rows
+        used = torch.zeros(len(rows), dtype=torch.bool)
+        used[list(met)] = True
+        assert rows[used].min() > 2 * rows[~used].max()
+    # The table of tokens is a head, too, and every use is seen.
+    (tokens_of,) = (site for site in sites.values() if site.kind == "embedding" and "positions" not in site.name)
+    assert len(found.evidence[tokens_of.name].terms) >= 2
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
