@@ -102,7 +102,7 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
     if not job.measurable:
-        return Proof(loader, why=_UNCOMPARED)
+        return Proof(loader, why=_UNCOMPARED, outputs=probe(loaded.model))
     return Proof(loader, job.judge(loaded.model), outputs=probe(loaded.model))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,3 +152,71 @@ def test_a_list_of_modules_that_leaves_the_folder_is_refused(bert: Path, tmp_pat
         (source / "modules.json").write_text(json.dumps(listed))
         with pytest.raises(octavo.RequestError, match=r"modules\.json"):
             octavo.compress(source, ratio=4, preset="data-free")
+
+
+@pytest.fixture(scope="module", params=["dense", "cls+mean", "static"])
+def loaded(request: pytest.FixtureRequest, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An encoder as its users load it from an artifact."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path_factory.mktemp("loaded")
+    source = saved(request.param, bert, folder / "source")
+    octavo.compress(source, ratio=4, preset="data-free", methods=["rtn"]).save(folder / "out")
+    return SentenceTransformer(str(folder / "out"), device="cpu")
+
+
+def vectors(encoder: Any) -> torch.Tensor:
+    return torch.as_tensor(encoder.encode(TEXTS[:6]))
+
+
+def test_a_loaded_encoder_is_saved_as_any_other(loaded: Any, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    loaded.save(str(tmp_path))
+    assert not list(tmp_path.rglob("octavo.json"))
+    config = tmp_path / "config.json"
+    assert not config.exists() or "quantization_config" not in json.loads(config.read_text())
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert torch.equal(vectors(again), vectors(loaded))
+    assert again.prompts["query"] == loaded.prompts["query"] == "w1 "
+
+
+def test_a_loaded_encoder_is_copied_and_sent_to_processes(loaded: Any) -> None:
+    """``start_multi_process_pool`` pickles it."""
+    for again in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
+        assert torch.equal(vectors(again), vectors(loaded))
+
+
+@pytest.mark.parametrize("loaded", ["dense"], indirect=True)
+def test_a_pool_of_processes_encodes(loaded: Any) -> None:
+    pool = loaded.start_multi_process_pool(["cpu"])
+    try:
+        found = torch.as_tensor(loaded.encode(TEXTS[:6], pool=pool))
+    finally:
+        loaded.stop_multi_process_pool(pool)
+    torch.testing.assert_close(found, vectors(loaded), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_put_before_texts(loaded: Any) -> None:
+    one, other = (torch.as_tensor(loaded.encode(texts, **how)) for texts, how in (
+        (TEXTS[:3], {"prompt_name": "query"}), ([f"w1 {text}" for text in TEXTS[:3]], {}),
+    ))  # fmt: skip
+    torch.testing.assert_close(one, other)
+    assert not torch.allclose(one, torch.as_tensor(loaded.encode(TEXTS[:3])))
+
+
+def test_an_encoder_with_a_prompt_of_its_own_is_measured_with_it(bert: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(
+        modules=modules("mean", bert), device="cpu", prompts={"query": "w1 w2 w3 "}, default_prompt_name="query"
+    )
+    encoder.save(str(tmp_path / "source"))
+    done = octavo.compress(tmp_path / "source", ratio=6, data=TEXTS, preset="fast", methods=["rtn"])
+    report = done.save(tmp_path / "out")
+    held = [text.removeprefix("w1 w2 w3 ") for batch in done.job.held_data for text in texts_of(batch)]
+    assert set(held) <= set(TEXTS)
+    assert report["quality"]["value"] == pytest.approx(
+        divergence(tmp_path / "source", tmp_path / "out", held), rel=1e-3
+    )
+    assert SentenceTransformer(str(tmp_path / "out"), device="cpu").default_prompt_name == "query"
