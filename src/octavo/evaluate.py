@@ -15,6 +15,7 @@ from octavo.artifact import MANIFEST, Artifact
 from octavo.blockwise import Blockwise
 from octavo.errors import MissingExtraError, RequestError
 from octavo.inmemory import InMemory
+from octavo.integrations.sentences import is_installed, load_encoder, members
 from octavo.matmul import fast_matmul
 from octavo.memory import fits
 from octavo.objective import KL, Objective
@@ -97,6 +98,11 @@ def _open(path: Path, *, packed: bool) -> Source:
     from octavo.verify import load
 
     Artifact(path)
+    if members(path) and is_installed() and not packed:
+        encoder = load_encoder(path)
+        source = inputs.open_source(encoder)
+        source.path, source.is_encoder = path, True
+        return source
     model = load(path, packed=packed)
     if not isinstance(model, nn.Module):
         raise RequestError(f"{path}: holds bare tensors, there is no model to run")
