@@ -61,6 +61,12 @@ def test_an_index_beside_the_whole_is_old(tmp_path: Path) -> None:
     assert source.notes == ["not counted and not read: model-00001-of-00002.safetensors, model.safetensors.index.json"]
 
 
+def test_an_index_that_is_read_is_not_beside(tmp_path: Path) -> None:
+    write(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert opened(tmp_path).notes == []
+
+
 def test_the_report_names_them_and_the_artifact_loads(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     tensors = write(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
@@ -21,7 +22,8 @@ def run(module: nn.Module, batch: Batch) -> Any:
     """Call a module on a batch that is a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Of a tuple longer than ``forward`` takes, such as inputs with labels, the first element goes in. Keys that
-    ``forward`` does not know are left out of a mapping.
+    ``forward`` does not know are left out of a mapping. The same batch gives the same outputs at every call: a module
+    that writes into its inputs gets copies of them, and one that draws random numbers draws the same.
 
     Raises
     ------
@@ -30,12 +32,26 @@ def run(module: nn.Module, batch: Batch) -> Any:
     """
     args, keywords = _call(module, batch)
     try:
-        return module(*args, **keywords)
+        with repeatable():
+            return module(*copied(args), **copied(keywords))
     except (OctavoError, MemoryError):
         raise
     except Exception as error:
         # A module can fail in as many ways as there are modules, and each raises what it likes.
         raise RequestError(failure(module, batch, error)) from error
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """A context in which the same random numbers are drawn every time; those that come after it do not change."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
+
+
+def copied(batch: Batch) -> Batch:
+    """The batch with tensors that can be written to without changing those given."""
+    return _mapped(batch, Tensor.clone)
 
 
 def failure(module: nn.Module, batch: Batch, error: Exception, what: str = "a batch") -> str:
@@ -175,17 +191,19 @@ def select(batch: Batch, which: slice | Tensor) -> Batch:
         return batch
     size = sequences_in(batch)
 
-    def pick(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[which] if value.ndim and len(value) == size else value
-        if isinstance(value, Mapping):
-            return {key: pick(inner) for key, inner in value.items()}
-        if isinstance(value, tuple | list):
-            parts = [pick(inner) for inner in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        return value
+    return _mapped(batch, lambda tensor: tensor[which] if tensor.ndim and len(tensor) == size else tensor)
 
-    return pick(batch)
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tree of tensors with each of them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [_mapped(inner, change) for inner in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def _indexed(tensors: Sequence[Tensor]) -> bool:

@@ -93,7 +93,9 @@ def calibrate(
         corrections = Corrections(sites, source, evidence)
         go_through(corrections, len(batches))
         evidence |= corrections.corrected(sequences)
-    result = described(sites, {name: found.samples for name, found in evidence.items()}, sequences, text, source)
+    # Where no gradient goes through the model, that is why no site has any, and it has been said.
+    judged = [] if notes else sites
+    result = described(judged, {name: found.samples for name, found in evidence.items()}, sequences, text, source)
     result.tokens = positions or sequences
     result.warnings = notes + result.warnings
     result.evidence = {**evidence, **typical(source, sites, evidence)}
@@ -114,12 +116,14 @@ def _reads_gradients(
         watches.begin(few)
         outputs = objective.outputs(source.module, few)
         check_outputs(outputs, 0)
-        if not outputs.requires_grad:
-            return False
-        try:
-            objective.probe(outputs, torch.Generator().manual_seed(0)).backward()
-        except RuntimeError as error:
-            said, name = str(error).splitlines()[0], type(source.module).__name__
+        said = "" if outputs.requires_grad else "its outputs carry none, as under torch.no_grad"
+        if not said:
+            try:
+                objective.probe(outputs, torch.Generator().manual_seed(0)).backward()
+            except RuntimeError as error:
+                said = str(error).splitlines()[0]
+        if said:
+            name = type(source.module).__name__
             notes.append(f"{source.title}: no gradient goes through {name} ({said}); its sites were weighed as typical")
             return False
     return bool(watches.gradients.seen())
@@ -189,7 +193,8 @@ def described(
             )
         elif not seen:
             result.warnings.append(
-                f"{site.name}: no output on the calibration data depends on it; it was weighed as a typical site"
+                f"{site.name}: no gradient reaches it, since no output on the calibration data depends on it or the "
+                "module reads it under torch.no_grad; it was weighed as a typical site"
             )
         elif seen < site.columns and site.kind != "embedding":
             result.warnings.append(

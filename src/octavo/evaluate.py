@@ -100,9 +100,9 @@ def _open(path: Path, *, packed: bool) -> Source:
     Artifact(path)
     if members(path) and is_installed() and not packed:
         encoder = load_encoder(path)
-        return Source(
-            path.name, path, {}, {}, {}, encoder.get_parameter, encoder, is_transformers=True, is_encoder=True
-        )
+        source = inputs.open_source(encoder)
+        source.path, source.is_encoder = path, True
+        return source
     model = load(path, packed=packed)
     if not isinstance(model, nn.Module):
         raise RequestError(f"{path}: holds bare tensors, there is no model to run")

@@ -49,12 +49,13 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         weight_folders,
     )
 
-    files, promised = [], dict[str, Path]()
+    files, promised, indexes = [], dict[str, Path](), list[Path]()
     strange: list[str] = []
     for prefix, folder in weight_folders(path):
         found = weight_files(folder)
         files += [(prefix, file) for file in found.files]
         promised.update((prefix + name, file) for name, file in found.promised.items())
+        indexes += [found.index] if found.index else []
         strange += [] if found.usual else [file.name for file in found.files]
     inner = transformer_folder(path)
     config = inner / "config.json" if inner.is_dir() else None
@@ -65,7 +66,7 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
             raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
     source = _from_files(path, files, promised)
     if path.is_dir():
-        left = beside(path, [file for _, file in files])
+        left = beside(path, [*(file for _, file in files), *indexes])
         source.notes += [f"not counted and not read: {', '.join(left)}"] if left else []
     examine(source, progress)
     for alias, name in list(_equal_tensors(source)):

@@ -106,20 +106,55 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     before = {key: tensor.data for key, tensor in tensors.items()}
+    held = [(part._buffers, name, tensor) for part in module.modules() for name, tensor in part._buffers.items()]
     training = [submodule for submodule in module.modules() if submodule.training]
     extra = _extra_state(module)
     try:
+        # Views of one storage stay so, since writing to one of them is writing to all.
+        storages: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors.values():
-            tensor.data = tensor.data.clone()
+            tensor.data = _elsewhere(tensor.data, storages)
         module.eval()
         yield {name: before[id(tensor)] for name, tensor in own_tensors(module).items()}
     finally:
         for key, tensor in tensors.items():
             tensor.data = before[key]
+        for buffers, name, buffer in held:
+            buffers[name] = buffer
         for submodule, state in extra:
             submodule.set_extra_state(state)
         for submodule in training:
             submodule.training = True
+
+
+def _elsewhere(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+    """A copy of a tensor, in the copy of its storage if there is one already."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+        return tensor.clone()
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in storages:
+        storages[storage.data_ptr()] = storage.clone()
+    copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return copy.set_(storages[storage.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class _Written:
+    """What a forward may write to: buffers, such as counters, and tables of bounded norm."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held = [
+            (held, name, tensor, tensor.detach().clone())
+            for part in module.modules()
+            for held in (part._buffers, part._parameters if getattr(part, "max_norm", None) is not None else {})
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+
+    def restore(self) -> None:
+        for held, name, tensor, before in self._held:
+            if not torch.equal(tensor, before):
+                tensor.data.copy_(before)
+            held[name] = tensor
 
 
 def _extra_state(module: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -190,6 +225,7 @@ class replaced:
     def __enter__(self) -> replaced:
         self.training = [submodule for submodule in self.module.modules() if submodule.training]
         self.module.eval()
+        self.written = _Written(self.module)
         self.state = own_tensors(self.module)
         self.old = {name: self.state[name].data for name in self.weights}
         for name, weight in self.weights.items():
@@ -200,5 +236,6 @@ class replaced:
     def __exit__(self, *_: object) -> None:
         for name, old in self.old.items():
             self.state[name].data = old
+        self.written.restore()
         for submodule in self.training:
             submodule.training = True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.batches import Batch, run, select, sequences_in
+from octavo.batches import Batch, copied, repeatable, run, select, sequences_in
 from octavo.errors import RequestError
 from octavo.matmul import fast_matmul
 from octavo.outputs import described, leaves, mask_for, part, parts
@@ -301,7 +301,8 @@ class Loss(Objective):
         self.function = function
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
-        losses = self.function(module, batch)
+        with repeatable():
+            losses = self.function(module, copied(batch))
         if losses.ndim != 1:
             raise RequestError(f"the loss has shape {tuple(losses.shape)}; return one number an example, (examples,)")
         return losses.float()[:, None]

@@ -49,6 +49,8 @@ def returned(module: nn.Module, batch: Batch) -> Any:
     with _idle(module):
         try:
             return run(module, batch)
+        except OctavoError as error:
+            raise RequestError(f"data: batch 0: {error}") from error
         except Exception as error:
             raise RequestError(f"data: {failure(module, batch, error, 'batch 0')}") from error
 

@@ -40,11 +40,14 @@ class WeightFiles:
         If there is an index, in which file it says that each tensor is.
     usual
         Whether ``from_pretrained`` finds them by itself.
+    index
+        The index itself.
     """
 
     files: list[Path]
     promised: dict[str, Path] = field(default_factory=dict)
     usual: bool = True
+    index: Path | None = None
 
 
 def is_weights(name: str) -> bool:
@@ -171,7 +174,7 @@ def _indexed(index: Path) -> WeightFiles:
     for file in files:
         if not file.exists():
             raise RequestError(f"{index}: names the shard {file.name}, which is missing beside it")
-    return WeightFiles(files, {tensor: index.parent / name for tensor, name in promised.items()})
+    return WeightFiles(files, {tensor: index.parent / name for tensor, name in promised.items()}, index=index)
 
 
 def _unreadable(file: Path) -> str:

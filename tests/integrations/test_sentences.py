@@ -57,13 +57,22 @@ def modules(layout: str, bert: Path) -> list[Any]:
         return [body, S.Pooling(32), S.Dense(32, 24), S.Normalize()]
     if layout == "two dense":
         return [body, S.Pooling(32), S.Dense(32, 64), S.Dense(64, 32, bias=False)]
+    if layout == "equal dense":
+        dense = S.Dense(32, 32)
+        return [body, S.Pooling(32), dense, copy.deepcopy(dense)]
+    if layout == "one dense twice":
+        dense = S.Dense(32, 32)
+        return [body, S.Pooling(32), dense, dense]
+    if layout == "layers":
+        body = S.Transformer(str(bert), config_kwargs={"output_hidden_states": True})
+        return [body, S.WeightedLayerPooling(32, 2, 0), S.Pooling(32)]
     assert layout == "layer norm"
     return [body, S.Pooling(32), S.LayerNorm(32)]
 
 
 LAYOUTS = [
     "mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", "cls+mean", "dense", "two dense",
-    "layer norm", "static",
+    "layer norm", "static", "equal dense", "one dense twice", "layers",
 ]  # fmt: skip
 
 
@@ -117,13 +126,6 @@ def test_weights_of_every_folder_are_sites(bert: Path, tmp_path: Path) -> None:
     artifact = octavo.Artifact(tmp_path / "out")
     assert {"2_Dense/model.safetensors", "3_Dense/model.safetensors"} <= set(artifact.manifest["files"])
     assert divergence(source, tmp_path / "out", TEXTS) < 0.1
-
-
-def test_evaluation_measures_the_whole_encoder(bert: Path, tmp_path: Path) -> None:
-    source = saved("dense", bert, tmp_path / "source")
-    octavo.compress(source, ratio=4, preset="data-free").save(tmp_path / "out")
-    found = octavo.evaluate(tmp_path / "out", data=TEXTS, against=source)
-    assert found["mean"] == pytest.approx(divergence(source, tmp_path / "out", TEXTS), rel=1e-3)
 
 
 def test_the_first_module_in_a_folder_of_its_own(bert: Path, tmp_path: Path) -> None:
@@ -220,3 +222,30 @@ def test_an_encoder_with_a_prompt_of_its_own_is_measured_with_it(bert: Path, tmp
         divergence(tmp_path / "source", tmp_path / "out", held), rel=1e-3
     )
     assert SentenceTransformer(str(tmp_path / "out"), device="cpu").default_prompt_name == "query"
+
+
+@pytest.mark.parametrize("layout", ["dense", "layers", "static"])
+def test_an_encoder_is_evaluated_as_a_whole(layout: str, bert: Path, tmp_path: Path) -> None:
+    source, out = saved(layout, bert, tmp_path / "source"), tmp_path / "out"
+    octavo.compress(source, ratio=4, preset="data-free").save(out)
+    found = octavo.evaluate(out, against=source, data=TEXTS)
+    assert 0 < found["mean"] == pytest.approx(divergence(source, out, TEXTS), rel=1e-3)
+
+
+def test_a_sparse_encoder_with_weights_of_its_own(bert: Path, tmp_path: Path) -> None:
+    import sentence_transformers.models as S
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder.models import SparseAutoEncoder
+
+    body, sparse = S.Transformer(str(bert)), SparseAutoEncoder(32, 64, k=8, k_aux=16)
+    SparseEncoder(modules=[body, S.Pooling(32), sparse], device="cpu").save_pretrained(str(tmp_path / "source"))
+    done = octavo.compress(tmp_path / "source", ratio=4, data=TEXTS, preset="fast")
+    report = done.save(tmp_path / "out")
+    held = [text for batch in done.job.held_data for text in texts_of(batch)]
+    one, two = (
+        torch.nn.functional.normalize(
+            SparseEncoder(str(tmp_path / name), device="cpu").encode(held, convert_to_sparse_tensor=False), dim=1
+        )
+        for name in ("source", "out")
+    )
+    assert report["quality"]["value"] == pytest.approx(float((one - two).square().sum(1).mean() / 2), rel=1e-3)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "model.safetensors"
 _BATCH = 32
+#: The class that reads a folder which names none.
+_DENSE = "SentenceTransformer"
 MODULE = "sentence_transformers.base.modules.module"
 
 
@@ -59,16 +61,21 @@ def members(folder: Path) -> list[Member]:
 
 
 def is_encoder_folder(folder: Path) -> bool:
-    """Whether a folder is an encoder of ``sentence-transformers``, and no reranker or sparse encoder."""
-    return (folder / "modules.json").is_file() and _model_type(folder) == "SentenceTransformer"
+    """Whether a folder is an encoder of ``sentence-transformers``.
+
+    Rerankers and sparse encoders are models of ``transformers`` with a head, unless other modules have weights as well.
+    """
+    if not (folder / "modules.json").is_file():
+        return False
+    return _model_type(folder) == _DENSE or any(file.parent.name[:1].isdigit() for file in folder.glob(f"*/{_WEIGHTS}"))
 
 
 def _model_type(folder: Path) -> str:
     try:
         config = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-        return str(config.get("model_type", "SentenceTransformer"))
+        return str(config.get("model_type", _DENSE))
     except (OSError, ValueError, AttributeError):
-        return "SentenceTransformer"
+        return _DENSE
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -161,7 +168,7 @@ def load_encoder(folder: Path) -> SentenceEncoder:
         If it cannot be loaded.
     """
     try:
-        from sentence_transformers import SentenceTransformer
+        import sentence_transformers
     except ImportError as error:
         raise MissingExtraError(
             f"{folder}: is an encoder of sentence-transformers, which cannot be imported ({error}); "
@@ -170,12 +177,13 @@ def load_encoder(folder: Path) -> SentenceEncoder:
     from octavo.integrations.transformers import register
 
     register()
+    kind = _model_type(folder)
     try:
-        encoder = SentenceTransformer(
+        encoder = getattr(sentence_transformers, kind)(
             str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise RequestError(f"{folder}: SentenceTransformer cannot load it: {error}") from error
+        raise RequestError(f"{folder}: {kind} cannot load it: {error}") from error
     return SentenceEncoder(encoder.eval()).eval()
 
 
@@ -235,24 +243,31 @@ def decode_members(module: Any) -> None:
     module
         :data:`MODULE`, just imported.
     """
-    own = module.Module.load_torch_weights.__func__
+    usual = module.Module.load_torch_weights.__func__
 
-    @functools.wraps(own)
+    @functools.wraps(usual)
     def load_torch_weights(cls: Any, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         from octavo.artifact import MANIFEST, Artifact
 
         folder = Path(model_name_or_path)
         if not (folder / MANIFEST).is_file():
-            return own(cls, model_name_or_path, *args, **kwargs)
+            return usual(cls, model_name_or_path, *args, **kwargs)
         subfolder = str(args[0] if args else kwargs.get("subfolder", ""))
         prefix = f"{subfolder}/" if subfolder else ""
         artifact = Artifact(folder)
-        names = [name for name in artifact.names() if name.startswith(prefix) and (prefix or "/" not in name)]
-        state = {name.removeprefix(prefix): tensor for name, tensor in artifact.state(names).items()}
+        # What is stored once may be restored in several folders.
+        stored = {**{name: name for name in artifact.names()}, **artifact.aliases}
+        own = {name: of for name, of in stored.items() if name.startswith(prefix) and (prefix or "/" not in name)}
+        found = artifact.state(set(own.values()))
+        state = {name.removeprefix(prefix): found[of] for name, of in own.items()}
         target = kwargs.get("model")
         if target is None:
             return state
-        target.load_state_dict(state)
+        # A tensor that the module has under two names is in the file under one.
+        held = target.state_dict()
+        filled = {held[name].data_ptr() for name in state if name in held}
+        shared = {n: held[n] for n in held if n not in state and held[n].numel() and held[n].data_ptr() in filled}
+        target.load_state_dict({**shared, **state})
         return target
 
     module.Module.load_torch_weights = classmethod(load_torch_weights)
