@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from octavo.artifact import Artifact
@@ -103,7 +104,11 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
     if not job.measurable:
         return Proof(loader, why=_UNCOMPARED)
-    return Proof(loader, job.judge(loaded.model), outputs=probe(loaded.model))
+    losses = job.judge(loaded.model)
+    if own not in (None, torch.float32):
+        # What verify compares with is in float32, whatever the model's dtype.
+        loaded = load_as_users_do(artifact.path / inner.relative_to(folder), {"dtype": torch.float32})
+    return Proof(loader, losses, outputs=probe(loaded.model))
 
 
 def _block_by_block(job: Job, artifact: Artifact) -> Proof:
