@@ -563,3 +563,20 @@ def test_own_tensors_are_those_of_a_plain_state_dict():
     assert own_tensors(module).keys() == module.state_dict().keys()
     assert state_of(module).parameters == {name: name for name in module.state_dict()}
     assert json.dumps(state_of(module).extra) == "{}"
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("given", "taking"), [(compiled, nn.DataParallel), (nn.DataParallel, lambda m: m), (lambda m: m, compiled)]
+)
+def test_wrappers_are_no_part_of_a_model(given, taking, tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+
+    torch.manual_seed(0)
+    octavo.compress(given(make()), ratio=3, data=DATA, preset="fast", objective="squared").save(tmp_path / "out")
+    plain, wrapped = octavo.load(tmp_path / "out", into=make()), octavo.load(tmp_path / "out", into=taking(make()))
+    assert torch.equal(plain(DATA[0]), wrapped(DATA[0]))

@@ -18,6 +18,7 @@ from octavo.files import from_path
 from octavo.inmemory import InMemory
 from octavo.integrations.pretrained import adopt, is_pretrained
 from octavo.integrations.sentences import SentenceEncoder, transformer_folder
+from octavo.modules import unwrapped
 from octavo.objective import Loss, Objective, fitting, objective
 from octavo.progress import Progress, silent
 from octavo.sites import Source, examine, from_module
@@ -54,6 +55,7 @@ def open_source(source: str | Path | nn.Module | Source, *, module: bool = True,
         progress("open", done, total)
 
     if isinstance(source, nn.Module):
+        source = unwrapped(source)
         opened = from_module(source)
         if is_pretrained(source):
             adopt(opened, source)

@@ -51,6 +51,17 @@ class State:
     notes: list[str] = field(default_factory=list)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers that run it and only rename its tensors: compilation and data parallelism."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by their own names, tied ones under each; no hook of a state dict has a say in it."""
     return {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from octavo.artifact import Artifact
@@ -102,8 +103,17 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
     if not job.measurable:
+<<<<<<< HEAD
         return Proof(loader, why=_UNCOMPARED, outputs=probe(loaded.model))
     return Proof(loader, job.judge(loaded.model), outputs=probe(loaded.model))
+=======
+        return Proof(loader, why=_UNCOMPARED)
+    losses = job.judge(loaded.model)
+    if own not in (None, torch.float32):
+        # What verify compares with is in float32, whatever the model's dtype.
+        loaded = load_as_users_do(artifact.path / inner.relative_to(folder), {"dtype": torch.float32})
+    return Proof(loader, losses, outputs=probe(loaded.model))
+>>>>>>> breaker
 
 
 def _block_by_block(job: Job, artifact: Artifact) -> Proof:

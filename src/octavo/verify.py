@@ -16,6 +16,7 @@ from octavo.batches import Batch
 from octavo.errors import ArtifactError, RequestError
 from octavo.filling import fill
 from octavo.integrations.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.modules import unwrapped
 from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.probes import Outputs, first_output, probe
 from octavo.raw import raw_bytes
@@ -73,10 +74,11 @@ def load(
     state = artifact.state(packed=packed)
     if into is None:
         return {**state, **artifact.extra}
+    module = unwrapped(into)
     # Into factors of another artifact nothing could be written.
-    dense_again(into)
+    dense_again(module)
     try:
-        fill(into, state, artifact.extra, assign=packed)
+        fill(module, state, artifact.extra, assign=packed)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return into
@@ -89,9 +91,9 @@ def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch
     module = load(path, into)
     if not isinstance(module, nn.Module):
         raise RequestError(f"{path}: no module runs these weights; give one with into= to run them as factors")
-    artifact = Artifact(path)
-    held = dict(module.named_parameters(remove_duplicate=False))
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    artifact, inner = Artifact(path), unwrapped(module)
+    held = dict(inner.named_parameters(remove_duplicate=False))
+    prefix = f"{getattr(inner, 'base_model_prefix', '')}."
 
     def parameters(name: str) -> list[str]:
         names = [name, *(alias for alias, other in artifact.aliases.items() if other == name)]
@@ -101,7 +103,7 @@ def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch
 
     names = artifact.factorizations()
     sites = ((name, parameters(name), artifact.form(name), artifact.layout(name)) for name in names)
-    run_as_factors(module, sites, batch)
+    run_as_factors(inner, sites, batch)
     return module
 
 
