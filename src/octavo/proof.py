@@ -24,6 +24,8 @@ from octavo.probes import Outputs, probe
 from octavo.raw import Lazily
 from octavo.verify import load
 
+#: What verify compares with is in float32, whatever the dtype of the model.
+_WIDE = {"dtype": torch.float32}
 _UNCOMPARED = "no data were given, so nothing but the weights could be compared"
 #: Names of keys that an error shows.
 _SHOWN = 3
@@ -97,23 +99,15 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
     _check_keys(artifact.path, loaded.missing, loaded.unexpected, source.unfilled, source.unused)
     if members(folder):
         encoder = load_encoder(artifact.path)
-        outputs = probe(loaded.model)
+        outputs = probe(load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE).model)
         if source.is_encoder and job.measurable:
             return Proof("SentenceTransformer(path)", job.judge(encoder), outputs=outputs)
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
-    if not job.measurable:
-<<<<<<< HEAD
-        return Proof(loader, why=_UNCOMPARED, outputs=probe(loaded.model))
-    return Proof(loader, job.judge(loaded.model), outputs=probe(loaded.model))
-=======
-        return Proof(loader, why=_UNCOMPARED)
-    losses = job.judge(loaded.model)
-    if own not in (None, torch.float32):
-        # What verify compares with is in float32, whatever the model's dtype.
-        loaded = load_as_users_do(artifact.path / inner.relative_to(folder), {"dtype": torch.float32})
-    return Proof(loader, losses, outputs=probe(loaded.model))
->>>>>>> breaker
+    losses = job.judge(loaded.model) if job.measurable else None
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in loaded.model.parameters()):
+        loaded = load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE)
+    return Proof(loader, losses, "" if job.measurable else _UNCOMPARED, probe(loaded.model))
 
 
 def _block_by_block(job: Job, artifact: Artifact) -> Proof:

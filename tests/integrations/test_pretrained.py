@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """Models of ``transformers`` given in memory: their artifacts load like those of folders."""
 
 import copy
@@ -237,15 +236,6 @@ def test_only_models_of_the_library_s_own_classes_are_taken_for_theirs(tmp_path)
     assert is_pretrained(llama()) and not is_pretrained(model) and not is_pretrained(nn.Linear(2, 2))
     _, report = compressed(model, tmp_path / "out", tokens())
     assert report["quality"]["loader"] == "octavo.load(path, into=module)"
-=======
-"""Models of transformers that are given in memory, in every dtype: what is stated, and what verify says of it."""
-
-import pytest
-import torch
-
-import octavo
-
-T = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -265,4 +255,3 @@ def test_models_of_every_dtype_are_verified(dtype, tmp_path):
     found = float(objective.measure(loaded.eval(), held, objective.reference(model.eval(), held)).mean())
     assert report["quality"]["value"] == pytest.approx(found, rel=1e-3)
     assert octavo.verify(tmp_path / "out")["outputs_match"] is True
->>>>>>> breaker
