@@ -121,10 +121,11 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
             tensor.data = before[key]
         for buffers, name, buffer in held:
             buffers[name] = buffer
-        for submodule, state in extra:
-            submodule.set_extra_state(state)
         for submodule in training:
             submodule.training = True
+        # Last, since this is code of the user's and may fail.
+        for submodule, state in extra:
+            submodule.set_extra_state(state)
 
 
 def _elsewhere(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
