@@ -142,7 +142,7 @@ class _Written:
     """What a forward may write to: buffers, such as counters, and tables of bounded norm."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._held = [
+        self._held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
             (held, name, tensor, tensor.detach().clone())
             for part in module.modules()
             for held in (part._buffers, part._parameters if getattr(part, "max_norm", None) is not None else {})
