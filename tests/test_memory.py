@@ -193,3 +193,23 @@ def test_a_pinned_site_keeps_its_form_and_is_counted(net):
     assert done.built.plan.points["up.weight"].setting == {"bits": 3, "group": 20}
     # No kernel takes groups of 16 columns: codes are held as bytes.
     assert done.built.plan.points["up.weight"].bytes >= 256 * 64
+
+
+@pytest.mark.parametrize("data", [BATCHES, None])
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_experts_that_are_one_tensor_while_they_run_are_counted_as_that(kind, data, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "source")
+    request = {"data": data, "preset": "fast"} if data else {"preset": "data-free"}
+    with pytest.raises(BudgetError, match="at most"):
+        octavo.compress(tmp_path / "source", ratio=6, target="memory", **request)
+    done = octavo.compress(tmp_path / "source", ratio=2.4, target="memory", **request)
+    done.save(tmp_path / "out")
+    found = octavo.verify(tmp_path / "out")["packed"]
+    assert found["held"] == found["stated"] <= done.budget.bytes

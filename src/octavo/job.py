@@ -188,10 +188,7 @@ class Job:
             # Models of transformers run in bfloat16 as a whole.
             narrow = self.source.is_transformers and dtype.is_floating_point
             total += math.prod(self.source.shapes[name]) * (2 if narrow else dtype.itemsize)
-        if self.source.module is not None:
-            stored = set(self.source.parameters.values())
-            total += sum(b.nbytes for name, b in self.source.module.named_buffers() if name not in stored)
-        return total
+        return total + self.source.unstored
 
     def weights(self, packed: Mapping[str, Packed]) -> Lazily:
         """Packed sites as tensors of the source, each decoded when it is asked for."""

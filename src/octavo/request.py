@@ -76,8 +76,13 @@ def open_job(
     if not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
     # Without data nothing is run, and the model need not fit in memory.
-    opened = inputs.open_source(source, module=preset != DATA_FREE, progress=progress)
-    sites, left, pinned = apply_patterns(*opened.sites(), ignore, keep)
+    in_memory = target == "memory"
+    opened = inputs.open_source(source, module=in_memory or preset != DATA_FREE, progress=progress)
+    sites, left = opened.sites()
+    if in_memory:
+        sites, left = _unfused(opened, sites, left)
+        opened.unstored = _unstored(opened)
+    sites, left, pinned = apply_patterns(sites, left, ignore, keep)
     if not sites:
         raise RequestError(
             f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
@@ -105,6 +110,23 @@ def open_job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
     )  # fmt: skip
+
+
+def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
+    """Sites that can run packed: the loader makes other tensors of the rest, such as one of all experts of a layer."""
+    fused = {source.aliases.get(name, name) for item in source.conversions for name in item.names}
+    reason = "made a part of another tensor at load, which no kernel runs packed"
+    return (
+        [site for site in sites if site.name not in fused],
+        {**left, **{site.name: reason for site in sites if site.name in fused}},
+    )
+
+
+def _unstored(source: Source) -> int:
+    if source.module is None:
+        return 0
+    stored = set(source.parameters.values())
+    return sum(buffer.nbytes for name, buffer in source.module.named_buffers() if name not in stored)
 
 
 def _folded(

@@ -204,6 +204,11 @@ def verify(path: str | Path) -> dict[str, Any]:
             )
     if artifact.resident is not None:
         result["packed"] = packed = packed_run(artifact)
+        if packed["held"] is not None and packed["held"] > artifact.resident:
+            raise ArtifactError(
+                f"{path}: holds {packed['held']} bytes in memory while it runs packed, its manifest says "
+                f"{artifact.resident}; this version of transformers makes other tensors of its weights"
+            )
         if packed["error"] is not None and packed["error"] > packed["allowed"]:
             raise ArtifactError(
                 f"{path}: running from packed codes moves outputs by {packed['error']:.3g} of their size, more than "

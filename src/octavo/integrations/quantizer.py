@@ -97,9 +97,10 @@ class OctavoQuantizer(HfQuantizer):
             root = folder if (folder / MANIFEST).exists() else folder.parent
             artifact = Artifact(root)
             prefix = "" if folder == root else f"{folder.name}/"
-            coded = [name for name in (*artifact.sites, *artifact.coded) if split_name(name)[0] == prefix]
             # Tied names are filled in as well, and may stand in the files without content.
-            state = artifact.state(coded, packed=self.packed)
+            places = [(name, name) for name in (*artifact.sites, *artifact.coded)] + list(artifact.aliases.items())
+            wanted = dict.fromkeys(name for place, name in places if split_name(place)[0] == prefix)
+            state = artifact.state(wanted, packed=self.packed)
             self._weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
             self._names = list(self._weights)
             self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}

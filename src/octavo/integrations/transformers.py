@@ -115,11 +115,7 @@ def load_weights(source: Source) -> None:
         bind_encoder(source, encoder, source.path)
         return
     folder = transformer_folder(source.path)
-    try:
-        loaded = load_as_users_do(folder, {"dtype": torch.float32})
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        name = class_for(folder).__name__
-        raise RequestError(f"{folder}: {name}.from_pretrained failed: {error}") from error
+    loaded = load_as_users_do(folder, {"dtype": torch.float32})
     source.module = loaded.model
     bind(source, loaded.model)
     source.unfilled = loaded.missing
@@ -201,11 +197,20 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> 
     ----------
     options
         Further arguments of ``from_pretrained``, such as a dtype.
+
+    Raises
+    ------
+    RequestError
+        If the loader fails.
     """
     register()
     require_transformers().utils.logging.disable_progress_bar()
     cls = class_for(folder)
-    model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **(options or {}))
+    options = {"local_files_only": True, "output_loading_info": True, **(options or {})}
+    try:
+        model, info = cls.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{folder}: {cls.__name__}.from_pretrained failed: {error}") from error
     missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
     return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
 
