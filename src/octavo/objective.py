@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.batches import Batch, copied, repeatable, run, select, sequences_in
+from octavo.batches import Batch, copied, mask_of, repeatable, run, select, sequences_in  # noqa: F401  (for recipes)
 from octavo.errors import RequestError
 from octavo.matmul import fast_matmul
 from octavo.outputs import described, leaves, mask_for, part, parts

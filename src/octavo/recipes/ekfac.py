@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from octavo.batches import Batch
 from octavo.calibrate import calibrate
 from octavo.curvature import Curvature, kronecker
 from octavo.forms import Dense, Form, LowRank, Sparse
 from octavo.methods.factorize.fisher_svd import Fitting
 from octavo.methods.prune import masks
-from octavo.objective import Loss, objective
+from octavo.objective import Batch, Loss, objective
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import Stored, through_file

@@ -13,7 +13,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from octavo.batches import Batch, mask_of
 from octavo.blocks import Blocks
 from octavo.errors import OctavoError
 from octavo.evidence import Evidence
@@ -21,7 +20,7 @@ from octavo.forms import Dense, Form
 from octavo.inputs import model_of, silent
 from octavo.methods import Setting, get_method
 from octavo.methods.factorize.eora import compensated
-from octavo.objective import KL, Objective
+from octavo.objective import KL, Batch, Objective, mask_of
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Difference, Finding, Trial, difference, recipe
 from octavo.recipes.stored import Stored, quantized, through_file
