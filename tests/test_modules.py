@@ -141,6 +141,34 @@ def test_what_a_state_dict_leaves_out_is_told(tmp_path):
     assert any("leaves out 2 of its tensors (frozen.weight" in note for note in done.job.notes)
 
 
+class Outside(nn.Module):
+    """Keeps parts where no state dict sees them."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.layer, self.list = nn.Linear(64, 64), nn.ModuleList([nn.Linear(64, 64)])
+        self.same = [self.layer]
+        setattr(self, *place())
+
+    def forward(self, x):
+        return self.list[0](self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (lambda: ("parts", [nn.Linear(64, 64)]), True),
+        (lambda: ("parts", {"a": nn.Linear(64, 64)}), True),
+        (lambda: ("parts", torch.randn(64, 64)), True),
+        (lambda: ("parts", [1, nn.ReLU()]), False),
+    ],
+)
+def test_what_no_state_dict_sees_is_told(place, told, tmp_path):
+    *_, done, _ = round_trip(lambda: Outside(place), tmp_path)
+    assert any("parts stand outside of its state dict" in note for note in done.job.notes) is told
+    assert not any("same" in note for note in done.job.notes)
+
+
 def test_tensors_that_find_no_place_are_an_error(tmp_path):
     round_trip(Renamed, tmp_path)
     for other in (nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)), nn.ModuleDict({"model": nn.Linear(64, 63)})):

@@ -80,6 +80,8 @@ def load_data(
         if data is not None:
             raise RequestError(f"{source.title}: without a model, calibration data cannot be used; leave it out")
         return [], "none (data-free)"
+    if isinstance(data, Iterable) and not isinstance(data, str | Tensor | Mapping):
+        data = list(_read(data))
     is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
     if data is None or isinstance(data, str | Path) or is_texts:
         if source.is_encoder and isinstance(source.module, SentenceEncoder):
@@ -119,7 +121,7 @@ def load_data(
         return text_batches(folder, texts, source.module), f"{label}, {len(texts)} texts"
     if not isinstance(data, Iterable):
         raise RequestError(f"data is {type(data).__name__}; give a file or list of texts, or an iterable of batches")
-    batches = converted(list(_read([data] if isinstance(data, Tensor | Mapping) else data)), forward_args)
+    batches = converted([data] if isinstance(data, Tensor | Mapping) else list(data), forward_args)
     total = sum(sequences_in(batch) for batch in batches)
     if not total:
         first = f" (the first is {described(batches[0])})" if batches else ""

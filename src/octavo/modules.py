@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,11 +119,39 @@ def state_of(module: nn.Module) -> State:
                 f"{name}: {type(value).__name__} is no plain data (JSON), so it is not stored; the module that the "
                 "artifact is loaded into keeps its own"
             )
+    hidden = list(_hidden(module))
+    if hidden:
+        state.notes.append(
+            f"{kind}: {', '.join(hidden[:3])}{' and more' if len(hidden) > 3 else ''} stand outside of its state dict "
+            "and are neither compressed nor stored: the module that the artifact is loaded into keeps its own; if they "
+            "are part of the model, register them, as with nn.ModuleList or register_buffer"
+        )
     if lost:
         state.notes.append(
             f"{kind}: its state dict leaves out {len(lost)} of its tensors ({', '.join(lost[:3])}): they are not stored"
         )
     return state
+
+
+def _hidden(module: nn.Module) -> Iterator[str]:
+    """Names of modules and floating tensors that are kept in plain attributes, lists or dictionaries."""
+    known = {id(part) for part in module.modules()} | {id(tensor) for tensor in own_tensors(module).values()}
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name.startswith("_"):
+                continue
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            )
+            if any(
+                id(item) not in known
+                and (
+                    (isinstance(item, nn.Module) and any(True for _ in item.parameters()))
+                    or (isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 1)
+                )
+                for item in values
+            ):
+                yield f"{prefix}.{name}".removeprefix(".")
 
 
 def names_in_state(module: nn.Module, entries: Mapping[str, Any]) -> dict[str, str]:

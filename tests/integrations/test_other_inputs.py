@@ -134,6 +134,15 @@ def test_models_that_see_are_calibrated_on_text_as_language_models_are(tmp_path)
     assert "windows" in label and set(batches[0]) == {"input_ids"}
 
 
+@pytest.mark.parametrize("kind", [tuple, iter, lambda texts: (text for text in texts)])
+def test_texts_come_from_any_iterable(kind, tmp_path):
+    source = from_path(write(llava(), tmp_path))
+    (one, label), (two, _) = (load_data(source, given, limit=None) for given in (kind(TEXTS), list(TEXTS)))
+    assert "texts given" in label and all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, two, strict=True)
+    )
+
+
 def test_texts_are_cut_to_what_a_model_takes(tmp_path):
     model = T.DistilBertModel(
         T.DistilBertConfig(vocab_size=100, dim=32, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=6)
