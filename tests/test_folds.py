@@ -273,7 +273,9 @@ def test_quality_is_that_of_the_loaded_module_against_the_original(tmp_path):
     (held,) = done.job.held_data
     with torch.no_grad():
         old, new = module(held).log_softmax(1), loaded(held).log_softmax(1)
-    assert report["quality"]["value"] == pytest.approx(float((old.exp() * (old - new)).sum(1).mean()), rel=1e-2)
+    # So small a divergence is a sum of terms that cancel: its last digits are those of float32.
+    found = float((old.exp() * (old - new)).sum(1, dtype=torch.float64).mean())
+    assert report["quality"]["value"] == pytest.approx(found, rel=1e-3, abs=1e-7)
 
 
 def test_without_data_a_graph_must_be_traced(tmp_path):
