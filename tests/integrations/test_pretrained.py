@@ -238,7 +238,7 @@ def test_only_models_of_the_library_s_own_classes_are_taken_for_theirs(tmp_path)
     assert report["quality"]["loader"] == "octavo.load(path, into=module)"
 
 
-def llama(**options):
+def larger(**options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = {"vocab_size": 200, "num_hidden_layers": 3, "max_position_embeddings": 64, "initializer_range": 0.1}
@@ -262,7 +262,7 @@ def head_is_the_table(model):
     [(one_layer_twice, False), (one_layer_twice, True), (one_norm_twice, False), (head_is_the_table, False)],
 )
 def test_what_is_tied_by_hand_is_loaded_under_each_name(tie, packed, tmp_path):
-    model = llama().eval()
+    model = larger().eval()
     tie(model)
     octavo.compress(model, ratio=3, preset="data-free").save(tmp_path / "out")
     loaded = octavo.load(tmp_path / "out", packed=packed)
@@ -275,7 +275,7 @@ def test_what_is_tied_by_hand_is_loaded_under_each_name(tie, packed, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_models_of_every_dtype_are_verified(dtype, tmp_path):
-    model = llama().to(dtype)
+    model = larger().to(dtype)
     batch = {"input_ids": torch.randint(6, 200, (24, 12))}
     done = octavo.compress(model, ratio=3, data=[batch], preset="fast")
     report = done.save(tmp_path / "out")
