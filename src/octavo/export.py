@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from octavo import inputs
 from octavo.batches import Batch
@@ -288,17 +287,6 @@ def write_model(content: bytes, out: Path, given: Inputs) -> dict[str, Any]:
     except OSError as error:
         raise OctavoError(f"{out}: cannot be written: {error.strerror or error}") from error
     return {"bytes": out.stat().st_size}
-
-
-def probe(source: Source, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """Random tokens of a shape, none of them padding.
-
-    Raises
-    ------
-    RequestError
-        If the model takes fewer tokens.
-    """
-    return Tokens(source).batch(shape)
 
 
 def latency(source: Source, session: Session, shape: tuple[int, int], given: Inputs) -> dict[str, Any]:

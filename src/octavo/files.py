@@ -12,6 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import RequestError
+from octavo.integrations.sentences import (
+    bind_encoder,
+    is_installed,
+    load_encoder,
+    members,
+    transformer_folder,
+    weight_folders,
+)
 from octavo.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
 from octavo.weight_files import beside, weight_files
 
@@ -40,15 +48,6 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
     quantized = gguf_file(path)
     if quantized is not None:
         return open_gguf(quantized)
-    from octavo.integrations.sentences import (
-        bind_encoder,
-        is_installed,
-        load_encoder,
-        members,
-        transformer_folder,
-        weight_folders,
-    )
-
     files, promised, indexes = [], dict[str, Path](), list[Path]()
     strange: list[str] = []
     for prefix, folder in weight_folders(path):

@@ -15,7 +15,7 @@ _NOT_COMPARED = {
     "hidden_states", "encoder_hidden_states", "decoder_hidden_states",
 }  # fmt: skip
 #: Outputs of parts that see pixels or sound, whose positions no mask of tokens tells.
-_OTHER = ("vision", "visual", "image", "audio", "speech", "pixel")
+OTHER_SENSES = ("vision", "visual", "image", "audio", "speech", "pixel")
 #: The label of a position that does not count.
 _IGNORED = -100
 
@@ -74,7 +74,7 @@ def mask_for(name: str, tensor: Tensor, module: nn.Module, batch: Any) -> Tensor
     name
         Path of the output in what the module returned, empty for a tensor by itself.
     """
-    if not isinstance(batch, Mapping) or any(word in name for word in _OTHER):
+    if not isinstance(batch, Mapping) or any(word in name for word in OTHER_SENSES):
         return None
     mask: Any = None
     if is_paired(module, batch) and not name.startswith("encoder"):

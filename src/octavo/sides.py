@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from octavo.batches import Batch, mask_of
+from octavo.outputs import OTHER_SENSES, is_paired
 
 #: Attention of a decoder to the states of its encoder, by what models call it, and the layers of it that read these.
 _CROSS = ("cross", "encoder_attn", "EncDecAttention", "encoder_decoder")
 _READING = ("k_proj", "v_proj", "k", "v", "key", "value", "kv_proj")
-#: Parts that see pixels or sound, whose positions no mask of tokens tells.
-_OTHER = ("vision", "visual", "image", "audio", "speech", "pixel")
 
 
 def sides_of(module: nn.Module | None) -> dict[nn.Module, str]:
@@ -22,14 +20,13 @@ def sides_of(module: nn.Module | None) -> dict[nn.Module, str]:
 
     Modules that are left out read the tokens of the mask.
     """
-    config: Any = getattr(module, "config", None)
-    if module is None or config is None:
+    if module is None or getattr(module, "config", None) is None:
         return {}
-    paired = bool(getattr(config, "is_encoder_decoder", False))
+    paired = is_paired(module)
     result: dict[nn.Module, str] = {}
     for name, child in module.named_modules(remove_duplicate=False):
         parts = name.split(".")
-        if any(word in part.lower() for part in parts for word in _OTHER):
+        if any(word in part.lower() for part in parts for word in OTHER_SENSES):
             side = "none"
         elif not paired:
             continue

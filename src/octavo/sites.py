@@ -238,6 +238,10 @@ class Source:
             digest.update(json.dumps(self.extra, sort_keys=True).encode())
         return digest.hexdigest()
 
+    def every_shape(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, aliases included."""
+        return {**self.shapes, **{alias: self.shapes[name] for alias, name in self.aliases.items()}}
+
     def owner(self, name: str) -> nn.Module | None:
         """The module that holds the tensor ``name``, if there is one."""
         if self.module is None or name not in self.direct:

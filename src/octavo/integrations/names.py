@@ -95,7 +95,7 @@ class _Group:
     """Tensors that one of the library's converters takes together."""
 
     def __init__(self, converter: Any, target: str, model: Any) -> None:
-        self.converter, self.target, self.model = deepcopy(converter), target, model
+        self.converter, self.target, self.model = converter, target, model
         self.names: list[str] = []
         self.patterns: list[str] = []
 

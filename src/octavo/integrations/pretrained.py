@@ -45,9 +45,8 @@ def adopt(source: Source, module: Any) -> None:
     config.architectures = [type(module).__name__]
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(place)
-    every = {**source.shapes, **{alias: source.shapes[name] for alias, name in source.aliases.items()}}
     try:
-        found = names_of(skeleton(place), every)
+        found = names_of(skeleton(place), source.every_shape())
     except RequestError as error:
         source.notes.append(f"{error}; the artifact holds no configuration and loads with octavo.load(path, into=...)")
         return

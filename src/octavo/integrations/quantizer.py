@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -124,7 +124,6 @@ class OctavoQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
         """The model's converters, given decoded weights, and those of all other weights."""
         own = [Decoding.of(x, self) if isinstance(x, WeightConverter) else x for x in weight_conversions]
-        assert all(isinstance(entry, WeightConverter | WeightRenaming) for entry in own)
         return own + self.get_weight_conversions()
 
     def decoded(self, name: str, target: str, future: Any) -> Callable[[], Tensor]:

@@ -199,8 +199,7 @@ def bind_encoder(source: Source, encoder: SentenceEncoder, folder: Path) -> None
     from octavo.conversions import Conversion
     from octavo.integrations.names import names_of
 
-    tied = {alias: source.shapes[name] for alias, name in source.aliases.items()}
-    every = {**source.shapes, **tied}
+    every = source.every_shape()
     parameters: dict[str, str] = {}
     conversions: list[Conversion] = []
     state = encoder.state_dict()

@@ -125,8 +125,7 @@ def bind(source: Source, module: nn.Module) -> None:
     """Say how the source's tensors reach the module, by the loader's own rules."""
     from octavo.integrations.names import names_of
 
-    tied = {alias: source.shapes[name] for alias, name in source.aliases.items()}
-    found = names_of(module, {**source.shapes, **tied})
+    found = names_of(module, source.every_shape())
     converted = {name: item.targets[0] for item in found.conversions for name in item.names}
     source.parameters, source.conversions = {**found.parameters, **converted}, found.conversions
     source.unused = [name for name in found.unused if name in source.shapes]
@@ -144,9 +143,7 @@ def tied_names(source: Source) -> set[str]:
     if source.path is None or not source.path.is_dir():
         # A model that was given in memory may be tied by hand; what counts is what its configuration ties.
         module = skeleton(transformer_folder(folder))
-        direct = names_of(
-            module, {**source.shapes, **{a: source.shapes[n] for a, n in source.aliases.items()}}
-        ).parameters
+        direct = names_of(module, source.every_shape()).parameters
     state = module.state_dict(keep_vars=True)
 
     def held(name: str) -> int | None:

@@ -23,7 +23,7 @@ from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.errors import BudgetError
 from octavo.evidence import Evidence
-from octavo.export import check_graph, probe
+from octavo.export import check_graph
 from octavo.finish import Built
 from octavo.forms import Form
 from octavo.integrations.onnx import Session
@@ -33,6 +33,7 @@ from octavo.methods.quantize.int8 import SMOOTHING
 from octavo.opened import dense_forms
 from octavo.profile import Curve, Point, Profile
 from octavo.runtimes.activations import rounding_loss, watch
+from octavo.runtimes.given import Tokens
 from octavo.runtimes.graph import SITE, open_inputs, trace
 from octavo.runtimes.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.latency import Table, compare
@@ -272,7 +273,7 @@ def runs(
 ) -> dict[str, Any]:
     """Calls to compare: the source in PyTorch, and sessions, on the same tokens."""
     assert source.module is not None
-    batch = probe(source, shape)
+    batch = Tokens(source).batch(shape)
     modules = {DENSE: source.module}
     if bfloat16:
         modules["torch bfloat16"] = copy.deepcopy(source.module).bfloat16()
