@@ -149,7 +149,7 @@ def test_the_first_module_in_a_folder_of_its_own(bert: Path, tmp_path: Path) -> 
 def test_a_list_of_modules_that_leaves_the_folder_is_refused(bert: Path, tmp_path: Path) -> None:
     source = saved("dense", bert, tmp_path / "source")
     listed = json.loads((source / "modules.json").read_text())
-    for path in ("../elsewhere", "/tmp/elsewhere", "a/b"):
+    for path in ("../elsewhere", "/elsewhere", "a/b"):
         listed[2]["path"] = path
         (source / "modules.json").write_text(json.dumps(listed))
         with pytest.raises(octavo.RequestError, match=r"modules\.json"):
