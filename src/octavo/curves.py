@@ -43,6 +43,7 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     source = job.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
     profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": job.target}
+    profile.options["pinned"] = sorted(job.pinned)
     profile.fixed_bytes = job.contents(smallest, narrowing).counted - sum(
         packed.counted(job.target) for packed in smallest.values()
     )
