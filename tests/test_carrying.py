@@ -24,7 +24,7 @@ IMAGES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)
 
 def bert(folder):
     config = BertConfig(
-        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=32,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder / "bert")
@@ -33,7 +33,7 @@ def bert(folder):
 
 def llama(folder):
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "llama")
@@ -86,6 +86,7 @@ def check(source, request, profile, ratio, folder, **more):
     done = octavo.compress(source, plan=folder / "plan.yaml", **request, **more)
     report = done.save(folder / f"out {ratio}", report=False)
     used = counted(folder / f"out {ratio}")
+    assert done.budget.asked == f"ratio {ratio:g}"
     assert used <= done.budget.bytes and report["source"]["bytes"] / used >= ratio
     assert used >= USED * done.budget.bytes or report["artifact"]["note"]
     return used / done.budget.bytes
@@ -167,7 +168,7 @@ def test_only_choices_and_the_budget_make_a_plan_an_edited_one(measured, tmp_pat
 def test_an_edited_plan_is_kept_as_it_is(measured, tmp_path):
     source, request, profile = measured(bare, preset="fast")
     octavo.plan(profile, ratio=5).save(tmp_path / "plan.yaml")
-    edited(tmp_path / "plan.yaml", lambda data: data["sites"]["first.weight"].update(method="rtn", setting={"bits": 2, "group": 0}))  # fmt: skip
+    edited(tmp_path / "plan.yaml", lambda data: data["sites"]["first.weight"].update(method="rtn", setting={"bits": 2, "group": 16}))  # fmt: skip
     wanted = read_plan(tmp_path / "plan.yaml", ["first.weight", "second.weight"]).points
     done = octavo.compress(source, plan=tmp_path / "plan.yaml", **request)
     for name, point in done.built.plan.points.items():
@@ -177,7 +178,7 @@ def test_an_edited_plan_is_kept_as_it_is(measured, tmp_path):
 
 @pytest.mark.parametrize(
     "choice",
-    [("rtn", {"bits": 8, "group": 0}), ("keep", {"dtype": "float32"}), ("entropy", {"step": 1e-5})],
+    [("rtn", {"bits": 8, "group": 16}), ("keep", {"dtype": "float32"}), ("entropy", {"step": 1e-5})],
     ids=lambda choice: choice[0],
 )
 def test_an_edited_plan_that_does_not_fit_says_where_and_what_would(measured, tmp_path, choice):

@@ -155,6 +155,8 @@ def uniform(profile: Profile, budget: Budget) -> list[Plan]:
     names = sorted({point.method for curve in profile.curves for point in curve.points})
     for name in names:
         candidates = _elastic(profile, budget, name) if _one_knob(profile, name) else _settings(profile, name)
+        # Where 16 bits are smaller at every site, nothing of the method is left.
+        candidates = [plan for plan in candidates if any(point.method == name for point in plan.values())]
         fitting = [plan for plan in candidates if _total(profile, plan) <= budget.bytes]
         if fitting:
             best = min(fitting, key=lambda points: _loss(profile, points))

@@ -259,7 +259,7 @@ def compress(
             calibration = job.calibrate(room)
             clock.lap("evidence")
             around = None if bare else asked.bytes * 8 / job.source.weights
-            profile = build_profile(job, calibration, room, around, preset)
+            profile = build_profile(job, calibration, room, around, preset, corrected=not bare)
             if profile.smallest > asked.bytes and not bare:
                 # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
                 profile = build_profile(job, calibration, room, 0.0, preset)
