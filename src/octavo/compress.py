@@ -237,8 +237,8 @@ def compress(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
         curvature, forward_args,
     )  # fmt: skip
-    given = None if plan is None else requested_plan(job, Path(plan))
-    asked = requested_budget(job, given, ratio, size, bits)
+    given = None if plan is None else requested_plan(job, Path(plan), ratio, size, bits)
+    asked = requested_budget(job, ratio, size, bits) if given is None else given.budget
     if given is None:
         refuse_unreachable(job, asked)
     if not resume:

@@ -168,24 +168,22 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
     }
 
 
-def requested_budget(job: Job, plan: Plan | None, ratio: float | None, size: Any, bits: float | None) -> Budget:
-    """The budget of a plan, or that of exactly one of ratio, size and bits."""
-    if plan is not None:
-        if (ratio, size, bits) != (None, None, None):
-            raise RequestError("a plan has its own budget: leave out ratio, size and bits")
-        return plan.budget
+def requested_budget(job: Job, ratio: float | None, size: Any, bits: float | None) -> Budget:
+    """The budget from exactly one of ratio, size and bits."""
     source = job.source
     return budget_of(source.original_bytes, source.weights, ratio=ratio, size=size, bits=bits, target=job.target)
 
 
-def requested_plan(job: Job, file: Path) -> Plan:
-    """The plan of a file, if it can be that of a job.
+def requested_plan(job: Job, file: Path, *sizes: Any) -> Plan:
+    """The plan of a file, if it can be that of a job, and no size is given beside it.
 
     Raises
     ------
     RequestError
         If it is for other sites or another target, or has another form of a site than the user asks for now.
     """
+    if any(size is not None for size in sizes):
+        raise RequestError("a plan has its own budget: leave out ratio, size and bits")
     plan, source = read_plan(file, [site.name for site in job.sites]), job.source
     budget = plan.budget
     if budget.target != job.target:
