@@ -22,10 +22,19 @@ _STRIDE = {"fast": 2}
 _SPREAD = {"fast": (0.45, 1.9), "best": (0.1, 4.0)}
 
 
-def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: float | None, preset: str) -> Profile:
+def build_profile(
+    job: Job,
+    calibration: Calibration,
+    room: Workspace,
+    bits: float | None,
+    preset: str,
+    *,
+    corrected: bool = True,
+) -> Profile:
     """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
 
-    ``bits`` per weight tells around which size points are wanted; None takes all.
+    ``bits`` per weight tells around which size points are wanted; None takes all. Without ``corrected`` nothing is
+    measured to correct expected losses.
     """
     spread = _SPREAD.get(preset, (0.25, 2.5))
     # Near the smallest artifact every site needs its coarsest point, wherever that lies.
@@ -43,10 +52,11 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     source = job.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
     profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": job.target}
+    profile.options["pinned"] = sorted(job.pinned)
     profile.fixed_bytes = job.contents(smallest, narrowing).counted - sum(
         packed.counted(job.target) for packed in smallest.values()
     )
-    if job.measurable and preset != "fast":
+    if corrected and job.measurable and preset != "fast":
         correct(job, profile, calibration, room, bits or 4.0)
     profile.save(room.path / "profile.json")
     return profile

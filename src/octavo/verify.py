@@ -144,9 +144,9 @@ def packed_run(artifact: Artifact, seed: int = 0) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"stated": artifact.resident, "held": None, "error": None, "allowed": None}
     packed = load(artifact.path, packed=True)
+    result["held"] = held_bytes(packed)
     if not isinstance(packed, nn.Module):
         return result
-    result["held"] = held_bytes(packed)
     dense = load(artifact.path)
     exact = first_output(dense, seed)
     if exact is not None:

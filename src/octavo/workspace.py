@@ -27,7 +27,7 @@ from octavo.evidence_folder import EvidenceFolder
 from octavo.lock import INSIDE
 from octavo.raw import raw_bytes
 
-_JOB, _CALIBRATION = "job.json", "calibration.json"
+_JOB, _CALIBRATION, _PROFILE = "job.json", "calibration.json", "profile.json"
 
 
 class Workspace:
@@ -147,6 +147,14 @@ def forget(path: Path) -> None:
 def holds_work(path: Path) -> bool:
     """Whether there is a folder of unfinished work, or a profile."""
     return (path / _JOB).exists()
+
+
+def holds_profile(path: Path, job: dict[str, Any]) -> bool:
+    """Whether there is a finished profile of a job."""
+    try:
+        return (path / _PROFILE).exists() and json.loads((path / _JOB).read_text(encoding="utf-8")) == job
+    except (OSError, ValueError):
+        return False  # a damaged folder is refused by whoever opens it
 
 
 def _empty(path: Path) -> None:
