@@ -15,6 +15,7 @@ from octavo.errors import BudgetError, RequestError
 from octavo.knapsack import knapsack
 from octavo.methods import Setting, get_method
 from octavo.profile import Point, Profile, densified, family, interpolate
+from octavo.replacing import check_file
 from octavo.workspace import write_file
 
 #: Labels of plans that do not stand for one setting everywhere.
@@ -50,8 +51,9 @@ class Plan:
         """Whether it stands for one setting everywhere."""
         return self.label not in (MIXED, ONE_FAMILY, EDITED)
 
-    def save(self, path: Path) -> None:
-        """Write as YAML that can be read and edited."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write as YAML that can be read and edited; a file that is there, maybe edited, only with ``overwrite``."""
+        path = check_file(path, overwrite=overwrite)
         sites = {
             name: {"method": p.method, "setting": dict(p.setting), "bytes": p.bytes, "loss": float(f"{p.loss:.4g}")}
             for name, p in self.points.items()

@@ -20,6 +20,7 @@ from octavo.modules import unwrapped
 from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.probes import Outputs, first_output, probe
 from octavo.raw import raw_bytes
+from octavo.restoring import fits_plainly, materialise, unless_refused
 from octavo.running import held_bytes
 from octavo.running.factors import dense_again, run_as_factors
 from octavo.sites import Progress
@@ -41,7 +42,8 @@ def load(
     into
         A module to load the weights into; what was loaded into it packed or as factors becomes dense first. Without
         it an artifact of an architecture that ``transformers`` knows gives its model, and any other the dictionary of
-        its tensors.
+        its tensors. If the artifact is refused the module is left as it was. Parameters on the ``meta`` device are
+        given memory on the CPU.
     packed
         Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
         being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
@@ -75,10 +77,14 @@ def load(
     if into is None:
         return {**state, **artifact.extra}
     module = unwrapped(into)
-    # Into factors of another artifact nothing could be written.
-    dense_again(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plainly = not artifact.extra and fits_plainly(module, shapes)
     try:
-        fill(module, state, artifact.extra, assign=packed)
+        with unless_refused(module, values=not plainly):
+            # Into factors of another artifact nothing could be written.
+            dense_again(module)
+            materialise(module)
+            fill(module, state, artifact.extra, assign=packed)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return into

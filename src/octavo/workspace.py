@@ -26,6 +26,7 @@ from octavo.errors import OctavoError, RequestError
 from octavo.evidence_folder import EvidenceFolder
 from octavo.lock import INSIDE
 from octavo.raw import raw_bytes
+from octavo.replacing import check_kind
 
 _JOB, _CALIBRATION = "job.json", "calibration.json"
 
@@ -160,7 +161,9 @@ def _empty(path: Path) -> None:
 
 def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
     """Write a file aside, flush it to the disk, and rename it into place."""
+    check_kind(path)
     aside = path.with_name(path.name + ".part")
+    check_kind(aside)
     try:
         with open(aside, "wb") as file:
             file.writelines(content)
