@@ -31,10 +31,10 @@ from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
-from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget
+from octavo.request import open_job, refuse_full_disk, refuse_unreachable, requested_budget, workspace_of
 from octavo.rivals import PLAIN
 from octavo.sites import Source
-from octavo.workspace import Workspace, forget
+from octavo.workspace import forget
 
 #: Frames between :func:`compress` and its caller, its own and those of its decorators.
 _DEPTH = 4
@@ -79,7 +79,9 @@ class Compressed:
     @property
     def notes(self) -> list[Note]:
         """What there is to know about the run, put together by kind."""
-        return by_kind([*self.job.notes, *self.calibration.warnings], [site.name for site in self.job.sites])
+        return by_kind(
+            [*self.job.notes, *self.job.damaged, *self.calibration.warnings], [site.name for site in self.job.sites]
+        )
 
     def save(
         self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
@@ -248,7 +250,7 @@ def compress(
             if plan is not None and not (folder / "profile.json").exists():
                 # To carry out a plan nothing needs to be measured but what sites there are.
                 job.methods = [get_method("keep")]
-            room = Workspace(folder, describe(job, preset), resume=resume)
+            room = workspace_of(job, folder, preset, resume=resume)
             calibration = job.calibrate(room)
             clock.lap("evidence")
             profile = build_profile(job, calibration, room, asked.bytes * 8 / job.source.weights, preset)
@@ -269,6 +271,7 @@ def compress(
             else:
                 best, rival = finish(job, profile, calibration, room, chosen, asked, exact=False), None
             clock.lap("encode" if plan else "reconstruct")
+            job.witness.check(every=True)
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -52,6 +52,8 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
         data["timings"] = {**done.timings, "total": sum(done.timings.values())}
         _write_report(data, aside, page=report)
+        # What was copied and what was measured are to be of one state of the source.
+        done.job.witness.check(every=True)
         move_into_place(aside, path)
     except OSError as error:
         raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error

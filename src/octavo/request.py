@@ -32,7 +32,8 @@ from octavo.progress import Progress
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
-from octavo.workspace import hash_tensors
+from octavo.witness import Witness
+from octavo.workspace import Workspace, hash_tensors
 
 #: Texts read at most, and settings skipped, by preset.
 _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
@@ -72,6 +73,8 @@ def open_job(
     if target not in TARGETS:
         raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     limit = None if memory is None else parse_size(memory)
+    # Before anything of it is read.
+    witness = Witness(*_paths(source, data))
     chosen = select_methods(methods, preset, target)
     if not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
@@ -109,7 +112,14 @@ def open_job(
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
+        witness=witness,
     )  # fmt: skip
+
+
+def _paths(source: Any, data: Any) -> tuple[Path | None, Any]:
+    """The paths that a source and data were given as, or None where they are in memory."""
+    path = source.path if isinstance(source, Source) else source if isinstance(source, str | Path) else None
+    return (None if path is None else Path(path)), data
 
 
 def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
@@ -163,7 +173,16 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "seed": job.seed,
         "target": job.target,
         "curvature": job.curvature,
+        "files": job.witness.digests,
     }
+
+
+def workspace_of(job: Job, folder: Path, preset: str, *, resume: bool, **other: Any) -> Workspace:
+    """The folder of a job's unfinished work; ``other`` is what else makes it another job."""
+    room = Workspace(folder, {**describe(job, preset), **other}, resume=resume, witness=job.witness)
+    # One list, so that what is found to be damaged on the way is told with all other notes.
+    job.damaged = room.damaged
+    return room
 
 
 def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, size: Any, bits: float | None) -> Budget:

@@ -86,4 +86,4 @@ def materialise(module: nn.Module) -> None:
             made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         prefix, _, leaf = name.rpartition(".")
         owner = module.get_submodule(prefix)
-        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = made[id(tensor)]  # type: ignore[index]
+        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = made[id(tensor)]  # type: ignore[assignment]

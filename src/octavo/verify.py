@@ -94,9 +94,17 @@ def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch
     """The module with dense weights, of which those that are cheaper as factors are exchanged."""
     if packed:
         raise RequestError("weights run packed, in bfloat16, or as factors, in float32: choose one of the two")
-    module = load(path, into)
+    if into is not None:
+        # A batch that the module fails on is found out when the weights are in it.
+        with unless_refused(unwrapped(into), values=True):
+            return _as_factors(path, load(path, into), batch)
+    module = load(path)
     if not isinstance(module, nn.Module):
         raise RequestError(f"{path}: no module runs these weights; give one with into= to run them as factors")
+    return _as_factors(path, module, batch)
+
+
+def _as_factors(path: Path, module: nn.Module, batch: Batch) -> nn.Module:
     artifact, inner = Artifact(path), unwrapped(module)
     held = dict(inner.named_parameters(remove_duplicate=False))
     prefix = f"{getattr(inner, 'base_model_prefix', '')}."
