@@ -19,6 +19,7 @@ from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget
 from octavo.calibrate import Calibration
 from octavo.curves import build_profile
+from octavo.disk_use import refuse_full_disk
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import Built, contest, finish, margin_of
@@ -31,7 +32,7 @@ from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
-from octavo.request import open_job, refuse_full_disk, refuse_unreachable, requested_budget, workspace_of
+from octavo.request import open_job, refuse_unreachable, requested_budget, workspace_of
 from octavo.rivals import PLAIN
 from octavo.sites import Source
 from octavo.workspace import forget
@@ -240,7 +241,7 @@ def compress(
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
     if not resume:
-        refuse_full_disk(Path(workspace or tempfile.gettempdir()), asked)
+        refuse_full_disk(job, Path(workspace or tempfile.gettempdir()), asked.bytes, preset)
     clock.lap("open")
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))

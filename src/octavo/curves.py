@@ -22,15 +22,22 @@ _STRIDE = {"fast": 2}
 _SPREAD = {"fast": (0.45, 1.9), "best": (0.1, 4.0)}
 
 
+def window_of(bits: float | None, preset: str) -> Window:
+    """Between which sizes points are wanted; None takes all."""
+    if bits is None:
+        return Window()
+    spread = _SPREAD.get(preset, (0.25, 2.5))
+    # Near the smallest artifact every site needs its coarsest point, wherever that lies.
+    least = 0.0 if bits < 1 else bits * spread[0]
+    return Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
+
+
 def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: float | None, preset: str) -> Profile:
     """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
 
     ``bits`` per weight tells around which size points are wanted; None takes all.
     """
-    spread = _SPREAD.get(preset, (0.25, 2.5))
-    # Near the smallest artifact every site needs its coarsest point, wherever that lies.
-    least = 0.0 if bits is None or bits < 1 else bits * spread[0]
-    window = Window() if bits is None else Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
+    window = window_of(bits, preset)
     saved = room.read_json("profile.json", again=True)
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")

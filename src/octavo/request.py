@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,17 +203,6 @@ def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, siz
         return asked
     source = job.source
     return budget_of(source.original_bytes, source.weights, ratio=ratio, size=size, bits=bits, target=job.target)
-
-
-def refuse_full_disk(folder: Path, asked: Budget) -> None:
-    """Refuse a folder for unfinished work on whose disk the encoded forms will not fit, before any work is done."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < asked.bytes:
-        raise RequestError(
-            f"{existing}: has {free} bytes free, the encoded forms will take about {asked.bytes}; free some, or name a "
-            "workspace (of the command: --out) on a larger disk"
-        )
 
 
 def refuse_unreachable(job: Job, asked: Budget) -> None:

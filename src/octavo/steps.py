@@ -14,6 +14,7 @@ from octavo.batches import Batch
 from octavo.budget import budget as budget_of
 from octavo.compress import Compressed, compress
 from octavo.curves import build_profile
+from octavo.disk_use import refuse_full_disk
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import finish, margin_of, single_families
@@ -78,6 +79,8 @@ def profile(
         "seed": seed,
         "target": target,
     }
+    if not resume:
+        refuse_full_disk(job, Path(out), 0, preset)
     with Lock(out), executors.executor(executor) as job.executor:
         room = workspace_of(job, Path(out), preset, resume=resume)
         result = build_profile(job, job.calibrate(room), room, None, preset)

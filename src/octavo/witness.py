@@ -43,6 +43,11 @@ class Witness:
         """SHA-256 of every file of the source but its weights, by name: those are told by the tensors in them."""
         return {self._name(file): digest for file, digest in sorted(self._digests.items())}
 
+    @property
+    def beside(self) -> int:
+        """Bytes of the files of the source that hold no weights."""
+        return sum(self._seen[file][0] for file in self._digests)
+
     def check(self, *, every: bool = False) -> None:
         """Refuse to go on with files that are not what they were.
 

@@ -166,11 +166,11 @@ def test_an_output_that_cannot_be_written_in_whole(lab: Any, tmp_path: Path) -> 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 300 kB."""
+    """A disk with less room than a run takes, by so little that it is tried."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    words = [str(mount), "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    words = [str(mount), "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or mount is None or subprocess.run(words, capture_output=True).returncode:
         pytest.skip("a disk can be mounted by root only, and not everywhere")
     yield folder
