@@ -272,7 +272,7 @@ class Chaos:
     def _pick(self, *, resumes: bool | None = None, files: bool = False) -> Case:
         cases = [c for c in self.cases.values() if resumes in (None, c.resumes) and (not files or c.sources)]
         # What takes long is taken less often.
-        return self.random.choices(cases, [case.seconds**-0.5 for case in cases])[0]
+        return self.random.choices(cases, [1 / case.seconds for case in cases])[0]
 
     def _judge(self, case: Case, done: Done | None, out: Path, said: str = "") -> str:
         if done is None:

@@ -111,7 +111,11 @@ class Compressed:
         """
         from octavo.publish import save
 
-        with Lock(path), showing(self.job.progress if progress is None else progress) as self.job.progress:
+        with (
+            Lock(path),
+            self.job.witness.blamed(),
+            showing(self.job.progress if progress is None else progress) as self.job.progress,
+        ):
             return save(self, Path(path), overwrite=overwrite, report=report)
 
     def forget_workspace(self) -> None:
@@ -236,7 +240,7 @@ def compress(
     clock = _Clock()
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
-        curvature, forward_args,
+        curvature, forward_args, work=Path(workspace) if workspace and resume else None,
     )  # fmt: skip
     asked = requested_budget(job, plan, ratio, size, bits)
     refuse_unreachable(job, asked)
@@ -247,7 +251,7 @@ def compress(
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:
-        with executors.executor(executor) as job.executor:
+        with job.witness.blamed(), executors.executor(executor) as job.executor:
             if plan is not None and not (folder / "profile.json").exists():
                 # To carry out a plan nothing needs to be measured but what sites there are.
                 job.methods = [get_method("keep")]

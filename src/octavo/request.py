@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import CURVATURES, data_free
-from octavo.errors import RequestError
+from octavo.errors import OctavoError, RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.job import Job
@@ -32,7 +33,7 @@ from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
 from octavo.witness import Witness
-from octavo.workspace import Workspace, hash_tensors
+from octavo.workspace import Workspace, files_of, hash_tensors
 
 #: Texts read at most, and settings skipped, by preset.
 _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
@@ -46,6 +47,31 @@ _ROWS = 64
 _SURE = 0.9
 
 
+def _watched(opening: Callable[..., Job]) -> Callable[..., Job]:
+    """Files of a source are looked at before any of them is read, and blamed if they were changed meanwhile.
+
+    It adds ``work``: the folder of kept work from which a run goes on, with what it was made from.
+    """
+
+    @wraps(opening)
+    def opened(source: Any, data: Any, *args: Any, work: Path | None = None, **options: Any) -> Job:
+        witness = Witness(*_paths(source, data))
+        try:
+            with witness.blamed():
+                return opening(source, data, *args, witness=witness, **options)
+        except OctavoError as error:
+            changed = [] if work is None else witness.changed(files_of(work) or witness.digests)
+            if not changed:
+                raise
+            raise RequestError(
+                f"{work}: holds work on files that were changed since then: {', '.join(changed)}; put them back, or "
+                f"run without --resume to begin anew ({error})"
+            ) from error
+
+    return opened
+
+
+@_watched
 def open_job(
     source: str | Path | nn.Module | Source,
     data: Any,
@@ -62,6 +88,7 @@ def open_job(
     forward_args: Callable[[Batch], Any] | None = None,
     *,
     folding: bool = True,
+    witness: Witness | None = None,
 ) -> Job:
     """Check a request and gather what all steps share.
 
@@ -72,8 +99,6 @@ def open_job(
     if target not in TARGETS:
         raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
     limit = None if memory is None else parse_size(memory)
-    # Before anything of it is read.
-    witness = Witness(*_paths(source, data))
     chosen = select_methods(methods, preset, target)
     if not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
@@ -111,7 +136,7 @@ def open_job(
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
-        witness=witness,
+        witness=witness or Witness(None),
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def profile(
     """
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
-        curvature, forward_args,
+        curvature, forward_args, work=Path(out) if resume else None,
     )  # fmt: skip
     request = {
         "data": str(data) if isinstance(data, str | Path) else None,
@@ -81,7 +81,7 @@ def profile(
     }
     if not resume:
         refuse_full_disk(job, Path(out), 0, preset)
-    with Lock(out), executors.executor(executor) as job.executor:
+    with Lock(out), job.witness.blamed(), executors.executor(executor) as job.executor:
         room = workspace_of(job, Path(out), preset, resume=resume)
         result = build_profile(job, job.calibrate(room), room, None, preset)
         room.write_json(_REQUEST, request)

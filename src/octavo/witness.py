@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,16 @@ class Witness:
                 f"{file}: was {what} since the run began, so that the result would mix two states of it; leave the "
                 "source and its data as they are while a run reads them, and start again"
             )
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """A context in which files are read: where that fails because they were changed, the error says so."""
+        try:
+            yield
+        except Exception:
+            # Readers of others raise what they like when a file changes under them.
+            self.check(every=True)
+            raise
 
     def changed(self, before: dict[str, str]) -> list[str]:
         """Names of files that are not those of an earlier run, which said :attr:`digests`."""

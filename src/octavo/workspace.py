@@ -183,6 +183,14 @@ class Workspace:
         return f"points/{hashlib.sha256(key).hexdigest()[:32]}.bin"
 
 
+def files_of(path: Path) -> dict[str, str] | None:
+    """Checksums of the files that kept work was made from, or None where that cannot be told."""
+    try:
+        return dict(unsealed_json(path, _JOB, (path / _JOB).read_bytes())["files"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def forget(path: Path) -> None:
     """Remove a folder of unfinished work, and no other."""
     if holds_work(path):

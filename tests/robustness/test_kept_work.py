@@ -204,3 +204,11 @@ def test_scratch_of_a_killed_run_is_swept(tmp_path: Path) -> None:
     (tmp_path / "room" / "octavo-states-x" / "0").mkdir(parents=True)
     Workspace(tmp_path / "room", {"a": 1}, resume=True)
     assert not (tmp_path / "room" / "octavo-states-x").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_that_is_gone_before_a_run_goes_on_is_named(own: Path, name: str) -> None:
+    unfinished(own / "bert", own / "texts.txt", own / "work")
+    (own / "bert" / name).unlink()
+    with pytest.raises(octavo.RequestError, match=f"work on files that were changed since then: {name}"):
+        octavo.compress(own / "bert", data=own / "texts.txt", workspace=own / "work", resume=True, **REQUEST)

@@ -77,8 +77,9 @@ def compress_for_speed(
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:
-        search = _search(job, folder, asked, resume)
-        fast = _found(search, asked, folder, {"encode": time.perf_counter() - clock})
+        with job.witness.blamed():
+            search = _search(job, folder, asked, resume)
+            fast = _found(search, asked, folder, {"encode": time.perf_counter() - clock})
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)
