@@ -60,7 +60,8 @@ def _watched(opening: Callable[..., Job]) -> Callable[..., Job]:
             with witness.blamed():
                 return opening(source, data, *args, witness=witness, **options)
         except OctavoError as error:
-            changed = [] if work is None else witness.changed(files_of(work) or witness.digests)
+            gone = work is None or witness.source is None or not witness.source.exists()
+            changed = [] if work is None or gone else witness.changed(files_of(work) or witness.digests)
             if not changed:
                 raise
             raise RequestError(
