@@ -66,7 +66,7 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     return notes
 
 
-def companions(source: Path) -> list[Path]:
+def companion_files(source: Path) -> list[Path]:
     """The files that :func:`copy_companions` copies, relative to ``source``."""
     adapted = all((source / name).is_file() for name in _ADAPTER)
     return [relative for relative, reason in _choices(source, adapted=adapted) if reason is None]

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from octavo.artifact.configuration import is_configuration
-from octavo.companions import companions
+from octavo.companions import companion_files
 from octavo.integrations.sentences import members, transformer_folder
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def configurations(source: Source) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     is_model = (inner / "config.json").exists()
     if is_model or members(source.folder):
-        names = (file.as_posix() for file in companions(source.folder) if is_configuration(file.as_posix()))
+        names = (file.as_posix() for file in companion_files(source.folder) if is_configuration(file.as_posix()))
         found = {name: (source.folder / name).read_bytes() for name in names}
     if is_model:
         from octavo.integrations.transformers import artifact_config

@@ -27,6 +27,7 @@ from octavo.progress import Progress, silent
 from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
 from octavo.tasks import encoded
+from octavo.witness import Witness
 from octavo.workspace import Workspace
 
 #: Norms, biases and the like are stored in 16 bits if all of them together cost less than this, in the metric's units.
@@ -56,6 +57,10 @@ class Job:
     executor: Executor = field(default_factory=Local)
     #: How errors are weighed: ``kfac`` or ``ekfac`` (:mod:`octavo.curvature`).
     curvature: str = "kfac"
+    #: The files that it is read from.
+    witness: Witness = field(default_factory=lambda: Witness(None))
+    #: Notes on kept work that was damaged and is made again.
+    damaged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._model: InMemory | Blockwise | None = None
@@ -79,7 +84,7 @@ class Job:
         workspace.write_json(_WAY, way)
         found = workspace.load_calibration()
         if self.source.module is not None:
-            self._model = model_of(self.source, blockwise=way["blockwise"])
+            self._model = model_of(self.source, blockwise=way["blockwise"], scratch=workspace.path)
         if found is None:
             if self._model is None:
                 found = data_free(self.source, self.sites)

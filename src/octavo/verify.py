@@ -19,6 +19,7 @@ from octavo.modules import unwrapped
 from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.probes import Outputs, first_output, probe
 from octavo.raw import raw_bytes
+from octavo.restoring import fits_plainly, materialise, unless_refused
 from octavo.running import held_bytes
 from octavo.running.factors import dense_again, run_as_factors
 from octavo.sites import Progress
@@ -46,7 +47,8 @@ def load(
     into
         A module to load the weights into; what was loaded into it packed or as factors becomes dense first. Without
         it an artifact of an architecture that ``transformers`` knows gives its model, and any other the dictionary of
-        its tensors.
+        its tensors. If the artifact is refused the module is left as it was. Parameters on the ``meta`` device are
+        given memory on the CPU.
     packed
         Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
         being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
@@ -80,10 +82,14 @@ def load(
     if into is None:
         return {**state, **artifact.extra}
     module = unwrapped(into)
-    # Into factors of another artifact nothing could be written.
-    dense_again(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plainly = not artifact.extra and fits_plainly(module, shapes)
     try:
-        fill(module, state, artifact.extra, assign=packed)
+        with unless_refused(module, values=not plainly):
+            # Into factors of another artifact nothing could be written.
+            dense_again(module)
+            materialise(module)
+            fill(module, state, artifact.extra, assign=packed)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return into
@@ -93,9 +99,17 @@ def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch
     """The module with dense weights, of which those that are cheaper as factors are exchanged."""
     if packed:
         raise RequestError("weights run packed, in bfloat16, or as factors, in float32: choose one of the two")
-    module = load(path, into)
+    if into is not None:
+        # A batch that the module fails on is found out when the weights are in it.
+        with unless_refused(unwrapped(into), values=True):
+            return _as_factors(path, load(path, into), batch)
+    module = load(path)
     if not isinstance(module, nn.Module):
         raise RequestError(f"{path}: no module runs these weights; give one with into= to run them as factors")
+    return _as_factors(path, module, batch)
+
+
+def _as_factors(path: Path, module: nn.Module, batch: Batch) -> nn.Module:
     artifact, inner = Artifact(path), unwrapped(module)
     held = dict(inner.named_parameters(remove_duplicate=False))
     prefix = f"{getattr(inner, 'base_model_prefix', '')}."
