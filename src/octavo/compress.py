@@ -20,6 +20,7 @@ from octavo.budget import TARGETS, Budget
 from octavo.calibrate import Calibration
 from octavo.carrying import carry_out
 from octavo.curves import build_profile
+from octavo.disk_use import refuse_full_disk
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import Built, contest, margin_of
@@ -32,10 +33,10 @@ from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
-from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget, requested_plan
+from octavo.request import describe, open_job, refuse_unreachable, requested_budget, requested_plan, workspace_of
 from octavo.rivals import PLAIN
 from octavo.sites import Source
-from octavo.workspace import Workspace, forget, holds_profile
+from octavo.workspace import forget, holds_profile
 
 #: Frames between :func:`compress` and its caller, its own and those of its decorators.
 _DEPTH = 4
@@ -80,7 +81,9 @@ class Compressed:
     @property
     def notes(self) -> list[Note]:
         """What there is to know about the run, put together by kind."""
-        return by_kind([*self.job.notes, *self.calibration.warnings], [site.name for site in self.job.sites])
+        return by_kind(
+            [*self.job.notes, *self.job.damaged, *self.calibration.warnings], [site.name for site in self.job.sites]
+        )
 
     def save(
         self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
@@ -109,7 +112,11 @@ class Compressed:
         """
         from octavo.publish import save
 
-        with Lock(path), showing(self.job.progress if progress is None else progress) as self.job.progress:
+        with (
+            Lock(path),
+            self.job.witness.blamed(),
+            showing(self.job.progress if progress is None else progress) as self.job.progress,
+        ):
             return save(self, Path(path), overwrite=overwrite, report=report)
 
     def forget_workspace(self) -> None:
@@ -235,27 +242,25 @@ def compress(
     clock = _Clock()
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
-        curvature, forward_args,
+        curvature, forward_args, work=Path(workspace) if workspace and resume else None,
     )  # fmt: skip
     given = None if plan is None else requested_plan(job, Path(plan), ratio, size, bits)
     asked = requested_budget(job, ratio, size, bits) if given is None else given.budget
     if given is None:
         refuse_unreachable(job, asked)
     if not resume:
-        refuse_full_disk(Path(workspace or tempfile.gettempdir()), asked)
+        refuse_full_disk(job, Path(workspace or tempfile.gettempdir()), asked.bytes, preset)
     clock.lap("open")
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:
-        with executors.executor(executor) as job.executor:
-            described = describe(job, preset)
-            bare = given is not None and not (resume and holds_profile(folder, described))
+        with job.witness.blamed(), executors.executor(executor) as job.executor:
+            bare = given is not None and not (resume and holds_profile(folder, describe(job, preset)))
             if bare:
                 # To carry out a plan nothing needs to be measured but what sites there are.
                 job.methods = [get_method("keep")]
-                described["methods"] = [repr(method) for method in job.methods]
-            room = Workspace(folder, described, resume=resume)
+            room = workspace_of(job, folder, preset, resume=resume)
             calibration = job.calibrate(room)
             clock.lap("evidence")
             around = None if bare else asked.bytes * 8 / job.source.weights
@@ -279,6 +284,7 @@ def compress(
                 best, profile = carry_out(job, profile, calibration, room, given)
                 rival = None
                 clock.lap("encode")
+            job.witness.check(every=True)
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)

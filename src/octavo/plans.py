@@ -16,6 +16,7 @@ from octavo.budget import Budget
 from octavo.errors import RequestError
 from octavo.methods import get_method
 from octavo.profile import Point
+from octavo.replacing import check_file
 from octavo.workspace import write_file
 
 #: Labels of plans that do not stand for one setting everywhere.
@@ -66,8 +67,9 @@ class Plan:
         """Whether it stands for one setting everywhere."""
         return self.label not in (MIXED, ONE_FAMILY, EDITED)
 
-    def save(self, path: Path) -> None:
-        """Write as YAML that can be read and edited."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write as YAML that can be read and edited; a file that is there, maybe edited, only with ``overwrite``."""
+        path = check_file(path, overwrite=overwrite)
         sites = {
             name: {"method": p.method, "setting": dict(p.setting), "bytes": p.bytes, "loss": float(f"{p.loss:.4g}")}
             for name, p in self.points.items()

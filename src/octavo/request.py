@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import CURVATURES, data_free
-from octavo.errors import RequestError
+from octavo.errors import OctavoError, RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.job import Job
@@ -34,7 +34,8 @@ from octavo.progress import Progress
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
-from octavo.workspace import hash_tensors
+from octavo.witness import Witness
+from octavo.workspace import Workspace, files_of, hash_tensors
 
 #: Texts read at most, and settings skipped, by preset.
 _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
@@ -48,6 +49,32 @@ _ROWS = 64
 _SURE = 0.9
 
 
+def _watched(opening: Callable[..., Job]) -> Callable[..., Job]:
+    """Files of a source are looked at before any of them is read, and blamed if they were changed meanwhile.
+
+    It adds ``work``: the folder of kept work from which a run goes on, with what it was made from.
+    """
+
+    @wraps(opening)
+    def opened(source: Any, data: Any, *args: Any, work: Path | None = None, **options: Any) -> Job:
+        witness = Witness(*_paths(source, data))
+        try:
+            with witness.blamed():
+                return opening(source, data, *args, witness=witness, **options)
+        except OctavoError as error:
+            gone = work is None or witness.source is None or not witness.source.exists()
+            changed = [] if work is None or gone else witness.changed(files_of(work) or witness.digests)
+            if not changed:
+                raise
+            raise RequestError(
+                f"{work}: holds work on files that were changed since then: {', '.join(changed)}; put them back, or "
+                f"run without --resume to begin anew ({error})"
+            ) from error
+
+    return opened
+
+
+@_watched
 def open_job(
     source: str | Path | nn.Module | Source,
     data: Any,
@@ -64,6 +91,7 @@ def open_job(
     forward_args: Callable[[Batch], Any] | None = None,
     *,
     folding: bool = True,
+    witness: Witness | None = None,
 ) -> Job:
     """Check a request and gather what all steps share.
 
@@ -111,7 +139,14 @@ def open_job(
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
+        witness=witness or Witness(None),
     )  # fmt: skip
+
+
+def _paths(source: Any, data: Any) -> tuple[Path | None, Any]:
+    """The paths that a source and data were given as, or None where they are in memory."""
+    path = source.path if isinstance(source, Source) else source if isinstance(source, str | Path) else None
+    return (None if path is None else Path(path)), data
 
 
 def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
@@ -165,7 +200,16 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "seed": job.seed,
         "target": job.target,
         "curvature": job.curvature,
+        "files": job.witness.digests,
     }
+
+
+def workspace_of(job: Job, folder: Path, preset: str, *, resume: bool, **other: Any) -> Workspace:
+    """The folder of a job's unfinished work; ``other`` is what else makes it another job."""
+    room = Workspace(folder, {**describe(job, preset), **other}, resume=resume, witness=job.witness)
+    # One list, so that what is found to be damaged on the way is told with all other notes.
+    job.damaged = room.damaged
+    return room
 
 
 def requested_budget(job: Job, ratio: float | None, size: Any, bits: float | None) -> Budget:
@@ -215,17 +259,6 @@ def _says(budget: Budget, source: Source) -> bool:
     except (RequestError, TypeError):
         return False
     return meant.bytes == budget.bytes
-
-
-def refuse_full_disk(folder: Path, asked: Budget) -> None:
-    """Refuse a folder for unfinished work on whose disk the encoded forms will not fit, before any work is done."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < asked.bytes:
-        raise RequestError(
-            f"{existing}: has {free} bytes free, the encoded forms will take about {asked.bytes}; free some, or name a "
-            "workspace (of the command: --out) on a larger disk"
-        )
 
 
 def refuse_unreachable(job: Job, asked: Budget) -> None:
