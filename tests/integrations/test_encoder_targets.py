@@ -12,6 +12,7 @@ TEXTS = [" ".join(WORDS[(k * m) % 10] for m in range(1, 8)) for k in range(48)]
 
 @pytest.fixture(scope="module", params=[False, True], ids=["pooling alone", "a layer behind"])
 def encoder(request, tmp_path_factory):
+    from sentence_transformers import models
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -30,9 +31,9 @@ def encoder(request, tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=32, unk_token="[UNK]", pad_token="[PAD]"
     ).save_pretrained(folder / "bert")
-    transformer = sentences.models.Transformer(str(folder / "bert"))
-    modules = [transformer, sentences.models.Pooling(32)]
-    modules += [sentences.models.Dense(32, 16)] if request.param else []
+    transformer = models.Transformer(str(folder / "bert"))
+    modules = [transformer, models.Pooling(32)]
+    modules += [models.Dense(32, 16)] if request.param else []
     sentences.SentenceTransformer(modules=modules).save(str(folder / "encoder"))
     return folder / "encoder", request.param
 
