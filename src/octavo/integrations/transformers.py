@@ -119,7 +119,7 @@ def skeleton(folder: Path) -> nn.Module:
 def load_weights(source: Source) -> None:
     """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
     assert source.path is not None
-    if members(source.path) and is_installed():
+    if members(source.path) and is_installed() and not source.transformer_only:
         encoder = load_encoder(source.path)
         source.module, source.is_encoder = encoder, True
         bind_encoder(source, encoder, source.path)
