@@ -58,13 +58,18 @@ def check_kind(path: Path) -> bool:
     return kind is not None
 
 
-def check_folder(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder to be written that is none, is in use, or, to be replaced, holds what is not Octavo's."""
+def check_is_folder(path: Path) -> bool:
+    """Whether there is a folder; anything else there is refused by name."""
     # A link to a folder stays one: what is written is the folder that it leads to.
     kind = _kind(path.resolve() if path.is_dir() else path)
     if kind not in (None, "a folder"):
         raise RequestError(f"{path}: is {kind}; name a folder")
-    if kind is None or not any(path.iterdir()):
+    return kind is not None
+
+
+def check_folder(path: Path, *, overwrite: bool) -> None:
+    """Refuse a folder to be written that is none, is in use, or, to be replaced, holds what is not Octavo's."""
+    if not check_is_folder(path) or not any(path.iterdir()):
         return
     if not overwrite:
         raise RequestError(f"{path}: the folder is not empty; choose another, or give --overwrite to replace it")
