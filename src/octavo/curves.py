@@ -32,10 +32,19 @@ def window_of(bits: float | None, preset: str) -> Window:
     return Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
 
 
-def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: float | None, preset: str) -> Profile:
+def build_profile(
+    job: Job,
+    calibration: Calibration,
+    room: Workspace,
+    bits: float | None,
+    preset: str,
+    *,
+    corrected: bool = True,
+) -> Profile:
     """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
 
-    ``bits`` per weight tells around which size points are wanted; None takes all.
+    ``bits`` per weight tells around which size points are wanted; None takes all. Without ``corrected`` nothing is
+    measured to correct expected losses.
     """
     window = window_of(bits, preset)
     saved = room.read_json("profile.json", again=True)
@@ -50,10 +59,11 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     source = job.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
     profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": job.target}
+    profile.options["pinned"] = sorted(job.pinned)
     profile.fixed_bytes = job.contents(smallest, narrowing).counted - sum(
         packed.counted(job.target) for packed in smallest.values()
     )
-    if job.measurable and preset != "fast":
+    if corrected and job.measurable and preset != "fast":
         correct(job, profile, calibration, room, bits or 4.0)
     profile.save(room.path / "profile.json")
     return profile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
 from octavo.batches import Batch
 from octavo.blockwise import Blockwise
 from octavo.calibrate import Calibration, data_free
+from octavo.configuration import configurations
 from octavo.errors import RequestError
 from octavo.executors import Executor, Local
 from octavo.inmemory import InMemory
@@ -173,7 +174,11 @@ class Job:
         }
         resident = self.resident(packed) if self.target == "memory" else None
         aliases, extra = self.source.aliases, self.source.extra
-        return Contents(source, entries, self.kept(how), aliases, resident, self._named(), extra)
+        return Contents(source, entries, self.kept(how), aliases, resident, self._named(), extra, self._configurations)
+
+    @cached_property
+    def _configurations(self) -> dict[str, bytes]:
+        return configurations(self.source)
 
     def _named(self) -> frozenset[str]:
         """Aliases that the loader of the source must find in the files, since it does not tie them itself."""

@@ -84,18 +84,13 @@ def _write(done: Compressed, folder: Path) -> None:
     done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
     if source.folder is None:
         return
-    inner = transformer_folder(source.folder)
-    is_model = (inner / "config.json").exists()
-    if is_model or members(source.folder):
+    if (transformer_folder(source.folder) / "config.json").exists() or members(source.folder):
         notes = copy_companions(source.folder, folder)
         done.job.notes += [note for note in notes if note not in done.job.notes]
-    if is_model:
-        from octavo.integrations.transformers import artifact_config
-
-        # Also of an architecture that only the code beside it knows: whoever trusts that code can load the artifact.
-        config = folder / inner.relative_to(source.folder) / "config.json"
-        dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
-        config.write_text(json.dumps(artifact_config(inner, dtype), indent=2) + "\n", encoding="utf-8")
+    # As they were when the manifest was planned, whatever became of the source since.
+    for name, content in done.built.contents.configurations.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def move_into_place(aside: Path, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from octavo import folds, inputs
-from octavo.allocate import unreachable
+from octavo.allocate import labelled, unreachable
 from octavo.artifact import Packed, pack
 from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
@@ -28,6 +29,7 @@ from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
 from octavo.objective import Objective
 from octavo.patterns import apply_patterns
+from octavo.plans import EDITED, Plan, read_plan
 from octavo.progress import Progress
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
@@ -210,25 +212,53 @@ def workspace_of(job: Job, folder: Path, preset: str, *, resume: bool, **other: 
     return room
 
 
-def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, size: Any, bits: float | None) -> Budget:
-    """The budget of a plan file, or that of exactly one of ratio, size and bits."""
-    if plan is not None:
-        if (ratio, size, bits) != (None, None, None):
-            raise RequestError("a plan has its own budget: leave out ratio, size and bits")
-        import yaml
-
-        try:
-            data = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
-            asked = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"{plan}: not a plan: {error}") from error
-        if asked.target != job.target:
-            raise RequestError(
-                f"{plan}: counts the bytes of {asked.target}, not of {job.target}; ask for the same target"
-            )
-        return asked
+def requested_budget(job: Job, ratio: float | None, size: Any, bits: float | None) -> Budget:
+    """The budget from exactly one of ratio, size and bits."""
     source = job.source
     return budget_of(source.original_bytes, source.weights, ratio=ratio, size=size, bits=bits, target=job.target)
+
+
+def requested_plan(job: Job, file: Path, *sizes: Any) -> Plan:
+    """The plan of a file, if it can be that of a job, and no size is given beside it.
+
+    Raises
+    ------
+    RequestError
+        If it is for other sites or another target, or has another form of a site than the user asks for now.
+    """
+    if any(size is not None for size in sizes):
+        raise RequestError("a plan has its own budget: leave out ratio, size and bits")
+    plan, source = read_plan(file, [site.name for site in job.sites]), job.source
+    budget = plan.budget
+    if budget.target != job.target:
+        raise RequestError(f"{file}: counts the bytes of {budget.target}, not of {job.target}; ask for the same target")
+    for name, (method, setting) in job.pinned.items():
+        point = plan.points[name]
+        if (point.method, point.setting) != (method, setting):
+            raise RequestError(
+                f"{file}: site {name!r} has {labelled(point.method, point.setting)}, and --keep asks for "
+                f"{labelled(method, setting)}; change one of them"
+            )
+    same = not plan.fingerprint or plan.fingerprint == source.fingerprint()
+    if not same:
+        job.notes.append("the plan was made for another source: its sizes were finished for this one")
+    # In other words a budget that was edited, or that of another source, would be a ratio or a rate that it is not.
+    said = same and (plan.label != EDITED or _says(budget, source))
+    if said:
+        return plan
+    bare = budget_of(source.original_bytes, source.weights, size=budget.bytes, target=job.target)
+    return replace(plan, budget=bare)
+
+
+def _says(budget: Budget, source: Source) -> bool:
+    """Whether a budget's words and its bytes are the same for a source."""
+    words = budget.asked.removesuffix(f" in {budget.target}").replace(" bits per weight", "").split(" ", 1)
+    given: dict[str, Any] = {words[0] if len(words) == 2 else "bits": words[-1]}
+    try:
+        meant = budget_of(source.original_bytes, source.weights, **given, target=budget.target)
+    except (RequestError, TypeError):
+        return False
+    return meant.bytes == budget.bytes
 
 
 def refuse_unreachable(job: Job, asked: Budget) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from octavo import executors
-from octavo.allocate import Plan, allocate
+from octavo.allocate import allocate
 from octavo.batches import Batch
 from octavo.budget import budget as budget_of
 from octavo.compress import Compressed, compress
@@ -22,6 +23,7 @@ from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.notes import by_kind, warn
 from octavo.objective import Objective
+from octavo.plans import Plan
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, with_progress
 from octavo.request import open_job, workspace_of
@@ -111,8 +113,10 @@ def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = N
     asked = budget_of(
         saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits, target=saved.options["target"]
     )
-    # Carried out as it is, a plan must not exceed its budget by the little that interpolated points miss.
-    return allocate(saved, asked, margin=margin_of(asked.target))
+    chosen = allocate(saved, asked, margin=margin_of(asked.target))
+    # Profiles of earlier versions do not say what was pinned.
+    pinned = tuple(saved.options.get("pinned", ()))
+    return replace(chosen, fingerprint=saved.fingerprint, pinned=pinned)
 
 
 @with_progress

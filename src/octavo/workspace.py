@@ -31,9 +31,7 @@ from octavo.sealed import JOB as _JOB
 from octavo.sealed import digest, place_in, sealed_json, unsealed_json
 from octavo.witness import Witness
 
-_CALIBRATION = "calibration.json"
-
-
+_CALIBRATION, _PROFILE = "calibration.json", "profile.json"
 #: What the names of folders begin with that are needed while a run goes on, and swept by the next.
 SCRATCH = "octavo-states-"
 
@@ -200,6 +198,16 @@ def forget(path: Path) -> None:
 def holds_work(path: Path) -> bool:
     """Whether there is a folder of unfinished work, or a profile."""
     return (path / _JOB).exists()
+
+
+def holds_profile(path: Path, job: dict[str, Any]) -> bool:
+    """Whether there is a finished profile of a job."""
+    try:
+        return (path / _PROFILE).exists() and unsealed_json(path, _JOB, (path / _JOB).read_bytes()) == json.loads(
+            json.dumps(job)
+        )
+    except (OSError, ValueError):
+        return False  # a damaged folder is refused by whoever opens it
 
 
 def _empty(path: Path) -> None:
