@@ -14,6 +14,8 @@ from octavo.errors import OctavoError, RequestError
 OWN = ("octavo.json", "job.json")
 #: What the names of folders go on with that are written, or were moved out of the way, beside the output.
 NEW, OLD = ".octavo-new.", ".octavo-old."
+#: And of those by which a file system is asked whether it can be written.
+TRIED = ".octavo-tried."
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -98,7 +100,7 @@ def tidy(path: Path) -> None:
             if not path.exists() and (entry / "folder").exists():
                 os.replace(entry / "folder", path)
             shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name.startswith(f".{path.name}{NEW}"):
+        elif entry.name.startswith((f".{path.name}{NEW}", f".{path.name}{TRIED}")):
             shutil.rmtree(entry, ignore_errors=True)
 
 
