@@ -17,7 +17,7 @@ from octavo.errors import ArtifactError, MissingExtraError, OctavoError, Request
 from octavo.integrations.sentences import members, transformer_folder
 from octavo.proof import prove
 from octavo.raw import raw_bytes
-from octavo.replacing import NEW, OLD, check_folder, made_aside, tidy
+from octavo.replacing import OLD, TRIED, check_folder, made_aside, tidy
 from octavo.report.gather import report_data
 from octavo.verify import REPORT
 
@@ -73,7 +73,7 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
         # Asking the file system is the only test that holds for every user, root included.
         # Under a name that the next run sweeps, should this one be killed here.
         existing = next(p for p in path.parents if p.exists())
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}{NEW}", dir=existing):
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}{TRIED}", dir=existing):
             pass
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -14,6 +14,8 @@ from octavo.errors import OctavoError, RequestError
 OWN = ("octavo.json", "job.json")
 #: What the names of folders go on with that are written, or were moved out of the way, beside the output.
 NEW, OLD = ".octavo-new.", ".octavo-old."
+#: And of those by which a file system is asked whether it can be written.
+TRIED = ".octavo-tried."
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -58,13 +60,18 @@ def check_kind(path: Path) -> bool:
     return kind is not None
 
 
-def check_folder(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder to be written that is none, is in use, or, to be replaced, holds what is not Octavo's."""
+def check_is_folder(path: Path) -> bool:
+    """Whether there is a folder; anything else there is refused by name."""
     # A link to a folder stays one: what is written is the folder that it leads to.
     kind = _kind(path.resolve() if path.is_dir() else path)
     if kind not in (None, "a folder"):
         raise RequestError(f"{path}: is {kind}; name a folder")
-    if kind is None or not any(path.iterdir()):
+    return kind is not None
+
+
+def check_folder(path: Path, *, overwrite: bool) -> None:
+    """Refuse a folder to be written that is none, is in use, or, to be replaced, holds what is not Octavo's."""
+    if not check_is_folder(path) or not any(path.iterdir()):
         return
     if not overwrite:
         raise RequestError(f"{path}: the folder is not empty; choose another, or give --overwrite to replace it")
@@ -93,7 +100,7 @@ def tidy(path: Path) -> None:
             if not path.exists() and (entry / "folder").exists():
                 os.replace(entry / "folder", path)
             shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name.startswith(f".{path.name}{NEW}"):
+        elif entry.name.startswith((f".{path.name}{NEW}", f".{path.name}{TRIED}")):
             shutil.rmtree(entry, ignore_errors=True)
 
 

@@ -26,7 +26,7 @@ from octavo.errors import OctavoError, RequestError
 from octavo.evidence_folder import EvidenceFolder
 from octavo.lock import INSIDE
 from octavo.raw import raw_bytes
-from octavo.replacing import check_folder, check_kind
+from octavo.replacing import check_is_folder, check_kind
 from octavo.sealed import JOB as _JOB
 from octavo.sealed import digest, place_in, sealed_json, unsealed_json
 from octavo.witness import Witness
@@ -68,7 +68,7 @@ class Workspace:
         #: Notes on pieces that were damaged, and are made again.
         self.damaged: list[str] = []
         try:
-            check_folder(path, overwrite=True)
+            check_is_folder(path)
             names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
             if names - {f"{_JOB}.part"} and _JOB not in names:
                 # Removing it would remove somebody's files.

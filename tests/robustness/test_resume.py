@@ -158,6 +158,10 @@ def test_damaged_work_is_named(command: Command, bare: Path, tmp_path: Path, nam
         (work / "profile.json").unlink()
     file.write_bytes(content)
     result = command("compress", bare, *ASKED, "--out", tmp_path / "out", "--resume")
+    if name in ("calibration.json", "profile.json", "curves"):
+        # Made again, and a note says so.
+        assert result.code == 0 and "kept work was damaged and is made again" in result.out, result.err
+        return
     assert result.code == 2 and file.name in result.said and "damaged" in result.said, result.err
 
 
