@@ -14,6 +14,7 @@ from octavo.budget import Budget
 from octavo.errors import BudgetError, RequestError
 from octavo.knapsack import knapsack
 from octavo.methods import Setting, get_method
+from octavo.paths import checked
 from octavo.profile import Point, Profile, densified, family, interpolate
 from octavo.workspace import write_file
 
@@ -70,6 +71,32 @@ class Plan:
         write_file(path, (head + yaml.safe_dump(data, sort_keys=False)).encode())
 
 
+#: What reading a file raises that is no plan.
+_NO_PLAN = (
+    OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
+
+
+def plan_file(path: str | Path) -> tuple[dict[str, Any], Budget]:
+    """The content of a plan's file, and its budget.
+
+    Raises
+    ------
+    RequestError
+        If the file is no plan.
+    """
+    try:
+        data = yaml.safe_load(checked(path).read_text(encoding="utf-8"))
+        asked, target = data["asked"], data.get("target", "disk")
+        if not isinstance(asked, str) or not isinstance(target, str):
+            raise TypeError("'asked' and 'target' must be words")
+        return data, Budget(int(data["budget"]), asked, target)
+    except RequestError:
+        raise
+    except _NO_PLAN as error:
+        raise RequestError(f"{path}: not a plan: {error}") from error
+
+
 def load_plan(path: Path, profile: Profile) -> Plan:
     """Read a plan for the source of ``profile``; every site must be there, and nothing else.
 
@@ -79,7 +106,7 @@ def load_plan(path: Path, profile: Profile) -> Plan:
         If the file is no plan, a site is missing or unknown, or a method is not known.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data, budget = plan_file(path)
         sites = data["sites"]
         points = {
             str(name): Point(
@@ -91,14 +118,18 @@ def load_plan(path: Path, profile: Profile) -> Plan:
             )
             for name, entry in sites.items()
         }
-        budget = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except RequestError:
+        raise
+    except _NO_PLAN as error:
         raise RequestError(f"{path}: not a plan: {error}") from error
     known = {curve.site for curve in profile.curves}
     for name in sorted(known ^ set(points)):
         raise RequestError(f"{path}: site {name!r} is {'missing' if name in known else 'not in the source'}")
-    for point in points.values():
-        get_method(point.method)
+    for name, point in points.items():
+        try:
+            get_method(point.method).refuse_unknown(point.setting)
+        except RequestError as error:
+            raise RequestError(f"{path}: site {name!r}: {error}") from error
     # Whoever edits a plan does not edit its label.
     label = MIXED if data.get("label") == MIXED else EDITED
     return Plan(budget, points, float("nan"), profile.fixed_bytes, label)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo import inputs
 from octavo.artifact import MANIFEST, Artifact
@@ -18,7 +18,8 @@ from octavo.inmemory import InMemory
 from octavo.integrations.sentences import is_installed, load_encoder, members, transformer_folder
 from octavo.matmul import fast_matmul
 from octavo.memory import fits
-from octavo.objective import KL, Objective
+from octavo.objective import KL, Cosine, Objective
+from octavo.paths import checked
 from octavo.sites import Source
 
 METRICS = ("divergence", "spearman", "perplexity")
@@ -60,7 +61,17 @@ def evaluate(
     """
     if metric not in METRICS:
         raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
-    path = Path(path)
+    path = checked(path)
+    if against is not None:
+        if metric != "divergence":
+            raise RequestError(
+                f"against is what divergence compares with, and {metric} compares with nothing; leave it out"
+            )
+        against = checked(against)
+    elif metric == "divergence":
+        raise RequestError("divergence compares with a source: give it as --against")
+    if metric == "perplexity" and objective is not None:
+        raise RequestError("objective is how divergence compares outputs, and perplexity needs none; leave it out")
     source = _open(path, packed=packed)
     if metric == "perplexity":
         return {"path": str(path), "metric": metric, **_perplexity(source, data)}
@@ -70,16 +81,16 @@ def evaluate(
             "metric": metric,
             **_spearman(source, data, inputs.choose_objective(source, objective)),
         }
-    if against is None:
-        raise RequestError("divergence compares with a source: give it as --against")
+    assert against is not None
     reference = inputs.open_source(against)
     batches, text = inputs.load_data(reference, data, limit=None)
     if reference.module is None or source.module is None or not batches:
         raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
     wanted = inputs.choose_objective(reference, objective, batches)
     batches = inputs.prepared(reference, wanted, batches)
+    inputs.prepared(source, wanted, batches)
     outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
-    losses = torch.cat([wanted.divergence(old, new) for old, new in outputs])
+    losses = torch.cat([_divergence(wanted, old, new, path, against) for old, new in outputs])
     return {
         "path": str(path),
         "metric": wanted.metric,
@@ -88,6 +99,15 @@ def evaluate(
         "mean": float(losses.mean()),
         "p95": float(losses.quantile(0.95)),
     }
+
+
+def _divergence(wanted: Objective, old: Tensor, new: Tensor, path: Path, against: str | Path) -> Tensor:
+    if old.shape != new.shape:
+        raise RequestError(
+            f"{path}: gives outputs of shape {tuple(new.shape)}, and {against} of {tuple(old.shape)}: they cannot be "
+            "compared; give as --against the source that it was made from"
+        )
+    return wanted.divergence(old, new)
 
 
 def _open(path: Path, *, packed: bool) -> Source:
@@ -125,10 +145,15 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
         from scipy.stats import spearmanr
     except ImportError as error:
         raise MissingExtraError("spearman needs scipy, which is not installed: pip install 'octavo[hf]'") from error
+    if not isinstance(wanted, Cosine):
+        raise RequestError(
+            f"spearman compares vectors by their cosine, and {type(wanted).__name__.lower()} compares other outputs; "
+            "give --objective cosine, and a model that returns vectors or states"
+        )
     if data is None or source.folder is None or source.module is None:
         raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
     try:
-        with open(data, encoding="utf-8-sig", newline="") as file:
+        with open(checked(data), encoding="utf-8-sig", newline="") as file:
             rows = [(row[0], row[1], float(row[2])) for row in csv.reader(file) if len(row) >= 3]
     except (OSError, ValueError, csv.Error) as error:
         raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {error}") from error

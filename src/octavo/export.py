@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
 from octavo.objective import Objective
 from octavo.opened import open_model
+from octavo.paths import checked_output
 from octavo.raw import narrowed
 from octavo.runtimes.activations import rounding_losses, watch
 from octavo.runtimes.given import Inputs, Tokens, inputs_of, vocabulary
@@ -98,16 +100,20 @@ def export(
         If the extra ``onnx`` is not installed.
     """
     require()
-    out, size = Path(out).resolve(), parse_shape(shape)
+    out, size = checked_output(out).resolve(), parse_shape(shape)
     if to not in RUNTIMES:
         raise RequestError(f"--to {to!r} is not known; choose from {', '.join(RUNTIMES)}")
     if prefer not in PREFERENCES:
         raise RequestError(f"--prefer {prefer!r} is not known; choose from {', '.join(PREFERENCES)}")
+    if loss is not None:
+        _check_loss(loss, prefer)
     if out.is_dir() or (out.exists() and not overwrite):
         raise RequestError(f"{out}: is already there; name another file, or give --overwrite to replace it")
     opened = open_model(path)
     source = opened.source
     batches, text = _data(source, data)
+    if objective is not None and not batches:
+        raise RequestError(f"{path}: --objective says how outputs are compared on data; give --data, or leave it out")
     given = inputs_of(source, batches)
     given.batch(size)
     wanted = inputs.choose_objective(source, objective)
@@ -154,6 +160,16 @@ def export(
         "latency": latency(source, session, size, given),
         "machine": machine(torch.get_num_threads()),
     }
+
+
+def _check_loss(loss: float, prefer: str) -> None:
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss < math.inf:
+        raise RequestError(f"--loss {loss!r} is no finite number of at least 0; write one, such as 0.01")
+    if prefer == SIZE:
+        raise RequestError(
+            "--loss limits what rounding the inputs of integer kernels costs, and with --prefer size nothing is "
+            "rounded; add --prefer speed, or leave it out"
+        )
 
 
 def _data(source: Source, data: Any) -> tuple[list[Batch], str]:

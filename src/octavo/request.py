@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from octavo import folds, inputs
-from octavo.allocate import unreachable
+from octavo.allocate import plan_file, unreachable
 from octavo.artifact import Packed, pack
 from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import CURVATURES, data_free
+from octavo.choices import check_kinds
 from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.job import Job
-from octavo.memory import fits
+from octavo.memory import fits, least_bytes
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
@@ -70,14 +71,17 @@ def open_job(
     if curvature not in CURVATURES:
         raise RequestError(f"curvature {curvature!r} is not known; choose from {', '.join(CURVATURES)}")
     if target not in TARGETS:
-        raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
+        raise RequestError(
+            f"target {target!r} is none that sizes are measured for; choose from {', '.join(TARGETS)}. For speed, run "
+            "octavo compress --for speed (octavo.compress(target='speed'))"
+        )
+    check_kinds(methods, ignore, keep, seed)
     limit = None if memory is None else parse_size(memory)
     chosen = select_methods(methods, preset, target)
-    if not -(2**63) <= seed < 2**63:
-        raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
     # Without data nothing is run, and the model need not fit in memory.
     in_memory = target == "memory"
     opened = inputs.open_source(source, module=in_memory or preset != DATA_FREE, progress=progress)
+    _check_memory(opened, limit)
     sites, left = opened.sites()
     if in_memory:
         sites, left = _unfused(opened, sites, left)
@@ -92,6 +96,11 @@ def open_job(
     if preset == DATA_FREE:
         opened.module = None
     batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset], forward_args=forward_args)
+    if objective is not None and not batches:
+        raise RequestError(
+            f"{opened.path or opened.title}: objective says how outputs are compared, and nothing is run here (data: "
+            f"{text}); give data that a model of it takes, or leave objective out"
+        )
     wanted = inputs.choose_objective(opened, objective, batches)
     if opened.module is not None and not batches:
         opened.module = None
@@ -110,6 +119,22 @@ def open_job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
     )  # fmt: skip
+
+
+def _check_memory(source: Source, limit: int | None) -> None:
+    """Refuse a limit of memory that no run keeps to, and one for a source that has no way to go with less."""
+    if limit is None:
+        return
+    if not source.is_transformers or not (source.module is None or source.is_skeleton):
+        raise RequestError(
+            f"{source.path or source.title}: memory says whether a model is run block by block, which needs the folder "
+            "of a transformers model; leave memory out"
+        )
+    least = least_bytes(source)
+    if limit < least:
+        raise RequestError(
+            f"memory is {limit:,} bytes, and a run on this source takes {least:,} at least, block by block; give more"
+        )
 
 
 def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
@@ -171,13 +196,7 @@ def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, siz
     if plan is not None:
         if (ratio, size, bits) != (None, None, None):
             raise RequestError("a plan has its own budget: leave out ratio, size and bits")
-        import yaml
-
-        try:
-            data = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
-            asked = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"{plan}: not a plan: {error}") from error
+        _, asked = plan_file(plan)
         if asked.target != job.target:
             raise RequestError(
                 f"{plan}: counts the bytes of {asked.target}, not of {job.target}; ask for the same target"

@@ -21,6 +21,7 @@ from octavo.finish import finish, margin_of, single_families
 from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.objective import Objective
+from octavo.paths import checked
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, with_progress
 from octavo.request import describe, open_job
@@ -61,6 +62,7 @@ def profile(
     RequestError
         If something about the request or the source cannot be served.
     """
+    ignore = ignore if isinstance(ignore, str) else list(ignore)
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
         curvature, forward_args,
@@ -85,10 +87,10 @@ def profile(
 
 def request_of(folder: str | Path) -> dict[str, Any]:
     """The keyword arguments with which a saved profile was made."""
-    file = Path(folder) / _REQUEST
+    file = checked(folder) / _REQUEST
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"{folder}: not a finished profile, {_REQUEST} cannot be read: {error}") from error
 
 
@@ -137,6 +139,11 @@ def frontier(
         Per ratio ``ratio``, ``budget``, ``bytes``, ``used``, ``quality``, ``uniform``, ``winner`` and, if asked for,
         ``families``.
     """
+    for ratio in ratios:
+        # Before anything is measured.
+        budget_of(1, 1, ratio=ratio)
+    if not ratios:
+        raise RequestError("ratios: give one at least, such as 8")
     profile(source, workspace, resume=True, progress=progress, **request)
     rows = []
     for ratio in ratios:

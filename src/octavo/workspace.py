@@ -78,7 +78,7 @@ class Workspace:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{self.path / name}: damaged: {error}; remove {self.path} and start again") from error
 
     def write_json(self, name: str, value: Any) -> None:

@@ -23,7 +23,7 @@ TARGET = Annotated[
 ]
 SPEEDUP = Annotated[float | None, typer.Option(help="For speed: times as fast as PyTorch in float32, such as 2.5.")]
 LATENCY = Annotated[str | None, typer.Option(help="For speed: the time that one call may take, such as 5ms.")]
-SHAPE = Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")]
+SHAPE = Annotated[str | None, typer.Option(help="Sequences x tokens at which speed counts.", show_default="1x32")]
 DATA = Annotated[
     Path | None,
     typer.Option(
@@ -58,12 +58,21 @@ MEMORY = Annotated[
     typer.Option(help="The most memory to take, such as 6GB; a model that does not fit is run block by block."),
 ]
 EXECUTOR = Annotated[
-    str,
-    typer.Option(help="Where sites are worked on: local threads, ray, or ray://host:port of a cluster; same bytes."),
+    str | None,
+    typer.Option(
+        help="Where sites are worked on: local threads, ray, or ray://host:port of a cluster; same bytes.",
+        show_default="local",
+    ),
 ]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and no progress.")]
+
+
+def given(context: typer.Context) -> set[str]:
+    """Names of the options that stand on the command line, those with their usual value too."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def listed(text: str | None) -> list[str] | None:
@@ -78,5 +87,7 @@ def pairs(items: list[str] | None) -> dict[str, str]:
         glob, separator, spec = item.partition("=")
         if not separator or not glob or not spec:
             raise RequestError(f"--keep {item!r}: write GLOB=SPEC, such as 'embeddings.*=float16'")
+        if glob in result:
+            raise RequestError(f"--keep {glob!r} is given twice; leave one of them out")
         result[glob] = spec
     return result

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from octavo.cli import command, console, errors, options, show_json
 from octavo.errors import OctavoError, RequestError
+from octavo.visible import visible
 
 
 @command
@@ -44,7 +46,7 @@ def reproduce(
         _list(store.listing(results), json_output)
         return
     if page:
-        console.print(f"{store.write_page(results)} written", markup=False)
+        console.print(f"{store.write_page(results)} written")
         return
     chosen = list(recipes().values()) if every else [get_recipe(str(name))]
     if not quick:
@@ -58,11 +60,11 @@ def reproduce(
                 raise
             # The others have nothing to do with it.
             failed[recipe.name] = error
-            errors.print(f"{recipe.name}: {error}", markup=False, style="red")
+            errors.print(f"{recipe.name}: {error}", style="red")
             continue
         if not quick:
             file = store.save(done[-1], results)
-            errors.print(f"saved: {file}", markup=False, highlight=False)
+            errors.print(f"saved: {file}", highlight=False)
     if json_output:
         show_json(done if every else done[0])
     if failed:
@@ -74,9 +76,10 @@ def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str,
     from octavo.recipes.results import reproduce as run
 
     if not json_output:
-        console.print(f"{recipe.system}: {recipe.source}\nclaim: {recipe.claim}", markup=False)
-    with errors.status(f"{recipe.name} ...") if errors.is_terminal else _Silent() as status:
-        result = run(recipe, Trial(quick, seed, lambda text: status.update(f"{recipe.name}: {text}")))
+        console.print(f"{recipe.system}: {recipe.source}")
+        console.print(f"claim: {recipe.claim}")
+    with errors.status(Text(f"{recipe.name} ...")) if errors.is_terminal else _Silent() as status:
+        result = run(recipe, Trial(quick, seed, lambda text: status.update(Text(visible(f"{recipe.name}: {text}")))))
     if not json_output:
         _show(result)
     return result
@@ -93,11 +96,9 @@ def _show(result: dict[str, Any]) -> None:
         table.add_row(arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", figure(arm["mean"]), spread, *others)
     console.print(table)
     for check in result["checks"]:
-        console.print(
-            f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}", markup=False
-        )
-    console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold", markup=False)
-    console.print(result["reason"], markup=False)
+        console.print(f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}")
+    console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold")
+    console.print(result["reason"])
     if result["quick"]:
         console.print("This was a quick run: a miniature that shows that the code works, and nothing else.")
 
@@ -126,5 +127,5 @@ class _Silent:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def update(self, text: str) -> None:
+    def update(self, text: object) -> None:
         """Tell nobody."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import RequestError
+from octavo.paths import checked
 
 #: Every fourth is held back; at least eight must be left to calibrate on.
 MINIMUM_TEXTS = 10
@@ -36,7 +37,7 @@ def read_texts(path: str | Path) -> list[str]:
     RequestError
         If the file cannot be read, naming the line, or holds fewer than ten texts.
     """
-    path = Path(path)
+    path = checked(path)
     try:
         # Editors and spreadsheets put a mark at the beginning.
         content = path.read_bytes().decode("utf-8-sig")

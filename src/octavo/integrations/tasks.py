@@ -185,7 +185,7 @@ def json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RequestError(f"{file}: not a JSON object")

@@ -37,7 +37,7 @@ def compress_for_speed(
     *,
     speedup: float | None = None,
     latency: str | float | None = None,
-    shape: str | Sequence[int] = SHAPE,
+    shape: str | Sequence[int] | None = None,
     data: Any = None,
     forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
@@ -57,7 +57,7 @@ def compress_for_speed(
     latency
         Or seconds at ``shape``: ``"5ms"``.
     shape
-        Sequences and tokens, ``"1x32"``.
+        Sequences and tokens, ``"1x32"`` if not given.
     source, data, forward_args, objective, ignore, keep, workspace, resume, seed, progress
         As for :func:`octavo.compress`. ``ignore`` and ``keep`` sites run in float32, unless what is kept is a form that
         an integer kernel runs.
@@ -72,7 +72,7 @@ def compress_for_speed(
         If the extra ``onnx`` is not installed.
     """
     require()
-    asked = asked_for(speedup, latency, shape)
+    asked = asked_for(speedup, latency, SHAPE if shape is None else shape)
     clock = time.perf_counter()
     job = _open(source, data, objective, ignore, keep, seed, callback(progress), forward_args)
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
