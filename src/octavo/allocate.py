@@ -14,7 +14,7 @@ from octavo.budget import Budget
 from octavo.errors import BudgetError, RequestError
 from octavo.knapsack import knapsack
 from octavo.methods import Setting, get_method
-from octavo.paths import checked
+from octavo.paths import checked, checked_output
 from octavo.profile import Point, Profile, densified, family, interpolate
 from octavo.workspace import write_file
 
@@ -68,7 +68,7 @@ class Plan:
         head = (
             "# One entry a site. Change a method or a setting and run: octavo compress SOURCE --plan THIS --out DIR\n"
         )
-        write_file(path, (head + yaml.safe_dump(data, sort_keys=False)).encode())
+        write_file(checked_output(path), (head + yaml.safe_dump(data, sort_keys=False)).encode())
 
 
 #: What reading a file raises that is no plan.

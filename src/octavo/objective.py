@@ -323,7 +323,7 @@ def objective(name: str | Objective) -> Objective:
     """The objective of that name, or the one given."""
     if isinstance(name, Objective):
         return name
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise RequestError(f"objective {name!r} is not known; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()
 

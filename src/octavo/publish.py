@@ -15,7 +15,7 @@ from octavo.artifact import Artifact
 from octavo.companions import copy_companions
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.integrations.sentences import members, transformer_folder
-from octavo.paths import checked_output
+from octavo.paths import checked, checked_output
 from octavo.proof import prove
 from octavo.raw import raw_bytes
 from octavo.report.gather import report_data
@@ -67,7 +67,7 @@ def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = N
     """Refuse an output folder that is in use, holds the source, or cannot be written, before work starts."""
     path = checked_output(path).resolve()
     _tidy(path)
-    if source is not None and Path(source).resolve().is_relative_to(path):
+    if source is not None and checked(source).resolve().is_relative_to(path):
         raise RequestError(f"{path}: holds the source, which would be replaced; choose another folder")
     if path.exists() and not path.is_dir():
         raise RequestError(f"{path}: is a file; name a folder")

@@ -28,6 +28,7 @@ from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
 from octavo.objective import Objective
+from octavo.objective import objective as objective_of
 from octavo.patterns import apply_patterns
 from octavo.progress import Progress
 from octavo.running import resident_bytes
@@ -76,6 +77,8 @@ def open_job(
             "octavo compress --for speed (octavo.compress(target='speed'))"
         )
     check_kinds(methods, ignore, keep, seed)
+    if objective is not None:
+        objective = objective_of(objective)
     limit = None if memory is None else parse_size(memory)
     chosen = select_methods(methods, preset, target)
     # Without data nothing is run, and the model need not fit in memory.

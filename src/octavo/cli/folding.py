@@ -65,9 +65,12 @@ def compress(
     preset: options.PRESET = "default",
     ignore: options.IGNORE = None,
     keep: options.KEEP = None,
-    profile: Annotated[Path | None, typer.Option(help="A saved profile to solve, in place of measuring again.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(parser=options.path, help="A saved profile to solve, in place of measuring again.")
+    ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan to carry out as it is, from 'octavo plan' or edited.")
+        Path | None,
+        typer.Option(parser=options.path, help="A plan to carry out as it is, from 'octavo plan' or edited."),
     ] = None,
     resume: options.RESUME = False,
     overwrite: options.OVERWRITE = False,
@@ -174,12 +177,13 @@ def profile_(
 
 @command
 def plan_(
-    profile: Annotated[Path, typer.Argument(help="Folder of a saved profile.")],
+    profile: Annotated[Path, typer.Argument(parser=options.path, help="Folder of a saved profile.")],
     ratio: options.RATIO = None,
     size: options.SIZE = None,
     bits: options.BITS = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="YAML file to write; default: PROFILE/plan.yaml.")
+        Path | None,
+        typer.Option("--out", "-o", parser=options.path, help="YAML file to write; default: PROFILE/plan.yaml."),
     ] = None,
     json_output: options.JSON = False,
 ) -> None:
@@ -205,7 +209,10 @@ def plan_(
 @command
 def frontier(
     source: options.SOURCE,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the profile, used again if it is there.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", parser=options.path, help="Folder for the profile, used again if it is there."),
+    ],
     ratios: Annotated[str, typer.Option(help="Comma-separated ratios.")] = "4,6,8,12,16",
     families: Annotated[
         bool, typer.Option("--families", help="Also give the best plan of every single family.")

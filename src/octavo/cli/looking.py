@@ -14,7 +14,7 @@ from octavo.cli import command, console, options, show_json
 from octavo.methods import methods as known_methods
 from octavo.paths import checked
 
-ARTIFACT = Annotated[Path, typer.Argument(help="Folder of an artifact.")]
+ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 
 
 @command
@@ -100,9 +100,13 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
 @command
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder or an artifact.")],
-    data: Annotated[Path | None, typer.Option(help="Texts, or for spearman a CSV of sentence,sentence,score.")] = None,
-    against: Annotated[Path | None, typer.Option(help="The source to compare with, for divergence.")] = None,
+    model: Annotated[Path, typer.Argument(parser=options.path, help="A model folder or an artifact.")],
+    data: Annotated[
+        Path | None, typer.Option(parser=options.path, help="Texts, or for spearman a CSV of sentence,sentence,score.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(parser=options.path, help="The source to compare with, for divergence.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="divergence, spearman or perplexity.")] = "divergence",
     objective: options.OBJECTIVE = None,
     packed: Annotated[bool, typer.Option("--packed", help="Run an artifact from packed codes.")] = False,

@@ -9,8 +9,16 @@ import typer
 
 from octavo.errors import RequestError
 
+
+def path(text: str) -> Path:
+    """A path as it stands on the command line; an empty one would mean the working folder."""
+    if not text:
+        raise typer.BadParameter("the path is empty; name a file or folder")
+    return Path(text)
+
+
 SOURCE = Annotated[str, typer.Argument(help="A transformers folder, a .safetensors file, or a sharded index.")]
-OUT = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be empty or not exist.")]
+OUT = Annotated[Path, typer.Option("--out", "-o", parser=path, help="Folder to write. It must be empty or not exist.")]
 RATIO = Annotated[float | None, typer.Option(help="How many times smaller than the original, such as 8.")]
 SIZE = Annotated[str | None, typer.Option(help="The size itself, such as 11MB.")]
 BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole model, such as 3.5.")]
@@ -27,8 +35,9 @@ SHAPE = Annotated[str | None, typer.Option(help="Sequences x tokens at which spe
 DATA = Annotated[
     Path | None,
     typer.Option(
+        parser=path,
         help="Calibration texts: one a line, .jsonl or .json with 'text', or a .csv or .tsv with a header. "
-        "Default: a built-in English text."
+        "Default: a built-in English text.",
     ),
 ]
 OBJECTIVE = Annotated[

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from octavo.cli import command, console, errors, options, show_json
 from octavo.errors import OctavoError, RequestError
+from octavo.paths import checked, checked_output
 from octavo.visible import visible
 
 
@@ -24,7 +25,8 @@ def reproduce(
     ] = False,
     seed: Annotated[int, typer.Option(help="The first of the three seeds.")] = 0,
     results: Annotated[
-        Path | None, typer.Option(help="Folder of results. Default: docs/results. Quick ones are never saved.")
+        Path | None,
+        typer.Option(parser=options.path, help="Folder of results. Default: docs/results. Quick ones are never saved."),
     ] = None,
     page: Annotated[
         bool, typer.Option("--page", help="Make docs/recipes.md anew from all results; beside them, with --results.")
@@ -42,6 +44,7 @@ def reproduce(
         raise RequestError(
             "give the name of one recipe, or --list, --all or --page; octavo reproduce --list shows them"
         )
+    _check(results, page=page, listed=listed, quick=quick, seed=seed)
     if listed:
         _list(store.listing(results), json_output)
         return
@@ -69,6 +72,21 @@ def reproduce(
         show_json(done if every else done[0])
     if failed:
         raise RequestError(f"{len(failed)} of {len(chosen)} recipes could not run: {', '.join(failed)}")
+
+
+def _check(results: Path | None, *, page: bool, listed: bool, quick: bool, seed: int) -> None:
+    """Refuse options that would not be read."""
+    if (listed or page) and (quick or seed):
+        raise RequestError("--quick and --seed are for recipes that are run; leave them out")
+    if not -(2**31) <= seed < 2**31:
+        raise RequestError(f"--seed {seed} does not fit 32 bits; choose a smaller one")
+    if results is None:
+        return
+    if quick:
+        raise RequestError("--results is where full results are kept, and quick ones are never saved; leave it out")
+    if (listed or page) and not checked(results).is_dir():
+        raise RequestError(f"--results {results}: no such folder; name one that holds results")
+    checked_output(results)
 
 
 def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str, Any]:

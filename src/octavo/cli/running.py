@@ -31,7 +31,7 @@ def tell_speed(speed: dict[str, Any]) -> None:
 @command
 def export(
     model: MODEL,
-    out: Annotated[Path, typer.Argument(help="File to write, such as model.onnx.")],
+    out: Annotated[Path, typer.Argument(parser=options.path, help="File to write, such as model.onnx.")],
     to: Annotated[str, typer.Option(help="onnx: a file for onnxruntime and its int8 kernels.")] = "onnx",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
