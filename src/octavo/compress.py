@@ -29,6 +29,7 @@ from octavo.matmul import fast_matmul
 from octavo.methods import get_method
 from octavo.notes import Note, by_kind, warn
 from octavo.objective import Objective
+from octavo.paths import checked_output
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
@@ -232,6 +233,8 @@ def compress(
         )  # fmt: skip
         warn(fast.notes, _DEPTH)
         return fast
+    if workspace is not None:
+        workspace = checked_output(workspace)
     clock = _Clock()
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from octavo import inputs
 from octavo.artifact import MANIFEST, Artifact
@@ -25,6 +25,8 @@ from octavo.sites import Source
 METRICS = ("divergence", "spearman", "perplexity")
 #: Perplexity is measured on windows of this many tokens that do not overlap, or of the model's context if shorter.
 PERPLEXITY_WINDOW = 512
+#: Nats a token whose exponential is still a number.
+_LARGEST_LOSS = 700.0
 
 
 @fast_matmul()
@@ -90,7 +92,9 @@ def evaluate(
     batches = inputs.prepared(reference, wanted, batches)
     inputs.prepared(source, wanted, batches)
     outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
-    losses = torch.cat([_divergence(wanted, old, new, path, against) for old, new in outputs])
+    losses = torch.cat([wanted.compared(old, new) for old, new in outputs])
+    if not bool(losses.isfinite().all()):
+        raise RequestError(f"{path}: the divergence from {against} is NaN or Inf on these data; check both models")
     return {
         "path": str(path),
         "metric": wanted.metric,
@@ -99,15 +103,6 @@ def evaluate(
         "mean": float(losses.mean()),
         "p95": float(losses.quantile(0.95)),
     }
-
-
-def _divergence(wanted: Objective, old: Tensor, new: Tensor, path: Path, against: str | Path) -> Tensor:
-    if old.shape != new.shape:
-        raise RequestError(
-            f"{path}: gives outputs of shape {tuple(new.shape)}, and {against} of {tuple(old.shape)}: they cannot be "
-            "compared; give as --against the source that it was made from"
-        )
-    return wanted.divergence(old, new)
 
 
 def _open(path: Path, *, packed: bool) -> Source:
@@ -164,7 +159,13 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
-    return {"pairs": len(rows), "spearman": float(spearmanr(similarity, [score for *_, score in rows]).statistic)}
+    scores = [score for *_, score in rows]
+    if not all(map(math.isfinite, (*scores, *similarity))) or len(set(scores)) < 2 or len(set(similarity)) < 2:
+        raise RequestError(
+            f"{data}: no ranks to correlate: all scores, or all similarities, are equal or not finite; give pairs that "
+            "differ, in words that the model knows"
+        )
+    return {"pairs": len(rows), "spearman": float(spearmanr(similarity, scores).statistic)}
 
 
 def _perplexity(source: Source, data: Any) -> dict[str, Any]:
@@ -181,4 +182,6 @@ def _perplexity(source: Source, data: Any) -> dict[str, Any]:
         following = batch["input_ids"][:, 1:]
         total -= float(logs[:, :-1].gather(2, following[..., None]).double().sum())
         count += following.numel()
+    if not total / count < _LARGEST_LOSS:
+        raise RequestError(f"{source.title}: the loss of a token is {total / count:g}, too large for a perplexity")
     return {"data": text, "tokens": count, "perplexity": math.exp(total / count)}

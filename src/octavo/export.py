@@ -38,6 +38,8 @@ PREFERENCES = (SIZE, SPEED)
 TOLERANCE = 1e-3
 #: Sequences and tokens at which latency is measured, if no others are asked for.
 SHAPE = (1, 32)
+#: Tokens of a shape at most, all sequences together.
+MOST = 2**20
 
 
 def export(
@@ -202,13 +204,13 @@ def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
     RequestError
         If it is neither.
     """
-    parts = shape.lower().split("x") if isinstance(shape, str) else list(shape)
     try:
+        parts = shape.lower().split("x") if isinstance(shape, str) else list(shape)
         batch, tokens = map(int, parts)
-    except ValueError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"shape {shape!r}: write sequences and tokens, such as 1x32") from error
-    if min(batch, tokens) < 1:
-        raise RequestError(f"shape {shape!r}: sequences and tokens are at least 1")
+    if min(batch, tokens) < 1 or batch * tokens > MOST:
+        raise RequestError(f"shape {shape!r}: sequences and tokens are at least 1, and {MOST:,} tokens in all at most")
     return batch, tokens
 
 

@@ -49,7 +49,11 @@ def reproduce(
         _list(store.listing(results), json_output)
         return
     if page:
-        console.print(f"{store.write_page(results)} written")
+        written = store.write_page(results)
+        if json_output:
+            show_json({"page": str(written)})
+        else:
+            console.print(f"{written} written")
         return
     chosen = list(recipes().values()) if every else [get_recipe(str(name))]
     if not quick:

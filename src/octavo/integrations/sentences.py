@@ -74,7 +74,7 @@ def _model_type(folder: Path) -> str:
     try:
         config = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
         return str(config.get("model_type", _DENSE))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return _DENSE
 
 
@@ -182,7 +182,8 @@ def load_encoder(folder: Path) -> SentenceEncoder:
         encoder = getattr(sentence_transformers, kind)(
             str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:
+        # Each module reads a configuration of its own, and raises what it likes.
         raise RequestError(f"{folder}: {kind} cannot load it: {error}") from error
     return SentenceEncoder(encoder.eval()).eval()
 

@@ -21,7 +21,7 @@ from octavo.lock import Lock
 from octavo.objective import Objective
 from octavo.progress import Progress, Shown, callback, with_progress
 from octavo.request import describe, open_job
-from octavo.runtimes.given import check_tokens_only
+from octavo.runtimes.given import Tokens, check_tokens_only
 from octavo.sites import Source
 from octavo.speed.asked import Asked, asked_for
 from octavo.speed.fast import Fast
@@ -75,6 +75,7 @@ def compress_for_speed(
     asked = asked_for(speedup, latency, SHAPE if shape is None else shape)
     clock = time.perf_counter()
     job = _open(source, data, objective, ignore, keep, seed, callback(progress), forward_args)
+    Tokens(job.source).batch(asked.shape)
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:
