@@ -14,7 +14,7 @@ from octavo.budget import Budget
 from octavo.errors import BudgetError, RequestError
 from octavo.knapsack import knapsack
 from octavo.methods import Setting, get_method
-from octavo.paths import checked, checked_output
+from octavo.paths import checked, checked_output, reason
 from octavo.profile import Point, Profile, densified, family, interpolate
 from octavo.workspace import write_file
 
@@ -94,7 +94,7 @@ def plan_file(path: str | Path) -> tuple[dict[str, Any], Budget]:
     except RequestError:
         raise
     except _NO_PLAN as error:
-        raise RequestError(f"{path}: not a plan: {error}") from error
+        raise RequestError(f"{path}: not a plan: {reason(error)}") from error
 
 
 def load_plan(path: Path, profile: Profile) -> Plan:
@@ -121,7 +121,7 @@ def load_plan(path: Path, profile: Profile) -> Plan:
     except RequestError:
         raise
     except _NO_PLAN as error:
-        raise RequestError(f"{path}: not a plan: {error}") from error
+        raise RequestError(f"{path}: not a plan: {reason(error)}") from error
     known = {curve.site for curve in profile.curves}
     for name in sorted(known ^ set(points)):
         raise RequestError(f"{path}: site {name!r} is {'missing' if name in known else 'not in the source'}")

@@ -19,7 +19,7 @@ from octavo.integrations.sentences import is_installed, load_encoder, members, t
 from octavo.matmul import fast_matmul
 from octavo.memory import fits
 from octavo.objective import KL, Cosine, Objective
-from octavo.paths import checked
+from octavo.paths import checked, reason
 from octavo.sites import Source
 
 METRICS = ("divergence", "spearman", "perplexity")
@@ -92,7 +92,10 @@ def evaluate(
     batches = inputs.prepared(reference, wanted, batches)
     inputs.prepared(source, wanted, batches)
     outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
-    losses = torch.cat([wanted.compared(old, new) for old, new in outputs])
+    try:
+        losses = torch.cat([wanted.compared(old, new) for old, new in outputs])
+    except RequestError as error:
+        raise RequestError(f"{path} against {against}: {error}") from error
     if not bool(losses.isfinite().all()):
         raise RequestError(f"{path}: the divergence from {against} is NaN or Inf on these data; check both models")
     return {
@@ -151,7 +154,7 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
         with open(checked(data), encoding="utf-8-sig", newline="") as file:
             rows = [(row[0], row[1], float(row[2])) for row in csv.reader(file) if len(row) >= 3]
     except (OSError, ValueError, csv.Error) as error:
-        raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {error}") from error
+        raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {reason(error)}") from error
     if len(rows) < 2:
         raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)

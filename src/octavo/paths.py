@@ -54,5 +54,10 @@ def checked_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def reason(error: Exception) -> str:
+    """Why a file could not be read, without its name and the system's number for it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:60]}…{text[-40:]}"

@@ -20,7 +20,7 @@ from octavo.evidence import Evidence
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.methods.factorize.factors import is_table
-from octavo.paths import checked
+from octavo.paths import checked, reason
 from octavo.sampling import Sample, sample_of, table_sample_of
 from octavo.sites import Site
 from octavo.workspace import write_file
@@ -121,7 +121,7 @@ class Profile:
             correction = {key: (float(a), float(b)) for key, (a, b) in data.pop("correction").items()}
             return cls(curves=curves, correction=correction, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RequestError(f"{path}: not a profile that this version can read: {error}") from error
+            raise RequestError(f"{path}: not a profile that this version can read: {reason(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from octavo.finish import finish, margin_of, single_families
 from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.objective import Objective
-from octavo.paths import checked
+from octavo.paths import checked, reason
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, with_progress
 from octavo.request import describe, open_job
@@ -91,7 +91,7 @@ def request_of(folder: str | Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{folder}: not a finished profile, {_REQUEST} cannot be read: {error}") from error
+        raise RequestError(f"{folder}: not a finished profile, {_REQUEST} cannot be read: {reason(error)}") from error
 
 
 def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = None, bits: float | None = None) -> Plan:
