@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, expect_integers, form, nest
+from octavo.forms.base import Form, child, elements, expect, expect_integers, form, nest
 
 
 @form("cut")
@@ -49,10 +49,14 @@ class Cut(Form):
         expect(bool(rows.any()) and bool(columns.any()), "no row or no column is kept")
         return cls(child(tensors, meta, "inner", (int(rows.sum()), int(columns.sum()))), rows, columns)
 
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 8 * elements(shape) + 32 * sum(shape)
+
     def dense(self) -> Tensor:  # noqa: D102
         inner = self.inner.dense()
-        wide = inner.new_zeros(len(inner), len(self.columns)).index_copy(1, self.columns.nonzero()[:, 0], inner)
-        return inner.new_zeros(self.shape).index_copy(0, self.rows.nonzero()[:, 0], wide)
+        wide = inner.new_zeros(len(inner), len(self.columns)).index_copy_(1, self.columns.nonzero()[:, 0], inner)
+        return inner.new_zeros(self.shape).index_copy_(0, self.rows.nonzero()[:, 0], wide)
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         out = self.inner.apply(x[..., self.columns])
