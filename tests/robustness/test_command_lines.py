@@ -64,7 +64,7 @@ def lines(command: str, code: int, rows: dict[str, str]) -> list[Line]:
 WRONG = {
     "--ratio nan": "ratio nan is not a positive finite number",
     "--ratio 0.5": "below 1",
-    "--ratio many": "many",
+    "--ratio many": "Invalid value for '--ratio'",
     "--size 1e400": "write it like 11MB",
     "--size {empty}": "write it like 11MB",
     "--bits inf": "bits inf is not a positive finite number",
@@ -91,7 +91,7 @@ WRONG = {
     "--ratio 4 --keep *=float16 --keep *=float16": "is given twice",
     "--ratio 4 --keep first*=float16 --keep *=float32": "decides nothing",
     "--ratio 4 --seed 99999999999999999999": "does not fit 64 bits",
-    "--ratio 4 --seed one": "one",
+    "--ratio 4 --seed one": "Invalid value for '--seed'",
     "--ratio 4 --executor nonsense": "executor 'nonsense' is not known",
     "--ratio 4 --executor local:2": "executor 'local:2' is not known",
     "--ratio 4 --executor ray://nowhere": "is not host:port",

@@ -60,7 +60,10 @@ def members(folder: Path) -> list[Member]:
         parts = PurePosixPath(member.path).parts
         if len(parts) > 1 or ".." in parts or PurePosixPath(member.path).is_absolute():
             raise RequestError(f"{file}: names the folder {member.path!r}, which is not directly below it")
-        checked(folder / member.path)
+        try:
+            checked(folder / member.path)
+        except RequestError as error:
+            raise RequestError(f"{file}: names a folder that cannot be: {error}") from error
     return found
 
 
