@@ -21,7 +21,7 @@ _NOT_OF_SPEED = ("ratio", "size", "bits", "methods", "preset", "plan", "curvatur
 OF_PROFILE = ("data", "objective", "curvature", "methods", "preset", "ignore", "keep", "seed", "target")
 
 
-def given(choices: Mapping[str, Any], usual: Mapping[str, Any] | None = None) -> list[str]:
+def named(choices: Mapping[str, Any], usual: Mapping[str, Any] | None = None) -> list[str]:
     """Names of the choices that were made: those that are neither None nor what is usual."""
     return [name for name, value in choices.items() if value is not None and value != (usual or {}).get(name)]
 

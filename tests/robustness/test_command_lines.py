@@ -161,7 +161,7 @@ LINES = [
     *lines("compress {bare} --out {out} *", 2, {
         "--plan {plan} --ratio 4": "a plan has its own budget",
         "--plan {plan} --methods rtn": "a plan says which method every site gets",
-        "--plan {plan} --keep *=float16": "a plan says which method every site gets",
+        "--plan {plan} --keep *=float16": "change one of them",
         "--plan {plan} --for memory": "counts the bytes of disk, not of memory",
         "--plan {deepyaml}": "not a plan",
         "--plan {huge}": "not a plan",

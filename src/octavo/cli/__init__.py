@@ -47,10 +47,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except OctavoError as error:
             _fail(error, as_json=bool(kwargs.get("json_output")))
         except KeyboardInterrupt:
-            # Keys pressed again while the process closes would kill it before it has said how to go on.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            errors.print("interrupted; run the same command with --resume to continue")
-            sys.exit(130)
+            _interrupted()
         except (typer.Exit, typer.Abort, UsageError):
             raise
         except Exception as error:
@@ -60,6 +57,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail(told, as_json=bool(kwargs.get("json_output")))
 
     return app.command(name=function.__name__.rstrip("_"))(guarded)
+
+
+def _interrupted() -> NoReturn:
+    # Keys pressed again while the process closes would kill it before it has said how to go on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    errors.print("interrupted; run the same command with --resume to continue")
+    sys.exit(130)
 
 
 def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
@@ -86,7 +90,11 @@ def main() -> None:
         # Where a terminal has not all characters, those that it lacks are written out.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        # Before or after the command itself.
+        _interrupted()
 
 
 from octavo.cli import folding, looking, reproducing, running  # noqa: E402, F401  (commands register themselves)

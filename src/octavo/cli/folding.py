@@ -185,6 +185,7 @@ def plan_(
         Path | None,
         typer.Option("--out", "-o", parser=options.path, help="YAML file to write; default: PROFILE/plan.yaml."),
     ] = None,
+    overwrite: options.OVERWRITE = False,
     json_output: options.JSON = False,
 ) -> None:
     """Solve a saved profile for a size, in a moment, and write the plan as YAML that can be edited.
@@ -193,7 +194,7 @@ def plan_(
     """
     file = out or profile / "plan.yaml"
     result = octavo.plan(profile, ratio=ratio, size=size, bits=bits)
-    result.save(file)
+    result.save(file, overwrite=overwrite)
     if json_output:
         show_json(
             {"plan": str(file), "budget": result.budget.bytes, "bytes": result.bytes, "expected": result.expected}

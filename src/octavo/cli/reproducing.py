@@ -12,6 +12,7 @@ from rich.text import Text
 from octavo.cli import command, console, errors, options, show_json
 from octavo.errors import OctavoError, RequestError
 from octavo.paths import checked, checked_output
+from octavo.replacing import check_kind
 from octavo.visible import visible
 
 
@@ -49,6 +50,7 @@ def reproduce(
         _list(store.listing(results), json_output)
         return
     if page:
+        check_kind((results or store.folder().parent) / "recipes.md")
         written = store.write_page(results)
         if json_output:
             show_json({"page": str(written)})
@@ -57,7 +59,9 @@ def reproduce(
         return
     chosen = list(recipes().values()) if every else [get_recipe(str(name))]
     if not quick:
-        store.writable(results)
+        where = store.writable(results)
+        for recipe in chosen:
+            check_kind(where / f"{recipe.name}.json")
     done, failed = [], dict[str, OctavoError]()
     for recipe in chosen:
         try:

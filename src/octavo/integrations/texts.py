@@ -164,7 +164,9 @@ def window_batches(
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        found = require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = require_transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         # Its files can be wrong in many ways, and each tokenizer raises what it likes.
         raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
