@@ -5,11 +5,10 @@ import torch
 from torch import nn
 
 import octavo
-from octavo.allocate import load_plan
 from octavo.evidence import Evidence
 from octavo.methods import get_method, methods
 from octavo.patterns import parse_spec
-from octavo.profile import Profile
+from octavo.plans import read_plan
 
 DATA = [torch.randn(16, 32, generator=torch.Generator().manual_seed(k)) for k in range(2)]
 
@@ -73,4 +72,4 @@ def test_settings_of_a_plan_are_checked_too(tmp_path) -> None:
     text = (tmp_path / "plan.yaml").read_text()
     (tmp_path / "plan.yaml").write_text(text.replace("setting:\n", "setting:\n      unheard: 1\n", 1))
     with pytest.raises(octavo.RequestError, match=r"plan\.yaml: site .* 'unheard' is no setting"):
-        load_plan(tmp_path / "plan.yaml", Profile.load(tmp_path / "p" / "profile.json"))
+        read_plan(tmp_path / "plan.yaml", ["0.weight", "2.weight"])

@@ -30,6 +30,7 @@ from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
 from octavo.objective import Objective
 from octavo.objective import objective as objective_of
+from octavo.paths import checked
 from octavo.patterns import apply_patterns
 from octavo.plans import EDITED, Plan, read_plan
 from octavo.progress import Progress
@@ -174,7 +175,7 @@ def _check_memory(source: Source, limit: int | None) -> None:
 def _paths(source: Any, data: Any) -> tuple[Path | None, Any]:
     """The paths that a source and data were given as, or None where they are in memory."""
     path = source.path if isinstance(source, Source) else source if isinstance(source, str | Path) else None
-    return (None if path is None else Path(path)), data
+    return (None if path is None else checked(path)), checked(data) if isinstance(data, str | Path) else data
 
 
 def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
