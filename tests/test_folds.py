@@ -309,9 +309,8 @@ def test_linear_layers_need_data_since_channels_may_be_positions(tmp_path):
     module = seasoned(nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40)))
     data = torch.randn(48, 40, 40)
     for name, given in (("with", [data]), ("without", None)):
-        report, loaded = compressed(
-            module, given, tmp_path / name, objective="squared", preset="fast" if given else "data-free"
-        )
+        choices = {"objective": "squared", "preset": "fast"} if given else {"preset": "data-free"}
+        report, loaded = compressed(module, given, tmp_path / name, **choices)
         assert not notes(report)
         with torch.no_grad():
             assert (loaded(data) - module(data)).norm() < 0.1 * module(data).norm()

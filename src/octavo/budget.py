@@ -82,7 +82,7 @@ def budget(
     else:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or number <= 0:
             raise RequestError(f"{name} {value!r} is not a positive finite number")

@@ -16,9 +16,10 @@ from torch import nn
 from octavo import executors
 from octavo.allocate import allocate
 from octavo.batches import Batch
-from octavo.budget import TARGETS, Budget
+from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.carrying import carry_out
+from octavo.choices import SPEED, check_target, named
 from octavo.curves import build_profile
 from octavo.disk_use import refuse_full_disk
 from octavo.errors import RequestError
@@ -30,6 +31,7 @@ from octavo.matmul import fast_matmul
 from octavo.methods import get_method
 from octavo.notes import Note, by_kind, warn
 from octavo.objective import Objective
+from octavo.paths import checked_output
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
@@ -40,6 +42,7 @@ from octavo.workspace import forget, holds_profile
 
 #: Frames between :func:`compress` and its caller, its own and those of its decorators.
 _DEPTH = 4
+_USUAL = {"curvature": "kfac", "preset": "default"}
 
 
 @dataclass
@@ -137,7 +140,7 @@ def compress(
     target: str = "disk",
     speedup: float | None = None,
     latency: str | float | None = None,
-    shape: str | Sequence[int] = (1, 32),
+    shape: str | Sequence[int] | None = None,
     data: Any = None,
     forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
@@ -167,7 +170,7 @@ def compress(
         while the model runs from packed codes (``octavo.load(path, packed=True)``), or ``speed``.
     speedup, latency, shape
         The budget for ``speed``, exactly one of the first two: times as fast as the source in PyTorch in float32, or
-        seconds (``"5ms"``), at ``shape`` sequences x tokens, on this machine with onnxruntime
+        seconds (``"5ms"``), at ``shape`` sequences x tokens (1 x 32 if not given), on this machine with onnxruntime
         (:func:`octavo.speed.compress_for_speed`). Its methods and preset are its own.
     data
         A file or list of texts for a text model, or an iterable of batches, such as a ``DataLoader``; a single tensor
@@ -225,20 +228,22 @@ def compress(
     OctavoWarning
         Once for every kind of note about the run, such as sites for which there was too little data.
     """
-    if target == "speed":
-        said = [choice for choice, usual in ((preset, "default"), (curvature, "kfac")) if choice != usual]
-        others = (ratio, size, bits, methods, plan, *said)
+    made = {
+        "ratio": ratio, "size": size, "bits": bits, "speedup": speedup, "latency": latency, "shape": shape,
+        "curvature": curvature, "methods": methods, "preset": preset, "plan": plan, "memory": memory,
+        "executor": executor,
+    }  # fmt: skip
+    check_target(target, named(made, _USUAL))
+    if target == SPEED:
         fast = _for_speed(
-            others, source, speedup=speedup, latency=latency, shape=shape, data=data, forward_args=forward_args,
+            source, speedup=speedup, latency=latency, shape=shape, data=data, forward_args=forward_args,
             objective=objective, ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed,
             progress=progress,
         )  # fmt: skip
         warn(fast.notes, _DEPTH)
         return fast
-    if speedup is not None or latency is not None:
-        raise RequestError("speedup and latency are budgets of speed: add --for speed (target='speed')")
-    if target not in TARGETS:
-        raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
+    if workspace is not None:
+        workspace = checked_output(workspace)
     clock = _Clock()
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
@@ -258,6 +263,8 @@ def compress(
         with job.witness.blamed(), executors.executor(executor) as job.executor:
             bare = given is not None and not (resume and holds_profile(folder, describe(job, preset)))
             if bare:
+                if methods is not None:
+                    raise RequestError("a plan says which method every site gets: leave methods out, and edit the plan")
                 # To carry out a plan nothing needs to be measured but what sites there are.
                 job.methods = [get_method("keep")]
             room = workspace_of(job, folder, preset, resume=resume)
@@ -299,15 +306,9 @@ def compress(
     return done
 
 
-def _for_speed(others: tuple[Any, ...], source: Any, **request: Any) -> Compressed:
-    """Compress for speed, if no budget or choice of another kind was given beside it."""
+def _for_speed(source: Any, **request: Any) -> Compressed:
     from octavo.speed import compress_for_speed
 
-    if any(other is not None for other in others):
-        raise RequestError(
-            "for speed, ratio, size, bits, methods, preset, plan and curvature have no meaning: give speedup or "
-            "latency alone"
-        )
     return compress_for_speed(source, **request)
 
 

@@ -19,12 +19,15 @@ from octavo.inmemory import InMemory
 from octavo.integrations.sentences import is_installed, load_encoder, members, transformer_folder
 from octavo.matmul import fast_matmul
 from octavo.memory import fits
-from octavo.objective import KL, Objective
+from octavo.objective import KL, Cosine, Objective
+from octavo.paths import checked, reason
 from octavo.sites import Source
 
 METRICS = ("divergence", "spearman", "perplexity")
 #: Perplexity is measured on windows of this many tokens that do not overlap, or of the model's context if shorter.
 PERPLEXITY_WINDOW = 512
+#: Nats a token whose exponential is still a number.
+_LARGEST_LOSS = 700.0
 
 
 @fast_matmul()
@@ -61,7 +64,17 @@ def evaluate(
     """
     if metric not in METRICS:
         raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
-    path = Path(path)
+    path = checked(path)
+    if against is not None:
+        if metric != "divergence":
+            raise RequestError(
+                f"against is what divergence compares with, and {metric} compares with nothing; leave it out"
+            )
+        against = checked(against)
+    elif metric == "divergence":
+        raise RequestError("divergence compares with a source: give it as --against")
+    if metric == "perplexity" and objective is not None:
+        raise RequestError("objective is how divergence compares outputs, and perplexity needs none; leave it out")
     source = _open(path, packed=packed)
     if metric == "perplexity":
         return {"path": str(path), "metric": metric, **_perplexity(source, data)}
@@ -71,16 +84,21 @@ def evaluate(
             "metric": metric,
             **_spearman(source, data, inputs.choose_objective(source, objective)),
         }
-    if against is None:
-        raise RequestError("divergence compares with a source: give it as --against")
+    assert against is not None
     reference = inputs.open_source(against)
     batches, text = inputs.load_data(reference, data, limit=None)
     if reference.module is None or source.module is None or not batches:
         raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
     wanted = inputs.choose_objective(reference, objective, batches)
     batches = inputs.prepared(reference, wanted, batches)
+    inputs.prepared(source, wanted, batches)
     outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
-    losses = torch.cat([wanted.divergence(old, new) for old, new in outputs])
+    try:
+        losses = torch.cat([wanted.compared(old, new) for old, new in outputs])
+    except RequestError as error:
+        raise RequestError(f"{path} against {against}: {error}") from error
+    if not bool(losses.isfinite().all()):
+        raise RequestError(f"{path}: the divergence from {against} is NaN or Inf on these data; check both models")
     return {
         "path": str(path),
         "metric": wanted.metric,
@@ -128,13 +146,18 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
         from scipy.stats import spearmanr
     except ImportError as error:
         raise MissingExtraError("spearman needs scipy, which is not installed: pip install 'octavo[hf]'") from error
+    if not isinstance(wanted, Cosine):
+        raise RequestError(
+            f"spearman compares vectors by their cosine, and {type(wanted).__name__.lower()} compares other outputs; "
+            "give --objective cosine, and a model that returns vectors or states"
+        )
     if data is None or source.folder is None or source.module is None:
         raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
     try:
-        with open(data, encoding="utf-8-sig", newline="") as file:
+        with open(checked(data), encoding="utf-8-sig", newline="") as file:
             rows = [(row[0], row[1], float(row[2])) for row in csv.reader(file) if len(row) >= 3]
     except (OSError, ValueError, csv.Error) as error:
-        raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {error}") from error
+        raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {reason(error)}") from error
     if len(rows) < 2:
         raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)
@@ -142,7 +165,13 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
     vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
     place = {text: index for index, text in enumerate(texts)}
     similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
-    return {"pairs": len(rows), "spearman": float(spearmanr(similarity, [score for *_, score in rows]).statistic)}
+    scores = [score for *_, score in rows]
+    if not all(map(math.isfinite, (*scores, *similarity))) or len(set(scores)) < 2 or len(set(similarity)) < 2:
+        raise RequestError(
+            f"{data}: no ranks to correlate: all scores, or all similarities, are equal or not finite; give pairs that "
+            "differ, in words that the model knows"
+        )
+    return {"pairs": len(rows), "spearman": float(spearmanr(similarity, scores).statistic)}
 
 
 def _perplexity(source: Source, data: Any) -> dict[str, Any]:
@@ -159,4 +188,6 @@ def _perplexity(source: Source, data: Any) -> dict[str, Any]:
         following = batch["input_ids"][:, 1:]
         total -= float(logs[:, :-1].gather(2, following[..., None]).double().sum())
         count += following.numel()
+    if not total / count < _LARGEST_LOSS:
+        raise RequestError(f"{source.title}: the loss of a token is {total / count:g}, too large for a perplexity")
     return {"data": text, "tokens": count, "perplexity": math.exp(total / count)}

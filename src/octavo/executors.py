@@ -150,6 +150,8 @@ def executor(name: str | Executor | None) -> Iterator[Executor]:
     if isinstance(name, Executor):
         yield name
         return
+    if not isinstance(name, str | None):
+        raise RequestError(f"executor {name!r} is not known; give its name, such as 'ray', or an Executor")
     kind, _, address = (name or "local").partition(":")
     if kind not in ("local", "ray") or (kind == "local" and address):
         raise RequestError(f"executor {name!r} is not known; choose local, ray, or ray://host:port of a cluster")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from octavo.integrations.onnx import Session, require
 from octavo.lock import Lock
 from octavo.objective import Objective
 from octavo.opened import open_model
+from octavo.paths import checked_output
 from octavo.raw import narrowed
 from octavo.replacing import NEW, check_file, check_kind, tidy
 from octavo.runtimes.activations import rounding_losses, watch
@@ -38,6 +40,8 @@ PREFERENCES = (SIZE, SPEED)
 TOLERANCE = 1e-3
 #: Sequences and tokens at which latency is measured, if no others are asked for.
 SHAPE = (1, 32)
+#: Tokens of a shape at most, all sequences together.
+MOST = 2**20
 
 
 def export(
@@ -101,7 +105,7 @@ def export(
         If the extra ``onnx`` is not installed.
     """
     require()
-    out = check_file(out, overwrite=overwrite, source=path)
+    out = check_file(checked_output(out), overwrite=overwrite, source=path)
     with Lock(out):
         tidy(out)
         return _exported(path, out, to, data, objective, loss, shape, prefer)
@@ -122,9 +126,13 @@ def _exported(
         raise RequestError(f"--to {to!r} is not known; choose from {', '.join(RUNTIMES)}")
     if prefer not in PREFERENCES:
         raise RequestError(f"--prefer {prefer!r} is not known; choose from {', '.join(PREFERENCES)}")
+    if loss is not None:
+        _check_loss(loss, prefer)
     opened = open_model(path)
     source = opened.source
     batches, text = _data(source, data)
+    if objective is not None and not batches:
+        raise RequestError(f"{path}: --objective says how outputs are compared on data; give --data, or leave it out")
     given = inputs_of(source, batches)
     given.batch(size)
     wanted = inputs.choose_objective(source, objective)
@@ -173,6 +181,16 @@ def _exported(
     }
 
 
+def _check_loss(loss: float, prefer: str) -> None:
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss < math.inf:
+        raise RequestError(f"--loss {loss!r} is no finite number of at least 0; write one, such as 0.01")
+    if prefer == SIZE:
+        raise RequestError(
+            "--loss limits what rounding the inputs of integer kernels costs, and with --prefer size nothing is "
+            "rounded; add --prefer speed, or leave it out"
+        )
+
+
 def _data(source: Source, data: Any) -> tuple[list[Batch], str]:
     """Batches to measure on, and what to call them: none for a model that takes no text, if none are given."""
     if data is None and not vocabulary(source):
@@ -203,13 +221,13 @@ def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
     RequestError
         If it is neither.
     """
-    parts = shape.lower().split("x") if isinstance(shape, str) else list(shape)
     try:
+        parts = shape.lower().split("x") if isinstance(shape, str) else list(shape)
         batch, tokens = map(int, parts)
-    except ValueError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"shape {shape!r}: write sequences and tokens, such as 1x32") from error
-    if min(batch, tokens) < 1:
-        raise RequestError(f"shape {shape!r}: sequences and tokens are at least 1")
+    if min(batch, tokens) < 1 or batch * tokens > MOST:
+        raise RequestError(f"shape {shape!r}: sequences and tokens are at least 1, and {MOST:,} tokens in all at most")
     return batch, tokens
 
 

@@ -20,6 +20,7 @@ from octavo.integrations.sentences import (
     transformer_folder,
     weight_folders,
 )
+from octavo.paths import checked
 from octavo.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
 from octavo.tensor_files import Place, offsets
 from octavo.weight_files import beside, weight_files
@@ -41,7 +42,7 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         If there is nothing there, or a file is truncated, or is not safetensors, or holds NaN or Inf.
     """
     # A relative path means another file once the working folder changes, and "." is no title.
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(checked(path)))
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder")
     from octavo.integrations.gguf import gguf_file, open_gguf

@@ -82,6 +82,10 @@ def load_data(
         return [], "none (data-free)"
     if isinstance(data, Iterable) and not isinstance(data, str | Tensor | Mapping):
         data = list(_read(data))
+    if forward_args is not None and (data is None or isinstance(data, str | Path)):
+        raise RequestError(
+            "forward_args says what goes in of a batch, and no batches are given; leave it out, or give data"
+        )
     is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
     if data is None or isinstance(data, str | Path) or is_texts:
         if source.is_encoder and isinstance(source.module, SentenceEncoder):

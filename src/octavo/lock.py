@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from octavo.errors import RequestError
+from octavo.paths import checked_output
 
 #: The lock's name where the folder can be written, and the one around it cannot.
 INSIDE = ".octavo-lock"
@@ -53,7 +54,7 @@ class Lock:
     _guard: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).resolve()
+        self.folder = checked_output(folder).resolve()
         self.file = self.folder.parent / f".{self.folder.name}.octavo-lock"
         if self.folder.is_dir() and not os.access(self.folder.parent, os.W_OK):
             self.file = self.folder / INSIDE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from octavo.sites import Source
@@ -13,6 +14,8 @@ _COPIES = 3.5
 _BESIDE = 1_500_000_000
 
 
+#: What Python and PyTorch take before anything is read.
+_EMPTY = 300_000_000
 #: Share of the machine's memory that a run takes if it is not told.
 _SHARE = 0.75
 
@@ -25,3 +28,8 @@ def fits(source: Source, limit: int | None) -> bool:
     if limit is None:
         limit = int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return 4 * source.weights * _COPIES + _BESIDE <= limit
+
+
+def least_bytes(source: Source) -> int:
+    """Bytes that any run takes: those of Python and PyTorch, and the largest tensor with its copy in float32."""
+    return _EMPTY + max((8 * math.prod(shape) for shape in source.shapes.values()), default=0)

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from octavo.visible import visible
+
 
 class OctavoWarning(UserWarning):
     """Something about a run that its user should know, such as too little data for some sites."""
@@ -62,7 +64,7 @@ def by_kind(texts: Iterable[str], sites: Iterable[str]) -> list[Note]:
 def warn(notes: Iterable[Note], depth: int) -> None:
     """Give each note as a warning to the caller ``depth`` frames up."""
     for note in notes:
-        warnings.warn(str(note), OctavoWarning, stacklevel=depth + 1)
+        warnings.warn(visible(note), OctavoWarning, stacklevel=depth + 1)
 
 
 def _without_figures(text: str) -> str:

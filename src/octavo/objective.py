@@ -62,6 +62,21 @@ class Objective(ABC):
         divergence at zero, where the divergence itself has no gradient.
         """
 
+    def compared(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """Per-example divergence of results that may be of two models.
+
+        Raises
+        ------
+        RequestError
+            If they have other shapes.
+        """
+        if reference.shape != outputs.shape:
+            raise RequestError(
+                f"objective {type(self).__name__.lower()}: outputs of shape {tuple(outputs.shape)} cannot be compared "
+                f"with {tuple(reference.shape)}; both models must return the same tensors, or choose another objective"
+            )
+        return self.divergence(reference, outputs)
+
     def pieces(self, module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
         """The batches, cut so that the outputs of each fit in memory."""
         return list(batches)
@@ -77,7 +92,7 @@ class Objective(ABC):
         """Divergence of every example, shape (examples,)."""
         with torch.inference_mode():
             pairs = zip(batches, reference, strict=True)
-            return torch.cat([self.divergence(old, self.outputs(module, batch)) for batch, old in pairs])
+            return torch.cat([self.compared(old, self.outputs(module, batch)) for batch, old in pairs])
 
 
 class OfOutputs(Objective):
@@ -323,7 +338,7 @@ def objective(name: str | Objective) -> Objective:
     """The objective of that name, or the one given."""
     if isinstance(name, Objective):
         return name
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise RequestError(f"objective {name!r} is not known; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()
 

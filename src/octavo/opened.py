@@ -13,6 +13,7 @@ from octavo.artifact import MANIFEST, Artifact
 from octavo.errors import RequestError
 from octavo.files import from_path
 from octavo.forms import Dense, Form
+from octavo.paths import checked
 from octavo.runtimes.given import check_exportable
 from octavo.runtimes.small import packed_bytes
 from octavo.sites import Layout, Source
@@ -44,7 +45,7 @@ def open_model(path: str | Path) -> Opened:
     from octavo.integrations.sentences import transformer_folder
     from octavo.integrations.transformers import bind, load_as_users_do
 
-    path = Path(path)
+    path = checked(path)
     if not (path / MANIFEST).exists():
         source = inputs.open_source(from_path(path))
         check_exportable(source)

@@ -27,11 +27,20 @@ def apply_patterns(
             raise RequestError(f"--ignore {pattern!r} matches no site; sites are named like {_example(sites)}")
         left.update({site.name: f"ignored by {pattern!r}" for site in matched})
         sites = [site for site in sites if site not in matched]
+    decided: dict[str, str] = {}
     for pattern, spec in keep.items():
         matched = [site for site in sites if fnmatchcase(site.name, pattern)]
         if not matched:
             raise RequestError(f"--keep {pattern!r} matches no site; sites are named like {_example(sites)}")
         pinned.update({site.name: parse_spec(spec) for site in matched})
+        decided.update({site.name: pattern for site in matched})
+    for pattern in keep:
+        if pattern not in decided.values():
+            later = next(iter({decided[site.name] for site in sites if fnmatchcase(site.name, pattern)}))
+            raise RequestError(
+                f"--keep {pattern!r} decides nothing: {later!r}, which is given after it, decides all of its sites; "
+                "leave one of them out, or give the wider one first"
+            )
     return sites, left, pinned
 
 
@@ -44,13 +53,15 @@ def parse_spec(spec: str) -> tuple[str, Setting]:
     if spec in ("float32", "float16", "bfloat16"):
         return "keep", {"dtype": spec}
     name, _, knobs = spec.partition(":")
-    get_method(name)
-    setting: Setting = {}
+    method, setting = get_method(name), Setting()
     for knob in filter(None, knobs.split(",")):
         key, separator, value = knob.partition("=")
         if not separator:
             raise RequestError(f"{spec!r}: write a choice like gptq:bits=4,group=64 or float16")
+        if key in setting:
+            raise RequestError(f"{spec!r}: says {key} twice; leave one of them out")
         setting[key] = _number(value)
+    method.refuse_unknown(setting)
     return name, setting
 
 

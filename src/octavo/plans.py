@@ -15,6 +15,7 @@ import yaml
 from octavo.budget import Budget
 from octavo.errors import RequestError
 from octavo.methods import get_method
+from octavo.paths import checked, checked_output, reason
 from octavo.profile import Point
 from octavo.replacing import check_file
 from octavo.workspace import write_file
@@ -69,7 +70,7 @@ class Plan:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write as YAML that can be read and edited; a file that is there, maybe edited, only with ``overwrite``."""
-        path = check_file(path, overwrite=overwrite)
+        path = check_file(checked_output(path), overwrite=overwrite)
         sites = {
             name: {"method": p.method, "setting": dict(p.setting), "bytes": p.bytes, "loss": float(f"{p.loss:.4g}")}
             for name, p in self.points.items()
@@ -107,17 +108,22 @@ def read_plan(path: Path, sites: Iterable[str]) -> Plan:
         If the file is no plan, a site is missing or unknown, or a method is not known.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(checked(path).read_text(encoding="utf-8"))
         if data["octavo_plan"] != _FORMAT:
             raise ValueError(f"octavo_plan is {data['octavo_plan']!r}, this version reads {_FORMAT}")
         points = {str(name): _point(entry) for name, entry in data["sites"].items()}
-        budget = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
+        asked, target = data["asked"], data.get("target", "disk")
+        if not isinstance(asked, str) or not isinstance(target, str):
+            raise TypeError("'asked' and 'target' must be words")
+        budget = Budget(int(data["budget"]), asked, target)
         label = MIXED if data.get("digest") == _digest(budget, points) else EDITED
         pinned = tuple(str(name) for name in data.get("pinned", ()))
         source = str(data.get("source", ""))
         plan = Plan(budget, points, math.nan, 0, label, fingerprint=source, pinned=pinned, origin=str(path))
+    except RequestError:
+        raise
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise RequestError(f"{path}: not a plan: {error}") from error
+        raise RequestError(f"{path}: not a plan: {reason(error)}") from error
     except RecursionError as error:
         raise RequestError(f"{path}: not a plan: its values are nested too deep") from error
     known = set(sites)
@@ -125,8 +131,11 @@ def read_plan(path: Path, sites: Iterable[str]) -> Plan:
         if name in known:
             raise RequestError(f"{path}: site {name!r} is missing; add it, or leave it alone with --ignore")
         raise RequestError(f"{path}: site {name!r} is not in the source, or is left alone; remove it")
-    for point in points.values():
-        get_method(point.method)
+    for name, point in points.items():
+        try:
+            get_method(point.method).refuse_unknown(point.setting)
+        except RequestError as error:
+            raise RequestError(f"{path}: site {name!r}: {error}") from error
     return plan
 
 

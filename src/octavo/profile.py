@@ -19,6 +19,7 @@ from octavo.evidence import Evidence
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.methods.factorize.factors import is_table
+from octavo.paths import checked, reason
 from octavo.sampling import Sample, sample_of, table_sample_of
 from octavo.sealed import sealed_json, unsealed_json
 from octavo.sites import Site
@@ -110,7 +111,7 @@ class Profile:
     def load(cls, path: Path) -> Profile:
         """Read what :meth:`save` wrote."""
         try:
-            data = unsealed_json(path.parent, path.name, path.read_bytes())
+            data = unsealed_json(path.parent, path.name, checked(path).read_bytes())
             if data.pop("octavo_profile") != FORMAT:
                 raise ValueError("another format version")
             curves = [
@@ -119,8 +120,8 @@ class Profile:
             ]
             correction = {key: (float(a), float(b)) for key, (a, b) in data.pop("correction").items()}
             return cls(curves=curves, correction=correction, **data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{path}: not a profile that this version can read: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RequestError(f"{path}: not a profile that this version can read: {reason(error)}") from error
 
 
 @dataclass(frozen=True)

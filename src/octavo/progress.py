@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from octavo.visible import visible
+
 #: Called with a step's name, how much of it is done and how much there is.
 Progress = Callable[[str, int, int], Any]
 #: What users give: a callback, True or False for bars or silence, None for bars where somebody can see them.
@@ -107,14 +109,19 @@ class _Rich:
     """Bars in a terminal, gone when they are done."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
         self._tasks: dict[str, Any] = {}
         self._bars.start()
 
     def show(self, step: str, done: int, total: int) -> None:
         if step not in self._tasks:
-            self._tasks[step] = self._bars.add_task(_TITLES.get(step, step), total=total)
+            self._tasks[step] = self._bars.add_task(visible(_TITLES.get(step, step)), total=total)
         self._bars.update(self._tasks[step], completed=done, total=total)
 
     def close(self) -> None:
@@ -141,7 +148,7 @@ class _Line:
         left = spoken((now - self._start) / worked * (total - done)) + " left" if worked and done < total else ""
         filled = _WIDTH * done // max(total, 1)
         bar = "━" * filled + " " * (_WIDTH - filled)
-        sys.stderr.write(f"\r{_TITLES.get(step, step)} {bar} {done}/{total} {left:<16}")
+        sys.stderr.write(f"\r{visible(_TITLES.get(step, step))} {bar} {done}/{total} {left:<16}")
         sys.stderr.flush()
 
     def close(self) -> None:

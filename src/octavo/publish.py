@@ -15,6 +15,7 @@ from octavo.artifact import Artifact
 from octavo.companions import copy_companions
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.integrations.sentences import members, transformer_folder
+from octavo.paths import checked, checked_output
 from octavo.proof import prove
 from octavo.raw import raw_bytes
 from octavo.replacing import OLD, TRIED, check_folder, made_aside, tidy
@@ -64,9 +65,9 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
 
 def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = None) -> None:
     """Refuse an output folder that is in use, holds the source, or cannot be written, before work starts."""
-    path = path.resolve()
+    path = checked_output(path).resolve()
     tidy(path)
-    if source is not None and Path(source).resolve().is_relative_to(path):
+    if source is not None and checked(source).resolve().is_relative_to(path):
         raise RequestError(f"{path}: holds the source, which would be replaced; choose another folder")
     check_folder(path, overwrite=overwrite)
     try:

@@ -19,15 +19,18 @@ from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import CURVATURES, data_free
+from octavo.choices import check_kinds
 from octavo.errors import OctavoError, RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.job import Job
-from octavo.memory import fits
+from octavo.memory import fits, least_bytes
 from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
 from octavo.objective import Objective
+from octavo.objective import objective as objective_of
+from octavo.paths import checked
 from octavo.patterns import apply_patterns
 from octavo.plans import EDITED, Plan, read_plan
 from octavo.progress import Progress
@@ -100,14 +103,19 @@ def open_job(
     if curvature not in CURVATURES:
         raise RequestError(f"curvature {curvature!r} is not known; choose from {', '.join(CURVATURES)}")
     if target not in TARGETS:
-        raise RequestError(f"target {target!r} is not known; choose from {', '.join((*TARGETS, 'speed'))}")
+        raise RequestError(
+            f"target {target!r} is none that sizes are measured for; choose from {', '.join(TARGETS)}. For speed, run "
+            "octavo compress --for speed (octavo.compress(target='speed'))"
+        )
+    check_kinds(methods, ignore, keep, seed)
+    if objective is not None:
+        objective = objective_of(objective)
     limit = None if memory is None else parse_size(memory)
     chosen = select_methods(methods, preset, target)
-    if not -(2**63) <= seed < 2**63:
-        raise RequestError(f"seed {seed} does not fit 64 bits; choose a smaller one")
     # Without data nothing is run, and the model need not fit in memory.
     in_memory = target == "memory"
     opened = inputs.open_source(source, module=in_memory or preset != DATA_FREE, progress=progress)
+    _check_memory(opened, limit)
     sites, left = opened.sites()
     if in_memory:
         sites, left = _unfused(opened, sites, left)
@@ -122,6 +130,11 @@ def open_job(
     if preset == DATA_FREE:
         opened.module = None
     batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset], forward_args=forward_args)
+    if objective is not None and not batches:
+        raise RequestError(
+            f"{opened.path or opened.title}: objective says how outputs are compared, and nothing is run here (data: "
+            f"{text}); give data that a model of it takes, or leave objective out"
+        )
     wanted = inputs.choose_objective(opened, objective, batches)
     if opened.module is not None and not batches:
         opened.module = None
@@ -143,10 +156,26 @@ def open_job(
     )  # fmt: skip
 
 
+def _check_memory(source: Source, limit: int | None) -> None:
+    """Refuse a limit of memory that no run keeps to, and one for a source that has no way to go with less."""
+    if limit is None:
+        return
+    if not source.is_transformers or not (source.module is None or source.is_skeleton):
+        raise RequestError(
+            f"{source.path or source.title}: memory says whether a model is run block by block, which needs the folder "
+            "of a transformers model; leave memory out"
+        )
+    least = least_bytes(source)
+    if limit < least:
+        raise RequestError(
+            f"memory is {limit:,} bytes, and a run on this source takes {least:,} at least, block by block; give more"
+        )
+
+
 def _paths(source: Any, data: Any) -> tuple[Path | None, Any]:
     """The paths that a source and data were given as, or None where they are in memory."""
     path = source.path if isinstance(source, Source) else source if isinstance(source, str | Path) else None
-    return (None if path is None else Path(path)), data
+    return (None if path is None else checked(path)), checked(data) if isinstance(data, str | Path) else data
 
 
 def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:

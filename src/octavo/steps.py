@@ -23,6 +23,7 @@ from octavo.lock import Lock
 from octavo.matmul import fast_matmul
 from octavo.notes import by_kind, warn
 from octavo.objective import Objective
+from octavo.paths import checked, reason
 from octavo.plans import Plan
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, with_progress
@@ -66,6 +67,7 @@ def profile(
     RequestError
         If something about the request or the source cannot be served.
     """
+    ignore = ignore if isinstance(ignore, str) else list(ignore)
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
         curvature, forward_args, work=Path(out) if resume else None,
@@ -94,11 +96,11 @@ def profile(
 
 def request_of(folder: str | Path) -> dict[str, Any]:
     """The keyword arguments with which a saved profile was made."""
-    file = Path(folder) / _REQUEST
+    file = checked(folder) / _REQUEST
     try:
         return unsealed_json(file.parent, file.name, file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{folder}: not a finished profile, {_REQUEST} cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"{folder}: not a finished profile, {_REQUEST} cannot be read: {reason(error)}") from error
 
 
 def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = None, bits: float | None = None) -> Plan:
@@ -148,6 +150,11 @@ def frontier(
         Per ratio ``ratio``, ``budget``, ``bytes``, ``used``, ``quality``, ``uniform``, ``winner`` and, if asked for,
         ``families``.
     """
+    for ratio in ratios:
+        # Before anything is measured.
+        budget_of(1, 1, ratio=ratio)
+    if not ratios:
+        raise RequestError("ratios: give one at least, such as 8")
     profile(source, workspace, resume=True, progress=progress, **request)
     rows = []
     for ratio in ratios:

@@ -44,10 +44,16 @@ def trusted(path: Path) -> Artifact:
             raise ArtifactError(
                 f"{path}: the folder {member.path!r} of modules.json is missing; copy the artifact again"
             )
+    tell_changed(artifact)
+    return artifact
+
+
+def tell_changed(artifact: Artifact) -> None:
+    """Warn of configuration files that are not as they were written."""
+    changed = artifact.changed()
     if changed:
         warnings.warn(
-            f"{path}: {', '.join(changed)} since the artifact was written; the model may be another one",
+            f"{artifact.path}: {', '.join(changed)} since the artifact was written; the model may be another one",
             OctavoWarning,
             stacklevel=3,
         )
-    return artifact

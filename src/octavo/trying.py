@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.batches import Batch, failure, has_rows, run, select, sequences_in
+from octavo.batches import Batch, described, failure, has_rows, run, select, sequences_in
 from octavo.errors import OctavoError, RequestError
 from octavo.inmemory import replaced
 from octavo.objective import Objective
@@ -26,16 +26,31 @@ def try_batches(objective: Objective, module: nn.Module, batches: Sequence[Batch
     RequestError
         With the number of the batch, its shapes and the module's own message.
     """
+    _refuse_inference(module)
     with _idle(module):
         for number, batch in enumerate(batches):
             try:
                 for piece in objective.pieces(module, [batch]):
-                    objective.outputs(module, piece)
+                    if not bool(objective.outputs(module, piece).isfinite().all()):
+                        raise RequestError(
+                            f"{type(module).__name__} gives NaN or Inf on a batch of {described(batch)}; "
+                            "check the data and the module"
+                        )
             except OctavoError as error:
                 raise RequestError(f"data: batch {number}: {error}") from error
             except Exception as error:
                 # A loss of the user's own calls the module itself.
                 raise RequestError(f"data: {failure(module, batch, error, f'batch {number}')}") from error
+
+
+def _refuse_inference(module: nn.Module) -> None:
+    """Refuse a module through which no gradient can go."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_inference():
+            raise RequestError(
+                f"{type(module).__name__}: {name!r} was made in inference mode, and no gradient goes through it; make "
+                "or load the module outside of torch.inference_mode()"
+            )
 
 
 def returned(module: nn.Module, batch: Batch) -> Any:

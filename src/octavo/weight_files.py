@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from octavo.errors import RequestError
+from octavo.paths import checked
 
 #: What a file of weights, of whatever format, ends with.
 _ENDINGS = (
@@ -172,7 +173,7 @@ def _indexed(index: Path) -> WeightFiles:
         raise RequestError(f"{index}: not an index of safetensors shards: a shard's name is not a string")
     files = [index.parent / name for name in sorted(set(promised.values()))]
     for file in files:
-        if not file.exists():
+        if not checked(file).exists():
             raise RequestError(f"{index}: names the shard {file.name}, which is missing beside it")
     return WeightFiles(files, {tensor: index.parent / name for tensor, name in promised.items()}, index=index)
 

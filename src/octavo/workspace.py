@@ -117,7 +117,7 @@ class Workspace:
             return unsealed_json(self.path, name, (self.path / name).read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             if again:
                 self._note(name)
                 return None

@@ -61,7 +61,7 @@ def test_the_card_escapes_markdown_of_strangers(report: dict[str, Any]) -> None:
     report["title"] = "![x](y) <script>|a|\n# big"
     report["command"] = "octavo compress '```\n```' \\\n  --ratio 8"
     text = card(report)
-    assert "# !\\[x\\](y) \\<script\\>\\|a\\| # big, compressed" in text
+    assert "# !\\[x\\](y) \\<script\\>\\|a\\|\\\\n# big, compressed" in text
     assert "````sh\noctavo compress '```\n```' \\\n  --ratio 8\n````" in text
 
 

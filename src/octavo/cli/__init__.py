@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -11,13 +12,17 @@ from functools import wraps
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 import octavo
+from octavo.cli.net import unforeseen
+from octavo.cli.terminal import Commands, Terminal, UsageError
 from octavo.errors import OctavoError
+from octavo.visible import visible
 
 app = typer.Typer(
     name="octavo",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,8 +30,8 @@ app = typer.Typer(
     help="Fold a neural network into the size you state, and prove what it cost.\n\n"
     "Exit codes: 0 done, 1 failed, 2 bad request or bad input, 3 budget unreachable.",
 )
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -43,6 +48,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail(error, as_json=bool(kwargs.get("json_output")))
         except KeyboardInterrupt:
             _interrupted()
+        except (typer.Exit, typer.Abort, UsageError):
+            raise
+        except Exception as error:
+            told = unforeseen(error)
+            if told is None:
+                raise
+            _fail(told, as_json=bool(kwargs.get("json_output")))
 
     return app.command(name=function.__name__.rstrip("_"))(guarded)
 
@@ -57,9 +69,9 @@ def _interrupted() -> NoReturn:
 def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
     if as_json:
         show_json({"error": type(error).__name__, "message": str(error), **_details(error)})
-    errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+    said = Text.assemble(("error:", "bold red"), f" {type(error).__name__}: {visible(error)}")
     # Whole, however narrow the terminal: paths are copied from it, and logs are searched.
-    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    errors.print(said, soft_wrap=True)
     sys.exit(error.exit_code)
 
 
@@ -74,6 +86,10 @@ def show_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        # Where a terminal has not all characters, those that it lacks are written out.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:

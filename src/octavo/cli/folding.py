@@ -14,26 +14,15 @@ from rich.table import Table
 
 import octavo
 from octavo import report
+from octavo.choices import OF_PROFILE, check_target
 from octavo.cli import command, console, errors, options, show_json
 from octavo.cli.running import tell_speed
 from octavo.lock import Lock
+from octavo.paths import checked_output
 from octavo.publish import check_writable
 from octavo.steps import request_of
 from octavo.verify import REPORT
 from octavo.workspace import forget, holds_work
-
-#: What a request says if none of its options is given.
-_UNSAID: dict[str, Any] = {
-    "data": None,
-    "objective": None,
-    "curvature": "kfac",
-    "methods": None,
-    "preset": "default",
-    "ignore": [],
-    "keep": {},
-    "seed": 0,
-    "target": "disk",
-}
 
 
 @contextmanager
@@ -49,7 +38,7 @@ def _work(folder: Path, then: str, *, remove: bool) -> Iterator[None]:
         raise
     except Exception:
         if folder.is_dir():
-            errors.print(f"unfinished work is kept in {folder}; {then}", markup=False, soft_wrap=True)
+            errors.print(f"unfinished work is kept in {folder}; {then}", soft_wrap=True)
         raise
 
 
@@ -59,6 +48,7 @@ def _progress(quiet: bool) -> bool | None:
 
 @command
 def compress(
+    context: typer.Context,
     source: options.SOURCE,
     out: options.OUT,
     ratio: options.RATIO = None,
@@ -67,7 +57,7 @@ def compress(
     target: options.TARGET = "disk",
     speedup: options.SPEEDUP = None,
     latency: options.LATENCY = None,
-    shape: options.SHAPE = "1x32",
+    shape: options.SHAPE = None,
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
     curvature: options.CURVATURE = "kfac",
@@ -75,22 +65,29 @@ def compress(
     preset: options.PRESET = "default",
     ignore: options.IGNORE = None,
     keep: options.KEEP = None,
-    profile: Annotated[Path | None, typer.Option(help="A saved profile to solve, in place of measuring again.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(parser=options.path, help="A saved profile to solve, in place of measuring again.")
+    ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="A plan to carry out: to its budget as 'octavo plan' wrote it, to the letter if edited."),
+        typer.Option(
+            parser=options.path,
+            help="A plan to carry out: to its budget as 'octavo plan' wrote it, to the letter if edited.",
+        ),
     ] = None,
     resume: options.RESUME = False,
     overwrite: options.OVERWRITE = False,
     seed: options.SEED = 0,
     memory: options.MEMORY = None,
-    executor: options.EXECUTOR = "local",
+    executor: options.EXECUTOR = None,
     json_output: options.JSON = False,
 ) -> None:
     """Compress SOURCE to a size, and write artifact and report to --out.
 
     Example: octavo compress all-MiniLM-L6-v2 --ratio 8 --out folded
     """
+    said = options.given(context)
+    check_target(target, said)
     request: dict[str, Any] = {
         "data": data,
         "objective": objective,
@@ -102,10 +99,11 @@ def compress(
         "seed": seed,
         "target": target,
     }
+    out = checked_output(out)
     # Beside the output, so that it is on the same disk, and found again by --resume.
     workspace = profile or out.resolve().parent / f".{out.resolve().name}.octavo-work"
     if profile is not None:
-        if request != _UNSAID:
+        if said & set(OF_PROFILE):
             raise octavo.RequestError(
                 "--profile brings the data, objective, curvature, methods, preset, ignore, keep, seed and --for that "
                 "it was made with: leave these out, or leave --profile out to measure again"
@@ -131,12 +129,12 @@ def compress(
     console.print(report.table(result))
     if "speed" in result:
         tell_speed(result["speed"])
-    console.print(report.measured(result), markup=False)
+    console.print(report.measured(result))
     if result["artifact"]["note"]:
-        console.print(f"note: {result['artifact']['note']}", markup=False)
+        console.print(f"note: {result['artifact']['note']}")
     for note in done.notes:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"Artifact: {out}    Report: {out / REPORT}", markup=False)
+        console.print(f"note: {note}")
+    console.print(f"Artifact: {out}    Report: {out / REPORT}")
 
 
 @command
@@ -155,7 +153,7 @@ def profile_(
     overwrite: options.OVERWRITE = False,
     seed: options.SEED = 0,
     memory: options.MEMORY = None,
-    executor: options.EXECUTOR = "local",
+    executor: options.EXECUTOR = None,
     json_output: options.JSON = False,
 ) -> None:
     """Measure SOURCE once over all sizes; 'octavo plan' and 'octavo compress --profile' then solve it for any.
@@ -176,20 +174,19 @@ def profile_(
     if json_output:
         show_json(summary)
     else:
-        console.print(
-            f"{summary['sites']} sites, {points} points; ratios up to {summary['largest_ratio']:g}", markup=False
-        )
-        console.print(f"Next: octavo plan {out} --ratio 8", markup=False)
+        console.print(f"{summary['sites']} sites, {points} points; ratios up to {summary['largest_ratio']:g}")
+        console.print(f"Next: octavo plan {out} --ratio 8")
 
 
 @command
 def plan_(
-    profile: Annotated[Path, typer.Argument(help="Folder of a saved profile.")],
+    profile: Annotated[Path, typer.Argument(parser=options.path, help="Folder of a saved profile.")],
     ratio: options.RATIO = None,
     size: options.SIZE = None,
     bits: options.BITS = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="YAML file to write; default: PROFILE/plan.yaml.")
+        Path | None,
+        typer.Option("--out", "-o", parser=options.path, help="YAML file to write; default: PROFILE/plan.yaml."),
     ] = None,
     overwrite: options.OVERWRITE = False,
     json_output: options.JSON = False,
@@ -210,13 +207,16 @@ def plan_(
     for name, point in result.points.items():
         table.add_row(name, point.method, ", ".join(f"{k}={v}" for k, v in point.setting.items()), f"{point.bytes:,}")
     console.print(table)
-    console.print(f"Expected loss {result.expected:.3g}. Plan: {file}", markup=False)
+    console.print(f"Expected loss {result.expected:.3g}. Plan: {file}")
 
 
 @command
 def frontier(
     source: options.SOURCE,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the profile, used again if it is there.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", parser=options.path, help="Folder for the profile, used again if it is there."),
+    ],
     ratios: Annotated[str, typer.Option(help="Comma-separated ratios.")] = "4,6,8,12,16",
     families: Annotated[
         bool, typer.Option("--families", help="Also give the best plan of every single family.")

@@ -12,8 +12,9 @@ import octavo
 from octavo import report
 from octavo.cli import command, console, options, show_json
 from octavo.methods import methods as known_methods
+from octavo.paths import checked
 
-ARTIFACT = Annotated[Path, typer.Argument(help="Folder of an artifact.")]
+ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 
 
 @command
@@ -22,7 +23,7 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo inspect folded
     """
-    opened = octavo.Artifact(artifact)
+    opened = octavo.Artifact(checked(artifact))
     sites = {
         name: {"form": entry["form"]["form"], "shape": entry["shape"], "dtype": entry["dtype"], "bytes": _size(entry)}
         for name, entry in opened.sites.items()
@@ -58,10 +59,9 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
     console.print(
         f"{source['title']}: {source['bytes']:,} -> {opened.bytes:,} bytes, ratio {summary['ratio']:.3f}, "
         f"{summary['bits_per_weight']:.2f} bits per weight; {summary['kept']} tensors kept",
-        markup=False,
     )
     if opened.resident is not None:
-        console.print(f"made for memory: {opened.resident:,} bytes while it runs packed", markup=False)
+        console.print(f"made for memory: {opened.resident:,} bytes while it runs packed")
 
 
 def _size(entry: dict) -> int:
@@ -74,7 +74,7 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo verify folded
     """
-    result = octavo.verify(artifact)
+    result = octavo.verify(checked(artifact))
     if json_output:
         show_json(result)
         return
@@ -83,26 +83,30 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
         off = "there is no model, or none that takes a known input, to compare outputs of"
         if packed["error"] is not None:
             off = f"outputs are off by {packed['error']:.2g} (at most {packed['allowed']:.2g})"
-        console.print(f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; {off}", markup=False)
-    console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}", markup=False)
+        console.print(f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; {off}")
+    console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}")
     weights = {True: "equal, bit for bit", None: "not recorded"}[result["weights_match"]]
     apart = result["outputs_difference"]
     outputs = (
         "not recorded" if apart is None else "equal, bit for bit" if not apart else f"equal to rounding ({apart:.1g})"
     )
-    console.print(f"weights: {weights}; outputs: {outputs}", markup=False)
+    console.print(f"weights: {weights}; outputs: {outputs}")
     if result["loader"] is not None:
-        console.print(f"loaded with {result['loader']}: nothing missing", markup=False)
+        console.print(f"loaded with {result['loader']}: nothing missing")
     quality = result["quality"]
     if quality is not None:
-        console.print(f"When it was written: {report.measured({'quality': quality})}", markup=False)
+        console.print(f"When it was written: {report.measured({'quality': quality})}")
 
 
 @command
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder or an artifact.")],
-    data: Annotated[Path | None, typer.Option(help="Texts, or for spearman a CSV of sentence,sentence,score.")] = None,
-    against: Annotated[Path | None, typer.Option(help="The source to compare with, for divergence.")] = None,
+    model: Annotated[Path, typer.Argument(parser=options.path, help="A model folder or an artifact.")],
+    data: Annotated[
+        Path | None, typer.Option(parser=options.path, help="Texts, or for spearman a CSV of sentence,sentence,score.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(parser=options.path, help="The source to compare with, for divergence.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="divergence, spearman or perplexity.")] = "divergence",
     objective: options.OBJECTIVE = None,
     packed: Annotated[bool, typer.Option("--packed", help="Run an artifact from packed codes.")] = False,
@@ -119,7 +123,7 @@ def evaluate(
         show_json(result)
         return
     for key, value in result.items():
-        console.print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}", markup=False)
+        console.print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
 
 
 @command

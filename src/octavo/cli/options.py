@@ -9,8 +9,16 @@ import typer
 
 from octavo.errors import RequestError
 
+
+def path(text: str) -> Path:
+    """A path as it stands on the command line; an empty one would mean the working folder."""
+    if not text:
+        raise typer.BadParameter("the path is empty; name a file or folder")
+    return Path(text)
+
+
 SOURCE = Annotated[str, typer.Argument(help="A transformers folder, a .safetensors file, or a sharded index.")]
-OUT = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It must be empty or not exist.")]
+OUT = Annotated[Path, typer.Option("--out", "-o", parser=path, help="Folder to write. It must be empty or not exist.")]
 RATIO = Annotated[float | None, typer.Option(help="How many times smaller than the original, such as 8.")]
 SIZE = Annotated[str | None, typer.Option(help="The size itself, such as 11MB.")]
 BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole model, such as 3.5.")]
@@ -23,12 +31,13 @@ TARGET = Annotated[
 ]
 SPEEDUP = Annotated[float | None, typer.Option(help="For speed: times as fast as PyTorch in float32, such as 2.5.")]
 LATENCY = Annotated[str | None, typer.Option(help="For speed: the time that one call may take, such as 5ms.")]
-SHAPE = Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")]
+SHAPE = Annotated[str | None, typer.Option(help="Sequences x tokens at which speed counts.", show_default="1x32")]
 DATA = Annotated[
     Path | None,
     typer.Option(
+        parser=path,
         help="Calibration texts: one a line, .jsonl or .json with 'text', or a .csv or .tsv with a header. "
-        "Default: a built-in English text."
+        "Default: a built-in English text.",
     ),
 ]
 OBJECTIVE = Annotated[
@@ -58,14 +67,23 @@ MEMORY = Annotated[
     typer.Option(help="The most memory to take, such as 6GB; a model that does not fit is run block by block."),
 ]
 EXECUTOR = Annotated[
-    str,
-    typer.Option(help="Where sites are worked on: local threads, ray, or ray://host:port of a cluster; same bytes."),
+    str | None,
+    typer.Option(
+        help="Where sites are worked on: local threads, ray, or ray://host:port of a cluster; same bytes.",
+        show_default="local",
+    ),
 ]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]
 OVERWRITE = Annotated[
     bool, typer.Option("--overwrite", help="Replace the file, or the folder that Octavo wrote, at the output's place.")
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and no progress.")]
+
+
+def given(context: typer.Context) -> set[str]:
+    """Names of the options that stand on the command line, those with their usual value too."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def listed(text: str | None) -> list[str] | None:
@@ -80,5 +98,7 @@ def pairs(items: list[str] | None) -> dict[str, str]:
         glob, separator, spec = item.partition("=")
         if not separator or not glob or not spec:
             raise RequestError(f"--keep {item!r}: write GLOB=SPEC, such as 'embeddings.*=float16'")
+        if glob in result:
+            raise RequestError(f"--keep {glob!r} is given twice; leave one of them out")
         result[glob] = spec
     return result

@@ -7,10 +7,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from octavo.cli import command, console, errors, options, show_json
 from octavo.errors import OctavoError, RequestError
+from octavo.paths import checked, checked_output
 from octavo.replacing import check_kind
+from octavo.visible import visible
 
 
 @command
@@ -23,7 +26,8 @@ def reproduce(
     ] = False,
     seed: Annotated[int, typer.Option(help="The first of the three seeds.")] = 0,
     results: Annotated[
-        Path | None, typer.Option(help="Folder of results. Default: docs/results. Quick ones are never saved.")
+        Path | None,
+        typer.Option(parser=options.path, help="Folder of results. Default: docs/results. Quick ones are never saved."),
     ] = None,
     page: Annotated[
         bool, typer.Option("--page", help="Make docs/recipes.md anew from all results; beside them, with --results.")
@@ -41,12 +45,17 @@ def reproduce(
         raise RequestError(
             "give the name of one recipe, or --list, --all or --page; octavo reproduce --list shows them"
         )
+    _check(results, page=page, listed=listed, quick=quick, seed=seed)
     if listed:
         _list(store.listing(results), json_output)
         return
     if page:
         check_kind((results or store.folder().parent) / "recipes.md")
-        console.print(f"{store.write_page(results)} written", markup=False)
+        written = store.write_page(results)
+        if json_output:
+            show_json({"page": str(written)})
+        else:
+            console.print(f"{written} written")
         return
     chosen = list(recipes().values()) if every else [get_recipe(str(name))]
     if not quick:
@@ -62,15 +71,30 @@ def reproduce(
                 raise
             # The others have nothing to do with it.
             failed[recipe.name] = error
-            errors.print(f"{recipe.name}: {error}", markup=False, style="red")
+            errors.print(f"{recipe.name}: {error}", style="red")
             continue
         if not quick:
             file = store.save(done[-1], results)
-            errors.print(f"saved: {file}", markup=False, highlight=False)
+            errors.print(f"saved: {file}", highlight=False)
     if json_output:
         show_json(done if every else done[0])
     if failed:
         raise RequestError(f"{len(failed)} of {len(chosen)} recipes could not run: {', '.join(failed)}")
+
+
+def _check(results: Path | None, *, page: bool, listed: bool, quick: bool, seed: int) -> None:
+    """Refuse options that would not be read."""
+    if (listed or page) and (quick or seed):
+        raise RequestError("--quick and --seed are for recipes that are run; leave them out")
+    if not -(2**31) <= seed < 2**31:
+        raise RequestError(f"--seed {seed} does not fit 32 bits; choose a smaller one")
+    if results is None:
+        return
+    if quick:
+        raise RequestError("--results is where full results are kept, and quick ones are never saved; leave it out")
+    if (listed or page) and not checked(results).is_dir():
+        raise RequestError(f"--results {results}: no such folder; name one that holds results")
+    checked_output(results)
 
 
 def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str, Any]:
@@ -78,9 +102,10 @@ def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str,
     from octavo.recipes.results import reproduce as run
 
     if not json_output:
-        console.print(f"{recipe.system}: {recipe.source}\nclaim: {recipe.claim}", markup=False)
-    with errors.status(f"{recipe.name} ...") if errors.is_terminal else _Silent() as status:
-        result = run(recipe, Trial(quick, seed, lambda text: status.update(f"{recipe.name}: {text}")))
+        console.print(f"{recipe.system}: {recipe.source}")
+        console.print(f"claim: {recipe.claim}")
+    with errors.status(Text(f"{recipe.name} ...")) if errors.is_terminal else _Silent() as status:
+        result = run(recipe, Trial(quick, seed, lambda text: status.update(Text(visible(f"{recipe.name}: {text}")))))
     if not json_output:
         _show(result)
     return result
@@ -97,11 +122,9 @@ def _show(result: dict[str, Any]) -> None:
         table.add_row(arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", figure(arm["mean"]), spread, *others)
     console.print(table)
     for check in result["checks"]:
-        console.print(
-            f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}", markup=False
-        )
-    console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold", markup=False)
-    console.print(result["reason"], markup=False)
+        console.print(f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}")
+    console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold")
+    console.print(result["reason"])
     if result["quick"]:
         console.print("This was a quick run: a miniature that shows that the code works, and nothing else.")
 
@@ -130,5 +153,5 @@ class _Silent:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def update(self, text: str) -> None:
+    def update(self, text: object) -> None:
         """Tell nobody."""

@@ -23,16 +23,15 @@ def tell_speed(speed: dict[str, Any]) -> None:
         f"{speed['file']}: {speed['speedup']:.2f} times as fast as PyTorch in float32 "
         f"({speed['seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {speed['machine']['threads']} threads), "
         f"{far['metric']} {far['mean']:.3g} on {far['examples']} held-back examples; matrices: {kernels}",
-        markup=False,
     )
     for note in speed["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 @command
 def export(
     model: MODEL,
-    out: Annotated[Path, typer.Argument(help="File to write, such as model.onnx.")],
+    out: Annotated[Path, typer.Argument(parser=options.path, help="File to write, such as model.onnx.")],
     to: Annotated[str, typer.Option(help="onnx: a file for onnxruntime and its int8 kernels.")] = "onnx",
     data: options.DATA = None,
     objective: options.OBJECTIVE = None,
@@ -40,7 +39,7 @@ def export(
         float | None,
         typer.Option(help="The most that rounding the inputs of integer kernels may add to the divergence."),
     ] = None,
-    shape: options.SHAPE = "1x32",
+    shape: Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")] = "1x32",
     prefer: Annotated[
         str, typer.Option(help="size: every weight in the fewest bits that are exact; speed: the fastest kernels.")
     ] = "size",
@@ -61,19 +60,17 @@ def export(
     kernels = ", ".join(f"{count} on {kernel}" for kernel, count in sorted(counts.items()))
     speed, far, artifact = result["latency"], result["divergence"], result["artifact_bytes"]
     beside = f" (the artifact: {artifact:,})" if artifact else ""
-    console.print(f"{out}: {result['bytes']:,} bytes{beside}; sites by kernel: {kernels}", markup=False)
+    console.print(f"{out}: {result['bytes']:,} bytes{beside}; sites by kernel: {kernels}")
     moved = f"{far['metric']} {far['mean']:.3g} from MODEL on {far['data']}" if far else "not measured without data"
     console.print(
         f"with float kernels its outputs are within {result['difference']:.2g} of MODEL's ({result['tolerance']:g} is "
         f"allowed); as written, {moved}",
-        markup=False,
     )
     examples, *tokens = speed["shape"]
     size = f"{examples} x {tokens[0]} tokens" if tokens else f"{examples} examples"
     console.print(
         f"{speed['seconds'] * 1e3:.3g} ms at {size}, {speed['threads']} threads: "
         f"{speed['speedup']:.2f} times as fast as MODEL in PyTorch (float32, dense)",
-        markup=False,
     )
     if speed["note"]:
-        console.print(f"note: {speed['note']}", markup=False)
+        console.print(f"note: {speed['note']}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import RequestError
+from octavo.paths import checked, reason
 
 #: Every fourth is held back; at least eight must be left to calibrate on.
 MINIMUM_TEXTS = 10
@@ -36,12 +37,12 @@ def read_texts(path: str | Path) -> list[str]:
     RequestError
         If the file cannot be read, naming the line, or holds fewer than ten texts.
     """
-    path = Path(path)
+    path = checked(path)
     try:
         # Editors and spreadsheets put a mark at the beginning.
         content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: calibration data cannot be read as UTF-8 text: {error}") from error
+        raise RequestError(f"{path}: calibration data cannot be read as UTF-8 text: {reason(error)}") from error
     ending = path.suffix.lower()
     if ending in _LINES:
         found = _of_lines(content, path)

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError
-from octavo.trust import root_of
+from octavo.trust import root_of, tell_changed
 
 #: A model may have this many times the bytes of its tensors in the files, as tied weights have, and 64 MB.
 _LARGER, _SLACK = 4, 64 << 20
@@ -105,6 +105,7 @@ class OctavoQuantizer(HfQuantizer):
                 raise ArtifactError(f"{folder}: config.json says that this is an artifact, and there is no {MANIFEST}")
             artifact = Artifact(root)
             prefix = "" if folder == root else f"{folder.name}/"
+            tell_changed(artifact)
             _check_files(artifact, prefix, files)
             _check_size(artifact, model)
             # Tied names are filled in as well, and may stand in the files without content.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from octavo.artifact.writing import MANIFEST
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
+from octavo.paths import checked
 from octavo.strict_json import read_object, read_plain
 
 if TYPE_CHECKING:
@@ -60,13 +61,19 @@ def members(folder: Path) -> list[Member]:
         return []
     try:
         entries = json.loads(read_plain(file, most=_MOST, error=RequestError))
-        found = [Member(str(entry["path"]), str(entry["type"])) for entry in entries]
+        if not all(isinstance(entry[key], str) for entry in entries for key in ("path", "type")):
+            raise TypeError("the path and the type of every module are strings")
+        found = [Member(entry["path"], entry["type"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{file}: cannot be read as a list of modules: {error}; save the encoder again") from error
     for member in found:
         parts = PurePosixPath(member.path).parts
         if len(parts) > 1 or ".." in parts or PurePosixPath(member.path).is_absolute():
             raise RequestError(f"{file}: names the folder {member.path!r}, which is not directly below it")
+        try:
+            checked(folder / member.path)
+        except RequestError as error:
+            raise RequestError(f"{file}: names a folder that cannot be: {error}") from error
     return found
 
 
@@ -118,6 +125,8 @@ def weight_folders(folder: Path) -> list[tuple[str, Path]]:
     result = []
     for number, member in enumerate(found):
         place = folder / member.path
+        if number == 0 and member.kind == "Transformer" and not place.is_dir():
+            raise RequestError(f"{folder / 'modules.json'}: names {member.path!r}, which is missing beside it")
         if (number == 0 and member.kind == "Transformer") or (place / _WEIGHTS).is_file():
             result.append((f"{member.path}/" if member.path else "", place))
     return result
@@ -212,12 +221,12 @@ def load_encoder(folder: Path) -> SentenceEncoder:
         encoder = getattr(sentence_transformers, kind)(
             str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
         )
+        return SentenceEncoder(encoder.eval()).eval()
     except OctavoError:
         raise
     except Exception as error:
-        # Its files can be wrong in as many ways as there are modules, and each raises what it likes.
+        # Each module reads a configuration of its own, and raises what it likes.
         raise RequestError(f"{folder}: {kind} cannot load it: {error}") from error
-    return SentenceEncoder(encoder.eval()).eval()
 
 
 def is_installed() -> bool:

@@ -80,7 +80,7 @@ def prompt_of(folder: Path) -> str:
         config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         name = config.get("default_prompt_name")
         return str(config["prompts"][name]) if name is not None else ""
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise RequestError(f"{file}: the default prompt cannot be read: {error!r}") from error
 
 
@@ -167,7 +167,8 @@ def _tokenizer(folder: Path) -> Any:
         found = require_transformers().AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Its files can be wrong in many ways, and each tokenizer raises what it likes.
         raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
     # Without any file transformers makes a tokenizer that knows no word.
     files = set(found.vocab_files_names.values())

@@ -69,7 +69,8 @@ class _WithoutContent(TorchFunctionMode):
 
 def is_known(folder: Path) -> bool:
     """Whether ``transformers`` has the architecture of a model folder."""
-    return read_config(folder).get("model_type") in require_transformers().CONFIG_MAPPING
+    kind = read_config(folder).get("model_type")
+    return isinstance(kind, str) and kind in require_transformers().CONFIG_MAPPING
 
 
 def attach_module(source: Source, folder: Path) -> None:

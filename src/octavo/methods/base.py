@@ -43,6 +43,8 @@ class Method(ABC):
     preset: ClassVar[str] = "default"
     #: Name of a knob that changes the size continuously, so that a budget can be met exactly; None if there is none.
     elastic: ClassVar[str | None] = None
+    #: The keys that a setting may have, others being refused; None where a method does not say.
+    takes: ClassVar[tuple[str, ...] | None] = None
     #: Whether every form it finds restores the weight bit for bit. Such methods go first: what takes more bytes than
     #: theirs is not tried.
     lossless: ClassVar[bool] = False
@@ -67,6 +69,13 @@ class Method(ABC):
     def at(self, setting: Setting, octaves: float) -> Setting:
         """The setting with its continuous knob moved to ``octaves``, as a short decimal that survives YAML."""
         return {**setting, self.elastic or "": float(f"{2.0**octaves:.5g}")}
+
+    def refuse_unknown(self, setting: Setting) -> None:
+        """Raise :class:`RequestError` if a setting has a key that the method does not read."""
+        known = setting if self.takes is None else self.takes
+        for key in setting:
+            if key not in known:
+                raise RequestError(f"{self.name}: {key!r} is no setting of this method; it takes {', '.join(known)}")
 
     @abstractmethod
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

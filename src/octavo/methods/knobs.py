@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from octavo.errors import RequestError
 from octavo.methods.base import Setting
+
+#: Where the numbers of float32 end, in which weights are encoded.
+_LARGEST = 3e38
 
 
 def whole(method: str, setting: Setting, knob: str, low: int, high: int | None = None) -> int:
@@ -19,13 +21,22 @@ def whole(method: str, setting: Setting, knob: str, low: int, high: int | None =
     return value
 
 
-def real(method: str, setting: Setting, knob: str, low: float, high: float = math.inf) -> float:
-    """The finite number at ``knob``, at least ``low`` and below ``high``."""
+def real(method: str, setting: Setting, knob: str, low: float, high: float = _LARGEST) -> float:
+    """The number at ``knob``, at least ``low`` and below ``high``."""
     value = _given(method, setting, knob)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high or math.isinf(value):
-        limits = f"at least {low:g}" if math.isinf(high) else f"at least {low:g} and below {high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        limits = f"at least {low:g} and below {high:g}"
         raise RequestError(f"{method}: {knob} is {value!r} in the setting {setting}; it must be a number {limits}")
     return float(value)
+
+
+def flag(method: str, setting: Setting, knob: str, usual: bool = False) -> bool:
+    """Whether ``knob`` is set, which ``true`` and ``1`` say; ``usual`` if the setting says nothing of it."""
+    value = setting.get(knob, usual)
+    known = {True: True, False: False, "true": True, "false": False}
+    if not isinstance(value, bool | int | str) or value not in known:
+        raise RequestError(f"{method}: {knob} is {value!r} in the setting {setting}; it must be true or false")
+    return known[value]
 
 
 def choice(method: str, setting: Setting, knob: str, known: Sequence[str]) -> str:

@@ -4,6 +4,8 @@ import math
 from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
+from octavo.visible import visible
+
 NOT_MEASURED = "not measured"
 
 
@@ -15,10 +17,9 @@ def known(value: object) -> TypeGuard[float]:
 def plain(value: object, limit: int = 160) -> str:
     """Return ``value`` as one printable line of at most ``limit`` characters.
 
-    Names come from files made by strangers: escape sequences, line breaks, lone surrogates and
-    characters that turn the direction of writing must reach neither a terminal nor a page.
+    Names come from files made by strangers, so all that no eye sees is written out.
     """
-    line = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in str(value))
+    line = visible(value)
     # The middle goes, because layers differ at the front of their names and roles at the end.
     return line if len(line) <= limit else f"{line[: limit // 2 - 1]}…{line[len(line) - limit // 2 :]}"
 

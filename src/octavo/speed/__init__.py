@@ -25,7 +25,7 @@ from octavo.lock import Lock
 from octavo.objective import Objective
 from octavo.progress import Progress, Shown, callback, with_progress
 from octavo.request import open_job, workspace_of
-from octavo.runtimes.given import check_tokens_only
+from octavo.runtimes.given import Tokens, check_tokens_only
 from octavo.sites import Source
 from octavo.speed.asked import Asked, asked_for
 from octavo.speed.fast import Fast
@@ -40,7 +40,7 @@ def compress_for_speed(
     *,
     speedup: float | None = None,
     latency: str | float | None = None,
-    shape: str | Sequence[int] = SHAPE,
+    shape: str | Sequence[int] | None = None,
     data: Any = None,
     forward_args: Callable[[Batch], Any] | None = None,
     objective: str | Objective | None = None,
@@ -60,7 +60,7 @@ def compress_for_speed(
     latency
         Or seconds at ``shape``: ``"5ms"``.
     shape
-        Sequences and tokens, ``"1x32"``.
+        Sequences and tokens, ``"1x32"`` if not given.
     source, data, forward_args, objective, ignore, keep, workspace, resume, seed, progress
         As for :func:`octavo.compress`. ``ignore`` and ``keep`` sites run in float32, unless what is kept is a form that
         an integer kernel runs.
@@ -75,9 +75,10 @@ def compress_for_speed(
         If the extra ``onnx`` is not installed.
     """
     require()
-    asked = asked_for(speedup, latency, shape)
+    asked = asked_for(speedup, latency, SHAPE if shape is None else shape)
     clock = time.perf_counter()
     job = _open(source, data, objective, ignore, keep, seed, callback(progress), forward_args)
+    Tokens(job.source).batch(asked.shape)
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:

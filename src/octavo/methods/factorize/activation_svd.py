@@ -24,6 +24,8 @@ class ActivationSVD(Method):
     vary cost no rank. Both factors are quantized with one step in units of the loss.
     """
 
+    takes = ("rank", "bits")
+
     by_rows = False
     elastic = "bits"
 

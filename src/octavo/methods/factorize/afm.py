@@ -132,6 +132,8 @@ class AFM(Method):
     are fitted later, like those of every method.
     """
 
+    takes = ("rank", "bits")
+
     by_rows = False
 
     def accepts(self, site: Site) -> bool:  # noqa: D102

@@ -45,6 +45,8 @@ class ALDS(Method):
         Numbers of groups that are tried, each where it divides the input channels.
     """
 
+    takes = ("groups", "rank", "bits")
+
     groups: tuple[int, ...] = (1, 2, 4, 8)
 
     by_rows = False

@@ -40,6 +40,8 @@ class DenseSparseFactors(Method):
         Of coding all rows and fitting the dictionaries.
     """
 
+    takes = ("width", "atoms", "nonzeros", "bits")
+
     rounds: int = 8
 
     by_rows = False

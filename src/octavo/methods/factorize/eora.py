@@ -49,11 +49,25 @@ class EoRA(Method):
         Bits a weight of the bases tried: ``trellis`` for the finer ones, ``entropy`` for the others.
     """
 
+    takes = ("step", "rank", "bits")
+
     ranks: tuple[int, ...] = (32, 16, 8)
     bits: int = 4
     levels: tuple[float, ...] = (3.25, 2.5, 1.9, 1.4, 0.9)
 
     by_rows = False
+
+    def refuse_unknown(self, setting: Setting) -> None:
+        """Those of the base are of its own method."""
+        own = {key: value for key, value in setting.items() if not key.startswith(_PREFIX) and key != "base"}
+        if "base" not in setting:
+            own = dict(setting)
+        elif "step" in own:
+            raise RequestError(f"{self.name}: 'step' is a setting of entropy, and a base is named; write {_PREFIX}step")
+        else:
+            base, knobs = self._base(setting)
+            base.refuse_unknown(knobs)
+        super().refuse_unknown(own)
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Bases that lose something to put back, each with all ranks up to half the smaller side."""

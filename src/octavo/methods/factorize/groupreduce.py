@@ -47,6 +47,8 @@ class GroupReduce(Method):
         Rounds of refinement at most; 0 leaves the blocks cut by frequency.
     """
 
+    takes = ("rank", "blocks", "bits")
+
     blocks: int = 8
     rounds: int = 6
 

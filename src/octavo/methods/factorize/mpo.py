@@ -255,6 +255,8 @@ class MPO(Method):
     Evidence is used as far as it is a product over digits (:func:`decompose`).
     """
 
+    takes = ("sites", "chi", "bits")
+
     by_rows = False
 
     def accepts(self, site: Site) -> bool:

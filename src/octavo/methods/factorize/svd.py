@@ -23,6 +23,8 @@ class SVD(Method):
     units of the error of the product (:func:`octavo.methods.factorize.factors.quantized`). Evidence is not looked at.
     """
 
+    takes = ("rank", "bits")
+
     by_rows = False
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

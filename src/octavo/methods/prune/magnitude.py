@@ -21,6 +21,8 @@ class Magnitude(Method):
     survivors rounds to zero with them (:mod:`octavo.methods.prune.masks`).
     """
 
+    takes = ("bits", "sparsity", "pattern")
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 where they divide the columns."""
         return masks.settings(weight.shape[1])

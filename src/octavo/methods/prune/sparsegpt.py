@@ -40,6 +40,8 @@ class SparseGPT(Method):
         Columns of large inputs first. n:m patterns need neighbours together and keep their order.
     """
 
+    takes = ("bits", "sparsity", "pattern")
+
     order: bool = True
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

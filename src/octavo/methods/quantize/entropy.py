@@ -43,6 +43,8 @@ class Entropy(Stepped):
         Steps to try, as the bits that they would take of Gaussian weights at a high rate.
     """
 
+    takes = ("step",)
+
     rate: float = 0.1
     levels: tuple[float, ...] = (15, 12.5, 10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1, 0.25, -0.5, -1.25, -2)
 

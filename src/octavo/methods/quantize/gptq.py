@@ -40,6 +40,8 @@ class GPTQ(Method):
         Grids around zero, without zero points.
     """
 
+    takes = ("bits", "group", "symmetric", "scale")
+
     order: bool = True
     symmetric: bool = False
 

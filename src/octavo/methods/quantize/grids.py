@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.forms import Grid
 from octavo.methods.base import Setting
-from octavo.methods.knobs import choice, whole
+from octavo.methods.knobs import choice, flag, whole
 
 #: Bits and groups that are worth trying, from largest to smallest file.
 SETTINGS: tuple[Setting, ...] = tuple({"bits": bits, "group": 64} for bits in (8, 6, 5, 4, 3, 2))
@@ -98,7 +98,7 @@ def fit(method: str, weight: Tensor, setting: Setting, symmetric: bool) -> Fitte
     ``scale: bfloat16``.
     """
     bits = whole(method, setting, "bits", 2, 8)
-    symmetric = bool(setting.get("symmetric", symmetric))
+    symmetric = flag(method, setting, "symmetric", symmetric)
     narrow = _bfloat16 if "scale" in setting and choice(method, setting, "scale", ("bfloat16",)) else compact
     rows, columns = weight.shape
     by_row = setting.get("group") == "row"

@@ -41,6 +41,8 @@ class Int8(Method):
     (:mod:`octavo.methods.feedback`), in the coordinates of ``x / s``.
     """
 
+    takes = ("smoothing",)
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The smoothing that serves most layers; all take the same bytes, and no other is better for the weights."""
         return [{"smoothing": 0.5 if evidence.columns is not None else 0.0}]

@@ -47,6 +47,8 @@ class KMeans(Method):
         Most iterations of Lloyd; most matrices need fewer.
     """
 
+    takes = ("values",)
+
     row_scale: bool = True
     feedback: bool = True
     iterations: int = 200

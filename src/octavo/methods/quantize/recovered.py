@@ -12,7 +12,7 @@ from octavo.errors import RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Affine, Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.knobs import whole
+from octavo.methods.knobs import flag, whole
 from octavo.methods.quantize.lattice import find, precision_of
 
 #: Groups that are looked at before all are: an ordinary matrix is told from a quantized one by the first few.
@@ -40,6 +40,8 @@ class SourceGrid(Method):
         Columns of a group that are tried, besides whole rows; from wide to narrow, since a half of a group lies on its
         grid as well.
     """
+
+    takes = ("width", "offset")
 
     widths: tuple[int, ...] = (256, 128, 64, 32, 16)
 
@@ -78,7 +80,7 @@ class SourceGrid(Method):
         rows, columns = weight.shape
         if columns % width:
             raise RequestError(f"{self.name}: groups of {width} do not divide the {columns} columns of this matrix")
-        precision, offset = precision_of(weight), bool(setting.get("offset"))
+        precision, offset = precision_of(weight), flag(self.name, setting, "offset")
         pieces = []
         for piece in weight.reshape(-1, width).split(max(1, _CHUNK // width)):
             found = find(piece, precision, offset=offset)

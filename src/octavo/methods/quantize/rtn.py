@@ -26,6 +26,8 @@ class RoundToNearest(Method):
         Grids around zero, without zero points.
     """
 
+    takes = ("bits", "group", "symmetric", "scale")
+
     symmetric: bool = False
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

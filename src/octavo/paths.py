@@ -1,0 +1,63 @@
+"""Paths that a user gives, checked before anything is done with them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from octavo.errors import RequestError
+
+#: The longest name of a file, in bytes, on the file systems that are in use.
+_LONGEST = 255
+#: What is written beside an output has its name and so many bytes more at most.
+_BESIDE = 32
+
+
+def checked(path: str | os.PathLike[str]) -> Path:
+    """A path that the system can look up, whether or not there is anything.
+
+    Raises
+    ------
+    RequestError
+        If it is empty, holds a NUL character, is too long, goes in a circle of links, or lies in a folder that may not
+        be read.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise RequestError("a path is empty (''); name a file or folder")
+    try:
+        os.stat(text)
+    except ValueError as error:
+        raise RequestError(f"{text!r}: is no path ({error}); name a file or folder") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RequestError(f"{text}: is a link that leads back to itself; name what it should point to") from error
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise RequestError(f"{_short(text)}: cannot be looked up: {error.strerror}; name another path") from error
+    return Path(text)
+
+
+def checked_output(path: str | os.PathLike[str]) -> Path:
+    """A path beside which temporary files with longer names can be written.
+
+    Raises
+    ------
+    RequestError
+        As :func:`checked`, and if the names beside it would be too long.
+    """
+    path = checked(path)
+    for part in path.parts:
+        room = _LONGEST - (_BESIDE if part == path.name else 0)
+        if len(os.fsencode(part)) > room:
+            raise RequestError(f"{_short(str(path))}: a name is longer than {room} bytes; choose a shorter one")
+    return path
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, without its name and the system's number for it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]}…{text[-40:]}"
