@@ -105,9 +105,7 @@ def _check_entry(file: Path, key: str, value: Any, most: int) -> None:
         raise ArtifactError(
             f"{file}: {key} names the kernel {str(value)[:80]}, which is code from elsewhere; remove the entry"
         )
-    if key in ("dtype", "torch_dtype") and not (
-        value is None or isinstance(value, dict) or (isinstance(value, str) and value in _DTYPES)
-    ):
+    if key in ("dtype", "torch_dtype") and not (value is None or isinstance(value, dict) or value in _DTYPES):
         raise ArtifactError(f"{file}: {key} is {str(value)[:80]}, not the name of a dtype of floats")
     counted = isinstance(value, int | float) and _COUNTS.search(key)
     if counted and not value <= most:
