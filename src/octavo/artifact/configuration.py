@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.artifact.packing import DTYPES, dtype_name
-from octavo.errors import ArtifactError
+from octavo.errors import ArtifactError, OctavoError
 from octavo.narrowing import FLOATS
 from octavo.strict_json import parse_object, read_plain
 
@@ -96,24 +96,38 @@ def check_config(file: Path, largest: int) -> dict[str, Any]:
     if not isinstance(config.get("model_type", ""), str):
         raise ArtifactError(f"{file}: model_type is {str(config['model_type'])[:80]}, not a name")
     for key, value in _entries(config):
-        _check_entry(file, key, value, max(largest, _MANY))
+        _check_entry(file, key, value)
+    check_counts(file, config, largest, ArtifactError)
     return config
 
 
-def _check_entry(file: Path, key: str, value: Any, most: int) -> None:
+def check_counts(file: Path, config: Mapping[str, Any], largest: int, error: type[OctavoError]) -> None:
+    """Refuse a configuration with more layers, labels or heads than any model of its tensors has: they would be built.
+
+    Parameters
+    ----------
+    largest
+        The largest dimension of the tensors.
+    error
+        What is raised.
+    """
+    most = max(largest, _MANY)
+    for key, value in _entries(config):
+        if isinstance(value, int | float) and _COUNTS.search(key) and not value <= most:
+            raise error(f"{file}: {key} is {str(value)[:80]}; tensors like these fill no more than {most} of anything")
+        if isinstance(value, list) and len(value) > most:
+            raise error(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {most}")
+
+
+def _check_entry(file: Path, key: str, value: Any) -> None:
     if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
         raise ArtifactError(
             f"{file}: {key} names the kernel {str(value)[:80]}, which is code from elsewhere; remove the entry"
         )
-    if key in ("dtype", "torch_dtype") and not (value is None or isinstance(value, dict) or value in _DTYPES):
+    # Parts of a model may each have their own.
+    known = value is None or isinstance(value, dict) or (isinstance(value, str) and value in _DTYPES)
+    if key in ("dtype", "torch_dtype") and not known:
         raise ArtifactError(f"{file}: {key} is {str(value)[:80]}, not the name of a dtype of floats")
-    counted = isinstance(value, int | float) and _COUNTS.search(key)
-    if counted and not value <= most:
-        raise ArtifactError(
-            f"{file}: {key} is {str(value)[:80]}; the tensors of this artifact fill no more than {most} of anything"
-        )
-    if isinstance(value, list) and len(value) > most:
-        raise ArtifactError(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {most}")
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

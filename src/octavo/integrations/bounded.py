@@ -18,11 +18,18 @@ from octavo.errors import ArtifactError
 _PARAMETERS, _MODULES = 16, 64
 #: What a model may have whatever its files hold.
 _LEAST = 4096
+#: Elements of parameters for every element in the files, and whatever these hold.
+_ELEMENTS, _LEAST_ELEMENTS = 12, 1 << 24
 
 
 @contextmanager
-def bounded(tensors: int) -> Iterator[None]:
+def bounded(tensors: int, elements: int) -> Iterator[None]:
     """Let modules that are built meanwhile, in this thread, have no more parts than files of so many tensors justify.
+
+    Parameters
+    ----------
+    tensors, elements
+        How many tensors the files hold, and how many numbers these have together.
 
     Raises
     ------
@@ -30,24 +37,32 @@ def bounded(tensors: int) -> Iterator[None]:
         Out of what builds them, once they have more.
     """
     thread = threading.get_ident()
-    left = {"parameters": _LEAST + _PARAMETERS * tensors, "modules": _LEAST + _MODULES * tensors}
+    left = {
+        "parameters": _LEAST + _PARAMETERS * tensors,
+        "modules": _LEAST + _MODULES * tensors,
+        "weights": _LEAST_ELEMENTS + _ELEMENTS * elements,
+    }
 
-    def count(kind: str) -> Any:
-        def seen(module: Any, name: str, part: Any) -> None:
-            if threading.get_ident() != thread or part is None:
-                return
-            left[kind] -= 1
+    def count(kind: str, number: int) -> None:
+        if threading.get_ident() == thread:
+            left[kind] -= number
             if left[kind] < 0:
                 raise ArtifactError(
-                    f"the configuration asks for far more {kind} than the artifact's {tensors} tensors fill; "
-                    "it was not written with them, copy the artifact again"
+                    f"the configuration asks for far more {kind} than {tensors} tensors of {elements} weights fill; it "
+                    "was not written with them, copy both again"
                 )
 
-        return seen
+    def parameter(module: Any, name: str, part: Any) -> None:
+        if part is not None:
+            count("parameters", 1)
+            count("weights", part.numel())
+
+    def submodule(module: Any, name: str, part: Any) -> None:
+        count("modules", 1)
 
     hooks = [
-        register_module_parameter_registration_hook(count("parameters")),
-        register_module_module_registration_hook(count("modules")),
+        register_module_parameter_registration_hook(parameter),
+        register_module_module_registration_hook(submodule),
     ]
     try:
         yield

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from octavo.errors import MissingExtraError, RequestError
+from octavo.integrations.bounded import bounded
 from octavo.sites import Source, from_module
 
 
@@ -54,8 +55,9 @@ def open_gguf(file: Path) -> Source:
         raise MissingExtraError(
             f"{file}: reading GGUF needs transformers, gguf and accelerate: pip install 'octavo[gguf]'"
         )
-    stored = _stored(file)
-    module = _model(file)
+    tensors = _tensors(file)
+    module = _model(file, [int(tensor.n_elements) for tensor in tensors])
+    stored = _stored(tensors)
     source = from_module(module, title=file.stem)
     source.path, source.is_transformers, source.stored = file, True, stored
     types = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in stored.items())
@@ -77,28 +79,34 @@ def _installed(name: str) -> bool:
         return False
 
 
-def _stored(file: Path) -> dict[str, int]:
-    """Bytes of the file's tensors by type, largest first."""
+def _tensors(file: Path) -> list[Any]:
+    """The tensors of the file, which is mapped."""
     from gguf import GGUFReader
 
     try:
-        tensors = GGUFReader(file).tensors
-        sizes: dict[str, int] = {}
-        for tensor in tensors:
-            sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+        tensors = list(GGUFReader(file).tensors)
     except Exception as error:
         raise RequestError(f"{file}: cannot be read as GGUF, it may be truncated: {error}") from error
-    if not sizes:
+    if not tensors:
         raise RequestError(f"{file}: holds no tensors")
+    return tensors
+
+
+def _stored(tensors: list[Any]) -> dict[str, int]:
+    """Bytes of tensors by type, largest first."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def _model(file: Path) -> nn.Module:
+def _model(file: Path, elements: list[int]) -> nn.Module:
+    """The model of a file whose tensors have so many elements each. What its header leaves out has sizes of its own."""
     import transformers
 
     try:
         # Its progress bars cannot be turned off.
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), bounded(len(elements), sum(elements)):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )

@@ -52,7 +52,7 @@ def class_for(folder: Path) -> Any:
     config = json_object(folder / "config.json")
     name = (config.get("architectures") or [""])[0]
     named = getattr(transformers, name, None) if isinstance(name, str) and name else None
-    if named is None:
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
         return _bare(folder, None)
     first = _first_member(folder)
     if first is not None and first.kind != _HEADED_MODULE:
@@ -124,7 +124,7 @@ def _has_head(folder: Path, named: Any) -> bool:
     A head that is tied to the table of tokens is in no file. One that older versions called otherwise shows as a part
     that the model without a head does not have.
     """
-    names, prefix = _tensor_names(folder), f"{named.base_model_prefix}."
+    names, prefix = set(tensor_shapes(folder)), f"{named.base_model_prefix}."
     if any(name.startswith(prefix) for name in names):
         # Written by a class with a head, for the one without knows no prefix.
         return True
@@ -141,16 +141,17 @@ def _has_head(folder: Path, named: Any) -> bool:
     return not head or bool(seen & head) or not {name.partition(".")[0] for name in names} <= own
 
 
-def _tensor_names(folder: Path) -> set[str]:
-    """Names of the tensors in a folder's files."""
-    names: set[str] = set()
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a folder's files."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt") as handle:
-                names.update(handle.keys())
+                # A handle is no mapping.
+                shapes.update((name, tuple(handle.get_slice(name).get_shape())) for name in handle.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
-    return names
+    return shapes
 
 
 def _first_member(folder: Path) -> Member | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from octavo.artifact.configuration import check_counts
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.integrations.bounded import bounded
 from octavo.integrations.sentences import (
@@ -26,7 +28,7 @@ from octavo.integrations.sentences import (
     members,
     transformer_folder,
 )
-from octavo.integrations.tasks import class_for, default_objective, json_object  # noqa: F401  (an objective is asked for here too)
+from octavo.integrations.tasks import class_for, default_objective, json_object, tensor_shapes  # noqa: F401  (an objective is asked for here too)
 from octavo.trust import root_of, trusted
 from octavo.weight_files import NAMED
 
@@ -102,12 +104,17 @@ def skeleton(folder: Path) -> nn.Module:
         If it cannot be built.
     """
     transformers = require_transformers()
+    shapes = tensor_shapes(folder)
+    largest = max((size for shape in shapes.values() for size in shape), default=1)
+    check_counts(folder / "config.json", read_config(folder), largest, RequestError)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        cls = class_for(folder)
-        with _WithoutContent():
-            build = getattr(cls, "_from_config", None) or cls.from_config
-            module: Any = build(config, dtype=torch.float32)
+        # A folder without weights is one that was written here, of a model in memory.
+        with bounded(*_sizes(shapes)) if shapes else nullcontext():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            cls = class_for(folder)
+            with _WithoutContent():
+                build = getattr(cls, "_from_config", None) or cls.from_config
+                module: Any = build(config, dtype=torch.float32)
     except Exception as error:
         # A config can be wrong in as many ways as there are architectures, and each raises what it likes.
         raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
@@ -115,6 +122,11 @@ def skeleton(folder: Path) -> nn.Module:
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
     return module.eval()
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """How many tensors there are, and how many numbers they have together."""
+    return len(shapes), sum(map(math.prod, shapes.values()))
 
 
 def load_weights(source: Source) -> None:
@@ -228,7 +240,7 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
         # All weights are in the artifact; those of a backbone would be asked for at a hub.
         given["use_pretrained_backbone"] = False
     try:
-        with nullcontext() if artifact is None else bounded(len(artifact.loadable_shapes())):
+        with nullcontext() if artifact is None else bounded(*_sizes(artifact.loadable_shapes())):
             if packed:
                 config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 config.quantization_config = {**config.quantization_config, "packed": True}
