@@ -1,0 +1,134 @@
+"""A run: mutants made, loaded and judged by a few processes, and their counts."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fuzzing import around, blobs, bombs, damage, headers, trees  # noqa: F401  (they register their mutations)
+from fuzzing.cell import MORE, TIMES, load
+from fuzzing.draft import MUTATIONS, Draft, Inapplicable, Mutation
+from fuzzing.seeds import Seed
+from fuzzing.views import Honest
+
+#: Verdicts that no mutant may have.
+FAILURES = ("crash", "timeout", "memory", "raw", "silent", "unfilled", "escape")
+#: From the best to the worst.
+ORDER = ("refused", "foreign", "same", "changed", *reversed(FAILURES))
+#: Folders of failing mutants of one kind that are kept.
+_KEPT = 2
+
+
+@dataclass
+class Tally:
+    """What became of many mutants.
+
+    Parameters
+    ----------
+    counts
+        By seed, mutation and verdict.
+    peak
+        Most memory that a load took beyond `TIMES` times its files.
+    failures
+        What went wrong, by what it is: how often, and the smallest mutant.
+    """
+
+    counts: collections.Counter = field(default_factory=collections.Counter)
+    peak: int = 0
+    failures: dict[str, dict] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Take in another tally."""
+        self.counts.update(other.counts)
+        self.peak = max(self.peak, other.peak)
+        for key, failure in other.failures.items():
+            mine = self.failures.setdefault(key, {**failure, "count": 0})
+            mine["count"] += failure["count"]
+            if failure["bytes"] < mine["bytes"]:
+                mine.update({**failure, "count": mine["count"]})
+
+
+def honest_of(seed: Seed) -> Honest:
+    """What a seed gives when it is loaded; raises unless every way of loading it works."""
+    import hashlib
+
+    views = ["state", *dict.fromkeys(seed.views)]
+    found = load(seed.folder, views, Honest({}, {}))
+    bad = {view: outcome for view, outcome in found.outcomes.items() if outcome.verdict != "same"}
+    if bad:
+        raise AssertionError(f"the honest artifact {seed.name} is not loaded: {bad}")
+    digests = json.loads(found.outcomes["state"].detail)
+    report = seed.folder / "report.json"
+    if report.is_file():
+        digests[".report"] = hashlib.sha256(report.read_bytes()).hexdigest()
+    models = ("auto", "sentences", "load")
+    unfilled = {view: json.loads(found.outcomes[view].detail or "[]") for view in models if view in found.outcomes}
+    return Honest(digests, unfilled)
+
+
+def mutant(seeds: list[Seed], root: int, number: int) -> tuple[Seed, Mutation, Draft, list[str]]:
+    """The mutant of a number: which seed, which change, and how it is loaded."""
+    rng = random.Random(f"{root}:{number}")
+    while True:
+        seed = rng.choice(seeds)
+        chosen = rng.choices(list(MUTATIONS.values()), [kind.weight for kind in MUTATIONS.values()])[0]
+        draft = Draft.read(seed.folder)
+        try:
+            chosen.change(draft, rng)
+        except (Inapplicable, KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
+            # A change after another one finds what the first one left; it is another mutant then.
+            continue
+        return seed, chosen, draft, ["state", rng.choice(seed.views)]
+
+
+def fuzz(seeds: list[Seed], honest: dict[str, Honest], root: int, numbers: list[int], keep: Path, seconds: float | None = None) -> Tally:
+    """Make, load and judge mutants, until time is up if there is a limit."""
+    tally, end = Tally(), time.monotonic() + (seconds or 1e9)
+    for number in numbers:
+        if time.monotonic() > end:
+            break
+        seed, kind, draft, views = mutant(seeds, root, number)
+        place = Path(tempfile.mkdtemp(prefix="octavo-mutant-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        folder = place / "mutant"
+        folder.mkdir()
+        try:
+            draft.write(folder)
+            size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+            judge(tally, seed, kind, number, folder, views, size, honest[seed.name], keep)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    return tally
+
+
+def judge(tally: Tally, seed: Seed, kind: Mutation, number: int, folder: Path, views: list[str], size: int, honest: Honest, keep: Path) -> None:
+    """Load a mutant and count what became of it."""
+    found = load(folder, views, honest)
+    extra = found.peak - TIMES * size
+    tally.peak = max(tally.peak, extra)
+    verdict, view, detail = "refused", views[0], ""
+    for name, outcome in found.outcomes.items():
+        worse = "silent" if outcome.verdict == "changed" and not kind.alters and name == "state" else outcome.verdict
+        if ORDER.index(worse) > ORDER.index(verdict):
+            verdict, view, detail = worse, name, outcome.detail
+    if extra > MORE and verdict not in ("crash", "timeout"):
+        verdict, detail = "memory", f"{found.peak >> 20} MB for {size} bytes; {detail}"
+    tally.counts[seed.name, kind.name, verdict] += 1
+    if verdict in FAILURES:
+        key = f"{verdict} | {view} | {kind.name.partition(':')[0]} | {detail[-80:] if verdict == 'raw' else detail[:40] if verdict != 'memory' else ''}"
+        failure = {"number": number, "seed": seed.name, "mutation": kind.name, "view": view, "verdict": verdict, "bytes": size, "detail": detail[:500]}
+        known = tally.failures.setdefault(key, {**failure, "count": 0})
+        known["count"] += 1
+        if size < known["bytes"]:
+            known.update(failure)
+        if known["count"] <= _KEPT:
+            kept = keep / f"{verdict}-{number}"
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(folder, kept, symlinks=True, ignore=lambda place, names: [n for n in names if not (os.path.isfile(os.path.join(place, n)) or os.path.isdir(os.path.join(place, n)))])
+            (kept / "mutant.json").write_text(json.dumps(failure, indent=1))
