@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import os
 import pickle
 import sys
@@ -48,12 +49,7 @@ def main() -> None:
         seeds = write_seeds(Path(root))
         check_coverage(seeds)
         print(f"{len(seeds)} honest artifacts in {time.monotonic() - start:.0f} s", flush=True)
-        # Imported once, before the processes that load are forked.
-        import sentence_transformers
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        assert sentence_transformers
+        import_all()
         honest = {seed.name: run.honest_of(seed) for seed in seeds}
         numbers = [options.only] if options.only is not None else list(range(options.mutants))
         start = time.monotonic()
@@ -63,6 +59,19 @@ def main() -> None:
     if options.save:
         save_results("fuzz", summary(tally, seconds, options))
     sys.exit(1 if tally.failures else 0)
+
+
+def import_all() -> None:
+    """Import what loads artifacts once, before the processes that load are forked."""
+    import sentence_transformers  # noqa: F401
+    import transformers
+
+    import octavo.cli  # noqa: F401
+
+    transformers.utils.logging.set_verbosity_error()
+    # A fork that collects garbage would otherwise touch, and so copy, every object of this process.
+    gc.collect()
+    gc.freeze()
 
 
 def work(seeds: list, honest: dict, options: argparse.Namespace, numbers: list[int]) -> run.Tally:

@@ -22,6 +22,10 @@ _VARINTS = [0, 1, 2, 3, 6, 7, 16, 17, 63, 64, 127, 128, 255, 256, 257, 1 << 16, 
             (1 << 64) - 1, (1 << 70) - 1]  # fmt: skip
 
 
+#: Elements of a tensor that is coded again.
+_FEW = 100_000
+
+
 @dataclass
 class Blob:
     """A coded blob as its fields; `tables` is a list of pairs of kind and value."""
@@ -243,6 +247,8 @@ def _byte(draft: Draft, rng: random.Random) -> None:
 def _values(draft: Draft, rng: random.Random) -> None:
     """What another writer could have meant: any integers of the same shape."""
     content, put = coded_part(draft, rng)
+    if coding.describe(content).elements > _FEW:
+        raise Inapplicable("takes long to code")
     try:
         tensor = coding.decode(content)
     except ArtifactError as error:

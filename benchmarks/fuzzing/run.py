@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuzzing import around, blobs, bombs, damage, headers, trees  # noqa: F401  (they register their mutations)
-from fuzzing.cell import MORE, TIMES, load
+from fuzzing.cell import MORE, TIMES, Case, Load, load
 from fuzzing.draft import MUTATIONS, Draft, Inapplicable, Mutation
 from fuzzing.seeds import Seed
 from fuzzing.views import Honest
@@ -22,6 +23,8 @@ from fuzzing.views import Honest
 FAILURES = ("crash", "timeout", "memory", "raw", "silent", "unfilled", "escape")
 #: From the best to the worst.
 ORDER = ("refused", "foreign", "same", "changed", *reversed(FAILURES))
+#: Mutants that are loaded by one process, unless one of them ends it.
+_TOGETHER = 16
 #: Folders of failing mutants of one kind that are kept.
 _KEPT = 2
 
@@ -57,59 +60,77 @@ class Tally:
 
 def honest_of(seed: Seed) -> Honest:
     """What a seed gives when it is loaded; raises unless every way of loading it works."""
-    import hashlib
-
-    views = ["state", *dict.fromkeys(seed.views)]
-    found = load(seed.folder, views, Honest({}, {}))
+    views = ("state", *dict.fromkeys(seed.views))
+    (found,) = load([Case(seed.folder, views, Honest({}, {}))])
     bad = {view: outcome for view, outcome in found.outcomes.items() if outcome.verdict != "same"}
     if bad:
         raise AssertionError(f"the honest artifact {seed.name} is not loaded: {bad}")
     digests = json.loads(found.outcomes["state"].detail)
     report = seed.folder / "report.json"
-    if report.is_file():
-        digests[".report"] = hashlib.sha256(report.read_bytes()).hexdigest()
+    written = hashlib.sha256(report.read_bytes()).hexdigest() if report.is_file() else ""
     models = ("auto", "sentences", "load")
     unfilled = {view: json.loads(found.outcomes[view].detail or "[]") for view in models if view in found.outcomes}
-    return Honest(digests, unfilled)
+    return Honest(digests, unfilled, written)
 
 
-def mutant(seeds: list[Seed], root: int, number: int) -> tuple[Seed, Mutation, Draft, list[str]]:
-    """The mutant of a number: which seed, which change, and how it is loaded."""
+@dataclass
+class Mutant:
+    """A mutant on disk: from which seed, by which change, and how it is loaded."""
+
+    number: int
+    seed: Seed
+    kind: Mutation
+    views: tuple[str, ...]
+    place: Path
+    size: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the artifact lies."""
+        return self.place / "mutant"
+
+
+def mutant(seeds: list[Seed], root: int, number: int) -> Mutant:
+    """The mutant of a number, written."""
     rng = random.Random(f"{root}:{number}")
+    kinds = list(MUTATIONS.values())
+    chosen = rng.choices(kinds, [kind.weight for kind in kinds])[0]
     while True:
         seed = rng.choice(seeds)
-        chosen = rng.choices(list(MUTATIONS.values()), [kind.weight for kind in MUTATIONS.values()])[0]
         draft = Draft.read(seed.folder)
         try:
             chosen.change(draft, rng)
         except (Inapplicable, KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
             # A change after another one finds what the first one left; it is another mutant then.
             continue
-        return seed, chosen, draft, ["state", rng.choice(seed.views)]
+        place = Path(tempfile.mkdtemp(prefix="octavo-mutant-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        made = Mutant(number, seed, chosen, ("state", rng.choice(seed.views)), place, 0)
+        made.folder.mkdir()
+        draft.write(made.folder)
+        made.size = sum(file.lstat().st_size for file in made.folder.rglob("*") if not file.is_dir())
+        return made
 
 
 def fuzz(seeds: list[Seed], honest: dict[str, Honest], root: int, numbers: list[int], keep: Path, seconds: float | None = None) -> Tally:
     """Make, load and judge mutants, until time is up if there is a limit."""
     tally, end = Tally(), time.monotonic() + (seconds or 1e9)
-    for number in numbers:
+    for start in range(0, len(numbers), _TOGETHER):
         if time.monotonic() > end:
             break
-        seed, kind, draft, views = mutant(seeds, root, number)
-        place = Path(tempfile.mkdtemp(prefix="octavo-mutant-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-        folder = place / "mutant"
-        folder.mkdir()
+        made = [mutant(seeds, root, number) for number in numbers[start : start + _TOGETHER]]
         try:
-            draft.write(folder)
-            size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
-            judge(tally, seed, kind, number, folder, views, size, honest[seed.name], keep)
+            cases = [Case(one.folder, one.views, honest[one.seed.name]) for one in made]
+            for one, found in zip(made, load(cases), strict=True):
+                judge(tally, one, found, keep)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            for one in made:
+                shutil.rmtree(one.place, ignore_errors=True)
     return tally
 
 
-def judge(tally: Tally, seed: Seed, kind: Mutation, number: int, folder: Path, views: list[str], size: int, honest: Honest, keep: Path) -> None:
-    """Load a mutant and count what became of it."""
-    found = load(folder, views, honest)
+def judge(tally: Tally, one: Mutant, found: Load, keep: Path) -> None:
+    """Count what became of a mutant, and keep it if it failed."""
+    number, seed, kind, folder, views, size = one.number, one.seed, one.kind, one.folder, one.views, one.size
     extra = found.peak - TIMES * size
     tally.peak = max(tally.peak, extra)
     verdict, view, detail = "refused", views[0], ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -18,6 +17,7 @@ from octavo.artifact import pack, writing
 from octavo.artifact.writing import Contents, Entry, Kept
 from octavo.coding.container import CHUNK
 from octavo.modules import SUPPORTED
+from octavo.report import page
 from octavo.sites import Layout
 
 from fuzzing.gallery import MAKERS, Gallery
@@ -152,22 +152,18 @@ def _models(root: Path) -> list[Seed]:
     """Folders that ``transformers`` and ``sentence-transformers`` load, written by the way through."""
     bert, encoder = _bert(root / "bert-source"), _encoder(root / "bert-source", root / "encoder-source")
     views = ("inspect", "verify", "load", "auto", "auto", "packed")
-    # Quality is not what is looked at: a method of each family, and no data.
+    # Quality is not what is looked at: a method of each family, and no data. Pictures are for people.
     options = {"methods": ["entropy", "svd", "rtn", "keep"], "preset": "data-free", "ratio": 3}
-    made: dict[str, Callable[[Path], object]] = {
-        "bert": lambda out: octavo.compress(bert, **options).save(out),
-        "bert-memory": lambda out: octavo.compress(bert, ratio=1.5, target="memory", preset="data-free").save(out),
-        "encoder": lambda out: octavo.compress(encoder, **options).save(out),
-    }
-    seeds = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch.object(page, "_render", lambda *parts: "<html></html>"):
         warnings.simplefilter("ignore")
-        for name, make in made.items():
-            make(root / name)
-            seeds.append(Seed(name, root / name, (*views, "sentences", "sentences") if name == "encoder" else views))
+        folded = octavo.compress(bert, **options)
+        folded.save(root / "bert")
         with mock.patch.object(writing, "SHARD_BYTES", 8000):
-            made["bert"](root / "bert-shards")
-    return [*seeds, Seed("bert-shards", root / "bert-shards", views)]
+            folded.save(root / "bert-shards")
+        octavo.compress(bert, ratio=1.5, target="memory", preset="data-free").save(root / "bert-memory")
+        octavo.compress(encoder, **options).save(root / "encoder")
+    names = {"bert": views, "bert-shards": views, "bert-memory": views, "encoder": (*views, "sentences", "sentences")}
+    return [Seed(name, root / name, own) for name, own in names.items()]
 
 
 def _bert(folder: Path) -> Path:
