@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from octavo.artifact import MANIFEST
+from octavo.artifact.folder import is_part
 from octavo.weight_files import is_weights
 
 #: Names of files that are copied whatever their size, in lower case.
@@ -104,7 +105,7 @@ def _reason(source: Path, relative: Path, *, adapted: bool) -> str | None:
         return ""
     if not file.is_file():
         return "no ordinary file" if file.exists() or not file.is_symlink() else "a link to nothing"
-    if file.is_symlink() and not _belongs(file.resolve(), source.resolve()):
+    if file.is_symlink() and not is_part(file, source):
         return "a link out of the folder"
     if name.endswith(".model") and _is_pickled(file):
         return "a pickle"
@@ -118,9 +119,3 @@ def _is_pickled(file: Path) -> bool:
     """Whether a file that ends like a tokenizer's is a pickle, plain or in a ZIP file as PyTorch writes it."""
     with open(file, "rb") as opened:
         return opened.read(2).startswith((b"\x80", b"PK"))
-
-
-def _belongs(file: Path, source: Path) -> bool:
-    """Whether what a link leads to is part of the source: inside of it, or a blob of the hub's cache."""
-    blobs = source.parents[1] / "blobs" if source.parent.name == "snapshots" else None
-    return file.is_relative_to(source) or (blobs is not None and file.is_relative_to(blobs))

@@ -1,6 +1,9 @@
 """What numba compiles rounds as the plain code does."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +35,30 @@ def test_compiled_and_plain_code_agree(name, monkeypatch):
         losses = [evidence.loss(form.dense() - weight) for form in (quick, plain)]
         assert losses[0] == pytest.approx(losses[1], rel=0.02)
         assert pack(quick).bytes == pytest.approx(pack(plain).bytes, rel=0.02)
+
+
+_ENCODES = """
+import torch
+from octavo.evidence import Evidence
+from octavo.methods import get_method
+
+weight, inputs = torch.randn(40, 70), torch.randn(100, 70)
+for moments in (Evidence(torch.ones(40), inputs.t() @ inputs / 100 + torch.eye(70)), Evidence(torch.ones(40), torch.eye(70))):
+    for name in ("entropy", "trellis", "gptq"):
+        method = get_method(name)
+        method.encode(weight, method.settings(weight, moments)[-1], moments)
+"""
+
+
+def test_the_cache_of_compiled_code_does_not_grow(tmp_path):
+    """An entry for every process once broke numba's cache at the 128th, and with it every run."""
+    pytest.importorskip("numba")
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def kept():
+        subprocess.run([sys.executable, "-c", _ENCODES], env=environment, check=True)
+        return {file.name: file.stat().st_size for file in Path(tmp_path).rglob("*.nb?")}
+
+    first, second = kept(), kept()
+    assert first
+    assert second == first

@@ -15,7 +15,10 @@ from torch import Tensor
 
 import octavo.forms as forms
 from octavo import coding
+from octavo.coding import Allowance
+from octavo.coding.container import MAX_DIMENSIONS
 from octavo.errors import ArtifactError, OctavoError
+from octavo.forms.base import allowance_for
 from octavo.raw import raw_bytes
 from octavo.running.kernels import resident_bytes
 
@@ -144,16 +147,29 @@ def pack(form: forms.Form) -> Packed:
     return Packed(b"".join(chunks), parts, form.meta(), codecs, resident_bytes(form))
 
 
-def unpack(blob: memoryview, parts: Any, meta: Any, shape: tuple[int, int]) -> forms.Form:
-    """Inverse of :func:`pack`; anything that does not fit is an :class:`ArtifactError`."""
+def unpack(
+    blob: memoryview, parts: Any, meta: Any, shape: tuple[int, int], allowance: Allowance | None = None
+) -> forms.Form:
+    """Inverse of :func:`pack`; anything that does not fit is an :class:`ArtifactError`.
+
+    Parameters
+    ----------
+    allowance
+        Memory that it may take; by default what the shape justifies.
+    """
+    allowance = allowance or allowance_for(shape)
     # All parts together; every form there is stays far below.
     left = 8 * (math.prod(shape) + sum(shape)) + 4096
     tensors = {}
     for name, entry in check_parts(parts, len(blob)).items():
         chunk = blob[entry[0] : entry[0] + entry[1]]
-        tensors[name] = coding.decode(chunk, max_elements=left) if len(entry) == 2 else _floats(name, chunk, entry[2:])
+        if len(entry) == 2:
+            tensors[name] = coding.decode(chunk, max_elements=left, allowance=allowance)
+        else:
+            allowance.take(3 * len(chunk), f"part {name!r}")
+            tensors[name] = _floats(name, chunk, entry[2:])
         left -= tensors[name].numel()
-    return forms.restore(tensors, meta, shape)
+    return forms.restore(tensors, meta, shape, allowance=allowance)
 
 
 def check_parts(parts: Any, size: int) -> Mapping[str, list]:
@@ -175,11 +191,16 @@ def naturals(values: Iterable[Any]) -> bool:
     return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
+def is_shape(values: Any) -> bool:
+    """Whether this is a list of natural numbers, no longer than tensors have dimensions."""
+    return isinstance(values, list) and len(values) <= MAX_DIMENSIONS and naturals(values)
+
+
 def _floats(name: str, chunk: memoryview, entry: list) -> Tensor:
     dtype, shape = DTYPES.get(entry[0]) if isinstance(entry[0], str) else None, entry[1:]
     if dtype is None or not dtype.is_floating_point:
         raise ArtifactError(f"part {name!r} has unknown dtype {entry[0]!r}")
-    if not naturals(shape) or math.prod(shape) * dtype.itemsize != len(chunk):
+    if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(chunk):
         raise ArtifactError(f"part {name!r}: {len(chunk)} bytes do not hold shape {shape} of {entry[0]}")
     return from_bytes(chunk, dtype, shape)
 

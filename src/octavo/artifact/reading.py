@@ -11,7 +11,6 @@ tensor by tensor in less memory than it has bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import struct
@@ -27,9 +26,12 @@ from torch import Tensor
 
 import octavo.forms as forms
 from octavo import coding
-from octavo.artifact.packing import DTYPES, check_parts, dtype_name, from_bytes, naturals, unpack
+from octavo.artifact.folder import check_folder
+from octavo.artifact.packing import DTYPES, check_parts, dtype_name, from_bytes, is_shape, naturals, unpack
 from octavo.artifact.writing import BITS, FORMAT_VERSION, MANIFEST, SUBFOLDER, WEIGHTS, unescaped
+from octavo.coding import Allowance
 from octavo.errors import ArtifactError
+from octavo.forms.base import allowance_for
 from octavo.modules import SUPPORTED
 from octavo.narrowing import FLOATS
 from octavo.raw import narrowed
@@ -37,10 +39,12 @@ from octavo.running import PackedWeight, kernel_for
 from octavo.running.factors import is_factorization
 from octavo.sites import DTYPES as CODES
 from octavo.sites import Layout
+from octavo.strict_json import parse_object, read_plain
 
 #: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
 _LARGEST_RATIO = 2000
-_SLACK = 64 << 20
+#: What they may take beyond that, and what decoding them may take in addition.
+_SLACK, _WORK = 64 << 20, 80 << 20
 #: That of a float64.
 _LARGEST_EXPONENT = 1023
 _MANIFEST_LIMIT = 256 << 20
@@ -85,6 +89,7 @@ class Artifact:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
+        check_folder(self.path)
         self._tensors: dict[str, _Place] = {}
         for name, entry in _mapping(self.manifest, "files").items():
             self._open(name, entry)
@@ -105,7 +110,8 @@ class Artifact:
         for alias, name in self.aliases.items():
             if not isinstance(name, str) or name not in self._tensors or alias in self._tensors:
                 raise ArtifactError(f"{self.path}: {alias!r} cannot be tied to {name!r}")
-        self._check_entries()
+        #: Bytes that decoding may take beside the decoded tensors.
+        self._work = _LARGEST_RATIO * self.bytes + _SLACK + _WORK - self._check_entries()
 
     @property
     def bytes(self) -> int:
@@ -142,7 +148,7 @@ class Artifact:
         matrix = self.layout(name).matrix_shape(_shape(name, entry))
         content = self.content(name)
         try:
-            return unpack(content, entry["parts"], entry["form"], matrix)
+            return unpack(content, entry["parts"], entry["form"], matrix, self._allowance(matrix))
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
 
@@ -177,24 +183,14 @@ class Artifact:
         if name in self.bits:
             return self._of_bits(name)
         if name in self.coded:
-            shape = self.coded[name][1:]
-            tensor = coding.decode(self.content(name), max_elements=math.prod(shape))
-            if list(tensor.shape) != shape:
-                raise ArtifactError(f"{self.path}: {name!r} decodes to shape {list(tensor.shape)}, not {shape}")
-            return tensor
+            return self._decoded(name)
         place = self._tensors[name]
         return from_bytes(self.content(name), place.dtype, place.shape).to(_EXACT[self.kept[name][1]])
 
     def _of_bits(self, name: str) -> Tensor:
         """A tensor whose bits were coded as integers."""
         shape, (stored, dtype) = self.coded[name][1:], (_EXACT[word] for word in self.bits[name])
-        kind = BITS.get(stored.itemsize, torch.int64)
-        count = math.prod(shape) * stored.itemsize // kind.itemsize
-        bits = coding.decode(self.content(name), max_elements=count)
-        if bits.dtype != kind or bits.shape != (count,):
-            raise ArtifactError(
-                f"{self.path}: {name!r} decodes to {list(bits.shape)} of {bits.dtype}, not to {count} of {kind}"
-            )
+        count, bits = math.prod(shape), self._decoded(name)
         return (bits.view(stored).reshape(shape) if count else torch.zeros(shape, dtype=stored)).to(dtype)
 
     def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
@@ -204,12 +200,29 @@ class Artifact:
         """
         # Largest first, so that no thread is left alone with the largest at the end.
         order = sorted(self._tensors if names is None else names, key=lambda name: -self._tensors[name].length)
-        threads = torch.get_num_threads()
+        threads = self._threads(order)
+        before = torch.get_num_threads()
         # One thread a site: operations that split themselves over threads again would wait for each other.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             tensors = dict(zip(order, pool.map(self.packed if packed else self.tensor, order), strict=True))
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
+
+    def _allowance(self, matrix: tuple[int, int]) -> Allowance:
+        """Memory that decoding a site may take: what its shape justifies, and no more than the artifact's size does."""
+        return Allowance(min(allowance_for(matrix).bytes, self._work))
+
+    def _threads(self, names: Iterable[str]) -> int:
+        """How many sites are decoded at a time: all together take no more memory than the artifact justifies."""
+        shapes = (
+            self.layout(name).matrix_shape(_shape(name, self.sites[name])) for name in names if name in self.sites
+        )
+        largest = max((allowance_for(shape).bytes for shape in shapes), default=1)
+        return max(1, min(torch.get_num_threads(), self._work // largest))
+
+    def _decoded(self, name: str) -> Tensor:
+        """The integers of a coded tensor, or those that its bits are."""
+        return coding.decode(self.content(name), allowance=Allowance(self._work))
 
     def loadable_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors that a loader finds in the files, as they are once decoded."""
@@ -247,22 +260,34 @@ class Artifact:
         if len(head) != 8 + length or zlib.crc32(head) != entry[1]:
             raise ArtifactError(f"{file}: the header is damaged (checksum mismatch)")
         start_of_data, size_of_data = len(head), entry[0] - len(head)
-        for inner, info in _json(head[8:], file).items():
+        spans: list[tuple[int, int]] = []
+        for inner, info in parse_object(head[8:], file, extra=4 * entry[0]).items():
             if inner == "__metadata__":
                 continue
             tensor = prefix + unescaped(inner)
             try:
-                dtype, shape, (start, stop) = CODES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
-                whole = naturals((start, stop, *shape)) and start <= stop <= size_of_data
+                dtype, shape, (start, stop) = CODES[info["dtype"]], info["shape"], info["data_offsets"]
+                whole = is_shape(shape) and naturals((start, stop)) and start <= stop <= size_of_data
                 fits = whole and stop - start == math.prod(shape) * dtype.itemsize
             except (KeyError, TypeError, ValueError) as error:
                 raise ArtifactError(f"{file}: the entry of {tensor!r} is malformed: {error}") from error
             if not fits or tensor in self._tensors:
                 raise ArtifactError(f"{file}: the entry of {tensor!r} does not fit the file")
-            self._tensors[tensor] = _Place(file, start_of_data + start, stop - start, dtype, shape)
+            self._tensors[tensor] = _Place(file, start_of_data + start, stop - start, dtype, tuple(shape))
+            spans.append((start, stop))
+        end = 0
+        for start, stop in sorted(spans):
+            if start != end:
+                raise ArtifactError(f"{file}: tensors overlap, or leave bytes between them, at byte {min(start, end)}")
+            end = stop
+        if end != size_of_data:
+            raise ArtifactError(f"{file}: tensors end at byte {end} of {size_of_data}")
 
-    def _check_entries(self) -> None:
-        """Refuse what is malformed, or implausibly larger than the artifact, before any memory is taken."""
+    def _check_entries(self) -> int:
+        """Refuse what is malformed, or implausibly larger than the artifact, before any memory is taken.
+
+        Returns the bytes of all tensors once they are decoded.
+        """
         source = _mapping(self.manifest, "source")
         sizes = [source.get(key) for key in ("bytes", "weights")]
         words = [self.manifest.get("octavo"), *(source.get(key) for key in ("title", "fingerprint"))]
@@ -283,23 +308,20 @@ class Artifact:
                 check_parts(entry.get("parts"), self._tensors[name].length)
             except ArtifactError as error:
                 raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
-            total += math.prod(shape) * 4
-        for name, entry in self.coded.items():
-            if not isinstance(entry, list) or not entry or not naturals(entry):
-                raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
-            total += math.prod(entry[1:]) * 8
+            total += math.prod(shape) * DTYPES[entry["dtype"]].itemsize
         for name, entry in self.kept.items():
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
             self._check_pair(name, self._tensors[name].dtype, entry[1])
             # Other loaders read these tensors as they are, and check nothing.
             self.content(name)
+            total += math.prod(self._tensors[name].shape) * _EXACT[entry[1]].itemsize
         for name, entry in self.bits.items():
             words = entry if isinstance(entry, list) and len(entry) == 2 else [None, None]
             if name not in self.coded or not isinstance(words[0], str) or words[0] not in _EXACT:
                 raise ArtifactError(f"{self.path}: the bits of {name!r} are of dtype {words[0]!r}")
             self._check_pair(name, _EXACT[words[0]], words[1])
-            total += math.prod(self.coded[name][1:]) * 16
+        total += sum(self._check_coded(name, entry) for name, entry in self.coded.items())
         if set(self.extra) & {*self._tensors, *self.aliases}:
             raise ArtifactError(f"{self.path}: the manifest has data under the name of a tensor")
         if total > _LARGEST_RATIO * self.bytes + _SLACK:
@@ -307,6 +329,23 @@ class Artifact:
                 f"{self.path}: claims {total} bytes of weights in {self.bytes} bytes of files; refused, since no "
                 f"artifact compresses {_LARGEST_RATIO} times"
             )
+        return total
+
+    def _check_coded(self, name: str, entry: Any) -> int:
+        """The bytes of a coded tensor and of the integers it is made from; its head must be as the manifest says."""
+        if not (isinstance(entry, list) and entry and naturals(entry[:1]) and is_shape(entry[1:])):
+            raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
+        head, shape, given = coding.describe(self.content(name)), tuple(entry[1:]), 0
+        dtype = head.dtype
+        if name in self.bits:
+            stored, back = (_EXACT[word] for word in self.bits[name])
+            dtype, given = BITS.get(stored.itemsize, torch.int64), math.prod(shape) * back.itemsize
+            shape = (math.prod(shape) * stored.itemsize // dtype.itemsize,)
+        if (head.dtype, head.shape) != (dtype, shape):
+            raise ArtifactError(
+                f"{self.path}: {name!r} decodes to {list(head.shape)} of {head.dtype}, not to {list(shape)} of {dtype}"
+            )
+        return head.elements * dtype.itemsize + given
 
     def _check_pair(self, name: str, stored: torch.dtype, given: Any) -> None:
         """Floats may be stored in another precision; every other dtype is given back as it is stored."""
@@ -319,13 +358,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.is_dir() or not file.is_file() or file.is_symlink():
         raise ArtifactError(f"{path}: not an artifact, there is no {MANIFEST} in it")
-    if file.stat().st_size > _MANIFEST_LIMIT:
-        raise ArtifactError(f"{file}: {file.stat().st_size} bytes are too many for a manifest")
-    content = file.read_bytes()
+    content = read_plain(file, most=_MANIFEST_LIMIT)
     prefix = _PREFIX.match(content)
     if not prefix or hashlib.sha256(content[prefix.end() :]).hexdigest().encode() != prefix[1]:
         raise ArtifactError(f"{file}: damaged (checksum mismatch), or not written by Octavo")
-    manifest = _json(content, file)
+    manifest = parse_object(content, file, extra=4 * _weights_bytes(path))
     if manifest.get("format") != "octavo" or manifest.get("version") != FORMAT_VERSION:
         raise ArtifactError(
             f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
@@ -334,14 +371,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _json(content: bytes, file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{file}: not a JSON object")
-    return value
+def _weights_bytes(path: Path) -> int:
+    """Bytes of the files with weights that lie in a folder: the more there are, the longer a manifest may be."""
+    return sum(file.stat().st_size for file in path.glob("model*.safetensors") if file.is_file())
 
 
 def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -353,8 +385,8 @@ def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _shape(name: str, entry: Any) -> tuple[int, ...]:
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not naturals(shape) or 0 in shape:
-        raise ArtifactError(f"site {name!r} has shape {shape!r}")
+    if not isinstance(shape, list) or not is_shape(shape) or not 2 <= len(shape) <= 8 or 0 in shape:
+        raise ArtifactError(f"site {name!r} has shape {str(shape)[:80]}")
     return tuple(shape)
 
 

@@ -32,7 +32,8 @@ MAX_DEPTH = 2
 
 _FIXED = struct.Struct("<BBBBII")
 _CRC_AT = 8
-_MAX_DIMENSIONS = 64
+#: More dimensions than this no tensor is read with.
+MAX_DIMENSIONS = 32
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def parse(blob: bytes | memoryview | np.ndarray, max_elements: int | None = None
     storage = NARROW[types >> 4]
     if not np.can_cast(storage, STORAGE[types & 15], "safe"):
         raise ArtifactError(f"coded tensor: {storage} values in a {DTYPES[types & 15]} tensor")
-    if dimensions > _MAX_DIMENSIONS:
-        raise ArtifactError(f"coded tensor: {dimensions} dimensions")
+    if dimensions > MAX_DIMENSIONS:
+        raise ArtifactError(f"coded tensor: {dimensions} dimensions, at most {MAX_DIMENSIONS} are read")
 
     reader = Reader(data[_FIXED.size : head_bytes])
     shape = tuple(reader.unsigned() for _ in range(dimensions))

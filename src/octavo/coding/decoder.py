@@ -4,12 +4,18 @@ import numpy as np
 import torch
 
 from octavo.coding import bitpack, unpacking
+from octavo.coding.allowance import Allowance
 from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, STORAGE, Header, Parsed, parse
 from octavo.coding.parallel import run
 from octavo.errors import ArtifactError
 
+#: Bytes that decoding takes for every element of a chunk, of the few chunks that are decoded at a time.
+_CHUNK_BYTES = 16
 
-def decode(blob: bytes | memoryview | np.ndarray, *, max_elements: int | None = None) -> torch.Tensor:
+
+def decode(
+    blob: bytes | memoryview | np.ndarray, *, max_elements: int | None = None, allowance: Allowance | None = None
+) -> torch.Tensor:
     """Return the tensor that `encode` stored.
 
     Parameters
@@ -18,13 +24,15 @@ def decode(blob: bytes | memoryview | np.ndarray, *, max_elements: int | None = 
         A blob, not necessarily a trusted one.
     max_elements : int, optional
         Largest number of elements to accept.
+    allowance : Allowance, optional
+        Memory that may be taken; the decoded tensor is counted there.
 
     Raises
     ------
     ArtifactError
-        If the blob is damaged or not one at all, or holds more than `max_elements`.
+        If the blob is damaged or not one at all, or holds more than `max_elements`, or takes more memory than allowed.
     """
-    return _decode(blob, max_elements, 0)
+    return _decode(blob, max_elements, allowance, 0)
 
 
 def describe(blob: bytes | memoryview | np.ndarray, *, max_elements: int | None = None) -> Header:
@@ -45,14 +53,18 @@ def describe(blob: bytes | memoryview | np.ndarray, *, max_elements: int | None 
     return parse(blob, max_elements).header
 
 
-def _decode(blob: bytes | memoryview | np.ndarray, max_elements: int | None, depth: int) -> torch.Tensor:
+def _decode(
+    blob: bytes | memoryview | np.ndarray, max_elements: int | None, allowance: Allowance | None, depth: int
+) -> torch.Tensor:
     if depth > MAX_DEPTH:
         raise ArtifactError("coded tensor: blobs nested too deeply")
     parsed = parse(blob, max_elements)
+    if allowance is not None:
+        _count(parsed, allowance)
     if parsed.header.codec in ("raw", "bits"):
         values = _decode_fixed(parsed)
     else:
-        values = unpacking.decode(parsed, lambda data, limit: _decode(data, limit, depth + 1))
+        values = unpacking.decode(parsed, lambda data, limit: _decode(data, limit, allowance, depth + 1), allowance)
     dtype = parsed.header.dtype
     values = values.reshape(parsed.header.shape)
     if dtype == torch.bool:
@@ -60,6 +72,16 @@ def _decode(blob: bytes | memoryview | np.ndarray, max_elements: int | None, dep
             raise ArtifactError("coded tensor: a truth value is neither 0 nor 1")
         return torch.from_numpy(values.view(np.bool_))
     return torch.from_numpy(values.astype(STORAGE[DTYPES.index(dtype)], copy=False))
+
+
+def _count(parsed: Parsed, allowance: Allowance) -> None:
+    """Count the decoded tensor, and refuse what decoding takes besides it."""
+    elements, kept = parsed.header.elements, STORAGE[DTYPES.index(parsed.header.dtype)].itemsize
+    what = f"a coded tensor of shape {list(parsed.header.shape)}"
+    allowance.take(elements * kept, what)
+    # The values in their own type, put in streams and taken from there; of a chunk, digits, words and bits.
+    wide = 3 if parsed.header.codec in ("huffman", "ans") else 1
+    allowance.check(wide * elements * parsed.storage.itemsize + _CHUNK_BYTES * min(elements, CHUNK), what)
 
 
 def _decode_fixed(parsed: Parsed) -> np.ndarray:

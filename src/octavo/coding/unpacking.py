@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from octavo.coding import ans, huffman
+from octavo.coding.allowance import Allowance
 from octavo.coding.container import Parsed
 from octavo.coding.fields import Reader
 from octavo.coding.layout import MAX_CLASSES, Layout, Stream
@@ -18,7 +19,7 @@ from octavo.errors import ArtifactError
 Nested = Callable[[memoryview, int], torch.Tensor]
 
 
-def decode(parsed: Parsed, nested: Nested) -> np.ndarray:
+def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -> np.ndarray:
     """Return the values, flat or as a matrix, of blobs of either codec."""
     header, tables = parsed.header, parsed.tables
     if not header.elements:
@@ -29,7 +30,7 @@ def decode(parsed: Parsed, nested: Nested) -> np.ndarray:
         if size:
             streams.append(_read_stream(tables, start, size, header.codec, parsed.storage))
             start += size
-    positions, escaped = _read_escapes(parsed, nested)
+    positions, escaped = _read_escapes(parsed, nested, allowance)
     if tables.data:
         raise ArtifactError(f"coded tensor: {len(tables.data)} bytes too many in the head")
     jobs = [(stream, piece) for stream in streams for piece in stream.pieces()]
@@ -73,13 +74,16 @@ def _read_stream(tables: Reader, start: int, size: int, codec: str, storage: np.
     return Stream(start, size, window, table)
 
 
-def _read_escapes(parsed: Parsed, nested: Nested) -> tuple[np.ndarray, np.ndarray]:
+def _read_escapes(parsed: Parsed, nested: Nested, allowance: Allowance | None) -> tuple[np.ndarray, np.ndarray]:
     """Return positions and values of the escapes."""
     count, elements = parsed.tables.unsigned(), parsed.header.elements
     if count == 0:
         return np.empty(0, np.int64), np.empty(0, parsed.storage)
     if count > elements:
         raise ArtifactError(f"coded tensor: {count} escapes among {elements} elements")
+    if allowance is not None:
+        # Positions as well as the gaps that they are added up from.
+        allowance.check(count * 3 * 8, f"a coded tensor with {count} escapes")
     gaps, escaped = (nested(parsed.tables.block(), count).numpy() for _ in range(2))
     if gaps.shape != (count,) or escaped.shape != (count,) or gaps.dtype != np.int64 or escaped.dtype != parsed.storage:
         raise ArtifactError(f"coded tensor: positions and values of {count} escapes have other shapes or types")

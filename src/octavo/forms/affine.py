@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.forms import scales, streams
-from octavo.forms.base import Form, expect, form
+from octavo.forms.base import Form, elements, expect, form
 
 _ROUNDED = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _CODES, _STEP, _OFFSET = "codes", "step", "offset"
@@ -78,7 +78,7 @@ class Affine(Form):
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Affine:  # noqa: D102
-        odd = set(meta) - {"form", "groups", "rounded", _OFFSET, _STEP, _CODES, "_depth"}
+        odd = set(meta) - {"form", "groups", "rounded", _OFFSET, _STEP, _CODES, "_within"}
         expect(not odd, f"an affine form has no {', '.join(map(repr, odd))[:200]}")
         groups, rounded = meta["groups"], meta["rounded"]
         expect(type(groups) is int and 0 < groups <= shape[1], f"{groups!r} groups for {shape[1]} columns")
@@ -92,11 +92,17 @@ class Affine(Form):
         offset = scales.load(under(_OFFSET), meta[_OFFSET], size) if _OFFSET in meta else None
         step = scales.load(under(_STEP), meta[_STEP], size, offset)
         codes = streams.join(under(_CODES), meta[_CODES], shape, step, offset)
-        stored = {"parts": dict(tensors), "meta": {key: value for key, value in meta.items() if key != "_depth"}}
+        stored = {"parts": dict(tensors), "meta": {key: value for key, value in meta.items() if key != "_within"}}
         return cls(codes, step, offset, _ROUNDED[rounded], stored)
 
     def held(self) -> list[Tensor]:  # noqa: D102
         return list(self.tensors().values())
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        n, groups = elements(shape), shape[0] * int(meta["groups"])
+        # Codes twice, as floats and rounded; cells of some rows; steps and offsets as patterns of 64 bits, many times.
+        return 14 * n + 16 * streams.at_once(shape) + 256 * groups
 
     def dense(self) -> Tensor:  # noqa: D102
         grouped = self.codes.float().view(*self.step.shape, -1)

@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from octavo.coding.allowance import Allowance
 from octavo.errors import ArtifactError
 
+#: Where :func:`restore` tells :func:`child` how deep it is, among what the manifest says.
+_WITHIN = "_within"
 _FORMS: dict[str, type[Form]] = {}
 
 #: Forms nest (``Sum(Grid, LowRank(Grid, Grid))``); a stranger's manifest may not nest deeper than this.
 MAX_DEPTH = 6
+#: Bytes of memory that a form may take for every weight: 48 times those of a float32.
+_MOST = 192
+#: What a form may take whatever its size: 4 MB.
+_LEAST = 4 << 20
 #: Weights that are decoded at once while running: 4 MB of them.
 _AT_ONCE = 1 << 20
 
@@ -48,6 +55,15 @@ class Form(ABC):
     @abstractmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Form:
         """Exact inverse of :meth:`tensors` and :meth:`meta`; everything is checked against ``shape``."""
+
+    @classmethod
+    @abstractmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:
+        """Bytes of memory that :meth:`restore` and :meth:`dense` take at most, intermediates and the result included.
+
+        Stored parts and nested forms are counted by themselves. It is asked before anything is restored, so ``meta``
+        is not checked yet; too much is refused (:func:`allowance_for`).
+        """
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -100,15 +116,43 @@ def form_names() -> list[str]:
     return sorted(_FORMS)
 
 
-def restore(tensors: Mapping[str, Tensor], meta: Any, shape: tuple[int, int], *, depth: int = 0) -> Form:
-    """Rebuild a form of ``shape`` from stored parts; anything inconsistent is an :class:`ArtifactError`."""
+def allowance_for(shape: tuple[int, int]) -> Allowance:
+    """The memory that any form of a matrix of this shape may take while it is restored and made dense."""
+    return Allowance(_MOST * elements(shape) + _LEAST)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Where a form is nested, and the memory that is left for it."""
+
+    depth: int
+    allowance: Allowance
+
+
+def restore(
+    tensors: Mapping[str, Tensor],
+    meta: Any,
+    shape: tuple[int, int],
+    *,
+    depth: int = 0,
+    allowance: Allowance | None = None,
+) -> Form:
+    """Rebuild a form of ``shape`` from stored parts; anything inconsistent is an :class:`ArtifactError`.
+
+    Parameters
+    ----------
+    allowance
+        Memory that the form may take, that of making it dense included; by default that of :func:`allowance_for`.
+    """
+    allowance = allowance or allowance_for(shape)
     if depth > MAX_DEPTH:
         raise ArtifactError(f"forms nest deeper than {MAX_DEPTH}; this manifest was not written by Octavo")
     kind = meta.get("form") if isinstance(meta, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMS:
         raise ArtifactError(f"unknown form {kind!r}; this version knows {', '.join(form_names())}")
     try:
-        made = _FORMS[kind].restore(tensors, {**meta, "_depth": depth}, shape)
+        allowance.take(_FORMS[kind].work(tensors, meta, shape), f"a {kind} form of shape {shape}")
+        made = _FORMS[kind].restore(tensors, {**meta, _WITHIN: _Within(depth, allowance)}, shape)
         own = made.meta()
     except ArtifactError:
         raise
@@ -126,7 +170,8 @@ def child(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str, sha
     """Restore the nested form called ``name`` of a form that is itself being restored."""
     prefix = f"{name}/"
     parts = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-    return restore(parts, meta[name], shape, depth=int(meta.get("_depth", 0)) + 1)
+    within: _Within = meta[_WITHIN]
+    return restore(parts, meta[name], shape, depth=within.depth + 1, allowance=within.allowance)
 
 
 def nest(**children: Form) -> dict[str, Tensor]:

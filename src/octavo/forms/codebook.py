@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.forms.base import Form, apply_by_rows, expect, expect_floats, expect_integers, form
+from octavo.forms.base import Form, apply_by_rows, elements, expect, expect_floats, expect_integers, form
 
 
 @form("codebook")
@@ -56,6 +56,10 @@ class Codebook(Form):
             )
             expect_floats(scale, "scale")
         return cls(codes, values, scale)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 16 * elements(shape) + 16 * tensors["values"].numel() + 4 * shape[0]
 
     def dense(self) -> Tensor:  # noqa: D102
         weight = self.values.float()[self.codes.long()]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, expect_integers, form, nest
+from octavo.forms.base import Form, child, elements, expect, expect_integers, form, nest
 
 
 @form("cut")
@@ -48,6 +48,10 @@ class Cut(Form):
         columns = expect_integers(tensors["columns"], (shape[1],), "columns").bool()
         expect(bool(rows.any()) and bool(columns.any()), "no row or no column is kept")
         return cls(child(tensors, meta, "inner", (int(rows.sum()), int(columns.sum()))), rows, columns)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 8 * elements(shape) + 32 * sum(shape)
 
     def dense(self) -> Tensor:  # noqa: D102
         inner = self.inner.dense()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.forms.base import Form, expect, expect_floats, form
+from octavo.forms.base import Form, elements, expect, expect_floats, form
 
 
 @form("dense")
@@ -39,6 +39,11 @@ class Dense(Form):
         weight = tensors["weight"]
         expect(tuple(weight.shape) == shape, f"dense part has shape {tuple(weight.shape)}, expected {shape}")
         return cls(expect_floats(weight, "weight"))
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        # The check for infinities compares copies.
+        return elements(shape) * (2 * tensors["weight"].dtype.itemsize + 8)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.weight.float()

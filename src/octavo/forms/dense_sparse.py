@@ -85,6 +85,16 @@ class DenseSparse(Form):
         values = child(tensors, meta, "values", (shape[0], blocks * nonzeros))
         return cls(values, index, child(tensors, meta, "dictionary", (blocks * atoms, width)), nonzeros, shape[1])
 
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        nonzeros, atoms, width = (int(meta[key]) for key in ("nonzeros", "atoms", "width"))
+        blocks = -(-shape[1] // max(width, 1))
+        entries, padded = shape[0] * blocks * nonzeros, shape[0] * blocks * width
+        picked = max(min(entries * width, _AT_ONCE), blocks * nonzeros * width)
+        spread = max(min(shape[0] * blocks * atoms, _AT_ONCE), blocks * atoms)
+        # Places as 64-bit numbers, several times; some rows with their atoms; all rows, in parts and joined.
+        return 48 * entries + 12 * max(picked, spread) + 8 * padded
+
     def dense(self) -> Tensor:  # noqa: D102
         return self._combined(self.values.dense(), self.index)
 

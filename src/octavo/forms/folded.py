@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, form, nest
+from octavo.forms.base import Form, child, elements, expect, form, nest
 
 #: Filters ``n``, channels ``c``, height ``h`` and width ``w`` in the order of the folded matrix, and how many of them
 #: make its rows. The fold that needs no form, ``n x (c h w)``, is called channel in the literature.
@@ -55,6 +55,10 @@ class Folded(Form):
         expect(which in FOLDS, f"fold {which!r} is none of {', '.join(FOLDS)}")
         expect(min(c, h, w) > 0 and c * h * w == shape[1], f"a kernel of {(c, h, w)} has not {shape[1]} elements")
         return cls(child(tensors, meta, "inner", folded_shape(which, shape[0], (c, h, w))), which, (c, h, w))
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 4 * elements(shape)
 
     def dense(self) -> Tensor:  # noqa: D102
         order, _ = FOLDS[self.fold]

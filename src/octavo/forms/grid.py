@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, apply_by_rows, expect, expect_floats, expect_integers, form
+from octavo.forms.base import Form, apply_by_rows, elements, expect, expect_floats, expect_integers, form
 
 #: Row and column steps are powers of two with this many divisions an octave: 9% apart, so that choosing the nearest
 #: costs next to nothing, while the exponents, being small integers, are entropy-coded to a few bits each.
@@ -74,6 +74,13 @@ class Grid(Form):
                 bound = 126 * DIVISIONS
                 expect(bool((exponents.long().abs() <= bound).all()), f"a step exponent in {part!r} is out of range")
         return cls(expect_integers(tensors["codes"], shape, "codes"), scale, zero, rows, columns)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        scale, n = tensors["scale"], elements(shape)
+        # Codes as floats; steps and zero points by column where they are by group.
+        spread = 4 * n if scale.shape[-1] > 1 else 0
+        return 4 * n + 3 * spread + 32 * (scale.numel() + sum(shape))
 
     def dense(self) -> Tensor:  # noqa: D102
         columns, groups = self.codes.shape[1], self.scale.shape[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, form, nest
+from octavo.forms.base import Form, child, elements, expect, form, nest
 
 
 @form("grouped-lowrank")
@@ -54,6 +54,11 @@ class GroupedLowRank(Form):
         expect(0 < rank <= max(shape[0], width), f"rank {rank} for groups of shape {(shape[0], width)}")
         left = child(tensors, meta, "left", (shape[0], groups * rank))
         return cls(left, child(tensors, meta, "right", (groups * rank, width)), groups)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        # The left factors by group, the products of the groups, and these side by side.
+        return 8 * elements(shape) + 4 * shape[0] * int(meta["groups"]) * int(meta["rank"])
 
     def dense(self) -> Tensor:  # noqa: D102
         return self._joined(self.left.dense())

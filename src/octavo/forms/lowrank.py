@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, form, nest
+from octavo.forms.base import Form, child, elements, expect, form, nest
 
 
 @form("lowrank")
@@ -43,6 +43,10 @@ class LowRank(Form):
         rank = int(meta["rank"])
         expect(0 < rank <= max(shape), f"rank {rank} for a matrix of shape {shape}")
         return cls(child(tensors, meta, "left", (shape[0], rank)), child(tensors, meta, "right", (rank, shape[1])))
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 4 * elements(shape)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.left.dense() @ self.right.dense()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, expect_integers, form, nest
+from octavo.forms.base import Form, child, elements, expect, expect_integers, form, nest
 
 #: The index of a block is one byte.
 MOST_BLOCKS = 256
@@ -56,6 +56,10 @@ class RowBlocks(Form):
         expect(min(sizes) > 0, f"some of the {count} blocks have no row")
         blocks = [child(tensors, meta, f"block{number}", (size, shape[1])) for number, size in enumerate(sizes)]
         return cls(member.to(torch.uint8), tuple(blocks))
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 8 * elements(shape) + 64 * shape[0]
 
     def dense(self) -> Tensor:  # noqa: D102
         return torch.cat([block.dense() for block in self.blocks])[self._places]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, expect_integers, form, nest
+from octavo.forms.base import Form, child, elements, expect, expect_integers, form, nest
 
 #: Gains are powers of two with this many divisions an octave: 0.5% apart.
 GAIN_DIVISIONS = 128
@@ -56,6 +56,10 @@ class Scaled(Form):
         within = (gains >= -LARGEST_GAIN) & (gains <= LARGEST_GAIN)
         expect(bool(within.all()), f"a gain is not within {LARGEST_GAIN} of zero")
         return cls(child(tensors, meta, "base", shape), gains)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 4 * elements(shape) + 16 * shape[0]
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.base.dense() * self.factors[:, None]

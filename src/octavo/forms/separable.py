@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, form, nest
+from octavo.forms.base import Form, child, elements, expect, form, nest
 
 #: Products of channels and height that are held at once.
 _AT_ONCE = 1 << 24
@@ -58,6 +58,13 @@ class Separable(Form):
             for name, size in (("channel", c), ("vertical", h), ("horizontal", w))
         )
         return cls(a, b, d, terms)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        c, h, _ = (int(size) for size in meta["kernel"])
+        products = shape[0] * c * h
+        some = min(int(meta["terms"]) * products, max(_AT_ONCE, products))
+        return 12 * elements(shape) + 12 * some
 
     def dense(self) -> Tensor:  # noqa: D102
         parts = [part.dense().unflatten(0, (self.terms, -1)) for part in self._named().values()]

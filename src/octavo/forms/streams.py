@@ -29,6 +29,11 @@ _WORTHWHILE = 0.004
 _ROWS, _SAMPLE = 1 << 20, 1 << 22
 
 
+def at_once(shape: tuple[int, int]) -> int:
+    """Codes of a matrix that are taken apart at a time."""
+    return min(shape[0] * shape[1], max(_ROWS, shape[1]))
+
+
 class Cells:
     """The cell of every code: computed from steps, offsets and one small integer a column.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.forms.base import Form, child, form, nest
+from octavo.forms.base import Form, child, elements, form, nest
 
 
 @form("sum")
@@ -32,6 +32,10 @@ class Sum(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Sum:  # noqa: D102
         return cls(child(tensors, meta, "base", shape), child(tensors, meta, "correction", shape))
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        return 4 * elements(shape)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.base.dense() + self.correction.dense()

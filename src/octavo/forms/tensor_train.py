@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms.base import Form, child, expect, form, nest
+from octavo.forms.base import Form, child, elements, expect, form, nest
 
 #: More cores than this no layer has use for.
 MOST_CORES = 16
@@ -76,6 +76,17 @@ class TensorTrain(Form):
             child(tensors, meta, f"core{k}", (ranks[k] * rows[k] * columns[k], ranks[k + 1])) for k in range(len(rows))
         ]
         return cls(tuple(cores), tuple(rows), tuple(columns), *shape)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        rows, columns, ranks = ([int(n) for n in meta[key]] for key in ("rows", "columns", "ranks"))
+        expect(len(rows) == len(columns) == len(ranks) - 1 <= MOST_CORES, "modes and ranks do not match in number")
+        steps = [a * r * c * b for a, r, c, b in zip(ranks, rows, columns, ranks[1:], strict=False)]
+        wholes = [math.prod(rows[:k]) * math.prod(columns[:k]) * ranks[k] for k in range(len(ranks))]
+        # Every product is written in one order and copied to another, and so are its factors.
+        return max(4 * (2 * wholes[k] + 2 * core + 2 * wholes[k + 1]) for k, core in enumerate(steps)) + 4 * elements(
+            shape
+        )
 
     def dense(self) -> Tensor:  # noqa: D102
         whole = self._core(0).new_ones(1, 1, 1)

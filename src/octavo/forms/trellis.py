@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ArtifactError
-from octavo.forms.base import Form, child, expect, form, nest
+from octavo.forms.base import Form, child, elements, expect, form, nest
 from octavo.forms.grid import Grid
 
 #: Rows of one column are dealt out to so many trellises in turn, so that an encoder advances all of them at once.
@@ -58,6 +58,11 @@ class Trellis(Form):
             raise ArtifactError(f"a trellis reads the codes of a grid, not of a form {grid.name!r}")
         expect(grid.zero is None, "the grid of a trellis has zero points")
         return cls(grid)
+
+    @classmethod
+    def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
+        # The levels, of two bytes or of eight, and bits of the quantizers.
+        return elements(shape) * (6 if tensors["grid/codes"].dtype == torch.int8 else 20)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.levels().dense()

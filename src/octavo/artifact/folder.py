@@ -1,0 +1,53 @@
+"""What lies in an artifact's folder: ordinary files and folders, and no links out of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from octavo.errors import ArtifactError
+
+#: Folders below an artifact's that are looked into, and entries in all of them.
+_DEEP, _MOST = 4, 20_000
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder with anything that a loader could read without end, or that lies elsewhere.
+
+    Raises
+    ------
+    ArtifactError
+        If there is a device, a pipe, a socket, or a link that leads out of the folder.
+    """
+    left = _MOST
+    todo = [(path, 0)]
+    while todo:
+        place, depth = todo.pop()
+        try:
+            entries = [(entry.name, entry.stat(follow_symlinks=False).st_mode) for entry in os.scandir(place)]
+        except OSError as error:
+            raise ArtifactError(f"{place}: cannot be read: {error.strerror or error}") from error
+        left -= len(entries)
+        if left < 0:
+            raise ArtifactError(f"{path}: has more than {_MOST} files; an artifact has few")
+        for name, mode in entries:
+            file = place / name
+            if stat.S_ISLNK(mode) and not is_part(file, path):
+                raise ArtifactError(f"{file}: is a link out of the artifact; put the file itself there")
+            if stat.S_ISDIR(mode):
+                # Hidden folders are those of other tools, which no loader reads.
+                todo += [(file, depth + 1)] if depth < _DEEP and not name.startswith(".") else []
+            elif not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+                raise ArtifactError(f"{file}: is no ordinary file; an artifact has none like it, remove it")
+
+
+def is_part(file: Path, folder: Path) -> bool:
+    """Whether what a link leads to is an ordinary file in ``folder``, or one that the hub's cache holds for it."""
+    try:
+        target, folder = file.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError):
+        return False
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
+    within = target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs))
+    return within and target.is_file()
