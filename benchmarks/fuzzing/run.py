@@ -25,6 +25,8 @@ FAILURES = ("crash", "timeout", "memory", "raw", "silent", "unfilled", "escape")
 ORDER = ("refused", "foreign", "same", "changed", *reversed(FAILURES))
 #: Mutants that are loaded by one process, unless one of them ends it.
 _TOGETHER = 16
+#: Seeds that are tried for a change, of which few may suit it.
+_TRIES = 500
 #: Folders of failing mutants of one kind that are kept.
 _KEPT = 2
 
@@ -95,7 +97,7 @@ def mutant(seeds: list[Seed], root: int, number: int) -> Mutant:
     rng = random.Random(f"{root}:{number}")
     kinds = list(MUTATIONS.values())
     chosen = rng.choices(kinds, [kind.weight for kind in kinds])[0]
-    while True:
+    for _ in range(_TRIES):
         seed = rng.choice(seeds)
         draft = Draft.read(seed.folder)
         try:
@@ -109,6 +111,7 @@ def mutant(seeds: list[Seed], root: int, number: int) -> Mutant:
         draft.write(made.folder)
         made.size = sum(file.lstat().st_size for file in made.folder.rglob("*") if not file.is_dir())
         return made
+    raise AssertionError(f"no seed gives room for a change of kind {chosen.name!r}")
 
 
 def fuzz(seeds: list[Seed], honest: dict[str, Honest], root: int, numbers: list[int], keep: Path, seconds: float | None = None) -> Tally:
@@ -128,6 +131,13 @@ def fuzz(seeds: list[Seed], honest: dict[str, Honest], root: int, numbers: list[
     return tally
 
 
+def _kind_of(verdict: str, detail: str) -> str:
+    """What failures of one cause have in common: the type of the error and where it was raised."""
+    if verdict != "raw":
+        return detail[:40] if verdict != "memory" else ""
+    return f"{detail.partition(':')[0]} {detail.rpartition('[')[2].rstrip(']')}"
+
+
 def judge(tally: Tally, one: Mutant, found: Load, keep: Path) -> None:
     """Count what became of a mutant, and keep it if it failed."""
     number, seed, kind, folder, views, size = one.number, one.seed, one.kind, one.folder, one.views, one.size
@@ -142,7 +152,7 @@ def judge(tally: Tally, one: Mutant, found: Load, keep: Path) -> None:
         verdict, detail = "memory", f"{found.peak >> 20} MB for {size} bytes; {detail}"
     tally.counts[seed.name, kind.name, verdict] += 1
     if verdict in FAILURES:
-        key = f"{verdict} | {view} | {kind.name.partition(':')[0]} | {detail[-80:] if verdict == 'raw' else detail[:40] if verdict != 'memory' else ''}"
+        key = f"{verdict} | {view} | {kind.name.partition(':')[0]} | {_kind_of(verdict, detail)}"
         failure = {"number": number, "seed": seed.name, "mutation": kind.name, "view": view, "verdict": verdict, "bytes": size, "detail": detail[:500]}
         known = tally.failures.setdefault(key, {**failure, "count": 0})
         known["count"] += 1

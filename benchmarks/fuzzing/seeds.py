@@ -60,7 +60,7 @@ def write_seeds(root: Path) -> list[Seed]:
     for name, make in bare.items():
         seeds.append(Seed(name, _written(make(), root / name)))
     seeds.append(Seed("memory", _written(_resident(of_form("grid")), root / "memory"), ("inspect", "packed", "load")))
-    with mock.patch.object(writing, "SHARD_BYTES", 2000):
+    with mock.patch.object(writing, "SHARD_BYTES", 500):
         seeds.append(Seed("shards", _written(aliases(), root / "shards")))
     return [*seeds, *_models(root)]
 
@@ -156,10 +156,9 @@ def _models(root: Path) -> list[Seed]:
     options = {"methods": ["entropy", "svd", "rtn", "keep"], "preset": "data-free", "ratio": 3}
     with warnings.catch_warnings(), mock.patch.object(page, "_render", lambda *parts: "<html></html>"):
         warnings.simplefilter("ignore")
-        folded = octavo.compress(bert, **options)
-        folded.save(root / "bert")
-        with mock.patch.object(writing, "SHARD_BYTES", 8000):
-            folded.save(root / "bert-shards")
+        octavo.compress(bert, **options).save(root / "bert")
+        with mock.patch.object(writing, "SHARD_BYTES", 2500):
+            octavo.compress(bert, **options).save(root / "bert-shards")
         octavo.compress(bert, ratio=1.5, target="memory", preset="data-free").save(root / "bert-memory")
         octavo.compress(encoder, **options).save(root / "encoder")
     names = {"bert": views, "bert-shards": views, "bert-memory": views, "encoder": (*views, "sentences", "sentences")}
