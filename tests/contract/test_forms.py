@@ -1,6 +1,11 @@
 """The contract of every form: stored parts give back the same matrix, and nothing else passes."""
 
+import ctypes
+import gc
 import math
+import os
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +35,7 @@ from octavo.forms import (
     form_names,
     restore,
 )
-from octavo.forms.base import MAX_DEPTH
+from octavo.forms.base import MAX_DEPTH, allowance_for
 from octavo.forms.tensor_train import full_ranks
 
 
@@ -564,3 +569,59 @@ def test_any_damage_gives_a_matrix_or_an_artifact_error(data, name):
     except ArtifactError:
         return
     assert tuple(matrix.shape) == form.shape
+
+
+#: A million weights: what is measured is far above the interpreter's own noise.
+ROWS, COLUMNS = 1024, 1024
+#: What threads and the allocator take besides.
+NOISE = 5 << 20
+
+
+def resident(key):
+    return next(
+        int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if key in line
+    )
+
+
+def peak_and_stated(packed, shape):
+    """Bytes that restoring a form and making it dense take, in a process of its own, and those that were counted."""
+    # What is touched for the first time counts as taken: code, and the interpreter's objects after the fork.
+    unpack(memoryview(packed.blob), packed.parts, packed.meta, shape).dense()
+    gc.collect()
+    gc.freeze()
+    ctypes.CDLL(None).malloc_trim(0)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            allowance = allowance_for(shape)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS") - resident("RssFile")
+            unpack(memoryview(packed.blob), packed.parts, packed.meta, shape, allowance).dense()
+            os.write(writing, struct.pack("<qq", resident("VmHWM") - resident("RssFile") - before, allowance.stated))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    gc.unfreeze()
+    os.close(writing)
+    found = os.read(reading, 16)
+    os.close(reading)
+    return struct.unpack("<qq", found)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells the peak of a process")
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_takes_no_more_memory_than_it_states(name):
+    form = FORMS[name](ROWS, COLUMNS, 3)
+    packed, shape = pack(form), form.shape
+    del form
+    gc.collect()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        peak, stated = peak_and_stated(packed, shape)
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < peak <= stated + NOISE, (peak >> 20, stated >> 20)
+    # Stating far too much would refuse honest artifacts.
+    assert stated <= allowance_for(shape).bytes / 2

@@ -14,6 +14,8 @@ class Allowance:
 
     def __init__(self, bytes: int) -> None:
         self.bytes = self._left = bytes
+        #: The most that was taken at a time, as far as it was stated.
+        self.stated = 0
 
     def take(self, count: int, what: str) -> None:
         """Count bytes that stay taken.
@@ -33,3 +35,4 @@ class Allowance:
                 f"{what} takes {count} bytes of memory, and {self._left} are left of the {self.bytes} that the shapes "
                 "and the size of the files justify; refused before any was taken"
             )
+        self.stated = max(self.stated, self.bytes - self._left + count)

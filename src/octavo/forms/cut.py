@@ -55,8 +55,8 @@ class Cut(Form):
 
     def dense(self) -> Tensor:  # noqa: D102
         inner = self.inner.dense()
-        wide = inner.new_zeros(len(inner), len(self.columns)).index_copy(1, self.columns.nonzero()[:, 0], inner)
-        return inner.new_zeros(self.shape).index_copy(0, self.rows.nonzero()[:, 0], wide)
+        wide = inner.new_zeros(len(inner), len(self.columns)).index_copy_(1, self.columns.nonzero()[:, 0], inner)
+        return inner.new_zeros(self.shape).index_copy_(0, self.rows.nonzero()[:, 0], wide)
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         out = self.inner.apply(x[..., self.columns])

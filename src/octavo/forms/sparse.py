@@ -95,15 +95,20 @@ class Sparse(Form):
             mask = mask.view(shape)
         else:
             mask = expect_integers(tensors["mask"], shape, "mask").bool()
-        expect(int(mask.sum()) == kept, f"the mask keeps {int(mask.sum())} weights, the manifest says {kept}")
+        # Summing would make integers of 64 bits of all bits first.
+        found = int(mask.count_nonzero())
+        expect(found == kept, f"the mask keeps {found} weights, the manifest says {kept}")
         return cls(mask, child(tensors, meta, "values", (1, kept)), pattern)
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
-        n, kept, group = elements(shape), int(meta["kept"]), int(meta["pattern"][1]) if "pattern" in meta else 0
-        return 6 * n + 36 * kept + (8 * n // group if group else 0)
+        n, group = elements(shape), int(meta["pattern"][1]) if "pattern" in meta else 0
+        # Places as 64-bit numbers: those of the survivors, several times if they are made from gaps, and of patterns.
+        kept = (40 if "gaps" in tensors else 20) * int(meta["kept"])
+        return 6 * n + kept + (8 * n // group if group else 0)
 
     def dense(self) -> Tensor:  # noqa: D102
         weight = torch.zeros(self.mask.shape)
-        # Assignment by a mask would list the places of all survivors.
-        return weight.masked_scatter_(self.mask, self.values.dense())
+        places = self.mask.flatten().nonzero()[:, 0]
+        weight.view(-1).index_copy_(0, places, self.values.dense().flatten())
+        return weight
