@@ -86,7 +86,9 @@ def work(seeds: list, honest: dict, options: argparse.Namespace, numbers: list[i
             code = 1
             try:
                 os.close(out)
-                tally = run.fuzz(seeds, honest, options.seed, numbers[worker :: options.workers], options.keep, options.seconds)
+                tally = run.fuzz(
+                    seeds, honest, options.seed, numbers[worker :: options.workers], options.keep, options.seconds
+                )
                 with open(into, "wb") as stream:
                     pickle.dump(tally, stream)
                 code = 0
@@ -115,7 +117,9 @@ def table(tally: run.Tally, place: int) -> dict[str, dict[str, int]]:
     rows: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for key, count in tally.counts.items():
         rows[key[place]][key[2]] += count
-    return {name: {verdict: rows[name][verdict] for verdict in run.ORDER if rows[name][verdict]} for name in sorted(rows)}
+    return {
+        name: {verdict: rows[name][verdict] for verdict in run.ORDER if rows[name][verdict]} for name in sorted(rows)
+    }
 
 
 def show(tally: run.Tally, seconds: float) -> None:
@@ -128,7 +132,9 @@ def show(tally: run.Tally, seconds: float) -> None:
             print(f"{name:32}" + "".join(f"{row.get(verdict, 0):>10}" for verdict in used))
         print()
     for key, failure in sorted(tally.failures.items(), key=lambda item: -run.ORDER.index(item[1]["verdict"])):
-        print(f"{failure['count']:5} x {key}\n        mutant {failure['number']} of {failure['seed']} ({failure['mutation']}), {failure['bytes']} bytes: {failure['detail'][:300]}")
+        print(
+            f"{failure['count']:5} x {key}\n        mutant {failure['number']} of {failure['seed']} ({failure['mutation']}), {failure['bytes']} bytes: {failure['detail'][:300]}"
+        )
     verdicts = collections.Counter()
     for key, count in tally.counts.items():
         verdicts[key[2]] += count

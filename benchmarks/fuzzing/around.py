@@ -91,7 +91,16 @@ def _known(draft: Draft, rng: random.Random) -> None:
 
 def _beside(draft: Draft, rng: random.Random) -> None:
     """Other weights than the artifact's."""
-    name = rng.choice(["pytorch_model.bin", "evil.safetensors", "model.bin", "adapter_model.bin", "adapter_model.safetensors", "model.fp16.safetensors"])
+    name = rng.choice(
+        [
+            "pytorch_model.bin",
+            "evil.safetensors",
+            "model.bin",
+            "adapter_model.bin",
+            "adapter_model.safetensors",
+            "model.fp16.safetensors",
+        ]
+    )
     if name.endswith(".bin"):
         draft.others[name] = pickle.dumps(_Payload(CANARY))
     else:
@@ -114,11 +123,23 @@ def _other_weights(draft: Draft) -> bytes:
 def _weights(draft: Draft, rng: random.Random) -> None:
     _beside(draft, rng)
     if rng.random() < 0.3:
-        _put(draft, "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": rng.choice(["/etc", "x/y", None])})
+        _put(
+            draft,
+            "adapter_config.json",
+            {"peft_type": "LORA", "base_model_name_or_path": rng.choice(["/etc", "x/y", None])},
+        )
     if rng.random() < 0.5:
-        _put(draft, "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {name: "pytorch_model.bin" for name in draft.names()}})
+        _put(
+            draft,
+            "pytorch_model.bin.index.json",
+            {"metadata": {}, "weight_map": {name: "pytorch_model.bin" for name in draft.names()}},
+        )
     if rng.random() < 0.3:
-        _put(draft, "model.safetensors.index.json", {"metadata": {}, "weight_map": {name: "evil.safetensors" for name in draft.names()}})
+        _put(
+            draft,
+            "model.safetensors.index.json",
+            {"metadata": {}, "weight_map": {name: "evil.safetensors" for name in draft.names()}},
+        )
         draft.others["evil.safetensors"] = _other_weights(draft)
 
 
@@ -136,7 +157,10 @@ def _index(draft: Draft, rng: random.Random) -> None:
         gone = rng.choice(sorted(set(weight_map.values())))
         index["weight_map"] = {key: file for key, file in weight_map.items() if file != gone}
     elif what in ("evil", "outside"):
-        weight_map[rng.choice(list(weight_map))] = {"evil": "evil.safetensors", "outside": rng.choice(["../evil.safetensors", "/dev/zero"])}[what]
+        weight_map[rng.choice(list(weight_map))] = {
+            "evil": "evil.safetensors",
+            "outside": rng.choice(["../evil.safetensors", "/dev/zero"]),
+        }[what]
         draft.others["evil.safetensors"] = _other_weights(draft)
     elif what == "all":
         index["weight_map"] = dict.fromkeys(weight_map, "evil.safetensors")
@@ -190,7 +214,13 @@ def _device(draft: Draft, rng: random.Random) -> None:
             place.parent.rename(folder.parent / "outside-folder")
             place.parent.symlink_to(folder.parent / "outside-folder")
         else:
-            target = {"zero": "/dev/zero", "random": "/dev/urandom", "loop": str(place), "nothing": str(folder / "gone"), "outside": str(moved)}
+            target = {
+                "zero": "/dev/zero",
+                "random": "/dev/urandom",
+                "loop": str(place),
+                "nothing": str(folder / "gone"),
+                "outside": str(moved),
+            }
             place.symlink_to(target.get(what, str(moved)))
 
     draft.after.append(replace)

@@ -72,7 +72,9 @@ class Blob:
                 writer.block(value)
             else:
                 writer.data += value
-        fixed = struct.pack("<BBBBI", self.version, self.codec, self.types, len(self.shape) & 255, 12 + len(writer.data))
+        fixed = struct.pack(
+            "<BBBBI", self.version, self.codec, self.types, len(self.shape) & 255, 12 + len(writer.data)
+        )
         crc = zlib.crc32(writer.data, zlib.crc32(fixed))
         return b"".join([fixed, crc.to_bytes(4, "little"), writer.data, *self.chunks])
 
@@ -110,7 +112,22 @@ def _broken(content: bytes, rng: random.Random, depth: int = 0) -> bytes:
     """A blob with one or two fields changed."""
     blob = Blob.read(content)
     for _ in range(rng.choice([1, 1, 1, 2])):
-        what = rng.choice(["shape", "shape", "type", "codec", "chunk", "chunks", "count", "length", "tables", "tables", "tables", "version"])
+        what = rng.choice(
+            [
+                "shape",
+                "shape",
+                "type",
+                "codec",
+                "chunk",
+                "chunks",
+                "count",
+                "length",
+                "tables",
+                "tables",
+                "tables",
+                "version",
+            ]
+        )
         if what == "shape":
             _break_shape(blob, rng)
         elif what == "type":
@@ -122,7 +139,9 @@ def _broken(content: bytes, rng: random.Random, depth: int = 0) -> bytes:
         elif what == "chunk" and blob.chunks:
             _break_chunk(blob, rng)
         elif what == "chunks":
-            blob.chunks = rng.choice([[], blob.chunks * 2, blob.chunks[:-1], [*blob.chunks, b""], [b""] * 3000, blob.chunks[::-1]])
+            blob.chunks = rng.choice(
+                [[], blob.chunks * 2, blob.chunks[:-1], [*blob.chunks, b""], [b""] * 3000, blob.chunks[::-1]]
+            )
             blob.lengths = None
         elif what == "count":
             blob.count = rng.choice(_VARINTS)
@@ -163,7 +182,13 @@ def _break_chunk(blob: Blob, rng: random.Random) -> None:
         chunk = bytearray(rng.randbytes(rng.choice([0, 1, 4, 40])))
     else:
         # A zstd frame's header that claims an enormous content, or a window.
-        chunk = bytearray(bytes([rng.choice([0xE0, 0xA0, 0x60, 0x00, 0xC0])]) + rng.choice([1 << 62, 1 << 31, 5]).to_bytes(8, "little")) + chunk
+        chunk = (
+            bytearray(
+                bytes([rng.choice([0xE0, 0xA0, 0x60, 0x00, 0xC0])])
+                + rng.choice([1 << 62, 1 << 31, 5]).to_bytes(8, "little")
+            )
+            + chunk
+        )
     blob.chunks[at] = bytes(chunk)
     blob.lengths = None
 
@@ -187,7 +212,13 @@ def _break_tables(blob: Blob, rng: random.Random, depth: int) -> None:
         entry[1] = bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.2 else data)
 
 
-def constant(elements: int, rng: random.Random, shape: tuple[int, ...] | None = None, low: int = 0, dtype: torch.dtype | None = None) -> bytes:
+def constant(
+    elements: int,
+    rng: random.Random,
+    shape: tuple[int, ...] | None = None,
+    low: int = 0,
+    dtype: torch.dtype | None = None,
+) -> bytes:
     """A blob of equal elements, as many as are asked for in hardly any bytes."""
     tables = low.to_bytes(8, "little", signed=True) + bytes(1)
     dtype = dtype or rng.choice([torch.uint8, torch.int64, torch.int32, torch.bool])
@@ -272,13 +303,23 @@ def _constant(draft: Draft, rng: random.Random) -> None:
     shape = coding.describe(content).shape
     dtype = coding.describe(content).dtype
     size = rng.choice([1, 1000, 1 << 20, 1 << 24, 1 << 26, 1 << 30])
-    put(constant(size, rng, rng.choice([None, shape, (1, size), (size, 1)]), rng.choice([0, 1, -1, 255]), rng.choice([None, dtype])))
+    put(
+        constant(
+            size,
+            rng,
+            rng.choice([None, shape, (1, size), (size, 1)]),
+            rng.choice([0, 1, -1, 255]),
+            rng.choice([None, dtype]),
+        )
+    )
 
 
 @mutation("parts: floats", weight=6)
 def _floats(draft: Draft, rng: random.Random) -> None:
     sites = draft.manifest["sites"]
-    name, part = pick(rng, [(n, p) for n, site in sites.items() for p, entry in site["parts"].items() if len(entry) > 2])
+    name, part = pick(
+        rng, [(n, p) for n, site in sites.items() for p, entry in site["parts"].items() if len(entry) > 2]
+    )
     start, length, dtype, *shape = sites[name]["parts"][part]
     content = bytearray(draft.content(name)[start : start + length])
     what = rng.choice(["bytes", "nan", "dtype", "shape", "large", "tiny"])
@@ -288,7 +329,11 @@ def _floats(draft: Draft, rng: random.Random) -> None:
     elif what == "nan":
         content[-size:] = b"\xff" * size if rng.random() < 0.5 else b"\x00" * size
     elif what in ("large", "tiny"):
-        content = bytearray((b"\xff\x7b" if size == 2 else bytes(size - 4) + b"\xff\xff\x7f\x7f") * (length // size)) if what == "large" else bytearray(length)
+        content = (
+            bytearray((b"\xff\x7b" if size == 2 else bytes(size - 4) + b"\xff\xff\x7f\x7f") * (length // size))
+            if what == "large"
+            else bytearray(length)
+        )
     elif what == "dtype":
         dtype = rng.choice(["float64", "float32", "float16", "bfloat16"])
         per = {"float64": 8, "float32": 4}.get(dtype, 2)

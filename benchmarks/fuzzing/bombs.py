@@ -26,11 +26,25 @@ class Bomb:
 
     def form(self, rows: int, columns: int, depth: int = 0) -> tuple[dict, Parts]:
         """Description and parts of a form of some kind."""
-        kinds = ["lowrank", "grouped", "cut", "sparse", "dense_sparse", "sum", "scaled", "blocks", "separable", "train", "folded"]
+        kinds = [
+            "lowrank",
+            "grouped",
+            "cut",
+            "sparse",
+            "dense_sparse",
+            "sum",
+            "scaled",
+            "blocks",
+            "separable",
+            "train",
+            "folded",
+        ]
         fits = rows * columns <= _CODED
         if depth > 4 or (fits and self.rng.random() < 0.35 + 0.2 * depth):
             return self.leaf(rows, columns) if fits else self.cut(rows, columns, depth, ends=True)
-        kind = self.rng.choice(kinds if rows + columns <= _CODED else ["cut", "lowrank", "separable", "train", "grouped"])
+        kind = self.rng.choice(
+            kinds if rows + columns <= _CODED else ["cut", "lowrank", "separable", "train", "grouped"]
+        )
         return getattr(self, kind)(rows, columns, depth + 1)
 
     def leaf(self, rows: int, columns: int) -> tuple[dict, Parts]:
@@ -40,7 +54,10 @@ class Bomb:
         if kind == "codebook":
             return {"form": "codebook"}, {"codes": (codes, []), "values": (one * 2, ["float32", 2])}
         if kind == "trellis":
-            return {"form": "trellis", "grid": {"form": "grid"}}, {"grid/codes": (codes, []), "grid/scale": (one, ["float32", 1, 1])}
+            return {"form": "trellis", "grid": {"form": "grid"}}, {
+                "grid/codes": (codes, []),
+                "grid/scale": (one, ["float32", 1, 1]),
+            }
         return {"form": "grid"}, {"codes": (codes, []), "scale": (one, ["float32", 1, 1])}
 
     def _with(self, meta: dict, parts: Parts, **children: tuple[dict, Parts]) -> tuple[dict, Parts]:
@@ -75,7 +92,13 @@ class Bomb:
                 mask = torch.zeros(size, dtype=torch.uint8)
                 mask[0] = 1
                 parts[name] = (coding.encode(mask), [])
-        inner = self.leaf(*kept) if kept[0] * kept[1] <= _CODED else self.form(*kept, depth + 1) if depth < 5 else self.leaf(1, 1)
+        inner = (
+            self.leaf(*kept)
+            if kept[0] * kept[1] <= _CODED
+            else self.form(*kept, depth + 1)
+            if depth < 5
+            else self.leaf(1, 1)
+        )
         return self._with({"form": "cut"}, parts, inner=inner)
 
     def sparse(self, rows: int, columns: int, depth: int) -> tuple[dict, Parts]:
@@ -94,11 +117,16 @@ class Bomb:
             nonzeros = 1
         meta = {"form": "dense-sparse", "nonzeros": nonzeros, "atoms": atoms, "width": width, "columns": columns}
         index = (constant(rows * blocks * nonzeros, self.rng, (rows, blocks * nonzeros), 0, torch.int32), [])
-        children = {"values": self.form(rows, blocks * nonzeros, depth), "dictionary": self.form(blocks * atoms, width, depth)}
+        children = {
+            "values": self.form(rows, blocks * nonzeros, depth),
+            "dictionary": self.form(blocks * atoms, width, depth),
+        }
         return self._with(meta, {"gaps" if nonzeros > 1 or self.rng.random() < 0.5 else "index": index}, **children)
 
     def sum(self, rows: int, columns: int, depth: int) -> tuple[dict, Parts]:
-        return self._with({"form": "sum"}, {}, base=self.form(rows, columns, depth), correction=self.form(rows, columns, depth))
+        return self._with(
+            {"form": "sum"}, {}, base=self.form(rows, columns, depth), correction=self.form(rows, columns, depth)
+        )
 
     def scaled(self, rows: int, columns: int, depth: int) -> tuple[dict, Parts]:
         gains = (constant(rows, self.rng, (rows,), 0, torch.int16), [])
@@ -113,22 +141,39 @@ class Bomb:
         return self._with({"form": "row-blocks", "blocks": count}, {"member": (content, [])}, **children)
 
     def separable(self, rows: int, columns: int, depth: int) -> tuple[dict, Parts]:
-        c, h, w = self.rng.choice([(columns, 1, 1), (1, columns, 1), (1, 1, columns), *[(columns // 4, 2, 2)] * (columns % 4 == 0)])
+        c, h, w = self.rng.choice(
+            [(columns, 1, 1), (1, columns, 1), (1, 1, columns), *[(columns // 4, 2, 2)] * (columns % 4 == 0)]
+        )
         terms = self._most(min(c * h, c * w, h * w))
-        children = {name: self.form(terms * rows, n, depth) for name, n in (("channel", c), ("vertical", h), ("horizontal", w))}
+        children = {
+            name: self.form(terms * rows, n, depth) for name, n in (("channel", c), ("vertical", h), ("horizontal", w))
+        }
         return self._with({"form": "separable", "terms": terms, "kernel": [c, h, w]}, {}, **children)
 
     def train(self, rows: int, columns: int, depth: int) -> tuple[dict, Parts]:
-        o, i = self.rng.choice([([rows, 1], [1, columns]), ([rows, 1], [columns, 1]), ([1, rows, 1], [columns, 1, 1]), ([2 * rows, 1], [1, 2 * columns])])
+        o, i = self.rng.choice(
+            [
+                ([rows, 1], [1, columns]),
+                ([rows, 1], [columns, 1]),
+                ([1, rows, 1], [columns, 1, 1]),
+                ([2 * rows, 1], [1, 2 * columns]),
+            ]
+        )
         sizes = [a * b for a, b in zip(o, i, strict=True)]
-        full = [min(int(np.prod(sizes[:k], dtype=object)), int(np.prod(sizes[k:], dtype=object))) for k in range(len(sizes) + 1)]
+        full = [
+            min(int(np.prod(sizes[:k], dtype=object)), int(np.prod(sizes[k:], dtype=object)))
+            for k in range(len(sizes) + 1)
+        ]
         ranks = [1, *(self._most(most) for most in full[1:-1]), 1]
         children = {f"core{k}": self.form(ranks[k] * sizes[k], ranks[k + 1], depth) for k in range(len(sizes))}
         meta = {"form": "tensor-train", "rows": o, "columns": i, "ranks": ranks, "shape": [rows, columns]}
         return self._with(meta, {}, **children)
 
     def folded(self, rows: int, columns: int, depth: int) -> tuple[dict, Parts]:
-        fold, kernel = self.rng.choice(["spatial", "filter"]), self.rng.choice([(columns, 1, 1), (1, columns, 1), (1, 1, columns)])
+        fold, kernel = (
+            self.rng.choice(["spatial", "filter"]),
+            self.rng.choice([(columns, 1, 1), (1, columns, 1), (1, 1, columns)]),
+        )
         c, h, w = kernel
         shape = (c * h, rows * w) if fold == "spatial" else (h * w, rows * c)
         return self._with({"form": "folded", "fold": fold, "kernel": list(kernel)}, {}, inner=self.form(*shape, depth))

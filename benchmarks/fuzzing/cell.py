@@ -42,12 +42,12 @@ class Load:
     ----------
     outcomes
         By view, in the order in which they were tried.
-    peak
-        Bytes of memory taken beyond what the process had before.
+    peaks
+        Bytes of memory taken beyond what the process had before the first, by view.
     """
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    peak: int = 0
+    peaks: dict[str, int] = field(default_factory=dict)
 
 
 def load(cases: Sequence[Case]) -> Iterator[Load]:
@@ -77,7 +77,7 @@ def _in_one_process(cases: Sequence[Case]) -> Iterator[Load]:
         record = json.loads(line)
         if "view" in record:
             current.outcomes[record["view"]] = Outcome(record["verdict"], record["detail"])
-            current.peak = max(current.peak, record["peak"])
+            current.peaks[record["view"]] = record["peak"]
         else:
             yield _checked(current, next(done))
             current = Load()

@@ -24,7 +24,9 @@ def _bytes(draft: Draft, rng: random.Random) -> None:
         at, other = rng.randrange(len(whole)), rng.randrange(len(whole))
         whole[at], whole[other] = whole[other], whole[at]
     del head
-    draft.after.append(lambda folder, name=_name_of(draft, file), content=bytes(whole): (folder / name).write_bytes(content))
+    draft.after.append(
+        lambda folder, name=_name_of(draft, file), content=bytes(whole): (folder / name).write_bytes(content)
+    )
 
 
 def _name_of(draft: Draft, wanted: object) -> str:

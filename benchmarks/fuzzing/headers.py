@@ -43,14 +43,18 @@ def _changed(draft: Draft, rng: random.Random) -> None:
     if what == "dtype":
         entry["dtype"] = rng.choice(DTYPES)
     elif what == "shape":
-        entry["shape"] = rng.choice([[], [0], [1], [stop - start], [stop - start, 1], [2**62], [2**40, 2**40], [True], [-1]])
+        entry["shape"] = rng.choice(
+            [[], [0], [1], [stop - start], [stop - start, 1], [2**62], [2**40, 2**40], [True], [-1]]
+        )
     elif what == "dimensions":
         entry["shape"] = [*entry["shape"], *[1] * rng.choice([1, 30, 64, 65, 150_000])]
     elif what == "overlap":
         other = _entry(file, rng)["data_offsets"][0]
         entry["data_offsets"] = [other, other + stop - start]
     else:
-        entry["data_offsets"] = rng.choice([[start, len(file.data)], [start, stop + 1], [start + 1, stop + 1], [0, 0], [stop, start]])
+        entry["data_offsets"] = rng.choice(
+            [[start, len(file.data)], [start, stop + 1], [start + 1, stop + 1], [0, 0], [stop, start]]
+        )
     for name in draft.names():
         try:
             draft.sign_tensor(name)
@@ -68,7 +72,9 @@ def _many(draft: Draft, rng: random.Random) -> None:
     for number in range(count):
         file.header[f"many.{number}"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [start, start + size]}
         draft.manifest["kept"][f"many.{number}"] = [0, "float32"]
-    draft.manifest["kept"].update({f"many.{k}": [_crc(bytes(size)), rng.choice(["float32", "float64"])] for k in range(count)})
+    draft.manifest["kept"].update(
+        {f"many.{k}": [_crc(bytes(size)), rng.choice(["float32", "float64"])] for k in range(count)}
+    )
     draft.sign_files()
 
 
@@ -110,5 +116,7 @@ def _text(draft: Draft, rng: random.Random) -> None:
 
 @mutation("header: metadata", weight=2)
 def _metadata(draft: Draft, rng: random.Random) -> None:
-    _file(draft, rng).header["__metadata__"] = rng.choice([None, {}, [], {"format": "tf"}, {"format": 3}, *[rng.choice(JUNK)()]])
+    _file(draft, rng).header["__metadata__"] = rng.choice(
+        [None, {}, [], {"format": "tf"}, {"format": 3}, *[rng.choice(JUNK)()]]
+    )
     draft.sign_files()

@@ -114,7 +114,14 @@ def mutant(seeds: list[Seed], root: int, number: int) -> Mutant:
     raise AssertionError(f"no seed gives room for a change of kind {chosen.name!r}")
 
 
-def fuzz(seeds: list[Seed], honest: dict[str, Honest], root: int, numbers: list[int], keep: Path, seconds: float | None = None) -> Tally:
+def fuzz(
+    seeds: list[Seed],
+    honest: dict[str, Honest],
+    root: int,
+    numbers: list[int],
+    keep: Path,
+    seconds: float | None = None,
+) -> Tally:
     """Make, load and judge mutants, until time is up if there is a limit."""
     tally, end = Tally(), time.monotonic() + (seconds or 1e9)
     for start in range(0, len(numbers), _TOGETHER):
@@ -141,7 +148,8 @@ def _kind_of(verdict: str, detail: str) -> str:
 def judge(tally: Tally, one: Mutant, found: Load, keep: Path) -> None:
     """Count what became of a mutant, and keep it if it failed."""
     number, seed, kind, folder, views, size = one.number, one.seed, one.kind, one.folder, one.views, one.size
-    extra = found.peak - TIMES * size
+    largest = max(found.peaks.values(), default=0)
+    extra = largest - TIMES * size
     tally.peak = max(tally.peak, extra)
     verdict, view, detail = "refused", views[0], ""
     for name, outcome in found.outcomes.items():
@@ -149,11 +157,21 @@ def judge(tally: Tally, one: Mutant, found: Load, keep: Path) -> None:
         if ORDER.index(worse) > ORDER.index(verdict):
             verdict, view, detail = worse, name, outcome.detail
     if extra > MORE and verdict not in ("crash", "timeout"):
-        verdict, detail = "memory", f"{found.peak >> 20} MB for {size} bytes; {detail}"
+        # The peak of a view that took none is that of the one before.
+        view = next(name for name, peak in found.peaks.items() if peak == largest)
+        verdict, detail = "memory", f"{largest >> 20} MB for {size} bytes; {detail}"
     tally.counts[seed.name, kind.name, verdict] += 1
     if verdict in FAILURES:
         key = f"{verdict} | {view} | {kind.name.partition(':')[0]} | {_kind_of(verdict, detail)}"
-        failure = {"number": number, "seed": seed.name, "mutation": kind.name, "view": view, "verdict": verdict, "bytes": size, "detail": detail[:500]}
+        failure = {
+            "number": number,
+            "seed": seed.name,
+            "mutation": kind.name,
+            "view": view,
+            "verdict": verdict,
+            "bytes": size,
+            "detail": detail[:500],
+        }
         known = tally.failures.setdefault(key, {**failure, "count": 0})
         known["count"] += 1
         if size < known["bytes"]:
@@ -161,5 +179,14 @@ def judge(tally: Tally, one: Mutant, found: Load, keep: Path) -> None:
         if known["count"] <= _KEPT:
             kept = keep / f"{verdict}-{number}"
             shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(folder, kept, symlinks=True, ignore=lambda place, names: [n for n in names if not (os.path.isfile(os.path.join(place, n)) or os.path.isdir(os.path.join(place, n)))])
+            shutil.copytree(
+                folder,
+                kept,
+                symlinks=True,
+                ignore=lambda place, names: [
+                    n
+                    for n in names
+                    if not (os.path.isfile(os.path.join(place, n)) or os.path.isdir(os.path.join(place, n)))
+                ],
+            )
             (kept / "mutant.json").write_text(json.dumps(failure, indent=1))

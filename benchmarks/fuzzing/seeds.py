@@ -55,7 +55,12 @@ class Seed:
 
 def write_seeds(root: Path) -> list[Seed]:
     """All seeds, written below a folder."""
-    bare = {**{kind: lambda kind=kind: of_form(kind) for kind in MAKERS}, "codecs": codecs, "kept": kept, "aliases": aliases}
+    bare = {
+        **{kind: lambda kind=kind: of_form(kind) for kind in MAKERS},
+        "codecs": codecs,
+        "kept": kept,
+        "aliases": aliases,
+    }
     seeds = []
     for name, make in bare.items():
         seeds.append(Seed(name, _written(make(), root / name)))
@@ -137,7 +142,11 @@ def aliases() -> Contents:
         name: Entry(pack(g.form(kind, 24, 16)), (24, 16), torch.float32, Layout())
         for name, kind in zip(names, kinds, strict=True)
     }
-    found = {"one.bias": _kept(g.floats(24)), "2_Dense/linear.bias": _kept(g.floats(24)), "steps": _kept(torch.arange(5))}
+    found = {
+        "one.bias": _kept(g.floats(24)),
+        "2_Dense/linear.bias": _kept(g.floats(24)),
+        "steps": _kept(torch.arange(5)),
+    }
     tied = {"tied.weight": "one.weight", "head.weight": "two.weight", "head.bias": "one.bias"}
     extra = {"head._extra_state": {"scale": 2.5, "names": ["a", None, True], "deep": {"x": [1, 2]}}}
     return _contents(entries, found, aliases=tied, named=frozenset({"head.weight"}), extra=extra)
@@ -221,7 +230,9 @@ def check_coverage(seeds: list[Seed]) -> None:
     kinds, used = covered(seeds)
     missing = sorted({*forms.form_names(), *CODECS} - kinds - used)
     if missing:
-        raise AssertionError(f"no seed of the fuzzer holds {', '.join(missing)}: add it to benchmarks/fuzzing/gallery.py")
+        raise AssertionError(
+            f"no seed of the fuzzer holds {', '.join(missing)}: add it to benchmarks/fuzzing/gallery.py"
+        )
 
 
 def config_of(seed: Seed) -> dict:

@@ -94,7 +94,9 @@ def change_keys(tree: Any, rng: random.Random) -> None:
         other = rng.choice(list(inside))
         inside[key], inside[other] = inside[other], inside[key]
     else:
-        name = rng.choice([f"{key}x", "x", "", f"{key}/", "../x", "\x1b[2J", "layer[/b].weight", "__metadata__", "a" * 9000])
+        name = rng.choice(
+            [f"{key}x", "x", "", f"{key}/", "../x", "\x1b[2J", "layer[/b].weight", "__metadata__", "a" * 9000]
+        )
         inside[name] = copy.deepcopy(inside[key])
         if what == "rename":
             del inside[key]
@@ -125,7 +127,11 @@ def _several(draft: Draft, rng: random.Random) -> None:
 def form_of(draft: Draft, rng: random.Random) -> tuple[dict, dict]:
     """A site, and one of the forms in it."""
     site = pick(rng, draft.manifest["sites"].values())
-    found = [holder(site, path)[path[-1]] for path in paths(site) if path[0] == "form" and path[-1] != "form" or path == ("form",)]
+    found = [
+        holder(site, path)[path[-1]]
+        for path in paths(site)
+        if path[0] == "form" and path[-1] != "form" or path == ("form",)
+    ]
     return site, pick(rng, [item for item in found if isinstance(item, dict) and "form" in item])
 
 
@@ -162,7 +168,9 @@ def _form_in_itself(draft: Draft, rng: random.Random) -> None:
 def _long_list(draft: Draft, rng: random.Random) -> None:
     lists = [path for path in paths(draft.manifest) if isinstance(holder(draft.manifest, path)[path[-1]], list)]
     found = holder(draft.manifest, path := pick(rng, lists))[path[-1]]
-    found[rng.randrange(len(found) + 1) :] = [rng.choice([1, 2, 3, 1 << 20, -1])] * rng.choice([30, 32, 33, 64, 150_000])
+    found[rng.randrange(len(found) + 1) :] = [rng.choice([1, 2, 3, 1 << 20, -1])] * rng.choice(
+        [30, 32, 33, 64, 150_000]
+    )
 
 
 @mutation("form: shape", weight=8)
@@ -177,7 +185,9 @@ def _shape(draft: Draft, rng: random.Random) -> None:
     elif what == "split":
         shape[:] = [shape[0], *[1] * rng.randrange(1, 40), *shape[1:]]
     elif what == "huge":
-        shape[:] = rng.choice([[1, 1 << 24], [1 << 24, 1], [4096, 4096], [1 << 12, 1 << 13], [3000] * 2, [1 << 31, 1 << 31]])
+        shape[:] = rng.choice(
+            [[1, 1 << 24], [1 << 24, 1], [4096, 4096], [1 << 12, 1 << 13], [3000] * 2, [1 << 31, 1 << 31]]
+        )
     elif what == "exponent":
         site["layout"] = [*site.get("layout", ["rows_first", 1])[:2], rng.choice([1, -1, 1023, -1023, 1024, 200, 0])]
     elif what == "layout":
@@ -199,7 +209,9 @@ def _dtypes(draft: Draft, rng: random.Random) -> None:
 @mutation("manifest: aliases and extra", weight=4)
 def _aliases(draft: Draft, rng: random.Random) -> None:
     names = draft.names()
-    alias = rng.choice(["x", "", "../x", "\x1b]0;x\x07", rng.choice(names), "a" * 5000, "[red]x", "2_Dense/x", "__metadata__"])
+    alias = rng.choice(
+        ["x", "", "../x", "\x1b]0;x\x07", rng.choice(names), "a" * 5000, "[red]x", "2_Dense/x", "__metadata__"]
+    )
     what = rng.choice(["alias", "many", "extra", "deep extra"])
     if what == "alias":
         draft.manifest["aliases"][alias] = rng.choice(names)

@@ -62,7 +62,11 @@ def attempt(view: str, folder: Path, honest: Honest) -> Outcome:
 def _judged(error: BaseException, view: str) -> Outcome:
     chain, seen = [error], 0
     while seen < len(chain) < 20:
-        chain += [other for other in (chain[seen].__cause__, chain[seen].__context__) if other is not None and other not in chain]
+        chain += [
+            other
+            for other in (chain[seen].__cause__, chain[seen].__context__)
+            if other is not None and other not in chain
+        ]
         seen += 1
     words = " ".join(f"{type(item).__name__}: {item}"[:400] for item in chain)
     frames = traceback.extract_tb(error.__traceback__)
@@ -174,7 +178,11 @@ def _command(*words: str) -> Callable[[Path, Honest], Outcome]:
             return Outcome("same")
         if "takes more memory than there is" in said:
             return Outcome("memory", said[:300])
-        return Outcome("refused", said[:300]) if result.exit_code in (1, 2) else Outcome("raw", f"exit code {result.exit_code}")
+        return (
+            Outcome("refused", said[:300])
+            if result.exit_code in (1, 2)
+            else Outcome("raw", f"exit code {result.exit_code}")
+        )
 
     return run
 
