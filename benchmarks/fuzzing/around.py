@@ -132,13 +132,13 @@ def _weights(draft: Draft, rng: random.Random) -> None:
         _put(
             draft,
             "pytorch_model.bin.index.json",
-            {"metadata": {}, "weight_map": {name: "pytorch_model.bin" for name in draft.names()}},
+            {"metadata": {}, "weight_map": dict.fromkeys(draft.names(), "pytorch_model.bin")},
         )
     if rng.random() < 0.3:
         _put(
             draft,
             "model.safetensors.index.json",
-            {"metadata": {}, "weight_map": {name: "evil.safetensors" for name in draft.names()}},
+            {"metadata": {}, "weight_map": dict.fromkeys(draft.names(), "evil.safetensors")},
         )
         draft.others["evil.safetensors"] = _other_weights(draft)
 
@@ -179,7 +179,7 @@ def _new_index(draft: Draft, rng: random.Random) -> None:
     if any(name.endswith(".index.json") for name in draft.others):
         raise Inapplicable("there is one")
     file = rng.choice(["evil.safetensors", "model.safetensors", "../x.safetensors"])
-    _put(draft, "model.safetensors.index.json", {"metadata": {}, "weight_map": {name: file for name in draft.names()}})
+    _put(draft, "model.safetensors.index.json", {"metadata": {}, "weight_map": dict.fromkeys(draft.names(), file)})
     draft.others["evil.safetensors"] = _other_weights(draft)
 
 
@@ -196,7 +196,7 @@ def _some_companion(draft: Draft, rng: random.Random) -> str:
 
 @mutation("companion: device or link", alters=False, weight=8)
 def _device(draft: Draft, rng: random.Random) -> None:
-    counted = list(draft.files) + ["octavo.json"]
+    counted = [*draft.files, "octavo.json"]
     name = _some_companion(draft, rng) if rng.random() < 0.75 else rng.choice(counted)
     what = rng.choice(["fifo", "zero", "loop", "nothing", "folder", "outside", "random", "parent"])
 
@@ -275,5 +275,3 @@ def _modules(draft: Draft, rng: random.Random) -> None:
 @mutation("nothing", alters=False, weight=1)
 def _nothing(draft: Draft, rng: random.Random) -> None:
     """The honest artifact, signed again."""
-    for name, file in draft.files.items():
-        assert name and file

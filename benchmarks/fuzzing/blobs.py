@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fuzzing.draft import Draft, Inapplicable, mutation, pick
 from octavo import coding
 from octavo.coding.container import CHUNK, CODECS, DTYPES, NARROW, assemble
 from octavo.coding.fields import Reader, Writer
 from octavo.coding.layout import Layout
 from octavo.errors import ArtifactError
-
-from fuzzing.draft import Draft, Inapplicable, mutation, pick
 
 _VARINTS = [0, 1, 2, 3, 6, 7, 16, 17, 63, 64, 127, 128, 255, 256, 257, 1 << 16, 1 << 20, 1 << 24, 1 << 31, 1 << 32, (1 << 62) - 1, 1 << 63,
             (1 << 64) - 1, (1 << 70) - 1]  # fmt: skip

@@ -7,15 +7,16 @@ import random
 import numpy as np
 import torch
 
-from octavo import coding
-
 from fuzzing.blobs import constant, write_parts
 from fuzzing.draft import Draft, mutation, pick
+from octavo import coding
 
 Parts = dict[str, tuple[bytes, list]]
 
 #: Elements of one coded part that stay below what a reader lets a site of a few thousand weights hold.
 _CODED = 1 << 22
+#: Elements of the largest mask that is coded.
+_MASK = 1 << 22
 
 
 class Bomb:
@@ -82,23 +83,18 @@ class Bomb:
         return self._with(meta, {}, left=left, right=right)
 
     def cut(self, rows: int, columns: int, depth: int, ends: bool = False) -> tuple[dict, Parts]:
-        kept = [1 if ends or self.rng.random() < 0.5 else n for n in (rows, columns)]
-        parts: Parts = {}
-        for name, size, count in (("rows", rows, kept[0]), ("columns", columns, kept[1])):
-            if count == size or size > 1 << 25:
-                kept[0 if name == "rows" else 1] = size if size <= 1 << 25 else size
+        """A matrix of which one row or column is kept, so that what is inside may be small."""
+        kept, parts = [], dict[str, tuple[bytes, list]]()
+        for name, size in (("rows", rows), ("columns", columns)):
+            kept.append(1 if ends or self.rng.random() < 0.5 else size)
+            # So large a mask takes long to code; it contradicts its form then.
+            if kept[-1] == size or size > _MASK:
                 parts[name] = (constant(size, self.rng, (size,), 1, torch.uint8), [])
-            else:
-                mask = torch.zeros(size, dtype=torch.uint8)
-                mask[0] = 1
-                parts[name] = (coding.encode(mask), [])
-        inner = (
-            self.leaf(*kept)
-            if kept[0] * kept[1] <= _CODED
-            else self.form(*kept, depth + 1)
-            if depth < 5
-            else self.leaf(1, 1)
-        )
+                continue
+            mask = torch.zeros(size, dtype=torch.uint8)
+            mask[0] = 1
+            parts[name] = (coding.encode(mask), [])
+        inner = self.leaf(*kept) if kept[0] * kept[1] <= _CODED else self.form(*kept, depth + 1)
         return self._with({"form": "cut"}, parts, inner=inner)
 
     def sparse(self, rows: int, columns: int, depth: int) -> tuple[dict, Parts]:

@@ -11,8 +11,8 @@ from fuzzing.trees import change_number
 
 @mutation("damage: bytes of a file", alters=False, weight=8)
 def _bytes(draft: Draft, rng: random.Random) -> None:
-    file = draft.files[pick(rng, draft.files)]
-    head, whole = file.head(), bytearray(file.head() + file.data)
+    name = pick(rng, draft.files)
+    whole = bytearray(draft.files[name].head() + draft.files[name].data)
     what = rng.choice(["flip", "flip", "cut", "grow", "move"])
     if what == "flip":
         whole[rng.randrange(len(whole))] ^= rng.randrange(1, 256)
@@ -23,14 +23,7 @@ def _bytes(draft: Draft, rng: random.Random) -> None:
     else:
         at, other = rng.randrange(len(whole)), rng.randrange(len(whole))
         whole[at], whole[other] = whole[other], whole[at]
-    del head
-    draft.after.append(
-        lambda folder, name=_name_of(draft, file), content=bytes(whole): (folder / name).write_bytes(content)
-    )
-
-
-def _name_of(draft: Draft, wanted: object) -> str:
-    return next(name for name, file in draft.files.items() if file is wanted)
+    draft.after.append(lambda folder: (folder / name).write_bytes(whole))
 
 
 @mutation("damage: manifest", alters=False, weight=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 
 from fuzzing.draft import Draft, File, mutation, pick
 from fuzzing.trees import JUNK, change_keys, change_value
@@ -13,7 +14,7 @@ DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "U1
 
 def _file(draft: Draft, rng: random.Random) -> File:
     file = draft.files[pick(rng, draft.files)]
-    # What stood there is written anew from the tree.
+    # The tree is written, not the text that it was read from.
     file.text = None
     return file
 
@@ -73,15 +74,9 @@ def _many(draft: Draft, rng: random.Random) -> None:
         file.header[f"many.{number}"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [start, start + size]}
         draft.manifest["kept"][f"many.{number}"] = [0, "float32"]
     draft.manifest["kept"].update(
-        {f"many.{k}": [_crc(bytes(size)), rng.choice(["float32", "float64"])] for k in range(count)}
+        {f"many.{k}": [zlib.crc32(bytes(size)), rng.choice(["float32", "float64"])] for k in range(count)}
     )
     draft.sign_files()
-
-
-def _crc(content: bytes) -> int:
-    import zlib
-
-    return zlib.crc32(content)
 
 
 @mutation("header: names", weight=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
+from fuzzing.gallery import MAKERS, Gallery
 from octavo import coding, forms
 from octavo.artifact import pack, writing
 from octavo.artifact.writing import Contents, Entry, Kept
@@ -20,9 +20,25 @@ from octavo.modules import SUPPORTED
 from octavo.report import page
 from octavo.sites import Layout
 
-from fuzzing.gallery import MAKERS, Gallery
-
-WORDS = "the of and in is it he was one two red old big sun sea ship king".split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "in",
+    "is",
+    "it",
+    "he",
+    "was",
+    "one",
+    "two",
+    "red",
+    "old",
+    "big",
+    "sun",
+    "sea",
+    "ship",
+    "king",
+]
 #: Shapes of weights with the layouts that read them as matrices of 12 x 24, or near it.
 LAYOUTS: list[tuple[tuple[int, ...], Layout]] = [
     ((12, 24), Layout()),
@@ -100,7 +116,6 @@ def codecs() -> Contents:
     g = Gallery(100)
     wide = (g.floats(140, 120) * torch.exp(g.floats(140, 1)) * 9).round()
     wide[3, 4] = 30000
-    # Two symbols, so many of one that Huffman codes of several a byte are smallest.
     tensors = {
         "raw": g.integers(-128, 128, 60),
         "bits": g.integers(0, 5, 6, 10) > 3,
@@ -122,7 +137,7 @@ def kept() -> Contents:
     for dtype in sorted(SUPPORTED, key=str):
         name = str(dtype).removeprefix("torch.")
         size = dtype.itemsize
-        # Bits of any numbers are numbers, but for truth values.
+        # Any bits are a number, but for truth values.
         bits = g.integers(0, 2 if dtype == torch.bool else 60, 6 * size, dtype=torch.uint8)
         found[name] = _kept(bits.view(dtype).reshape(2, 3))
     found["narrow"] = _kept(g.floats(7), torch.float16)
@@ -233,8 +248,3 @@ def check_coverage(seeds: list[Seed]) -> None:
         raise AssertionError(
             f"no seed of the fuzzer holds {', '.join(missing)}: add it to benchmarks/fuzzing/gallery.py"
         )
-
-
-def config_of(seed: Seed) -> dict:
-    """The configuration of a seed's model."""
-    return json.loads((seed.folder / "config.json").read_text())

@@ -8,10 +8,9 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fuzzing.draft import Draft, Inapplicable, mutation, pick
 from octavo import forms
 from octavo.coding.container import CHUNK
-
-from fuzzing.draft import Draft, Inapplicable, mutation, pick
 
 NUMBERS: list[Any] = [
     0, 1, -1, 2, 3, 7, 8, 64, 255, 256, 1023, 1024, 65536, 10**6, 2**24, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**62 - 1,
@@ -130,7 +129,7 @@ def form_of(draft: Draft, rng: random.Random) -> tuple[dict, dict]:
     found = [
         holder(site, path)[path[-1]]
         for path in paths(site)
-        if path[0] == "form" and path[-1] != "form" or path == ("form",)
+        if (path[0] == "form" and path[-1] != "form") or path == ("form",)
     ]
     return site, pick(rng, [item for item in found if isinstance(item, dict) and "form" in item])
 

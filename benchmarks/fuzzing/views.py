@@ -161,9 +161,9 @@ def _compared(view: str, model: nn.Module, folder: Path, honest: Honest) -> Outc
 
 def _command(*words: str) -> Callable[[Path, Honest], Outcome]:
     def run(folder: Path, honest: Honest) -> Outcome:
-        from octavo.cli import app
-
         from typer.testing import CliRunner
+
+        from octavo.cli import app
 
         result = CliRunner().invoke(app, [*words, str(folder)])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
