@@ -24,7 +24,6 @@ from torch import Tensor
 
 import octavo.reconstruct as reconstruction
 from octavo import coding
-from octavo.allocate import Plan
 from octavo.artifact import pack
 from octavo.budget import Budget
 from octavo.evidence import Evidence
@@ -35,6 +34,7 @@ from octavo.integrations.texts import text_batches
 from octavo.methods import get_method
 from octavo.methods.quantize.entropy import Entropy
 from octavo.narrowing import Narrowing
+from octavo.plans import Plan
 from octavo.profile import Point
 from octavo.request import describe, open_job
 from octavo.sites import Site

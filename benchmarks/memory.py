@@ -23,7 +23,6 @@ from common import CACHE, brown, save_results, stat_bytes
 
 import octavo
 from octavo.integrations.texts import window_batches
-from octavo.integrations.transformers import load_model
 from octavo.objective import KL
 from octavo.running import held_bytes, kernels_of
 from octavo.running.speed import greedy, interleaved
@@ -68,7 +67,7 @@ def child(kind: str, folder: Path) -> None:
     del call
     before = resident()
     packed = kind == "packed"
-    model = load_model(folder, packed=True) if packed else source_model(folder, getattr(torch, kind))
+    model = octavo.load(folder, packed=True) if packed else source_model(folder, getattr(torch, kind))
     loaded = resident() - before
     with torch.inference_mode():
         greedy(model, TOKENS)()

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import octavo
 from octavo.allocate import uniform
-from octavo.budget import Budget
 from octavo.leftover import upgrades
 from octavo.methods import get_method
 from octavo.profile import Curve, Point, Profile
@@ -146,9 +146,10 @@ def test_a_pinned_or_given_plan_is_not_said_to_be_without_alternative(tmp_path):
     """The note of a plan that was given does not claim that nothing finer fits."""
     module = net(64, 128, 1)
     octavo.profile(module, tmp_path / "measured", target="memory", data=DATA, objective="kl")
-    plan = octavo.plan(tmp_path / "measured", ratio=6)
-    plan.budget = Budget(2 * plan.budget.bytes, "twice", "memory")
-    plan.save(tmp_path / "plan.yaml")
+    octavo.plan(tmp_path / "measured", ratio=6).save(tmp_path / "plan.yaml")
+    edited = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    edited["budget"] *= 2
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(edited))
     done = octavo.compress(
         module, plan=tmp_path / "plan.yaml", workspace=tmp_path / "measured", resume=True, target="memory", data=DATA,
         objective="kl",

@@ -161,6 +161,7 @@ def test_what_a_killed_writer_left_is_put_right(bare: Path, tmp_path: Path) -> N
     old = tmp_path / ".out.octavo-old.x2" / "folder"
     old.mkdir(parents=True)
     (old / "mine.txt").write_text("mine")
+    (old / "octavo.json").write_text("{}")
     with pytest.raises(octavo.RequestError, match="the folder is not empty"):
         done.save(tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -213,3 +214,29 @@ def test_experts_that_are_one_tensor_while_they_run_are_counted_as_that(kind, da
     done.save(tmp_path / "out")
     found = octavo.verify(tmp_path / "out")["packed"]
     assert found["held"] == found["stated"] <= done.budget.bytes
+
+
+@pytest.mark.parametrize("kind", ["file", "module", "sharded"])
+def test_what_has_no_model_to_run_is_verified_by_what_it_holds(kind, net, tmp_path):
+    tensors = {f"{name}.weight": torch.randn(64, 48) for name in ("first", "second")} | {"bias": torch.randn(64)}
+    source = net
+    if kind == "file":
+        source = tmp_path / "bare.safetensors"
+        save_file(tensors, source)
+    elif kind == "sharded":
+        source = tmp_path / "model.safetensors.index.json"
+        shards = {name: f"model-{k + 1:05d}-of-00003.safetensors" for k, name in enumerate(tensors)}
+        for name, shard in shards.items():
+            save_file({name: tensors[name]}, tmp_path / shard)
+        source.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    done = octavo.compress(source, ratio=3, target="memory", preset="data-free")
+    report = done.save(tmp_path / "out")
+    # Bytes are counted, and nothing is said that was not.
+    assert report["running"]["held"] == report["running"]["stated"] == done.built.counted
+    assert "not measured of memory" not in (tmp_path / "out" / "README.md").read_text()
+    packed = octavo.verify(tmp_path / "out")["packed"]
+    assert packed == {"stated": done.built.counted, "held": done.built.counted, "error": None, "allowed": None}
+    for words in (["verify"], ["verify", "--json"], ["inspect"]):
+        result = CliRunner().invoke(app, [*words, str(tmp_path / "out")])
+        assert result.exit_code == 0, result.output
+    assert "no model" in CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).output

@@ -3,105 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from octavo.budget import Budget
-from octavo.errors import BudgetError, RequestError
+from octavo.errors import BudgetError
 from octavo.knapsack import knapsack
 from octavo.methods import Setting, get_method
+from octavo.plans import MIXED, Plan
 from octavo.profile import Point, Profile, densified, family, interpolate
-from octavo.workspace import write_file
-
-#: Labels of plans that do not stand for one setting everywhere.
-MIXED, ONE_FAMILY, EDITED = "mixed", "one family", "edited"
-
-
-@dataclass
-class Plan:
-    """The chosen point of every site.
-
-    Parameters
-    ----------
-    points
-        Site name to point. An estimated point's bytes are known exactly only once it is encoded.
-    label
-        :data:`MIXED`, :data:`ONE_FAMILY`, :data:`EDITED`, or the uniform choice it stands for.
-    """
-
-    budget: Budget
-    points: dict[str, Point]
-    expected: float
-    fixed_bytes: int
-    label: str = MIXED
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        """Expected artifact bytes."""
-        return self.fixed_bytes + sum(point.bytes for point in self.points.values())
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether it stands for one setting everywhere."""
-        return self.label not in (MIXED, ONE_FAMILY, EDITED)
-
-    def save(self, path: Path) -> None:
-        """Write as YAML that can be read and edited."""
-        sites = {
-            name: {"method": p.method, "setting": dict(p.setting), "bytes": p.bytes, "loss": float(f"{p.loss:.4g}")}
-            for name, p in self.points.items()
-        }
-        data = {
-            "octavo_plan": 1,
-            "asked": self.budget.asked,
-            "budget": self.budget.bytes,
-            "target": self.budget.target,
-            "label": self.label,
-            "sites": sites,
-        }
-        head = (
-            "# One entry a site. Change a method or a setting and run: octavo compress SOURCE --plan THIS --out DIR\n"
-        )
-        write_file(path, (head + yaml.safe_dump(data, sort_keys=False)).encode())
-
-
-def load_plan(path: Path, profile: Profile) -> Plan:
-    """Read a plan for the source of ``profile``; every site must be there, and nothing else.
-
-    Raises
-    ------
-    RequestError
-        If the file is no plan, a site is missing or unknown, or a method is not known.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        sites = data["sites"]
-        points = {
-            str(name): Point(
-                str(entry["method"]),
-                dict(entry["setting"]),
-                int(entry.get("bytes", 0)),
-                float(entry.get("loss", 0)),
-                True,
-            )
-            for name, entry in sites.items()
-        }
-        budget = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RequestError(f"{path}: not a plan: {error}") from error
-    known = {curve.site for curve in profile.curves}
-    for name in sorted(known ^ set(points)):
-        raise RequestError(f"{path}: site {name!r} is {'missing' if name in known else 'not in the source'}")
-    for point in points.values():
-        get_method(point.method)
-    # Whoever edits a plan does not edit its label.
-    label = MIXED if data.get("label") == MIXED else EDITED
-    return Plan(budget, points, float("nan"), profile.fixed_bytes, label)
 
 
 def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
@@ -244,6 +155,8 @@ def uniform(profile: Profile, budget: Budget) -> list[Plan]:
     names = sorted({point.method for curve in profile.curves for point in curve.points})
     for name in names:
         candidates = _elastic(profile, budget, name) if _one_knob(profile, name) else _settings(profile, name)
+        # Where 16 bits are smaller at every site, nothing of the method is left.
+        candidates = [plan for plan in candidates if any(point.method == name for point in plan.values())]
         fitting = [plan for plan in candidates if _total(profile, plan) <= budget.bytes]
         if fitting:
             best = min(fitting, key=lambda points: _loss(profile, points))

@@ -8,6 +8,7 @@ out anew from its inputs, and the gradient at its outputs becomes that at its in
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +28,10 @@ from octavo.evidence import combined
 from octavo.evidence_folder import EvidenceFolder
 from octavo.matmul import fast_matmul
 from octavo.objective import Objective
+from octavo.sealed import digest, place_in
 from octavo.sites import Site, Source
 from octavo.watches import Watches
-from octavo.workspace import Workspace
+from octavo.workspace import SCRATCH, Workspace
 
 _PROGRESS = "blocks.json"
 
@@ -45,7 +47,11 @@ class States:
         folder = self.folder / boundary
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / f"{batch}.npy", value.detach().cpu().numpy(), allow_pickle=False)
+            content = io.BytesIO()
+            np.save(content, value.detach().cpu().numpy(), allow_pickle=False)
+            with open(folder / f"{batch}.npy", "wb") as file:
+                file.write(digest(self._place(key), content.getbuffer()))
+                file.write(content.getbuffer())
         except OSError as error:
             raise OctavoError(f"{folder}: hidden states cannot be written: {error.strerror or error}") from error
 
@@ -53,9 +59,15 @@ class States:
         boundary, batch = key
         file = self.folder / boundary / f"{batch}.npy"
         try:
-            return torch.from_numpy(np.load(file, allow_pickle=False))
+            content = memoryview(file.read_bytes())
+            if content[:32] != digest(self._place(key), content[32:]):
+                raise ValueError("checksum mismatch")
+            return torch.from_numpy(np.load(io.BytesIO(content[32:]), allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise RequestError(f"{file}: damaged: {error}; remove {self.folder.parent} and start again") from error
+
+    def _place(self, key: tuple[str, int]) -> str:
+        return f"{place_in(self.folder.parent, self.folder.name)} {key[0]} {key[1]}"
 
     def drop(self, boundary: str) -> None:
         """Remove the tensors of a boundary that is not needed any more."""
@@ -69,6 +81,8 @@ class Blockwise:
     ----------
     source
         Its module is a skeleton, with parameters on the ``meta`` device.
+    scratch
+        The folder in which hidden states lie while plans are measured; that for temporary files if not given.
 
     Raises
     ------
@@ -76,7 +90,7 @@ class Blockwise:
         If the model has no list of like blocks, or is more than a chain of them.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, scratch: Path | None = None) -> None:
         assert source.module is not None
         found = Blocks.find(source.module)
         if found is None:
@@ -85,6 +99,7 @@ class Blockwise:
                 "it the memory to be loaded whole, or leave data out with --preset data-free"
             )
         self.source, self.blocks, self.loader = source, found, Loader(source, found)
+        self.scratch = scratch
         self._reference: States | None = None
         source.module.eval().requires_grad_(False)
 
@@ -123,7 +138,7 @@ class Blockwise:
             By name in the source. Each is asked for when the part of the model to which it belongs is run.
         """
         if self._reference is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="octavo-states-")
+            self._scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.scratch)
             reference = States(Path(self._scratch.name))
             self._final_states(batches, objective, {}, reference, "reference")
             self._reference = reference
@@ -153,7 +168,7 @@ class Blockwise:
 
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
         """What the objective compares, batch by batch."""
-        with tempfile.TemporaryDirectory(prefix="octavo-states-") as folder:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.scratch) as folder:
             states = States(Path(folder))
             self._final_states(batches, objective, {}, states, "final")
             around = self.loader.read(AROUND, {})

@@ -66,6 +66,12 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     return notes
 
 
+def companion_files(source: Path) -> list[Path]:
+    """The files that :func:`copy_companions` copies, relative to ``source``."""
+    adapted = all((source / name).is_file() for name in _ADAPTER)
+    return [relative for relative, reason in _choices(source, adapted=adapted) if reason is None]
+
+
 def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]]:
     """Files of the source, each with None if it is to be copied, or why it is not; empty if nobody will miss it."""
     for place, folders, names in os.walk(source):

@@ -14,14 +14,16 @@ from typing import Any
 from torch import nn
 
 from octavo import executors
-from octavo.allocate import allocate, load_plan
+from octavo.allocate import allocate
 from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget
 from octavo.calibrate import Calibration
+from octavo.carrying import carry_out
 from octavo.curves import build_profile
+from octavo.disk_use import refuse_full_disk
 from octavo.errors import RequestError
 from octavo.executors import Executor
-from octavo.finish import Built, contest, finish, margin_of
+from octavo.finish import Built, contest, margin_of
 from octavo.job import Job
 from octavo.lock import Lock
 from octavo.matmul import fast_matmul
@@ -31,10 +33,10 @@ from octavo.objective import Objective
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, showing, with_progress
 from octavo.reconstruct import reconstruct, reserve
-from octavo.request import describe, open_job, refuse_full_disk, refuse_unreachable, requested_budget
+from octavo.request import describe, open_job, refuse_unreachable, requested_budget, requested_plan, workspace_of
 from octavo.rivals import PLAIN
 from octavo.sites import Source
-from octavo.workspace import Workspace, forget
+from octavo.workspace import forget, holds_profile
 
 #: Frames between :func:`compress` and its caller, its own and those of its decorators.
 _DEPTH = 4
@@ -79,7 +81,9 @@ class Compressed:
     @property
     def notes(self) -> list[Note]:
         """What there is to know about the run, put together by kind."""
-        return by_kind([*self.job.notes, *self.calibration.warnings], [site.name for site in self.job.sites])
+        return by_kind(
+            [*self.job.notes, *self.job.damaged, *self.calibration.warnings], [site.name for site in self.job.sites]
+        )
 
     def save(
         self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
@@ -108,7 +112,11 @@ class Compressed:
         """
         from octavo.publish import save
 
-        with Lock(path), showing(self.job.progress if progress is None else progress) as self.job.progress:
+        with (
+            Lock(path),
+            self.job.witness.blamed(),
+            showing(self.job.progress if progress is None else progress) as self.job.progress,
+        ):
             return save(self, Path(path), overwrite=overwrite, report=report)
 
     def forget_workspace(self) -> None:
@@ -183,7 +191,8 @@ def compress(
     ignore, keep
         Globs of site names to leave alone, and a mapping of globs to choices such as ``float16`` or ``gptq:bits=4``.
     plan
-        A plan file to carry out instead of allocating.
+        A plan file to carry out instead of allocating: to its budget exactly as :func:`octavo.plan` wrote it, to the
+        letter if it was edited.
     workspace
         Folder for unfinished work or a saved profile, which takes about the bytes of the artifact; a temporary one
         if not given. Where temporary files lie in memory, name a folder beside the output for a large model.
@@ -233,42 +242,49 @@ def compress(
     clock = _Clock()
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
-        curvature, forward_args,
+        curvature, forward_args, work=Path(workspace) if workspace and resume else None,
     )  # fmt: skip
-    asked = requested_budget(job, plan, ratio, size, bits)
-    refuse_unreachable(job, asked)
+    given = None if plan is None else requested_plan(job, Path(plan), ratio, size, bits)
+    asked = requested_budget(job, ratio, size, bits) if given is None else given.budget
+    if given is None:
+        refuse_unreachable(job, asked)
     if not resume:
-        refuse_full_disk(Path(workspace or tempfile.gettempdir()), asked)
+        refuse_full_disk(job, Path(workspace or tempfile.gettempdir()), asked.bytes, preset)
     clock.lap("open")
     # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:
-        with executors.executor(executor) as job.executor:
-            if plan is not None and not (folder / "profile.json").exists():
+        with job.witness.blamed(), executors.executor(executor) as job.executor:
+            bare = given is not None and not (resume and holds_profile(folder, describe(job, preset)))
+            if bare:
                 # To carry out a plan nothing needs to be measured but what sites there are.
                 job.methods = [get_method("keep")]
-            room = Workspace(folder, describe(job, preset), resume=resume)
+            room = workspace_of(job, folder, preset, resume=resume)
             calibration = job.calibrate(room)
             clock.lap("evidence")
-            profile = build_profile(job, calibration, room, asked.bytes * 8 / job.source.weights, preset)
-            if profile.smallest > asked.bytes:
+            around = None if bare else asked.bytes * 8 / job.source.weights
+            profile = build_profile(job, calibration, room, around, preset, corrected=not bare)
+            if profile.smallest > asked.bytes and not bare:
                 # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
                 profile = build_profile(job, calibration, room, 0.0, preset)
             clock.lap("profile")
-            spared = asked.bytes - reserve(job, asked.bytes, preset)
-            free = asked if plan or profile.smallest > spared else replace(asked, bytes=spared)
-            chosen = load_plan(Path(plan), profile) if plan else allocate(profile, free, margin=margin_of(target))
-            clock.lap("plan")
-            if plan is None:
+            if given is None:
+                spared = asked.bytes - reserve(job, asked.bytes, preset)
+                free = asked if profile.smallest > spared else replace(asked, bytes=spared)
+                chosen = allocate(profile, free, margin=margin_of(target))
+                clock.lap("plan")
                 # Whoever names methods gets no other.
                 plain = methods is None or any(method.name == PLAIN for method in job.methods)
                 best, rival = contest(job, profile, calibration, room, chosen, free, plain=plain)
                 clock.lap("encode")
                 best = reconstruct(job, calibration, best, asked.bytes, preset)
+                clock.lap("reconstruct")
             else:
-                best, rival = finish(job, profile, calibration, room, chosen, asked, exact=False), None
-            clock.lap("encode" if plan else "reconstruct")
+                best, profile = carry_out(job, profile, calibration, room, given)
+                rival = None
+                clock.lap("encode")
+            job.witness.check(every=True)
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)

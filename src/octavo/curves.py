@@ -22,16 +22,32 @@ _STRIDE = {"fast": 2}
 _SPREAD = {"fast": (0.45, 1.9), "best": (0.1, 4.0)}
 
 
-def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: float | None, preset: str) -> Profile:
-    """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
-
-    ``bits`` per weight tells around which size points are wanted; None takes all.
-    """
+def window_of(bits: float | None, preset: str) -> Window:
+    """Between which sizes points are wanted; None takes all."""
+    if bits is None:
+        return Window()
     spread = _SPREAD.get(preset, (0.25, 2.5))
     # Near the smallest artifact every site needs its coarsest point, wherever that lies.
-    least = 0.0 if bits is None or bits < 1 else bits * spread[0]
-    window = Window() if bits is None else Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
-    saved = room.read_json("profile.json")
+    least = 0.0 if bits < 1 else bits * spread[0]
+    return Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
+
+
+def build_profile(
+    job: Job,
+    calibration: Calibration,
+    room: Workspace,
+    bits: float | None,
+    preset: str,
+    *,
+    corrected: bool = True,
+) -> Profile:
+    """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
+
+    ``bits`` per weight tells around which size points are wanted; None takes all. Without ``corrected`` nothing is
+    measured to correct expected losses.
+    """
+    window = window_of(bits, preset)
+    saved = room.read_json("profile.json", again=True)
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")
     curves, smallest = [], dict[str, Packed]()
@@ -43,10 +59,11 @@ def build_profile(job: Job, calibration: Calibration, room: Workspace, bits: flo
     source = job.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
     profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": job.target}
+    profile.options["pinned"] = sorted(job.pinned)
     profile.fixed_bytes = job.contents(smallest, narrowing).counted - sum(
         packed.counted(job.target) for packed in smallest.values()
     )
-    if job.measurable and preset != "fast":
+    if corrected and job.measurable and preset != "fast":
         correct(job, profile, calibration, room, bits or 4.0)
     profile.save(room.path / "profile.json")
     return profile
@@ -57,7 +74,7 @@ def _measured(
 ) -> Iterator[tuple[Curve, Packed]]:
     """Every site's curve, those that are there from the workspace, and its smallest form without content."""
     names = [f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json" for index in range(len(job.sites))]
-    found = [room.read_json(name) for name in names]
+    found = [room.read_json(name, again=True) for name in names]
     missing = [site for site, saved in zip(job.sites, found, strict=True) if saved is None]
     results = job.executor.map(
         profiled,

@@ -16,9 +16,11 @@ from octavo.calibrate import calibrate
 from octavo.errors import ArtifactError, OctavoError, RequestError
 from octavo.forms import Dense, Form
 from octavo.integrations.onnx import Session, require
+from octavo.lock import Lock
 from octavo.objective import Objective
 from octavo.opened import open_model
 from octavo.raw import narrowed
+from octavo.replacing import NEW, check_file, check_kind, tidy
 from octavo.runtimes.activations import rounding_losses, watch
 from octavo.runtimes.given import Inputs, Tokens, inputs_of, vocabulary
 from octavo.runtimes.graph import SITE, TIED, trace
@@ -91,20 +93,35 @@ def export(
     Raises
     ------
     RequestError
-        If the model cannot be exported.
+        If the model cannot be exported, or ``out`` is part of ``path``, or is there and is no regular file, or one
+        and ``overwrite`` is not set.
     ArtifactError
         If the file does not give the outputs that it should.
     MissingExtraError
         If the extra ``onnx`` is not installed.
     """
     require()
-    out, size = Path(out).resolve(), parse_shape(shape)
+    out = check_file(out, overwrite=overwrite, source=path)
+    with Lock(out):
+        tidy(out)
+        return _exported(path, out, to, data, objective, loss, shape, prefer)
+
+
+def _exported(
+    path: str | Path,
+    out: Path,
+    to: str,
+    data: Any,
+    objective: str | Objective | None,
+    loss: float | None,
+    shape: str | Sequence[int],
+    prefer: str,
+) -> dict[str, Any]:
+    size = parse_shape(shape)
     if to not in RUNTIMES:
         raise RequestError(f"--to {to!r} is not known; choose from {', '.join(RUNTIMES)}")
     if prefer not in PREFERENCES:
         raise RequestError(f"--prefer {prefer!r} is not known; choose from {', '.join(PREFERENCES)}")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise RequestError(f"{out}: is already there; name another file, or give --overwrite to replace it")
     opened = open_model(path)
     source = opened.source
     batches, text = _data(source, data)
@@ -277,12 +294,13 @@ def write_model(content: bytes, out: Path, given: Inputs) -> dict[str, Any]:
     """Write a model, whole or not at all, once it was seen to load and to run from the disk."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}{NEW}", dir=out.parent) as folder:
             aside = Path(folder) / out.name
             write_file(aside, content)
             outputs = Session(aside)(**given.example())
             if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
                 raise ArtifactError(f"{out}: the exported model gives NaN or Inf; nothing was written")
+            check_kind(out)
             os.replace(aside, out)
     except OSError as error:
         raise OctavoError(f"{out}: cannot be written: {error.strerror or error}") from error

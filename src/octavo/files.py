@@ -21,6 +21,7 @@ from octavo.integrations.sentences import (
     weight_folders,
 )
 from octavo.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
+from octavo.tensor_files import Place, offsets
 from octavo.weight_files import beside, weight_files
 
 
@@ -95,10 +96,11 @@ def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     where: dict[str, Path] = {}
-    inner: dict[str, str] = {}
+    places: dict[str, Place] = {}
     for prefix, file in files:
         try:
             with safe_open(file, framework="pt") as handle:
+                starts = offsets(file)
                 for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                     name, tensor = prefix + key, handle.get_slice(key)
                     if name in where:
@@ -106,13 +108,14 @@ def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str
                             f"{path}: tensor {name!r} is in {where[name].name} and in {file.name}; remove one of them, "
                             "or name the file that counts"
                         )
-                    shapes[name], where[name], inner[name] = tuple(tensor.get_shape()), file, key
+                    shapes[name], where[name] = tuple(tensor.get_shape()), file
                     dtypes[name] = DTYPES.get(tensor.get_dtype(), torch.uint8)
                     if tensor.get_dtype() not in DTYPES:
                         raise RequestError(
                             f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported"
                         )
-        except (SafetensorError, OSError) as error:
+                    places[name] = Place(file, starts[key], dtypes[name], shapes[name])
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
     for name, file in promised.items():
         if where.get(name) != file:
@@ -124,9 +127,7 @@ def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str
         raise RequestError(f"{path}: holds no tensors")
 
     def read(name: str) -> Tensor:
-        # Opened each time and copied out: pages of a mapping count as this process's memory until it is closed.
-        with safe_open(where[name], framework="pt") as handle:
-            return handle.get_tensor(inner[name]).clone()
+        return places[name].read()
 
     return Source(path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, read)
 

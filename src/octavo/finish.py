@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from octavo.allocate import MIXED, ONE_FAMILY, Plan, allocate, unreachable
+from octavo.allocate import allocate, unreachable
 from octavo.artifact import Contents, Packed
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
@@ -17,6 +17,7 @@ from octavo.job import Job
 from octavo.leftover import upgrades
 from octavo.methods import Setting, get_method
 from octavo.narrowing import Narrowing
+from octavo.plans import MIXED, ONE_FAMILY, Plan
 from octavo.profile import Point, Profile, slope
 from octavo.raw import Lazily
 from octavo.rivals import Plain, best_uniform
@@ -76,7 +77,7 @@ def finish(
     RequestError
         If a plan that must not be moved exceeds the budget.
     """
-    points, packed, contents = _encoded(job, profile, calibration, room, plan, asked if exact else None)
+    points, packed, contents = encode_plan(job, profile, calibration, room, plan, asked if exact else None)
     total, label = contents.counted, plan.label
     aim = asked.bytes
     for _ in range(_RETREATS if exact else 0):
@@ -85,7 +86,7 @@ def finish(
         # Continuous settings could not be moved close enough: points of known bytes never exceed the budget, and those
         # that were measured on a sample do so by little, which the next attempt leaves free.
         known = allocate(profile, replace(asked, bytes=aim), margin=2 * MARGIN, interpolate=False)
-        points, packed, contents = _encoded(job, profile, calibration, room, known, None)
+        points, packed, contents = encode_plan(job, profile, calibration, room, known, None)
         total, label = contents.counted, known.label
         aim -= max(total - asked.bytes, 0)
     if total > asked.bytes and exact:
@@ -94,10 +95,16 @@ def finish(
         raise RequestError(
             f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites"
         )
-    expected = sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)
+    return measured(job, profile, replace(plan, points=points, label=label), packed, contents)
+
+
+def measured(job: Job, profile: Profile, plan: Plan, packed: dict[str, Packed], contents: Contents) -> Built:
+    """An encoded plan with what it takes, and what it loses on held-back data."""
+    total = contents.counted
+    expected = sum(profile.corrected(curve, plan.points[curve.site].loss) for curve in profile.curves)
     fixed = total - sum(item.counted(job.target) for item in packed.values())
-    done = Plan(plan.budget, points, expected, fixed, label, plan.notes)
-    size = total if job.target == "disk" else contents.bytes
+    size = contents.bytes if job.target == "memory" else total
+    done = Plan(plan.budget, plan.points, expected, fixed, plan.label, plan.notes)
     if not job.measurable:
         return Built(done, packed, contents, size, expected)
     stored = {name: kept.given for name, kept in contents.kept.items()}
@@ -105,16 +112,26 @@ def finish(
     return Built(done, packed, contents, size, float(losses.mean()), float(np.quantile(losses, 0.95)))
 
 
-def _encoded(
-    job: Job, profile: Profile, calibration: Calibration, room: Workspace, plan: Plan, asked: Budget | None
+def encode_plan(
+    job: Job,
+    profile: Profile,
+    calibration: Calibration,
+    room: Workspace,
+    plan: Plan,
+    asked: Budget | None,
+    seen: Callable[[str, Point], None] = lambda name, point: None,
 ) -> tuple[dict[str, Point], dict[str, Packed], Contents]:
-    """Encode a plan; with a budget, move its continuous settings until the bytes fit, if they can be made to."""
+    """Encode a plan; with a budget, move its continuous settings until the bytes fit, if they can be made to.
+
+    ``seen`` is called with the name of every site that was encoded, and its point.
+    """
     points, packed = dict(plan.points), dict[str, Packed]()
     moved = points
     signs: set[bool] = set()
     for attempt in range(_ROUNDS):
         for done, (name, found) in enumerate(job.encode_all(moved, calibration, room)):
             points[name], packed[name] = replace(moved[name], bytes=found.counted(job.target), estimated=False), found
+            seen(name, points[name])
             job.progress("encode", done + 1, len(moved))
         contents = job.contents(packed, _kept(job, profile, points))
         if asked is None or attempt == _ROUNDS - 1 or _fits(contents.counted, asked):
@@ -202,7 +219,7 @@ def contest(
         built += _plain(job, profile, calibration, room, asked, built)
     best = min(built, key=lambda other: other.quality) if job.measurable else built[0]
     even = min((other for other in built if other.plan.is_uniform), key=lambda other: other.quality, default=None)
-    return _topped(job, profile, calibration, room, best, asked), even
+    return topped(job, profile, calibration, room, best, asked), even
 
 
 def _plain(
@@ -219,7 +236,7 @@ def _plain(
     return []
 
 
-def _topped(job: Job, profile: Profile, calibration: Calibration, room: Workspace, best: Built, asked: Budget) -> Built:
+def topped(job: Job, profile: Profile, calibration: Calibration, room: Workspace, best: Built, asked: Budget) -> Built:
     """A built plan with the room that it leaves spent on finer settings, as far as that lowers its loss.
 
     Where continuous settings use the budget there is nothing left to spend. All sites that may rise do so together;

@@ -34,11 +34,11 @@ MOST_TEXTS = 1024
 WINDOW = 256
 
 
-def model_of(source: Source, *, blockwise: bool) -> InMemory | Blockwise:
+def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> InMemory | Blockwise:
     """The model of a source, to be run; that of a folder is loaded now, or block by block whenever it is run."""
     if source.is_skeleton:
         if blockwise:
-            return Blockwise(source)
+            return Blockwise(source, scratch)
         from octavo.integrations.transformers import load_weights
 
         load_weights(source)

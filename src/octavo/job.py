@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
 from octavo.batches import Batch
 from octavo.blockwise import Blockwise
 from octavo.calibrate import Calibration, data_free
+from octavo.configuration import configurations
 from octavo.errors import RequestError
 from octavo.executors import Executor, Local
 from octavo.inmemory import InMemory
@@ -26,6 +27,7 @@ from octavo.progress import Progress, silent
 from octavo.raw import Lazily, narrowed
 from octavo.sites import Site, Source
 from octavo.tasks import encoded
+from octavo.witness import Witness
 from octavo.workspace import Workspace
 
 #: Norms, biases and the like are stored in 16 bits if all of them together cost less than this, in the metric's units.
@@ -55,6 +57,10 @@ class Job:
     executor: Executor = field(default_factory=Local)
     #: How errors are weighed: ``kfac`` or ``ekfac`` (:mod:`octavo.curvature`).
     curvature: str = "kfac"
+    #: The files that it is read from.
+    witness: Witness = field(default_factory=lambda: Witness(None))
+    #: Notes on kept work that was damaged and is made again.
+    damaged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._model: InMemory | Blockwise | None = None
@@ -78,7 +84,7 @@ class Job:
         workspace.write_json(_WAY, way)
         found = workspace.load_calibration()
         if self.source.module is not None:
-            self._model = model_of(self.source, blockwise=way["blockwise"])
+            self._model = model_of(self.source, blockwise=way["blockwise"], scratch=workspace.path)
         if found is None:
             if self._model is None:
                 found = data_free(self.source, self.sites)
@@ -168,7 +174,11 @@ class Job:
         }
         resident = self.resident(packed) if self.target == "memory" else None
         aliases, extra = self.source.aliases, self.source.extra
-        return Contents(source, entries, self.kept(how), aliases, resident, self._named(), extra)
+        return Contents(source, entries, self.kept(how), aliases, resident, self._named(), extra, self._configurations)
+
+    @cached_property
+    def _configurations(self) -> dict[str, bytes]:
+        return configurations(self.source)
 
     def _named(self) -> frozenset[str]:
         """Aliases that the loader of the source must find in the files, since it does not tie them itself."""

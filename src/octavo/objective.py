@@ -44,7 +44,7 @@ class Objective(ABC):
     """
 
     #: What users see.
-    metric: str
+    metric: str = "divergence"
 
     @abstractmethod
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -80,7 +80,7 @@ class Objective(ABC):
             return torch.cat([self.divergence(old, self.outputs(module, batch)) for batch, old in pairs])
 
 
-class _OfOutputs(Objective):
+class OfOutputs(Objective):
     """An objective that reads what the module returns."""
 
     #: What :meth:`read` looks for, for messages.
@@ -90,7 +90,7 @@ class _OfOutputs(Objective):
     def read(self, result: Any, module: nn.Module, batch: Batch) -> Tensor | None:
         """What is compared, as (examples, features); None if the result has nothing of the kind."""
 
-    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
+    def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
         result = run(module, batch)
         found = self.read(result, module, batch)
         if found is None:
@@ -102,7 +102,7 @@ class _OfOutputs(Objective):
         return found
 
 
-class Cosine(_OfOutputs):
+class Cosine(OfOutputs):
     """``1 - cosine`` of one vector an example.
 
     That is the ``sentence_embedding``, or the embeddings of a model with a side for every kind of input (text, image,
@@ -145,7 +145,7 @@ class Cosine(_OfOutputs):
         return (outputs * torch.randn(outputs.shape, generator=generator).to(outputs.device)).sum()
 
 
-class KL(_OfOutputs):
+class KL(OfOutputs):
     """``KL(source || compressed)`` of the class or next-token distribution, mean over the positions of an example.
 
     Logits are (examples, ..., classes); those of four and more dimensions are images, with the classes in dimension 1.
@@ -240,7 +240,7 @@ def _widened(logs: Tensor, classes: int) -> Tensor:
     return nn.functional.pad(logs, (0, classes - logs.shape[-1]), value=_NEVER)
 
 
-class Squared(_OfOutputs):
+class Squared(OfOutputs):
     """Squared error of the outputs relative to their mean square: for regressors and anything else with tensors.
 
     All floating tensors that have an entry an example are compared, each relative to itself, and their errors averaged.
@@ -316,7 +316,7 @@ class Loss(Objective):
         return (outputs * signs.to(outputs.device, outputs.dtype)).sum()
 
 
-OBJECTIVES: dict[str, type[_OfOutputs]] = {"cosine": Cosine, "kl": KL, "squared": Squared}
+OBJECTIVES: dict[str, type[OfOutputs]] = {"cosine": Cosine, "kl": KL, "squared": Squared}
 
 
 def objective(name: str | Objective) -> Objective:

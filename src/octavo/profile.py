@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.methods.factorize.factors import is_table
 from octavo.sampling import Sample, sample_of, table_sample_of
+from octavo.sealed import sealed_json, unsealed_json
 from octavo.sites import Site
 from octavo.workspace import write_file
 
@@ -29,7 +29,7 @@ from octavo.workspace import write_file
 SCREEN = 3.0
 #: One that loses less than this many times more is tried further, catching up or not.
 PROMISING = 1.15
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,13 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_file(path, json.dumps({"octavo_profile": FORMAT, **asdict(self)}).encode())
+        write_file(path, sealed_json(path.parent, path.name, {"octavo_profile": FORMAT, **asdict(self)}))
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Read what :meth:`save` wrote."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = unsealed_json(path.parent, path.name, path.read_bytes())
             if data.pop("octavo_profile") != FORMAT:
                 raise ValueError("another format version")
             curves = [

@@ -17,13 +17,12 @@ from octavo.errors import ArtifactError, MissingExtraError, OctavoError, Request
 from octavo.integrations.sentences import members, transformer_folder
 from octavo.proof import prove
 from octavo.raw import raw_bytes
+from octavo.replacing import NEW, OLD, check_folder, made_aside, tidy
 from octavo.report.gather import report_data
 from octavo.verify import REPORT
 
 if TYPE_CHECKING:
     from octavo.compress import Compressed
-#: What the names of folders go on with that are written, or were moved out of the way, beside the output.
-NEW, _OLD = ".octavo-new.", ".octavo-old."
 
 
 def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool = True) -> dict[str, Any]:
@@ -42,8 +41,7 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
     path = path.resolve()
     check_writable(path, overwrite=overwrite, source=done.job.source.path)
     started = time.perf_counter()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}{NEW}", dir=path.parent))
+    aside = made_aside(path)
     try:
         _write(done, aside)
         artifact = Artifact(aside)
@@ -54,6 +52,8 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
         data["timings"] = {**done.timings, "total": sum(done.timings.values())}
         _write_report(data, aside, page=report)
+        # What was copied and what was measured are to be of one state of the source.
+        done.job.witness.check(every=True)
         move_into_place(aside, path)
     except OSError as error:
         raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error
@@ -65,32 +65,18 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
 def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = None) -> None:
     """Refuse an output folder that is in use, holds the source, or cannot be written, before work starts."""
     path = path.resolve()
-    _tidy(path)
+    tidy(path)
     if source is not None and Path(source).resolve().is_relative_to(path):
         raise RequestError(f"{path}: holds the source, which would be replaced; choose another folder")
-    if path.exists() and not path.is_dir():
-        raise RequestError(f"{path}: is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise RequestError(f"{path}: the folder is not empty; choose another, or give --overwrite to replace it")
+    check_folder(path, overwrite=overwrite)
     try:
         # Asking the file system is the only test that holds for every user, root included.
-        with tempfile.TemporaryDirectory(prefix=".octavo-", dir=next(p for p in path.parents if p.exists())):
+        # Under a name that the next run sweeps, should this one be killed here.
+        existing = next(p for p in path.parents if p.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}{NEW}", dir=existing):
             pass
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _tidy(path: Path) -> None:
-    """Put right what a run left beside ``path`` that was killed while it wrote: half of a folder, or the old one."""
-    if not path.parent.is_dir():
-        return
-    for entry in path.parent.iterdir():
-        if entry.name.startswith(f".{path.name}{_OLD}"):
-            if not path.exists() and (entry / "folder").exists():
-                os.replace(entry / "folder", path)
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name.startswith(f".{path.name}{NEW}"):
-            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _write(done: Compressed, folder: Path) -> None:
@@ -98,18 +84,13 @@ def _write(done: Compressed, folder: Path) -> None:
     done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
     if source.folder is None:
         return
-    inner = transformer_folder(source.folder)
-    is_model = (inner / "config.json").exists()
-    if is_model or members(source.folder):
+    if (transformer_folder(source.folder) / "config.json").exists() or members(source.folder):
         notes = copy_companions(source.folder, folder)
         done.job.notes += [note for note in notes if note not in done.job.notes]
-    if is_model:
-        from octavo.integrations.transformers import artifact_config
-
-        # Also of an architecture that only the code beside it knows: whoever trusts that code can load the artifact.
-        config = folder / inner.relative_to(source.folder) / "config.json"
-        dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
-        config.write_text(json.dumps(artifact_config(inner, dtype), indent=2) + "\n", encoding="utf-8")
+    # As they were when the manifest was planned, whatever became of the source since.
+    for name, content in done.built.contents.configurations.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def move_into_place(aside: Path, path: Path) -> None:
@@ -118,7 +99,7 @@ def move_into_place(aside: Path, path: Path) -> None:
     if not path.exists():
         os.replace(aside, path)
         return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}{_OLD}", dir=path.parent, ignore_cleanup_errors=True) as old:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}{OLD}", dir=path.parent, ignore_cleanup_errors=True) as old:
         os.replace(path, Path(old) / "folder")
         try:
             os.replace(aside, path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 
 from octavo import folds, inputs
-from octavo.allocate import unreachable
+from octavo.allocate import labelled, unreachable
 from octavo.artifact import Packed, pack
 from octavo.batches import Batch
 from octavo.budget import TARGETS, Budget, parse_size
 from octavo.budget import budget as budget_of
 from octavo.calibrate import CURVATURES, data_free
-from octavo.errors import RequestError
+from octavo.errors import OctavoError, RequestError
 from octavo.evidence import Evidence
 from octavo.forms import Dense
 from octavo.job import Job
@@ -28,11 +29,13 @@ from octavo.methods.base import DATA_FREE
 from octavo.narrowing import Narrowing
 from octavo.objective import Objective
 from octavo.patterns import apply_patterns
+from octavo.plans import EDITED, Plan, read_plan
 from octavo.progress import Progress
 from octavo.running import resident_bytes
 from octavo.sampling import sample_of
 from octavo.sites import SMALLEST_SITE, Site, Source
-from octavo.workspace import hash_tensors
+from octavo.witness import Witness
+from octavo.workspace import Workspace, files_of, hash_tensors
 
 #: Texts read at most, and settings skipped, by preset.
 _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
@@ -46,6 +49,32 @@ _ROWS = 64
 _SURE = 0.9
 
 
+def _watched(opening: Callable[..., Job]) -> Callable[..., Job]:
+    """Files of a source are looked at before any of them is read, and blamed if they were changed meanwhile.
+
+    It adds ``work``: the folder of kept work from which a run goes on, with what it was made from.
+    """
+
+    @wraps(opening)
+    def opened(source: Any, data: Any, *args: Any, work: Path | None = None, **options: Any) -> Job:
+        witness = Witness(*_paths(source, data))
+        try:
+            with witness.blamed():
+                return opening(source, data, *args, witness=witness, **options)
+        except OctavoError as error:
+            gone = work is None or witness.source is None or not witness.source.exists()
+            changed = [] if work is None or gone else witness.changed(files_of(work) or witness.digests)
+            if not changed:
+                raise
+            raise RequestError(
+                f"{work}: holds work on files that were changed since then: {', '.join(changed)}; put them back, or "
+                f"run without --resume to begin anew ({error})"
+            ) from error
+
+    return opened
+
+
+@_watched
 def open_job(
     source: str | Path | nn.Module | Source,
     data: Any,
@@ -62,6 +91,7 @@ def open_job(
     forward_args: Callable[[Batch], Any] | None = None,
     *,
     folding: bool = True,
+    witness: Witness | None = None,
 ) -> Job:
     """Check a request and gather what all steps share.
 
@@ -109,7 +139,14 @@ def open_job(
     return Job(
         opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
         [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
+        witness=witness or Witness(None),
     )  # fmt: skip
+
+
+def _paths(source: Any, data: Any) -> tuple[Path | None, Any]:
+    """The paths that a source and data were given as, or None where they are in memory."""
+    path = source.path if isinstance(source, Source) else source if isinstance(source, str | Path) else None
+    return (None if path is None else Path(path)), data
 
 
 def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
@@ -163,39 +200,65 @@ def describe(job: Job, preset: str) -> dict[str, Any]:
         "seed": job.seed,
         "target": job.target,
         "curvature": job.curvature,
+        "files": job.witness.digests,
     }
 
 
-def requested_budget(job: Job, plan: str | Path | None, ratio: float | None, size: Any, bits: float | None) -> Budget:
-    """The budget of a plan file, or that of exactly one of ratio, size and bits."""
-    if plan is not None:
-        if (ratio, size, bits) != (None, None, None):
-            raise RequestError("a plan has its own budget: leave out ratio, size and bits")
-        import yaml
+def workspace_of(job: Job, folder: Path, preset: str, *, resume: bool, **other: Any) -> Workspace:
+    """The folder of a job's unfinished work; ``other`` is what else makes it another job."""
+    room = Workspace(folder, {**describe(job, preset), **other}, resume=resume, witness=job.witness)
+    # One list, so that what is found to be damaged on the way is told with all other notes.
+    job.damaged = room.damaged
+    return room
 
-        try:
-            data = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
-            asked = Budget(int(data["budget"]), str(data["asked"]), str(data.get("target", "disk")))
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"{plan}: not a plan: {error}") from error
-        if asked.target != job.target:
-            raise RequestError(
-                f"{plan}: counts the bytes of {asked.target}, not of {job.target}; ask for the same target"
-            )
-        return asked
+
+def requested_budget(job: Job, ratio: float | None, size: Any, bits: float | None) -> Budget:
+    """The budget from exactly one of ratio, size and bits."""
     source = job.source
     return budget_of(source.original_bytes, source.weights, ratio=ratio, size=size, bits=bits, target=job.target)
 
 
-def refuse_full_disk(folder: Path, asked: Budget) -> None:
-    """Refuse a folder for unfinished work on whose disk the encoded forms will not fit, before any work is done."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < asked.bytes:
-        raise RequestError(
-            f"{existing}: has {free} bytes free, the encoded forms will take about {asked.bytes}; free some, or name a "
-            "workspace (of the command: --out) on a larger disk"
-        )
+def requested_plan(job: Job, file: Path, *sizes: Any) -> Plan:
+    """The plan of a file, if it can be that of a job, and no size is given beside it.
+
+    Raises
+    ------
+    RequestError
+        If it is for other sites or another target, or has another form of a site than the user asks for now.
+    """
+    if any(size is not None for size in sizes):
+        raise RequestError("a plan has its own budget: leave out ratio, size and bits")
+    plan, source = read_plan(file, [site.name for site in job.sites]), job.source
+    budget = plan.budget
+    if budget.target != job.target:
+        raise RequestError(f"{file}: counts the bytes of {budget.target}, not of {job.target}; ask for the same target")
+    for name, (method, setting) in job.pinned.items():
+        point = plan.points[name]
+        if (point.method, point.setting) != (method, setting):
+            raise RequestError(
+                f"{file}: site {name!r} has {labelled(point.method, point.setting)}, and --keep asks for "
+                f"{labelled(method, setting)}; change one of them"
+            )
+    same = not plan.fingerprint or plan.fingerprint == source.fingerprint()
+    if not same:
+        job.notes.append("the plan was made for another source: its sizes were finished for this one")
+    # In other words a budget that was edited, or that of another source, would be a ratio or a rate that it is not.
+    said = same and (plan.label != EDITED or _says(budget, source))
+    if said:
+        return plan
+    bare = budget_of(source.original_bytes, source.weights, size=budget.bytes, target=job.target)
+    return replace(plan, budget=bare)
+
+
+def _says(budget: Budget, source: Source) -> bool:
+    """Whether a budget's words and its bytes are the same for a source."""
+    words = budget.asked.removesuffix(f" in {budget.target}").replace(" bits per weight", "").split(" ", 1)
+    given: dict[str, Any] = {words[0] if len(words) == 2 else "bits": words[-1]}
+    try:
+        meant = budget_of(source.original_bytes, source.weights, **given, target=budget.target)
+    except (RequestError, TypeError):
+        return False
+    return meant.bytes == budget.bytes
 
 
 def refuse_unreachable(job: Job, asked: Budget) -> None:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from octavo.allocate import Plan, labelled, uniform
+from octavo.allocate import labelled, uniform
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
 from octavo.evidence_folder import EvidenceFolder
 from octavo.job import Job
 from octavo.methods import Setting, get_method
+from octavo.plans import Plan
 from octavo.profile import Point, Profile, envelope
 from octavo.tasks import weighed
 from octavo.workspace import Workspace

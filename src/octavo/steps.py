@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from octavo import executors
-from octavo.allocate import Plan, allocate
+from octavo.allocate import allocate
 from octavo.batches import Batch
 from octavo.budget import budget as budget_of
 from octavo.compress import Compressed, compress
 from octavo.curves import build_profile
+from octavo.disk_use import refuse_full_disk
 from octavo.errors import RequestError
 from octavo.executors import Executor
 from octavo.finish import finish, margin_of, single_families
 from octavo.lock import Lock
 from octavo.matmul import fast_matmul
+from octavo.notes import by_kind, warn
 from octavo.objective import Objective
+from octavo.plans import Plan
 from octavo.profile import Profile
 from octavo.progress import Shown, callback, with_progress
-from octavo.request import describe, open_job
+from octavo.request import open_job, workspace_of
+from octavo.sealed import unsealed_json
 from octavo.sites import Source
-from octavo.workspace import Workspace
 
 _REQUEST = "request.json"
+#: Frames between :func:`profile` and its caller.
+_DEPTH = 4
 
 
 @with_progress
@@ -63,7 +68,7 @@ def profile(
     """
     job = open_job(
         source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
-        curvature, forward_args,
+        curvature, forward_args, work=Path(out) if resume else None,
     )  # fmt: skip
     request = {
         "data": str(data) if isinstance(data, str | Path) else None,
@@ -76,10 +81,14 @@ def profile(
         "seed": seed,
         "target": target,
     }
-    with Lock(out), executors.executor(executor) as job.executor:
-        room = Workspace(Path(out), describe(job, preset), resume=resume)
+    if not resume:
+        refuse_full_disk(job, Path(out), 0, preset)
+    with Lock(out), job.witness.blamed(), executors.executor(executor) as job.executor:
+        room = workspace_of(job, Path(out), preset, resume=resume)
         result = build_profile(job, job.calibrate(room), room, None, preset)
         room.write_json(_REQUEST, request)
+        job.witness.check(every=True)
+    warn(by_kind(room.damaged, ()), _DEPTH)
     return result
 
 
@@ -87,7 +96,7 @@ def request_of(folder: str | Path) -> dict[str, Any]:
     """The keyword arguments with which a saved profile was made."""
     file = Path(folder) / _REQUEST
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return unsealed_json(file.parent, file.name, file.read_bytes())
     except (OSError, ValueError) as error:
         raise RequestError(f"{folder}: not a finished profile, {_REQUEST} cannot be read: {error}") from error
 
@@ -104,8 +113,10 @@ def plan(folder: str | Path, *, ratio: float | None = None, size: str | None = N
     asked = budget_of(
         saved.original_bytes, saved.weights, ratio=ratio, size=size, bits=bits, target=saved.options["target"]
     )
-    # Carried out as it is, a plan must not exceed its budget by the little that interpolated points miss.
-    return allocate(saved, asked, margin=margin_of(asked.target))
+    chosen = allocate(saved, asked, margin=margin_of(asked.target))
+    # Profiles of earlier versions do not say what was pinned.
+    pinned = tuple(saved.options.get("pinned", ()))
+    return replace(chosen, fingerprint=saved.fingerprint, pinned=pinned)
 
 
 @with_progress
@@ -159,7 +170,7 @@ def frontier(
 
 def _families(done: Compressed, workspace: Path) -> dict[str, float]:
     """Measured quality of the best plan of every single family at the same bytes."""
-    room = Workspace(workspace, describe(done.job, done.preset), resume=True)
+    room = workspace_of(done.job, workspace, done.preset, resume=True)
     plans = single_families(done.profile, done.budget)
     return {
         plan.notes[0]: finish(done.job, done.profile, done.calibration, room, plan, done.budget).quality

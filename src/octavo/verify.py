@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,18 @@ from octavo.modules import unwrapped
 from octavo.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.probes import Outputs, first_output, probe
 from octavo.raw import raw_bytes
+from octavo.restoring import fits_plainly, materialise, unless_refused
 from octavo.running import held_bytes
 from octavo.running.factors import dense_again, run_as_factors
 from octavo.sites import Progress
+from octavo.strict_json import read_object
+from octavo.trust import trusted
 
 REPORT = "report.html"
+#: Names of keys that an error shows.
+_NAMED = 3
+#: Bytes that a report has at most: 64 MB.
+_LARGEST_REPORT = 64 << 20
 #: Packed weights may move outputs by so many times what rounding the same weights to bfloat16 does.
 _TOLERANCE = 2.0
 
@@ -41,7 +47,8 @@ def load(
     into
         A module to load the weights into; what was loaded into it packed or as factors becomes dense first. Without
         it an artifact of an architecture that ``transformers`` knows gives its model, and any other the dictionary of
-        its tensors.
+        its tensors. If the artifact is refused the module is left as it was. Parameters on the ``meta`` device are
+        given memory on the CPU.
     packed
         Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
         being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
@@ -66,19 +73,23 @@ def load(
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
         from octavo.integrations.transformers import is_known, load_model
 
-        # The loader of transformers opens the files first, and its errors are not ours.
-        Artifact(path)
+        # The loader of transformers opens the files first, and believes what they say.
+        artifact = trusted(path)
         if is_known(path):
-            return load_model(path, packed=packed)
+            return load_model(artifact, packed=packed)
     artifact = Artifact(path)
     state = artifact.state(packed=packed)
     if into is None:
         return {**state, **artifact.extra}
     module = unwrapped(into)
-    # Into factors of another artifact nothing could be written.
-    dense_again(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plainly = not artifact.extra and fits_plainly(module, shapes)
     try:
-        fill(module, state, artifact.extra, assign=packed)
+        with unless_refused(module, values=not plainly):
+            # Into factors of another artifact nothing could be written.
+            dense_again(module)
+            materialise(module)
+            fill(module, state, artifact.extra, assign=packed)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return into
@@ -88,9 +99,17 @@ def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch
     """The module with dense weights, of which those that are cheaper as factors are exchanged."""
     if packed:
         raise RequestError("weights run packed, in bfloat16, or as factors, in float32: choose one of the two")
-    module = load(path, into)
+    if into is not None:
+        # A batch that the module fails on is found out when the weights are in it.
+        with unless_refused(unwrapped(into), values=True):
+            return _as_factors(path, load(path, into), batch)
+    module = load(path)
     if not isinstance(module, nn.Module):
         raise RequestError(f"{path}: no module runs these weights; give one with into= to run them as factors")
+    return _as_factors(path, module, batch)
+
+
+def _as_factors(path: Path, module: nn.Module, batch: Batch) -> nn.Module:
     artifact, inner = Artifact(path), unwrapped(module)
     held = dict(inner.named_parameters(remove_duplicate=False))
     prefix = f"{getattr(inner, 'base_model_prefix', '')}."
@@ -139,9 +158,9 @@ def packed_run(artifact: Artifact, seed: int = 0) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"stated": artifact.resident, "held": None, "error": None, "allowed": None}
     packed = load(artifact.path, packed=True)
+    result["held"] = held_bytes(packed)
     if not isinstance(packed, nn.Module):
         return result
-    result["held"] = held_bytes(packed)
     dense = load(artifact.path)
     exact = first_output(dense, seed)
     if exact is not None:
@@ -170,10 +189,16 @@ def verify(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     ArtifactError
-        At the first thing that is wrong: damage, weights or outputs other than recorded, a model that the artifact
-        does not fill.
+        At the first thing that is wrong: damage, a configuration that was changed, weights or outputs other than
+        recorded, a model that the artifact does not fill.
     """
     artifact = Artifact(path)
+    changed = artifact.changed()
+    if changed:
+        raise ArtifactError(
+            f"{path}: {', '.join(changed)} since the artifact was written, so this is another model; copy the artifact "
+            "again, or compress the source with the configuration that you want"
+        )
     recorded = _recorded(artifact.path)
     digests = recorded.get("digests") or {}
     digest = digest_of(artifact)
@@ -194,7 +219,8 @@ def verify(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: the restored weights are not those recorded when it was written")
     wanted = Outputs.recorded(digests.get("outputs"))
     if wanted is not None:
-        result["loader"], result["outputs_difference"] = _outputs_of(artifact.path, wanted)
+        unfilled = digests.get("unfilled")
+        result["loader"], result["outputs_difference"] = _outputs_of(artifact.path, wanted, unfilled)
         result["outputs_match"] = result["outputs_difference"] <= OUTPUTS_TOLERANCE
         if not result["outputs_match"]:
             raise ArtifactError(
@@ -217,11 +243,23 @@ def verify(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
-    """How the model was loaded, and how far its outputs are from those recorded."""
+def _outputs_of(path: Path, wanted: Outputs, unfilled: Any) -> tuple[str, float]:
+    """How the model was loaded, and how far its outputs are from those recorded.
+
+    Parameters
+    ----------
+    unfilled
+        Names of the model that nothing filled when the artifact was written.
+    """
     from octavo.integrations.transformers import load_as_users_do
 
     loaded = load_as_users_do(transformer_folder(path), {"dtype": torch.float32})
+    lacking = sorted(set(loaded.missing) - set(unfilled or ()))
+    if lacking:
+        raise ArtifactError(
+            f"{path}: {len(lacking)} tensors of the model are filled by nothing in the artifact, and were when it was "
+            f"written: {', '.join(lacking[:_NAMED])}; this version of transformers builds another model"
+        )
     found = probe(loaded.model)
     difference = float("inf") if found is None else wanted.differ(found)
     if members(path) and is_installed():
@@ -232,11 +270,11 @@ def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
 
 def _recorded(path: Path) -> dict[str, Any]:
     """The report that lies beside an artifact, if there is one."""
-    try:
-        data = json.loads((path / REPORT).with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    file = (path / REPORT).with_suffix(".json")
+    if not file.exists():
         return {}
-    quality, digests = (data.get(key) for key in ("quality", "digests")) if isinstance(data, dict) else (None, None)
+    data = read_object(file, most=_LARGEST_REPORT)
+    quality, digests = (data.get(key) for key in ("quality", "digests"))
     return {
         "quality": quality if isinstance(quality, dict) else None,
         "digests": digests if isinstance(digests, dict) else None,

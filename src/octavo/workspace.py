@@ -26,8 +26,14 @@ from octavo.errors import OctavoError, RequestError
 from octavo.evidence_folder import EvidenceFolder
 from octavo.lock import INSIDE
 from octavo.raw import raw_bytes
+from octavo.replacing import check_folder, check_kind
+from octavo.sealed import JOB as _JOB
+from octavo.sealed import digest, place_in, sealed_json, unsealed_json
+from octavo.witness import Witness
 
-_JOB, _CALIBRATION = "job.json", "calibration.json"
+_CALIBRATION, _PROFILE = "calibration.json", "profile.json"
+#: What the names of folders begin with that are needed while a run goes on, and swept by the next.
+SCRATCH = "octavo-states-"
 
 
 class Workspace:
@@ -41,6 +47,8 @@ class Workspace:
         What makes this job itself: source, data, methods. Plain JSON.
     resume
         Whether finished steps found in the folder may be used. Without it they are removed.
+    witness
+        The files that the work is made from: nothing is kept of others.
 
     Raises
     ------
@@ -48,9 +56,19 @@ class Workspace:
         If the folder holds another job's work and ``resume`` is set, or anything else, or cannot be written.
     """
 
-    def __init__(self, path: Path, job: dict[str, Any], *, resume: bool) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        job: dict[str, Any],
+        *,
+        resume: bool,
+        witness: Witness | None = None,
+    ) -> None:
+        self.path, self.witness = path, witness or Witness(None)
+        #: Notes on pieces that were damaged, and are made again.
+        self.damaged: list[str] = []
         try:
+            check_folder(path, overwrite=True)
             names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
             if names - {f"{_JOB}.part"} and _JOB not in names:
                 # Removing it would remove somebody's files.
@@ -62,32 +80,56 @@ class Workspace:
             if found is None:
                 self.write_json(_JOB, job)
             elif found != job:
-                odd = ", ".join(sorted(key for key in {*found, *job} if found.get(key) != job.get(key)))
-                raise RequestError(
-                    f"{path}: holds the work of another job (different: {odd}); ask for the same as then, name another "
-                    "folder, or run without --resume to begin anew"
-                )
+                raise self._of_another(found, job)
             for folder in ("points", "curves"):
                 (path / folder).mkdir(exist_ok=True)
+            for left in path.glob(f"{SCRATCH}*"):
+                shutil.rmtree(left, ignore_errors=True)
         except OSError as error:
             raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
 
-    def read_json(self, name: str) -> Any:
-        """What was written under that name, or None."""
+    def _of_another(self, found: dict[str, Any], job: dict[str, Any]) -> RequestError:
+        odd = sorted(key for key in {*found, *job} - {"files"} if found.get(key) != job.get(key))
+        named = self.witness.changed(found.get("files", {}))
+        named += [str(self.witness.source)] if "source" in odd and self.witness.source is not None else []
+        named += [str(self.witness.data)] if "data" in odd and self.witness.data is not None else []
+        since = f"; changed since then: {', '.join(named)}" if named else ""
+        return RequestError(
+            f"{self.path}: holds the work of another job (different: {', '.join(odd) or 'files'}){since}; "
+            "ask for the same as then, put back what was changed, name another folder, or run without --resume to "
+            "begin anew"
+        )
+
+    def read_json(self, name: str, *, again: bool = False) -> dict[str, Any] | None:
+        """What was written under that name, or None.
+
+        Parameters
+        ----------
+        again
+            Whether what is damaged can be made again: it is then None as well, and a note says so.
+
+        Raises
+        ------
+        RequestError
+            If it is damaged, and cannot be made again.
+        """
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return unsealed_json(self.path, name, (self.path / name).read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
+            if again:
+                self._note(name)
+                return None
             raise RequestError(f"{self.path / name}: damaged: {error}; remove {self.path} and start again") from error
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write JSON, whole or not at all."""
-        self.write_bytes(name, json.dumps(value).encode())
+        self.witness.check()
+        write_file(self.path / name, sealed_json(self.path, name, value))
 
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file, whole or not at all."""
-        write_file(self.path / name, content)
+    def _note(self, name: str) -> None:
+        self.damaged.append(f"kept work was damaged and is made again ({name})")
 
     @property
     def evidence(self) -> EvidenceFolder:
@@ -101,34 +143,35 @@ class Workspace:
 
     def load_calibration(self) -> Calibration | None:
         """The calibration that was kept, or None; its evidence is read when it is asked for."""
-        data = self.read_json(_CALIBRATION)
+        data = self.read_json(_CALIBRATION, again=True)
         return None if data is None else Calibration(self.evidence, **data)
 
     def save_packed(self, site: str, method: str, setting: dict[str, Any], packed: Packed) -> Packed:
         """Keep an encoded form; returns it as one whose content lies here and takes no memory."""
         head = {name: getattr(packed, name) for name in ("parts", "meta", "codecs", "resident", "crc")}
         text = json.dumps(head).encode()
-        head_bytes = zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
-        path = self.path / self._point(site, method, setting)
+        name = self._point(site, method, setting)
+        # The content has a checksum of its own in the head.
+        head_bytes = digest(place_in(self.path, name), text) + len(text).to_bytes(4, "little") + text
+        path = self.path / name
+        self.witness.check()
         # Not flushed to the disk one by one: a form lost in a power cut is encoded again.
         write_file(path, head_bytes, packed.blob, flush=False)
         return replace(packed, content=Stored(path, len(head_bytes), packed.bytes, packed.crc))
 
     def load_packed(self, site: str, method: str, setting: dict[str, Any]) -> Packed | None:
         """An encoded form that was kept, or None, also if it did not reach the disk in whole."""
-        path = self.path / self._point(site, method, setting)
+        name = self._point(site, method, setting)
+        path = self.path / name
         try:
             content = memoryview(path.read_bytes())
         except FileNotFoundError:
             return None
-        split = 8 + int.from_bytes(content[4:8], "little")
-        if len(content) < split or zlib.crc32(content[8:split]) != int.from_bytes(content[:4], "little"):
-            return None
-        try:
-            head = json.loads(bytes(content[8:split]))
-        except ValueError:
-            return None
-        if zlib.crc32(content[split:]) != head["crc"]:
+        split = 36 + int.from_bytes(content[32:36], "little")
+        whole = len(content) >= split and content[:32] == digest(place_in(self.path, name), content[36:split])
+        head = json.loads(bytes(content[36:split])) if whole else {}
+        if not whole or zlib.crc32(content[split:]) != head["crc"]:
+            self._note(name)
             return None
         stored = Stored(path, split, len(content) - split, head["crc"])
         return Packed(stored, head["parts"], head["meta"], head["codecs"], head["resident"])
@@ -136,6 +179,14 @@ class Workspace:
     def _point(self, site: str, method: str, setting: dict[str, Any]) -> str:
         key = json.dumps([site, method, setting], sort_keys=True).encode()
         return f"points/{hashlib.sha256(key).hexdigest()[:32]}.bin"
+
+
+def files_of(path: Path) -> dict[str, str] | None:
+    """Checksums of the files that kept work was made from, or None where that cannot be told."""
+    try:
+        return dict(unsealed_json(path, _JOB, (path / _JOB).read_bytes())["files"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def forget(path: Path) -> None:
@@ -149,6 +200,16 @@ def holds_work(path: Path) -> bool:
     return (path / _JOB).exists()
 
 
+def holds_profile(path: Path, job: dict[str, Any]) -> bool:
+    """Whether there is a finished profile of a job."""
+    try:
+        return (path / _PROFILE).exists() and unsealed_json(path, _JOB, (path / _JOB).read_bytes()) == json.loads(
+            json.dumps(job)
+        )
+    except (OSError, ValueError):
+        return False  # a damaged folder is refused by whoever opens it
+
+
 def _empty(path: Path) -> None:
     """Remove what is in a folder, but for the lock of this run."""
     for entry in path.iterdir():
@@ -160,7 +221,9 @@ def _empty(path: Path) -> None:
 
 def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
     """Write a file aside, flush it to the disk, and rename it into place."""
+    check_kind(path)
     aside = path.with_name(path.name + ".part")
+    check_kind(aside)
     try:
         with open(aside, "wb") as file:
             file.writelines(content)

@@ -36,6 +36,7 @@ def test_overwrite_replaces_all_of_it(command: Command, bare: Path, tmp_path: Pa
     out = tmp_path / "out"
     (out / "deep").mkdir(parents=True)
     (out / "deep" / "notes.txt").write_text("old")
+    (out / "octavo.json").write_text("{}")
     result = command("compress", bare, "--ratio", "4", "--out", out, "--overwrite", "--json")
     assert result.code == 0 and json.loads(result.out)["artifact"]["ratio"] >= 4
     assert not (out / "deep").exists() and set(octavo.load(out)) >= {"first.weight", "steps"}
@@ -46,7 +47,7 @@ def test_overwrite_replaces_all_of_it(command: Command, bare: Path, tmp_path: Pa
 def test_overwrite_of_a_failure_leaves_the_old(refused: Refused, bare: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "notes.txt").write_text("mine")
+    (out / "octavo.json").write_text("mine")
     refused(bare, "--ratio", "1e6", "--overwrite", code=3)
     refused(bare, "--ratio", "4", "--overwrite", "--keep", "first*=rtn:bits=99,group=0", says="bits is 99")
 
@@ -156,20 +157,20 @@ def test_an_output_that_cannot_be_written_in_whole(lab: Any, tmp_path: Path) -> 
     source = heavy(lab, tmp_path / "x.safetensors")
     out = tmp_path / "outputs" / "out"
     out.mkdir(parents=True)
-    (out / "notes.txt").write_text("mine")
+    (out / "octavo.json").write_text("mine")
     words = [sys.executable, "-c", _SAVE, str(source), str(out)]
     done = subprocess.run(words, env=lab.environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{out}: cannot be written: File too large; nothing was left there\n", done.stderr
-    assert lab.tree(out.parent) == {"out": None, "out/notes.txt": b"mine"}
+    assert lab.tree(out.parent) == {"out": None, "out/octavo.json": b"mine"}
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 300 kB."""
+    """A disk with less room than a run takes, by so little that it is tried."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    words = [str(mount), "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    words = [str(mount), "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or mount is None or subprocess.run(words, capture_output=True).returncode:
         pytest.skip("a disk can be mounted by root only, and not everywhere")
     yield folder
@@ -180,10 +181,10 @@ def test_a_full_disk(command: Command, lab: Any, small_disk: Path, tmp_path: Pat
     source = heavy(lab, tmp_path / "x.safetensors")
     old = small_disk / "out"
     old.mkdir()
-    (old / "notes.txt").write_text("mine")
+    (old / "octavo.json").write_text("mine")
     result = command("compress", source, "--ratio", "4", "--preset", "fast", "--out", old, "--overwrite")
     assert result.code == 1 and "No space left on device" in result.said, result.err
-    assert lab.tree(old) == {"notes.txt": b"mine"}
+    assert lab.tree(old) == {"octavo.json": b"mine"}
     assert {path.name for path in small_disk.iterdir()} <= {"out", ".out.octavo-work"}
     assert not list(small_disk.rglob("*.part"))
 

@@ -10,14 +10,10 @@ tensor by tensor in less memory than it has bytes.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +22,11 @@ from torch import Tensor
 
 import octavo.forms as forms
 from octavo import coding
+from octavo.artifact.configuration import changes, is_configuration
 from octavo.artifact.folder import check_folder
+from octavo.artifact.opening import read_headers, read_manifest
 from octavo.artifact.packing import DTYPES, check_parts, dtype_name, from_bytes, is_shape, naturals, unpack
-from octavo.artifact.writing import BITS, FORMAT_VERSION, MANIFEST, SUBFOLDER, WEIGHTS, unescaped
+from octavo.artifact.writing import BITS, MANIFEST
 from octavo.coding import Allowance
 from octavo.errors import ArtifactError
 from octavo.forms.base import allowance_for
@@ -37,9 +35,7 @@ from octavo.narrowing import FLOATS
 from octavo.raw import narrowed
 from octavo.running import PackedWeight, kernel_for
 from octavo.running.factors import is_factorization
-from octavo.sites import DTYPES as CODES
 from octavo.sites import Layout
-from octavo.strict_json import parse_object, read_plain
 
 #: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
 _LARGEST_RATIO = 2000
@@ -47,34 +43,9 @@ _LARGEST_RATIO = 2000
 _SLACK, _WORK = 64 << 20, 80 << 20
 #: That of a float64.
 _LARGEST_EXPONENT = 1023
-_MANIFEST_LIMIT = 256 << 20
-#: That of the safetensors library.
-_HEADER_LIMIT = 100_000_000
-_FILE_NAME = re.compile(rf"({SUBFOLDER.pattern}/)?model(-\d{{5}}-of-\d{{5}})?\.safetensors", re.ASCII)
-_PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')
 
 #: Dtypes of tensors that are stored bit for bit.
 _EXACT = {dtype_name(dtype): dtype for dtype in SUPPORTED}
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A tensor in a file."""
-
-    file: Path
-    offset: int
-    length: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> memoryview:
-        """Its bytes."""
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.length)
-        if len(content) != self.length:
-            raise ArtifactError(f"{self.file}: became shorter while it was read")
-        return memoryview(content)
 
 
 class Artifact:
@@ -88,11 +59,9 @@ class Artifact:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         check_folder(self.path)
-        self._tensors: dict[str, _Place] = {}
-        for name, entry in _mapping(self.manifest, "files").items():
-            self._open(name, entry)
+        self._tensors = read_headers(self.path, _mapping(self.manifest, "files"))
         self.sites: Mapping[str, Any] = _mapping(self.manifest, "sites")
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
         self.coded: Mapping[str, Any] = _mapping(self.manifest, "coded")
@@ -101,6 +70,11 @@ class Artifact:
         self.bits: Mapping[str, Any] = _mapping({"bits": {}, **self.manifest}, "bits")
         #: Plain data that the source kept beside its tensors.
         self.extra: Mapping[str, Any] = _mapping({"extra": {}, **self.manifest}, "extra")
+        #: Bytes and checksums of the configuration files, by their place in the folder.
+        self.configurations: Mapping[str, Any] = _mapping({"configurations": {}, **self.manifest}, "configurations")
+        for name, entry in self.configurations.items():
+            if not (is_configuration(name) and isinstance(entry, list) and len(entry) == 2 and naturals(entry)):
+                raise ArtifactError(f"{self.path}: the manifest's entry of the configuration {name!r} is malformed")
         #: Aliases that stand in the files under their own name.
         self.named = self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
@@ -125,10 +99,11 @@ class Artifact:
 
     def files(self) -> list[Path]:
         """The files that count."""
-        names = [MANIFEST, *self.manifest["files"]]
-        folders = sorted({(self.path / name).parent for name in names})
-        indices = [folder / f"{WEIGHTS}.index.json" for folder in folders]
-        return [*(self.path / name for name in names), *(index for index in indices if index.exists())]
+        return [self.path / name for name in (MANIFEST, *self.manifest["files"])]
+
+    def changed(self) -> list[str]:
+        """Configuration files that are not as they were written, each with what became of it."""
+        return changes(self.path, self.configurations) if "configurations" in self.manifest else []
 
     def names(self) -> list[str]:
         """Names of all stored tensors, tied ones under one name."""
@@ -241,48 +216,6 @@ class Artifact:
             del self._tensors[alias]
         return named
 
-    def _open(self, name: str, entry: Any) -> None:
-        if not _FILE_NAME.fullmatch(name):
-            raise ArtifactError(f"{self.path}: the manifest names the file {name!r}; only model*.safetensors are read")
-        file = self.path / name
-        if not (isinstance(entry, list) and len(entry) == 2 and naturals(entry)):
-            raise ArtifactError(f"{self.path}: the manifest does not say size and checksum of {name}")
-        prefix, _, _ = name.rpartition("model")
-        if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
-            raise ArtifactError(f"{file}: missing, or not a plain file")
-        if file.stat().st_size != entry[0]:
-            raise ArtifactError(f"{file}: has {file.stat().st_size} bytes, the manifest says {entry[0]}: truncated?")
-        with open(file, "rb") as opened:
-            head = opened.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if 2 <= length <= min(entry[0] - 8, _HEADER_LIMIT):
-                head += opened.read(length)
-        if len(head) != 8 + length or zlib.crc32(head) != entry[1]:
-            raise ArtifactError(f"{file}: the header is damaged (checksum mismatch)")
-        start_of_data, size_of_data = len(head), entry[0] - len(head)
-        spans: list[tuple[int, int]] = []
-        for inner, info in parse_object(head[8:], file, extra=4 * entry[0]).items():
-            if inner == "__metadata__":
-                continue
-            tensor = prefix + unescaped(inner)
-            try:
-                dtype, shape, (start, stop) = CODES[info["dtype"]], info["shape"], info["data_offsets"]
-                whole = is_shape(shape) and naturals((start, stop)) and start <= stop <= size_of_data
-                fits = whole and stop - start == math.prod(shape) * dtype.itemsize
-            except (KeyError, TypeError, ValueError) as error:
-                raise ArtifactError(f"{file}: the entry of {tensor!r} is malformed: {error}") from error
-            if not fits or tensor in self._tensors:
-                raise ArtifactError(f"{file}: the entry of {tensor!r} does not fit the file")
-            self._tensors[tensor] = _Place(file, start_of_data + start, stop - start, dtype, tuple(shape))
-            spans.append((start, stop))
-        end = 0
-        for start, stop in sorted(spans):
-            if start != end:
-                raise ArtifactError(f"{file}: tensors overlap, or leave bytes between them, at byte {min(start, end)}")
-            end = stop
-        if end != size_of_data:
-            raise ArtifactError(f"{file}: tensors end at byte {end} of {size_of_data}")
-
     def _check_entries(self) -> int:
         """Refuse what is malformed, or implausibly larger than the artifact, before any memory is taken.
 
@@ -352,28 +285,6 @@ class Artifact:
         dtype = _EXACT.get(given) if isinstance(given, str) else None
         if dtype is None or (dtype != stored and not {dtype, stored} <= {*FLOATS}):
             raise ArtifactError(f"{self.path}: {name!r} has dtype {given!r}, and is stored as {dtype_name(stored)}")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not path.is_dir() or not file.is_file() or file.is_symlink():
-        raise ArtifactError(f"{path}: not an artifact, there is no {MANIFEST} in it")
-    content = read_plain(file, most=_MANIFEST_LIMIT)
-    prefix = _PREFIX.match(content)
-    if not prefix or hashlib.sha256(content[prefix.end() :]).hexdigest().encode() != prefix[1]:
-        raise ArtifactError(f"{file}: damaged (checksum mismatch), or not written by Octavo")
-    manifest = parse_object(content, file, extra=4 * _weights_bytes(path))
-    if manifest.get("format") != "octavo" or manifest.get("version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
-            f"this Octavo reads version {FORMAT_VERSION}"
-        )
-    return manifest
-
-
-def _weights_bytes(path: Path) -> int:
-    """Bytes of the files with weights that lie in a folder: the more there are, the longer a manifest may be."""
-    return sum(file.stat().st_size for file in path.glob("model*.safetensors") if file.is_file())
 
 
 def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from octavo import coding
+from octavo.artifact.configuration import listed
 from octavo.artifact.packing import Packed, dtype_name
 from octavo.coding.container import DTYPES as INTEGERS
 from octavo.raw import raw_bytes
@@ -30,6 +31,7 @@ from octavo.sites import Layout
 FORMAT_VERSION = 1
 MANIFEST = "octavo.json"
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 #: Larger artifacts are split into shards of at most this size.
 SHARD_BYTES = 4_000_000_000
 
@@ -184,6 +186,9 @@ class Contents:
         Bytes that all tensors take while the model runs packed, if that was the budget.
     extra
         Plain data by name that the source keeps beside its tensors.
+    configurations
+        Contents of the configuration files that will lie beside the tensors, by their place in the folder. They are
+        written with the other companions; the manifest holds their checksums.
     """
 
     source: dict[str, Any]
@@ -193,6 +198,7 @@ class Contents:
     resident: int | None = None
     named: frozenset[str] = frozenset()
     extra: dict[str, Any] = field(default_factory=dict)
+    configurations: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -236,6 +242,8 @@ class Contents:
             manifest["resident"] = self.resident
         if self.extra:
             manifest["extra"] = self.extra
+        if self.configurations:
+            manifest["configurations"] = listed(self.configurations)
         pieces: dict[str, _Piece] = {}
         for name, entry in self.entries.items():
             pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)
@@ -254,8 +262,7 @@ class Contents:
             pieces[alias] = _Piece(torch.uint8, (0,), lambda: b"")
         files = _by_folder(pieces)
         for name, file in files.items():
-            if name.endswith(".safetensors"):
-                manifest["files"][name] = [file.bytes, zlib.crc32(file.head)]
+            manifest["files"][name] = [file.bytes, zlib.crc32(file.head)]
         body = json.dumps(manifest, separators=(",", ":"), ensure_ascii=True)[1:].encode()
         head = b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body
         return {**files, MANIFEST: _File(head)}
@@ -311,7 +318,7 @@ def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
     where = {escaped(tensor): name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = json.dumps({"metadata": {}, "weight_map": where}, separators=(",", ":")).encode()
     files = {name: _safetensors(shard) for name, shard in zip(names, shards, strict=True)}
-    return {**files, f"{WEIGHTS}.index.json": _File(index)}
+    return {**files, INDEX: _File(index)}
 
 
 def _safetensors(pieces: Mapping[str, _Piece]) -> _File:

@@ -42,12 +42,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except OctavoError as error:
             _fail(error, as_json=bool(kwargs.get("json_output")))
         except KeyboardInterrupt:
-            # Keys pressed again while the process closes would kill it before it has said how to go on.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            errors.print("interrupted; run the same command with --resume to continue")
-            sys.exit(130)
+            _interrupted()
 
     return app.command(name=function.__name__.rstrip("_"))(guarded)
+
+
+def _interrupted() -> NoReturn:
+    # Keys pressed again while the process closes would kill it before it has said how to go on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    errors.print("interrupted; run the same command with --resume to continue")
+    sys.exit(130)
 
 
 def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
@@ -70,7 +74,11 @@ def show_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        # Before or after the command itself.
+        _interrupted()
 
 
 from octavo.cli import folding, looking, reproducing, running  # noqa: E402, F401  (commands register themselves)

@@ -190,6 +190,7 @@ def plan_(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="YAML file to write; default: PROFILE/plan.yaml.")
     ] = None,
+    overwrite: options.OVERWRITE = False,
     json_output: options.JSON = False,
 ) -> None:
     """Solve a saved profile for a size, in a moment, and write the plan as YAML that can be edited.
@@ -198,7 +199,7 @@ def plan_(
     """
     file = out or profile / "plan.yaml"
     result = octavo.plan(profile, ratio=ratio, size=size, bits=bits)
-    result.save(file)
+    result.save(file, overwrite=overwrite)
     if json_output:
         show_json(
             {"plan": str(file), "budget": result.budget.bytes, "bytes": result.bytes, "expected": result.expected}

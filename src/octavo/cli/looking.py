@@ -80,11 +80,10 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
         return
     if result["packed"] is not None:
         packed = result["packed"]
-        console.print(
-            f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; outputs are off by "
-            f"{packed['error']:.2g} (at most {packed['allowed']:.2g})",
-            markup=False,
-        )
+        off = "there is no model, or none that takes a known input, to compare outputs of"
+        if packed["error"] is not None:
+            off = f"outputs are off by {packed['error']:.2g} (at most {packed['allowed']:.2g})"
+        console.print(f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; {off}", markup=False)
     console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}", markup=False)
     weights = {True: "equal, bit for bit", None: "not recorded"}[result["weights_match"]]
     apart = result["outputs_difference"]

@@ -62,7 +62,9 @@ EXECUTOR = Annotated[
     typer.Option(help="Where sites are worked on: local threads, ray, or ray://host:port of a cluster; same bytes."),
 ]
 RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]
-OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+OVERWRITE = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the file, or the folder that Octavo wrote, at the output's place.")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and no progress.")]
 
 

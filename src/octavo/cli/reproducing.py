@@ -10,6 +10,7 @@ from rich.table import Table
 
 from octavo.cli import command, console, errors, options, show_json
 from octavo.errors import OctavoError, RequestError
+from octavo.replacing import check_kind
 
 
 @command
@@ -44,11 +45,14 @@ def reproduce(
         _list(store.listing(results), json_output)
         return
     if page:
+        check_kind((results or store.folder().parent) / "recipes.md")
         console.print(f"{store.write_page(results)} written", markup=False)
         return
     chosen = list(recipes().values()) if every else [get_recipe(str(name))]
     if not quick:
-        store.writable(results)
+        where = store.writable(results)
+        for recipe in chosen:
+            check_kind(where / f"{recipe.name}.json")
     done, failed = [], dict[str, OctavoError]()
     for recipe in chosen:
         try:

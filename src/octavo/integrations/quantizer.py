@@ -5,7 +5,8 @@ Importing this module imports ``transformers`` and registers what it defines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.writing import split_name
+from octavo.errors import ArtifactError
+from octavo.trust import root_of
+
+#: A model may have this many times the bytes of its tensors in the files, as tied weights have, and 64 MB.
+_LARGER, _SLACK = 4, 64 << 20
 
 
 @auto.register_quantization_config("octavo")
@@ -94,9 +100,13 @@ class OctavoQuantizer(HfQuantizer):
         if files:
             # A member of a sentence encoder lies in a folder of its own, after which its tensors are named.
             folder = Path(files[0]).parent
-            root = folder if (folder / MANIFEST).exists() else folder.parent
+            root = root_of(folder)
+            if root is None:
+                raise ArtifactError(f"{folder}: config.json says that this is an artifact, and there is no {MANIFEST}")
             artifact = Artifact(root)
             prefix = "" if folder == root else f"{folder.name}/"
+            _check_files(artifact, prefix, files)
+            _check_size(artifact, model)
             # Tied names are filled in as well, and may stand in the files without content.
             places = [(name, name) for name in (*artifact.sites, *artifact.coded)] + list(artifact.aliases.items())
             wanted = dict.fromkeys(name for place, name in places if split_name(place)[0] == prefix)
@@ -154,6 +164,29 @@ class OctavoQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether a trainer may take the model."""
         return True
+
+
+def _check_files(artifact: Artifact, prefix: str, files: Sequence[str | Path]) -> None:
+    """Refuse what the loader is about to read unless it is the artifact, the whole artifact, and nothing else."""
+    given = {Path(file).resolve() for file in files}
+    names = (name for name in artifact.manifest["files"] if name.endswith(".safetensors"))
+    own = {(artifact.path / name).resolve() for name in names if split_name(name)[0] == prefix}
+    if given != own:
+        odd = sorted(str(file) for file in given ^ own)
+        raise ArtifactError(
+            f"{artifact.path}: the loader chose other files than the artifact's: {', '.join(odd)[:300]}"
+        )
+
+
+def _check_size(artifact: Artifact, model: Any) -> None:
+    """Refuse a model that is far larger than its files: what they do not fill would be made up."""
+    held = sum(tensor.nbytes for tensor in {**dict(model.named_buffers()), **model.state_dict()}.values())
+    stored = 4 * sum(math.prod(shape) for shape in artifact.loadable_shapes().values())
+    if held > _LARGER * stored + _SLACK:
+        raise ArtifactError(
+            f"{artifact.path}: the configuration asks for {held} bytes of weights, the files hold {stored}; it was not "
+            "written with them, copy the artifact again"
+        )
 
 
 def _make_ordinary(model: Any) -> None:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from octavo.errors import MissingExtraError, RequestError
+from octavo.artifact.writing import MANIFEST
+from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
+from octavo.strict_json import read_object, read_plain
 
 if TYPE_CHECKING:
     from octavo.sites import Source
@@ -26,15 +28,23 @@ _WEIGHTS = "model.safetensors"
 _BATCH = 32
 #: The class that reads a folder which names none.
 _DENSE = "SentenceTransformer"
+_KINDS = (_DENSE, "SparseEncoder", "CrossEncoder")
+#: Bytes that a file of JSON has at most: 16 MB.
+_MOST = 16 << 20
 MODULE = "sentence_transformers.base.modules.module"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One module of an encoder: its folder below the encoder's, empty if it is that itself, and its class's name."""
+    """One module of an encoder: its folder below the encoder's, empty if it is that itself, and its class."""
 
     path: str
-    kind: str
+    type: str
+
+    @property
+    def kind(self) -> str:
+        """The class's own name."""
+        return self.type.rpartition(".")[2]
 
 
 def members(folder: Path) -> list[Member]:
@@ -49,8 +59,8 @@ def members(folder: Path) -> list[Member]:
     if not is_encoder_folder(folder):
         return []
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        found = [Member(str(entry["path"]), str(entry["type"]).rpartition(".")[2]) for entry in entries]
+        entries = json.loads(read_plain(file, most=_MOST, error=RequestError))
+        found = [Member(str(entry["path"]), str(entry["type"])) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{file}: cannot be read as a list of modules: {error}; save the encoder again") from error
     for member in found:
@@ -58,6 +68,22 @@ def members(folder: Path) -> list[Member]:
         if len(parts) > 1 or ".." in parts or PurePosixPath(member.path).is_absolute():
             raise RequestError(f"{file}: names the folder {member.path!r}, which is not directly below it")
     return found
+
+
+def check_members(folder: Path) -> None:
+    """Refuse an artifact whose modules are not those of ``sentence-transformers``: naming a class imports its code.
+
+    Raises
+    ------
+    ArtifactError
+        If one is not.
+    """
+    for member in members(folder):
+        if not member.type.startswith("sentence_transformers."):
+            raise ArtifactError(
+                f"{folder / 'modules.json'}: names the class {member.type[:80]!r}, which is not one of "
+                "sentence-transformers; its code is not run, load the tensors with octavo.Artifact(path).state()"
+            )
 
 
 def is_encoder_folder(folder: Path) -> bool:
@@ -72,10 +98,10 @@ def is_encoder_folder(folder: Path) -> bool:
 
 def _model_type(folder: Path) -> str:
     try:
-        config = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-        return str(config.get("model_type", _DENSE))
-    except (OSError, ValueError, AttributeError):
+        config = read_object(folder / "config_sentence_transformers.json", most=_MOST)
+    except ArtifactError:
         return _DENSE
+    return str(config.get("model_type", _DENSE))
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -178,11 +204,18 @@ def load_encoder(folder: Path) -> SentenceEncoder:
 
     register()
     kind = _model_type(folder)
+    if kind not in _KINDS:
+        raise RequestError(f"{folder}: is a {kind[:80]!r}; encoders are {', '.join(_KINDS)}")
+    if (folder / MANIFEST).exists():
+        check_members(folder)
     try:
         encoder = getattr(sentence_transformers, kind)(
             str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except OctavoError:
+        raise
+    except Exception as error:
+        # Its files can be wrong in as many ways as there are modules, and each raises what it likes.
         raise RequestError(f"{folder}: {kind} cannot load it: {error}") from error
     return SentenceEncoder(encoder.eval()).eval()
 

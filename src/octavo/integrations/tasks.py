@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 import typing
 from pathlib import Path
@@ -16,10 +15,13 @@ from safetensors import SafetensorError, safe_open
 from octavo.errors import RequestError
 from octavo.integrations.sentences import Member, is_encoder_folder, members
 from octavo.objective import KL, Cosine, Objective, Squared
+from octavo.strict_json import read_object
 
 if TYPE_CHECKING:
     from octavo.sites import Source
 
+#: Bytes that a configuration has at most: 16 MB.
+_MOST = 16 << 20
 #: Heads whose logits are a distribution over classes or tokens, as classes are named.
 _DISTRIBUTIONS = re.compile(
     "CausalLM|LMHead|MaskedLM|ConditionalGeneration|Generation$|Seq2SeqLM|MTModel|EncoderDecoderModel|DoubleHeads|ForCTC|"
@@ -183,10 +185,4 @@ def _transformers() -> Any:
 
 def json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise RequestError(f"{file}: not a JSON object")
-    return content
+    return read_object(file, most=_MOST, error=RequestError)

@@ -164,7 +164,9 @@ def window_batches(
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        found = require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = require_transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
     # Without any file transformers makes a tokenizer that knows no word.

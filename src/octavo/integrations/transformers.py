@@ -6,6 +6,7 @@ import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from octavo.errors import MissingExtraError, RequestError
+from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
+from octavo.integrations.bounded import bounded
 from octavo.integrations.sentences import (
     MODULE,
     bind_encoder,
@@ -25,12 +27,18 @@ from octavo.integrations.sentences import (
     transformer_folder,
 )
 from octavo.integrations.tasks import class_for, default_objective, json_object  # noqa: F401  (an objective is asked for here too)
+from octavo.trust import root_of, trusted
 from octavo.weight_files import NAMED
 
 if TYPE_CHECKING:
+    from octavo.artifact import Artifact
     from octavo.sites import Source
 
 _TARGET = "transformers.quantizers.auto"
+#: No network, no pickles, no code from files.
+_SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+#: Letters of another library's error that are shown.
+_SHOWN = 600
 
 
 def require_transformers() -> Any:
@@ -187,40 +195,55 @@ class Loaded:
     unexpected: list[str] = field(default_factory=list)
 
 
-def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
+def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None, *, packed: bool = False) -> Loaded:
     """Load a model folder or an artifact by the class that its config names, and say what did not fit.
 
     Parameters
     ----------
     options
         Further arguments of ``from_pretrained``, such as a dtype.
+    packed
+        Whether an artifact's model runs from its codes, in bfloat16.
 
     Raises
     ------
     RequestError
-        If the loader fails.
+        If the loader fails on a source.
+    ArtifactError
+        If it fails on an artifact, or must not see what the artifact's configuration says.
     """
+    root = root_of(folder)
+    return _load(folder, options or {}, None if root is None else trusted(root), packed=packed)
+
+
+def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *, packed: bool) -> Loaded:
     register()
-    require_transformers().utils.logging.disable_progress_bar()
-    cls = class_for(folder)
-    options = {"local_files_only": True, "output_loading_info": True, **(options or {})}
+    transformers = require_transformers()
+    transformers.utils.logging.disable_progress_bar()
+    given = {**_SAFE, "output_loading_info": True, **options}
+    if artifact is not None and read_config(folder).get("use_pretrained_backbone"):
+        # All weights are in the artifact; those of a backbone would be asked for at a hub.
+        given["use_pretrained_backbone"] = False
     try:
-        model, info = cls.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{folder}: {cls.__name__}.from_pretrained failed: {error}") from error
+        with nullcontext() if artifact is None else bounded(len(artifact.loadable_shapes())):
+            if packed:
+                config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                config.quantization_config = {**config.quantization_config, "packed": True}
+                given.update(config=config, dtype=torch.bfloat16)
+            model, info = class_for(folder).from_pretrained(folder, **given)
+    except OctavoError:
+        raise
+    except Exception as error:
+        # A configuration can be wrong in as many ways as there are architectures, and each raises what it likes.
+        kind = RequestError if artifact is None else ArtifactError
+        raise kind(f"{folder}: from_pretrained failed ({type(error).__name__}): {str(error)[:_SHOWN]}") from error
     missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
     return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
 
 
-def load_model(folder: Path, *, packed: bool = False) -> nn.Module:
-    """The model of an artifact folder, of the class that its config names; ``packed`` runs in bfloat16."""
-    register()
-    options: dict[str, Any] = {"local_files_only": True}
-    if packed:
-        config = require_transformers().AutoConfig.from_pretrained(folder, **options)
-        config.quantization_config = {**config.quantization_config, "packed": True}
-        options.update(config=config, dtype=torch.bfloat16)
-    return class_for(folder).from_pretrained(folder, **options).eval()
+def load_model(artifact: Artifact, *, packed: bool = False) -> nn.Module:
+    """The model of a trusted artifact, of the class that its config names; ``packed`` runs in bfloat16."""
+    return _load(artifact.path, {}, artifact, packed=packed).model
 
 
 def register() -> None:

@@ -23,6 +23,7 @@ from octavo.budget import Budget
 from octavo.inmemory import replaced
 from octavo.leftover import upgrades
 from octavo.methods import get_method
+from octavo.objective import OfOutputs
 from octavo.profile import densified
 from octavo.proof import Proof
 from octavo.report.running import running_data
@@ -45,7 +46,9 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
     outputs = None if proof.outputs is None else proof.outputs.record()
-    digests = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
+    digests: dict[str, Any] = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
+    # Names of the model that nothing fills, in the source as in the artifact.
+    digests["unfilled"] = sorted(job.source.unfilled)
     sites = [_site_row(done, name) for name in built.packed]
     families: dict[str, dict[str, Any]] = {}
     for row in sites:
@@ -331,10 +334,13 @@ def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
     module, batch = job.source.module, job.held_data[0]
     weights = job.source.placed(artifact.state())
 
+    # An objective of the user's own may take what it likes out of a batch that the module itself does not take.
+    call_on = run if isinstance(job.objective, OfOutputs) else job.objective.outputs
+
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
         def call() -> None:
             with replaced(module, tensors):
-                run(module, batch)
+                call_on(module, batch)
 
         return call
 

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from octavo.errors import MissingExtraError, RequestError
+from octavo.replacing import check_kind
 from octavo.report.markup import join
 from octavo.report.summary import headline
 from octavo.report.text import moment, plain
@@ -87,6 +88,7 @@ def _finite(value: Any) -> Any:
 
 
 def _replace(path: Path, text: str) -> None:
+    check_kind(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from torch import nn
 
 from octavo.artifact import Artifact
 from octavo.batches import run
+from octavo.objective import Objective, OfOutputs
 from octavo.running import held_bytes, kernels_of
 from octavo.running.speed import generates, greedy, interleaved
 from octavo.verify import load
@@ -25,6 +26,7 @@ def running_data(done: Compressed, artifact: Artifact) -> dict[str, Any]:
     job, stated = done.job, done.built.counted
     result: dict[str, Any] = {"stated": stated, "held": None, "kernels": {}, "quality": None, "speed": None, "note": ""}
     if job.source.module is None and not job.source.is_transformers:
+        result["held"] = held_bytes(load(artifact.path, packed=True))
         return result
     packed = _loaded(done, artifact, packed=True)
     result["held"] = held_bytes(packed)
@@ -33,7 +35,14 @@ def running_data(done: Compressed, artifact: Artifact) -> dict[str, Any]:
         return result
     result["quality"] = float(job.judge(packed).mean())
     dense = _loaded(done, artifact, packed=False).to(torch.bfloat16)
-    result["speed"] = speed = _speed(packed, dense, job.held_data[0])
+    try:
+        result["speed"] = speed = _speed(packed, dense, job.held_data[0], job.objective)
+    except Exception as error:
+        if isinstance(job.objective, OfOutputs):
+            raise
+        # A loss of the user's own need not know bfloat16, and was measured without it.
+        result["note"] = f"not timed: the objective fails on the model in bfloat16: {type(error).__name__}: {error}"
+        return result
     if speed["packed"] > speed["dense"]:
         result["note"] = (
             f"running from packed codes is slower than bfloat16 dense here: {speed['what']} takes "
@@ -49,7 +58,7 @@ def _loaded(done: Compressed, artifact: Artifact, *, packed: bool) -> nn.Module:
     return load(artifact.path, into=deepcopy(module).eval(), packed=packed)  # type: ignore[union-attr]
 
 
-def _speed(packed: nn.Module, dense: nn.Module, batch: Any) -> dict[str, Any]:
+def _speed(packed: nn.Module, dense: nn.Module, batch: Any, objective: Objective) -> dict[str, Any]:
     """Median seconds of both, of one token for models that write, else of one batch."""
     if generates(packed):
         seconds = interleaved({"packed": greedy(packed, _TOKENS), "dense": greedy(dense, _TOKENS)})
@@ -59,6 +68,7 @@ def _speed(packed: nn.Module, dense: nn.Module, batch: Any) -> dict[str, Any]:
         narrow = torch.utils._pytree.tree_map_only(
             torch.Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, batch
         )
-        seconds = interleaved({"packed": lambda: run(packed, batch), "dense": lambda: run(dense, narrow)})
+        call_on = run if isinstance(objective, OfOutputs) else objective.outputs
+        seconds = interleaved({"packed": lambda: call_on(packed, batch), "dense": lambda: call_on(dense, narrow)})
         what = "a batch of calibration data"
     return {"what": what, "unit": "s", **seconds}

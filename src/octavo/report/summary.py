@@ -142,7 +142,8 @@ def running(data: dict[str, Any]) -> str:
         return ""
     kernels = "; ".join(f"{plain(name, 100)}: {things(number, 'site')}" for name, number in memory["kernels"].items())
     held, speed = size(memory["held"]), memory["speed"]
-    said = f"From packed codes the weights take {held} of memory, {size(memory['stated'])} were stated. {kernels}."
+    said = f"From packed codes the weights take {held} of memory, {size(memory['stated'])} were stated."
+    said += f" {kernels}." if kernels else ""
     if speed:
         ours, dense = (timed(1000 * speed[side], "ms") for side in ("packed", "dense"))
         said += f" {plain(speed['what']).capitalize()} takes {ours}, in bfloat16 dense {dense}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -184,10 +184,13 @@ def without_packed(module: nn.Module) -> None:
                 owner._parameters[name] = dense[id(weight)]
 
 
-def held_bytes(module: nn.Module) -> int:
-    """Bytes of all distinct tensors that a module holds: parameters and buffers, packed ones by their parts."""
+def held_bytes(held: nn.Module | Mapping[str, Any]) -> int:
+    """Bytes of all distinct tensors that a module or a dictionary holds, packed ones by their parts."""
     sizes: dict[int, int] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
+    every = [*held.parameters(), *held.buffers()] if isinstance(held, nn.Module) else held.values()
+    for tensor in every:
+        if not isinstance(tensor, torch.Tensor):
+            continue  # plain data that lies beside the tensors
         for part in tensor.kernel.tensors() if isinstance(tensor, PackedWeight) else [tensor]:
             sizes[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     return sum(sizes.values())

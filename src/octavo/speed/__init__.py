@@ -20,13 +20,12 @@ from octavo.job import Job
 from octavo.lock import Lock
 from octavo.objective import Objective
 from octavo.progress import Progress, Shown, callback, with_progress
-from octavo.request import describe, open_job
+from octavo.request import open_job, workspace_of
 from octavo.runtimes.given import check_tokens_only
 from octavo.sites import Source
 from octavo.speed.asked import Asked, asked_for
 from octavo.speed.fast import Fast
 from octavo.speed.search import METHODS, Search
-from octavo.workspace import Workspace
 
 __all__ = ["Fast", "compress_for_speed", "speed_frontier"]
 
@@ -78,8 +77,9 @@ def compress_for_speed(
     folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
     lock = None if workspace is None else Lock(folder)
     try:
-        search = _search(job, folder, asked, resume)
-        fast = _found(search, asked, folder, {"encode": time.perf_counter() - clock})
+        with job.witness.blamed():
+            search = _search(job, folder, asked, resume)
+            fast = _found(search, asked, folder, {"encode": time.perf_counter() - clock})
     except BaseException:
         if workspace is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -176,7 +176,7 @@ def _open(
 
 
 def _search(job: Job, folder: Path, asked: Asked, resume: bool) -> Search:
-    room = Workspace(folder, {**describe(job, "best"), "target": "speed"}, resume=resume)
+    room = workspace_of(job, folder, "best", resume=resume, target="speed")
     calibration = job.calibrate(room)
     if job.source.is_skeleton:
         raise RequestError(f"{job.source.title}: does not fit in memory, and an exported graph holds the whole of it")

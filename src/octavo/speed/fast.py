@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from octavo.integrations.onnx import Session
 from octavo.lock import Lock
 from octavo.opened import open_model
 from octavo.progress import Shown
-from octavo.publish import NEW, check_writable, move_into_place
+from octavo.publish import check_writable, move_into_place
+from octavo.replacing import made_aside
 from octavo.runtimes.given import Tokens
 from octavo.runtimes.graph import trace
 from octavo.runtimes.kernels import lower
@@ -71,8 +71,7 @@ class Fast(Compressed):
 
     def _saved(self, path: Path, *, overwrite: bool, report: bool, progress: Shown) -> dict[str, Any]:
         check_writable(path, overwrite=overwrite, source=self.job.source.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}{NEW}", dir=path.parent))
+        aside = made_aside(path)
         try:
             folder = aside / "artifact"
             data = super().save(folder, report=report, progress=progress)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from octavo.allocate import Plan, solve
+from octavo.allocate import solve
 from octavo.artifact import Packed, unpack
 from octavo.budget import Budget
 from octavo.calibrate import Calibration
@@ -31,6 +31,7 @@ from octavo.job import Job
 from octavo.methods import Setting, get_method
 from octavo.methods.quantize.int8 import SMOOTHING
 from octavo.opened import dense_forms
+from octavo.plans import Plan
 from octavo.profile import Curve, Point, Profile
 from octavo.runtimes.activations import rounding_loss, watch
 from octavo.runtimes.given import Tokens

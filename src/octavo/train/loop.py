@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from octavo.errors import MissingExtraError, RequestError
 from octavo.forms import Form
+from octavo.replacing import check_kind
 from octavo.sites import Progress
 from octavo.train.formed import forms_of
 from octavo.train.losses import Batch, Loss
@@ -180,6 +181,7 @@ def _rate(step: int, steps: int, warmup: float) -> float:
 
 
 def _save(file: Path, state: dict[str, Any]) -> None:
+    check_kind(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f"{file.name}.aside")
     torch.save(state, aside)

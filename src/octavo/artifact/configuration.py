@@ -1,0 +1,128 @@
+"""The configuration files of an artifact, checked before any loader reads them.
+
+They are JSON beside the weights, and say which model is built and by which class. The manifest holds their checksums,
+so that a change is told by name. Whoever writes an artifact can sign what he likes: what a loader must not be told at
+all is refused whatever the manifest says.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from octavo.artifact.packing import DTYPES, dtype_name
+from octavo.errors import ArtifactError
+from octavo.narrowing import FLOATS
+from octavo.strict_json import parse_object, read_plain
+
+CONFIG = "config.json"
+#: Names of the files that decide which model is built, below the artifact's folder or one folder deeper.
+_NAMES = re.compile(
+    r"([\w.-]+/)?(config|generation_config|adapter_config|modules|sentence_\w+_config|config_sentence_transformers)\.json",
+    re.ASCII,
+)
+#: Bytes that such a file has at most.
+_MOST = 16 << 20
+#: Keys that count what is built: layers, heads, experts, labels.
+_COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$")
+#: More of anything no model has, unless a tensor has as many rows or columns.
+_MANY = 65_536
+_DTYPES = {*DTYPES, *map(dtype_name, FLOATS), "auto"}
+
+
+def is_configuration(name: str) -> bool:
+    """Whether a file at this place below an artifact's folder decides which model is built."""
+    return _NAMES.fullmatch(name) is not None
+
+
+def listed(contents: Mapping[str, bytes]) -> dict[str, list[int]]:
+    """What the manifest says of configuration files: bytes and CRC-32."""
+    return {name: [len(content), zlib.crc32(content)] for name, content in sorted(contents.items())}
+
+
+def changes(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
+    """Configuration files that are not as the manifest says, each with what became of it.
+
+    Raises
+    ------
+    ArtifactError
+        If one of them is no ordinary file, or too large to be one.
+    """
+    present = {
+        name: read_plain(file, most=_MOST)
+        for file in (*folder.glob("*.json"), *folder.glob("*/*.json"))
+        if is_configuration(name := file.relative_to(folder).as_posix())
+    }
+    found = listed(present)
+    said = [f"{name} is missing" for name in recorded if name not in found]
+    said += [f"{name} was changed" for name in recorded if name in found and found[name] != recorded[name]]
+    return said + [f"{name} was added" for name in found if name not in recorded]
+
+
+def check_config(file: Path, largest: int) -> dict[str, Any]:
+    """The ``config.json`` of an artifact's model, if it says nothing that a loader must not be told.
+
+    Parameters
+    ----------
+    largest
+        The largest dimension of the artifact's tensors.
+
+    Raises
+    ------
+    ArtifactError
+        If it names other weights, code, or more parts than the tensors can fill, or is malformed.
+    """
+    config = parse_object(read_plain(file, most=_MOST), file)
+    method = config.get("quantization_config")
+    if (
+        not isinstance(method, dict)
+        or method.get("quant_method") != "octavo"
+        or set(method) > {"quant_method", "packed"}
+    ):
+        raise ArtifactError(
+            f'{file}: quantization_config is {str(method)[:80]}, not {{"quant_method": "octavo"}}; other loaders would '
+            "take the packed bytes for weights, copy the artifact again"
+        )
+    if not isinstance(method.get("packed", False), bool):
+        raise ArtifactError(f"{file}: packed is {str(method['packed'])[:80]}, not true or false")
+    if "transformers_weights" in config:
+        raise ArtifactError(f"{file}: transformers_weights names other weights than the artifact's; remove the entry")
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ArtifactError(f"{file}: architectures is {str(classes)[:80]}, not a list of class names")
+    if not isinstance(config.get("model_type", ""), str):
+        raise ArtifactError(f"{file}: model_type is {str(config['model_type'])[:80]}, not a name")
+    for key, value in _entries(config):
+        _check_entry(file, key, value, max(largest, _MANY))
+    return config
+
+
+def _check_entry(file: Path, key: str, value: Any, most: int) -> None:
+    if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+        raise ArtifactError(
+            f"{file}: {key} names the kernel {str(value)[:80]}, which is code from elsewhere; remove the entry"
+        )
+    if key in ("dtype", "torch_dtype") and not (value is None or isinstance(value, dict) or value in _DTYPES):
+        raise ArtifactError(f"{file}: {key} is {str(value)[:80]}, not the name of a dtype of floats")
+    counted = isinstance(value, int | float) and _COUNTS.search(key)
+    if counted and not value <= most:
+        raise ArtifactError(
+            f"{file}: {key} is {str(value)[:80]}; the tensors of this artifact fill no more than {most} of anything"
+        )
+    if isinstance(value, list) and len(value) > most:
+        raise ArtifactError(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {most}")
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values at every level."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += [one for one in item if isinstance(one, dict | list)]
