@@ -33,15 +33,18 @@ def _config(draft: Draft, rng: random.Random) -> tuple[str, dict[str, Any]]:
     return name, json.loads(draft.others[name])
 
 
-def _put(draft: Draft, name: str, value: Any) -> None:
+def _put(draft: Draft, rng: random.Random, name: str, value: Any) -> None:
+    """Write a file of JSON, which the manifest knows of or not."""
     draft.others[name] = json.dumps(value).encode()
+    if rng.random() < 0.6:
+        draft.sign_others()
 
 
 @mutation("config: tree", alters=False, weight=10)
 def _tree(draft: Draft, rng: random.Random) -> None:
     name, config = _config(draft, rng)
     rng.choice([change_value, change_number, change_keys])(config, rng)
-    _put(draft, name, config)
+    _put(draft, rng, name, config)
 
 
 @mutation("config: known keys", alters=False, weight=14)
@@ -86,7 +89,7 @@ def _known(draft: Draft, rng: random.Random) -> None:
         config["add_cross_attention"] = config["is_decoder"] = True
     draft.others["evil.py"] = f"open({CANARY!r}, 'w')\nclass Model: pass\nclass Config: pass\n".encode()
     _beside(draft, rng)
-    _put(draft, name, config)
+    _put(draft, rng, name, config)
 
 
 def _beside(draft: Draft, rng: random.Random) -> None:
@@ -171,7 +174,7 @@ def _index(draft: Draft, rng: random.Random) -> None:
         weight_map["x"] = rng.choice(sorted(set(weight_map.values())))
     else:
         index["weight_map"] = {}
-    _put(draft, name, index)
+    _put(draft, rng, name, index)
 
 
 @mutation("index: where none was", alters=False, weight=3)
@@ -179,7 +182,7 @@ def _new_index(draft: Draft, rng: random.Random) -> None:
     if any(name.endswith(".index.json") for name in draft.others):
         raise Inapplicable("there is one")
     file = rng.choice(["evil.safetensors", "model.safetensors", "../x.safetensors"])
-    _put(draft, "model.safetensors.index.json", {"metadata": {}, "weight_map": dict.fromkeys(draft.names(), file)})
+    _put(draft, rng, "model.safetensors.index.json", {"metadata": {}, "weight_map": dict.fromkeys(draft.names(), file)})
     draft.others["evil.safetensors"] = _other_weights(draft)
 
 
@@ -237,6 +240,8 @@ def _content(draft: Draft, rng: random.Random) -> None:
         lambda: b'{"x":[' + b"{}," * count + b"{}]}", lambda: old + b" " * count, lambda: b'{"x":' + b"9" * count + b"}",
         lambda: old.replace(b'"', b"'", 1), lambda: b"\0" * count, lambda: b"\xef\xbb\xbf" + old, lambda: b'"' + b"x" * count + b'"',
     ])()  # fmt: skip
+    if rng.random() < 0.6:
+        draft.sign_others()
 
 
 @mutation("companion: tree", alters=False, weight=8)
@@ -249,7 +254,7 @@ def _companion_tree(draft: Draft, rng: random.Random) -> None:
     if not tree:
         raise Inapplicable("an empty tree")
     rng.choice([change_value, change_number, change_keys])(tree, rng)
-    _put(draft, name, tree)
+    _put(draft, rng, name, tree)
 
 
 @mutation("companion: modules", alters=False, weight=3)
@@ -269,7 +274,7 @@ def _modules(draft: Draft, rng: random.Random) -> None:
         modules.remove(entry)
     else:
         modules *= rng.choice([2, 300])
-    _put(draft, "modules.json", modules)
+    _put(draft, rng, "modules.json", modules)
 
 
 @mutation("nothing", alters=False, weight=1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from octavo.artifact.configuration import is_configuration
 from octavo.artifact.writing import unescaped
 
 MANIFEST = "octavo.json"
@@ -72,7 +73,7 @@ class Draft:
         files, others = {}, {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if name in manifest["files"]:
+            if name in manifest["files"] and name.endswith(".safetensors"):
                 whole = path.read_bytes()
                 end = 8 + struct.unpack("<Q", whole[:8])[0]
                 files[name] = File(json.loads(whole[8:end]), whole[end:], whole[8:end])
@@ -138,6 +139,13 @@ class Draft:
         for name, file in self.files.items():
             head = file.head()
             self.manifest["files"][name] = [len(head) + len(file.data), zlib.crc32(head)]
+
+    def sign_others(self) -> None:
+        """Let the manifest state sizes and checksums of configuration and indexes, as a stranger's would."""
+        for name, content in self.others.items():
+            stated = "files" if name.endswith(".index.json") else "configurations"
+            if stated == "files" or is_configuration(name):
+                self.manifest.setdefault(stated, {})[name] = [len(content), zlib.crc32(content)]
 
     def _entries(self) -> Iterator[tuple[str, File, dict[str, Any]]]:
         for path, file in self.files.items():

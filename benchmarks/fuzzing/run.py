@@ -22,7 +22,7 @@ from fuzzing.views import Honest
 #: Verdicts that no mutant may have.
 FAILURES = ("crash", "timeout", "memory", "raw", "silent", "unfilled", "escape")
 #: From the best to the worst.
-ORDER = ("refused", "foreign", "same", "changed", *reversed(FAILURES))
+ORDER = ("refused", "foreign", "same", "changed", "told", *reversed(FAILURES))
 #: Mutants that are loaded by one process, unless one of them ends it.
 _TOGETHER = 16
 #: Seeds that are tried for a change, of which few may suit it.
@@ -106,7 +106,9 @@ def mutant(seeds: list[Seed], root: int, number: int) -> Mutant:
             # A change after another one finds what the first one left; it is another mutant then.
             continue
         place = Path(tempfile.mkdtemp(prefix="octavo-mutant-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-        made = Mutant(number, seed, chosen, ("state", rng.choice(seed.views)), place, 0)
+        around = chosen.name.partition(":")[0] in ("config", "companion", "index", "beside")
+        views = [view for view in seed.views if not around or view not in ("inspect", "packed")]
+        made = Mutant(number, seed, chosen, ("state", rng.choice(views)), place, 0)
         made.folder.mkdir()
         draft.write(made.folder)
         made.size = sum(file.lstat().st_size for file in made.folder.rglob("*") if not file.is_dir())

@@ -80,7 +80,7 @@ def write_seeds(root: Path) -> list[Seed]:
     seeds = []
     for name, make in bare.items():
         seeds.append(Seed(name, _written(make(), root / name)))
-    seeds.append(Seed("memory", _written(_resident(of_form("grid")), root / "memory"), ("inspect", "packed", "load")))
+    seeds.append(Seed("memory", _written(_resident(of_form("grid")), root / "memory")))
     with mock.patch.object(writing, "SHARD_BYTES", 500):
         seeds.append(Seed("shards", _written(aliases(), root / "shards")))
     return [*seeds, *_models(root)]

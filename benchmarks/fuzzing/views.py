@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.errors import OctavoError
+from octavo.notes import OctavoWarning
 from octavo.raw import raw_bytes
 
 #: What a line of output may hold of control characters.
@@ -33,8 +34,9 @@ class Outcome:
     Parameters
     ----------
     verdict
-        ``refused`` by Octavo, ``foreign``: by another library before Octavo was asked, ``same``, ``changed``, or a
-        failure: ``raw``, ``silent``, ``unfilled``, ``escape``, ``memory``.
+        ``refused`` by Octavo, ``foreign``: by another library before Octavo was asked, ``same``, ``changed``, ``told``:
+        of another configuration, as a warning says, or a failure: ``raw``, ``silent``, ``unfilled``, ``escape``,
+        ``memory``.
     detail
         The error or the difference.
     """
@@ -49,14 +51,15 @@ class Unequal(Exception):
 
 def attempt(view: str, folder: Path, honest: Honest) -> Outcome:
     """Load an artifact in one way."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
             return VIEWS[view](folder, honest)
-    except Unequal as error:
-        return Outcome(error.args[0], error.args[1])
-    except BaseException as error:
-        return _judged(error, view)
+        except Unequal as error:
+            told = any(issubclass(warning.category, OctavoWarning) for warning in said)
+            return Outcome("told" if told and error.args[0] == "unfilled" else error.args[0], error.args[1])
+        except BaseException as error:
+            return _judged(error, view)
 
 
 def _judged(error: BaseException, view: str) -> Outcome:
@@ -149,7 +152,7 @@ def _compared(view: str, model: nn.Module, folder: Path, honest: Honest) -> Outc
             continue
         used.add(ends[end])
         expected = stored[ends[end]]
-        if tensor.shape != expected.shape or not torch.equal(tensor, expected.to(tensor.dtype)):
+        if tensor.shape != expected.shape or not _equal(tensor, expected.to(tensor.dtype)):
             raise Unequal("silent", f"{name} is not the artifact's {ends[end]}")
     new = sorted(set(unfilled) - set(honest.unfilled.get(view, unfilled)))
     if new:
@@ -157,6 +160,11 @@ def _compared(view: str, model: nn.Module, folder: Path, honest: Honest) -> Outc
     if view not in honest.unfilled:
         return Outcome("same", json.dumps(sorted(unfilled)))
     return Outcome("same" if used == set(stored) and digests_of(stored) == honest.digests else "changed")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; a number that is none equals itself here."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _command(*words: str) -> Callable[[Path, Honest], Outcome]:
