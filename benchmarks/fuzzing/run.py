@@ -106,8 +106,8 @@ def mutant(seeds: list[Seed], root: int, number: int) -> Mutant:
             # A change after another one finds what the first one left; it is another mutant then.
             continue
         place = Path(tempfile.mkdtemp(prefix="octavo-mutant-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-        around = chosen.name.partition(":")[0] in ("config", "companion", "index", "beside")
-        views = [view for view in seed.views if not around or view not in ("inspect", "packed")]
+        outside = chosen.name.partition(":")[0] in ("config", "companion", "index", "beside")
+        views = [view for view in seed.views if not outside or view not in ("inspect", "packed")]
         made = Mutant(number, seed, chosen, ("state", rng.choice(views)), place, 0)
         made.folder.mkdir()
         draft.write(made.folder)
