@@ -82,7 +82,7 @@ def counted(folder):
 
 
 def check(source, request, profile, ratio, folder, **more):
-    octavo.plan(profile, ratio=ratio).save(folder / "plan.yaml")
+    octavo.plan(profile, ratio=ratio).save(folder / "plan.yaml", overwrite=True)
     done = octavo.compress(source, plan=folder / "plan.yaml", **request, **more)
     report = done.save(folder / f"out {ratio}", report=False)
     used = counted(folder / f"out {ratio}")
@@ -121,14 +121,14 @@ def test_a_profile_at_hand_is_used(measured, tmp_path):
 def test_a_budget_of_memory_is_met(measured, tmp_path):
     source, request, profile = measured(bare, target="memory")
     for ratio in reachable(profile, 4):
-        octavo.plan(profile, ratio=ratio).save(tmp_path / "plan.yaml")
+        octavo.plan(profile, ratio=ratio).save(tmp_path / "plan.yaml", overwrite=True)
         done = octavo.compress(source, plan=tmp_path / "plan.yaml", target="memory", **request)
         assert done.built.counted <= done.budget.bytes and done.ratio >= ratio
 
 
 def test_what_was_pinned_is_not_moved(measured, tmp_path):
     source, request, profile = measured(bare, preset="fast", keep={"first*": "entropy:step=0.01"})
-    octavo.plan(profile, ratio=6).save(tmp_path / "plan.yaml")
+    octavo.plan(profile, ratio=6).save(tmp_path / "plan.yaml", overwrite=True)
     done = octavo.compress(source, plan=tmp_path / "plan.yaml", **request)
     assert done.built.plan.points["first.weight"].setting == {"step": 0.01}
     assert USED * done.budget.bytes <= done.built.counted <= done.budget.bytes
@@ -147,7 +147,7 @@ def edited(file, change):
 def test_only_choices_and_the_budget_make_a_plan_an_edited_one(measured, tmp_path):
     _, _, profile = measured(bare, preset="fast")
     file, sites = tmp_path / "plan.yaml", ["first.weight", "second.weight"]
-    octavo.plan(profile, ratio=5).save(file)
+    octavo.plan(profile, ratio=5).save(file, overwrite=True)
     assert read_plan(file, sites).label == MIXED
     for change in (
         lambda data: data["sites"]["first.weight"].update(bytes=1, loss=0),
@@ -160,14 +160,14 @@ def test_only_choices_and_the_budget_make_a_plan_an_edited_one(measured, tmp_pat
         lambda data: data.update(budget=data["budget"] + 1),
         lambda data: data.pop("digest"),
     ):
-        octavo.plan(profile, ratio=5).save(file)
+        octavo.plan(profile, ratio=5).save(file, overwrite=True)
         edited(file, change)
         assert read_plan(file, sites).label == EDITED
 
 
 def test_an_edited_plan_is_kept_as_it_is(measured, tmp_path):
     source, request, profile = measured(bare, preset="fast")
-    octavo.plan(profile, ratio=5).save(tmp_path / "plan.yaml")
+    octavo.plan(profile, ratio=5).save(tmp_path / "plan.yaml", overwrite=True)
     edited(tmp_path / "plan.yaml", lambda data: data["sites"]["first.weight"].update(method="rtn", setting={"bits": 2, "group": 16}))  # fmt: skip
     wanted = read_plan(tmp_path / "plan.yaml", ["first.weight", "second.weight"]).points
     done = octavo.compress(source, plan=tmp_path / "plan.yaml", **request)
@@ -184,7 +184,7 @@ def test_an_edited_plan_is_kept_as_it_is(measured, tmp_path):
 def test_an_edited_plan_that_does_not_fit_says_where_and_what_would(measured, tmp_path, choice):
     source, request, profile = measured(bare, preset="fast")
     file = tmp_path / "plan.yaml"
-    octavo.plan(profile, ratio=5).save(file)
+    octavo.plan(profile, ratio=5).save(file, overwrite=True)
     edited(file, lambda data: data["sites"]["first.weight"].update(method=choice[0], setting=choice[1]))
     with pytest.raises(octavo.RequestError) as refused:
         octavo.compress(source, plan=file, **request)
@@ -203,7 +203,7 @@ def test_an_edited_plan_that_does_not_fit_says_where_and_what_would(measured, tm
 def test_a_coarser_setting_that_is_named_fits(measured, tmp_path):
     source, request, profile = measured(bare, preset="fast")
     file = tmp_path / "plan.yaml"
-    octavo.plan(profile, ratio=5).save(file)
+    octavo.plan(profile, ratio=5).save(file, overwrite=True)
     edited(file, lambda data: data["sites"]["first.weight"]["setting"].update(step=data["sites"]["first.weight"]["setting"]["step"] * 0.6))  # fmt: skip
     with pytest.raises(octavo.RequestError, match="would fit") as refused:
         octavo.compress(source, plan=file, **request)
@@ -215,7 +215,7 @@ def test_a_coarser_setting_that_is_named_fits(measured, tmp_path):
 
 def test_a_plan_of_another_source_says_so_and_claims_no_ratio(measured, tmp_path):
     _, request, profile = measured(bare, preset="fast")
-    octavo.plan(profile, ratio=5).save(tmp_path / "plan.yaml")
+    octavo.plan(profile, ratio=5).save(tmp_path / "plan.yaml", overwrite=True)
     torch.manual_seed(1)
     other, _ = bare(tmp_path)
     done = octavo.compress(other, plan=tmp_path / "plan.yaml", **request)

@@ -12,6 +12,7 @@ from torch import nn
 
 from octavo import inputs
 from octavo.artifact import MANIFEST, Artifact
+from octavo.artifact.writing import split_name
 from octavo.blockwise import Blockwise
 from octavo.errors import MissingExtraError, RequestError
 from octavo.inmemory import InMemory
@@ -97,12 +98,14 @@ def _open(path: Path, *, packed: bool) -> Source:
         return inputs.open_source(path)
     from octavo.verify import load
 
-    Artifact(path)
+    artifact = Artifact(path)
     if members(path) and is_installed() and not packed:
         encoder = load_encoder(path)
         source = inputs.open_source(encoder)
         source.path, source.is_encoder = path, True
         return source
+    if packed and members(path) and any(split_name(name)[0] for name in artifact.names()):
+        raise RequestError(f"{path}: has layers behind its transformer that do not run packed; leave --packed out")
     model = load(path, packed=packed)
     if not isinstance(model, nn.Module):
         raise RequestError(f"{path}: holds bare tensors, there is no model to run")

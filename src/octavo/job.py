@@ -174,7 +174,11 @@ class Job:
         }
         resident = self.resident(packed) if self.target == "memory" else None
         aliases, extra = self.source.aliases, self.source.extra
-        return Contents(source, entries, self.kept(how), aliases, resident, self._named(), extra, self._configurations)
+        loaded = self.source.is_transformers and self.source.module is not None
+        unfilled = self.source.unfilled if loaded else None
+        return Contents(
+            source, entries, self.kept(how), aliases, resident, self._named(), extra, self._configurations, unfilled
+        )
 
     @cached_property
     def _configurations(self) -> dict[str, bytes]:

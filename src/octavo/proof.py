@@ -100,8 +100,9 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
     if members(folder):
         encoder = load_encoder(artifact.path)
         outputs = probe(load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE).model)
-        if source.is_encoder and job.measurable:
-            return Proof("SentenceTransformer(path)", job.judge(encoder), outputs=outputs)
+        if job.measurable:
+            whole = encoder if source.is_encoder else loaded.model
+            return Proof("SentenceTransformer(path)", job.judge(whole), outputs=outputs)
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
     losses = job.judge(loaded.model) if job.measurable else None

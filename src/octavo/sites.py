@@ -194,6 +194,8 @@ class Source:
     is_transformers: bool = False
     #: Whether ``module`` is an encoder of sentence-transformers as a whole.
     is_encoder: bool = False
+    #: Whether of an encoder of ``sentence-transformers`` nothing but its transformer is to be run.
+    transformer_only: bool = False
     #: Bytes of the module's buffers that are not stored, such as tables that are worked out from its configuration.
     unstored: int = 0
     #: Where configuration and tokenizer are, if not in ``path``.

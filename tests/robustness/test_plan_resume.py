@@ -17,7 +17,6 @@ STAGES: dict[str, Callable[[Path], bool]] = {
     "evidence": lambda work: (work / "job.json").is_file(),
     "profile": lambda work: (work / "calibration.json").is_file(),
     "encode": lambda work: (work / "profile.json").is_file(),
-    "points": lambda work: (work / "points").is_dir() and len(list((work / "points").glob("*.bin"))) >= 6,
     "save": lambda work: bool(list(work.parent.glob(".out.octavo-new.*"))),
 }
 

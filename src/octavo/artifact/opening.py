@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from octavo.artifact.folder import check_folder
 from octavo.artifact.packing import is_shape, naturals
 from octavo.artifact.writing import FORMAT_VERSION, INDEX, MANIFEST, SUBFOLDER, WEIGHTS, unescaped
 from octavo.errors import ArtifactError
@@ -48,10 +49,11 @@ class Place:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of an artifact's folder, checksum and version verified."""
+    """The manifest of an artifact's folder, which holds nothing but ordinary files; checksum and version verified."""
     file = path / MANIFEST
-    if not path.is_dir() or not file.is_file() or file.is_symlink():
+    if not path.is_dir() or not file.is_file():
         raise ArtifactError(f"{path}: not an artifact, there is no {MANIFEST} in it")
+    check_folder(path)
     content = read_plain(file, most=_MANIFEST_LIMIT)
     prefix = _PREFIX.match(content)
     if not prefix or hashlib.sha256(content[prefix.end() :]).hexdigest().encode() != prefix[1]:

@@ -23,7 +23,6 @@ from torch import Tensor
 import octavo.forms as forms
 from octavo import coding
 from octavo.artifact.configuration import changes, is_configuration
-from octavo.artifact.folder import check_folder
 from octavo.artifact.opening import read_headers, read_manifest
 from octavo.artifact.packing import DTYPES, check_parts, dtype_name, from_bytes, is_shape, naturals, unpack
 from octavo.artifact.writing import BITS, MANIFEST
@@ -60,7 +59,6 @@ class Artifact:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        check_folder(self.path)
         self._tensors = read_headers(self.path, _mapping(self.manifest, "files"))
         self.sites: Mapping[str, Any] = _mapping(self.manifest, "sites")
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
@@ -75,6 +73,10 @@ class Artifact:
         for name, entry in self.configurations.items():
             if not (is_configuration(name) and isinstance(entry, list) and len(entry) == 2 and naturals(entry)):
                 raise ArtifactError(f"{self.path}: the manifest's entry of the configuration {name!r} is malformed")
+        #: Names of the model that no tensor fills, in the source as here; None if that was not recorded.
+        self.unfilled: list[str] | None = self.manifest.get("unfilled")
+        if self.unfilled is not None and not _are_words(self.unfilled):
+            raise ArtifactError(f"{self.path}: the manifest's 'unfilled' is no list of names")
         #: Aliases that stand in the files under their own name.
         self.named = self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
@@ -285,6 +287,10 @@ class Artifact:
         dtype = _EXACT.get(given) if isinstance(given, str) else None
         if dtype is None or (dtype != stored and not {dtype, stored} <= {*FLOATS}):
             raise ArtifactError(f"{self.path}: {name!r} has dtype {given!r}, and is stored as {dtype_name(stored)}")
+
+
+def _are_words(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:

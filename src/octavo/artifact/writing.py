@@ -12,7 +12,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -189,6 +189,8 @@ class Contents:
     configurations
         Contents of the configuration files that will lie beside the tensors, by their place in the folder. They are
         written with the other companions; the manifest holds their checksums.
+    unfilled
+        Names of the source's model that no tensor fills; None if it has no model that is known.
     """
 
     source: dict[str, Any]
@@ -199,6 +201,7 @@ class Contents:
     named: frozenset[str] = frozenset()
     extra: dict[str, Any] = field(default_factory=dict)
     configurations: Mapping[str, bytes] = field(default_factory=dict)
+    unfilled: Sequence[str] | None = None
 
     @property
     def bytes(self) -> int:
@@ -244,6 +247,8 @@ class Contents:
             manifest["extra"] = self.extra
         if self.configurations:
             manifest["configurations"] = listed(self.configurations)
+        if self.unfilled is not None:
+            manifest["unfilled"] = sorted(self.unfilled)
         pieces: dict[str, _Piece] = {}
         for name, entry in self.entries.items():
             pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)

@@ -77,7 +77,8 @@ def compress(
     keep: options.KEEP = None,
     profile: Annotated[Path | None, typer.Option(help="A saved profile to solve, in place of measuring again.")] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan to carry out as it is, from 'octavo plan' or edited.")
+        Path | None,
+        typer.Option(help="A plan to carry out: to its budget as 'octavo plan' wrote it, to the letter if edited."),
     ] = None,
     resume: options.RESUME = False,
     overwrite: options.OVERWRITE = False,

@@ -299,7 +299,10 @@ def decode_members(module: Any) -> None:
         held = target.state_dict()
         filled = {held[name].data_ptr() for name in state if name in held}
         shared = {n: held[n] for n in held if n not in state and held[n].numel() and held[n].data_ptr() in filled}
-        target.load_state_dict({**shared, **state})
+        try:
+            target.load_state_dict({**shared, **state})
+        except RuntimeError as error:
+            raise ArtifactError(f"{folder / subfolder}: does not fit its module: {error}") from error
         return target
 
     module.Module.load_torch_weights = classmethod(load_torch_weights)

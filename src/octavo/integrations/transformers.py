@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _TARGET = "transformers.quantizers.auto"
 #: No network, no pickles, no code from files.
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+#: Names of tensors that an error shows.
+_NAMED = 3
 #: Letters of another library's error that are shown.
 _SHOWN = 600
 
@@ -117,7 +119,7 @@ def skeleton(folder: Path) -> nn.Module:
 def load_weights(source: Source) -> None:
     """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
     assert source.path is not None
-    if members(source.path) and is_installed():
+    if members(source.path) and is_installed() and not source.transformer_only:
         encoder = load_encoder(source.path)
         source.module, source.is_encoder = encoder, True
         bind_encoder(source, encoder, source.path)
@@ -238,6 +240,16 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
         kind = RequestError if artifact is None else ArtifactError
         raise kind(f"{folder}: from_pretrained failed ({type(error).__name__}): {str(error)[:_SHOWN]}") from error
     missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
+    if (
+        artifact is not None
+        and artifact.unfilled is not None
+        and (lacking := sorted({*missing} - {*artifact.unfilled}))
+    ):
+        raise ArtifactError(
+            f"{folder}: {len(lacking)} tensors of the model are filled by nothing in the artifact, and were in the "
+            f"source: {', '.join(lacking[:_NAMED])}; config.json was changed, or this version of transformers builds "
+            "another model"
+        )
     return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
 
 

@@ -46,9 +46,7 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
     outputs = None if proof.outputs is None else proof.outputs.record()
-    digests: dict[str, Any] = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
-    # Names of the model that nothing fills, in the source as in the artifact.
-    digests["unfilled"] = sorted(job.source.unfilled)
+    digests = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
     sites = [_site_row(done, name) for name in built.packed]
     families: dict[str, dict[str, Any]] = {}
     for row in sites:

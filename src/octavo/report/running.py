@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octavo.artifact import Artifact
+from octavo.artifact.writing import split_name
 from octavo.batches import run
 from octavo.objective import Objective, OfOutputs
 from octavo.running import held_bytes, kernels_of
@@ -32,6 +33,11 @@ def running_data(done: Compressed, artifact: Artifact) -> dict[str, Any]:
     result["held"] = held_bytes(packed)
     result["kernels"] = {name: len(sites) for name, sites in kernels_of(packed).items()}
     if not job.measurable:
+        return result
+    if job.source.is_encoder and any(split_name(name)[0] for name in artifact.names()):
+        result["note"] = (
+            "the layers behind the transformer do not run packed, so that quality and speed were not measured"
+        )
         return result
     result["quality"] = float(job.judge(packed).mean())
     dense = _loaded(done, artifact, packed=False).to(torch.bfloat16)

@@ -7,15 +7,19 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from octavo import inputs
+from octavo.artifact.writing import split_name
 from octavo.batches import Batch
 from octavo.errors import BudgetError, RequestError
 from octavo.export import SHAPE
 from octavo.integrations.onnx import require
+from octavo.integrations.sentences import members
 from octavo.job import Job
 from octavo.lock import Lock
 from octavo.objective import Objective
@@ -159,8 +163,17 @@ def _open(
     progress: Progress,
     forward_args: Callable[[Batch], Any] | None = None,
 ) -> Job:
+    opened = inputs.open_source(source, progress=progress)
+    if opened.folder is not None and members(opened.folder):
+        beside = sorted(name for name in opened.shapes if split_name(name)[0])
+        if beside:
+            raise RequestError(
+                f"{opened.title}: has layers behind its transformer ({beside[0]}), which a file for onnxruntime would "
+                "leave out; compress for disk"
+            )
+        opened = replace(opened, transformer_only=True)
     job = open_job(
-        source, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
+        opened, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
         folding=False,
     )  # fmt: skip
     check_tokens_only(job.source)
