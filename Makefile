@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test wide chaos check bench reproduce format clean
+.PHONY: help demo test wide fuzz chaos check bench reproduce format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(READY) ## run all tests, by WORKERS processes
 
 wide: $(READY) ## run the tests of all other architectures of transformers (10 minutes)
 	$(BIN)/python -m pytest -q -m wide tests/architectures
+
+fuzz: $(READY) ## load 50,000 mutants of artifacts, by WORKERS processes (an hour); writes docs/results/fuzz.json
+	$(BIN)/python benchmarks/fuzz.py --mutants 50000 --seed 0 --workers $(WORKERS) --save
 
 chaos: $(READY) ## kill runs, fill disks, change sources, damage kept work; writes docs/results/chaos.json (10 minutes)
 	$(BIN)/python benchmarks/chaos.py

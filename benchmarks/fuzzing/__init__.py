@@ -1,0 +1,1 @@
+"""Mutants of artifacts, and what becomes of them when they are loaded."""
