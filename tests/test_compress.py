@@ -352,7 +352,11 @@ def test_outputs_are_whole_or_not_there(bare, tmp_path):
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     with pytest.raises(RequestError, match="not empty"):
         done.save(tmp_path / "taken")
+    with pytest.raises(RequestError, match="Octavo did not write"):
+        done.save(tmp_path / "taken", overwrite=True)
     assert (tmp_path / "taken" / "mine.txt").read_text() == "mine"
+    (tmp_path / "taken" / "mine.txt").unlink()
+    done.save(tmp_path / "taken")
     done.save(tmp_path / "taken", overwrite=True)
     assert octavo.verify(tmp_path / "taken")["weights_match"] is True
     assert sorted(file.name for file in tmp_path.iterdir()) == ["taken"]

@@ -1,8 +1,11 @@
 """What a report states was measured on the model as its users load it, and is checked again by ``verify``."""
 
+import hashlib
 import json
 import shutil
+import zlib
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -111,12 +114,26 @@ def test_what_was_not_changed_is_verified(artifact):
     assert result.exit_code == 0 and json.loads(result.stdout)["outputs_match"] is True
 
 
+def signed_again(folder):
+    """The manifest with the checksum of the configuration that is there now."""
+    body = json.loads((folder / "octavo.json").read_text())
+    del body["sha256"]
+    content = (folder / "config.json").read_bytes()
+    body["configurations"]["config.json"] = [len(content), zlib.crc32(content)]
+    text = json.dumps(body, separators=(",", ":"))[1:].encode()
+    (folder / "octavo.json").write_bytes(b'{"sha256":"' + hashlib.sha256(text).hexdigest().encode() + b'",' + text)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_outputs_are_an_error(change, artifact, tmp_path):
     shutil.copytree(artifact, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, **CHANGES[change]}))
-    with pytest.raises(ArtifactError, match="outputs differ from those recorded"):
+    with pytest.raises(ArtifactError, match=r"config\.json was changed"):
+        octavo.verify(tmp_path / "out")
+    # Nor does it help to sign the change: what the model gives is recorded as well.
+    signed_again(tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"outputs differ from those recorded|filled by nothing"):
         octavo.verify(tmp_path / "out")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 1 and json.loads(result.stdout)["error"] == "ArtifactError"
@@ -232,12 +249,12 @@ def test_a_module_is_measured_and_left_as_it_was(tmp_path):
 
 def test_a_module_that_does_not_take_its_artifact_is_left_as_it_was(tmp_path):
     class Refusing(Keeping):
-        refusals = 0
+        #: Of the class: what the module itself holds is put back when it refuses.
+        refusals: ClassVar[list[str]] = []
 
         def set_extra_state(self, state):
             if self.refusals:
-                self.refusals -= 1
-                raise ValueError("not now")
+                raise ValueError(self.refusals.pop())
             super().set_extra_state(state)
 
     torch.manual_seed(0)
@@ -245,7 +262,7 @@ def test_a_module_that_does_not_take_its_artifact_is_left_as_it_was(tmp_path):
     done = octavo.compress(model, ratio=3, data=[x], objective="squared", preset="fast", methods=["rtn"])
     before = seen(model)
     # Once by the module's own way, and once by ours.
-    model.refusals = 2
+    model.refusals.extend(["not now", "not now"])
     with pytest.raises(ArtifactError, match="not now"):
         done.save(tmp_path / "out")
     assert same(seen(model), before) and not (tmp_path / "out").exists()

@@ -174,15 +174,29 @@ class Job:
         }
         resident = self.resident(packed) if self.target == "memory" else None
         aliases, extra = self.source.aliases, self.source.extra
-        loaded = self.source.is_transformers and self.source.module is not None
-        unfilled = self.source.unfilled if loaded else None
         return Contents(
-            source, entries, self.kept(how), aliases, resident, self._named(), extra, self._configurations, unfilled
+            source,
+            entries,
+            self.kept(how),
+            aliases,
+            resident,
+            self._named(),
+            extra,
+            self._configurations,
+            self._unfilled,
         )
 
     @cached_property
     def _configurations(self) -> dict[str, bytes]:
         return configurations(self.source)
+
+    @cached_property
+    def _unfilled(self) -> list[str] | None:
+        if not self.source.is_transformers:
+            return None
+        from octavo.integrations.transformers import unfilled_names
+
+        return unfilled_names(self.source)
 
     def _named(self) -> frozenset[str]:
         """Aliases that the loader of the source must find in the files, since it does not tie them itself."""

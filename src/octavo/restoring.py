@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from octavo.errors import ArtifactError
 from octavo.modules import own_tensors, stored_tensors
@@ -48,8 +49,11 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def fits_plainly(module: nn.Module, names: dict[str, tuple[int, ...]]) -> bool:
-    """Whether nothing can go wrong: the names and shapes are the module's own, and no code of its own is run."""
-    own = {name: tuple(tensor.shape) for name, tensor in stored_tensors(module).items()}
+    """Whether nothing can go wrong: names and shapes are the module's own, and no code of its own is run."""
+    tensors = stored_tensors(module)
+    if any(is_lazy(tensor) for tensor in tensors.values()):
+        return False
+    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return names == own and all(
         type(part)._load_from_state_dict in _ORDINARY
         and type(part).set_extra_state is nn.Module.set_extra_state

@@ -125,17 +125,27 @@ def _as_factors(path: Path, module: nn.Module, batch: Batch) -> nn.Module:
 
 
 def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None) -> str:
-    """SHA-256 over the decoded content of every tensor: codes, steps, factors. A few tensors are in memory at a time.
+    """SHA-256 over the decoded content of every tensor: codes, steps, factors, and what they are read as.
 
-    It is the same on every machine, which a product of two factors, rounded as the machine's library likes, is not.
+    A few tensors are in memory at a time. It is the same on every machine, which a product of two factors, rounded as
+    the machine's library likes, is not.
     """
     digest = hashlib.sha256()
     names = sorted(artifact.names())
+
+    def given(name: str) -> str:
+        """What becomes of a site's parts; other tensors say it themselves."""
+        if name not in artifact.sites:
+            return ""
+        layout = artifact.layout(name)
+        kind = f"{layout.kind} {layout.groups} {layout.exponent}"
+        return f" {artifact.sites[name]['shape']} {dtype_name(artifact.dtype(name))} {kind}"
 
     def decoded(name: str) -> dict[str, Tensor]:
         return artifact.form(name).tensors() if name in artifact.sites else {"": artifact.tensor(name)}
 
     for done, (name, parts) in enumerate(zip(names, in_order(decoded, names), strict=True)):
+        digest.update(f"{name}{given(name)}\n".encode())
         for part, tensor in sorted(parts.items()):
             digest.update(f"{name} {part} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
             if tensor.numel():

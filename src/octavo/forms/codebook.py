@@ -59,7 +59,7 @@ class Codebook(Form):
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
-        return 16 * elements(shape) + 16 * tensors["values"].numel() + 4 * shape[0]
+        return 20 * elements(shape) + 16 * tensors["values"].numel() + 4 * shape[0]
 
     def dense(self) -> Tensor:  # noqa: D102
         weight = self.values.float()[self.codes.long()]

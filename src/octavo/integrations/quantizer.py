@@ -6,6 +6,8 @@ Importing this module imports ``transformers`` and registers what it defines.
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError
+from octavo.integrations.names import names_of
+from octavo.notes import OctavoWarning
 from octavo.trust import root_of, tell_changed
 
 #: A model may have this many times the bytes of its tensors in the files, as tied weights have, and 64 MB.
@@ -31,6 +35,8 @@ class OctavoConfig(QuantizationConfigMixin):
     """Says that the weights of this folder are an Octavo artifact."""
 
     def __init__(self, quant_method: str = "octavo", packed: bool = False, **_: Any) -> None:
+        if not isinstance(packed, bool):
+            raise ArtifactError(f"config.json: packed is {str(packed)[:80]}, not true or false")
         self.quant_method = quant_method  # type: ignore[assignment]
         self.packed = packed
 
@@ -107,6 +113,7 @@ class OctavoQuantizer(HfQuantizer):
             prefix = "" if folder == root else f"{folder.name}/"
             tell_changed(artifact)
             _check_files(artifact, prefix, files)
+            _tell_unfilled(artifact, prefix, model)
             _check_size(artifact, model)
             # Tied names are filled in as well, and may stand in the files without content.
             places = [(name, name) for name in (*artifact.sites, *artifact.coded)] + list(artifact.aliases.items())
@@ -130,7 +137,8 @@ class OctavoQuantizer(HfQuantizer):
         """Converters of weights that the model's own ones leave alone."""
         # A name may be changed before it is matched, so those of the model count as well as those in the files.
         leaves = sorted({name.rpartition(".")[2] for name in (*self._names, *self._dtypes)})
-        return [Decoding(leaf, leaf, [Decode(self)]) for leaf in leaves]
+        # Names are patterns there; those with other characters than names have are no part of any model.
+        return [Decoding(leaf, leaf, [Decode(self)]) for leaf in leaves if re.fullmatch(r"\w+", leaf)]
 
     def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
         """The model's converters, given decoded weights, and those of all other weights."""
@@ -176,6 +184,22 @@ def _check_files(artifact: Artifact, prefix: str, files: Sequence[str | Path]) -
         odd = sorted(str(file) for file in given ^ own)
         raise ArtifactError(
             f"{artifact.path}: the loader chose other files than the artifact's: {', '.join(odd)[:300]}"
+        )
+
+
+def _tell_unfilled(artifact: Artifact, prefix: str, model: Any) -> None:
+    """Warn of parameters that will have random values, though nothing was missing in the source."""
+    if artifact.unfilled is None:
+        return
+    shapes = artifact.loadable_shapes().items()
+    own = {name.removeprefix(prefix): shape for name, shape in shapes if split_name(name)[0] == prefix}
+    lacking = sorted(set(names_of(model, own).missing) - set(artifact.unfilled))
+    if lacking:
+        warnings.warn(
+            f"{artifact.path}: {len(lacking)} parameters of {type(model).__name__} are filled by nothing in the "
+            f"artifact and will have random values, such as {lacking[0]}; the source's model was another one",
+            OctavoWarning,
+            stacklevel=2,
         )
 
 

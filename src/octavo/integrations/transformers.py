@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.artifact.configuration import check_counts
+from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.integrations.bounded import bounded
 from octavo.integrations.sentences import (
@@ -153,6 +154,28 @@ def bind(source: Source, module: nn.Module) -> None:
     source.parameters, source.conversions = {**found.parameters, **converted}, found.conversions
     source.unused = [name for name in found.unused if name in source.shapes]
     source.unfilled = found.missing
+
+
+def unfilled_names(source: Source) -> list[str] | None:
+    """Names of a source's model that none of its tensors fills; None if it has no model that is known here.
+
+    A source of which nothing is run has no module. What its skeleton needs is found out here.
+    """
+    if not source.is_transformers or source.folder is None:
+        return None
+    inner = transformer_folder(source.folder)
+    if source.module is not None:
+        return source.unfilled
+    if importlib.util.find_spec("transformers") is None or not is_known(inner):
+        return None
+    from octavo.integrations.names import names_of
+
+    prefix = "" if inner == source.folder else f"{inner.name}/"
+    shapes = source.every_shape().items()
+    own = {name.removeprefix(prefix): shape for name, shape in shapes if split_name(name)[0] == prefix}
+    found = names_of(skeleton(inner), own)
+    source.unfilled, source.unused = found.missing, found.unused
+    return source.unfilled
 
 
 def tied_names(source: Source) -> set[str]:
