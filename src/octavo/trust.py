@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.configuration import CONFIG, check_config
@@ -12,6 +17,12 @@ from octavo.integrations.sentences import members, transformer_folder
 from octavo.notes import OctavoWarning
 
 _ADAPTER = "adapter_config.json"
+#: Modules of an encoder, at most.
+_MODULES = 64
+
+
+#: An artifact that need not be checked again, since that was just done.
+_KNOWN: ContextVar[Path | None] = ContextVar("known", default=None)
 
 
 def root_of(folder: Path) -> Path | None:
@@ -29,9 +40,8 @@ def trusted(path: Path) -> Artifact:
     """
     artifact = Artifact(path)
     folder = transformer_folder(path)
-    largest = max((size for shape in artifact.loadable_shapes().values() for size in shape), default=1)
     if (folder / CONFIG).exists():
-        check_config(folder / CONFIG, largest)
+        check_config(folder / CONFIG, artifact.loadable_shapes().values())
     changed = artifact.changed()
     adapter = (folder / _ADAPTER).relative_to(path).as_posix()
     if (folder / _ADAPTER).exists() and (adapter not in artifact.configurations or f"{adapter} was changed" in changed):
@@ -39,21 +49,53 @@ def trusted(path: Path) -> Artifact:
             f"{folder / _ADAPTER}: was not written with this artifact, and names a model that loaders would take "
             "in its place; remove it"
         )
-    for member in members(path):
+    modules = members(path)
+    if len(modules) > _MODULES:
+        raise ArtifactError(f"{path}: modules.json lists {len(modules)} modules; encoders have few")
+    for member in modules:
         if not (path / member.path).is_dir():
             raise ArtifactError(
                 f"{path}: the folder {member.path!r} of modules.json is missing; copy the artifact again"
             )
-    tell_changed(artifact)
-    return artifact
-
-
-def tell_changed(artifact: Artifact) -> None:
-    """Warn of configuration files that are not as they were written."""
-    changed = artifact.changed()
     if changed:
         warnings.warn(
-            f"{artifact.path}: {', '.join(changed)} since the artifact was written; the model may be another one",
+            f"{path}: {', '.join(changed)} since the artifact was written; the model may be another one",
             OctavoWarning,
             stacklevel=3,
         )
+    return artifact
+
+
+@contextmanager
+def known(artifact: Artifact) -> Iterator[None]:
+    """A context in which a trusted artifact is not checked again by :func:`guard_configurations`."""
+    token = _KNOWN.set(artifact.path.resolve())
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def guard_configurations(module: Any) -> None:
+    """Let ``transformers`` read the configuration of an artifact only if that may be trusted.
+
+    Whoever calls ``from_pretrained`` himself asks Octavo for the weights alone, when the model is built already.
+
+    Parameters
+    ----------
+    module
+        ``transformers.configuration_utils``, just imported.
+    """
+    usual = module.PreTrainedConfig.get_config_dict.__func__
+
+    @functools.wraps(usual)
+    def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        root = None
+        # What is no path may be a name at a hub.
+        with suppress(OSError, TypeError, ValueError):
+            root = root_of(Path(pretrained_model_name_or_path))
+        if root is not None and root.resolve() != _KNOWN.get():
+            trusted(root)
+        return usual(cls, pretrained_model_name_or_path, **kwargs)
+
+    module.PreTrainedConfig.get_config_dict = classmethod(get_config_dict)

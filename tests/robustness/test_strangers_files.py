@@ -95,7 +95,7 @@ def test_an_added_configuration_is_told_by_name(name, copy):
         ({"model_type": 3}, "model_type"),
         ({"num_labels": 10**9}, "num_labels"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ({"num_hidden_layers": 10_000}, "far more"),
+        ({"num_hidden_layers": 10_000}, "fill no more"),
         ({"num_hidden_layers": 3}, "filled by nothing"),
         ({"vocab_size": 10**9}, ""),
         ({"max_position_embeddings": 10**10}, ""),
@@ -172,7 +172,7 @@ def test_a_configuration_that_names_other_weights_is_noticed_by_the_loader_itsel
     stored = load_file(copy / "model.safetensors")
     save_file(stored, copy / "other.safetensors", {"format": "pt"})
     configured(copy, transformers_weights="other.safetensors")
-    with pytest.raises(ArtifactError, match="other files"):
+    with pytest.raises(ArtifactError, match="other weights"):
         transformers.AutoModel.from_pretrained(copy)
 
 
@@ -241,3 +241,35 @@ def test_modules_of_an_encoder_are_those_of_its_library(copy):
     (copy / "config_sentence_transformers.json").write_text('{"model_type": "losses"}')
     with pytest.raises(OctavoError, match="losses"):
         load_encoder(copy)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"num_labels": 10**9},
+        {"num_hidden_layers": 20_000},
+        {"attn_implementation": "stranger/kernel"},
+        {"vocab_size": 10**9},
+    ],
+    ids=str,
+)
+def test_users_of_from_pretrained_are_guarded_too(entries, copy):
+    import transformers
+
+    configured(copy, **entries)
+    started = time.monotonic()
+    with warnings.catch_warnings(), pytest.raises(OctavoError):
+        warnings.simplefilter("ignore", OctavoWarning)
+        transformers.AutoModel.from_pretrained(copy)
+    assert time.monotonic() - started < 10
+
+
+def test_users_of_from_pretrained_are_told_of_changes(copy):
+    import transformers
+
+    configured(copy, layer_norm_eps=0.5)
+    with pytest.warns(OctavoWarning, match=r"config\.json was changed"):
+        transformers.AutoModel.from_pretrained(copy)
+    with pytest.warns(OctavoWarning, match="random values"):
+        configured(copy, num_hidden_layers=3)
+        transformers.AutoModel.from_pretrained(copy)

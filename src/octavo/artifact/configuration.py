@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ _NAMES = re.compile(
 _MOST = 16 << 20
 #: Keys that count what is built: layers, heads, experts, labels.
 _COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$")
+_DEEP = re.compile(r"layers?$|depths?$")
+#: Layers that a model may have beside those that have a tensor of their own: some share theirs.
+_LAYERS = 128
 #: More of anything no model has, unless a tensor has as many rows or columns.
 _MANY = 65_536
 _DTYPES = {*DTYPES, *map(dtype_name, FLOATS), "auto"}
@@ -62,13 +65,13 @@ def changes(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
     return said + [f"{name} was added" for name in found if name not in recorded]
 
 
-def check_config(file: Path, largest: int) -> dict[str, Any]:
+def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, Any]:
     """The ``config.json`` of an artifact's model, if it says nothing that a loader must not be told.
 
     Parameters
     ----------
-    largest
-        The largest dimension of the artifact's tensors.
+    shapes
+        Those of the artifact's tensors.
 
     Raises
     ------
@@ -97,26 +100,30 @@ def check_config(file: Path, largest: int) -> dict[str, Any]:
         raise ArtifactError(f"{file}: model_type is {str(config['model_type'])[:80]}, not a name")
     for key, value in _entries(config):
         _check_entry(file, key, value)
-    check_counts(file, config, largest, ArtifactError)
+    check_counts(file, config, shapes, ArtifactError)
     return config
 
 
-def check_counts(file: Path, config: Mapping[str, Any], largest: int, error: type[OctavoError]) -> None:
+def check_counts(
+    file: Path, config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], error: type[OctavoError]
+) -> None:
     """Refuse a configuration with more layers, labels or heads than any model of its tensors has: they would be built.
 
     Parameters
     ----------
-    largest
-        The largest dimension of the tensors.
+    shapes
+        Those of the tensors.
     error
         What is raised.
     """
-    most = max(largest, _MANY)
+    largest = max((_MANY, *(size for shape in shapes for size in shape)))
     for key, value in _entries(config):
-        if isinstance(value, int | float) and _COUNTS.search(key) and not value <= most:
-            raise error(f"{file}: {key} is {str(value)[:80]}; tensors like these fill no more than {most} of anything")
-        if isinstance(value, list) and len(value) > most:
-            raise error(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {most}")
+        most = _LAYERS + len(shapes) if _DEEP.search(key) else largest
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
+        if _COUNTS.search(key) and not all(number <= most for number in numbers):
+            raise error(f"{file}: {key} is {str(value)[:80]}; {len(shapes)} tensors fill no more than {most} of them")
+        if isinstance(value, list) and len(value) > largest:
+            raise error(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {largest}")
 
 
 def _check_entry(file: Path, key: str, value: Any) -> None:

@@ -24,7 +24,7 @@ from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError
 from octavo.integrations.names import names_of
 from octavo.notes import OctavoWarning
-from octavo.trust import root_of, tell_changed
+from octavo.trust import root_of
 
 #: A model may have this many times the bytes of its tensors in the files, as tied weights have, and 64 MB.
 _LARGER, _SLACK = 4, 64 << 20
@@ -111,7 +111,6 @@ class OctavoQuantizer(HfQuantizer):
                 raise ArtifactError(f"{folder}: config.json says that this is an artifact, and there is no {MANIFEST}")
             artifact = Artifact(root)
             prefix = "" if folder == root else f"{folder.name}/"
-            tell_changed(artifact)
             _check_files(artifact, prefix, files)
             _tell_unfilled(artifact, prefix, model)
             _check_size(artifact, model)

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +30,14 @@ from octavo.integrations.sentences import (
     transformer_folder,
 )
 from octavo.integrations.tasks import class_for, default_objective, json_object, tensor_shapes  # noqa: F401  (an objective is asked for here too)
-from octavo.trust import root_of, trusted
+from octavo.trust import guard_configurations, known, root_of, trusted
 from octavo.weight_files import NAMED
 
 if TYPE_CHECKING:
     from octavo.artifact import Artifact
     from octavo.sites import Source
 
-_TARGET = "transformers.quantizers.auto"
+_TARGET, _CONFIGURATIONS = "transformers.quantizers.auto", "transformers.configuration_utils"
 #: No network, no pickles, no code from files.
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 #: Names of tensors that an error shows.
@@ -106,10 +106,10 @@ def skeleton(folder: Path) -> nn.Module:
     """
     transformers = require_transformers()
     shapes = tensor_shapes(folder)
-    largest = max((size for shape in shapes.values() for size in shape), default=1)
-    check_counts(folder / "config.json", read_config(folder), largest, RequestError)
-    try:
+    if shapes:
         # A folder without weights is one that was written here, of a model in memory.
+        check_counts(folder / "config.json", read_config(folder), shapes.values(), RequestError)
+    try:
         with bounded(*_sizes(shapes)) if shapes else nullcontext():
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             cls = class_for(folder)
@@ -263,7 +263,10 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
         # All weights are in the artifact; those of a backbone would be asked for at a hub.
         given["use_pretrained_backbone"] = False
     try:
-        with nullcontext() if artifact is None else bounded(*_sizes(artifact.loadable_shapes())):
+        with ExitStack() as checks:
+            if artifact is not None:
+                checks.enter_context(known(artifact))
+                checks.enter_context(bounded(*_sizes(artifact.loadable_shapes())))
             if packed:
                 config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 config.quantization_config = {**config.quantization_config, "packed": True}
@@ -335,5 +338,5 @@ def _register_quantizer(module: Any) -> None:
 
 
 #: What is done once a module was imported, and for which that has been.
-_ON_IMPORT = {_TARGET: _register_quantizer, MODULE: decode_members}
+_ON_IMPORT = {_CONFIGURATIONS: guard_configurations, _TARGET: _register_quantizer, MODULE: decode_members}
 _DONE: set[str] = set()
