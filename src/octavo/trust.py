@@ -13,7 +13,7 @@ from typing import Any
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.configuration import CONFIG, check_config
 from octavo.errors import ArtifactError
-from octavo.integrations.sentences import members, transformer_folder
+from octavo.integrations.sentences import check_members, members, transformer_folder
 from octavo.notes import OctavoWarning
 
 _ADAPTER = "adapter_config.json"
@@ -76,6 +76,27 @@ def known(artifact: Artifact) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
+def check_path(path: Any, *, modules: bool = False) -> None:
+    """Refuse what a library is about to open, if it is an artifact that may not be trusted.
+
+    What is no path may be a name at a hub, and none of ours.
+
+    Parameters
+    ----------
+    modules
+        Whether the library imports the classes that the list of modules names.
+    """
+    root = None
+    with suppress(OSError, TypeError, ValueError):
+        root = root_of(Path(path))
+    if root is None:
+        return
+    if root.resolve() != _KNOWN.get():
+        trusted(root)
+    if modules:
+        check_members(root)
+
+
 def guard_configurations(module: Any) -> None:
     """Let ``transformers`` read the configuration of an artifact only if that may be trusted.
 
@@ -90,12 +111,25 @@ def guard_configurations(module: Any) -> None:
 
     @functools.wraps(usual)
     def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        root = None
-        # What is no path may be a name at a hub.
-        with suppress(OSError, TypeError, ValueError):
-            root = root_of(Path(pretrained_model_name_or_path))
-        if root is not None and root.resolve() != _KNOWN.get():
-            trusted(root)
+        check_path(pretrained_model_name_or_path)
         return usual(cls, pretrained_model_name_or_path, **kwargs)
 
     module.PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
+
+
+def guard_encoders(module: Any) -> None:
+    """The same for the encoders of ``sentence-transformers``, which read the list of their modules first.
+
+    Parameters
+    ----------
+    module
+        ``sentence_transformers.base.model``, just imported.
+    """
+    usual = module.BaseModel.__init__
+
+    @functools.wraps(usual)
+    def opened(self: Any, model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> None:
+        check_path(model_name_or_path, modules=True)
+        usual(self, model_name_or_path, *args, **kwargs)
+
+    module.BaseModel.__init__ = opened

@@ -273,3 +273,18 @@ def test_users_of_from_pretrained_are_told_of_changes(copy):
     with pytest.warns(OctavoWarning, match="random values"):
         configured(copy, num_hidden_layers=3)
         transformers.AutoModel.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("kind", ["device", "class", "many"])
+def test_users_of_sentence_transformers_are_guarded_too(kind, copy):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    file = copy / "modules.json"
+    if kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        name = "antigravity.Gift" if kind == "class" else "sentence_transformers.models.Transformer"
+        one = {"idx": 0, "name": "0", "path": "", "type": name}
+        file.write_text(json.dumps([one] * (100 if kind == "many" else 1)))
+    with warnings.catch_warnings(), pytest.raises(ArtifactError):
+        warnings.simplefilter("ignore", OctavoWarning)
+        sentence_transformers.SentenceTransformer(str(copy))

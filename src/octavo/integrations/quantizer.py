@@ -192,7 +192,9 @@ def _tell_unfilled(artifact: Artifact, prefix: str, model: Any) -> None:
         return
     shapes = artifact.loadable_shapes().items()
     own = {name.removeprefix(prefix): shape for name, shape in shapes if split_name(name)[0] == prefix}
-    lacking = sorted(set(names_of(model, own).missing) - set(artifact.unfilled))
+    # Tied names are filled after the weights were loaded.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    lacking = sorted(set(names_of(model, own).missing) - set(artifact.unfilled) - tied)
     if lacking:
         warnings.warn(
             f"{artifact.path}: {len(lacking)} parameters of {type(model).__name__} are filled by nothing in the "

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from octavo.artifact.writing import MANIFEST
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.paths import checked
 from octavo.strict_json import read_object, read_plain
@@ -215,8 +214,6 @@ def load_encoder(folder: Path) -> SentenceEncoder:
     kind = _model_type(folder)
     if kind not in _KINDS:
         raise RequestError(f"{folder}: is a {kind[:80]!r}; encoders are {', '.join(_KINDS)}")
-    if (folder / MANIFEST).exists():
-        check_members(folder)
     try:
         encoder = getattr(sentence_transformers, kind)(
             str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}

@@ -30,7 +30,7 @@ from octavo.integrations.sentences import (
     transformer_folder,
 )
 from octavo.integrations.tasks import class_for, default_objective, json_object, tensor_shapes  # noqa: F401  (an objective is asked for here too)
-from octavo.trust import guard_configurations, known, root_of, trusted
+from octavo.trust import guard_configurations, guard_encoders, known, root_of, trusted
 from octavo.weight_files import NAMED
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from octavo.sites import Source
 
 _TARGET, _CONFIGURATIONS = "transformers.quantizers.auto", "transformers.configuration_utils"
+_ENCODERS = "sentence_transformers.base.model"
 #: No network, no pickles, no code from files.
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 #: Names of tensors that an error shows.
@@ -338,5 +339,10 @@ def _register_quantizer(module: Any) -> None:
 
 
 #: What is done once a module was imported, and for which that has been.
-_ON_IMPORT = {_CONFIGURATIONS: guard_configurations, _TARGET: _register_quantizer, MODULE: decode_members}
+_ON_IMPORT = {
+    _CONFIGURATIONS: guard_configurations,
+    _TARGET: _register_quantizer,
+    _ENCODERS: guard_encoders,
+    MODULE: decode_members,
+}
 _DONE: set[str] = set()
