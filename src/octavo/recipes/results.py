@@ -42,8 +42,9 @@ def fingerprint(recipe: Recipe) -> str:
     source = inspect.getsource(sys.modules[recipe.run.__module__])
     left_out: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_text or isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
             left_out.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines = [line for number, line in enumerate(source.splitlines(), 1) if number not in left_out]
     code = "".join("".join(line.split()) for line in lines if not line.lstrip().startswith("#"))
