@@ -25,11 +25,13 @@ test: $(READY) ## run all tests, by WORKERS processes
 wide: $(READY) ## run the tests of all other architectures of transformers (10 minutes)
 	$(BIN)/python -m pytest -q -m wide tests/architectures
 
-fuzz: $(READY) ## load 50,000 mutants of artifacts, by WORKERS processes (an hour); writes docs/results/fuzz.json
+fuzz: $(READY) ## load 50,000 mutants of artifacts, by WORKERS processes (20 minutes); writes docs/results/fuzz.json
 	$(BIN)/python benchmarks/fuzz.py --mutants 50000 --seed 0 --workers $(WORKERS) --save
+	$(BIN)/python benchmarks/robustness_page.py
 
 chaos: $(READY) ## kill runs, fill disks, change sources, damage kept work; writes docs/results/chaos.json (10 minutes)
 	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/robustness_page.py
 
 check: $(READY) ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import bench_page
+import robustness_page
 from ablation_page import ablation, unmeasured
 from common import RESULTS
 from factor_pages import PARTS as FACTOR_PARTS
@@ -153,6 +154,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{START}\n{short}\n{END}{after}", encoding="utf-8")
     bench_page.write(table)
+    robustness_page.write()
 
 
 if __name__ == "__main__":
