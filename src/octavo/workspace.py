@@ -75,6 +75,8 @@ class Workspace:
                 raise RequestError(f"{path}: is neither empty nor a folder of Octavo's own work; name another folder")
             if names and not resume:
                 _empty(path)
+            # Before there is a folder that a refusal would leave behind.
+            self.witness.check()
             path.mkdir(parents=True, exist_ok=True)
             found = self.read_json(_JOB)
             if found is None:

@@ -214,3 +214,32 @@ def test_the_interrupt_of_a_keyboard_says_how_to_continue(lab: Any, sources: tup
     assert process.returncode == 130
     assert said.strip() == "interrupted; run the same command with --resume to continue"
     assert not out.exists() and work.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [
+        (("evaluate", "--against", "SOURCE"), "again"),
+        (("export", "model.onnx"), "again"),
+        (("compress", "--ratio", "4", "--out", "out"), "with --resume to continue"),
+    ],
+)
+def test_an_interrupt_names_only_options_that_a_command_has(
+    command: Command, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], how: str
+) -> None:
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    # Nobody writes into it, so that whoever reads it waits.
+    os.mkfifo("texts.txt")
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, pressed)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        name, *rest = (str(bert) if word == "SOURCE" else word for word in words)
+        result = command(name, bert, *rest, "--data", "texts.txt")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGALRM, before[1])
+    assert result.code == 130 and result.said == f"interrupted; run the same command {how}"
