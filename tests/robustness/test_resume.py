@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -227,19 +228,19 @@ def test_the_interrupt_of_a_keyboard_says_how_to_continue(lab: Any, sources: tup
 def test_an_interrupt_names_only_options_that_a_command_has(
     command: Command, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], how: str
 ) -> None:
-    def pressed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.chdir(tmp_path)
-    # Nobody writes into it, so that whoever reads it waits.
     os.mkfifo("texts.txt")
-    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, pressed)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+
+    def press() -> None:
+        # Opened as soon as the command reads its data, when nothing is being imported.
+        with open("texts.txt", "wb"):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        threading.Thread(target=press, daemon=True).start()
         name, *rest = (str(bert) if word == "SOURCE" else word for word in words)
         result = command(name, bert, *rest, "--data", "texts.txt")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGALRM, before[1])
+        signal.signal(signal.SIGINT, before)
     assert result.code == 130 and result.said == f"interrupted; run the same command {how}"
