@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -37,8 +38,15 @@ def folder() -> Path:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Of the recipe's file; lines of comment and white space do not count."""
-    lines = inspect.getsource(sys.modules[recipe.run.__module__]).splitlines()
+    """A digest of the recipe's code; imports, docstrings, lines of comment and white space do not count."""
+    source = inspect.getsource(sys.modules[recipe.run.__module__])
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
+            left_out.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = [line for number, line in enumerate(source.splitlines(), 1) if number not in left_out]
     code = "".join("".join(line.split()) for line in lines if not line.lstrip().startswith("#"))
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
