@@ -14,6 +14,7 @@ from pathlib import Path
 
 from octavo.artifact import MANIFEST
 from octavo.artifact.folder import is_part
+from octavo.sealed import JOB
 from octavo.weight_files import is_weights
 
 #: Names of files that are copied whatever their size, in lower case.
@@ -81,8 +82,7 @@ def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]
                 yield inner / name, "a link to a folder"
         hidden = {name for name in folders if name.startswith((".", "__"))}
         folders[:] = sorted(set(folders) - hidden) if len(inner.parts) + 1 < _DEEP else []
-        if inner.parts and _is_model(Path(place), source):
-            # Another model or another format of this one, with files of its own.
+        if inner.parts and _is_apart(Path(place), source):
             folders.clear()
             continue
         for name in sorted(names):
@@ -90,13 +90,13 @@ def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]
                 yield inner / name, _reason(source, inner / name, adapted=adapted)
 
 
-def _is_model(place: Path, source: Path) -> bool:
-    """Whether a folder inside the source is a model by itself, and not a module that the source is made of."""
+def _is_apart(place: Path, source: Path) -> bool:
+    """Whether a folder inside the source is no part of it: another model or format of it, or a run's kept work."""
     from octavo.integrations.sentences import members
 
     own = {member.path for member in members(source)}
     parts = place.relative_to(source).parts
-    return parts[0] not in own and any(is_weights(file.name) for file in place.iterdir())
+    return parts[0] not in own and any(is_weights(file.name) or file.name == JOB for file in place.iterdir())
 
 
 def _reason(source: Path, relative: Path, *, adapted: bool) -> str | None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
     """
     # The folder itself: a link to it stays a link, and "." has a name.
     path = path.resolve()
-    check_writable(path, overwrite=overwrite, source=done.job.source.path)
+    check_writable(path, overwrite=overwrite, source=done.job.source.path, others=[done.job.witness.data])
     started = time.perf_counter()
     aside = made_aside(path)
     try:
@@ -63,12 +64,17 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
     return data
 
 
-def check_writable(path: Path, *, overwrite: bool, source: str | Path | None = None) -> None:
+def check_writable(
+    path: Path, *, overwrite: bool, source: str | Path | None = None, others: Iterable[Path | None] = ()
+) -> None:
     """Refuse an output folder that is in use, holds the source, or cannot be written, before work starts."""
     path = checked_output(path).resolve()
     tidy(path)
     if source is not None and checked(source).resolve().is_relative_to(path):
         raise RequestError(f"{path}: holds the source, which would be replaced; choose another folder")
+    for read in others:
+        if read is not None and checked(read).resolve().is_relative_to(path):
+            raise RequestError(f"{path}: holds {read}, which would be replaced; choose another folder, or move it")
     check_folder(path, overwrite=overwrite)
     try:
         # Asking the file system is the only test that holds for every user, root included.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from octavo.errors import RequestError
 from octavo.paths import checked
+from octavo.sealed import JOB
 
 #: What a file of weights, of whatever format, ends with.
 _ENDINGS = (
@@ -101,6 +102,10 @@ def beside(folder: Path, counted: Collection[Path]) -> list[str]:
 def _walk(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
+        if depth and JOB in names:
+            # A run's kept work, which is nobody's weights.
+            folders.clear()
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth + 1 < _DEEP else []
         yield from (Path(place, name) for name in sorted(names) if is_weights(name) and not name.startswith("."))
 

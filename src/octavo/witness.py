@@ -37,18 +37,19 @@ class Witness:
             seen = _look(file)
             if seen is not None:
                 self._seen[file] = seen
-            if seen is not None and not is_weights and file != self.data:
+            # What is read once, such as a pipe of data, cannot be read here.
+            if seen is not None and not is_weights and file.is_file():
                 self._digests[file] = _digest(file)
 
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file of the source but its weights, by name: those are told by the tensors in them."""
-        return {self._name(file): digest for file, digest in sorted(self._digests.items())}
+        return {self._name(file): digest for file, digest in sorted(self._digests.items()) if file != self.data}
 
     @property
     def beside(self) -> int:
         """Bytes of the files of the source that hold no weights."""
-        return sum(self._seen[file][0] for file in self._digests)
+        return sum(self._seen[file][0] for file in self._digests if file != self.data)
 
     def check(self, *, every: bool = False) -> None:
         """Refuse to go on with files that are not what they were.
@@ -67,6 +68,10 @@ class Witness:
         for file in dict.fromkeys([*self._seen, *now]):
             before, found = self._seen.get(file), now.get(file)
             if before == found:
+                continue
+            if found is not None and file in self._digests and _digest(file) == self._digests[file]:
+                # Touched, or written again as it was.
+                self._seen[file] = found
                 continue
             what = "removed" if found is None else "added" if before is None else "changed"
             raise RequestError(

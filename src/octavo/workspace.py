@@ -74,7 +74,10 @@ class Workspace:
                 # Removing it would remove somebody's files.
                 raise RequestError(f"{path}: is neither empty nor a folder of Octavo's own work; name another folder")
             if names and not resume:
+                self._spare_what_is_read()
                 _empty(path)
+            # Before there is a folder that a refusal would leave behind.
+            self.witness.check()
             path.mkdir(parents=True, exist_ok=True)
             found = self.read_json(_JOB)
             if found is None:
@@ -87,6 +90,12 @@ class Workspace:
                 shutil.rmtree(left, ignore_errors=True)
         except OSError as error:
             raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def _spare_what_is_read(self) -> None:
+        """Refuse to empty a folder that holds the source or its data."""
+        for read in (self.witness.source, self.witness.data):
+            if read is not None and read.resolve().is_relative_to(self.path.resolve()):
+                raise RequestError(f"{self.path}: holds {read}, which would be removed; name another folder")
 
     def _of_another(self, found: dict[str, Any], job: dict[str, Any]) -> RequestError:
         odd = sorted(key for key in {*found, *job} - {"files"} if found.get(key) != job.get(key))

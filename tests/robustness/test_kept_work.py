@@ -212,3 +212,40 @@ def test_a_file_that_is_gone_before_a_run_goes_on_is_named(own: Path, name: str)
     (own / "bert" / name).unlink()
     with pytest.raises(octavo.RequestError, match=f"work on files that were changed since then: {name}"):
         octavo.compress(own / "bert", data=own / "texts.txt", workspace=own / "work", resume=True, **REQUEST)
+
+
+@pytest.mark.parametrize("way", ["profile", "frontier", "workspace"])
+def test_work_inside_of_the_source_is_no_part_of_it(own: Path, way: str) -> None:
+    source, work = own / "bert", own / "bert" / "measured"
+    request: dict[str, Any] = {"data": own / "texts.txt", "preset": "fast"}
+    if way == "profile":
+        octavo.profile(source, work, **request)
+    elif way == "frontier":
+        octavo.frontier(source, [4], workspace=work, **request)
+    done = octavo.compress(source, ratio=4, workspace=work, resume=True, **request)
+    done.save(source / "folded")
+    assert not (source / "folded" / "measured").exists()
+    assert not any("measured" in str(note) for note in done.notes)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "texts.txt"])
+def test_files_that_are_touched_during_a_run_and_not_changed_are_no_matter(own: Path, name: str) -> None:
+    def touch(step: str, done: int, total: int) -> None:
+        file = own / name if (own / name).exists() else own / "bert" / name
+        shutil.copy(file, own / "copy")
+        os.replace(own / "copy", file)
+
+    done = octavo.compress(own / "bert", ratio=4, data=own / "texts.txt", preset="fast", progress=touch)
+    assert done.save(own / "folded")["artifact"]["ratio"] >= 4
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "texts.txt"])
+def test_a_refusal_leaves_no_empty_folder(own: Path, name: str) -> None:
+    file = own / name if (own / name).exists() else own / "bert" / name
+
+    def change(step: str, done: int, total: int) -> None:
+        file.write_bytes(file.read_bytes() + b" ")
+
+    with pytest.raises(octavo.OctavoError):
+        octavo.compress(own / "bert", ratio=4, data=own / "texts.txt", workspace=own / "work", progress=change)
+    assert not (own / "work").exists()

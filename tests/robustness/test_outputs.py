@@ -202,3 +202,36 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_read_only_disk(refused: Refused, bare: Path, read_only_disk: Path) -> None:
     refused(bare, "--ratio", "4", out=read_only_disk / "out", says="cannot be written: Read-only file system")
+
+
+@pytest.mark.parametrize("what", ["--data", "--plan", "--profile"])
+def test_what_is_read_is_never_replaced(
+    command: Command, refused: Refused, lab: Any, bert: Path, texts: Path, tmp_path: Path, what: str
+) -> None:
+    out = tmp_path / "folded"
+    out.mkdir()
+    (out / "octavo.json").write_text("{}")
+    read = out / "read"
+    if what == "--data":
+        shutil.copy(texts, read)
+    else:
+        assert command("profile", bert, "--preset", "fast", "--data", texts, "--out", read).code == 0
+        read = read if what == "--profile" else read / "request.json"
+    size = [] if what == "--plan" else ["--ratio", "4"]
+    refused(bert, *size, what, read, "--overwrite", out=out, says=f"holds {read}, which would be replaced")
+
+
+@pytest.mark.parametrize("what", ["source", "data"])
+def test_work_never_replaces_what_is_read(
+    command: Command, lab: Any, bert: Path, texts: Path, tmp_path: Path, what: str
+) -> None:
+    work = tmp_path / "work"
+    assert command("profile", bert, "--preset", "fast", "--data", texts, "--out", work).code == 0
+    source = shutil.copytree(bert, work / "bert") if what == "source" else bert
+    data = shutil.copy(texts, work / "texts.txt") if what == "data" else texts
+    before = lab.tree(work)
+    result = command("profile", source, "--preset", "fast", "--data", data, "--out", work, "--overwrite")
+    assert result.code == 2 and "which would be removed" in result.said
+    with pytest.raises(octavo.RequestError, match="which would be removed"):
+        octavo.compress(source, ratio=4, preset="fast", data=data, workspace=work)
+    assert lab.tree(work) == before

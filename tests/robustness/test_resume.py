@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -214,3 +215,32 @@ def test_the_interrupt_of_a_keyboard_says_how_to_continue(lab: Any, sources: tup
     assert process.returncode == 130
     assert said.strip() == "interrupted; run the same command with --resume to continue"
     assert not out.exists() and work.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [
+        (("evaluate", "--against", "SOURCE"), "again"),
+        (("export", "model.onnx"), "again"),
+        (("compress", "--ratio", "4", "--out", "out"), "with --resume to continue"),
+    ],
+)
+def test_an_interrupt_names_only_options_that_a_command_has(
+    command: Command, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], how: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("texts.txt")
+
+    def press() -> None:
+        # Opened as soon as the command reads its data, when nothing is being imported.
+        with open("texts.txt", "wb"):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=press, daemon=True).start()
+        name, *rest = (str(bert) if word == "SOURCE" else word for word in words)
+        result = command(name, bert, *rest, "--data", "texts.txt")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.code == 130 and result.said == f"interrupted; run the same command {how}"

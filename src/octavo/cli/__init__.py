@@ -47,7 +47,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except OctavoError as error:
             _fail(error, as_json=bool(kwargs.get("json_output")))
         except KeyboardInterrupt:
-            _interrupted()
+            _interrupted(resumes="resume" in kwargs)
         except (typer.Exit, typer.Abort, UsageError):
             raise
         except Exception as error:
@@ -59,10 +59,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return app.command(name=function.__name__.rstrip("_"))(guarded)
 
 
-def _interrupted() -> NoReturn:
+def _interrupted(*, resumes: bool) -> NoReturn:
     # Keys pressed again while the process closes would kill it before it has said how to go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    errors.print("interrupted; run the same command with --resume to continue")
+    errors.print(f"interrupted; run the same command {'with --resume to continue' if resumes else 'again'}")
     sys.exit(130)
 
 
@@ -94,7 +94,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         # Before or after the command itself.
-        _interrupted()
+        _interrupted(resumes=False)
 
 
 from octavo.cli import folding, looking, reproducing, running  # noqa: E402, F401  (commands register themselves)

@@ -110,7 +110,7 @@ def compress(
             )
         request = request_of(profile)
     with Lock(out):
-        check_writable(out, overwrite=overwrite, source=source)
+        check_writable(out, overwrite=overwrite, source=source, others=[data, plan, profile])
         with _work(workspace, "--resume continues it", remove=profile is None and not resume):
             done = octavo.compress(
                 source, ratio=ratio, size=size, bits=bits, speedup=speedup, latency=latency,
