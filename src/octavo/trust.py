@@ -13,8 +13,9 @@ from typing import Any
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.configuration import CONFIG, check_config
 from octavo.errors import ArtifactError
-from octavo.integrations.sentences import check_members, members, transformer_folder
+from octavo.integrations.sentences import check_members, listed, members, transformer_folder
 from octavo.notes import OctavoWarning
+from octavo.weight_files import is_weights
 
 _ADAPTER = "adapter_config.json"
 #: Modules of an encoder, at most.
@@ -26,8 +27,16 @@ _KNOWN: ContextVar[Path | None] = ContextVar("known", default=None)
 
 
 def root_of(folder: Path) -> Path | None:
-    """The artifact that a model's folder is, or is a module of; None if it is neither."""
-    return next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
+    """The artifact that a model's folder is, or is a module of; None if it is neither.
+
+    A model of its own may lie in an artifact's folder, and a name at a hub may be looked for there.
+    """
+    if (folder / MANIFEST).exists():
+        return folder
+    root = folder.parent
+    if not folder.exists() or not (root / MANIFEST).exists():
+        return None
+    return root if folder.is_file() or any(member.path == folder.name for member in listed(root)) else None
 
 
 def trusted(path: Path) -> Artifact:
@@ -49,7 +58,7 @@ def trusted(path: Path) -> Artifact:
             f"{folder / _ADAPTER}: was not written with this artifact, and names a model that loaders would take "
             "in its place; remove it"
         )
-    modules = members(path)
+    modules = listed(path)
     if len(modules) > _MODULES:
         raise ArtifactError(f"{path}: modules.json lists {len(modules)} modules; encoders have few")
     for member in modules:
@@ -57,6 +66,7 @@ def trusted(path: Path) -> Artifact:
             raise ArtifactError(
                 f"{path}: the folder {member.path!r} of modules.json is missing; copy the artifact again"
             )
+        _check_module(artifact, member.path)
     if changed:
         warnings.warn(
             f"{path}: {', '.join(changed)} since the artifact was written; the model may be another one",
@@ -64,6 +74,15 @@ def trusted(path: Path) -> Artifact:
             stacklevel=3,
         )
     return artifact
+
+
+def _check_module(artifact: Artifact, name: str) -> None:
+    """Refuse weights in a module's folder that are not those of the artifact: its loader would take them."""
+    own = artifact.manifest["files"]
+    for file in (artifact.path / name).rglob("*") if name else ():
+        place = file.relative_to(artifact.path).as_posix()
+        if is_weights(file.name) and place not in own:
+            raise ArtifactError(f"{file}: is no part of this artifact, and loaders might read it; remove it")
 
 
 @contextmanager
