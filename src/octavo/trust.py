@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from octavo.artifact import MANIFEST, Artifact
-from octavo.artifact.configuration import CONFIG, check_config
+from octavo.artifact.configuration import CONFIG, check_config, check_options
 from octavo.errors import ArtifactError
-from octavo.integrations.sentences import check_members, listed, members, transformer_folder
+from octavo.integrations.bounded import bounded
+from octavo.integrations.sentences import check_members, listed, transformer_folder
 from octavo.notes import OctavoWarning
 from octavo.weight_files import is_weights
 
@@ -77,9 +79,12 @@ def trusted(path: Path) -> Artifact:
 
 
 def _check_module(artifact: Artifact, name: str) -> None:
-    """Refuse weights in a module's folder that are not those of the artifact: its loader would take them."""
-    own = artifact.manifest["files"]
-    for file in (artifact.path / name).rglob("*") if name else ():
+    """Refuse a module's folder whose loader would take other weights than the artifact's, or code."""
+    own, folder = artifact.manifest["files"], artifact.path / name
+    pattern = "sentence_*_config.json"
+    for file in folder.rglob(pattern) if name else folder.glob(pattern):
+        check_options(file, artifact.loadable_shapes().values())
+    for file in folder.rglob("*") if name else ():
         place = file.relative_to(artifact.path).as_posix()
         if is_weights(file.name) and place not in own:
             raise ArtifactError(f"{file}: is no part of this artifact, and loaders might read it; remove it")
@@ -95,8 +100,8 @@ def known(artifact: Artifact) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def check_path(path: Any, *, modules: bool = False) -> None:
-    """Refuse what a library is about to open, if it is an artifact that may not be trusted.
+def check_path(path: Any, *, modules: bool = False) -> Path | None:
+    """The artifact that a library is about to open, refused if it may not be trusted; None if it is none.
 
     What is no path may be a name at a hub, and none of ours.
 
@@ -109,11 +114,12 @@ def check_path(path: Any, *, modules: bool = False) -> None:
     with suppress(OSError, TypeError, ValueError):
         root = root_of(Path(path))
     if root is None:
-        return
+        return None
     if root.resolve() != _KNOWN.get():
         trusted(root)
     if modules:
         check_members(root)
+    return root
 
 
 def guard_configurations(module: Any) -> None:
@@ -148,7 +154,12 @@ def guard_encoders(module: Any) -> None:
 
     @functools.wraps(usual)
     def opened(self: Any, model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> None:
-        check_path(model_name_or_path, modules=True)
-        usual(self, model_name_or_path, *args, **kwargs)
+        root = check_path(model_name_or_path, modules=True)
+        if root is None:
+            usual(self, model_name_or_path, *args, **kwargs)
+            return
+        shapes = Artifact(root).loadable_shapes().values()
+        with bounded(len(shapes), sum(map(math.prod, shapes))):
+            usual(self, model_name_or_path, *args, **kwargs)
 
     module.BaseModel.__init__ = opened

@@ -134,3 +134,30 @@ def test_an_image_to_compare_outputs_of_has_a_sane_size(size):
     config.__dict__["image_size"] = size
     model = type("Model", (), {"config": config, "main_input_name": "pixel_values"})()
     assert fixed_input(model) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_kwargs": {"attn_implementation": "stranger/kernel"}},
+        {"model_args": {"_attn_implementation": "stranger/kernel:forward"}},
+        {"config_kwargs": {"quantization_config": None, "transformers_weights": "other.safetensors"}},
+        {"config_kwargs": {"num_hidden_layers": 20_000}},
+    ],
+    ids=str,
+)
+def test_options_of_a_module_name_no_code_and_no_weights(options, copy):
+    (copy / "sentence_bert_config.json").write_text(json.dumps(options))
+    list_modules(copy, ("", TRANSFORMER))
+    for read in (octavo.load, octavo.verify, check_path):
+        with pytest.raises(ArtifactError, match="sentence_bert_config"):
+            read(copy)
+
+
+def test_a_dense_module_is_as_small_as_its_weights(copy):
+    library = pytest.importorskip("sentence_transformers")
+    (copy / "1_Dense").mkdir()
+    (copy / "1_Dense" / "config.json").write_text(json.dumps({"in_features": 60_000, "out_features": 20_000}))
+    list_modules(copy, ("", TRANSFORMER), ("1_Dense", f"{LIBRARY}.base.modules.dense.Dense"))
+    with pytest.raises(ArtifactError, match="far more weights"):
+        library.SentenceTransformer(str(copy), device="cpu")

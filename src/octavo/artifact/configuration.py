@@ -104,6 +104,22 @@ def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, A
     return config
 
 
+def check_options(file: Path, shapes: Collection[tuple[int, ...]]) -> None:
+    """Refuse options that an encoder's module gives its loader, if they name code, other weights, or too many parts.
+
+    Raises
+    ------
+    ArtifactError
+        If one does.
+    """
+    options = parse_object(read_plain(file, most=_MOST), file)
+    for key, value in _entries(options):
+        if key in ("transformers_weights", "quantization_config"):
+            raise ArtifactError(f"{file}: {key} would lead the loader to other weights; remove the entry")
+        _check_entry(file, key, value)
+    check_counts(file, options, shapes, ArtifactError)
+
+
 def check_counts(
     file: Path, config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], error: type[OctavoError]
 ) -> None:
