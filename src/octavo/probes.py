@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from octavo.raw import raw_bytes
 
 #: Values of the outputs that are recorded.
 _SAMPLES = 64
+#: Values that a fixed input has at most: an image of 1,600 by 1,600 in three colours.
+_LARGEST = 1 << 23
 #: What another machine, or another number of threads, may change of an output of size one.
 TOLERANCE = 2e-3
 
@@ -55,7 +58,7 @@ class Outputs:
         try:
             samples = tuple(float(value) for value in data["samples"][:_SAMPLES])
             return cls(str(data["sha256"]), float(data["scale"]), samples)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
 
@@ -102,6 +105,9 @@ def fixed_input(module: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
         return {"input_ids": tokens, **({"decoder_input_ids": tokens[:, :8]} if paired else {})}
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if name == "pixel_values" and channels and isinstance(size, int | list | tuple):
-        height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
-        return {"pixel_values": torch.randn(1, channels, height, width, generator=generator)}
+        sizes = [channels, *((size, size) if isinstance(size, int) else size)][:3]
+        # A configuration may name any size, whatever its weights are.
+        if len(sizes) < 3 or not all(type(one) is int and one > 0 for one in sizes) or math.prod(sizes) > _LARGEST:
+            return None
+        return {"pixel_values": torch.randn(1, *sizes, generator=generator)}
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from octavo.artifact import MANIFEST, Artifact
-from octavo.artifact.configuration import CONFIG, check_config
+from octavo.artifact.configuration import CONFIG, check_config, check_options
 from octavo.errors import ArtifactError
-from octavo.integrations.sentences import check_members, members, transformer_folder
+from octavo.integrations.bounded import bounded
+from octavo.integrations.sentences import check_members, listed, transformer_folder
 from octavo.notes import OctavoWarning
+from octavo.weight_files import is_weights
 
 _ADAPTER = "adapter_config.json"
 #: Modules of an encoder, at most.
@@ -26,8 +29,16 @@ _KNOWN: ContextVar[Path | None] = ContextVar("known", default=None)
 
 
 def root_of(folder: Path) -> Path | None:
-    """The artifact that a model's folder is, or is a module of; None if it is neither."""
-    return next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
+    """The artifact that a model's folder is, or is a module of; None if it is neither.
+
+    A model of its own may lie in an artifact's folder, and a name at a hub may be looked for there.
+    """
+    if (folder / MANIFEST).exists():
+        return folder
+    root = folder.parent
+    if not folder.exists() or not (root / MANIFEST).exists():
+        return None
+    return root if folder.is_file() or any(member.path == folder.name for member in listed(root)) else None
 
 
 def trusted(path: Path) -> Artifact:
@@ -49,7 +60,7 @@ def trusted(path: Path) -> Artifact:
             f"{folder / _ADAPTER}: was not written with this artifact, and names a model that loaders would take "
             "in its place; remove it"
         )
-    modules = members(path)
+    modules = listed(path)
     if len(modules) > _MODULES:
         raise ArtifactError(f"{path}: modules.json lists {len(modules)} modules; encoders have few")
     for member in modules:
@@ -57,6 +68,7 @@ def trusted(path: Path) -> Artifact:
             raise ArtifactError(
                 f"{path}: the folder {member.path!r} of modules.json is missing; copy the artifact again"
             )
+        _check_module(artifact, member.path)
     if changed:
         warnings.warn(
             f"{path}: {', '.join(changed)} since the artifact was written; the model may be another one",
@@ -64,6 +76,18 @@ def trusted(path: Path) -> Artifact:
             stacklevel=3,
         )
     return artifact
+
+
+def _check_module(artifact: Artifact, name: str) -> None:
+    """Refuse a module's folder whose loader would take other weights than the artifact's, or code."""
+    own, folder = artifact.manifest["files"], artifact.path / name
+    pattern = "sentence_*_config.json"
+    for file in folder.rglob(pattern) if name else folder.glob(pattern):
+        check_options(file, artifact.loadable_shapes().values())
+    for file in folder.rglob("*") if name else ():
+        place = file.relative_to(artifact.path).as_posix()
+        if is_weights(file.name) and place not in own:
+            raise ArtifactError(f"{file}: is no part of this artifact, and loaders might read it; remove it")
 
 
 @contextmanager
@@ -76,8 +100,8 @@ def known(artifact: Artifact) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def check_path(path: Any, *, modules: bool = False) -> None:
-    """Refuse what a library is about to open, if it is an artifact that may not be trusted.
+def check_path(path: Any, *, modules: bool = False) -> Path | None:
+    """The artifact that a library is about to open, refused if it may not be trusted; None if it is none.
 
     What is no path may be a name at a hub, and none of ours.
 
@@ -90,11 +114,12 @@ def check_path(path: Any, *, modules: bool = False) -> None:
     with suppress(OSError, TypeError, ValueError):
         root = root_of(Path(path))
     if root is None:
-        return
+        return None
     if root.resolve() != _KNOWN.get():
         trusted(root)
     if modules:
         check_members(root)
+    return root
 
 
 def guard_configurations(module: Any) -> None:
@@ -129,7 +154,12 @@ def guard_encoders(module: Any) -> None:
 
     @functools.wraps(usual)
     def opened(self: Any, model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> None:
-        check_path(model_name_or_path, modules=True)
-        usual(self, model_name_or_path, *args, **kwargs)
+        root = check_path(model_name_or_path, modules=True)
+        if root is None:
+            usual(self, model_name_or_path, *args, **kwargs)
+            return
+        shapes = Artifact(root).loadable_shapes().values()
+        with bounded(len(shapes), sum(map(math.prod, shapes))):
+            usual(self, model_name_or_path, *args, **kwargs)
 
     module.BaseModel.__init__ = opened

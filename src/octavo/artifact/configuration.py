@@ -27,7 +27,7 @@ _NAMES = re.compile(
 #: Bytes that such a file has at most.
 _MOST = 16 << 20
 #: Keys that count what is built: layers, heads, experts, labels.
-_COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$")
+_COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$|^attention_types$")
 _DEEP = re.compile(r"layers?$|depths?$")
 #: Layers that a model may have beside those that have a tensor of their own: some share theirs.
 _LAYERS = 128
@@ -83,7 +83,7 @@ def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, A
     if (
         not isinstance(method, dict)
         or method.get("quant_method") != "octavo"
-        or set(method) > {"quant_method", "packed"}
+        or set(method) - {"quant_method", "packed"}
     ):
         raise ArtifactError(
             f'{file}: quantization_config is {str(method)[:80]}, not {{"quant_method": "octavo"}}; other loaders would '
@@ -104,6 +104,22 @@ def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, A
     return config
 
 
+def check_options(file: Path, shapes: Collection[tuple[int, ...]]) -> None:
+    """Refuse options that an encoder's module gives its loader, if they name code, other weights, or too many parts.
+
+    Raises
+    ------
+    ArtifactError
+        If one does.
+    """
+    options = parse_object(read_plain(file, most=_MOST), file)
+    for key, value in _entries(options):
+        if key in ("transformers_weights", "quantization_config"):
+            raise ArtifactError(f"{file}: {key} would lead the loader to other weights; remove the entry")
+        _check_entry(file, key, value)
+    check_counts(file, options, shapes, ArtifactError)
+
+
 def check_counts(
     file: Path, config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], error: type[OctavoError]
 ) -> None:
@@ -119,7 +135,7 @@ def check_counts(
     largest = max((_MANY, *(size for shape in shapes for size in shape)))
     for key, value in _entries(config):
         most = _LAYERS + len(shapes) if _DEEP.search(key) else largest
-        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
+        numbers = [one for one in _leaves(value) if isinstance(one, int | float)]
         if _COUNTS.search(key) and not all(number <= most for number in numbers):
             raise error(f"{file}: {key} is {str(value)[:80]}; {len(shapes)} tensors fill no more than {most} of them")
         if isinstance(value, list) and len(value) > largest:
@@ -135,6 +151,17 @@ def _check_entry(file: Path, key: str, value: Any) -> None:
     known = value is None or isinstance(value, dict) or (isinstance(value, str) and value in _DTYPES)
     if key in ("dtype", "torch_dtype") and not known:
         raise ArtifactError(f"{file}: {key} is {str(value)[:80]}, not the name of a dtype of floats")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """A value, or what a list holds, and lists in it."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, list):
+            todo += item
+        else:
+            yield item
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

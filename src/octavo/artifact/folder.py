@@ -8,8 +8,8 @@ from pathlib import Path
 
 from octavo.errors import ArtifactError
 
-#: Folders below an artifact's that are looked into, and entries in all of them.
-_DEEP, _MOST = 4, 20_000
+#: Entries in an artifact's folder and in all below it.
+_MOST = 20_000
 
 
 def check_folder(path: Path) -> None:
@@ -21,9 +21,9 @@ def check_folder(path: Path) -> None:
         If there is a device, a pipe, a socket, or a link that leads out of the folder.
     """
     left = _MOST
-    todo = [(path, 0)]
+    todo = [path]
     while todo:
-        place, depth = todo.pop()
+        place = todo.pop()
         try:
             entries = [(entry.name, entry.stat(follow_symlinks=False).st_mode) for entry in os.scandir(place)]
         except OSError as error:
@@ -36,8 +36,8 @@ def check_folder(path: Path) -> None:
             if stat.S_ISLNK(mode) and not is_part(file, path):
                 raise ArtifactError(f"{file}: is a link out of the artifact; put the file itself there")
             if stat.S_ISDIR(mode):
-                # Hidden folders are those of other tools, which no loader reads.
-                todo += [(file, depth + 1)] if depth < _DEEP and not name.startswith(".") else []
+                # Hidden folders at the top are those of other tools; no list of modules may name them.
+                todo += [] if place == path and name.startswith(".") else [file]
             elif not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
                 raise ArtifactError(f"{file}: is no ordinary file; an artifact has none like it, remove it")
 

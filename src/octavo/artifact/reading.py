@@ -226,9 +226,8 @@ class Artifact:
         source = _mapping(self.manifest, "source")
         sizes = [source.get(key) for key in ("bytes", "weights")]
         words = [self.manifest.get("octavo"), *(source.get(key) for key in ("title", "fingerprint"))]
-        if not (naturals([*sizes, self.resident or 0]) and all(sizes)) or not all(
-            isinstance(word, str) for word in words
-        ):
+        resident = [] if self.resident is None else [self.resident]
+        if not (naturals([*sizes, *resident]) and all(sizes)) or not all(isinstance(word, str) for word in words):
             raise ArtifactError(f"{self.path}: the manifest does not say what was compressed, and with which version")
         total = 0
         for name, entry in self.sites.items():

@@ -31,6 +31,8 @@ _DENSE = "SentenceTransformer"
 _KINDS = (_DENSE, "SparseEncoder", "CrossEncoder")
 #: Bytes that a file of JSON has at most: 16 MB.
 _MOST = 16 << 20
+#: That of a list of modules.
+_LIST = 1 << 20
 MODULE = "sentence_transformers.base.modules.module"
 
 
@@ -55,11 +57,16 @@ def members(folder: Path) -> list[Member]:
     RequestError
         If ``modules.json`` names a folder outside of this one.
     """
+    return listed(folder) if is_encoder_folder(folder) else []
+
+
+def listed(folder: Path) -> list[Member]:
+    """The modules that ``modules.json`` lists, whatever reads them; none without it."""
     file = folder / "modules.json"
-    if not is_encoder_folder(folder):
+    if not file.is_file():
         return []
     try:
-        entries = json.loads(read_plain(file, most=_MOST, error=RequestError))
+        entries = json.loads(read_plain(file, most=_LIST, error=RequestError))
         if not all(isinstance(entry[key], str) for entry in entries for key in ("path", "type")):
             raise TypeError("the path and the type of every module are strings")
         found = [Member(entry["path"], entry["type"]) for entry in entries]
@@ -67,8 +74,8 @@ def members(folder: Path) -> list[Member]:
         raise RequestError(f"{file}: cannot be read as a list of modules: {error}; save the encoder again") from error
     for member in found:
         parts = PurePosixPath(member.path).parts
-        if len(parts) > 1 or ".." in parts or PurePosixPath(member.path).is_absolute():
-            raise RequestError(f"{file}: names the folder {member.path!r}, which is not directly below it")
+        if len(parts) > 1 or any(part.startswith(".") for part in parts) or PurePosixPath(member.path).is_absolute():
+            raise RequestError(f"{file}: names the folder {member.path!r}, which is not directly below it, or hidden")
         try:
             checked(folder / member.path)
         except RequestError as error:
@@ -84,7 +91,7 @@ def check_members(folder: Path) -> None:
     ArtifactError
         If one is not.
     """
-    for member in members(folder):
+    for member in listed(folder):
         if not member.type.startswith("sentence_transformers."):
             raise ArtifactError(
                 f"{folder / 'modules.json'}: names the class {member.type[:80]!r}, which is not one of "

@@ -11,7 +11,13 @@ NOT_MEASURED = "not measured"
 
 def known(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # An integer that no float holds.
+        return False
 
 
 def plain(value: object, limit: int = 160) -> str:
