@@ -13,13 +13,15 @@ from typing import Any
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.configuration import CONFIG, check_config, check_options
-from octavo.errors import ArtifactError
+from octavo.errors import ArtifactError, OctavoError
 from octavo.integrations.bounded import bounded
 from octavo.integrations.sentences import check_members, listed, transformer_folder
 from octavo.notes import OctavoWarning
 from octavo.weight_files import is_weights
 
 _ADAPTER = "adapter_config.json"
+#: Letters of another library's error that are shown.
+_SHOWN = 600
 #: Modules of an encoder, at most.
 _MODULES = 64
 
@@ -64,10 +66,6 @@ def trusted(path: Path) -> Artifact:
     if len(modules) > _MODULES:
         raise ArtifactError(f"{path}: modules.json lists {len(modules)} modules; encoders have few")
     for member in modules:
-        if not (path / member.path).is_dir():
-            raise ArtifactError(
-                f"{path}: the folder {member.path!r} of modules.json is missing; copy the artifact again"
-            )
         _check_module(artifact, member.path)
     if changed:
         warnings.warn(
@@ -159,7 +157,15 @@ def guard_encoders(module: Any) -> None:
             usual(self, model_name_or_path, *args, **kwargs)
             return
         shapes = Artifact(root).loadable_shapes().values()
-        with bounded(len(shapes), sum(map(math.prod, shapes))):
-            usual(self, model_name_or_path, *args, **kwargs)
+        try:
+            with bounded(len(shapes), sum(map(math.prod, shapes))):
+                usual(self, model_name_or_path, *args, **kwargs)
+        except (OctavoError, ImportError):
+            raise
+        except Exception as error:
+            # Its files can be wrong in as many ways as there are modules, and each raises what it likes.
+            raise ArtifactError(
+                f"{root}: {type(self).__name__} cannot open it ({type(error).__name__}): {str(error)[:_SHOWN]}"
+            ) from error
 
     module.BaseModel.__init__ = opened
