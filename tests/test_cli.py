@@ -1,6 +1,9 @@
 """The commands, each with ``--json``, on one small folder of bare tensors and one small language model."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +247,13 @@ def test_tables_are_printed_for_people(folded, measured, bare, tmp_path):
             "compress", bare, "--ratio", 8, "--out", tmp_path / "o", "--preset", "fast", "--methods", "entropy"
         ).stdout
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["inspect", "/nothing", "--json"]], ids=" ".join)
+def test_an_output_that_is_full_is_one_clear_error(words):
+    code = "from octavo.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("error:") >= 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -160,7 +160,7 @@ def guard_encoders(module: Any) -> None:
         try:
             with bounded(len(shapes), sum(map(math.prod, shapes))):
                 usual(self, model_name_or_path, *args, **kwargs)
-        except (OctavoError, ImportError):
+        except OctavoError:
             raise
         except Exception as error:
             # Its files can be wrong in as many ways as there are modules, and each raises what it likes.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, NoReturn
 
@@ -67,8 +70,11 @@ def _interrupted(*, resumes: bool) -> NoReturn:
 
 
 def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
-    if as_json:
-        show_json({"error": type(error).__name__, "message": str(error), **_details(error)})
+    # Where nothing can be printed the line below still says why.
+    with suppress(OSError):
+        if as_json:
+            show_json({"error": type(error).__name__, "message": str(error), **_details(error)})
+            sys.stdout.flush()
     said = Text.assemble(("error:", "bold red"), f" {type(error).__name__}: {visible(error)}")
     # Whole, however narrow the terminal: paths are copied from it, and logs are searched.
     errors.print(said, soft_wrap=True)
@@ -95,6 +101,20 @@ def main() -> None:
     except KeyboardInterrupt:
         # Before or after the command itself.
         _interrupted(resumes=False)
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write out what was printed; where that fails nobody can be told on the way out of the process."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Nothing is left to be written when the interpreter closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            errors.print(f"error: standard output cannot be written: {error.strerror}", soft_wrap=True)
+            os._exit(1)
 
 
 from octavo.cli import folding, looking, reproducing, running  # noqa: E402, F401  (commands register themselves)

@@ -15,6 +15,9 @@ def unforeseen(error: Exception) -> OctavoError | None:
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         # Whoever reads the output has read enough.
         return None
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        where = error.filename or "what is printed"
+        return OctavoError(f"{where}: cannot be written: {error.strerror}; make room there, or write elsewhere")
     if isinstance(error, MemoryError):
         return OctavoError(f"memory ran out ({error or 'MemoryError'}); give the run more, or a smaller source")
     own = Path(octavo.__file__).parent
