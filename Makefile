@@ -20,7 +20,7 @@ demo: $(READY) ## compress a sentence encoder to an eighth; writes demo/ and dem
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## run all tests, by WORKERS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 wide: $(READY) ## run the tests of all other architectures of transformers (10 minutes)
 	$(BIN)/python -m pytest -q -m wide tests/architectures

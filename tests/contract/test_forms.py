@@ -574,7 +574,7 @@ def test_any_damage_gives_a_matrix_or_an_artifact_error(data, name):
 #: A million weights: what is measured is far above the interpreter's own noise.
 ROWS, COLUMNS = 1024, 1024
 #: What threads and the allocator take besides.
-NOISE = 5 << 20
+NOISE = 8 << 20
 
 
 def resident(key):
