@@ -48,7 +48,7 @@ def hang() -> None:
 
 
 def swell() -> None:
-    np.ones(80_000_000).sum()
+    np.ones(40_000_000).sum()
 
 
 def ask() -> None:
@@ -74,7 +74,7 @@ PLANTED = {
 
 def test_failures_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cell, run, seeds, views = (importlib.import_module(f"fuzzing.{name}") for name in ("cell", "run", "seeds", "views"))
-    monkeypatch.setattr(cell, "PROCESSOR", 1)
+    monkeypatch.setattr(cell, "PROCESSOR", 4)
     honest, kind = views.Honest({}, {}), run.MUTATIONS["nothing"]
 
     def view(planted: Callable[[], Any]) -> Callable[..., Any]:
