@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import collections
 import gc
+import json
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -89,8 +89,8 @@ def work(seeds: list, honest: dict, options: argparse.Namespace, numbers: list[i
                 tally = run.fuzz(
                     seeds, honest, options.seed, numbers[worker :: options.workers], options.keep, options.seconds
                 )
-                with open(into, "wb") as stream:
-                    pickle.dump(tally, stream)
+                with open(into, "w", encoding="utf-8") as stream:
+                    json.dump(tally.plain(), stream)
                 code = 0
             finally:
                 if code:
@@ -103,12 +103,11 @@ def work(seeds: list, honest: dict, options: argparse.Namespace, numbers: list[i
         children.append(child)
     total = run.Tally()
     for out, child in zip(outs, children, strict=True):
-        with open(out, "rb") as stream:
+        with open(out, encoding="utf-8") as stream:
             content = stream.read()
         if os.waitpid(child, 0)[1] or not content:
             sys.exit("a worker of the fuzzer failed; see above")
-        # Written by a fork of this very process.
-        total.add(pickle.loads(content))
+        total.add(run.Tally.of(json.loads(content)))
     return total
 
 

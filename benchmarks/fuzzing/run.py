@@ -49,6 +49,17 @@ class Tally:
     peak: int = 0
     failures: dict[str, dict] = field(default_factory=dict)
 
+    def plain(self) -> dict:
+        """The same as plain JSON."""
+        counts = [[*key, count] for key, count in self.counts.items()]
+        return {"counts": counts, "peak": self.peak, "failures": self.failures}
+
+    @classmethod
+    def of(cls, data: dict) -> Tally:
+        """Inverse of `plain`."""
+        counts = collections.Counter({tuple(key): count for *key, count in data["counts"]})
+        return cls(counts, data["peak"], data["failures"])
+
     def add(self, other: Tally) -> None:
         """Take in another tally."""
         self.counts.update(other.counts)

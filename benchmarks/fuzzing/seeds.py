@@ -17,7 +17,6 @@ from octavo.artifact import pack, writing
 from octavo.artifact.writing import Contents, Entry, Kept
 from octavo.coding.container import CHUNK
 from octavo.modules import SUPPORTED
-from octavo.report import page
 from octavo.sites import Layout
 
 WORDS = [
@@ -178,7 +177,7 @@ def _models(root: Path) -> list[Seed]:
     views = ("inspect", "verify", "load", "auto", "auto", "packed")
     # Quality is not what is looked at: a method of each family, and no data. Pictures are for people.
     options = {"methods": ["entropy", "svd", "rtn", "keep"], "preset": "data-free", "ratio": 3}
-    with warnings.catch_warnings(), mock.patch.object(page, "_render", lambda *parts: "<html></html>"):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         octavo.compress(bert, **options).save(root / "bert")
         with mock.patch.object(writing, "SHARD_BYTES", 2500):

@@ -6,16 +6,23 @@ of the folder.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octavo.artifact import MANIFEST
+from octavo.artifact.configuration import is_configuration
 from octavo.artifact.folder import is_part
+from octavo.integrations.sentences import members, transformer_folder
 from octavo.sealed import JOB
 from octavo.weight_files import is_weights
+
+if TYPE_CHECKING:
+    from octavo.sites import Source
 
 #: Names of files that are copied whatever their size, in lower case.
 _COPIED = re.compile(
@@ -73,6 +80,29 @@ def companion_files(source: Path) -> list[Path]:
     return [relative for relative, reason in _choices(source, adapted=adapted) if reason is None]
 
 
+def configurations(source: Source) -> dict[str, bytes]:
+    """The configuration files of a source's artifact by their place in its folder, sub-folders with a slash.
+
+    They are the source's own, but for ``config.json`` of a model, which says that its weights are an artifact.
+    """
+    if source.folder is None:
+        return {}
+    inner = transformer_folder(source.folder)
+    found: dict[str, bytes] = {}
+    is_model = (inner / "config.json").exists()
+    if is_model or members(source.folder):
+        names = (file.as_posix() for file in companion_files(source.folder) if is_configuration(file.as_posix()))
+        found = {name: (source.folder / name).read_bytes() for name in names}
+    if is_model:
+        from octavo.integrations.transformers import artifact_config
+
+        # Also of an architecture that only the code beside it knows: whoever trusts that code can load the artifact.
+        dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
+        text = json.dumps(artifact_config(inner, dtype), indent=2) + "\n"
+        found[(inner / "config.json").relative_to(source.folder).as_posix()] = text.encode()
+    return found
+
+
 def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]]:
     """Files of the source, each with None if it is to be copied, or why it is not; empty if nobody will miss it."""
     for place, folders, names in os.walk(source):
@@ -92,8 +122,6 @@ def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]
 
 def _is_apart(place: Path, source: Path) -> bool:
     """Whether a folder inside the source is no part of it: another model or format of it, or a run's kept work."""
-    from octavo.integrations.sentences import members
-
     own = {member.path for member in members(source)}
     parts = place.relative_to(source).parts
     return parts[0] not in own and any(is_weights(file.name) or file.name == JOB for file in place.iterdir())

@@ -128,7 +128,7 @@ def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str
         raise RequestError(f"{path}: holds no tensors")
 
     def read(name: str) -> Tensor:
-        return places[name].read()
+        return places[name].tensor()
 
     return Source(path.stem if path.is_file() else path.name, path, shapes, dtypes, {}, read)
 

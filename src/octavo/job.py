@@ -14,7 +14,7 @@ from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
 from octavo.batches import Batch
 from octavo.blockwise import Blockwise
 from octavo.calibrate import Calibration, data_free
-from octavo.configuration import configurations
+from octavo.companions import configurations
 from octavo.errors import RequestError
 from octavo.executors import Executor, Local
 from octavo.inmemory import InMemory

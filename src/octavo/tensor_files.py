@@ -10,27 +10,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.errors import RequestError
+from octavo.errors import OctavoError, RequestError
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a file."""
+    """Where a tensor lies in a file.
+
+    Parameters
+    ----------
+    offset
+        Of its first byte.
+    error
+        What is raised if it cannot be read any more.
+    """
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    error: type[OctavoError] = RequestError
 
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own.
+    @property
+    def length(self) -> int:
+        """Its bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def content(self) -> Tensor:
+        """Its bytes, in memory of their own.
 
         Raises
         ------
-        RequestError
+        OctavoError
             If the file is not there any more, or became shorter.
         """
-        content = torch.empty(math.prod(self.shape) * self.dtype.itemsize, dtype=torch.uint8)
+        # Loaders call this where tensors have no content by default.
+        content = torch.empty(self.length, dtype=torch.uint8, device="cpu")
         try:
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.offset)
@@ -38,12 +53,16 @@ class Place:
                 while len(rest) and (count := file.readinto(rest)):
                     rest = rest[count:]
         except OSError as error:
-            raise RequestError(
+            raise self.error(
                 f"{self.file}: cannot be read any more: {error.strerror or error}; put it back and start again"
             ) from error
         if len(rest):
-            raise RequestError(f"{self.file}: became shorter while it was read; put it back and start again")
-        return content.view(self.dtype).reshape(self.shape)
+            raise self.error(f"{self.file}: became shorter while it was read; put it back and start again")
+        return content
+
+    def tensor(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        return self.content().view(self.dtype).reshape(self.shape)
 
 
 def offsets(file: Path) -> dict[str, int]:

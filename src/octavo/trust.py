@@ -98,26 +98,13 @@ def known(artifact: Artifact) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def check_path(path: Any, *, modules: bool = False) -> Path | None:
-    """The artifact that a library is about to open, refused if it may not be trusted; None if it is none.
-
-    What is no path may be a name at a hub, and none of ours.
-
-    Parameters
-    ----------
-    modules
-        Whether the library imports the classes that the list of modules names.
-    """
-    root = None
+def _asked_for(path: Any) -> Path | None:
+    """The artifact that a library is about to open, if it is one that was not checked yet."""
+    # What is no path may be a name at a hub, and none of ours.
     with suppress(OSError, TypeError, ValueError):
         root = root_of(Path(path))
-    if root is None:
-        return None
-    if root.resolve() != _KNOWN.get():
-        trusted(root)
-    if modules:
-        check_members(root)
-    return root
+        return root if root is not None and root.resolve() != _KNOWN.get() else None
+    return None
 
 
 def guard_configurations(module: Any) -> None:
@@ -134,7 +121,9 @@ def guard_configurations(module: Any) -> None:
 
     @functools.wraps(usual)
     def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        check_path(pretrained_model_name_or_path)
+        root = _asked_for(pretrained_model_name_or_path)
+        if root is not None:
+            trusted(root)
         return usual(cls, pretrained_model_name_or_path, **kwargs)
 
     module.PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
@@ -152,13 +141,15 @@ def guard_encoders(module: Any) -> None:
 
     @functools.wraps(usual)
     def opened(self: Any, model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> None:
-        root = check_path(model_name_or_path, modules=True)
+        root = _asked_for(model_name_or_path)
         if root is None:
             usual(self, model_name_or_path, *args, **kwargs)
             return
-        shapes = Artifact(root).loadable_shapes().values()
+        artifact = trusted(root)
+        check_members(root)
+        shapes = artifact.loadable_shapes().values()
         try:
-            with bounded(len(shapes), sum(map(math.prod, shapes))):
+            with known(artifact), bounded(len(shapes), sum(map(math.prod, shapes))):
                 usual(self, model_name_or_path, *args, **kwargs)
         except OctavoError:
             raise

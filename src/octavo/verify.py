@@ -75,7 +75,8 @@ def load(
         artifact = trusted(path)
         if is_known(path):
             return load_model(artifact, packed=packed)
-    artifact = Artifact(path)
+    else:
+        artifact = Artifact(path)
     state = artifact.state(packed=packed)
     if into is None:
         return {**state, **artifact.extra}

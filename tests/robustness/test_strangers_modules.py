@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 import zlib
+from pathlib import Path
 
 import pytest
 import transformers
@@ -14,7 +15,7 @@ import octavo
 from octavo.artifact.configuration import is_configuration
 from octavo.errors import ArtifactError, OctavoError
 from octavo.notes import OctavoWarning
-from octavo.trust import check_path, root_of
+from octavo.trust import root_of, trusted
 
 LIBRARY = "sentence_transformers"
 TRANSFORMER = f"{LIBRARY}.base.modules.transformer.Transformer"
@@ -61,7 +62,7 @@ def test_modules_bring_no_weights_of_their_own(place, kind, reader, copy, bert):
     shutil.copytree(bert, copy / place)
     (copy / "config_sentence_transformers.json").write_text(json.dumps({"model_type": reader}))
     list_modules(copy, ("", TRANSFORMER), (place.split("/")[0], kind))
-    for read in (octavo.load, octavo.verify, check_path):
+    for read in (octavo.load, octavo.verify, trusted):
         with pytest.raises(ArtifactError, match="no part of this artifact"):
             read(copy)
 
@@ -71,7 +72,7 @@ def test_pipes_in_folders_of_modules_are_refused(place, copy):
     (copy / place).mkdir(parents=True)
     os.mkfifo(copy / place / "config.json")
     list_modules(copy, ("", TRANSFORMER), (place.split("/")[0], TRANSFORMER))
-    for read in (octavo.load, octavo.verify, check_path):
+    for read in (octavo.load, octavo.verify, trusted):
         with pytest.raises(OctavoError):
             read(copy)
 
@@ -123,7 +124,7 @@ def test_a_model_below_an_artifact_is_none_of_its_modules(kind, copy, bert, monk
         transformers.AutoModel.from_pretrained(copy / "source")
     # Names at a hub are looked for in the working folder, which may hold an artifact.
     monkeypatch.chdir(copy)
-    check_path("someones-model")
+    assert root_of(Path("someones-model")) is None
 
 
 @pytest.mark.parametrize("size", [10**6, "224", [64], [10**5, 10**5], -1])
@@ -149,7 +150,7 @@ def test_an_image_to_compare_outputs_of_has_a_sane_size(size):
 def test_options_of_a_module_name_no_code_and_no_weights(options, copy):
     (copy / "sentence_bert_config.json").write_text(json.dumps(options))
     list_modules(copy, ("", TRANSFORMER))
-    for read in (octavo.load, octavo.verify, check_path):
+    for read in (octavo.load, octavo.verify, trusted):
         with pytest.raises(ArtifactError, match="sentence_bert_config"):
             read(copy)
 

@@ -8,11 +8,8 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from octavo.artifact.folder import check_folder
 from octavo.artifact.packing import is_shape, naturals
@@ -20,32 +17,13 @@ from octavo.artifact.writing import FORMAT_VERSION, INDEX, MANIFEST, SUBFOLDER, 
 from octavo.errors import ArtifactError
 from octavo.sites import DTYPES as CODES
 from octavo.strict_json import parse_object, read_plain
+from octavo.tensor_files import Place
 
 _MANIFEST_LIMIT = 256 << 20
 #: That of the safetensors library.
 _HEADER_LIMIT = 100_000_000
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})",')
-
-
-@dataclass(frozen=True)
-class Place:
-    """A tensor in a file."""
-
-    file: Path
-    offset: int
-    length: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> memoryview:
-        """Its bytes."""
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.length)
-        if len(content) != self.length:
-            raise ArtifactError(f"{self.file}: became shorter while it was read")
-        return memoryview(content)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -150,7 +128,7 @@ def _read_header(file: Path, entry: list[int]) -> dict[str, Place]:
             raise ArtifactError(f"{file}: the entry of {tensor!r} is malformed: {error}") from error
         if not fits or tensor in places:
             raise ArtifactError(f"{file}: the entry of {tensor!r} does not fit the file")
-        places[tensor] = Place(file, len(head) + start, stop - start, dtype, tuple(shape))
+        places[tensor] = Place(file, len(head) + start, dtype, tuple(shape), ArtifactError)
         spans.append((start, stop))
     end = 0
     for start, stop in sorted(spans):
