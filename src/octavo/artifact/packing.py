@@ -158,17 +158,14 @@ def unpack(
         Memory that it may take; by default what the shape justifies.
     """
     allowance = allowance or allowance_for(shape)
-    # All parts together; every form there is stays far below.
-    left = 8 * (math.prod(shape) + sum(shape)) + 4096
     tensors = {}
     for name, entry in check_parts(parts, len(blob)).items():
         chunk = blob[entry[0] : entry[0] + entry[1]]
         if len(entry) == 2:
-            tensors[name] = coding.decode(chunk, max_elements=left, allowance=allowance)
+            tensors[name] = coding.decode(chunk, allowance=allowance)
         else:
             allowance.take(3 * len(chunk), f"part {name!r}")
             tensors[name] = _floats(name, chunk, entry[2:])
-        left -= tensors[name].numel()
     return forms.restore(tensors, meta, shape, allowance=allowance)
 
 
