@@ -46,8 +46,6 @@ class FisherSVD(ActivationSVD):
         Times that both factors are fitted; 0 for the product of ``S`` and ``A`` as it is.
     """
 
-    takes = ("rank", "bits")
-
     sweeps: int = 3
 
     by_curvature = True

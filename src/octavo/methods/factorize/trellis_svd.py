@@ -34,8 +34,6 @@ class TrellisSVD(ActivationSVD):
         Bits a coefficient that are tried. Where most components take less than a bit, ``activation-svd`` is as good.
     """
 
-    takes = ("rank", "bits")
-
     levels: tuple[float, ...] = (6, 4.5, 3.5, 2.75, 2, 1.4)
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
