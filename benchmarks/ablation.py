@@ -22,24 +22,24 @@ from common import CACHE, _brown_files, brown, load_results, save_results, windo
 from models import TITLES, model_folder
 from torch import Tensor
 
-import octavo.reconstruct as reconstruction
+import octavo.encoding.reconstruct as reconstruction
 from octavo import coding
+from octavo.allocation.budget import Budget
+from octavo.allocation.plans import Plan
+from octavo.allocation.profiles import Point
 from octavo.artifact import pack
-from octavo.budget import Budget
-from octavo.evidence import Evidence
-from octavo.finish import Built
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.inmemory import replaced
+from octavo.calibration.watches import DAMPING
+from octavo.calibration.workspace import Workspace
+from octavo.encoding.finish import Built
 from octavo.forms import Form, Grid
-from octavo.inmemory import replaced
-from octavo.integrations.texts import text_batches
 from octavo.methods import get_method
 from octavo.methods.quantize.entropy import Entropy
-from octavo.narrowing import Narrowing
-from octavo.plans import Plan
-from octavo.profile import Point
-from octavo.request import describe, open_job
-from octavo.sites import Site
-from octavo.watches import DAMPING
-from octavo.workspace import Workspace
+from octavo.opening import describe, open_job
+from octavo.sources.narrowing import Narrowing
+from octavo.sources.sites import Site
+from octavo.sources.tokens import text_batches
 
 #: Steps of the plain curve, and those at which variants are measured: near ratios 16 and 8, and near 45 and 58 MB.
 CURVE = {"minilm": (2.6e-4, 1.9e-4, 1.1e-4, 7.5e-5), "smollm2": (2.6e-4, 1.9e-4, 1.3e-4)}

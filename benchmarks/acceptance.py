@@ -19,11 +19,11 @@ from common import CACHE, brown, load_results, minilm, save_results, shared_data
 
 import octavo
 from octavo import coding
-from octavo.compress import Compressed
-from octavo.finish import finish, single_families
-from octavo.integrations.texts import text_batches
-from octavo.objective import Cosine
-from octavo.workspace import Workspace
+from octavo.calibration.objective import Cosine
+from octavo.calibration.workspace import Workspace
+from octavo.encoding.finish import finish, single_families
+from octavo.pipeline import Compressed
+from octavo.sources.tokens import text_batches
 
 RATIOS = (2, 4, 6, 8, 12, 16, 24)
 
@@ -83,7 +83,7 @@ def _judge_built(built: Any, done: Compressed, judge: Judge, work: Path) -> floa
 
 
 def _families(done: Compressed, judge: Judge, work: Path) -> dict[str, dict[str, float]]:
-    from octavo.request import describe
+    from octavo.opening import describe
 
     room = Workspace(work / "profile", describe(done.job, done.preset), resume=True)
     result = {}

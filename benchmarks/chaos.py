@@ -37,10 +37,10 @@ from safetensors.torch import save_file
 
 import octavo
 import octavo.cli
-import octavo.compress
-import octavo.export
 import octavo.integrations.transformers
+import octavo.pipeline
 import octavo.report.sections
+import octavo.runtimes.onnx.exporting
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import save_results

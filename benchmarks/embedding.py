@@ -17,18 +17,18 @@ import torch
 from common import brown, minilm, save_results
 from torch import Tensor
 
-from octavo.calibrate import calibrate
-from octavo.evidence import Evidence
-from octavo.files import from_path
+from octavo.calibration.calibrating import calibrate
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.objective import Cosine
 from octavo.forms import Form, RowBlocks
-from octavo.integrations.texts import text_batches
 from octavo.integrations.transformers import load_weights
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import grouped
 from octavo.methods.factorize.groupreduce import quantized
 from octavo.methods.quantize.entropy import Entropy
-from octavo.objective import Cosine
 from octavo.recipes.groupreduce import Maker, blocks_rank, matched
+from octavo.sources.files import from_path
+from octavo.sources.tokens import text_batches
 
 #: Times smaller than the table in 32 bits.
 RATIOS = (6, 9, 13, 19, 28)

@@ -16,7 +16,7 @@ from typing import Any
 from common import CACHE, brown, minilm, save_results
 
 import octavo
-from octavo.executors import Executor, Local, RayExecutor
+from octavo.system.executors import Executor, Local, RayExecutor
 
 RATIO = 8
 

@@ -12,12 +12,12 @@ import torch
 from common import brown, minilm, save_results
 from transformers import AutoModel
 
-from octavo.calibrate import calibrate
-from octavo.integrations.texts import text_batches
+from octavo.calibration.calibrating import calibrate
+from octavo.calibration.objective import Cosine
 from octavo.methods.factorize.factors import whitened
 from octavo.methods.factorize.mpo import bond, decompose, elements, modes
-from octavo.objective import Cosine
-from octavo.sites import from_module
+from octavo.sources.sites import from_module
+from octavo.sources.tokens import text_batches
 
 
 def main() -> None:

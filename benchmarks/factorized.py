@@ -20,13 +20,13 @@ from common import CACHE, save_results, stat_bytes
 from torch import Tensor, nn
 
 import octavo
-from octavo.objective import KL, Objective
+from octavo.calibration.objective import KL, Objective
 from octavo.recipes import Trial, data
 from octavo.recipes.ctr import Clicks, auc, clicks_model
 from octavo.recipes.models import classifier, in_batches
-from octavo.running import factored
-from octavo.running.speed import interleaved
-from octavo.train import accuracy
+from octavo.runtimes.packed import factored
+from octavo.runtimes.packed.speed import interleaved
+from octavo.training import accuracy
 
 BATCHES = (1, 64)
 #: Turns of which the least counts, what else the machine does only adding to it, and how often that is done anew.

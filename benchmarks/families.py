@@ -20,17 +20,17 @@ from common import CACHE, brown, load_results, minilm, save_results, stat_bytes,
 from models import model_folder
 
 import octavo
-from octavo.allocate import allocate
-from octavo.compress import Compressed
-from octavo.finish import MARGIN, Built, contest
-from octavo.integrations.texts import text_batches
+from octavo.allocation.solver import allocate
+from octavo.calibration.objective import KL, Cosine, Objective
+from octavo.calibration.workspace import Workspace
+from octavo.encoding.finish import MARGIN, Built, contest
+from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.methods import methods
-from octavo.objective import KL, Cosine, Objective
+from octavo.opening import describe
+from octavo.pipeline import Compressed
 from octavo.recipes import Trial
 from octavo.recipes.models import language_model
-from octavo.reconstruct import reconstruct, reserve
-from octavo.request import describe
-from octavo.workspace import Workspace
+from octavo.sources.tokens import text_batches
 
 RATIOS = (8, 12, 16)
 

@@ -12,9 +12,9 @@ from common import CACHE, brown, windows
 from models import model_folder
 from torch import Tensor, nn
 
-from octavo.integrations.texts import text_batches
-from octavo.matmul import fast_matmul
-from octavo.objective import Cosine
+from octavo.calibration.objective import Cosine
+from octavo.sources.tokens import text_batches
+from octavo.system.matmul import fast_matmul
 
 #: Positions whose logits are in memory at a time.
 _CHUNK = 256

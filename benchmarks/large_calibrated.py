@@ -22,7 +22,7 @@ from typing import Any
 import shapes
 from common import CACHE, save_results
 
-from octavo.data.texts import builtin_texts
+from octavo.sources.texts import builtin_texts
 
 _SHAPE, _QUARTER, _LIMIT = "1.1b", 6, "6GB"
 _TEXTS = 24

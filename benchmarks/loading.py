@@ -17,7 +17,7 @@ from models import model_folder
 from safetensors.torch import load_file
 
 import octavo
-from octavo.running.speed import interleaved
+from octavo.runtimes.packed.speed import interleaved
 
 ROUNDS = 5
 

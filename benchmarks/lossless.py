@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import octavo
-from octavo.data.texts import builtin_texts
-from octavo.integrations.gguf import open_gguf
-from octavo.objective import KL
+from octavo.calibration.objective import KL
+from octavo.sources.gguf import open_gguf
+from octavo.sources.texts import builtin_texts
 
 TEXTS = builtin_texts()[:12]
 

@@ -22,10 +22,10 @@ import torch
 from common import CACHE, brown, save_results, stat_bytes
 
 import octavo
-from octavo.integrations.texts import window_batches
-from octavo.objective import KL
-from octavo.running import held_bytes, kernels_of
-from octavo.running.speed import greedy, interleaved
+from octavo.calibration.objective import KL
+from octavo.runtimes.packed import held_bytes, kernels_of
+from octavo.runtimes.packed.speed import greedy, interleaved
+from octavo.sources.tokens import window_batches
 
 TOKENS, PROMPT, ROUNDS = 16, 128, 5
 #: Rows and columns of matrices that the kernels are timed on: those of SmolLM2 and its head.

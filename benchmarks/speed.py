@@ -18,11 +18,11 @@ from common import CACHE, brown, minilm, save_results
 from transformers import AutoModel, AutoTokenizer
 
 import octavo
-from octavo.integrations.onnx import Session
-from octavo.integrations.texts import text_batches
-from octavo.objective import Cosine
-from octavo.runtimes.latency import compare, machine
-from octavo.speed import speed_frontier
+from octavo.calibration.objective import Cosine
+from octavo.runtimes.onnx.latency import compare, machine
+from octavo.runtimes.onnx.sessions import Session
+from octavo.sources.tokens import text_batches
+from octavo.targets.speed import speed_frontier
 
 SPEEDUPS = (2.8, 4.0, 5.0)
 BATCHES = (1, 16)

@@ -16,8 +16,8 @@ from octavo import coding, forms
 from octavo.artifact import pack, writing
 from octavo.artifact.writing import Contents, Entry, Kept
 from octavo.coding.container import CHUNK
-from octavo.modules import SUPPORTED
-from octavo.sites import Layout
+from octavo.sources.modules import SUPPORTED
+from octavo.sources.sites import Layout
 
 WORDS = [
     "the",

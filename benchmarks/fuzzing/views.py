@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.errors import OctavoError
-from octavo.notes import OctavoWarning
-from octavo.raw import raw_bytes
+from octavo.system.notes import OctavoWarning
+from octavo.system.raw import raw_bytes
 
 #: What a line of output may hold of control characters.
 _PLAIN = {"\n", "\t"}

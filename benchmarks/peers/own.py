@@ -27,7 +27,7 @@ def settings(model: str) -> dict[str, dict[str, Any]]:
 
 def compress(task: Task, method: str, bits: int) -> Compressed:
     """Round the linear layers."""
-    from octavo.evidence import Evidence
+    from octavo.calibration.evidence import Evidence
     from octavo.methods import get_method
 
     model = task.load()

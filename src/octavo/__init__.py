@@ -1,14 +1,14 @@
 """Octavo folds a neural network into the size you state, and proves what it cost."""
 
 from octavo.artifact import Artifact
-from octavo.compress import Compressed, compress
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
-from octavo.evaluate import evaluate
-from octavo.export import export
 from octavo.integrations.transformers import register as _register
-from octavo.notes import OctavoWarning
+from octavo.pipeline import Compressed, compress
+from octavo.runtimes.onnx.exporting import export
 from octavo.steps import frontier, plan, profile
-from octavo.verify import load, verify
+from octavo.system.notes import OctavoWarning
+from octavo.verification.evaluating import evaluate
+from octavo.verification.verifying import load, verify
 
 __version__ = "0.1.0"
 

@@ -9,27 +9,27 @@ from typing import Any
 
 from torch import nn
 
-from octavo import executors
-from octavo.allocate import allocate
-from octavo.batches import Batch
-from octavo.budget import budget as budget_of
-from octavo.compress import Compressed, compress
-from octavo.curves import build_profile
-from octavo.disk_use import refuse_full_disk
+from octavo.allocation.budget import budget as budget_of
+from octavo.allocation.curves import build_profile
+from octavo.allocation.plans import Plan
+from octavo.allocation.profiles import Profile
+from octavo.allocation.solver import allocate
+from octavo.calibration.objective import Objective
+from octavo.encoding.disk_use import refuse_full_disk
+from octavo.encoding.finish import finish, margin_of, single_families
 from octavo.errors import RequestError
-from octavo.executors import Executor
-from octavo.finish import finish, margin_of, single_families
-from octavo.lock import Lock
-from octavo.matmul import fast_matmul
-from octavo.notes import by_kind, warn
-from octavo.objective import Objective
-from octavo.paths import checked, reason
-from octavo.plans import Plan
-from octavo.profile import Profile
-from octavo.progress import Shown, callback, with_progress
-from octavo.request import open_job, workspace_of
-from octavo.sealed import unsealed_json
-from octavo.sites import Source
+from octavo.opening import open_job, workspace_of
+from octavo.pipeline import Compressed, compress
+from octavo.sources.batches import Batch
+from octavo.sources.sites import Source
+from octavo.system import executors
+from octavo.system.executors import Executor
+from octavo.system.locks import Lock
+from octavo.system.matmul import fast_matmul
+from octavo.system.notes import by_kind, warn
+from octavo.system.paths import checked, reason
+from octavo.system.progress import Shown, callback, with_progress
+from octavo.system.sealed import unsealed_json
 
 _REQUEST = "request.json"
 #: Frames between :func:`profile` and its caller.
@@ -59,7 +59,7 @@ def profile(
 ) -> Profile:
     """Measure the curves of a source over all sizes and save them in the folder ``out``.
 
-    Parameters are those of :func:`octavo.compress`. Give the folder to ``compress`` as ``workspace`` with ``resume``,
+    Parameters are those of :func:`octavo.pipeline`. Give the folder to ``compress`` as ``workspace`` with ``resume``,
     or to :func:`plan`, to solve it for any budget.
 
     Raises
@@ -142,7 +142,7 @@ def frontier(
     families
         Also build the best plan of every single family at the same bytes.
     request
-        Other keyword arguments of :func:`octavo.compress`.
+        Other keyword arguments of :func:`octavo.pipeline`.
 
     Returns
     -------

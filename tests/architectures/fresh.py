@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import octavo  # noqa: F401  (makes from_pretrained understand artifacts)
-from octavo.objective import objective
+from octavo.calibration.objective import objective
 
 
 def found_in(case):

@@ -15,7 +15,7 @@ import zoo
 from safetensors.torch import save_file
 
 import octavo
-from octavo.objective import OBJECTIVES
+from octavo.calibration.objective import OBJECTIVES
 
 RATIO = 4
 

@@ -11,11 +11,11 @@ from safetensors.torch import save
 
 import octavo
 from octavo.artifact import Contents, Entry, Kept, Sized, is_constant, pack, writing
+from octavo.calibration.workspace import Workspace
 from octavo.errors import OctavoError
 from octavo.forms import Dense, Grid
-from octavo.raw import raw_bytes
-from octavo.sites import Layout
-from octavo.workspace import Workspace
+from octavo.sources.sites import Layout
+from octavo.system.raw import raw_bytes
 
 SOURCE = {"title": "some", "fingerprint": "0" * 64, "bytes": 10_000_000, "weights": 5_000_000}
 

@@ -18,16 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.artifact import Contents, Entry, pack
-from octavo.calibrate import calibrate, data_free
-from octavo.curvature import kronecker
+from octavo.calibration.calibrating import calibrate, data_free
+from octavo.calibration.curvature import kronecker
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.objective import objective
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
-from octavo.files import from_path
 from octavo.integrations.transformers import load_weights
 from octavo.methods import Method, get_method, methods
-from octavo.objective import objective
-from octavo.raw import narrowed
-from octavo.sites import Layout, Site, from_module
+from octavo.sources.files import from_path
+from octavo.sources.sites import Layout, Site, from_module
+from octavo.system.raw import narrowed
 
 METHODS = sorted(methods())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

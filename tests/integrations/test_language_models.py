@@ -14,11 +14,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from typer.testing import CliRunner
 
 import octavo
+from octavo.calibration.inputs import choose_objective, model_of
+from octavo.calibration.objective import KL
 from octavo.cli import app
 from octavo.errors import RequestError
-from octavo.files import from_path
-from octavo.inputs import choose_objective, model_of
-from octavo.objective import KL
+from octavo.sources.files import from_path
 
 WORDS = [f"word{index}" for index in range(59)]
 TEXTS = [" ".join(WORDS[(7 * line + 3 * place) % 59] for place in range(5 + line % 9)) for line in range(60)]
@@ -140,7 +140,7 @@ def test_the_source_is_kept_as_hidden_states_where_its_outputs_are_large(llama, 
     generator = torch.Generator().manual_seed(0)
     changed = {n: source.read(n) + 0.02 * torch.randn(source.shapes[n], generator=generator) for n in names}
     kept = model_of(from_path(llama), blockwise=False).measure(batches, wanted, changed)
-    monkeypatch.setattr("octavo.inmemory._REFERENCE_BYTES", 0)
+    monkeypatch.setattr("octavo.calibration.inmemory._REFERENCE_BYTES", 0)
     model = model_of(source, blockwise=False)
     again = model.measure(batches, wanted, changed)
     torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-9)
@@ -150,7 +150,7 @@ def test_the_source_is_kept_as_hidden_states_where_its_outputs_are_large(llama, 
 def test_perplexity_is_the_same_block_by_block(llama, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     whole = octavo.evaluate(llama, data=tmp_path / "texts.txt", metric="perplexity")
-    monkeypatch.setattr("octavo.memory._SHARE", 0)
+    monkeypatch.setattr("octavo.sources.memory._SHARE", 0)
     blocks = octavo.evaluate(llama, data=tmp_path / "texts.txt", metric="perplexity")
     assert math.isclose(whole["perplexity"], blocks["perplexity"], rel_tol=1e-5)
 

@@ -8,11 +8,11 @@ import transformers as T
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import octavo
+from octavo.calibration.inputs import load_data, model_of, prepared
+from octavo.calibration.objective import KL
 from octavo.errors import RequestError
-from octavo.files import from_path
-from octavo.inputs import load_data, model_of, prepared
-from octavo.integrations.texts import check_tokens, is_causal
-from octavo.objective import KL
+from octavo.sources.files import from_path
+from octavo.sources.tokens import check_tokens, is_causal
 
 TEXTS = [" ".join(f"w{(5 * line + place) % 90 + 5}" for place in range(4 + line % 7)) for line in range(24)]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

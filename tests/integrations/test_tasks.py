@@ -7,11 +7,11 @@ import torch
 import transformers as T
 from torch import nn
 
+from octavo.calibration.objective import KL, Cosine, Squared
 from octavo.errors import RequestError
-from octavo.files import from_path
 from octavo.integrations.tasks import class_for, default_objective, returned
-from octavo.objective import KL, Cosine, Squared
-from octavo.sites import from_module
+from octavo.sources.files import from_path
+from octavo.sources.sites import from_module
 
 TEXT = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -162,7 +162,7 @@ def test_what_is_measured_is_what_sentence_transformers_gives(tmp_path):
         prompts={"ask": "w7 w8 "}, default_prompt_name="ask", device="cpu",
     )  # fmt: skip
     whole.save(str(tmp_path / "st"))
-    from octavo.inputs import choose_objective, load_data, model_of
+    from octavo.calibration.inputs import choose_objective, load_data, model_of
 
     source = from_path(tmp_path / "st")
     texts = sorted((" ".join(f"w{(3 * i + j) % 60}" for j in range(4 + i % 5)) for i in range(12)), key=len)

@@ -11,9 +11,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import octavo
+from octavo.calibration.objective import KL
 from octavo.errors import RequestError
-from octavo.integrations.texts import window_batches
-from octavo.objective import KL
+from octavo.sources.tokens import window_batches
 
 WORDS = [f"word{index}" for index in range(60)]
 TEXTS = [" ".join(WORDS[(7 * line + 3 * place) % 60] for place in range(5 + line % 9)) for line in range(80)]

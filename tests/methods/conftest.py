@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from octavo import coding, forms
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.watches import DAMPING
 from octavo.forms import Form
 from octavo.methods import get_method
-from octavo.watches import DAMPING
 
 
 def _evidence(rows: int, columns: int, seed: int = 0) -> Evidence:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import LowRank
 from octavo.methods import get_method
 from octavo.methods.factorize.afm import OutputMoments, folded, mimicked, mimicked_table
 from octavo.methods.factorize.factors import whitened
-from octavo.sites import Layout, Site
+from octavo.sources.sites import Layout, Site
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import GroupedLowRank
 from octavo.methods import get_method
 from octavo.methods.factorize.alds import decomposed
 from octavo.methods.factorize.minimax import Choice, Layer, allocate
-from octavo.sites import from_module
+from octavo.sources.sites import from_module
 
 
 def kernels() -> dict[str, tuple[torch.Tensor, int]]:

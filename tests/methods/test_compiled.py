@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from octavo.artifact import pack
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.methods import compiled, get_method
 
 
@@ -39,7 +39,7 @@ def test_compiled_and_plain_code_agree(name, monkeypatch):
 
 _ENCODES = """
 import torch
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.methods import get_method
 
 weight, inputs = torch.randn(40, 70), torch.randn(100, 70)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from octavo import coding, forms
+from octavo.calibration.evidence import Evidence
 from octavo.errors import ArtifactError, RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Dense, DenseSparse
 from octavo.methods import get_method
 from octavo.methods.factorize.dictionaries import Shape, again, learn, pursue, split

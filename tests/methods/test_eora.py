@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from octavo.artifact import pack
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.watches import DAMPING
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import LowRank, Sum
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.eora import compensated, lost
-from octavo.watches import DAMPING
 
 BASES = {
     "rtn": {"bits": 3, "group": 64},

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import octavo
-from octavo.curvature import kronecker
+from octavo.calibration.curvature import kronecker
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import LowRank, Sum
 from octavo.methods import get_method
 from octavo.methods.factorize import factors

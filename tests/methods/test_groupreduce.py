@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Grid, LowRank, RowBlocks
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import Grouping, grouped
 from octavo.methods.factorize.groupreduce import GroupReduce
-from octavo.sites import Layout, Site
+from octavo.sources.sites import Layout, Site
 
 
 def table(rows: int = 600, columns: int = 24) -> tuple[Tensor, Evidence]:

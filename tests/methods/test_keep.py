@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.methods import get_method, select_methods
 
 NOTHING = Evidence(torch.ones(24), None)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from octavo import forms
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Dense, TensorTrain
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.mpo import bond, decompose, elements, modes
 from octavo.recipes.stored import quantized
-from octavo.sites import Site
+from octavo.sources.sites import Site
 
 
 def random(*shape, seed=0):

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.methods import get_method
 from octavo.methods.prune import masks
 from octavo.methods.prune.sparsegpt import SparseGPT

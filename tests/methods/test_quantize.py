@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.methods import get_method
 from octavo.methods.quantize.gptq import GPTQ
 from octavo.methods.quantize.grids import compact

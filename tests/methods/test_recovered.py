@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 import octavo
+from octavo.allocation.profiles import Window, profile_site
 from octavo.artifact import pack, unpack
+from octavo.calibration.evidence import Evidence
 from octavo.coding import encode as code
-from octavo.evidence import Evidence
 from octavo.methods import get_method
-from octavo.profile import Window, profile_site
-from octavo.sites import Layout, Site
+from octavo.sources.sites import Layout, Site
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

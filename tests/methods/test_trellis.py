@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo import coding
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Grid, Trellis
 from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS, quantizers
 from octavo.methods import get_method

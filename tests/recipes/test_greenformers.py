@@ -9,8 +9,8 @@ from torch import nn
 from octavo.errors import RequestError
 from octavo.recipes.greenformers import KINDS, crossover, encoder, patches
 from octavo.recipes.stored import through_file
-from octavo.train import accuracy, cross_entropy, fit
-from octavo.train.low_rank import STARTS, low_rank, semi_nmf
+from octavo.training import accuracy, cross_entropy, fit
+from octavo.training.low_rank import STARTS, low_rank, semi_nmf
 
 
 def net(seed=0):

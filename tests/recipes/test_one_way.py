@@ -20,7 +20,7 @@ from octavo.recipes.one_way_filters import (
     waves,
 )
 from octavo.recipes.stored import through_file
-from octavo.train import fit, formed, settle
+from octavo.training import fit, formed, settle
 
 
 @pytest.mark.parametrize("terms", [1, 2])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo.workspace import Workspace
+from octavo.calibration.workspace import Workspace
 
 COUNTED = ("model.safetensors", "octavo.json")
 REQUEST: dict[str, Any] = {"ratio": 3, "methods": ["entropy", "rtn"], "preset": "fast"}

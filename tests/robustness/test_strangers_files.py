@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import octavo
 from octavo.artifact import writing
 from octavo.errors import ArtifactError, OctavoError
-from octavo.notes import OctavoWarning
+from octavo.system.notes import OctavoWarning
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_an_adapter_that_was_not_written_with_it_is_refused(copy):
 
 def test_modules_of_an_encoder_are_those_of_its_library(copy):
     pytest.importorskip("sentence_transformers")
-    from octavo.integrations.sentences import load_encoder
+    from octavo.sources.sentences import load_encoder
 
     (copy / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "antigravity.Gift"}]))
     with pytest.raises(ArtifactError, match=r"antigravity\.Gift"):

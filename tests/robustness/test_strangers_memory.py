@@ -17,7 +17,7 @@ from octavo.artifact import pack
 from octavo.artifact.writing import Contents, Entry, Kept
 from octavo.errors import ArtifactError
 from octavo.forms import Cut, Dense, DenseSparse, Grid, GroupedLowRank, LowRank, RowBlocks, Separable, Sparse, Sum
-from octavo.sites import Layout
+from octavo.sources.sites import Layout
 
 #: The promise: four times the files, and 200 MB.
 LARGEST = 200 << 20

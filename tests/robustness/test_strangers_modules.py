@@ -14,8 +14,8 @@ import transformers
 import octavo
 from octavo.artifact.configuration import is_configuration
 from octavo.errors import ArtifactError, OctavoError
-from octavo.notes import OctavoWarning
-from octavo.trust import root_of, trusted
+from octavo.integrations.trust import root_of, trusted
+from octavo.system.notes import OctavoWarning
 
 LIBRARY = "sentence_transformers"
 TRANSFORMER = f"{LIBRARY}.base.modules.transformer.Transformer"
@@ -129,7 +129,7 @@ def test_a_model_below_an_artifact_is_none_of_its_modules(kind, copy, bert, monk
 
 @pytest.mark.parametrize("size", [10**6, "224", [64], [10**5, 10**5], -1])
 def test_an_image_to_compare_outputs_of_has_a_sane_size(size):
-    from octavo.probes import fixed_input
+    from octavo.verification.probes import fixed_input
 
     config = transformers.ConvNextConfig(num_channels=3)
     config.__dict__["image_size"] = size

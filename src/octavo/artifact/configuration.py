@@ -15,8 +15,8 @@ from typing import Any
 
 from octavo.artifact.packing import DTYPES, dtype_name
 from octavo.errors import ArtifactError, OctavoError
-from octavo.narrowing import FLOATS
-from octavo.strict_json import parse_object, read_plain
+from octavo.sources.narrowing import FLOATS
+from octavo.system.strict_json import parse_object, read_plain
 
 CONFIG = "config.json"
 #: Names of the files that decide which model is built, below the artifact's folder or one folder deeper.

@@ -15,9 +15,9 @@ from octavo.artifact.folder import check_folder
 from octavo.artifact.packing import is_shape, naturals
 from octavo.artifact.writing import FORMAT_VERSION, INDEX, MANIFEST, SUBFOLDER, WEIGHTS, unescaped
 from octavo.errors import ArtifactError
-from octavo.sites import DTYPES as CODES
-from octavo.strict_json import parse_object, read_plain
-from octavo.tensor_files import Place
+from octavo.sources.sites import DTYPES as CODES
+from octavo.system.strict_json import parse_object, read_plain
+from octavo.system.tensor_files import Place
 
 _MANIFEST_LIMIT = 256 << 20
 #: That of the safetensors library.

@@ -19,8 +19,8 @@ from octavo.coding import Allowance
 from octavo.coding.container import MAX_DIMENSIONS
 from octavo.errors import ArtifactError, OctavoError
 from octavo.forms.base import allowance_for
-from octavo.raw import raw_bytes
-from octavo.running.kernels import resident_bytes
+from octavo.runtimes.packed.kernels import resident_bytes
+from octavo.system.raw import raw_bytes
 
 DTYPES = {
     name: getattr(torch, name)

@@ -29,12 +29,12 @@ from octavo.artifact.writing import BITS, MANIFEST
 from octavo.coding import Allowance
 from octavo.errors import ArtifactError
 from octavo.forms.base import allowance_for
-from octavo.modules import SUPPORTED
-from octavo.narrowing import FLOATS
-from octavo.raw import narrowed
-from octavo.running import PackedWeight, kernel_for
-from octavo.running.factors import is_factorization
-from octavo.sites import Layout
+from octavo.runtimes.packed import PackedWeight, kernel_for
+from octavo.runtimes.packed.factors import is_factorization
+from octavo.sources.modules import SUPPORTED
+from octavo.sources.narrowing import FLOATS
+from octavo.sources.sites import Layout
+from octavo.system.raw import narrowed
 
 #: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
 _LARGEST_RATIO = 2000
@@ -173,7 +173,7 @@ class Artifact:
     def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
         """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel.
 
-        With ``packed`` sites are weights that run from their codes (:class:`octavo.running.PackedWeight`).
+        With ``packed`` sites are weights that run from their codes (:class:`octavo.runtimes.packed.PackedWeight`).
         """
         # Largest first, so that no thread is left alone with the largest at the end.
         order = sorted(self._tensors if names is None else names, key=lambda name: -self._tensors[name].length)

@@ -25,8 +25,8 @@ from octavo import coding
 from octavo.artifact.configuration import listed
 from octavo.artifact.packing import Packed, dtype_name
 from octavo.coding.container import DTYPES as INTEGERS
-from octavo.raw import raw_bytes
-from octavo.sites import Layout
+from octavo.sources.sites import Layout
+from octavo.system.raw import raw_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "octavo.json"

@@ -21,7 +21,7 @@ import octavo
 from octavo.cli.net import unforeseen
 from octavo.cli.terminal import Commands, Terminal, UsageError
 from octavo.errors import OctavoError
-from octavo.visible import visible
+from octavo.system.visible import visible
 
 app = typer.Typer(
     name="octavo",

@@ -14,15 +14,15 @@ from rich.table import Table
 
 import octavo
 from octavo import report
-from octavo.choices import OF_PROFILE, check_target
+from octavo.calibration.workspace import forget, holds_work
 from octavo.cli import command, console, errors, options, show_json
 from octavo.cli.running import tell_speed
-from octavo.lock import Lock
-from octavo.paths import checked_output
-from octavo.publish import check_writable
+from octavo.request import OF_PROFILE, check_target
+from octavo.saving import check_writable
 from octavo.steps import request_of
-from octavo.verify import REPORT
-from octavo.workspace import forget, holds_work
+from octavo.system.locks import Lock
+from octavo.system.paths import checked_output
+from octavo.verification.verifying import REPORT
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import octavo
 from octavo import report
 from octavo.cli import command, console, options, show_json
 from octavo.methods import methods as known_methods
-from octavo.paths import checked
+from octavo.system.paths import checked
 
 ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from octavo.cli import command, console, errors, options, show_json
 from octavo.errors import OctavoError, RequestError
-from octavo.paths import checked, checked_output
-from octavo.replacing import check_kind
-from octavo.visible import visible
+from octavo.system.paths import checked, checked_output
+from octavo.system.replacing import check_kind
+from octavo.system.visible import visible
 
 
 @command

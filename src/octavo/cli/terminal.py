@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from octavo.visible import visible
+from octavo.system.visible import visible
 
 #: What is wrong with the words of a command line. Typer brings its own copy of click, or uses click's.
 UsageError: Any = typer.BadParameter.__base__

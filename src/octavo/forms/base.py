@@ -31,7 +31,7 @@ _AT_ONCE = 1 << 20
 class Form(ABC):
     """A matrix of ``rows`` x ``columns`` in some compressed representation.
 
-    A form never sees a module: sites turn their weights into a matrix (see :class:`octavo.sites.Layout`),
+    A form never sees a module: sites turn their weights into a matrix (see :class:`octavo.sources.sites.Layout`),
     methods find forms for it. Integer tensors in :meth:`tensors` are coded by :mod:`octavo.coding`, whichever
     codec is smallest; floating tensors are stored as they are.
     """

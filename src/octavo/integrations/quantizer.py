@@ -22,9 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError
-from octavo.integrations.names import names_of
-from octavo.notes import OctavoWarning
-from octavo.trust import root_of
+from octavo.integrations.trust import root_of
+from octavo.sources.names import names_of
+from octavo.system.notes import OctavoWarning
 
 #: A model may have this many times the bytes of its tensors in the files, as tied weights have, and 64 MB.
 _LARGER, _SLACK = 4, 64 << 20

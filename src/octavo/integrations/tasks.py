@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from octavo.calibration.objective import KL, Cosine, Objective, Squared
 from octavo.errors import RequestError
-from octavo.integrations.sentences import Member, is_encoder_folder, members
-from octavo.objective import KL, Cosine, Objective, Squared
-from octavo.strict_json import read_object
+from octavo.sources.sentences import Member, is_encoder_folder, members
+from octavo.system.strict_json import read_object
 
 if TYPE_CHECKING:
-    from octavo.sites import Source
+    from octavo.sources.sites import Source
 
 #: Bytes that a configuration has at most: 16 MB.
 _MOST = 16 << 20
@@ -169,7 +169,7 @@ def _cosine(folder: Path, modules: list[Member]) -> Cosine:
     pooling = config.get("pooling_mode") or [mode for old, mode in _OLD_MODES.items() if config.get(old)] or "mean"
     prompt = 0
     if not config.get("include_prompt", True):
-        from octavo.integrations.texts import prompt_length
+        from octavo.sources.tokens import prompt_length
 
         prompt = prompt_length(folder)
     try:

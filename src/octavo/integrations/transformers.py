@@ -19,8 +19,10 @@ from torch.overrides import TorchFunctionMode
 from octavo.artifact.configuration import check_counts
 from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
-from octavo.integrations.bounded import bounded
-from octavo.integrations.sentences import (
+from octavo.integrations.tasks import class_for, default_objective, json_object, tensor_shapes  # noqa: F401  (an objective is asked for here too)
+from octavo.integrations.trust import guard_configurations, guard_encoders, known, root_of, trusted
+from octavo.sources.bounded import bounded
+from octavo.sources.sentences import (
     MODULE,
     bind_encoder,
     decode_members,
@@ -29,13 +31,11 @@ from octavo.integrations.sentences import (
     members,
     transformer_folder,
 )
-from octavo.integrations.tasks import class_for, default_objective, json_object, tensor_shapes  # noqa: F401  (an objective is asked for here too)
-from octavo.trust import guard_configurations, guard_encoders, known, root_of, trusted
-from octavo.weight_files import NAMED
+from octavo.sources.weight_files import NAMED
 
 if TYPE_CHECKING:
     from octavo.artifact import Artifact
-    from octavo.sites import Source
+    from octavo.sources.sites import Source
 
 _TARGET, _CONFIGURATIONS = "transformers.quantizers.auto", "transformers.configuration_utils"
 _ENCODERS = "sentence_transformers.base.model"
@@ -80,7 +80,7 @@ def is_known(folder: Path) -> bool:
 def attach_module(source: Source, folder: Path) -> None:
     """Give a source the model of its folder, as a skeleton without weights.
 
-    :func:`load_weights` fills it, or :mod:`octavo.blockwise` runs it block by block.
+    :func:`load_weights` fills it, or :mod:`octavo.calibration.blockwise` runs it block by block.
     An architecture that ``transformers`` does not know leaves the source without a module, with a note.
     """
     transformers = require_transformers()
@@ -148,7 +148,7 @@ def load_weights(source: Source) -> None:
 
 def bind(source: Source, module: nn.Module) -> None:
     """Say how the source's tensors reach the module, by the loader's own rules."""
-    from octavo.integrations.names import names_of
+    from octavo.sources.names import names_of
 
     found = names_of(module, source.every_shape())
     converted = {name: item.targets[0] for item in found.conversions for name in item.names}
@@ -169,7 +169,7 @@ def unfilled_names(source: Source) -> list[str] | None:
         return source.unfilled
     if importlib.util.find_spec("transformers") is None or not is_known(inner):
         return None
-    from octavo.integrations.names import names_of
+    from octavo.sources.names import names_of
 
     prefix = "" if inner == source.folder else f"{inner.name}/"
     shapes = source.every_shape().items()
@@ -181,7 +181,7 @@ def unfilled_names(source: Source) -> list[str] | None:
 
 def tied_names(source: Source) -> set[str]:
     """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
-    from octavo.integrations.names import names_of
+    from octavo.sources.names import names_of
 
     folder, module = source.folder, source.module
     if module is None or folder is None:

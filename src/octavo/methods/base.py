@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Form
-from octavo.sites import Site
+from octavo.sources.sites import Site
 
 #: One choice of a method's knobs, plain JSON: ``{"bits": 4, "group": 64}``.
 Setting = dict[str, Any]
@@ -82,7 +82,7 @@ class Method(ABC):
         """The settings worth trying, from largest to smallest; none if the method has nothing to offer here."""
 
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Those whose forms run from memory as they are, with a kernel (:mod:`octavo.running`), largest first."""
+        """The settings whose forms run from memory as they are, with a kernel, largest first."""
         return []
 
     def offered(self, weight: Tensor, evidence: Evidence, target: str) -> list[Setting]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence, require_finite
+from octavo.calibration.evidence import Evidence, require_finite
 
 Sweep = Callable[[int, Tensor, Tensor, Tensor], None]
 #: Columns whose feedback is applied one by one before it is applied to the rest by one matrix product.

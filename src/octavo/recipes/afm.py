@@ -20,8 +20,8 @@ from octavo.recipes.base import Arm, Check, Difference, Finding, Trial, differen
 from octavo.recipes.ctr import CTR, auc, click_loss, clicks_model
 from octavo.recipes.models import shuffled
 from octavo.recipes.stored import Stored, through_file
-from octavo.sites import SMALLEST_SITE
-from octavo.train import fit, formed, settle
+from octavo.sources.sites import SMALLEST_SITE
+from octavo.training import fit, formed, settle
 
 #: Times smaller than the dense network, both in half precision.
 RATIOS = (3, 5)

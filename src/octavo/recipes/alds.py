@@ -15,7 +15,7 @@ from octavo.methods.factorize.minimax import Choice, Layer, allocate
 from octavo.recipes import Arm, Check, Difference, Finding, Trial, data, difference, recipe
 from octavo.recipes.models import classifier, flipped, in_batches, momentum, shuffled
 from octavo.recipes.stored import Stored, quantized, through_file
-from octavo.train import accuracy, cross_entropy, fit, formed, settle
+from octavo.training import accuracy, cross_entropy, fit, formed, settle
 
 #: Sizes of all weights together, as shares of the dense ones.
 SIZES = (0.3, 0.5)

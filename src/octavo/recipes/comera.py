@@ -17,9 +17,9 @@ from octavo.errors import MissingExtraError
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import through_file
-from octavo.train import accuracy, cross_entropy, fit
-from octavo.train.adaptive_trains import fold
-from octavo.train.comera import PENALTIES, CoMERA, rates
+from octavo.training import accuracy, cross_entropy, fit
+from octavo.training.adaptive_trains import fold
+from octavo.training.comera import PENALTIES, CoMERA, rates
 
 #: Epochs of the early and the late stage; every other arm has as many in all.
 _EARLY, _LATE = 2, 2

@@ -17,7 +17,7 @@ from octavo.methods.factorize.mpo import bond, decompose, elements, modes
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import quantized, through_file
-from octavo.train import fit, formed, next_token, settle
+from octavo.training import fit, formed, next_token, settle
 
 #: Elements of the factors as a share of those of the matrices.
 _SHARES = (0.5, 0.25)

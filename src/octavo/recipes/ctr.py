@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from octavo.calibration.objective import KL
 from octavo.errors import MissingExtraError
-from octavo.objective import KL
 from octavo.recipes import data
 from octavo.recipes.base import Trial
 from octavo.recipes.models import shuffled, trained
-from octavo.train import fit
-from octavo.train.losses import outputs_of
+from octavo.training import fit
+from octavo.training.losses import outputs_of
 
 
 class CTR(nn.Module):

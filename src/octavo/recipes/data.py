@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.data.texts import builtin_texts
 from octavo.errors import MissingExtraError, RequestError
 from octavo.recipes.base import Trial
+from octavo.sources.texts import builtin_texts
 
 #: Shown by the recipes that use it.
 CIFAR10 = (

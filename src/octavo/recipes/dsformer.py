@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from octavo.data.texts import builtin_texts
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Dense, Form, LowRank, RowBlocks, Sparse
-from octavo.integrations.texts import text_batches
 from octavo.integrations.transformers import require_transformers
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.dictionaries import Shape, learn, split
 from octavo.methods.prune.masks import largest, largest_by_group
 from octavo.recipes import Arm, Check, Finding, Trial, data, difference, recipe
 from octavo.recipes.stored import quantized, through_file
-from octavo.sites import Layout
-from octavo.train import Regimen, fit, formed, settle
-from octavo.train.dsformer import SOURCE, StraightThroughFactorizer
+from octavo.sources.sites import Layout
+from octavo.sources.texts import builtin_texts
+from octavo.sources.tokens import text_batches
+from octavo.training import Regimen, fit, formed, settle
+from octavo.training.dsformer import SOURCE, StraightThroughFactorizer
 
 #: Blocks of 16 columns with 32 atoms, of which a row takes so many: about 2 and 4 times smaller than float16.
 SHAPES = (Shape(16, 32, 6), Shape(16, 32, 3))

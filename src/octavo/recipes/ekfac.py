@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from octavo.calibrate import calibrate
-from octavo.curvature import Curvature, kronecker
+from octavo.calibration.calibrating import calibrate
+from octavo.calibration.curvature import Curvature, kronecker
+from octavo.calibration.objective import Batch, Loss, objective
 from octavo.forms import Dense, Form, LowRank, Sparse
 from octavo.methods.factorize.fisher_svd import Fitting
 from octavo.methods.prune import masks
-from octavo.objective import Batch, Loss, objective
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import Stored, through_file
-from octavo.sites import from_module
-from octavo.train import cross_entropy, fit
+from octavo.sources.sites import from_module
+from octavo.training import cross_entropy, fit
 
 #: Approximations of the curvature, with the exact expectation over the model's own labels if nothing else is said.
 #: Sampled labels are a few draws, as nets of many classes need; true ones give the empirical Fisher matrix.

@@ -13,19 +13,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from octavo.blocks import Blocks
+from octavo.calibration.blocks import Blocks
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.inputs import model_of, silent
+from octavo.calibration.objective import KL, Batch, Objective, mask_of
 from octavo.errors import OctavoError
-from octavo.evidence import Evidence
 from octavo.forms import Dense, Form
-from octavo.inputs import model_of, silent
 from octavo.methods import Setting, get_method
 from octavo.methods.factorize.eora import compensated
-from octavo.objective import KL, Batch, Objective, mask_of
+from octavo.opening import open_job
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Difference, Finding, Trial, difference, recipe
 from octavo.recipes.stored import Stored, quantized, through_file
-from octavo.request import open_job
-from octavo.train import next_token
+from octavo.training import next_token
 
 #: How models are compressed before anything is put back: a method and its setting.
 BASES: dict[str, tuple[str, Setting]] = {

@@ -21,8 +21,8 @@ from octavo.recipes import data
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.models import in_batches, shuffled, trained
 from octavo.recipes.stored import through_file
-from octavo.train import accuracy, cross_entropy, fit
-from octavo.train.low_rank import low_rank
+from octavo.training import accuracy, cross_entropy, fit
+from octavo.training.low_rank import low_rank
 
 KINDS = ("full", "LRT", "Linformer")
 #: Tokens in every batch that is timed, so that lengths can be compared.

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.objective import Cosine
 from octavo.errors import OctavoError
-from octavo.evidence import Evidence
 from octavo.forms import Dense, Form, LowRank, RowBlocks
-from octavo.integrations.texts import text_batches
 from octavo.integrations.transformers import require_transformers
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import Block, grouped
 from octavo.methods.factorize.groupreduce import quantized
 from octavo.methods.quantize.entropy import Entropy
-from octavo.objective import Cosine
 from octavo.recipes import data
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.results import figure
 from octavo.recipes.stored import Stored, through_file
+from octavo.sources.tokens import text_batches
 
 #: Times smaller than the table in 32 bits.
 RATIOS = (3, 5, 8)

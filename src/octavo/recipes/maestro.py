@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Dense, Form, LowRank
 from octavo.methods.factorize import factors
 from octavo.recipes import Arm, Check, Difference, Finding, Trial, data, difference, recipe
 from octavo.recipes.models import ResNet, flipped, in_batches, momentum, shuffled, trained
 from octavo.recipes.stored import quantized, through_file
-from octavo.train import Regimen, accuracy, cross_entropy, fit
-from octavo.train.maestro import SOURCE, OrderedDropout, allocated, factorizable, ladder, recalibrate, truncated
+from octavo.training import Regimen, accuracy, cross_entropy, fit
+from octavo.training.maestro import SOURCE, OrderedDropout, allocated, factorizable, ladder, recalibrate, truncated
 
 #: Weights of the factorized layers, as shares of the dense ones.
 SIZES = (0.1, 0.2, 0.3, 0.4)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from octavo.errors import MissingExtraError
 from octavo.forms import Cut, Dense, Form, LowRank
-from octavo.integrations.gguf import open_gguf
-from octavo.matmul import fast_matmul
 from octavo.methods.factorize.factors import Factors, whitened
 from octavo.methods.structure.decoder import PROJECTIONS, Block, Moments, blocks, observe
 from octavo.methods.structure.modegpt import TYPES, allocate, decompose, pairs
@@ -22,7 +20,9 @@ from octavo.recipes import data
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.models import language_model
 from octavo.recipes.stored import through_file
-from octavo.train import next_token
+from octavo.sources.gguf import open_gguf
+from octavo.system.matmul import fast_matmul
+from octavo.training import next_token
 
 #: Shares of the weights of all blocks that are given up.
 SHARES = (0.1, 0.25, 0.4)

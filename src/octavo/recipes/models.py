@@ -13,7 +13,7 @@ from torch.nn import functional
 from octavo.errors import MissingExtraError
 from octavo.recipes import data
 from octavo.recipes.base import Trial
-from octavo.train import cross_entropy, fit, next_token
+from octavo.training import cross_entropy, fit, next_token
 
 
 def shuffled(*tensors: Tensor, size: int, seed: int = 0) -> Callable[[int], Iterable[tuple[Tensor, ...]]]:

@@ -16,8 +16,8 @@ from octavo.forms import Dense, Form, Separable
 from octavo.recipes import Arm, Check, Difference, Finding, Trial, difference, recipe
 from octavo.recipes.models import shuffled
 from octavo.recipes.stored import Stored, through_file
-from octavo.sites import Layout
-from octavo.train import fit, formed, settle
+from octavo.sources.sites import Layout
+from octavo.training import fit, formed, settle
 
 #: Points of the grid in both directions, and steps of the finite differences from one snapshot to the next.
 GRID, BETWEEN = 32, 6

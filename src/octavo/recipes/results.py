@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import octavo
+from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.recipes.base import Finding, Recipe, Trial, recipes
 from octavo.report.gather import environment
-from octavo.workspace import write_file
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")
 

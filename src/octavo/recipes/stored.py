@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from octavo.artifact import Artifact, Contents, Entry, Kept, pack
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Dense, Form, with_leaves
 from octavo.methods.quantize.entropy import Entropy
-from octavo.raw import narrowed
-from octavo.sites import Layout, from_module
+from octavo.sources.sites import Layout, from_module
+from octavo.system.raw import narrowed
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 
 import octavo
+from octavo.allocation.budget import Budget
+from octavo.allocation.leftover import upgrades
+from octavo.allocation.profiles import densified
 from octavo.artifact import Artifact, dtype_name
-from octavo.batches import run
-from octavo.budget import Budget
-from octavo.inmemory import replaced
-from octavo.leftover import upgrades
+from octavo.calibration.inmemory import replaced
+from octavo.calibration.objective import OfOutputs
 from octavo.methods import get_method
-from octavo.objective import OfOutputs
-from octavo.profile import densified
-from octavo.proof import Proof
 from octavo.report.running import running_data
 from octavo.report.text import things
-from octavo.running.speed import interleaved
-from octavo.verify import digest_of
+from octavo.runtimes.packed.speed import interleaved
+from octavo.sources.batches import run
+from octavo.verification.proof import Proof
+from octavo.verification.verifying import digest_of
 
 if TYPE_CHECKING:
-    from octavo.compress import Compressed
+    from octavo.pipeline import Compressed
 
 _PAIRS = 7
 #: Seconds after which no further turn is timed.
@@ -164,7 +164,7 @@ def peak_memory() -> int:
 
 
 def _length(batch: Any) -> int:
-    from octavo.objective import sequences_in
+    from octavo.calibration.objective import sequences_in
 
     return sequences_in(batch)
 
@@ -277,7 +277,7 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
 
 def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
     """Expected loss over ratios from the profile, and what uniform settings would give."""
-    from octavo.allocate import allocate, uniform
+    from octavo.allocation.solver import allocate, uniform
     from octavo.errors import BudgetError
 
     profile = done.profile
@@ -349,8 +349,8 @@ def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
         "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
     }
     if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
-        from octavo.integrations.sentences import transformer_folder
         from octavo.integrations.transformers import load_as_users_do
+        from octavo.sources.sentences import transformer_folder
 
         source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.

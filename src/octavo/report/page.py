@@ -9,10 +9,10 @@ from string import Template
 from typing import Any
 
 from octavo.errors import MissingExtraError, RequestError
-from octavo.replacing import check_kind
 from octavo.report.markup import join
 from octavo.report.summary import headline
 from octavo.report.text import moment, plain
+from octavo.system.replacing import check_kind
 
 
 def write(data: dict[str, Any], path: Path) -> None:

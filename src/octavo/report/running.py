@@ -10,14 +10,14 @@ from torch import nn
 
 from octavo.artifact import Artifact
 from octavo.artifact.writing import split_name
-from octavo.batches import run
-from octavo.objective import Objective, OfOutputs
-from octavo.running import held_bytes, kernels_of
-from octavo.running.speed import generates, greedy, interleaved
-from octavo.verify import load
+from octavo.calibration.objective import Objective, OfOutputs
+from octavo.runtimes.packed import held_bytes, kernels_of
+from octavo.runtimes.packed.speed import generates, greedy, interleaved
+from octavo.sources.batches import run
+from octavo.verification.verifying import load
 
 if TYPE_CHECKING:
-    from octavo.compress import Compressed
+    from octavo.pipeline import Compressed
 
 _TOKENS = 16
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from octavo.notes import by_kind
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -22,6 +21,7 @@ from octavo.report.text import (
     things,
     timed,
 )
+from octavo.system.notes import by_kind
 
 NOTHING = "–"
 

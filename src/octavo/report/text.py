@@ -4,7 +4,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
-from octavo.visible import visible
+from octavo.system.visible import visible
 
 NOT_MEASURED = "not measured"
 

@@ -1,1 +1,1 @@
-"""Runtimes other than PyTorch: how forms run in them, and what that takes on this machine."""
+"""What runs forms."""

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence, require_finite
 from octavo.errors import RequestError
-from octavo.evidence import Evidence, require_finite
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
-from octavo.sites import Site
+from octavo.sources.sites import Site
 
 
 class OutputMoments:

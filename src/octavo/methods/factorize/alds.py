@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Dense, GroupedLowRank
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.factors import Factors
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
-from octavo.sites import Site
+from octavo.sources.sites import Site
 
 SOURCE = "ALDS (Liebenwein et al., 2021, arXiv 2107.11442)"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence, require_finite
+from octavo.calibration.evidence import Evidence, require_finite
 from octavo.forms import DenseSparse, Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize.dictionaries import Factors, Shape, learn, narrow, pursue, split

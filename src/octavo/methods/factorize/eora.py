@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Form, Sum
 from octavo.methods.base import Method, Setting, get_method, method
 from octavo.methods.factorize import factors

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence, require_finite
 from octavo.errors import RequestError
-from octavo.evidence import Evidence, require_finite
 from octavo.forms import Form, LowRank
 from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored

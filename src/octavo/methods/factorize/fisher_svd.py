@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.curvature import Curvature
+from octavo.calibration.curvature import Curvature
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Setting, method
 from octavo.methods.factorize import factors
@@ -35,10 +35,10 @@ class FisherSVD(ActivationSVD):
 
     With ``W`` (rows, columns), and ``S`` and ``A`` the second moments of output gradients and inputs, it begins with
     the product of least ``trace(E^T S E A)``: the truncated SVD of ``S^(1/2) W A^(1/2)``, taken back. Then the factors
-    are fitted in turn to the corrected eigenvalues ``Lam`` (:mod:`octavo.curvature`): in the eigenbasis, with one
-    factor ``U`` held, column ``j`` of the other is ``(U^T diag(Lam[:, j]) U)^-1 U^T diag(Lam[:, j]) W[:, j]``, which
-    never raises the loss. Both factors are quantized as in the other low-rank methods. Evidence without a curvature
-    (``curvature="kfac"``) has nothing to offer it.
+    are fitted in turn to the corrected eigenvalues ``Lam`` (:mod:`octavo.calibration.curvature`): in the eigenbasis,
+    with one factor ``U`` held, column ``j`` of the other is ``(U^T diag(Lam[:, j]) U)^-1 U^T diag(Lam[:, j]) W[:, j]``,
+    which never raises the loss. Both factors are quantized as in the other low-rank methods. Evidence without a
+    curvature (``curvature="kfac"``) has nothing to offer it.
 
     Parameters
     ----------

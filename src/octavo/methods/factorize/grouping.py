@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from octavo.calibration.evidence import Evidence, require_finite
 from octavo.errors import RequestError
-from octavo.evidence import Evidence, require_finite
 from octavo.methods.factorize import factors
 
 #: Refinement ends when a round gains less than this share of the loss.

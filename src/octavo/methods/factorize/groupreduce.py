@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Form, RowBlocks
 from octavo.forms.rowblocks import MOST_BLOCKS
 from octavo.methods.base import Method, Setting, method
@@ -16,7 +16,7 @@ from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import Block, Grouping, grouped
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
-from octavo.sites import Site
+from octavo.sources.sites import Site
 
 #: Ranks, as shares of the rank whose factors have as many elements as the table, with bits a coefficient: the hull of
 #: what MiniLM's table wants under calibrated evidence. At more bits, quantization alone is the better.

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence, require_finite
 from octavo.errors import RequestError
-from octavo.evidence import Evidence, require_finite
 from octavo.forms import Dense, Form, TensorTrain
 from octavo.forms.tensor_train import MOST_CORES, full_ranks
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize.factors import Factors, whitened
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
-from octavo.sites import Site
+from octavo.sources.sites import Site
 
 #: Sites, elements of the cores as a share of those of the matrix, and bits a coefficient.
 _CHOICES: tuple[tuple[int, float, float], ...] = (

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored, round_columns

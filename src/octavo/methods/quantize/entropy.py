@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Setting, method
 from octavo.methods.compiled import compiled

@@ -28,7 +28,7 @@ _SMALLEST_NORMAL, _SMALLEST, _LARGEST = 2.0**-14, 2.0**-24, 65504.0
 
 
 def kernel_settings(weight: Tensor) -> list[Setting]:
-    """Settings that PyTorch's kernels run (:mod:`octavo.running`): scales in bfloat16, 8 bits without zero points."""
+    """Settings that PyTorch's kernels run: scales in bfloat16, 8 bits without zero points."""
     columns = weight.shape[1]
     settings: list[Setting] = []
     if columns % _KERNEL_COLUMNS == 0:

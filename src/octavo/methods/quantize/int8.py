@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting, method

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Codebook, Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored, round_columns

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.evidence import Evidence
 from octavo.forms import Affine, Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.knobs import flag, whole

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.evidence import Evidence
+from octavo.calibration.evidence import Evidence
 from octavo.forms import Form, Trellis
 from octavo.forms.trellis import LANES
 from octavo.methods.base import Setting, method

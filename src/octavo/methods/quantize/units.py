@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from octavo.calibration.evidence import Evidence, require_finite
 from octavo.errors import RequestError
-from octavo.evidence import Evidence, require_finite
 from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from octavo.batches import Batch, mask_of, run
 from octavo.errors import RequestError
-from octavo.matmul import fast_matmul
+from octavo.sources.batches import Batch, mask_of, run
+from octavo.system.matmul import fast_matmul
 
 #: Their rotary embedding turns dimension ``i`` of a head with ``i + head / 2``, and nothing stands between the
 #: projections of queries, keys and values and the attention: no norm, no clipping.

@@ -1,0 +1,1 @@
+"""Curves of sites, and the plan that fits a budget."""

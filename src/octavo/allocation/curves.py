@@ -1,0 +1,150 @@
+"""Curves of a whole source, and their correction by measured plans."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from octavo.allocation.budget import Budget
+from octavo.allocation.profiles import Curve, Point, Profile, Window
+from octavo.allocation.solver import allocate
+from octavo.artifact import Packed, Sized
+from octavo.calibration.calibrating import Calibration
+from octavo.calibration.workspace import Workspace
+from octavo.encoding.job import Job
+from octavo.encoding.tasks import profiled
+
+#: Every n-th setting of a continuous knob is tried, and points are wanted in this range of the bits asked for.
+_STRIDE = {"fast": 2}
+_SPREAD = {"fast": (0.45, 1.9), "best": (0.1, 4.0)}
+
+
+def window_of(bits: float | None, preset: str) -> Window:
+    """Between which sizes points are wanted; None takes all."""
+    if bits is None:
+        return Window()
+    spread = _SPREAD.get(preset, (0.25, 2.5))
+    # Near the smallest artifact every site needs its coarsest point, wherever that lies.
+    least = 0.0 if bits < 1 else bits * spread[0]
+    return Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
+
+
+def build_profile(
+    job: Job,
+    calibration: Calibration,
+    room: Workspace,
+    bits: float | None,
+    preset: str,
+    *,
+    corrected: bool = True,
+) -> Profile:
+    """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
+
+    ``bits`` per weight tells around which size points are wanted; None takes all. Without ``corrected`` nothing is
+    measured to correct expected losses.
+    """
+    window = window_of(bits, preset)
+    saved = room.read_json("profile.json", again=True)
+    if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
+        return Profile.load(room.path / "profile.json")
+    curves, smallest = [], dict[str, Packed]()
+    for curve, packed in _measured(job, calibration, room, window, bits):
+        curves.append(curve)
+        smallest[curve.site] = packed
+        job.progress("profile", len(curves), len(job.sites))
+    narrowing = job.narrowing()
+    source = job.source
+    profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
+    profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": job.target}
+    profile.options["pinned"] = sorted(job.pinned)
+    profile.fixed_bytes = job.contents(smallest, narrowing).counted - sum(
+        packed.counted(job.target) for packed in smallest.values()
+    )
+    if corrected and job.measurable and preset != "fast":
+        correct(job, profile, calibration, room, bits or 4.0)
+    profile.save(room.path / "profile.json")
+    return profile
+
+
+def _measured(
+    job: Job, calibration: Calibration, room: Workspace, window: Window, bits: float | None
+) -> Iterator[tuple[Curve, Packed]]:
+    """Every site's curve, those that are there from the workspace, and its smallest form without content."""
+    names = [f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json" for index in range(len(job.sites))]
+    found = [room.read_json(name, again=True) for name in names]
+    missing = [site for site, saved in zip(job.sites, found, strict=True) if saved is None]
+    results = job.executor.map(
+        profiled,
+        (
+            (
+                site,
+                job.matrix(site),
+                calibration.evidence[site.name],
+                job.methods,
+                window,
+                job.pinned.get(site.name),
+                job.target,
+            )
+            for site in missing
+        ),
+    )
+    for site, name, saved in zip(job.sites, names, found, strict=True):
+        if saved is None:
+            curve, made, outline = next(results)
+            for method, setting, packed in made:
+                room.save_packed(site.name, method, setting, packed)
+            entries = [[p.method, p.setting, p.bytes, p.loss, p.estimated] for p in curve.points]
+            described = [outline.bytes, outline.crc, outline.parts, outline.meta, outline.codecs, outline.resident]
+            # What was read back is what goes on, so that a run that was resumed is like one that was not.
+            saved = json.loads(json.dumps({"points": entries, "smallest": described}))
+            room.write_json(name, saved)
+        length, crc, *described = saved["smallest"]
+        points = [Point(*entry) for entry in saved["points"]]
+        yield Curve(site.name, site.kind, site.shape, points), Packed(Sized(length, crc), *described)
+
+
+def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspace, bits: float) -> None:
+    """Measure what expected losses are worth: compress one group of sites at a time, at two sizes, and look.
+
+    The measured loss of a group is fitted as ``factor * expected ** exponent`` through the two points. Groups whose
+    loss is too small to matter keep the expectation.
+    """
+    groups: dict[str, list[Curve]] = {}
+    for curve in profile.curves:
+        groups.setdefault(curve.group, []).append(curve)
+    plans = []
+    for share in (1.0, 0.6):
+        size = max(int(profile.weights * bits * share / 8), profile.smallest)
+        plans.append(allocate(profile, Budget(size, "correction")))
+    total = max(plan.expected for plan in plans)
+    for done, (name, curves) in enumerate(groups.items()):
+        pairs = []
+        for plan in plans:
+            nearest = {curve.site: _nearest(curve, plan.points[curve.site]) for curve in curves}
+            expected = sum(point.loss for point in nearest.values())
+            if expected <= 1e-3 * total:
+                continue
+            packed = dict(job.encode_all(nearest, calibration, room))
+            pairs.append((expected, float(job.measure(job.weights(packed)).mean())))
+        profile.correction[name] = fit_power(pairs)
+        job.progress("correct", done + 1, len(groups))
+
+
+def _nearest(curve: Curve, wanted: Point) -> Point:
+    """The measured point of a curve that is closest to one that may be estimated."""
+    same = [point for point in curve.points if point.method == wanted.method]
+    return min(same, key=lambda point: abs(math.log((point.bytes + 1) / (wanted.bytes + 1))))
+
+
+def fit_power(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Factor and exponent of ``measured = factor * expected ** exponent`` through up to two pairs of both."""
+    usable = [(expected, measured) for expected, measured in pairs if expected > 0 and measured > 0]
+    if not usable:
+        return 1.0, 1.0
+    (x1, y1), (x2, y2) = (np.log(usable[0]), np.log(usable[-1]))
+    # An exponent far from 1 is noise of a small sample; it would run away outside the measured range.
+    exponent = float(np.clip((y2 - y1) / (x2 - x1), 0.8, 1.25)) if abs(x2 - x1) > 0.1 else 1.0
+    return float(np.exp((y1 + y2) / 2 - exponent * (x1 + x2) / 2)), exponent

@@ -1,0 +1,358 @@
+"""Rate-distortion curves of every site: what each method and setting would cost in bytes and in quality."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from octavo.allocation.sampling import Sample, sample_of, table_sample_of
+from octavo.artifact import pack
+from octavo.calibration.evidence import Evidence
+from octavo.calibration.workspace import write_file
+from octavo.errors import RequestError
+from octavo.methods import Method, Setting, get_method
+from octavo.methods.base import PRESETS
+from octavo.methods.factorize.factors import is_table
+from octavo.sources.sites import Site
+from octavo.system.paths import checked, reason
+from octavo.system.sealed import sealed_json, unsealed_json
+
+#: A method whose first point loses this many times more than the best known curve at the same bytes is not tried
+#: further at that site.
+SCREEN = 3.0
+#: One that loses less than this many times more is tried further, catching up or not.
+PROMISING = 1.15
+FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to store one site.
+
+    Parameters
+    ----------
+    method, setting
+        What was done.
+    bytes
+        Stored bytes, from the code that writes the file; for memory those that it takes while it runs.
+    loss
+        Expected increase of the whole model's loss (the objective's metric), before correction.
+    estimated
+        Whether bytes and loss were measured on a sample of the rows, or interpolated between two measured points of a
+        method with a continuous setting.
+    """
+
+    method: str
+    setting: Setting
+    bytes: int
+    loss: float
+    estimated: bool = False
+
+
+@dataclass
+class Curve:
+    """All points of a site."""
+
+    site: str
+    kind: str
+    shape: tuple[int, ...]
+    points: list[Point]
+
+    @property
+    def group(self) -> str:
+        """Sites of one kind and shape share one correction."""
+        return f"{self.kind} {'x'.join(map(str, self.shape))}"
+
+
+@dataclass
+class Profile:
+    """All curves of a source, with what is needed to solve them for any budget.
+
+    Parameters
+    ----------
+    fixed_bytes
+        Bytes of everything that is no site, manifest and headers included.
+    correction
+        Group to (factor, exponent): measured loss = factor * expected ** exponent.
+    """
+
+    title: str
+    fingerprint: str
+    original_bytes: int
+    weights: int
+    fixed_bytes: int
+    curves: list[Curve]
+    correction: dict[str, tuple[float, float]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def corrected(self, curve: Curve, loss: float) -> float:
+        """The loss to expect of a point after correction by measured plans."""
+        factor, exponent = self.correction.get(curve.group, (1.0, 1.0))
+        return float(factor * loss**exponent) if loss > 0 else 0.0
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest artifact that the curves allow."""
+        return self.fixed_bytes + sum(min(point.bytes for point in curve.points) for curve in self.curves)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_file(path, sealed_json(path.parent, path.name, {"octavo_profile": FORMAT, **asdict(self)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read what :meth:`save` wrote."""
+        try:
+            data = unsealed_json(path.parent, path.name, checked(path).read_bytes())
+            if data.pop("octavo_profile") != FORMAT:
+                raise ValueError("another format version")
+            curves = [
+                Curve(c["site"], c["kind"], tuple(c["shape"]), [Point(**point) for point in c["points"]])
+                for c in data.pop("curves")
+            ]
+            correction = {key: (float(a), float(b)) for key, (a, b) in data.pop("correction").items()}
+            return cls(curves=curves, correction=correction, **data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RequestError(f"{path}: not a profile that this version can read: {reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class Window:
+    """Bits per weight between which points are wanted; settings beyond are not encoded."""
+
+    least: float = 0.0
+    most: float = float("inf")
+    #: Take every n-th setting.
+    stride: int = 1
+
+
+def profile_site(
+    site: Site,
+    weight: Tensor,
+    evidence: Evidence,
+    methods: Sequence[Method],
+    window: Window,
+    keep: Callable[[Method, Setting, Any], None] = lambda method, setting, packed: None,
+    target: str = "disk",
+) -> Curve:
+    """Points of one site from all methods.
+
+    Parameters
+    ----------
+    weight
+        The site's matrix (rows, columns), float32.
+    methods
+        Those of the cheapest preset go first and set the curve that the others are screened against.
+    keep
+        Called with every packed form, for callers that want to reuse one. Of large matrices only sizes are known.
+    target
+        What the bytes of a point are: ``disk`` or ``memory``.
+
+    Raises
+    ------
+    RequestError
+        If a method cannot encode the matrix, or none has anything to offer it.
+    """
+    curve = Curve(site.name, site.kind, site.shape, [])
+    sample = sample_of(weight, evidence)
+    # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
+    tried = sample and (table_sample_of(weight, evidence) or sample)
+    for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
+        if not method.accepts(site):
+            continue
+        method = method.at_site(site)
+        try:
+            if sample is not None and method.by_rows:
+                for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
+                    packed, loss = sample.packed(form), sample.loss(form)
+                    keep(method, setting, packed)
+                    curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
+            elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
+                for setting, form in _walk(method, weight, evidence, window, curve, target):
+                    packed = pack(form)
+                    keep(method, setting, packed)
+                    loss = evidence.loss(form.dense() - weight)
+                    curve.points.append(Point(method.name, setting, packed.counted(target), loss))
+        except RequestError as error:
+            raise RequestError(f"site {site.name!r}: {error}") from error
+    if not curve.points:
+        names = ", ".join(method.name for method in methods)
+        raise RequestError(f"site {site.name!r}: {names} can do nothing with it; add another method, such as entropy")
+    return curve
+
+
+def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> bool:
+    """Whether a method, tried on a sample as a matrix of its own, is as good as the curve so far.
+
+    A method that looks at all rows together takes long on a large matrix, and is a gain on few of them.
+    """
+    settings, reference = method.offered(sample.weight, sample.evidence, target), envelope(curve)
+    if reference is None or not settings:
+        return bool(settings)
+    form = method.encode(sample.weight, settings[len(settings) // 2], sample.evidence)
+    whole = sample.grown(form) if is_table(*sample.weight.shape) else pack(form).bytes * sample.share
+    return sample.loss(form) <= PROMISING * reference(whole)
+
+
+def _walk(
+    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: str
+) -> Iterator[tuple[Setting, Any]]:
+    """Settings of a method from the middle outwards, until they leave the window or turn out hopeless.
+
+    For memory there are few of them, and all are tried: a budget is then used by no continuous setting, but by knowing
+    every choice.
+    """
+    settings = method.offered(weight, evidence, target)
+    if not settings:
+        return
+    if method.elastic is not None:
+        settings = settings[:: window.stride] if len(settings) > 2 else settings
+    start = len(settings) // 2
+    # How dense storage compares is no question of settings: all of its few are always there. Nor is it what others have
+    # to be as good as, in fewer bytes.
+    dense = all(get_method(name).family == "keep" for name in {point.method for point in curve.points})
+    reference = None if dense or method.family == "keep" else envelope(curve)
+    seen: dict[int, Point] = {}
+    enough = lossless_bytes(curve)
+
+    def bits(index: int) -> float:
+        return seen[index].bytes * 8 / max(math.prod(curve.shape), 1)
+
+    def excess(index: int) -> float:
+        """Loss over that of the best curve so far at the same bytes."""
+        if reference is None:
+            return 0.0
+        return math.inf if needless(index) else seen[index].loss / reference(seen[index].bytes)
+
+    def needless(index: int) -> bool:
+        """Whether a smaller point loses nothing."""
+        return seen[index].bytes >= enough
+
+    def outwards(step: int, wanted: Callable[[int], bool]) -> Iterator[int]:
+        index = start
+        while 0 <= index + step < len(settings) and wanted(index):
+            index += step
+            yield index
+            if index not in seen or (needless(index) and step < 0):
+                return
+            if not needless(index) and excess(index) > PROMISING and excess(index) > 0.95 * excess(index - step):
+                return  # behind, and not catching up
+
+    def order() -> Iterator[int]:
+        if target == "memory":
+            yield from range(len(settings))
+            return
+        yield start
+        # A method may find that a setting it offered does not serve, and give no form for it.
+        if start not in seen:
+            return
+        if needless(start) or excess(start) <= SCREEN:
+            yield from outwards(1, lambda index: bits(index) > window.least)
+            yield from outwards(-1, lambda index: bits(index) < window.most and not needless(index))
+
+    taken: list[int] = []
+
+    def lazily() -> Iterator[Setting]:
+        for index in order():
+            taken.append(index)
+            yield settings[index]
+
+    for form in method.encode_all(weight, lazily(), evidence):
+        yield settings[taken[-1]], form
+        seen[taken[-1]] = curve.points[-1]
+
+
+def envelope(curve: Curve) -> Callable[[float], float] | None:
+    """Loss as a function of bytes along the measured points, log-linear between them; None if there are too few."""
+    # Points without loss are reached by no logarithm: the curve ends where the first of them is.
+    points = sorted({(point.bytes, point.loss) for point in curve.points if point.loss > 0})
+    if len(points) < 2:
+        return None
+    sizes = np.array([size for size, _ in points], float)
+    losses = np.minimum.accumulate(np.log([loss for _, loss in points]))
+    enough = lossless_bytes(curve)
+    return lambda size: 0.0 if size >= enough else float(np.exp(np.interp(size, sizes, losses)))
+
+
+def lossless_bytes(curve: Curve) -> float:
+    """Bytes from which on nothing is lost at a site; infinite if no point says so."""
+    return min((point.bytes for point in curve.points if point.loss == 0), default=math.inf)
+
+
+def densified(curve: Curve, between: int = 7) -> list[Point]:
+    """The points of a curve, with estimated ones between neighbours that differ in a continuous setting alone.
+
+    Octaves, and logarithms of bytes and loss, are close to linear in each other over one gap, so they are interpolated.
+    """
+    result = list(curve.points)
+    for points in _families(curve).values():
+        for fine, coarse in pairwise(points):
+            if coarse.bytes < fine.bytes and fine.loss > 0 and coarse.loss > 0:
+                shares = np.arange(1, between + 1) / (between + 1)
+                result += [_between(fine, coarse, float(share)) for share in shares]
+    return result
+
+
+def _families(curve: Curve) -> dict[str, list[Point]]:
+    """Points of methods with a continuous knob, those equal in all else together, from fine to coarse."""
+    families: dict[str, list[Point]] = {}
+    for point in curve.points:
+        method = get_method(point.method)
+        if method.elastic is not None:
+            rest = {key: value for key, value in point.setting.items() if key != method.elastic}
+            families.setdefault(f"{point.method} {sorted(rest.items())}", []).append(point)
+    for points in families.values():
+        points.sort(key=lambda point: get_method(point.method).octaves(point.setting))
+    return families
+
+
+def _between(fine: Point, coarse: Point, share: float) -> Point:
+    """The point at a share of the way from one to another."""
+    method = get_method(fine.method)
+    ends = [
+        np.array([method.octaves(p.setting), np.log(max(p.bytes, 1)), np.log(max(p.loss, 1e-300))])
+        for p in (fine, coarse)
+    ]
+    octaves, size, loss = (1 - share) * ends[0] + share * ends[1]
+    setting = method.at(fine.setting, float(octaves))
+    return Point(fine.method, setting, round(float(np.exp(size))), float(np.exp(loss)), estimated=True)
+
+
+def family(curve: Curve, method: str) -> list[Point]:
+    """The points of a method with one continuous knob, from fine to coarse."""
+    return next(points for points in _families(curve).values() if points[0].method == method)
+
+
+def interpolate(points: Sequence[Point], octaves: float) -> Point:
+    """The point of a family at ``octaves``, clamped to the measured range."""
+    octaves_of = get_method(points[0].method).octaves
+    place = bisect_left(points, octaves, key=lambda point: octaves_of(point.setting))
+    if place == 0 or place == len(points):
+        return points[min(place, len(points) - 1)]
+    low, high = (octaves_of(point.setting) for point in points[place - 1 : place + 1])
+    return _between(points[place - 1], points[place], (octaves - low) / (high - low))
+
+
+def slope(curve: Curve, point: Point) -> float:
+    """Bytes that an octave more of a point's continuous knob adds (below zero), from the measured points around it."""
+    method = get_method(point.method)
+    rest = {key: value for key, value in point.setting.items() if key != method.elastic}
+    points = _families(curve).get(f"{point.method} {sorted(rest.items())}", [])
+    # At a high rate an octave is a bit a weight.
+    fallback = -math.prod(curve.shape) / 8
+    if len(points) < 2:
+        return fallback
+    places = [method.octaves(p.setting) for p in points]
+    place = min(max(bisect_left(places, method.octaves(point.setting)), 1), len(points) - 1)
+    fine, coarse = points[place - 1], points[place]
+    if coarse.bytes >= fine.bytes:
+        return fallback
+    return point.bytes * math.log(coarse.bytes / fine.bytes) / (places[place] - places[place - 1])

@@ -1,0 +1,177 @@
+"""What a mixed plan must beat: one setting for all sites, and plain round-to-nearest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from octavo.allocation.budget import Budget
+from octavo.allocation.plans import Plan
+from octavo.allocation.profiles import Point, Profile, envelope
+from octavo.allocation.solver import labelled, uniform
+from octavo.calibration.calibrating import Calibration
+from octavo.calibration.evidence_folder import EvidenceFolder
+from octavo.calibration.workspace import Workspace
+from octavo.encoding.job import Job
+from octavo.encoding.tasks import weighed
+from octavo.methods import Setting, get_method
+
+PLAIN = "rtn"
+#: Plain round-to-nearest is not built where every site was measured and it is expected to lose so many times more.
+_HOPELESS = 8.0
+#: A coder may save this share of the bits of round-to-nearest's codes.
+_CODED = 0.25
+
+
+def best_uniform(job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget) -> list[Plan]:
+    """The plan of least expected loss that uses one setting everywhere; none if no single setting fits.
+
+    A setting that was tried at most of the weights, and screened out at the others, is tried there as well where it
+    could win: a rival is not weakened by what was left untried.
+    """
+    plans = uniform(profile, asked)
+    if job.target == "memory":  # there every setting was tried
+        return plans[:1]
+    limit = plans[0].expected if plans else math.inf
+    wanted = [
+        (site, method, setting)
+        for method, setting, tried in _settings(job, profile)
+        for site in _gaps(job, profile, tried, asked, limit)
+        if get_method(method).accepts(job.site(site))
+    ]
+    if not wanted:
+        return plans[:1]
+    evidence = calibration.evidence
+    work = ((job.site(site), job.matrix(job.site(site)), evidence[site], *choice) for site, *choice in wanted)
+    added: dict[str, list[Point]] = {}
+    for (site, method, setting), found in zip(wanted, job.executor.map(weighed, work), strict=True):
+        if found is not None:
+            packed, loss = found
+            room.save_packed(site, method, setting, packed)
+            added.setdefault(site, []).append(Point(method, setting, packed.counted(job.target), loss))
+    curves = [replace(curve, points=[*curve.points, *added.get(curve.site, [])]) for curve in profile.curves]
+    return uniform(replace(profile, curves=curves), asked)[:1]
+
+
+def _settings(job: Job, profile: Profile) -> list[tuple[str, Setting, dict[str, Point]]]:
+    """Every method and setting, with the sites at which it was tried."""
+    found: dict[tuple[str, str], tuple[str, Setting, dict[str, Point]]] = {}
+    for curve in profile.curves:
+        for point in curve.points if curve.site not in job.pinned else ():
+            entry = (point.method, point.setting, dict[str, Point]())
+            found.setdefault((point.method, repr(point.setting)), entry)[2][curve.site] = point
+    return [entry for entry in found.values() if get_method(entry[0]).family != "keep"]
+
+
+def _gaps(job: Job, profile: Profile, tried: Mapping[str, Point], asked: Budget, limit: float) -> list[str]:
+    """Sites at which a setting was not tried, if with them it may fit and lose less than ``limit``."""
+    free = [curve for curve in profile.curves if curve.site not in job.pinned]
+    weights = {curve.site: job.site(curve.site).parameters for curve in free}
+    seen, every = sum(weights[site] for site in tried), sum(weights.values())
+    if len(tried) == len(free) or 2 * seen < every:
+        return []
+    share = sum(point.bytes for point in tried.values()) / seen
+    if profile.fixed_bytes + share * every > asked.bytes:
+        return []
+    lost = 0.0
+    for curve in free:
+        # It was screened out for losing more than others did at its bytes.
+        others = envelope(curve)
+        guess = others(share * weights[curve.site]) if others else 0.0
+        lost += profile.corrected(curve, tried[curve.site].loss if curve.site in tried else guess)
+    return [] if lost >= limit else [curve.site for curve in free if curve.site not in tried]
+
+
+class Plain:
+    """Plain round-to-nearest with one setting for all sites, the finest that fits.
+
+    Sites at which the setting does not apply are kept in 16 bits, pinned ones as they are pinned.
+    """
+
+    def __init__(self, job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget) -> None:
+        self.job, self.profile, self.calibration, self.room, self.asked = job, profile, calibration, room, asked
+        self.free = [curve for curve in profile.curves if curve.site not in job.pinned]
+        weights = sum(job.site(curve.site).parameters for curve in self.free)
+        pinned = sum(curve.points[0].bytes for curve in profile.curves if curve.site in job.pinned)
+        self.bits = max(asked.bytes - profile.fixed_bytes - pinned, 0) * 8 / max(weights, 1)
+
+    def plans(self, best: float) -> Iterator[Plan]:
+        """Plans that fit, as long as they are worth building beside one that lost ``best``.
+
+        Entries of a manifest differ by a few bytes, so one that should just fit may not.
+        """
+        limit = _HOPELESS * best if self._measured() else math.inf
+        if not self.free or self._guess() > limit:
+            return
+        for setting in self._settings():
+            plan = self._with(setting)
+            if plan is not None and plan.expected > limit:
+                return  # coarser ones lose more
+            if plan is not None and plan.bytes <= self.asked.bytes:
+                yield plan
+
+    def _measured(self) -> bool:
+        """Whether calibration saw every site, so that expected losses can be compared."""
+        evidence = self.calibration.evidence
+        names = [curve.site for curve in self.free]
+        if isinstance(evidence, EvidenceFolder):
+            return all(evidence.samples.get(name, 0) for name in names)
+        return all(evidence[name].samples for name in names)
+
+    def _guess(self) -> float:
+        """The least that it may be expected to lose, from what the profile has; zero if that has too little."""
+        finest = min(int(self.bits * (1 + _CODED)), 8)
+        total = 0.0
+        for curve in self.free:
+            points = [point for point in curve.points if point.method == PLAIN]
+            if not points:
+                return 0.0
+            nearest = min(points, key=lambda point: abs(point.setting["bits"] - finest))
+            total += self.profile.corrected(curve, nearest.loss * 4.0 ** (nearest.setting["bits"] - finest))
+        return total
+
+    def _settings(self) -> list[Setting]:
+        """Settings that may fit, finest first."""
+        if self.job.target == "memory":
+            points = [point for curve in self.free for point in curve.points if point.method == PLAIN]
+            found = {repr(point.setting): point.setting for point in points}
+            # Fewer columns a group is finer, and not offered everywhere.
+            return sorted(found.values(), key=lambda setting: (-setting["bits"], str(setting["group"]).zfill(9)))
+        site = self.job.site(self.free[0].site)
+        settings = get_method(PLAIN).settings(self.job.matrix(site), self.calibration.evidence[site.name])
+        return [setting for setting in settings if setting["bits"] <= self.bits * (1 + _CODED)]
+
+    def _with(self, setting: Setting) -> Plan | None:
+        """The plan of one setting; None if a site can have neither it nor 16 bits."""
+        points = {curve.site: curve.points[0] for curve in self.profile.curves if curve.site in self.job.pinned}
+        points |= self._tried(setting)
+        for curve in self.free:
+            if curve.site not in points:
+                half = [p for p in curve.points if p.method == "keep" and p.setting["dtype"] != "float32"]
+                if not half:
+                    return None
+                points[curve.site] = min(half, key=lambda point: point.loss)
+        expected = sum(self.profile.corrected(curve, points[curve.site].loss) for curve in self.profile.curves)
+        return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(PLAIN, setting))
+
+    def _tried(self, setting: Setting) -> dict[str, Point]:
+        """Points of a setting at all sites that it is offered at: those of the profile, and encoded if it has none."""
+        job, evidence = self.job, self.calibration.evidence
+        # For memory every setting was tried, and sizes are exact though losses may be of a sample.
+        found = {
+            curve.site: point
+            for curve in self.free
+            for point in curve.points
+            if (point.method, point.setting) == (PLAIN, setting) and (not point.estimated or job.target == "memory")
+        }
+        if job.target == "memory":
+            return found
+        sites = [job.site(curve.site) for curve in self.free if curve.site not in found]
+        work = ((site, job.matrix(site), evidence[site.name], PLAIN, setting) for site in sites)
+        for site, made in zip(sites, job.executor.map(weighed, work), strict=True):
+            if made is not None:
+                packed, loss = made
+                self.room.save_packed(site.name, PLAIN, setting, packed)
+                found[site.name] = Point(PLAIN, setting, packed.counted(job.target), loss)
+        return found

@@ -1,0 +1,216 @@
+"""Choosing a point for every site: one multiplier over all sites and families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from octavo.allocation.budget import Budget
+from octavo.allocation.knapsack import knapsack
+from octavo.allocation.plans import MIXED, Plan
+from octavo.allocation.profiles import Point, Profile, densified, family, interpolate
+from octavo.errors import BudgetError
+from octavo.methods import Setting, get_method
+
+
+def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
+    """Index of the chosen point of every site, of least loss at a cost of at most ``room`` in sum.
+
+    Lagrangian: for one multiplier every site takes its least ``loss + multiplier * cost``, which lies on its lower
+    hull; the multiplier is found by bisection. What room is then left is given, step by step, to the site that
+    gains most per unit, points off the hull included.
+
+    Parameters
+    ----------
+    costs, losses
+        (sites, points): integers in bytes or whatever is short, and floats; where a site has fewer points, a cost
+        beyond all and a loss of infinity.
+    """
+    rows = np.arange(len(costs))
+    low, high = -80.0, 40.0
+    chosen = costs.argmin(1)
+    for _ in range(80):
+        middle = (low + high) / 2
+        trial = (losses + np.exp(middle) * costs).argmin(1)
+        if costs[rows, trial].sum() <= room:
+            chosen, high = trial, middle
+        else:
+            low = middle
+    return filled(costs, losses, chosen, room)
+
+
+def filled(costs: np.ndarray, losses: np.ndarray, chosen: np.ndarray, room: int) -> np.ndarray:
+    """A choice with the room that it leaves given, step by step, to the site that gains most per unit."""
+    rows, chosen = np.arange(len(costs)), chosen.copy()
+    left = room - int(costs[rows, chosen].sum())
+    while True:
+        more = costs - costs[rows, chosen][:, None]
+        gain = losses[rows, chosen][:, None] - losses
+        worth = np.where((more > 0) & (more <= left) & (gain > 0), gain / np.maximum(more, 1), 0.0)
+        best = int(worth.argmax()) if worth.size else 0
+        if not worth.size or worth.flat[best] <= 0:
+            return chosen
+        row, column = divmod(best, worth.shape[1])
+        left -= int(more[row, column])
+        chosen[row] = column
+
+
+class Choices:
+    """All points of all sites as arrays, so that one multiplier is solved for in microseconds."""
+
+    def __init__(self, profile: Profile, methods: Iterable[str] | None = None, *, interpolate: bool = True) -> None:
+        allowed = None if methods is None else set(methods)
+        self.profile = profile
+        self.points: list[list[Point]] = []
+        for curve in profile.curves:
+            every = densified(curve) if interpolate else curve.points
+            points = [p for p in every if allowed is None or p.method in allowed]
+            if not points:
+                points = [p for p in curve.points if p.method == "keep"] or list(curve.points)
+            self.points.append(points)
+        width = max(map(len, self.points), default=0)
+        self.bytes = np.full((len(self.points), width), 2**62, dtype=np.int64)
+        self.loss = np.full((len(self.points), width), np.inf)
+        for row, (curve, points) in enumerate(zip(profile.curves, self.points, strict=True)):
+            self.bytes[row, : len(points)] = [p.bytes for p in points]
+            self.loss[row, : len(points)] = [profile.corrected(curve, p.loss) for p in points]
+
+    def solve(self, room: int, *, thorough: bool = True) -> np.ndarray:
+        """Index of the chosen point of every site, at most ``room`` bytes in sum; by a multiplier alone or better."""
+        chosen = solve(self.bytes, self.loss, room)
+        if not thorough or any(
+            get_method(name).elastic for name in {point.method for points in self.points for point in points}
+        ):
+            return chosen
+        # Without a continuous setting nothing closes the gap that a multiplier leaves.
+        other = filled(self.bytes, self.loss, knapsack(self.bytes, self.loss, room), room)
+        return min(chosen, other, key=self.total)
+
+    def total(self, chosen: np.ndarray) -> float:
+        """Expected loss of a choice."""
+        return float(self.loss[np.arange(len(chosen)), chosen].sum())
+
+    def plan(self, budget: Budget, room: int, label: str = MIXED, *, thorough: bool = True) -> Plan:
+        """The best plan within ``room`` bytes for all sites."""
+        chosen = self.solve(room, thorough=thorough)
+        points = {curve.site: self.points[row][chosen[row]] for row, curve in enumerate(self.profile.curves)}
+        return Plan(budget, points, self.total(chosen), self.profile.fixed_bytes, label)
+
+
+def allocate(
+    profile: Profile,
+    budget: Budget,
+    *,
+    margin: float = 0.0,
+    methods: Iterable[str] | None = None,
+    interpolate: bool = True,
+    thorough: bool = True,
+) -> Plan:
+    """The plan of least expected loss within the budget.
+
+    Parameters
+    ----------
+    margin
+        Share of the budget left free, since interpolated points miss their bytes by a little.
+    methods
+        Names of the only methods to use; all by default.
+    interpolate
+        Whether settings between the measured ones may be chosen.
+    thorough
+        Whether, where settings are few, more than a multiplier is tried.
+
+    Raises
+    ------
+    BudgetError
+        If even the smallest points do not fit.
+    """
+    choices = Choices(profile, methods, interpolate=interpolate)
+    smallest = int(choices.bytes.min(1).sum()) + profile.fixed_bytes
+    if smallest > budget.bytes:
+        raise unreachable(budget, profile.original_bytes, smallest)
+    room = max(int(budget.bytes * (1 - margin)), smallest) - profile.fixed_bytes
+    return choices.plan(budget, room, thorough=thorough)
+
+
+def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
+    """The error that names what can be reached."""
+    limit = int(original_bytes / smallest * 100) / 100
+    least = "the smallest artifact of this source" if budget.target == "disk" else "in memory this source at least"
+    return BudgetError(
+        f"{budget.asked} asks for {budget.bytes} bytes; {least} takes {smallest}. "
+        f"Ask for a ratio of at most {limit:g}.",
+        limit,
+    )
+
+
+def uniform(profile: Profile, budget: Budget) -> list[Plan]:
+    """For every method the best plan that uses one setting everywhere, within the budget; best expected loss first.
+
+    Sites at which the method does not apply, or was screened out, are kept in 16 bits, or as finely as the methods that
+    may be used allow.
+    """
+    plans = []
+    names = sorted({point.method for curve in profile.curves for point in curve.points})
+    for name in names:
+        candidates = _elastic(profile, budget, name) if _one_knob(profile, name) else _settings(profile, name)
+        # Where 16 bits are smaller at every site, nothing of the method is left.
+        candidates = [plan for plan in candidates if any(point.method == name for point in plan.values())]
+        fitting = [plan for plan in candidates if _total(profile, plan) <= budget.bytes]
+        if fitting:
+            best = min(fitting, key=lambda points: _loss(profile, points))
+            example = next(p for p in best.values() if p.method == name)
+            label = labelled(name, example.setting)
+            plans.append(Plan(budget, best, _loss(profile, best), profile.fixed_bytes, label))
+    return sorted(plans, key=lambda plan: plan.expected)
+
+
+def labelled(method: str, setting: Setting) -> str:
+    """The label of a plan that uses one setting everywhere."""
+    return f"{method} " + " ".join(f"{key}={value}" for key, value in setting.items())
+
+
+def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
+    seen: dict[str, dict[str, Any]] = {}
+    for curve in profile.curves:
+        seen.update({repr(p.setting): p.setting for p in curve.points if p.method == name})
+    plans = []
+    for setting in seen.values():
+        points = {}
+        for curve in profile.curves:
+            exact = [p for p in curve.points if p.method == name and p.setting == setting]
+            kept = [p for p in curve.points if p.method == "keep"]
+            finest = sorted(curve.points, key=lambda p: p.loss)
+            found = (exact or sorted(kept, key=lambda p: p.bytes) or finest)[0]
+            # A kernel pads a matrix of few rows until 16 bits are smaller.
+            smaller = (p for p in kept if p.bytes < found.bytes and p.loss <= found.loss)
+            points[curve.site] = min(smaller, key=lambda p: p.loss, default=found)
+        plans.append(points)
+    return plans
+
+
+def _one_knob(profile: Profile, name: str) -> bool:
+    """Whether a method has points at every site, and its settings are nothing but one continuous knob."""
+    knob = get_method(name).elastic
+    found = [[point.setting for point in curve.points if point.method == name] for curve in profile.curves]
+    return knob is not None and all(found) and all(set(setting) == {knob} for settings in found for setting in settings)
+
+
+def _elastic(profile: Profile, budget: Budget, name: str) -> list[dict[str, Point]]:
+    """One step for all sites, the finest that fits; it is in units of loss, so it means the same everywhere."""
+    families = {curve.site: family(curve, name) for curve in profile.curves}
+    low, high = -60.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        points = {site: interpolate(points, middle) for site, points in families.items()}
+        low, high = (low, middle) if _total(profile, points) <= budget.bytes else (middle, high)
+    return [{site: interpolate(points, high) for site, points in families.items()}]
+
+
+def _total(profile: Profile, points: Mapping[str, Point]) -> int:
+    return profile.fixed_bytes + sum(point.bytes for point in points.values())
+
+
+def _loss(profile: Profile, points: Mapping[str, Point]) -> float:
+    return sum(profile.corrected(curve, points[curve.site].loss) for curve in profile.curves)

@@ -1,0 +1,155 @@
+"""Files of a source that go with its weights into the artifact: tokenizers, configurations, code, licences.
+
+Code is copied and never run here. Weights, training data and hidden files stay behind, and so does what lies outside
+of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.artifact import MANIFEST
+from octavo.artifact.configuration import is_configuration
+from octavo.artifact.folder import is_part
+from octavo.sources.sentences import members, transformer_folder
+from octavo.sources.weight_files import is_weights
+from octavo.system.sealed import JOB
+
+if TYPE_CHECKING:
+    from octavo.sources.sites import Source
+
+#: Names of files that are copied whatever their size, in lower case.
+_COPIED = re.compile(
+    r"""
+    .*config.*\.json | modules\.json | model_index\.json | (special_tokens_map|added_tokens|normalizer|tekken)\.json
+    | .*\.(jinja|py|tiktoken|model|spm|vocab|codes|bpe)
+    | .*(tokenizer|vocab|merges|spiece|sentencepiece).*\.(json|txt|tsv)
+    | (tokenizer|vocab|merges|dict)(\..*)?\.?(json|txt|bpe)?
+    | (licen[sc]e|notice|copying|copyright|use_policy|acceptable_use)([-_.].*)?
+    """,
+    re.VERBOSE,
+)
+#: Other JSON is configuration if it is small and its name does not speak of data.
+_SMALL = 1_000_000
+_DATA = re.compile(r".*(train|test|valid|eval|corpus|data|sample|result|predict).*")
+#: Not missed by anyone: the artifact has its own.
+_OWN = re.compile(r"readme.*|report\.(html|json)|.*\.(md|png|jpe?g|gif|svg|webp)|trainer_state\.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+#: Folders below the source's that are looked into.
+_DEEP = 3
+#: Names that a note gives at most.
+_NAMED = 12
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copy what goes with the weights of ``source``; returns notes on what was done that a user may not expect."""
+    # Loaders put an adapter on the model if its configuration is there: it goes with its weights or not at all.
+    adapted = all((source / name).is_file() for name in _ADAPTER)
+    left = []
+    for relative, reason in _choices(source, adapted=adapted):
+        if reason is None:
+            target = folder / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, target)
+        elif reason:
+            left.append(f"{relative.as_posix()} ({reason})")
+    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    notes = [f"not copied: {', '.join(left[:_NAMED])}{more}"] if left else []
+    if adapted:
+        notes.append(
+            "the adapter beside the model is copied as it is, neither compressed nor counted: loaders that know "
+            "adapters put it on the model as they do with the source, and quality was measured without it"
+        )
+    elif (source / _ADAPTER[0]).exists():
+        notes.append(
+            "adapter_config.json was left behind: its weights are not beside it as adapter_model.safetensors, and "
+            "loaders would fail on one without the other"
+        )
+    return notes
+
+
+def companion_files(source: Path) -> list[Path]:
+    """The files that :func:`copy_companions` copies, relative to ``source``."""
+    adapted = all((source / name).is_file() for name in _ADAPTER)
+    return [relative for relative, reason in _choices(source, adapted=adapted) if reason is None]
+
+
+def configurations(source: Source) -> dict[str, bytes]:
+    """The configuration files of a source's artifact by their place in its folder, sub-folders with a slash.
+
+    They are the source's own, but for ``config.json`` of a model, which says that its weights are an artifact.
+    """
+    if source.folder is None:
+        return {}
+    inner = transformer_folder(source.folder)
+    found: dict[str, bytes] = {}
+    is_model = (inner / "config.json").exists()
+    if is_model or members(source.folder):
+        names = (file.as_posix() for file in companion_files(source.folder) if is_configuration(file.as_posix()))
+        found = {name: (source.folder / name).read_bytes() for name in names}
+    if is_model:
+        from octavo.integrations.transformers import artifact_config
+
+        # Also of an architecture that only the code beside it knows: whoever trusts that code can load the artifact.
+        dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
+        text = json.dumps(artifact_config(inner, dtype), indent=2) + "\n"
+        found[(inner / "config.json").relative_to(source.folder).as_posix()] = text.encode()
+    return found
+
+
+def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]]:
+    """Files of the source, each with None if it is to be copied, or why it is not; empty if nobody will miss it."""
+    for place, folders, names in os.walk(source):
+        inner = Path(place).relative_to(source)
+        for name in sorted(folders):
+            if not name.startswith(".") and os.path.islink(Path(place, name)):
+                yield inner / name, "a link to a folder"
+        hidden = {name for name in folders if name.startswith((".", "__"))}
+        folders[:] = sorted(set(folders) - hidden) if len(inner.parts) + 1 < _DEEP else []
+        if inner.parts and _is_apart(Path(place), source):
+            folders.clear()
+            continue
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield inner / name, _reason(source, inner / name, adapted=adapted)
+
+
+def _is_apart(place: Path, source: Path) -> bool:
+    """Whether a folder inside the source is no part of it: another model or format of it, or a run's kept work."""
+    own = {member.path for member in members(source)}
+    parts = place.relative_to(source).parts
+    return parts[0] not in own and any(is_weights(file.name) or file.name == JOB for file in place.iterdir())
+
+
+def _reason(source: Path, relative: Path, *, adapted: bool) -> str | None:
+    file, name = source / relative, relative.name.lower()
+    top = len(relative.parts) == 1
+    if top and relative.name in _ADAPTER:
+        return None if adapted else ""
+    # The manifest and the config of the artifact are written, not copied.
+    if is_weights(name) or (top and relative.name in (MANIFEST, "config.json")):
+        return ""
+    if _OWN.fullmatch(name) and not _COPIED.fullmatch(name):
+        return ""
+    if not file.is_file():
+        return "no ordinary file" if file.exists() or not file.is_symlink() else "a link to nothing"
+    if file.is_symlink() and not is_part(file, source):
+        return "a link out of the folder"
+    if name.endswith(".model") and _is_pickled(file):
+        return "a pickle"
+    if _COPIED.fullmatch(name):
+        return None
+    small = name.endswith(".json") and not _DATA.fullmatch(name) and file.stat().st_size <= _SMALL
+    return None if small else "not known to belong to the model"
+
+
+def _is_pickled(file: Path) -> bool:
+    """Whether a file that ends like a tokenizer's is a pickle, plain or in a ZIP file as PyTorch writes it."""
+    with open(file, "rb") as opened:
+        return opened.read(2).startswith((b"\x80", b"PK"))

@@ -1,0 +1,1 @@
+"""What calibration sees: objectives, watches, curvature, models whole or block by block."""

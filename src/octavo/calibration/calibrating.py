@@ -1,0 +1,241 @@
+"""Calibration: evidence from one forward and one backward pass over the data, or without any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.evidence import Evidence, combined
+from octavo.calibration.objective import Objective
+from octavo.calibration.watches import DAMPING, Corrections, Watches
+from octavo.errors import RequestError
+from octavo.sources.batches import Batch, divided, mask_of, select, sequences_in
+from octavo.sources.sites import Site, Source
+from octavo.system.ahead import in_order
+
+MINIMUM_SEQUENCES = 8
+#: Gradients of weights are taken from at least so many passes, if there are as many examples.
+_PASSES = 64
+CURVATURES = ("kfac", "ekfac")
+
+
+@dataclass
+class Calibration:
+    """Evidence of all sites and what it was gathered from."""
+
+    evidence: Mapping[str, Evidence]
+    sequences: int = 0
+    tokens: int = 0
+    text: str = "none (data-free)"
+    warnings: list[str] = field(default_factory=list)
+
+
+def calibrate(
+    source: Source,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    seed: int = 0,
+    text: str = "",
+    curvature: str = "kfac",
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Calibration:
+    """Gather the evidence of all sites from a pass over ``batches`` through a module in memory.
+
+    Parameters
+    ----------
+    batches
+        What ``source.module`` takes. Padding is left out by ``attention_mask``.
+    curvature
+        ``kfac``, or ``ekfac`` for a second pass that gives layers a curvature of their own
+        (:mod:`octavo.calibration.curvature`, which says what memory it takes).
+    progress
+        Called with the number of batches done and their total.
+
+    Raises
+    ------
+    RequestError
+        If there are fewer than eight sequences, or an output or a gradient is not finite.
+    """
+    if source.module is None:
+        return data_free(source, sites)
+    sequences = count_sequences(batches)
+    generator, module = torch.Generator().manual_seed(seed), source.module
+    passes = 2 if curvature == "ekfac" else 1
+    notes: list[str] = []
+    if _reads_gradients(source, sites, batches[0], objective, notes):
+        batches = _smaller(batches, sequences)
+
+    def go_through(watches: Watches, before: int) -> None:
+        with _differentiating(module), watches.watching():
+            for done, batch in enumerate(batches):
+                watches.begin(batch)
+                outputs = objective.outputs(module, batch)
+                check_outputs(outputs, done)
+                if outputs.requires_grad:
+                    objective.probe(outputs, generator).backward()
+                progress(before + done + 1, passes * len(batches))
+
+    watches = Watches(sites, source, curvature=passes == 2)
+    if not notes:
+        go_through(watches, 0)
+    positions = watches.positions
+    evidence = {name: combined(roles) for name, roles in watches.evidence(sequences).items()}
+    if passes == 2 and not notes:
+        # Labels are drawn again, so that no basis is judged by the samples that it was made from.
+        corrections = Corrections(sites, source, evidence)
+        go_through(corrections, len(batches))
+        evidence |= corrections.corrected(sequences)
+    # Where no gradient goes through the model, that is why no site has any, and it has been said.
+    judged = [] if notes else sites
+    result = described(judged, {name: found.samples for name, found in evidence.items()}, sequences, text, source)
+    result.tokens = positions or sequences
+    result.warnings = notes + result.warnings
+    result.evidence = {**evidence, **typical(source, sites, evidence)}
+    return result
+
+
+def _reads_gradients(
+    source: Source, sites: Sequence[Site], batch: Batch, objective: Objective, notes: list[str]
+) -> bool:
+    """Whether a site gets gradients from a use outside of layers; learned from a few examples.
+
+    A model through which no gradient can go is noted: it is weighed without.
+    """
+    assert source.module is not None
+    few = select(batch, slice(0, min(4, sequences_in(batch))))
+    watches = Watches([*sites], source)
+    with _differentiating(source.module), watches.watching():
+        watches.begin(few)
+        outputs = objective.outputs(source.module, few)
+        check_outputs(outputs, 0)
+        said = "" if outputs.requires_grad else "its outputs carry none, as under torch.no_grad"
+        if not said:
+            try:
+                objective.probe(outputs, torch.Generator().manual_seed(0)).backward()
+            except RuntimeError as error:
+                said = str(error).splitlines()[0]
+        if said:
+            name = type(source.module).__name__
+            notes.append(f"{source.title}: no gradient goes through {name} ({said}); its sites were weighed as typical")
+            return False
+    return bool(watches.gradients.seen())
+
+
+def _smaller(batches: Sequence[Batch], sequences: int) -> list[Batch]:
+    """Batches of so few examples that there are :data:`_PASSES` of them, since each gives one gradient."""
+    size = max(1, sequences // _PASSES)
+    result = []
+    for batch in batches:
+        result += divided(batch, size)
+    return result
+
+
+def count_sequences(batches: Sequence[Batch]) -> int:
+    """Number of examples in all batches; too few are refused."""
+    total = sum(sequences_in(batch) for batch in batches)
+    if total < MINIMUM_SEQUENCES:
+        raise RequestError(
+            f"calibration has {total} sequences, at least {MINIMUM_SEQUENCES} are needed; give more data"
+        )
+    return total
+
+
+def tokens_in(batch: Batch) -> int:
+    """Tokens of a batch that are no padding; examples where it holds no tokens."""
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(tokens, Tensor):
+        return sequences_in(batch)
+    mask = mask_of(batch)
+    return tokens.numel() if mask is None else int(mask.sum())
+
+
+def check_outputs(outputs: Tensor, number: int) -> None:
+    """Raise :class:`RequestError` if a batch has outputs that are not finite."""
+    if not bool(torch.isfinite(outputs).all()):
+        raise RequestError(f"the model's outputs on calibration batch {number} are not finite; check the data")
+
+
+@contextmanager
+def _differentiating(module: nn.Module) -> Iterator[None]:
+    """A context in which a module is in evaluation mode and no parameter asks for a gradient."""
+    training = {submodule: submodule.training for submodule in module.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for submodule, flag in training.items():
+            submodule.training = flag
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+def described(
+    sites: Sequence[Site], samples: Mapping[str, int], sequences: int, text: str, source: Source
+) -> Calibration:
+    """A calibration without its evidence: what was seen, given the positions seen at every site."""
+    result = Calibration({}, sequences, max(samples.values(), default=0), text)
+    unused = set(source.unused)
+    for site in sites:
+        seen = samples.get(site.name, 0)
+        if site.name in unused:
+            result.warnings.append(
+                f"{site.name}: {type(source.module).__name__} has no place for it, so its loss is in no measured "
+                "quality; it was weighed as a typical site"
+            )
+        elif not seen:
+            result.warnings.append(
+                f"{site.name}: no gradient reaches it, since no output on the calibration data depends on it or the "
+                "module reads it under torch.no_grad; it was weighed as a typical site"
+            )
+        elif seen < site.columns and site.kind != "embedding":
+            result.warnings.append(
+                f"{site.name}: fewer calibration positions than input columns ({seen} for {site.columns}); "
+                f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
+            )
+    return result
+
+
+def typical(source: Source, sites: Sequence[Site], seen: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """Evidence of sites without any, so that a given relative error costs what it costs at a typical site."""
+    unseen = [site for site in sites if site.name not in seen]
+    if not unseen:
+        return {}
+    levels = [
+        seen[site.name].loss(site.layout.to_matrix(source.read(site.name))) for site in sites if site.name in seen
+    ]
+    level = float(torch.tensor(levels).median()) if levels else 1.0
+    powers = {site.name: _power(source, site) for site in unseen}
+    return {
+        site.name: Evidence(torch.full((site.rows,), 2 * level / max(powers[site.name], 1e-30)), None)
+        for site in unseen
+    }
+
+
+def _power(source: Source, site: Site) -> float:
+    """Sum of the squares of a site's matrix."""
+    weight = source.read(site.name)
+    weight = weight.float() if not site.layout.exponent else site.layout.to_matrix(weight)
+    return float(weight.square().sum())
+
+
+def data_free(source: Source, sites: Sequence[Site]) -> Calibration:
+    """Evidence without data: a relative error of a weight costs the same at every site, per weight.
+
+    Every site's loss is the share of its energy that is lost, times its share of all weights.
+    """
+    weights = sum(site.parameters for site in sites)
+    evidence = {}
+
+    for site, lost in zip(sites, in_order(partial(_power, source), sites), strict=True):
+        level = 2 * site.parameters / weights / max(lost, 1e-30)
+        evidence[site.name] = Evidence(torch.full((site.rows,), level), None)
+    return Calibration(evidence)

@@ -1,0 +1,106 @@
+"""Evidence: what calibration saw at each site.
+
+One forward and one backward pass over the calibration data give, for every site, what it takes to tell how much an
+error ``E`` in its matrix costs the whole model, to second order:
+
+    expected loss = 1/2 * sum_i rows[i] * E[i] @ columns @ E[i].T
+
+For a layer ``columns`` is the second moment of its inputs and ``rows`` that of the gradients at its outputs; for an
+embedding ``columns`` is the second moment of the gradients at its output and ``rows`` says how often a token is met.
+This is the Gauss-Newton matrix of the model's own divergence, with the usual independence of inputs and output
+gradients (K-FAC; Martens & Grosse, 2015), so all sites and all families of methods are told apart in one currency.
+
+A tensor that plays two roles, such as an embedding that is also the head, has such a term for each; their sum is the
+expected loss (:func:`combined`).
+
+Without that independence a layer may have a curvature of its own (EK-FAC; :mod:`octavo.calibration.curvature`), which
+then gives the expected loss; ``rows`` and ``columns`` are the product nearest to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.calibration.curvature import Curvature
+from octavo.errors import RequestError
+
+
+@dataclass
+class Evidence:
+    """What is known about the inputs and outputs of one site.
+
+    Parameters
+    ----------
+    rows
+        (rows,) weights of the rows in units of loss, damped.
+    columns
+        (columns, columns) second moment, damped; None for the identity.
+    samples
+        Number of positions seen (0: data-free).
+    terms
+        Rows and columns of every role of a tensor that has several; ``rows`` and ``columns`` are then the one pair that
+        stands for all of them.
+    curvature
+        That of the whole matrix, damped, if it was measured.
+    """
+
+    rows: Tensor
+    columns: Tensor | None
+    samples: int = 0
+    #: Results that depend on the moments alone and are needed more than once.
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    terms: tuple[tuple[Tensor, Tensor], ...] = ()
+    curvature: Curvature | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever works on a copy of it elsewhere makes what it needs faster than it is sent.
+        return {**self.__dict__, "cache": {}}
+
+    def loss(self, error: Tensor) -> float:
+        """Expected increase of the whole model's loss for ``error`` (rows, columns)."""
+        error = error.float()
+        if self.curvature is not None:
+            return self.curvature.loss(error)
+        terms = self.terms or ((self.rows, self.columns),)
+        return sum(_quadratic(error, rows, columns) for rows, columns in terms) / 2
+
+    def moment(self, columns: int) -> Tensor:
+        """The column moment as a dense (columns, columns) float32 matrix."""
+        return torch.eye(columns) if self.columns is None else self.columns
+
+
+def require_finite(moment: Tensor) -> None:
+    """Refuse weights or a second moment of evidence with values that are not finite."""
+    if not bool(torch.isfinite(moment).all()):
+        raise RequestError(
+            f"evidence of shape {tuple(moment.shape)} has values that are not finite; calibrate with data on which the "
+            "model's outputs and gradients are finite"
+        )
+
+
+def _quadratic(error: Tensor, rows: Tensor, columns: Tensor | None) -> float:
+    squared = error.square() if columns is None else (error @ columns) * error
+    return float(rows @ squared.sum(1))
+
+
+def combined(roles: Sequence[Evidence]) -> Evidence:
+    """Evidence of a tensor from that of each of its roles.
+
+    The loss is the sum over roles of ``rows[i] * columns[j, k]``. Methods need one product: the one with the same
+    marginals, ``rows = sum_t trace(C_t) r_t`` and ``columns = sum_t sum(r_t) C_t / sum_t sum(r_t) trace(C_t)``, which
+    of all products is nearest to the sum in relative entropy.
+    """
+    if len(roles) == 1:
+        return roles[0]
+    terms = tuple((role.rows, role.columns) for role in roles if role.columns is not None)
+    traces = [float(columns.double().trace()) for _, columns in terms]
+    sums = [float(rows.double().sum()) for rows, _ in terms]
+    total = sum(a * b for a, b in zip(sums, traces, strict=True))
+    rows = sum((rows * trace for (rows, _), trace in zip(terms, traces, strict=True)), torch.zeros(()))
+    columns = sum((columns * (share / total) for (_, columns), share in zip(terms, sums, strict=True)), torch.zeros(()))
+    return Evidence(rows, columns, max(role.samples for role in roles), terms=terms)

@@ -1,0 +1,158 @@
+"""Evidence on disk: written part by part, and read site by site when it is needed.
+
+Evidence of a large model does not fit in memory: a moment of 11,008 inputs alone takes half a gigabyte, its
+factorisation as much again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from octavo.calibration.curvature import Curvature
+from octavo.calibration.evidence import Evidence
+from octavo.errors import OctavoError, RequestError
+from octavo.system.raw import raw_bytes
+from octavo.system.sealed import digest, place_in
+
+#: Moments with their factorisations are kept in memory up to so many bytes, so that sites that share one, and the
+#: settings of a site, do not read and factor it again.
+_CACHE_BYTES = 1 << 29
+_CURVATURE = [field.name for field in fields(Curvature)]
+
+
+class EvidenceFolder(Mapping[str, Evidence]):
+    """The evidence of sites, each read when it is asked for.
+
+    Parameters
+    ----------
+    path
+        A folder of one ``.safetensors`` file a part, each with an index of its sites in its header.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._place = place_in(path.parent, path.name)
+        #: By file, the checksums of its tensors.
+        self._digests: dict[Path, dict[str, str]] = {}
+        self._index: dict[str, tuple[Path, dict[str, Any]]] = {}
+        self._moments: OrderedDict[tuple[Path, str], tuple[Tensor, dict[str, Any]]] = OrderedDict()
+        for file in sorted(path.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    index, self._digests[file] = self._head(file, handle.metadata())
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise _damaged(file, error) from error
+            self._index.update((site, (file, entry)) for site, entry in index.items())
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Number of positions seen at every site, without reading the evidence."""
+        return {site: entry["samples"] for site, (_, entry) in self._index.items()}
+
+    def without(self, part: str) -> None:
+        """Remove a part, if it is there."""
+        file = self.path / f"{part}.safetensors"
+        file.unlink(missing_ok=True)
+        self._index = {site: place for site, place in self._index.items() if place[0] != file}
+
+    def write(self, part: str, evidence: Mapping[str, Evidence]) -> None:
+        """Write the evidence of some sites, whole or not at all; tensors that they share are written once."""
+        tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        digests: dict[str, str] = {}
+
+        def stored(tensor: Tensor | None) -> str | None:
+            if tensor is None:
+                return None
+            if id(tensor) not in names:
+                names[id(tensor)] = str(len(names))
+                tensors[names[id(tensor)]] = tensor
+                digests[names[id(tensor)]] = _digest(tensor)
+            return names[id(tensor)]
+
+        index = {
+            site: {
+                "samples": found.samples,
+                "rows": stored(found.rows),
+                "columns": stored(found.columns),
+                "terms": [[stored(rows), stored(columns)] for rows, columns in found.terms],
+                "curvature": [stored(getattr(found.curvature, part)) for part in _CURVATURE if found.curvature],
+            }
+            for site, found in evidence.items()
+        }
+        file = self.path / f"{part}.safetensors"
+        aside, texts = file.with_suffix(".part"), (json.dumps(index), json.dumps(digests))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, aside, {"index": texts[0], "digests": texts[1], "sha256": self._seal(file, *texts)})
+            with open(aside, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(aside, file)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise OctavoError(f"{file}: cannot be written: {error}") from error
+        self._digests[file] = digests
+        self._index.update((site, (file, entry)) for site, entry in index.items())
+
+    def _seal(self, file: Path, *texts: str) -> str:
+        return digest(f"{self._place}/{file.stem}", *(text.encode() for text in texts)).hex()
+
+    def _head(self, file: Path, head: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+        if head["sha256"] != self._seal(file, head["index"], head["digests"]):
+            raise ValueError("checksum mismatch")
+        return json.loads(head["index"]), json.loads(head["digests"])
+
+    def _tensor(self, file: Path, name: str, handle: Any) -> Tensor:
+        # Copied out of the mapping, whose pages would count as this process's memory for as long as it lives.
+        tensor = handle.get_tensor(name).clone()
+        if _digest(tensor) != self._digests[file][name]:
+            raise ValueError(f"checksum mismatch of tensor {name}")
+        return tensor
+
+    def __getitem__(self, site: str) -> Evidence:
+        file, entry = self._index[site]
+        try:
+            with safe_open(file, framework="pt") as handle:
+                rows = self._tensor(file, entry["rows"], handle)
+                terms = tuple((self._tensor(file, a, handle), self._tensor(file, b, handle)) for a, b in entry["terms"])
+                parts = [self._tensor(file, name, handle) for name in entry["curvature"]]
+                if entry["columns"] is None:
+                    return Evidence(rows, None, entry["samples"], terms=terms)
+                moment, cache = self._moment(file, entry["columns"], handle)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise _damaged(file, error) from error
+        return Evidence(rows, moment, entry["samples"], cache, terms, Curvature(*parts) if parts else None)
+
+    def _moment(self, file: Path, name: str, handle: Any) -> tuple[Tensor, dict[str, Any]]:
+        key = (file, name)
+        if key not in self._moments:
+            self._moments[key] = (self._tensor(file, name, handle), {})
+        self._moments.move_to_end(key)
+        # Three times the moment: itself, its factor, and what other methods keep.
+        while len(self._moments) > 1 and 3 * sum(moment.nbytes for moment, _ in self._moments.values()) > _CACHE_BYTES:
+            self._moments.popitem(last=False)
+        return self._moments[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
+def _digest(tensor: Tensor) -> str:
+    return digest(f"{tensor.dtype} {tuple(tensor.shape)}", raw_bytes(tensor)).hex()
+
+
+def _damaged(file: Path, error: Exception) -> RequestError:
+    return RequestError(f"{file}: damaged: {error}; remove {file.parent.parent} and start again")

@@ -1,0 +1,242 @@
+"""Evidence and measurements of a module that is in memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.blocks import Blocks
+from octavo.calibration.calibrating import Calibration, calibrate
+from octavo.calibration.objective import Objective
+from octavo.calibration.workspace import Workspace
+from octavo.errors import RequestError
+from octavo.sources.batches import Batch
+from octavo.sources.modules import own_tensors
+from octavo.sources.sites import Site, Source
+from octavo.system.matmul import fast_matmul
+
+#: The source's outputs on all data are kept if they take no more; otherwise they are worked out again from the hidden
+#: states after the last block, which are smaller by vocabulary over width.
+_REFERENCE_BYTES = 1 << 28
+
+
+class InMemory:
+    """A module that is run as it is."""
+
+    def __init__(self, source: Source) -> None:
+        assert source.module is not None
+        self.source, self.module = source, source.module
+        #: What stands in the module whenever tensors of the source are replaced, or evidence of them is gathered.
+        self.folded = source.placed(source.folded)
+        self._reference: _Outputs | _LastStates | None = None
+
+    @fast_matmul()
+    def calibrate(
+        self,
+        sites: Sequence[Site],
+        batches: Sequence[Batch],
+        objective: Objective,
+        room: Workspace,
+        *,
+        seed: int = 0,
+        text: str = "",
+        curvature: str = "kfac",
+        progress: Callable[[int, int], Any] = lambda done, total: None,
+    ) -> Calibration:
+        """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), written to the workspace."""
+        with replaced(self.module, self.folded):
+            found = calibrate(
+                self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress
+            )
+        room.evidence.write("whole", found.evidence)
+        return found
+
+    @fast_matmul()
+    def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
+        """Divergence of every example from the source, with some of its tensors, by name in the source, replaced."""
+        self._reference = self._reference or self._refer(batches, objective)
+        new = {**self.folded, **self.source.placed(weights)}
+        losses = []
+        with replaced(self.module, new) as change, torch.inference_mode():
+            for number, batch in enumerate(batches):
+                outputs = objective.outputs(self.module, batch)
+                losses.append(objective.divergence(self._reference.of(number, batch, change.old), outputs))
+        return torch.cat(losses)
+
+    @fast_matmul()
+    def judge(
+        self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Divergence of every example from the source, with another module in its place.
+
+        Parameters
+        ----------
+        old
+            Values of the source's own module, by name, if they were changed since it was measured.
+        """
+        self._reference = self._reference or self._refer(batches, objective)
+        losses = []
+        with torch.inference_mode():
+            for number, batch in enumerate(batches):
+                outputs = objective.outputs(module, batch)
+                losses.append(objective.divergence(self._reference.of(number, batch, old), outputs))
+        return torch.cat(losses)
+
+    def _refer(self, batches: Sequence[Batch], objective: Objective) -> _Outputs | _LastStates:
+        with replaced(self.module, {}), torch.inference_mode():
+            return _reference(self.module, batches, objective)
+
+    def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
+        """What the objective compares, batch by batch."""
+        for batch in batches:
+            with replaced(self.module, {}), torch.inference_mode():
+                outputs = objective.outputs(self.module, batch)
+            yield outputs
+
+
+@contextmanager
+def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A context in which a module's tensors may be written to; at its end all values are what they were.
+
+    It gives the values before, by name.
+    """
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    before = {key: tensor.data for key, tensor in tensors.items()}
+    held = [(part._buffers, name, tensor) for part in module.modules() for name, tensor in part._buffers.items()]
+    training = [submodule for submodule in module.modules() if submodule.training]
+    extra = _extra_state(module)
+    try:
+        # Views of one storage stay so, since writing to one of them is writing to all.
+        storages: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors.values():
+            tensor.data = _elsewhere(tensor.data, storages)
+        module.eval()
+        yield {name: before[id(tensor)] for name, tensor in own_tensors(module).items()}
+    finally:
+        for key, tensor in tensors.items():
+            tensor.data = before[key]
+        for buffers, name, buffer in held:
+            buffers[name] = buffer
+        for submodule in training:
+            submodule.training = True
+        # Last, since this is code of the user's and may fail.
+        for submodule, state in extra:
+            submodule.set_extra_state(state)
+
+
+def _elsewhere(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+    """A copy of a tensor, in the copy of its storage if there is one already."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+        return tensor.clone()
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in storages:
+        storages[storage.data_ptr()] = storage.clone()
+    copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return copy.set_(storages[storage.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class _Written:
+    """What a forward may write to: buffers, such as counters, and tables of bounded norm."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+            (held, name, tensor, tensor.detach().clone())
+            for part in module.modules()
+            for held in (part._buffers, part._parameters if getattr(part, "max_norm", None) is not None else {})
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+
+    def restore(self) -> None:
+        for held, name, tensor, before in self._held:
+            if not torch.equal(tensor, before):
+                tensor.data.copy_(before)
+            held[name] = tensor
+
+
+def _extra_state(module: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """What modules keep beside tensors, of those that can take it back."""
+    own = nn.Module.set_extra_state
+    return [(part, part.get_extra_state()) for part in module.modules() if type(part).set_extra_state is not own]
+
+
+class _Outputs:
+    """The source's outputs, kept."""
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        self.outputs = outputs
+
+    def of(self, number: int, batch: Batch, old: Mapping[str, Tensor]) -> Tensor:
+        return self.outputs[number]
+
+
+class _LastStates:
+    """The source's hidden states after its last block, from which its outputs are worked out again."""
+
+    def __init__(self, blocks: Blocks, objective: Objective, states: list[Tensor]) -> None:
+        self.blocks, self.objective, self.states = blocks, objective, states
+
+    def of(self, number: int, batch: Batch, old: Mapping[str, Tensor]) -> Tensor:
+        with replaced(self.blocks.module, old):
+            return self.blocks.postlude(self.objective, batch, self.states[number])
+
+
+def _reference(module: nn.Module, batches: Sequence[Batch], objective: Objective) -> _Outputs | _LastStates:
+    first = objective.outputs(module, batches[0])
+    blocks = Blocks.find(module)
+    if blocks is None or first.nbytes * len(batches) <= _REFERENCE_BYTES:
+        return _Outputs([first, *(objective.outputs(module, batch) for batch in batches[1:])])
+    states: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = blocks.list[-1].register_forward_hook(keep)
+    try:
+        with torch.inference_mode(False):
+            blocks.check(objective, batches[0])
+        for batch in batches:
+            objective.outputs(module, batch)
+    except RequestError:
+        # More than a chain: there is no way around keeping all outputs.
+        return _Outputs([objective.outputs(module, batch) for batch in batches])
+    finally:
+        handle.remove()
+    return _LastStates(blocks, objective, states)
+
+
+class replaced:
+    """A context in which a module is in evaluation mode and some of its tensors have other values.
+
+    At its end everything is as it was, the mode of every submodule included.
+
+    Attributes
+    ----------
+    old : dict of str to Tensor
+        The values in whose place the others are.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self.module, self.weights = module, weights
+
+    def __enter__(self) -> replaced:
+        self.training = [submodule for submodule in self.module.modules() if submodule.training]
+        self.module.eval()
+        self.written = _Written(self.module)
+        self.state = own_tensors(self.module)
+        self.old = {name: self.state[name].data for name in self.weights}
+        for name, weight in self.weights.items():
+            target = self.state[name]
+            target.data = weight.to(device=target.device, dtype=target.dtype)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, old in self.old.items():
+            self.state[name].data = old
+        self.written.restore()
+        for submodule in self.training:
+            submodule.training = True

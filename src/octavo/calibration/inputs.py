@@ -1,0 +1,260 @@
+"""What a user gives: a source, data for it, and an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.blockwise import Blockwise
+from octavo.calibration.calibrating import MINIMUM_SEQUENCES
+from octavo.calibration.inmemory import InMemory
+from octavo.calibration.objective import Loss, Objective, fitting, objective
+from octavo.calibration.trying import returned, rows_are_examples, try_batches
+from octavo.errors import RequestError
+from octavo.sources.batches import Batch, converted, described, has_rows, left_out, select, sequences_in, whole
+from octavo.sources.files import from_path
+from octavo.sources.modules import unwrapped
+from octavo.sources.pretrained import adopt, is_pretrained
+from octavo.sources.sentences import SentenceEncoder, transformer_folder
+from octavo.sources.sites import Source, examine, from_module
+from octavo.sources.texts import builtin_texts, check_texts, cleaned, read_texts
+from octavo.system.progress import Progress, silent
+
+#: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
+_HELD = 96
+#: Tokens of a language model that are read in place of one text.
+TOKENS_PER_TEXT = 64
+#: Texts beyond these do not make the calibration of a language model better by what they take of time.
+MOST_TEXTS = 1024
+#: Texts of a language model are joined and cut into windows of this many tokens, or of its context if shorter.
+WINDOW = 256
+
+
+def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> InMemory | Blockwise:
+    """The model of a source, to be run; that of a folder is loaded now, or block by block whenever it is run."""
+    if source.is_skeleton:
+        if blockwise:
+            return Blockwise(source, scratch)
+        from octavo.integrations.transformers import load_weights
+
+        load_weights(source)
+    return InMemory(source)
+
+
+def open_source(source: str | Path | nn.Module | Source, *, module: bool = True, progress: Progress = silent) -> Source:
+    """A source from a path or a module; NaN and Inf in it are refused.
+
+    ``module`` says whether a folder's model will be run; if not, it is never loaded.
+    """
+
+    def examined(done: int, total: int) -> None:
+        progress("open", done, total)
+
+    if isinstance(source, nn.Module):
+        source = unwrapped(source)
+        opened = from_module(source)
+        if is_pretrained(source):
+            adopt(opened, source)
+    elif isinstance(source, Source):
+        opened = source
+    else:
+        opened = from_path(source, module=module, progress=examined)
+    examine(opened, examined)
+    return opened
+
+
+def load_data(
+    source: Source, data: Any, *, limit: int | None, forward_args: Callable[[Batch], Any] | None = None
+) -> tuple[list[Batch], str]:
+    """Batches from what the user gave, and what to call them in the report.
+
+    ``data`` is a file of texts, a list of texts, one batch as a tensor or mapping, or an iterable of batches; None
+    takes the built-in text for a text model.
+    """
+    folder = source.folder
+    if source.module is None:
+        if data is not None:
+            raise RequestError(f"{source.title}: without a model, calibration data cannot be used; leave it out")
+        return [], "none (data-free)"
+    if isinstance(data, Iterable) and not isinstance(data, str | Tensor | Mapping):
+        data = list(_read(data))
+    if forward_args is not None and (data is None or isinstance(data, str | Path)):
+        raise RequestError(
+            "forward_args says what goes in of a batch, and no batches are given; leave it out, or give data"
+        )
+    is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
+    if data is None or isinstance(data, str | Path) or is_texts:
+        if source.is_encoder and isinstance(source.module, SentenceEncoder):
+            texts, label = texts_of(data)
+            return source.module.batches(texts[:limit]), f"{label}, {len(texts[:limit])} texts"
+        if folder is None or not source.is_transformers:
+            if data is None:
+                return [], "none (data-free)"
+            raise RequestError(
+                f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
+            )
+        from octavo.sources.tokens import (
+            context_of,
+            is_causal,
+            missing_for_texts,
+            text_batches,
+            window_batches,
+        )
+
+        folder = transformer_folder(folder)
+        missing = missing_for_texts(source.module, folder)
+        if missing:
+            give = getattr(source.module, "main_input_name", "input_ids")
+            give = give if isinstance(give, str) else give[0]
+            mend = f'give batches that it takes, such as data=[{{"{give}": tensor}}] with examples first'
+            if data is not None:
+                raise RequestError(f"{source.title}: texts cannot serve: {missing}; {mend}")
+            source.notes.append(f"compressed without data: {missing}; to calibrate and to measure, {mend}")
+            return [], "none (data-free)"
+        texts, label = texts_of(data)
+        if is_causal(source.module):
+            length = min(WINDOW, context_of(source.module))
+            windows = window_batches(folder, texts, length, limit=(limit or MOST_TEXTS) * TOKENS_PER_TEXT)
+            count = sum(len(batch["input_ids"]) for batch in windows)
+            return windows, f"{label}, {count} windows of {windows[0]['input_ids'].shape[1]} tokens"
+        texts = texts[:limit]
+        return text_batches(folder, texts, source.module), f"{label}, {len(texts)} texts"
+    if not isinstance(data, Iterable):
+        raise RequestError(f"data is {type(data).__name__}; give a file or list of texts, or an iterable of batches")
+    batches = converted([data] if isinstance(data, Tensor | Mapping) else list(data), forward_args)
+    total = sum(sequences_in(batch) for batch in batches)
+    if not total:
+        first = f" (the first is {described(batches[0])})" if batches else ""
+        raise RequestError(
+            f"data: no examples in {len(batches)} batches{first}; a batch is a tensor, or a tuple or mapping of "
+            "tensors, examples first, or what forward_args= makes such a one of"
+        )
+    return batches, f"{total} examples given"
+
+
+def _read(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a data loader or of any other iterable."""
+    number, reader = 0, iter(batches)
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except Exception as error:
+            # What reads a user's data is code of the user's, and raises what it likes.
+            raise RequestError(f"data: batch {number} cannot be read: {type(error).__name__}: {error}") from error
+        number += 1
+
+
+def prepared(source: Source, wanted: Objective, batches: Sequence[Batch]) -> list[Batch]:
+    """Batches that a model can take, cut so that the outputs of each fit in memory.
+
+    Raises
+    ------
+    RequestError
+        If they hold tokens that the model does not know, are longer than it takes, or if a module in memory fails on
+        one of them.
+    """
+    assert source.module is not None
+    if source.is_transformers:
+        from octavo.sources.tokens import check_tokens
+
+        check_tokens(source.module, batches)
+    if not source.is_skeleton:
+        try_batches(wanted, source.module, batches)
+    return wanted.pieces(source.module, batches)
+
+
+def notes_on(source: Source, wanted: Objective, batches: Sequence[Batch]) -> list[str]:
+    """What the module leaves out of its batches. A loss of the user's own takes what it likes of them."""
+    if source.module is None or not batches or isinstance(wanted, Loss):
+        return []
+    note = left_out(source.module, batches[0])
+    return [] if note is None else [f"data: {note}"]
+
+
+def divisible(source: Source, wanted: Objective, batches: Sequence[Batch]) -> bool:
+    """Whether the rows of batches are examples of their own, so that a batch can be divided."""
+    if source.module is None or source.is_skeleton:
+        return all(map(has_rows, batches))
+    return rows_are_examples(wanted, source.module, batches)
+
+
+def texts_of(data: Any) -> tuple[list[str], str]:
+    """Texts of a file or a list, or the built-in ones, and what to call them."""
+    if data is None:
+        return builtin_texts(), "built-in English text"
+    if isinstance(data, list):
+        check_texts(data, "data")
+        return cleaned(data), "texts given"
+    return read_texts(data), Path(data).name
+
+
+def split(batches: Sequence[Batch], *, rows: bool = True) -> tuple[list[Batch], list[Batch]]:
+    """Calibration and held-back parts: of every four sequences, one is held back, up to 96.
+
+    Parameters
+    ----------
+    rows
+        Whether batches can be divided. Otherwise one of every four batches is held back, and one at least.
+
+    Raises
+    ------
+    RequestError
+        If there are sequences, but too few are left to calibrate on, or a single batch cannot be divided.
+    """
+    calibration, held = _by_rows(batches) if rows else _by_batches(batches)
+    left, count = (sum(map(sequences_in, part)) for part in (calibration, held))
+    if batches and left < MINIMUM_SEQUENCES:
+        raise RequestError(
+            f"data: of {left + count} sequences {count} are held back to measure on, and {left} left to calibrate on; "
+            f"at least {MINIMUM_SEQUENCES} are needed, so give 10 or more (256 serve well)"
+        )
+    return calibration, held
+
+
+def _by_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    calibration, held, seen, count = [], [], 0, 0
+    for batch in batches:
+        size = sequences_in(batch)
+        keep = torch.ones(size, dtype=torch.bool)
+        # Counted over all batches, so that batches of one sequence are divided as well.
+        keep[3 - seen % 4 :: 4][: _HELD - count] = False
+        seen, count = seen + size, count + int((~keep).sum())
+        if bool(keep.any()):
+            calibration.append(select(batch, keep))
+        if not bool(keep.all()):
+            held.append(select(batch, ~keep))
+    return calibration, held
+
+
+def _by_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    if len(batches) < 2:
+        raise RequestError(
+            f"data: the one batch of {described(batches[0])} cannot be divided by rows, as some point to others or "
+            "the module takes no fewer, so that none would be held back to measure on; give at least 2 batches (10 "
+            "serve well)"
+        )
+    held = set(list(range(len(batches)))[3::4][:_HELD] or [len(batches) - 1])
+    return (
+        [whole(batch) for number, batch in enumerate(batches) if number not in held],
+        [whole(batch) for number, batch in enumerate(batches) if number in held],
+    )
+
+
+def choose_objective(source: Source, wanted: str | Objective | None, batches: Sequence[Batch] = ()) -> Objective:
+    """The objective asked for, or the one that fits the source: by its class, or by what it returns on a batch."""
+    if wanted is not None:
+        return objective(wanted)
+    known = source.module is not None and is_pretrained(source.module)
+    if source.is_transformers or source.is_encoder or known:
+        from octavo.integrations.tasks import default_objective
+
+        return default_objective(source, source.folder)
+    if source.module is None or not batches:
+        return objective("kl")
+    return fitting(returned(source.module, batches[0]), source.module, batches[0])

@@ -1,0 +1,1 @@
+"""A plan as forms that use the budget exactly."""

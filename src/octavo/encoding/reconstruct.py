@@ -1,0 +1,255 @@
+"""Reconstruction: what rounding did to a model's outputs is mended where mending is free or nearly so.
+
+Codes stay as they are. What is stored as floats anyway (norms, biases) and one small factor a row of every linear
+layer are fitted to the source's own outputs, by gradient, over the calibration data. This is the learned part of
+norm tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118,
+section 3.3), against the objective that is measured and not block by block. The outcome is taken only if it is better
+on held-back data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.artifact import Packed, pack, unpack
+from octavo.calibration.calibrating import Calibration
+from octavo.calibration.inmemory import replaced
+from octavo.calibration.objective import Loss
+from octavo.encoding.finish import Built
+from octavo.encoding.job import Job
+from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
+from octavo.sources.batches import Batch, Whole, select, sequences_in
+from octavo.sources.modules import own_tensors
+from octavo.sources.narrowing import FLOATS
+from octavo.system.raw import Lazily
+
+#: Positions of the calibration data to learn from, repeats counted.
+POSITIONS = {"default": 1 << 14, "best": 1 << 16}
+#: Positions in one step, within these numbers of examples.
+_STEP, _FEWEST, _MOST = 512, 4, 32
+#: Relative change a step (docs/decisions.md).
+_RATE = 3e-3
+#: Below this loss bfloat16's own noise (near 6e-4 in KL) would be learned from.
+_COARSE = 0.01
+#: Bytes a row that gains take at most, and bytes a site: manifest entry and coded head.
+_ROW_BYTES, _SITE_BYTES = 0.5, 120
+#: Gains that take more than this share of the budget are not worth it.
+_LARGEST_SHARE = 0.006
+
+
+def reserve(job: Job, budget: int, preset: str) -> int:
+    """Bytes to leave free for gains, 0 if there will be none."""
+    if preset not in POSITIONS or not _possible(job):
+        return 0
+    sites = [job.site(name) for name in _linear(job)]
+    wanted = math.ceil(sum(_ROW_BYTES * site.rows + _SITE_BYTES for site in sites))
+    return wanted if wanted <= _LARGEST_SHARE * budget else 0
+
+
+def reconstruct(job: Job, calibration: Calibration, built: Built, budget: int, preset: str) -> Built:
+    """A built plan with its norms, biases and row gains fitted; the plan as it was if that is not better.
+
+    Parameters
+    ----------
+    budget
+        Bytes that the artifact may take. Gains are left out if they do not fit.
+    preset
+        Tells how long to learn; ``fast`` does not learn.
+    """
+    if preset not in POSITIONS or not _possible(job) or not built.quality > 0:
+        return built
+    fit = _Fit(job, calibration, built)
+    fit.learn(POSITIONS[preset])
+    for gains in (True, False):
+        found = fit.built(gains=gains)
+        if found.bytes <= budget and found.quality < built.quality:
+            return found
+    job.notes.append("reconstruction of norms, biases and row gains did not help on held-back data and was left out")
+    return built
+
+
+def _possible(job: Job) -> bool:
+    # A loss with labels of its own is no distance from the source: to lower it further would be training.
+    # A model that does not fit in memory has no gradients from end to end.
+    # A kernel that runs packed codes has no place for gains.
+    whole = job.measurable and not job.source.is_skeleton and job.target == "disk"
+    return whole and bool(job.calibration_data) and not isinstance(job.objective, Loss)
+
+
+def _linear(job: Job) -> dict[str, nn.Module]:
+    """Sites whose rows are outputs of a linear layer, with their modules."""
+    found: dict[str, nn.Module] = {}
+    for site in job.sites:
+        owner = job.source.owner(site.name)
+        turns = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"
+        if owner is not None and turns and site.kind == "linear" and site.name not in job.pinned:
+            found[site.name] = owner
+    return found
+
+
+class _Fit:
+    """What is learned: relative changes of kept tensors and of rows, all zero at first."""
+
+    def __init__(self, job: Job, calibration: Calibration, built: Built) -> None:
+        self.job, self.old = job, built
+        assert job.source.module is not None
+        self.module = job.source.module
+        self.parameters = job.source.direct
+        self.weights = {**job.source.folded, **job.weights(built.packed)}
+        self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
+        self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
+        state = own_tensors(self.module)
+        self.start: dict[str, Tensor] = {}
+        self.units: dict[str, Tensor] = {}
+        for name, kept in built.contents.kept.items():
+            if kept.dtype not in FLOATS:
+                continue
+            weight = kept.tensor().float()
+            learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
+            # What is coded as bits would take bytes that nobody planned for.
+            learnable = learnable and not kept.coded and not job.left[name].startswith("ignored")
+            if learnable and weight.any() and weight.isfinite().all():
+                # Changes are relative to the tensor as a whole, since single biases may be zero.
+                self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
+        self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
+        self.owners = {name: owner for name, owner in _linear(job).items() if name in built.packed}
+        self.rows = {name: torch.zeros(job.site(name).rows) for name in self.owners}
+
+    def kept(self) -> dict[str, Tensor]:
+        """Kept tensors as they are now."""
+        return {name: self.start[name] + self.units[name] * self.changes[name] for name in self.start}
+
+    def gains(self) -> dict[str, Tensor]:
+        """Row gains as they are stored."""
+        exponents = {name: (torch.log2(1 + change) * GAIN_DIVISIONS).round() for name, change in self.rows.items()}
+        return {name: e.clamp(-LARGEST_GAIN, LARGEST_GAIN).to(torch.int16) for name, e in exponents.items()}
+
+    def learn(self, positions: int) -> None:
+        """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
+        size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
+        batches = [piece for batch in self.job.calibration_data for piece in _pieces(batch, size)]
+        steps = max(1, round(positions / self.positions / self.examples * len(batches)))
+        learned = [*self.changes.values(), *self.rows.values()]
+        optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
+        )
+        for step, batch in enumerate(_repeated(batches, steps, self.job.seed)):
+            self._gradients(batch)
+            optimizer.step()
+            schedule.step()
+            self.job.progress("reconstruct", step + 1, steps)
+
+    def _gradients(self, batch: Batch) -> None:
+        """Set the gradient of every change to that of the mean divergence of a batch."""
+        objective, kept = self.job.objective, self.kept()
+        device = next(self.module.parameters()).device.type
+        coarse = self.old.quality > _COARSE
+        state = own_tensors(self.module)
+        with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
+            with torch.no_grad(), replaced(self.module, {}):
+                reference = objective.outputs(self.module, batch)
+            new = self.job.source.placed({**self.weights, **kept})
+            learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
+            rows = {name: change.requires_grad_(True) for name, change in self.rows.items()}
+            with replaced(self.module, new), _scaled(self.owners, rows):
+                loss = objective.divergence(reference, objective.outputs(self.module, batch)).mean()
+                gradients = torch.autograd.grad(loss, [*learned.values(), *rows.values()], allow_unused=True)
+        for change in self.rows.values():
+            change.requires_grad_(False)
+        targets = {**self.changes, **self.rows}
+        for (name, change), gradient in zip(targets.items(), gradients, strict=True):
+            unit = self.units.get(name, 1.0)
+            change.grad = None if gradient is None else (gradient.float() * unit).to(change.device)
+
+    def built(self, *, gains: bool) -> Built:
+        """The plan with what was learned, as it will be stored, measured on held-back data."""
+        job, old = self.job, self.old
+        packed = {**old.packed, **(self._scaled_forms() if gains else {})}
+        kept = dict(old.contents.kept)
+        for name, tensor in self.kept().items():
+            kept[name] = replace(kept[name], read=_Value(tensor))
+        entries = {name: replace(entry, packed=packed[name]) for name, entry in old.contents.entries.items()}
+        contents = replace(old.contents, entries=entries, kept=kept)
+        points = {name: replace(point, bytes=packed[name].bytes) for name, point in old.plan.points.items()}
+        total = contents.bytes
+        plan = replace(old.plan, points=points, fixed_bytes=total - sum(item.bytes for item in packed.values()))
+        stored = {name: item.given for name, item in kept.items()}
+        losses = job.measure(Lazily({**job.weights(packed).made, **stored})).double()
+        return Built(plan, packed, contents, total, float(losses.mean()), float(losses.quantile(0.95)))
+
+    def _scaled_forms(self) -> dict[str, Packed]:
+        result = {}
+        for name, gains in self.gains().items():
+            if bool(gains.any()):
+                item, site = self.old.packed[name], self.job.site(name)
+                base = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
+                result[name] = pack(Scaled(base, gains))
+        return result
+
+
+class _Value:
+    """A tensor that is read where others are read from the source."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __call__(self) -> Tensor:
+        return self.tensor
+
+
+def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch in parts of about the same size, if it can be divided."""
+    if isinstance(batch, Whole):
+        yield batch
+        return
+    for part in torch.arange(sequences_in(batch)).chunk(max(1, round(sequences_in(batch) / size))):
+        yield select(batch, slice(int(part[0]), int(part[-1]) + 1))
+
+
+def _repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
+    """So many batches, in a new random order every time round."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        yield batches[order.pop()]
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients; at the end each is as it was."""
+    wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _scaled(owners: Mapping[str, nn.Module], changes: Mapping[str, Tensor]) -> Iterator[None]:
+    """Linear layers whose outputs, before their bias, are multiplied by ``1 + change``."""
+
+    def hook(change: Tensor) -> Any:
+        def scale(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            bias = getattr(module, "bias", None)
+            factor = change.to(output)
+            return output + factor * (output if bias is None else output - bias.to(output))
+
+        return scale
+
+    handles = [owner.register_forward_hook(hook(changes[name])) for name, owner in owners.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,130 @@
+"""What rounding a site's inputs to 8 bits costs, in the same currency as what rounding its weights costs.
+
+An integer kernel rounds its inputs when it runs, with a step ``D`` that follows from their range. The error of an
+input is uniform, of variance ``D^2 / 12``, and independent of the others: the expected increase of the model's loss is
+
+    1/2 * sum_i rows[i] * sum_j W[i, j]^2 * D[j]^2 / 12
+
+with the row weights of :mod:`octavo.calibration.evidence` and ``W`` (rows, columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.calibration.evidence import Evidence
+from octavo.forms import Form, Grid, LowRank, Sum
+from octavo.forms.grid import exponent_steps
+from octavo.runtimes.onnx.kernels import BLOCK_WIDTHS, FLOAT, INT8, children, kernel_of
+from octavo.sources.batches import Batch, run
+from octavo.sources.sites import Source
+
+#: Inner values of a factored layer are not watched; they are taken as Gaussian, in a range of this many deviations.
+_DEVIATIONS = 9.0
+
+
+@dataclass
+class Ranges:
+    """What was seen of one site's inputs.
+
+    Parameters
+    ----------
+    low, high
+        (batches, columns): extremes of every column in every batch.
+    blocks
+        Width of a group of columns to the mean over positions of the square of its largest magnitude, (groups,).
+    """
+
+    low: list[Tensor] = field(default_factory=list)
+    high: list[Tensor] = field(default_factory=list)
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    positions: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in the inputs of one batch, (..., columns)."""
+        flat = x.detach().float().reshape(-1, x.shape[-1])
+        self.low.append(flat.amin(0))
+        self.high.append(flat.amax(0))
+        for width in BLOCK_WIDTHS:
+            if flat.shape[1] % width == 0:
+                largest = flat.abs().reshape(len(flat), -1, width).amax(2)
+                self.blocks[width] = self.blocks.get(width, 0) + largest.square().sum(0)
+        self.positions += len(flat)
+
+
+def watch(source: Source, sites: Iterable[str], batches: Sequence[Batch]) -> dict[str, Ranges]:
+    """Ranges of the inputs of ``sites``, over ``batches`` as they come, padding included: the kernel sees it too."""
+    found: dict[str, Ranges] = {}
+    handles = []
+    assert source.module is not None
+
+    def note(name: str) -> Any:
+        def hook(module: Any, args: tuple) -> None:
+            found.setdefault(name, Ranges()).add(args[0])
+
+        return hook
+
+    try:
+        holders = source.holders()
+        for name in sites:
+            handles += [holder.register_forward_pre_hook(note(name)) for holder in holders.get(name, [])]
+        with torch.inference_mode():
+            for batch in batches:
+                run(source.module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def rounding_loss(form: Form, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
+    """Expected increase of the model's loss when ``kernel`` rounds the inputs of a form."""
+    if kernel == FLOAT or kernel_of(form) == FLOAT:
+        return 0.0
+    if isinstance(form, LowRank):
+        inner = form.right.dense()
+        deviations = ((inner @ evidence.moment(inner.shape[1])) * inner).sum(1).clamp_min(0).sqrt()
+        reach = deviations * _DEVIATIONS / 2
+        # What the first factor rounds goes through both.
+        first = _through(form.dense(), form.right, evidence, ranges)
+        return first + rounding_loss(form.left, kernel, evidence, Ranges([-reach], [reach]))
+    if isinstance(form, Sum):
+        return sum(rounding_loss(part, kernel, evidence, ranges) for part in children(form))
+    return _through(form.dense(), form, evidence, ranges)
+
+
+def _through(weight: Tensor, form: Form, evidence: Evidence, ranges: Ranges) -> float:
+    """Expected loss when inputs are rounded as ``form`` asks for, and then multiplied with ``weight``."""
+    kernel = kernel_of(form)
+    if kernel == FLOAT:
+        return 0.0
+    assert isinstance(form, Grid)
+    smooth = torch.ones(form.shape[1]) if form.columns is None else exponent_steps(form.columns)
+    if kernel == INT8:
+        low, high = (torch.stack(side) * smooth for side in (ranges.low, ranges.high))
+        # Zero always belongs to the range.
+        steps = (high.amax(1).clamp_min(0) - low.amin(1).clamp_max(0)) / 255
+        variance = steps.square().mean() / 12 / smooth.square()
+    else:
+        width = form.shape[1] // form.scale.shape[1]
+        variance = (ranges.blocks[width] / ranges.positions / 127**2 / 12).repeat_interleave(width)
+    return float(evidence.rows @ (weight.square() @ variance)) / 2
+
+
+def rounding_losses(
+    forms: Mapping[str, Form],
+    kernels: Mapping[str, str],
+    evidence: Mapping[str, Evidence],
+    ranges: Mapping[str, Ranges],
+) -> dict[str, float]:
+    """Expected increase of the model's loss by site, of those whose inputs are rounded and were seen."""
+    return {
+        name: rounding_loss(forms[name], kernel, evidence[name], ranges[name])
+        for name, kernel in kernels.items()
+        if name in ranges and name in evidence
+    }

@@ -1,0 +1,172 @@
+"""Integers as initializers of the fewest bits that hold them exactly, and the nodes that read them again.
+
+Most codes of a matrix lie in a narrow window, the more so if they were chosen for an entropy coder. What lies in the
+window takes 0 to 6, 8 or 16 bits; the few beyond it are stored apart, by the steps between their places. Of 4 bits
+an initializer of ONNX holds two to a byte. Of 1 and 2 bits there is no type, so bytes are taken apart when they are
+read; 3, 5 and 6 bits are two of these side by side.
+
+All of this depends on nothing but initializers. So onnxruntime works it out once, when it opens the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.runtimes.onnx.nodes import UINT4, Nodes
+
+#: Bytes that one integer beyond the window takes, about: for its place and for itself.
+_BEYOND_BYTES = 2.5
+#: Bytes of the nodes that put integers beyond the window where they belong.
+_BEYOND_NODES = 700
+#: Bits to the widths that are stored side by side for them, and to the bytes of nodes that this takes.
+_WIDTHS = {
+    16: ((16,), 0), 8: ((8,), 0), 6: ((4, 2), 1200), 5: ((4, 1), 2200), 4: ((4,), 0), 3: ((2, 1), 3200),
+    2: ((2,), 1000), 1: ((1,), 2000), 0: ((), 0),
+}  # fmt: skip
+#: Steps between places beyond the window are bytes: a longer one is divided by integers that lie in the window.
+_LONGEST = 255
+#: Beyond so many values integers take 32 bits.
+_MOST_VALUES = 1 << 16
+_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Window:
+    """How integers are stored: ``bits`` each from ``low`` on, and so many ``beyond`` that."""
+
+    bits: int
+    low: int
+    beyond: int
+    bytes: int
+
+
+def window_of(integers: Tensor) -> Window:
+    """The window in which integers take the fewest bytes."""
+    low, high = (int(value) for value in torch.aminmax(integers))
+    size, span = integers.numel(), high - low + 1
+    if span > _MOST_VALUES:
+        return Window(32, 0, 0, 4 * size)
+    counts = sum(np.bincount(part.long() - low, minlength=span) for part in integers.flatten().split(_AT_ONCE))
+    before = np.concatenate([[0], np.cumsum(counts)])
+    return min(_windows(before, low, size), key=lambda window: window.bytes)
+
+
+def _windows(before: np.ndarray, low: int, size: int) -> Iterator[Window]:
+    """The best window of every number of bits; ``before`` counts integers below each value from ``low`` on."""
+    for bits, (_, nodes) in _WIDTHS.items():
+        width = min(2**bits, len(before) - 1)
+        inside = before[width:] - before[:-width]
+        start = int(inside.argmax())
+        beyond = size - int(inside[start])
+        apart = round(beyond * _BEYOND_BYTES) + _BEYOND_NODES if beyond else 0
+        yield Window(bits, low + start, beyond, -(-size * bits // 8) + apart + nodes)
+
+
+def store(nodes: Nodes, name: str, integers: Tensor) -> tuple[str, int]:
+    """Add integers to a graph.
+
+    Returns
+    -------
+    value
+        The name of an integer tensor of the same shape, which only depends on initializers.
+    shift
+        What is to be added to it.
+    """
+    window = window_of(integers)
+    if window.bits == 32:
+        return nodes.constant(name, integers.int()), 0
+    codes = (integers.int() - window.low).flatten()
+    outside = (codes < 0) | (codes >= 2**window.bits)
+    dtype = narrowest(codes)
+    value = _inside(nodes, name, codes.masked_fill(outside, 0), window.bits)
+    value = value if dtype == torch.uint8 and window.bits < 16 else nodes.cast(value, dtype)
+    if window.beyond:
+        places = _divided(outside.nonzero()[:, 0])
+        gaps = torch.diff(places, prepend=places.new_zeros(1))
+        steps = nodes.constant(f"{name}/places", gaps.to(narrowest(gaps)))
+        index = nodes.add("CumSum", [nodes.cast(steps, torch.int64), nodes.once("first", lambda: _first_axis(nodes))])
+        beyond = nodes.constant(f"{name}/beyond", codes[places].to(dtype))
+        value = str(nodes.add("ScatterElements", [value, index, beyond], axis=0))
+    return nodes.reshape(value, *integers.shape), window.low
+
+
+def _divided(places: Tensor) -> Tensor:
+    """The places, and others between those that lie far apart, if all steps are small and little is added."""
+    gaps = torch.diff(places, prepend=places.new_zeros(1))
+    more = (gaps - 1).clamp_min(0) // _LONGEST
+    if int(more.sum()) > len(places) // 2:
+        return places
+    owner = torch.arange(len(places)).repeat_interleave(more + 1)
+    last = (more + 1).cumsum(0)[owner] - 1
+    return places[owner] - (last - torch.arange(len(owner))) * _LONGEST
+
+
+def zero_byte() -> Any:
+    """What ``ConstantOfShape`` fills a tensor of bytes with."""
+    import onnx
+
+    return onnx.helper.make_tensor("", onnx.TensorProto.UINT8, [1], [0])
+
+
+def _first_axis(nodes: Nodes) -> str:
+    return nodes.constant("first", torch.zeros((), dtype=torch.int64))
+
+
+def narrowest(integers: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds them."""
+    low, high = (int(value) for value in torch.aminmax(integers))
+    kinds = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32)
+    return next((k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max), torch.int64)
+
+
+def _inside(nodes: Nodes, name: str, codes: Tensor, bits: int) -> str:
+    """A flat tensor of unsigned integers of so many bits; of 16 as uint16, of all others as uint8."""
+    widths, _ = _WIDTHS[bits]
+    if not widths:
+        return str(nodes.add("ConstantOfShape", [nodes.sizes(len(codes))], value=zero_byte()))
+    value, below = "", 0
+    for width in widths:
+        part = _of_width(nodes, name, codes >> below & (2**width - 1), width)
+        if below:
+            shifted = nodes.add("BitShift", [part, _byte(nodes, below)], direction="LEFT")
+            part = str(nodes.add("BitwiseOr", [value, shifted]))
+        value, below = part, below + width
+    return value
+
+
+def _of_width(nodes: Nodes, name: str, codes: Tensor, width: int) -> str:
+    if width == 4:
+        whole = torch.nn.functional.pad(codes, (0, len(codes) % 2)).to(torch.uint8)
+        packed = whole[::2] | whole[1::2] << 4
+        return nodes.cast(nodes.raw(name, UINT4, codes.shape, packed.numpy().tobytes()), torch.uint8)
+    if width < 4:
+        return _planes(nodes, name, codes, width)
+    return nodes.constant(name, codes.to(torch.uint8 if width == 8 else torch.uint16))
+
+
+def _byte(nodes: Nodes, number: int) -> str:
+    wanted = torch.tensor(number, dtype=torch.uint8)
+    return nodes.once(("byte", number), lambda: nodes.constant("byte", wanted))
+
+
+def _planes(nodes: Nodes, name: str, codes: Tensor, bits: int) -> str:
+    """Codes of 1 or 2 bits: those in the lowest bits of all bytes first, then those above them."""
+    count = 8 // bits
+    planes = torch.nn.functional.pad(codes, (0, -len(codes) % count)).to(torch.uint8).view(count, -1)
+    packed = planes[0].clone()
+    for place in range(1, count):
+        packed |= planes[place] << bits * place
+
+    stored = nodes.constant(name, packed)
+    parts = []
+    for place in range(count):
+        shifted = nodes.add("BitShift", [stored, _byte(nodes, bits * place)], direction="RIGHT") if place else stored
+        parts.append(nodes.add("BitwiseAnd", [shifted, _byte(nodes, 2**bits - 1)]))
+    whole = nodes.add("Concat", parts, axis=0)
+    return str(nodes.add("Slice", [whole, nodes.sizes(0), nodes.sizes(len(codes))]))

@@ -1,0 +1,345 @@
+"""Exporting a model to a runtime that is faster than PyTorch, verified against what it was exported from."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavo.calibration import inputs
+from octavo.calibration.calibrating import calibrate
+from octavo.calibration.objective import Objective
+from octavo.calibration.workspace import write_file
+from octavo.errors import ArtifactError, OctavoError, RequestError
+from octavo.forms import Dense, Form
+from octavo.runtimes.onnx.activations import rounding_losses, watch
+from octavo.runtimes.onnx.given import Inputs, Tokens, inputs_of, vocabulary
+from octavo.runtimes.onnx.graph import SITE, TIED, trace
+from octavo.runtimes.onnx.kernels import FLOAT, kernel_of, lower
+from octavo.runtimes.onnx.latency import Table, compare, machine
+from octavo.runtimes.onnx.opened import open_model
+from octavo.runtimes.onnx.sessions import Session, require
+from octavo.runtimes.onnx.small import lower_small
+from octavo.sources.batches import Batch
+from octavo.sources.sites import Source
+from octavo.system.locks import Lock
+from octavo.system.paths import checked_output
+from octavo.system.raw import narrowed
+from octavo.system.replacing import NEW, check_file, check_kind, tidy
+
+RUNTIMES = ("onnx",)
+SIZE, SPEED = "size", "speed"
+PREFERENCES = (SIZE, SPEED)
+#: The graph with float kernels may differ from the module by this share of its largest output: operations are summed
+#: in another order.
+TOLERANCE = 1e-3
+#: Sequences and tokens at which latency is measured, if no others are asked for.
+SHAPE = (1, 32)
+#: Tokens of a shape at most, all sequences together.
+MOST = 2**20
+
+
+def export(
+    path: str | Path,
+    out: str | Path,
+    *,
+    to: str = "onnx",
+    data: Any = None,
+    objective: str | Objective | None = None,
+    loss: float | None = None,
+    shape: str | Sequence[int] = SHAPE,
+    prefer: str = SIZE,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write an artifact, or an uncompressed model, as a file that onnxruntime runs.
+
+    With ``prefer="size"`` every matrix and table is stored in the fewest bits that are exact for its form. onnxruntime
+    decodes them when it opens the file, and then runs them in float32 (see :mod:`octavo.runtimes.onnx.weights`).
+
+    With ``prefer="speed"`` every site runs on the integer kernel that its form has (see
+    :mod:`octavo.runtimes.onnx.kernels`), and in float32 where it has none or where float32 is measured to be faster at
+    ``shape`` on this machine. What runs in float32 is stored in float32.
+
+    Parameters
+    ----------
+    path
+        An artifact, or a ``transformers`` folder.
+    out
+        The file to write.
+    to
+        ``onnx``.
+    data
+        Texts to measure on: a file or a list; the built-in English text by default. For a model that takes no text,
+        batches: mappings of tensors by name, examples first.
+    objective
+        As for :func:`octavo.pipeline`.
+    loss
+        Integer kernels round their inputs. The most that this may add to the divergence, by expectation from three
+        quarters of ``data``: sites run in float32, those first that lose most for the time they save, until it holds.
+        No limit by default. With ``prefer="size"`` nothing is rounded.
+    shape
+        Sequences and tokens for which kernels are chosen and latency is measured; the file takes any.
+    prefer
+        ``size`` or ``speed``.
+
+    Returns
+    -------
+    dict
+        ``kernels`` and ``expected_loss`` by site; ``bytes``, ``packed_bytes`` (all tensors, with integers at 4, 8, 16
+        or 32 bits) and ``artifact_bytes``; ``difference`` of the float graph and its ``tolerance``; ``divergence`` from
+        ``path`` on data held back, None without data; and ``latency`` next to PyTorch's.
+
+    Raises
+    ------
+    RequestError
+        If the model cannot be exported, or ``out`` is part of ``path``, or is there and is no regular file, or one
+        and ``overwrite`` is not set.
+    ArtifactError
+        If the file does not give the outputs that it should.
+    MissingExtraError
+        If the extra ``onnx`` is not installed.
+    """
+    require()
+    out = check_file(checked_output(out), overwrite=overwrite, source=path)
+    with Lock(out):
+        tidy(out)
+        return _exported(path, out, to, data, objective, loss, shape, prefer)
+
+
+def _exported(
+    path: str | Path,
+    out: Path,
+    to: str,
+    data: Any,
+    objective: str | Objective | None,
+    loss: float | None,
+    shape: str | Sequence[int],
+    prefer: str,
+) -> dict[str, Any]:
+    size = parse_shape(shape)
+    if to not in RUNTIMES:
+        raise RequestError(f"--to {to!r} is not known; choose from {', '.join(RUNTIMES)}")
+    if prefer not in PREFERENCES:
+        raise RequestError(f"--prefer {prefer!r} is not known; choose from {', '.join(PREFERENCES)}")
+    if loss is not None:
+        _check_loss(loss, prefer)
+    opened = open_model(path)
+    source = opened.source
+    batches, text = _data(source, data)
+    if objective is not None and not batches:
+        raise RequestError(f"{path}: --objective says how outputs are compared on data; give --data, or leave it out")
+    given = inputs_of(source, batches)
+    given.batch(size)
+    wanted = inputs.choose_objective(source, objective)
+    batches = inputs.prepared(source, wanted, batches)
+    calibration_data, held = inputs.split(batches, rows=inputs.divisible(source, wanted, batches))
+    model, kinds = trace(source, given)
+    forms = {name: opened.forms[name] for name in kinds}
+    expected: dict[str, float] = {}
+    if prefer == SIZE:
+        small = lower_small(model, forms, opened.dtypes)
+        difference = compare_graph(source, small, given)
+        content = small.SerializeToString()
+    else:
+        difference = check_graph(source, model, forms, given, opened.dtypes)
+        kernels, table = _fastest(forms, kinds, size)
+        if loss is not None:
+            # What is known of a tied head is what it does as a table: its rounding cannot be foreseen.
+            kernels = {name: kernel if kinds[name] == SITE else FLOAT for name, kernel in kernels.items()}
+        rounded = [name for name, kernel in kernels.items() if kernel != FLOAT]
+        if rounded and loss is not None:
+            if not calibration_data:
+                raise RequestError("--loss: what rounding adds is foreseen from data; give data, or leave it out")
+            sites = [site for site in source.sites()[0] if site.name in rounded]
+            evidence = calibrate(source, sites, calibration_data, wanted, text=text).evidence
+            expected = rounding_losses(forms, kernels, evidence, watch(source, rounded, calibration_data))
+            _spare(forms, kernels, expected, table, loss)
+        table.save()
+        content = lower(model, forms, kernels).SerializeToString()
+    result = write_model(content, out, given)
+    session = Session(out)
+    return {
+        "path": str(out),
+        "source": str(path),
+        "to": to,
+        "prefer": prefer,
+        **result,
+        "packed_bytes": opened.packed_bytes,
+        "artifact_bytes": None if opened.artifact is None else opened.artifact.bytes,
+        "kernels": session.kernels,
+        "expected_loss": {name: value for name, value in expected.items() if session.kernels[name] != FLOAT},
+        "difference": difference,
+        "tolerance": TOLERANCE,
+        "divergence": _divergence(source, session, wanted, held, text),
+        "latency": latency(source, session, size, given),
+        "machine": machine(torch.get_num_threads()),
+    }
+
+
+def _check_loss(loss: float, prefer: str) -> None:
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss < math.inf:
+        raise RequestError(f"--loss {loss!r} is no finite number of at least 0; write one, such as 0.01")
+    if prefer == SIZE:
+        raise RequestError(
+            "--loss limits what rounding the inputs of integer kernels costs, and with --prefer size nothing is "
+            "rounded; add --prefer speed, or leave it out"
+        )
+
+
+def _data(source: Source, data: Any) -> tuple[list[Batch], str]:
+    """Batches to measure on, and what to call them: none for a model that takes no text, if none are given."""
+    if data is None and not vocabulary(source):
+        return [], "none"
+    return inputs.load_data(source, data, limit=None)
+
+
+def _divergence(
+    source: Source, session: Session, wanted: Objective, held: Sequence[Batch], text: str
+) -> dict[str, Any] | None:
+    """How far the file's outputs are from the model's, on data held back; None without data."""
+    if not held or source.module is None:
+        return None
+    losses = wanted.measure(session, held, wanted.reference(source.module, held))
+    return {
+        "metric": wanted.metric,
+        "mean": float(losses.mean()),
+        "p95": float(losses.quantile(0.95)),
+        "data": f"{len(losses)} held-back examples of {text}",
+    }
+
+
+def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
+    """Sequences and tokens of ``1x32``, or of two numbers.
+
+    Raises
+    ------
+    RequestError
+        If it is neither.
+    """
+    try:
+        parts = shape.lower().split("x") if isinstance(shape, str) else list(shape)
+        batch, tokens = map(int, parts)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"shape {shape!r}: write sequences and tokens, such as 1x32") from error
+    if min(batch, tokens) < 1 or batch * tokens > MOST:
+        raise RequestError(f"shape {shape!r}: sequences and tokens are at least 1, and {MOST:,} tokens in all at most")
+    return batch, tokens
+
+
+def _fastest(
+    forms: Mapping[str, Form], kinds: Mapping[str, str], shape: tuple[int, int]
+) -> tuple[dict[str, str], Table]:
+    """The faster of float32 and the form's integer kernel for every matrix, and the table that says so."""
+    table = Table(shape[0] * shape[1])
+    kernels = {}
+    for name, kind in kinds.items():
+        own = kernel_of(forms[name]) if kind in (SITE, TIED) else FLOAT
+        faster = own != FLOAT and table.seconds(forms[name], own) < table.seconds(forms[name], FLOAT)
+        kernels[name] = own if faster else FLOAT
+    return kernels, table
+
+
+def _spare(
+    forms: Mapping[str, Form], kernels: dict[str, str], expected: Mapping[str, float], table: Table, loss: float
+) -> None:
+    """Put sites back to float32, those first that lose most a second saved, until what is expected is ``loss``."""
+
+    def worth(name: str) -> float:
+        saved = table.seconds(forms[name], FLOAT) - table.seconds(forms[name], kernels[name])
+        return expected[name] / saved
+
+    left = sum(expected.values())
+    for name in sorted(expected, key=worth, reverse=True):
+        if left <= loss:
+            return
+        kernels[name] = FLOAT
+        left -= expected[name]
+
+
+def check_graph(
+    source: Source,
+    model: Any,
+    forms: Mapping[str, Form],
+    given: Inputs | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> float:
+    """Run a traced graph with float kernels beside the module; returns the largest relative difference.
+
+    ``dtypes`` are those that the module's weights were rounded to after they were decoded, where not float32.
+
+    Raises
+    ------
+    ArtifactError
+        If it is above :data:`TOLERANCE`.
+    """
+    held = {name: _rounded(form, (dtypes or {}).get(name, torch.float32)) for name, form in forms.items()}
+    return compare_graph(source, lower(model, held, {}), given or Tokens(source))
+
+
+def _rounded(form: Form, dtype: torch.dtype) -> Form:
+    return form if dtype == torch.float32 else Dense(narrowed(form.dense(), dtype).float())
+
+
+def compare_graph(source: Source, model: Any, given: Inputs) -> float:
+    """Run a whole graph beside the module on random inputs; returns the largest relative difference.
+
+    Raises
+    ------
+    ArtifactError
+        If it is above :data:`TOLERANCE`.
+    """
+    session = Session(model.SerializeToString())
+    assert source.module is not None
+    batch = given.example()
+    with torch.inference_mode():
+        wanted = given.live(batch, source.module(**batch)[session.names[0]].float())
+    found = given.live(batch, session(**batch)[session.names[0]])
+    difference = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    if not difference <= TOLERANCE:
+        raise ArtifactError(
+            f"{source.title}: the exported graph differs from the model by {difference:.2g} of its largest output "
+            f"({TOLERANCE:g} is allowed); nothing was written. Please report this with the model's config.json"
+        )
+    return difference
+
+
+def write_model(content: bytes, out: Path, given: Inputs) -> dict[str, Any]:
+    """Write a model, whole or not at all, once it was seen to load and to run from the disk."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}{NEW}", dir=out.parent) as folder:
+            aside = Path(folder) / out.name
+            write_file(aside, content)
+            outputs = Session(aside)(**given.example())
+            if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
+                raise ArtifactError(f"{out}: the exported model gives NaN or Inf; nothing was written")
+            check_kind(out)
+            os.replace(aside, out)
+    except OSError as error:
+        raise OctavoError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return {"bytes": out.stat().st_size}
+
+
+def latency(source: Source, session: Session, shape: tuple[int, int], given: Inputs) -> dict[str, Any]:
+    """Median seconds of the exported file and of the module in PyTorch, taking turns, with the same threads."""
+    batch = given.batch(shape)
+    assert source.module is not None
+    module, feed = source.module, session.feed(batch)
+    taken = compare(
+        {"torch float32": lambda: module(**batch), "onnxruntime": lambda: session.session.run(None, feed)},
+        "torch float32",
+    )
+    speedup = taken["onnxruntime"]["speedup"]
+    return {
+        "shape": given.shape(shape),
+        "threads": torch.get_num_threads(),
+        "torch_seconds": taken["torch float32"]["seconds"],
+        "seconds": taken["onnxruntime"]["seconds"],
+        "speedup": speedup,
+        "note": "" if speedup >= 1 else "the exported model is slower than the dense one in PyTorch",
+    }

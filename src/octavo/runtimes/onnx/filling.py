@@ -1,0 +1,76 @@
+"""Putting nodes in place of the sites that a traced graph leaves open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from octavo.errors import RequestError
+from octavo.runtimes.onnx.graph import DOMAIN, is_placeholder, prune
+from octavo.runtimes.onnx.nodes import MICROSOFT, Nodes
+from octavo.runtimes.onnx.sessions import NOTE
+
+#: A protobuf holds less than two gigabytes.
+LARGEST = 2**31 - 2**20
+
+
+def filled(
+    model: Any,
+    place: Callable[[Nodes, Any], str],
+    kernels: Mapping[str, str],
+    keep: Callable[[Nodes, Any], None] | None = None,
+) -> Any:
+    """A copy of a traced graph with nodes in place of its sites.
+
+    Parameters
+    ----------
+    model
+        From :func:`octavo.runtimes.onnx.graph.trace`; left as it is.
+    place
+        Adds the nodes of one placeholder, and returns the name of their result.
+    kernels
+        Site name to kernel, as the file will say it.
+    keep
+        Adds an initializer that belongs to no site; as it is by default.
+
+    Raises
+    ------
+    RequestError
+        If the file would be too large.
+    """
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    nodes = Nodes(taken=[name for node in graph.node for name in (*node.input, *node.output)])
+    for tensor in graph.initializer:
+        if keep is None:
+            nodes.initializers.append(tensor)
+        else:
+            keep(nodes, tensor)
+    for node in graph.node:
+        if is_placeholder(node):
+            nodes.add("Identity", [place(nodes, node)], outputs=[node.output[0]])
+        else:
+            nodes.add_node(node)
+    total = sum(tensor.ByteSize() for tensor in nodes.initializers)
+    if total > LARGEST:
+        raise RequestError(
+            f"the weights take {total:,} bytes and one ONNX file holds {LARGEST:,}; compress the model further, or "
+            "prefer size"
+        )
+    del graph.node[:]
+    graph.node.extend(nodes.nodes)
+    graph.ClearField("initializer")
+    graph.initializer.extend(nodes.initializers)
+    prune(graph)
+    versions = {entry.domain: entry.version for entry in result.opset_import if entry.domain != DOMAIN}
+    del result.opset_import[:]
+    versions |= {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in graph.node) else {}
+    result.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in versions.items())
+    result.producer_name = "octavo"
+    del result.metadata_props[:]
+    onnx.helper.set_model_props(result, {NOTE: json.dumps({"kernels": dict(kernels)})})
+    return result

@@ -1,0 +1,224 @@
+"""Kernels of onnxruntime's CPU provider, and the nodes by which a form runs on each.
+
+========== ============================================================ ====================================
+kernel     nodes                                                        forms
+========== ============================================================ ====================================
+float32    MatMul, or Gather of a table                                 all, as dense
+int8       DynamicQuantizeLinear, MatMulInteger: inputs rounded to 8    Grid with one step a row and codes
+           bits with one step for the whole tensor                      that span at most 8 bits
+blocks     MatMulNBits: inputs rounded to 8 bits with one step for      Grid with groups of 16, 32, 64, 128
+           every group of every row                                     or 256 columns and 4 or 8 bits
+========== ============================================================ ====================================
+
+The factors of a ``LowRank`` and the terms of a ``Sum`` run one after another, each on its own kernel. All nodes but
+MatMulNBits are plain ONNX; onnxruntime fuses those around MatMulInteger into one when it loads the file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.errors import RequestError
+from octavo.forms import Dense, Form, Grid, LowRank, Sum
+from octavo.forms.grid import exponent_steps
+from octavo.runtimes.onnx.filling import filled
+from octavo.runtimes.onnx.graph import LOOKUP, WEIGHT, is_placeholder
+from octavo.runtimes.onnx.nodes import MICROSOFT, Nodes
+from octavo.runtimes.onnx.weights import product, weight
+
+FLOAT, INT8, BLOCKS = "float32", "int8", "blocks"
+KERNELS = (FLOAT, INT8, BLOCKS)
+
+BLOCK_WIDTHS = (16, 32, 64, 128, 256)
+#: MatMulNBits with inputs rounded to 8 bits, the only level at which it is faster than float32.
+_ACCURACY_INT8 = 4
+
+
+def kernel_of(form: Form) -> str:
+    """The integer kernel that a form can run on, or ``float32``; of nested forms that of any part."""
+    parts = children(form)
+    if parts:
+        found = {kernel_of(part) for part in parts} - {FLOAT}
+        return found.pop() if len(found) == 1 else FLOAT
+    if not isinstance(form, Grid):
+        return FLOAT
+    if form.scale.shape[1] == 1:
+        return INT8 if _fits_a_byte(form) else FLOAT
+    width = form.codes.shape[1] // form.scale.shape[1]
+    whole = width * form.scale.shape[1] == form.codes.shape[1] and width in BLOCK_WIDTHS
+    return BLOCKS if whole and _block_bits(form) else FLOAT
+
+
+def children(form: Form) -> tuple[Form, ...]:
+    """The forms that a form is made of, in the order in which they run."""
+    if isinstance(form, LowRank):
+        return (form.right, form.left)
+    return (form.base, form.correction) if isinstance(form, Sum) else ()
+
+
+def _bounds(grid: Grid) -> tuple[int, int]:
+    """Smallest and largest of the codes and of what stands for zero."""
+    parts = [part for part in (grid.codes, grid.zero) if part is not None and part.numel()]
+    low, high = (min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)) if parts else (0, 0)
+    return (min(low, 0), max(high, 0)) if grid.zero is None else (low, high)
+
+
+def _fits_a_byte(grid: Grid) -> bool:
+    low, high = _bounds(grid)
+    return high - low < 256
+
+
+def _shift(grid: Grid) -> int:
+    """What codes are lowered by to be signed bytes; signed weights run on the fast kernel."""
+    low, high = _bounds(grid)
+    return 0 if low >= -128 and high <= 127 else low + 128
+
+
+def _block_bits(grid: Grid) -> int:
+    """4 or 8 if all codes and zero points, after a shift, are that many unsigned bits; else 0."""
+    low, high = _bounds(grid)
+    return next((bits for bits in (4, 8) if high - min(low, 0) < 2**bits), 0)
+
+
+def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> Any:
+    """A copy of a traced graph with every site replaced by the nodes of its kernel.
+
+    Parameters
+    ----------
+    model
+        From :func:`octavo.runtimes.onnx.graph.trace`; left as it is.
+    forms
+        Of every site in the graph.
+    kernels
+        Site name to kernel; ``float32`` for those not named.
+
+    Raises
+    ------
+    RequestError
+        If a form cannot run on the kernel named for it, or the file would be too large.
+    """
+    count = Counter(node.name for node in model.graph.node if is_placeholder(node))
+    used = {name: kernels.get(name, FLOAT) for name in count}
+    for name, kernel in used.items():
+        if kernel not in (FLOAT, kernel_of(forms[name])):
+            raise RequestError(f"site {name!r}: its form, {forms[name].name}, cannot run on the kernel {kernel!r}")
+
+    def place(nodes: Nodes, node: Any) -> str:
+        form, kernel = forms[node.name], used[node.name]
+        # A table that is the head as well is in the file once, and both are decoded from it.
+        shared = count[node.name] > 1 and kernel != INT8
+        if node.op_type == LOOKUP:
+            read = weight if shared else _lookup
+            return read(nodes, node.name, form, tokens=node.input[0])
+        if node.op_type == WEIGHT:
+            return weight(nodes, node.name, form) if shared else nodes.constant(node.name, form.dense())
+        if shared and kernel == FLOAT:
+            return product(nodes, node.name, node.input[0], form)
+        return multiply(nodes, node.name, node.input[0], form, kernel)
+
+    return filled(model, place, used)
+
+
+def multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
+    """Nodes for ``x @ dense().T``; returns the name of the product."""
+    if isinstance(form, LowRank):
+        inner = multiply(nodes, f"{name}/right", x, form.right, kernel)
+        return multiply(nodes, f"{name}/left", inner, form.left, kernel)
+    if isinstance(form, Sum) and kernel != FLOAT:
+        terms = [multiply(nodes, f"{name}/{k}", x, part, kernel) for k, part in enumerate(children(form))]
+        return str(nodes.add("Add", terms))
+    if kernel == kernel_of(form) == INT8:
+        assert isinstance(form, Grid)
+        return _integer(nodes, name, x, form)
+    if kernel == kernel_of(form) == BLOCKS:
+        assert isinstance(form, Grid)
+        return _blocks(nodes, name, x, form)
+    return str(nodes.add("MatMul", [x, nodes.constant(name, form.dense().t())]))
+
+
+def _smoothed(nodes: Nodes, x: str, grid: Grid) -> str:
+    """``x`` with the column steps of a grid taken into it; sites that read it and have the same steps share it."""
+    if grid.columns is None:
+        return x
+    steps = exponent_steps(grid.columns)
+    key = ("smoothed", x, grid.columns.short().numpy().tobytes())
+    return nodes.once(key, lambda: [nodes.add("Mul", [x, nodes.constant("column_steps", steps)])])[0]
+
+
+def _row_scale(grid: Grid) -> Tensor:
+    """Steps (rows, groups), float32, with the row steps in them."""
+    scale = grid.scale.float().expand(len(grid.codes), -1)
+    return scale if grid.rows is None else scale * exponent_steps(grid.rows)[:, None]
+
+
+def _integer(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
+    smoothed = _smoothed(nodes, x, grid)
+    rounded, step, zero = nodes.once(
+        ("rounded", smoothed), lambda: nodes.add("DynamicQuantizeLinear", [smoothed], count=3)
+    )
+    shift = _shift(grid)
+    table = nodes.shared(("bytes", name))
+    # The codes of a table that is the head as well are turned around when the file is opened.
+    codes = nodes.add("Transpose", [table], perm=[1, 0]) if table else nodes.constant(name, _bytes(grid).t())
+    zeros = (torch.zeros(1) if grid.zero is None else grid.zero[:, 0].float()) - shift
+    inputs = [rounded, codes, zero]
+    if bool(zeros.any()):
+        inputs.append(nodes.constant(f"{name}/zero", zeros.expand(len(grid.codes)).to(torch.int8)))
+    summed = nodes.add("Cast", [nodes.add("MatMulInteger", inputs)], to=1)
+    scale = nodes.add("Mul", [step, nodes.constant(f"{name}/scale", _row_scale(grid)[:, 0])])
+    return str(nodes.add("Mul", [summed, scale]))
+
+
+def _bytes(grid: Grid) -> Tensor:
+    """The codes as signed bytes."""
+    return (grid.codes.to(torch.int16) - _shift(grid)).to(torch.int8)
+
+
+def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
+    rows, columns = grid.codes.shape
+    groups, bits = grid.scale.shape[1], _block_bits(grid)
+    zero = torch.zeros(rows, groups, dtype=torch.int16) if grid.zero is None else grid.zero.to(torch.int16)
+    shift = min(_bounds(grid)[0], 0)
+    codes = (grid.codes.to(torch.int16) - shift).to(torch.uint8).reshape(rows, groups, columns // groups)
+    zeros = (zero.expand(rows, groups) - shift).to(torch.uint8)
+    if bits == 4:
+        # Two to a byte, the first in the low half; an odd last zero point is alone in its byte.
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+        zeros = torch.nn.functional.pad(zeros, (0, groups % 2))
+        zeros = zeros[:, ::2] | zeros[:, 1::2] << 4
+    inputs = [
+        _smoothed(nodes, x, grid),
+        nodes.constant(name, codes),
+        nodes.constant(f"{name}/scale", _row_scale(grid).reshape(-1)),
+        nodes.constant(f"{name}/zero", zeros.reshape(-1)),
+    ]
+    return str(
+        nodes.add(
+            "MatMulNBits", inputs, domain=MICROSOFT, K=columns, N=rows, bits=bits, block_size=columns // groups,
+            accuracy_level=_ACCURACY_INT8,
+        )
+    )  # fmt: skip
+
+
+def _lookup(nodes: Nodes, name: str, form: Form, tokens: str) -> str:
+    """Rows of a table: dense, or codes of 8 bits that are scaled as they are read."""
+    if not isinstance(form, Grid) or form.scale.shape[1] > 1 or not _fits_a_byte(form):
+        half = isinstance(form, Dense) and form.weight.dtype == torch.float16
+        table = nodes.constant(name, form.weight if isinstance(form, Dense) and half else form.dense())
+        row = nodes.add("Gather", [table, tokens], axis=0)
+        return str(nodes.add("Cast", [row], to=1) if half else row)
+    shift = _shift(form)
+    codes = nodes.once(("bytes", name), lambda: nodes.constant(name, _bytes(form)))
+    row = nodes.add("Cast", [nodes.add("Gather", [codes, tokens], axis=0)], to=1)
+    zeros = (torch.zeros(len(form.codes), 1) if form.zero is None else form.zero.float()) - shift
+    if bool(zeros.any()):
+        table = nodes.constant(f"{name}/zero", zeros.expand(len(form.codes), 1))
+        row = nodes.add("Sub", [row, nodes.add("Gather", [table, tokens], axis=0)])
+    scale = nodes.constant(f"{name}/scale", _row_scale(form))
+    row = nodes.add("Mul", [row, nodes.add("Gather", [scale, tokens], axis=0)])
+    return _smoothed(nodes, row, form)

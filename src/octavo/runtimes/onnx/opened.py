@@ -1,0 +1,91 @@
+"""Opening an artifact or a model folder together with the form of every site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from octavo.artifact import MANIFEST, Artifact
+from octavo.calibration import inputs
+from octavo.errors import RequestError
+from octavo.forms import Dense, Form
+from octavo.runtimes.onnx.given import check_exportable
+from octavo.runtimes.onnx.small import packed_bytes
+from octavo.sources.files import from_path
+from octavo.sources.sites import Layout, Source
+from octavo.system.paths import checked
+
+
+@dataclass
+class Opened:
+    """A source or an artifact, with the form of every site."""
+
+    source: Source
+    forms: dict[str, Form]
+    artifact: Artifact | None = None
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What the weights of an artifact are rounded to after they were decoded, by site."""
+        return {} if self.artifact is None else {name: self.artifact.dtype(name) for name in self.artifact.sites}
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors with the integers of sites at 4, 8, 16 or 32 bits, whichever hold them."""
+        names = self.source.shapes if self.artifact is None else self.artifact.names()
+        rest = sum(self.source.read(name).nbytes for name in names if name not in self.forms)
+        return rest + sum(packed_bytes(form) for form in self.forms.values())
+
+
+def open_model(path: str | Path) -> Opened:
+    """An artifact or a model folder, ready to be traced."""
+    from octavo.integrations.transformers import bind, load_as_users_do
+    from octavo.sources.sentences import transformer_folder
+
+    path = checked(path)
+    if not (path / MANIFEST).exists():
+        source = inputs.open_source(from_path(path))
+        check_exportable(source)
+        # The graph is that of the transformer: what an encoder does after it is no part of the file.
+        if source.is_skeleton:
+            source.module = load_as_users_do(transformer_folder(path), {"dtype": torch.float32}).model
+            bind(source, source.module)
+            return Opened(source, dense_forms(source))
+    from octavo.verification.verifying import load
+
+    artifact = Artifact(path)
+    module = load(path)
+    if not isinstance(module, nn.Module):
+        raise RequestError(
+            f"{path}: holds bare tensors, which have no graph to export; load them into their module with "
+            "octavo.load(path, into=module) and call torch.onnx.export"
+        )
+    shapes = {name: tuple(entry["shape"]) for name, entry in artifact.sites.items()}
+    source = Source(
+        title=path.name, path=path, shapes=shapes, dtypes=dict.fromkeys(shapes, torch.float32), aliases={},
+        read=artifact.tensor, module=module, is_transformers=True,
+    )  # fmt: skip
+    # The file computes in float32, with the weights as they are rounded in the artifact.
+    # Models of transformers that were decoded refuse a method of this name of their own.
+    source.module = nn.Module.float(module)
+    bind(source, module)
+    check_exportable(source)
+    return Opened(source, {name: _form(artifact, name) for name in shapes}, artifact)
+
+
+def dense_forms(source: Source) -> dict[str, Form]:
+    """Every matrix of a source as it is."""
+    return {site.name: _dense(site.layout, source.read(site.name)) for site in source.sites()[0]}
+
+
+def _form(artifact: Artifact, name: str) -> Form:
+    """The form of a weight. That of a scaled matrix would be another weight."""
+    layout = artifact.layout(name)
+    return _dense(layout, artifact.tensor(name)) if layout.exponent else artifact.form(name)
+
+
+def _dense(layout: Layout, weight: Tensor) -> Form:
+    return Dense(replace(layout, exponent=0).to_matrix(weight))

@@ -1,0 +1,354 @@
+"""Every form as nodes that work its matrix out from initializers of few bits.
+
+A matrix only depends on initializers, so onnxruntime works it out once, when it opens the file: the file is small,
+and the model then takes as much memory and time as with float32 weights. Of a table that tokens are looked up in, the
+codes are what is worked out, and only the rows that are read become floats.
+
+``DequantizeLinear`` is not used. onnxruntime joins it with the product behind it and then rounds the inputs to 8
+bits, which moves outputs by half a percent; where it does not join them, it decodes the matrix at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.forms import (
+    Affine,
+    Codebook,
+    Cut,
+    Dense,
+    DenseSparse,
+    Folded,
+    Form,
+    Grid,
+    GroupedLowRank,
+    LowRank,
+    RowBlocks,
+    Scaled,
+    Separable,
+    Sparse,
+    Sum,
+    TensorTrain,
+    Trellis,
+)
+from octavo.forms.folded import FOLDS
+from octavo.forms.grid import exponent_steps
+from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS
+from octavo.runtimes.onnx.codes import narrowest, store, window_of, zero_byte
+from octavo.runtimes.onnx.nodes import Nodes
+
+#: Fewer floats are stored as they are: the nodes would take more than they save.
+_FEW = 256
+#: More floats are not searched for values that repeat; there are as many as a matrix has, or more.
+_MANY = 1 << 18
+_LARGEST = torch.finfo(torch.float16).max
+#: Bytes of the nodes by which the quantizers of a trellis are worked out, for each time that the rows double.
+_DOUBLING_BYTES = 500
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a matrix are wanted: all, or those that ``tokens`` name, in the shape of ``tokens``."""
+
+    tokens: str | None = None
+
+    def of(self, nodes: Nodes, part: str) -> str:
+        """These rows of a part that has the rows of the matrix."""
+        return part if self.tokens is None else str(nodes.add("Gather", [part, self.tokens], axis=0))
+
+
+ALL = Rows()
+
+
+def product(nodes: Nodes, name: str, x: str, form: Form, dtype: torch.dtype = torch.float32) -> str:
+    """Nodes for ``x @ dense().T``: through the factors where that takes fewer multiplications."""
+    if _by_factors(form):
+        if isinstance(form, Scaled):
+            factors = floats(nodes, f"{name}/gains", form.factors)
+            return str(nodes.add("Mul", [product(nodes, name, x, form.base), factors]))
+        assert isinstance(form, LowRank)
+        inner = product(nodes, f"{name}/right", x, form.right)
+        return product(nodes, f"{name}/left", inner, form.left)
+    return str(nodes.add("MatMul", [x, nodes.add("Transpose", [weight(nodes, name, form, dtype)], perm=[1, 0])]))
+
+
+def weight(nodes: Nodes, name: str, form: Form, dtype: torch.dtype = torch.float32, tokens: str | None = None) -> str:
+    """Nodes for the matrix, or for the rows of it that ``tokens`` name, rounded to ``dtype``, in float32."""
+    found = decoded(nodes, name, form, Rows(tokens))
+    if dtype == torch.float32:
+        return found
+    if dtype == torch.float16:
+        # As :func:`octavo.system.raw.narrowed` does it.
+        ends = [nodes.once(("end", k), partial(nodes.constant, "end", torch.tensor(k * _LARGEST))) for k in (-1, 1)]
+        found = nodes.add("Clip", [found, *ends])
+    return nodes.cast(nodes.cast(found, dtype), torch.float32)
+
+
+def decoded(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:
+    """Nodes for the wanted rows of a form, in float32."""
+    by_rows = _BY_ROWS.get(type(form))
+    if by_rows is not None:
+        return by_rows(nodes, name, form, rows)
+    decode = _WHOLE.get(type(form), _as_dense)
+    return rows.of(nodes, nodes.once(("whole", name), lambda: decode(nodes, name, form)))
+
+
+def floats(nodes: Nodes, name: str, values: Tensor, rows: Rows = ALL) -> str:
+    """Floats in the precision, or as a table of their values, that is smallest and exact; read as float32."""
+    stored = narrow(values) if values.numel() >= _FEW else values.float()
+    if _FEW <= values.numel() <= _MANY:
+        table, index = values.float().unique(return_inverse=True)
+        if 4 * len(table) + values.numel() * (1 if len(table) <= 256 else 2) < stored.nbytes and len(table) < 2**15:
+            return _codebook(nodes, name, Codebook(index, table), rows)
+    value = rows.of(nodes, nodes.once(("floats", name), lambda: nodes.constant(name, stored)))
+    return value if stored.dtype == torch.float32 else nodes.cast(value, torch.float32)
+
+
+def narrow(values: Tensor) -> Tensor:
+    """The values in 16 bits if they hold them exactly, else in float32."""
+    exact = (d for d in (torch.float16, torch.bfloat16) if torch.equal(values.to(d).float(), values.float()))
+    return values.to(next(exact, torch.float32))
+
+
+def _by_factors(form: Form) -> bool:
+    if isinstance(form, Scaled):
+        return _by_factors(form.base)
+    if not isinstance(form, LowRank):
+        return False
+    rows, columns = form.shape
+    return form.left.shape[1] * (rows + columns) < rows * columns
+
+
+def _codes(nodes: Nodes, name: str, codes: Tensor, rows: Rows = ALL) -> tuple[str, int]:
+    """Integers by rows, before their shift is added."""
+    value, shift = nodes.once(("codes", name), lambda: store(nodes, f"{name}/codes", codes))
+    return rows.of(nodes, value), shift
+
+
+def _index(nodes: Nodes, name: str, index: Tensor, rows: Rows = ALL) -> str:
+    """Integers by rows, as indices."""
+    value, shift = _codes(nodes, name, index, rows)
+    value = nodes.cast(value, torch.int32)
+    if not shift:
+        return value
+    wanted = torch.tensor(shift, dtype=torch.int32)
+    return str(nodes.add("Add", [value, nodes.once(("index", shift), lambda: nodes.constant("shift", wanted))]))
+
+
+def _shifted(nodes: Nodes, value: str, shift: int) -> str:
+    """A float tensor with an integer added, which is exact."""
+    if not shift:
+        return value
+    wanted = torch.tensor(float(shift))
+    return str(nodes.add("Add", [value, nodes.once(("shift", shift), lambda: nodes.constant("shift", wanted))]))
+
+
+def _picked(part: Tensor, rows: Rows) -> Rows:
+    """What to pick of a part that may have one row for all."""
+    return rows if len(part) > 1 else ALL
+
+
+def _spread(nodes: Nodes, value: str, groups: int, columns: int) -> str:
+    """Values of groups of columns as values of columns."""
+    if groups == 1:
+        return value
+    member = torch.arange(columns) // -(-columns // groups)
+    index = nodes.once(("groups", groups, columns), lambda: _index(nodes, f"groups.{groups}x{columns}", member))
+    return str(nodes.add("Gather", [value, index], axis=-1))
+
+
+def _grid(nodes: Nodes, name: str, form: Grid, rows: Rows) -> str:
+    groups, columns = form.scale.shape[1], form.shape[1]
+    value, shift = _codes(nodes, name, form.codes, rows)
+    value = nodes.cast(value, torch.float32)
+    if form.zero is not None:
+        zero, low = _codes(nodes, f"{name}/zero", form.zero, _picked(form.zero, rows))
+        zero, shift = nodes.cast(zero, torch.float32), shift - low
+        value = str(nodes.add("Sub", [_shifted(nodes, value, shift), _spread(nodes, zero, groups, columns)]))
+    else:
+        value = _shifted(nodes, value, shift)
+    steps = floats(nodes, f"{name}/scale", form.scale, _picked(form.scale, rows))
+    if form.rows is not None:
+        own = floats(nodes, f"{name}/rows", exponent_steps(form.rows)[:, None], rows)
+        steps = str(nodes.add("Mul", [steps, own]))
+    value = str(nodes.add("Mul", [value, _spread(nodes, steps, groups, columns)]))
+    if form.columns is None:
+        return value
+    return str(nodes.add("Mul", [value, floats(nodes, f"{name}/columns", exponent_steps(form.columns))]))
+
+
+def _trellis(nodes: Nodes, name: str, form: Trellis, rows: Rows) -> str:
+    levels, doublings = form.levels(), max(1, len(form.grid.codes) // LANES).bit_length()
+    if window_of(form.grid.codes).bytes + doublings * _DOUBLING_BYTES < window_of(levels.codes).bytes:
+        # Levels have a bit more than the codes do; it is worked out where that is smaller.
+        nodes.once(("codes", name), lambda: (_levels(nodes, name, form.grid.codes, levels.codes), 0))
+    return _grid(nodes, name, levels, rows)
+
+
+def _levels(nodes: Nodes, name: str, codes: Tensor, levels: Tensor) -> str:
+    """``2 * codes + quantizer``, with :func:`octavo.forms.trellis.quantizers` as nodes."""
+    value = _index(nodes, f"{name}/trellis", codes)
+    one, two = (nodes.once(("int", k), partial(nodes.constant, "int", torch.tensor(k).int())) for k in (1, 2))
+    parities = nodes.cast(nodes.add("BitwiseAnd", [value, one]), torch.uint8)
+    rows, columns = codes.shape
+
+    def delayed(part: str, steps: int) -> str | None:
+        if steps * LANES >= rows:
+            return None
+        zeros = nodes.add("ConstantOfShape", [nodes.sizes(steps * LANES, columns)], value=zero_byte())
+        early = nodes.add("Slice", [part, nodes.sizes(0), nodes.sizes(rows - steps * LANES)])
+        return str(nodes.add("Concat", [zeros, early], axis=0))
+
+    def added(total: str, part: str | None) -> str:
+        return total if part is None else str(nodes.add("BitwiseXor", [total, part]))
+
+    chosen = str(nodes.add("ConstantOfShape", [nodes.sizes(rows, columns)], value=zero_byte()))
+    for tap in PARITY_TAPS:
+        chosen = added(chosen, delayed(parities, tap))
+    power = 1
+    while power * LANES < rows:
+        before = chosen
+        for tap in QUANTIZER_TAPS:
+            chosen = added(chosen, delayed(before, tap * power))
+        power *= 2
+    doubled = nodes.add("Mul", [value, two])
+    return nodes.cast(nodes.add("Add", [doubled, nodes.cast(chosen, torch.int32)]), narrowest(levels))
+
+
+def _affine(nodes: Nodes, name: str, form: Affine, rows: Rows) -> str:
+    groups, columns = form.step.shape[1], form.shape[1]
+    value, shift = _codes(nodes, name, form.codes, rows)
+    value = _shifted(nodes, nodes.cast(value, torch.float32), shift)
+    for kind, part, values in (("Mul", "step", form.step), ("Add", "offset", form.offset)):
+        if values is not None:
+            own = _spread(nodes, floats(nodes, f"{name}/{part}", values, rows), groups, columns)
+            value = str(nodes.add(kind, [value, own]))
+    return value if form.rounded == torch.float32 else nodes.cast(nodes.cast(value, form.rounded), torch.float32)
+
+
+def _codebook(nodes: Nodes, name: str, form: Codebook, rows: Rows) -> str:
+    values = nodes.once(("values", name), lambda: nodes.constant(f"{name}/values", form.values.float()))
+    found = str(nodes.add("Gather", [values, _index(nodes, name, form.codes, rows)], axis=0))
+    if form.scale is None:
+        return found
+    return str(nodes.add("Mul", [found, floats(nodes, f"{name}/scale", form.scale, rows)]))
+
+
+def _dense(nodes: Nodes, name: str, form: Dense, rows: Rows) -> str:
+    return floats(nodes, name, form.weight, rows)
+
+
+def _low_rank(nodes: Nodes, name: str, form: LowRank, rows: Rows) -> str:
+    right = decoded(nodes, f"{name}/right", form.right, ALL)
+    return str(nodes.add("MatMul", [decoded(nodes, f"{name}/left", form.left, rows), right]))
+
+
+def _sum(nodes: Nodes, name: str, form: Sum, rows: Rows) -> str:
+    parts = (("base", form.base), ("correction", form.correction))
+    return str(nodes.add("Add", [decoded(nodes, f"{name}/{part}", inner, rows) for part, inner in parts]))
+
+
+def _scaled(nodes: Nodes, name: str, form: Scaled, rows: Rows) -> str:
+    factors = floats(nodes, f"{name}/gains", form.factors[:, None], rows)
+    return str(nodes.add("Mul", [decoded(nodes, name, form.base, rows), factors]))
+
+
+def _cut(nodes: Nodes, name: str, form: Cut) -> str:
+    # What was cut is read from a row and a column of zeros behind the others.
+    value = nodes.add("Pad", [decoded(nodes, name, form.inner, ALL), nodes.sizes(0, 0, 1, 1)])
+    for axis, kept in enumerate((form.rows, form.columns)):
+        places = torch.where(kept, kept.cumsum(0) - 1, kept.sum())
+        value = nodes.add("Gather", [value, _index(nodes, f"{name}/axis{axis}", places)], axis=axis)
+    return str(value)
+
+
+def _sparse(nodes: Nodes, name: str, form: Sparse) -> str:
+    import onnx
+
+    zero = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [1], [0.0])
+    zeros = str(nodes.add("ConstantOfShape", [nodes.sizes(*form.shape)], value=zero))
+    if not form.values.shape[1]:
+        return zeros
+    mask = _index(nodes, f"{name}/mask", form.mask.to(torch.uint8))
+    places = nodes.add("Transpose", [nodes.add("NonZero", [mask])], perm=[1, 0])
+    values = nodes.reshape(decoded(nodes, f"{name}/values", form.values, ALL), -1)
+    return str(nodes.add("ScatterND", [zeros, places, values]))
+
+
+def _dense_sparse(nodes: Nodes, name: str, form: DenseSparse) -> str:
+    rows, columns = form.shape
+    blocks = form.values.shape[1] // form.nonzeros
+    atoms, width = form.dictionary.shape[0] // blocks, form.dictionary.shape[1]
+    starts = nodes.constant(f"{name}/starts", torch.arange(blocks).repeat_interleave(form.nonzeros).int() * atoms)
+    places = nodes.add("Add", [_index(nodes, f"{name}/index", form.index), starts])
+    picked = nodes.add("Gather", [decoded(nodes, f"{name}/dictionary", form.dictionary, ALL), places], axis=0)
+    shares = nodes.reshape(decoded(nodes, f"{name}/values", form.values, ALL), rows, -1, 1)
+    parts = nodes.reshape(nodes.add("Mul", [picked, shares]), rows, blocks, form.nonzeros, width)
+    whole = nodes.reshape(nodes.add("ReduceSum", [parts, nodes.sizes(2)], keepdims=0), rows, -1)
+    return str(nodes.add("Slice", [whole, nodes.sizes(0), nodes.sizes(columns), nodes.sizes(1)]))
+
+
+def _folded(nodes: Nodes, name: str, form: Folded) -> str:
+    order, _ = FOLDS[form.fold]
+    sizes = (form.shape[0], *form.kernel)
+    apart = nodes.reshape(decoded(nodes, name, form.inner, ALL), *(sizes[axis] for axis in order))
+    back = nodes.add("Transpose", [apart], perm=[order.index(axis) for axis in range(4)])
+    return nodes.reshape(back, *form.shape)
+
+
+def _grouped(nodes: Nodes, name: str, form: GroupedLowRank) -> str:
+    rank = form.left.shape[1] // form.groups
+    left = nodes.reshape(decoded(nodes, f"{name}/left", form.left, ALL), -1, form.groups, rank)
+    right = nodes.reshape(decoded(nodes, f"{name}/right", form.right, ALL), form.groups, rank, -1)
+    return nodes.reshape(nodes.add("Einsum", [left, right], equation="rgj,gjw->rgw"), *form.shape)
+
+
+def _row_blocks(nodes: Nodes, name: str, form: RowBlocks) -> str:
+    blocks = [decoded(nodes, f"{name}/{number}", block, ALL) for number, block in enumerate(form.blocks)]
+    whole = nodes.add("Concat", blocks, axis=0)
+    places = form.member.argsort(stable=True).argsort()
+    return str(nodes.add("Gather", [whole, _index(nodes, f"{name}/places", places)], axis=0))
+
+
+def _separable(nodes: Nodes, name: str, form: Separable) -> str:
+    parts = [
+        nodes.reshape(decoded(nodes, f"{name}/{part}", inner, ALL), form.terms, -1, inner.shape[1])
+        for part, inner in (("c", form.channel), ("y", form.vertical), ("x", form.horizontal))
+    ]
+    return nodes.reshape(nodes.add("Einsum", parts, equation="tnc,tny,tnx->ncyx"), *form.shape)
+
+
+def _tensor_train(nodes: Nodes, name: str, form: TensorTrain) -> str:
+    rows, columns, value = 1, 1, ""
+    modes = zip(form.cores, form.row_modes, form.column_modes, form.ranks, strict=False)
+    for number, (core, o, i, rank) in enumerate(modes):
+        part = nodes.reshape(decoded(nodes, f"{name}/{number}", core, ALL), rank, o, i, -1)
+        if number:
+            part = nodes.add("Einsum", [value, part], equation="RCa,aoib->RoCib")
+        rows, columns = rows * o, columns * i
+        value = nodes.reshape(part, rows, columns, -1)
+    value = nodes.reshape(value, rows, columns)
+    return str(nodes.add("Slice", [value, nodes.sizes(0, 0), nodes.sizes(form.rows, form.columns)]))
+
+
+def _as_dense(nodes: Nodes, name: str, form: Form) -> str:
+    """A form of another package, about which nothing is known."""
+    return floats(nodes, name, form.dense())
+
+
+#: Forms whose rows are worked out one by one.
+_BY_ROWS: dict[type[Form], Callable[[Nodes, str, Any, Rows], str]] = {
+    Affine: _affine, Codebook: _codebook, Dense: _dense, Grid: _grid, LowRank: _low_rank, Scaled: _scaled, Sum: _sum,
+    Trellis: _trellis,
+}  # fmt: skip
+#: Forms that are worked out whole.
+_WHOLE: dict[type[Form], Callable[[Nodes, str, Any], str]] = {
+    Cut: _cut, DenseSparse: _dense_sparse, Folded: _folded, GroupedLowRank: _grouped, RowBlocks: _row_blocks,
+    Separable: _separable, Sparse: _sparse, TensorTrain: _tensor_train,
+}  # fmt: skip

@@ -1,0 +1,16 @@
+"""Running from packed codes or as factors: kernels, and weights that hold no dense matrix."""
+
+from octavo.runtimes.packed.factors import Choice, factored
+from octavo.runtimes.packed.kernels import Kernel, kernel_for, resident_bytes
+from octavo.runtimes.packed.weight import PackedWeight, held_bytes, kernels_of
+
+__all__ = [
+    "Choice",
+    "Kernel",
+    "PackedWeight",
+    "factored",
+    "held_bytes",
+    "kernel_for",
+    "kernels_of",
+    "resident_bytes",
+]

@@ -1,0 +1,133 @@
+"""Convolutions in stages: several small ones, one after another, that give what one with a factored weight gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.nn import functional
+
+from octavo.forms import Dense, Folded, Form, GroupedLowRank, LowRank, Scaled, Separable, Sum
+from octavo.runtimes.packed.kernels import Geometry
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A convolution that is a part of one.
+
+    Parameters
+    ----------
+    weight
+        (outputs, inputs / groups, *kernel).
+    along
+        The axes along which the whole kernel's stride, padding and dilation are this one's.
+    """
+
+    weight: Tensor
+    groups: int
+    along: tuple[bool, ...]
+
+    def __call__(self, x: Tensor, bias: Tensor | None, moves: Sequence[tuple[int, ...]]) -> Tensor:
+        """Convolve with the stride, padding and dilation of ``moves`` where they are this one's."""
+        own = [
+            tuple(value if mine else still for value, mine in zip(values, self.along, strict=True))
+            for values, still in zip(moves, (1, 0, 1), strict=True)
+        ]
+        return _CONVOLUTIONS[len(self.along)](x, self.weight, bias, *own, self.groups)
+
+
+def staged(
+    x: Tensor, chains: Sequence[Sequence[Stage]], kernel: Sequence[int], bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The sum of what chains of stages give, plus the bias.
+
+    Parameters
+    ----------
+    x
+        (examples, channels, *positions), or without examples.
+    kernel
+        Size of the whole kernel along every axis.
+    """
+    inputs, moves = _padded(x, kernel, geometry)
+    total: Tensor | None = None
+    for chain in chains:
+        out = inputs
+        for stage in chain:
+            # The last stage of one chain adds the bias.
+            out = stage(out, bias if stage is chain[-1] and total is None else None, moves)
+        total = out if total is None else total + out
+    assert total is not None
+    return total
+
+
+def _padded(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """The input, and stride, padding and dilation by axis; what ``"same"`` asks for is padded here."""
+    stride, dilation = (_by_axis(value, len(kernel)) for value in (geometry.stride, geometry.dilation))
+    if not isinstance(geometry.padding, str):
+        return x, [stride, _by_axis(geometry.padding, len(kernel)), dilation]
+    if geometry.padding == "same":
+        spare = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        x = functional.pad(x, [side for width in reversed(spare) for side in (width // 2, width - width // 2)])
+    return x, [stride, (0,) * len(kernel), dilation]
+
+
+def _by_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def chains(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
+    """Convolutions one after another that give what one with the form's weight gives, in chains to be added."""
+    rows, channels, *kernel = shape
+    here, nowhere = (True,) * len(kernel), (False,) * len(kernel)
+    if isinstance(form, LowRank):
+        form = GroupedLowRank(form.left, form.right, 1)
+    if isinstance(form, GroupedLowRank) and channels % form.groups == 0:
+        right = form.right.dense().reshape(-1, channels // form.groups, *kernel)
+        left = form.left.dense().reshape(rows, -1, *(1 for _ in kernel))
+        return [[Stage(right, form.groups, here), Stage(left, 1, nowhere)]]
+    if isinstance(form, Folded) and form.fold == "spatial" and list(form.kernel) == [channels, *kernel]:
+        return _spatial(form.inner, shape)
+    if isinstance(form, Separable) and len(kernel) == 2:
+        return _separable(form, shape)
+    if isinstance(form, Sum):
+        parts = [chains(part, shape) for part in (form.base, form.correction)]
+        return None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
+    if isinstance(form, Scaled):
+        gains, base = form.factors.reshape(-1, *(1 for _ in shape[1:])), chains(form.base, shape)
+        return base and [[*chain[:-1], replace(chain[-1], weight=chain[-1].weight * gains)] for chain in base]
+    if isinstance(form, Dense):
+        return [[Stage(form.weight.reshape(shape), 1, here)]]
+    return None
+
+
+def _spatial(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
+    """``(c h) x (n w)``: h x 1 filters over all channels, then 1 x w, every group of filters over its own."""
+    if isinstance(form, LowRank):
+        form = GroupedLowRank(form.left, form.right, 1)
+    rows, channels, height, width = shape
+    if not isinstance(form, GroupedLowRank) or rows % form.groups:
+        return None
+    down = form.left.dense().t().reshape(-1, channels, height, 1).contiguous()
+    across = form.right.dense().reshape(form.groups, -1, rows // form.groups, width)
+    across = across.transpose(1, 2).reshape(rows, -1, 1, width).contiguous()
+    return [[Stage(down, 1, (True, False)), Stage(across, form.groups, (False, True))]]
+
+
+def _separable(form: Separable, shape: tuple[int, ...]) -> list[list[Stage]] | None:
+    """1 x 1 over the channels, then down, then across; the last adds up the terms of every filter."""
+    rows, channels, height, width = shape
+    parts = [part.dense() for part in (form.channel, form.vertical, form.horizontal)]
+    if [part.shape[1] for part in parts] != [channels, height, width]:
+        return None
+    # From term by term to filter by filter, so that the terms of a filter are one group.
+    channel, down, across = (part.unflatten(0, (form.terms, rows)).transpose(0, 1).contiguous() for part in parts)
+    each = rows * form.terms
+    return [[
+        Stage(channel.reshape(each, channels, 1, 1), 1, (False, False)),
+        Stage(down.reshape(each, 1, height, 1), each, (True, False)),
+        Stage(across.reshape(rows, form.terms, 1, width), rows, (False, True)),
+    ]]  # fmt: skip

@@ -1,0 +1,137 @@
+"""GGUF files as sources, read through ``transformers``: weights as they dequantize, and what they take in the file.
+
+Its readers believe what a file says, and raise whatever comes of it: every exception of theirs means a file that cannot
+be read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import tempfile
+import weakref
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.errors import MissingExtraError, RequestError
+from octavo.sources.bounded import bounded
+from octavo.sources.sites import Source, from_module
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that ``path`` is, or the one in a folder without safetensors; None if there is none.
+
+    Raises
+    ------
+    RequestError
+        If a folder holds several.
+    """
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = [] if any(path.glob("*.safetensors*")) else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise RequestError(f"{path}: holds {len(files)} GGUF files, name one of them: {files[0].name}, {files[1].name}")
+    return files[0] if files else None
+
+
+def open_gguf(file: Path) -> Source:
+    """A source from a GGUF file: the float32 model that ``transformers`` makes of it.
+
+    Its original bytes are those that its tensors take in the file. Configuration and tokenizer, which are in the file
+    as well, are written to a temporary folder that lives as long as the source.
+
+    Raises
+    ------
+    RequestError
+        If the file is damaged, lacks weights of its model, or is of a kind that ``transformers`` does not read.
+    MissingExtraError
+        If the packages that read it are not installed.
+    """
+    if not all(map(_installed, ("transformers", "gguf", "accelerate"))):
+        raise MissingExtraError(
+            f"{file}: reading GGUF needs transformers, gguf and accelerate: pip install 'octavo[gguf]'"
+        )
+    tensors = _tensors(file)
+    module = _model(file, [int(tensor.n_elements) for tensor in tensors])
+    stored = _stored(tensors)
+    source = from_module(module, title=file.stem)
+    source.path, source.is_transformers, source.stored = file, True, stored
+    types = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in stored.items())
+    source.notes.append(
+        f"the source was already quantized ({types}): ratios count against these bytes; as floats it takes "
+        f"{source.dense_bytes / 1e6:.2f} MB"
+    )
+    folder = tempfile.TemporaryDirectory(prefix="octavo-gguf-")
+    weakref.finalize(source, folder.cleanup)
+    source.companions = Path(folder.name)
+    _write_companions(file, module, source.companions)
+    return source
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module that was blocked has no specification
+        return False
+
+
+def _tensors(file: Path) -> list[Any]:
+    """The tensors of the file, which is mapped."""
+    from gguf import GGUFReader
+
+    try:
+        tensors = list(GGUFReader(file).tensors)
+    except Exception as error:
+        raise RequestError(f"{file}: cannot be read as GGUF, it may be truncated: {error}") from error
+    if not tensors:
+        raise RequestError(f"{file}: holds no tensors")
+    return tensors
+
+
+def _stored(tensors: list[Any]) -> dict[str, int]:
+    """Bytes of tensors by type, largest first."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _model(file: Path, elements: list[int]) -> nn.Module:
+    """The model of a file whose tensors have so many elements each. What its header leaves out has sizes of its own."""
+    import transformers
+
+    try:
+        # Its progress bars cannot be turned off.
+        with redirect_stderr(io.StringIO()), bounded(len(elements), sum(elements)):
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:
+        raise RequestError(f"{file}: transformers cannot load it: {error}") from error
+    module, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise RequestError(f"{file}: lacks {len(missing)} weights of {type(module).__name__}, such as {missing[0]!r}")
+    return module.eval()
+
+
+def _write_companions(file: Path, module: Any, folder: Path) -> None:
+    """Write what loads model and tokenizer without the file."""
+    import transformers
+
+    config = module.config
+    # The weights are given back dense: nobody shall take them for a GGUF again.
+    config.__dict__.pop("quantization_config", None)
+    config.architectures = [type(module).__name__]
+    config.save_pretrained(folder)
+    if module.generation_config is not None:
+        module.generation_config.save_pretrained(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise RequestError(f"{file}: its tokenizer cannot be read: {error}") from error

@@ -1,0 +1,225 @@
+"""What an ``nn.Module`` holds: its own tensors, their names in its state dict, and what in there is no tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from octavo.coding.container import DTYPES as INTEGERS
+from octavo.errors import RequestError
+from octavo.sources.narrowing import FLOATS
+
+#: Dtypes of which tensors are stored bit for bit, beside those of weights and integers.
+_OTHERS = (
+    "complex32", "complex64", "complex128", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2",
+    "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+)  # fmt: skip
+#: Not every version of torch has all of them.
+SUPPORTED = {*FLOATS, *INTEGERS, *(getattr(torch, name) for name in _OTHERS if hasattr(torch, name))}
+EXTRA_STATE = "_extra_state"
+
+
+@dataclass
+class State:
+    """The state dict of a module, with what is known of its entries.
+
+    Parameters
+    ----------
+    tensors
+        By the names under which ``load_state_dict`` takes them.
+    parameters
+        Name to the module's own name of the tensor, of all that belong to the module itself. They differ where a hook
+        of the state dict renames.
+    fixed
+        Tensors that are not for coding, and why.
+    extra
+        Entries that are no tensors but plain data, such as numbers and texts.
+    notes
+        What is left out.
+    """
+
+    tensors: dict[str, Tensor]
+    parameters: dict[str, str]
+    fixed: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers that run it and only rename its tensors: compilation and data parallelism."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their own names, tied ones under each; no hook of a state dict has a say in it."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Those of :func:`own_tensors` that are not buffers which the module says it needs not keep."""
+    passing = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, owner in module.named_modules(remove_duplicate=False)
+        for name in owner._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in own_tensors(module).items() if name not in passing}
+
+
+def state_of(module: nn.Module) -> State:
+    """The state dict of a module.
+
+    Raises
+    ------
+    RequestError
+        If the module is scripted, or a tensor of it has no content, or a dtype or kind that cannot be stored.
+    """
+    check_module(module)
+    kind = type(module).__name__
+    try:
+        entries = module.state_dict(keep_vars=True)
+    except Exception as error:
+        # Hooks of a state dict are the user's code.
+        raise RequestError(f"{kind}: its state_dict() fails: {type(error).__name__}: {error}") from error
+    stored, extra = stored_tensors(module), {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+    names = names_in_state(module, entries)
+    tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)}
+    reached = {id(stored[own]) for own in names.values() if own in stored}
+    lost = [name for name, tensor in stored.items() if id(tensor) not in reached]
+    strange = [name for name in tensors if name not in names]
+    if lost and any(not name.endswith(EXTRA_STATE) for name in strange):
+        # A hook makes other tensors of the module's own: these are what runs, and they are stored.
+        tensors = {**stored, **{name: tensors[name] for name in strange if name.endswith(EXTRA_STATE)}}
+        names, lost = {name: name for name in stored}, []
+        extra = {name: value for name, value in extra.items() if name.endswith(EXTRA_STATE)}
+    state = State(tensors, names)
+    for name, tensor in tensors.items():
+        _check_tensor(kind, name, tensor)
+        if name not in names:
+            state.fixed[name] = "extra state" if name.endswith(EXTRA_STATE) else "added by a hook of the state dict"
+    for name, value in extra.items():
+        if _is_plain(value):
+            state.extra[name] = value
+        else:
+            state.notes.append(
+                f"{name}: {type(value).__name__} is no plain data (JSON), so it is not stored; the module that the "
+                "artifact is loaded into keeps its own"
+            )
+    hidden = list(_hidden(module))
+    if hidden:
+        state.notes.append(
+            f"{kind}: {', '.join(hidden[:3])}{' and more' if len(hidden) > 3 else ''} stand outside of its state dict "
+            "and are neither compressed nor stored: the module that the artifact is loaded into keeps its own; if they "
+            "are part of the model, register them, as with nn.ModuleList or register_buffer"
+        )
+    if lost:
+        state.notes.append(
+            f"{kind}: its state dict leaves out {len(lost)} of its tensors ({', '.join(lost[:3])}): they are not stored"
+        )
+    return state
+
+
+def _hidden(module: nn.Module) -> Iterator[str]:
+    """Names of modules and floating tensors that are kept in plain attributes, lists or dictionaries."""
+    known = {id(part) for part in module.modules()} | {id(tensor) for tensor in own_tensors(module).values()}
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name.startswith("_"):
+                continue
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            )
+            if any(
+                id(item) not in known
+                and (
+                    (isinstance(item, nn.Module) and any(True for _ in item.parameters()))
+                    or (isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 1)
+                )
+                for item in values
+            ):
+                yield f"{prefix}.{name}".removeprefix(".")
+
+
+def names_in_state(module: nn.Module, entries: Mapping[str, Any]) -> dict[str, str]:
+    """Name in a state dict to the module's own name, of the tensors that belong to the module."""
+    own = own_tensors(module)
+    by_identity: dict[int, str] = {}
+    for name, tensor in own.items():
+        by_identity.setdefault(id(tensor), name)
+    names = {}
+    for name, entry in entries.items():
+        if own.get(name) is not entry and id(entry) in by_identity:
+            names[name] = by_identity[id(entry)]
+        elif name in own and isinstance(entry, Tensor) and entry.shape == own[name].shape:
+            # A hook may give a copy under the same name.
+            names[name] = name
+    return names
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse modules without content, and those that only look like modules."""
+    kind = type(module).__name__
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise RequestError(
+            f"{kind}: is a scripted or traced module, whose parts cannot be watched; give the eager module that it was "
+            "made from"
+        )
+    for name, tensor in own_tensors(module).items():
+        if is_lazy(tensor):
+            raise RequestError(
+                f"{kind}: {name!r} is not initialised yet, so there is nothing to compress; call the lazy module once "
+                "on a batch, and load or train its weights"
+            )
+        if tensor.is_meta:
+            raise RequestError(
+                f"{kind}: {name!r} is on the meta device, without content, as in a module that is offloaded in part; "
+                "load the whole module to the CPU (without device_map), or fill it: "
+                "module.to_empty(device='cpu').load_state_dict(...)"
+            )
+
+
+def _check_tensor(kind: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.dtype not in SUPPORTED:
+        what = f"dtype {tensor.dtype}" if tensor.layout == torch.strided else f"layout {tensor.layout}"
+        raise RequestError(f"{kind}: {name!r} has {what}, which cannot be stored; make it a dense tensor of floats")
+    try:
+        plain = tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:
+        plain = False
+    if not plain:
+        raise RequestError(
+            f"{kind}: {name!r} is a {type(tensor).__name__} without a storage of its own; give the module with plain "
+            "tensors, as it was before it was quantized or distributed"
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives a value back as it was."""
+    try:
+        return _same(json.loads(json.dumps(value, allow_nan=False)), value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)

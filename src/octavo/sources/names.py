@@ -1,0 +1,112 @@
+"""Names and shapes that ``transformers`` changes while it loads, by its own rules.
+
+Since version 5 a checkpoint's tensors are renamed, and some fused or split, on their way into a model. The library's
+mapping decides here too, so that what is calibrated and measured is what ``from_pretrained`` will load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.sources.conversions import Conversion
+
+
+@dataclass
+class Names:
+    """How the tensors of a checkpoint reach a module.
+
+    Parameters
+    ----------
+    parameters
+        Tensors that are taken as they are: name in the checkpoint to name in the module.
+    conversions
+        Tensors that change their shape, or become one with others.
+    unused
+        Tensors that the module has no place for.
+    missing
+        Names of the module that no tensor of the checkpoint fills.
+    """
+
+    parameters: dict[str, str] = field(default_factory=dict)
+    conversions: list[Conversion] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def names_of(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Names:
+    """Match the tensors of a checkpoint with those of a model of ``transformers``, as its loader does.
+
+    Parameters
+    ----------
+    module
+        The model, with or without its weights.
+    shapes
+        Shapes of the checkpoint's tensors, tied ones under every name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    model: Any = module
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state, prefix = module.state_dict(keep_vars=True), getattr(module, "base_model_prefix", "")
+    result, groups = Names(), dict[str, _Group]()
+    for name in sorted(shapes, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            result.unused.append(name)
+        elif pattern is not None:
+            groups.setdefault(target, _Group(by_pattern[pattern], target, model)).add(name, pattern)
+        elif tuple(state[target].shape) == shapes[name]:
+            result.parameters[name] = target
+        else:
+            result.unused.append(name)
+    for group in groups.values():
+        made = group([torch.empty(shapes[name], device="meta") for name in group.names])
+        fitting = {key: value for key, value in made.items() if key in state and state[key].shape == value.shape}
+        if fitting:
+            result.conversions.append(Conversion(tuple(group.names), tuple(fitting), group))
+        else:
+            result.unused += group.names
+    result.missing = _missing(state, result)
+    return result
+
+
+def _missing(state: Mapping[str, Tensor], names: Names) -> list[str]:
+    """Parameters and buffers that nothing fills; tied ones are filled if one of them is."""
+    filled: Iterable[str] = (
+        *names.parameters.values(), *(target for item in names.conversions for target in item.targets)
+    )  # fmt: skip
+    objects = {id(state[name]) for name in filled}
+    return [name for name, tensor in state.items() if id(tensor) not in objects]
+
+
+class _Group:
+    """Tensors that one of the library's converters takes together."""
+
+    def __init__(self, converter: Any, target: str, model: Any) -> None:
+        self.converter, self.target, self.model = converter, target, model
+        self.names: list[str] = []
+        self.patterns: list[str] = []
+
+    def add(self, name: str, pattern: str) -> None:
+        self.names.append(name)
+        self.patterns.append(pattern)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The model's tensors, by name."""
+        converter = deepcopy(self.converter)
+        for pattern, tensor in zip(self.patterns, tensors, strict=True):
+            converter.collected_tensors[pattern].append(tensor)
+        made = converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

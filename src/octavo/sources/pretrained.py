@@ -1,0 +1,69 @@
+"""Models of ``transformers`` given in memory: their artifact loads by ``from_pretrained`` like that of a folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from octavo.sources.sites import Source
+
+#: What a tokenizer or processor is saved as, beside the weights that the model came from.
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "generation_config.json",
+)  # fmt: skip
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is a model of ``transformers``, of one of its own classes."""
+    library: Any = sys.modules.get("transformers")
+    if library is None or not isinstance(module, library.PreTrainedModel):
+        return False
+    return getattr(library, type(module).__name__, None) is type(module)
+
+
+def adopt(source: Source, module: Any) -> None:
+    """Give the source of a model in memory the folder of its configuration, and of its tokenizer if it is known.
+
+    A model whose tensors are not those of its configuration stays a plain module, with a note.
+    """
+    from octavo.errors import RequestError
+    from octavo.integrations.transformers import skeleton
+    from octavo.sources.names import names_of
+
+    folder = tempfile.TemporaryDirectory(prefix="octavo-config-")
+    weakref.finalize(source, folder.cleanup)
+    place = Path(folder.name)
+    config = type(module.config).from_dict(module.config.to_dict())
+    config.architectures = [type(module).__name__]
+    config.__dict__.pop("quantization_config", None)
+    config.save_pretrained(place)
+    try:
+        found = names_of(skeleton(place), source.every_shape())
+    except RequestError as error:
+        source.notes.append(f"{error}; the artifact holds no configuration and loads with octavo.load(path, into=...)")
+        return
+    if found.unused or found.missing:
+        odd = (found.unused or found.missing)[0]
+        source.notes.append(
+            f"{odd!r} is not as the model's configuration says, so the artifact holds no configuration and loads with "
+            "octavo.load(path, into=...)"
+        )
+        return
+    generation = getattr(module, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(place)
+    origin = Path(str(getattr(module.config, "_name_or_path", "") or ""))
+    if origin.is_dir() and str(origin) not in ("", "."):
+        for pattern in _TOKENIZER:
+            for file in origin.glob(pattern):
+                if file.is_file() and not (place / file.name).exists():
+                    shutil.copyfile(file, place / file.name)
+    source.companions, source.is_transformers = place, True

@@ -1,0 +1,444 @@
+"""Sources, and the sites in them where one decision is made each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.coding.container import DTYPES as INTEGERS
+from octavo.errors import RequestError
+from octavo.sources.conversions import Conversion
+from octavo.sources.modules import own_tensors, state_of
+from octavo.sources.narrowing import FLOATS
+from octavo.system.ahead import in_order
+from octavo.system.raw import raw_bytes
+
+#: Called with how much is done and how much there is.
+Progress = Callable[[int, int], Any]
+
+#: A weight with fewer elements is kept as it is: its bookkeeping would cost more than coding could save.
+SMALLEST_SITE = 512
+
+#: Dtypes of tensors by their names in safetensors files.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "C64": torch.complex64,
+}  # fmt: skip
+#: A tensor of zeros and one number at least as far below is a mask that is added.
+_MASK = -1e4
+#: Weights whose largest is beyond this power of two, either way, are scaled before anything is done with them.
+_USUAL = 40
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is read as a matrix of output rows and input columns.
+
+    Parameters
+    ----------
+    kind
+        ``rows_first`` (linear, embedding, convolution: dimension 0 is the output), ``columns_first`` (GPT-2
+        ``Conv1D``: dimension 1 is the output), ``transposed`` (transposed convolution: (in, out / groups, *kernel)) or
+        ``stacked`` (matrices in one tensor, such as those of experts: all dimensions but the last count the rows).
+    groups
+        Groups of a transposed convolution.
+    exponent
+        The matrix is the weight divided by this power of two. It is zero but for weights so small or large that their
+        squares would not be floats.
+    """
+
+    kind: str = "rows_first"
+    groups: int = 1
+    exponent: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What the matrix is multiplied by to give the weight."""
+        return 2.0**self.exponent
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of the matrix of a weight of ``shape``."""
+        total = math.prod(shape)
+        if self.kind == "stacked":
+            return (total // shape[-1] if shape[-1] else 0, shape[-1])
+        rows = shape[0] if self.kind == "rows_first" else shape[1] * (self.groups if self.kind == "transposed" else 1)
+        return (rows, total // rows if rows else 0)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (rows, columns), contiguous."""
+        rows, columns = self.matrix_shape(tuple(weight.shape))
+        if self.exponent:
+            weight = weight.double() / self.scale
+        if self.kind == "columns_first":
+            return weight.t().contiguous()
+        if self.kind == "transposed":
+            split = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+            return split.permute(0, 2, 1, 3).reshape(rows, columns).contiguous()
+        return weight.reshape(rows, columns).contiguous()
+
+    def to_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradients at a layer's output as they would be if its weight were the matrix."""
+        return gradient.double() * self.scale if self.exponent else gradient
+
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Exact inverse of :meth:`to_matrix`."""
+        if self.exponent:
+            matrix = matrix.double() * self.scale
+        if self.kind == "columns_first":
+            return matrix.t().contiguous()
+        if self.kind == "transposed":
+            split = matrix.reshape(self.groups, shape[1], shape[0] // self.groups, -1)
+            return split.permute(0, 2, 1, 3).reshape(shape).contiguous()
+        return matrix.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that is given one method and one setting.
+
+    Parameters
+    ----------
+    name
+        Name of the tensor in the source.
+    kind
+        ``linear``, ``convolution``, ``embedding`` or ``head``.
+    shape
+        Shape of the tensor; :attr:`rows` and :attr:`columns` are those of its matrix.
+    dtype
+        Floating dtype in which it is stored in the source.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout = Layout()
+    tied: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix (outputs, or tokens of an embedding)."""
+        return self.layout.matrix_shape(self.shape)[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix (inputs, or channels of an embedding)."""
+        return self.layout.matrix_shape(self.shape)[1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass
+class Source:
+    """What is to be compressed: named tensors, and, where there is one, the module that uses them.
+
+    Parameters
+    ----------
+    title
+        A short name for reports.
+    path
+        The folder or file it came from, or None for a module in memory.
+    shapes, dtypes
+        Of every distinct tensor.
+    aliases
+        Tied names: alias to the name under which the tensor is stored.
+    read
+        Reads one tensor by name.
+    module
+        The module, or None for bare tensors. That of a folder is a skeleton until it is to be run.
+    parameters
+        Tensor name, tied ones too, to the parameter or buffer of ``module`` that it becomes or becomes part of.
+    conversions
+        Tensors that become tensors of ``module`` in another shape.
+    unused
+        Tensors that ``module`` has no place for.
+    fixed
+        Tensors that are stored as they are, whatever their shape, and why.
+    extra
+        What is stored beside tensors: plain data by name (``torch.nn.Module.get_extra_state``).
+    unfilled
+        Parameters of ``module`` that none of the tensors fills: its own loader gives them random values.
+    """
+
+    title: str
+    path: Path | None
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    aliases: dict[str, str]
+    read: Callable[[str], Tensor]
+    module: nn.Module | None = None
+    parameters: dict[str, str] = field(default_factory=dict)
+    conversions: list[Conversion] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    fixed: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    #: Powers of two near the largest element of weights of unusual size (:attr:`Layout.exponent`).
+    exponents: dict[str, int] = field(default_factory=dict, repr=False)
+    unfilled: list[str] = field(default_factory=list)
+    is_transformers: bool = False
+    #: Whether ``module`` is an encoder of sentence-transformers as a whole.
+    is_encoder: bool = False
+    #: Whether of an encoder of ``sentence-transformers`` nothing but its transformer is to be run.
+    transformer_only: bool = False
+    #: Bytes of the module's buffers that are not stored, such as tables that are worked out from its configuration.
+    unstored: int = 0
+    #: Where configuration and tokenizer are, if not in ``path``.
+    companions: Path | None = None
+    #: Bytes by type as its tensors are stored, where that is in no dtype of torch.
+    stored: dict[str, int] = field(default_factory=dict)
+    #: What is to be told about how the source was read.
+    notes: list[str] = field(default_factory=list)
+    #: SHA-256 of every tensor's content, from :func:`examine`.
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
+    #: Tensors that :func:`octavo.calibration.folds.fold` changed. ``read`` gives them; the module holds the originals.
+    folded: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _direct: tuple[list[Conversion], dict[str, str]] | None = field(default=None, repr=False, init=False)
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of the distinct tensors as they are stored."""
+        return sum(self.stored.values()) or self.dense_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the distinct tensors at their dtypes."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of configuration and tokenizer, if there is one."""
+        return self.companions or (self.path if self.path is not None and self.path.is_dir() else None)
+
+    @property
+    def weights(self) -> int:
+        """Number of elements of the distinct tensors."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints."""
+        examine(self)
+        digest = hashlib.sha256()
+        for name in sorted(self.shapes):
+            digest.update(f"{name} {self.dtypes[name]} {self.shapes[name]} {self.digests[name]}\n".encode())
+        if self.extra:
+            digest.update(json.dumps(self.extra, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def every_shape(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, aliases included."""
+        return {**self.shapes, **{alias: self.shapes[name] for alias, name in self.aliases.items()}}
+
+    def owner(self, name: str) -> nn.Module | None:
+        """The module that holds the tensor ``name``, if there is one."""
+        if self.module is None or name not in self.direct:
+            return None
+        return self.module.get_submodule(self.direct[name].rpartition(".")[0])
+
+    @property
+    def direct(self) -> dict[str, str]:
+        """Tensor name to the name in ``module``, of those that keep their shape on the way."""
+        if not self.conversions:
+            return self.parameters
+        known = self._direct
+        if known is None or known[0] is not self.conversions:
+            converted = {name for conversion in self.conversions for name in conversion.names}
+            plain = {name: target for name, target in self.parameters.items() if name not in converted}
+            self._direct = known = (self.conversions, plain)
+        return known[1]
+
+    @property
+    def is_skeleton(self) -> bool:
+        """Whether the module is there without its weights."""
+        return self.module is not None and any(parameter.is_meta for parameter in self.module.parameters())
+
+    def places(self) -> dict[str, list[tuple[nn.Module, str]]]:
+        """The modules that hold each tensor, with the name that it has there, in the order of the model.
+
+        Several if the tensor is tied. Tensors that change their shape on the way into the module are not among them.
+        """
+        if self.module is None:
+            return {}
+        state = own_tensors(self.module)
+        names = {id(state[parameter]): self.aliases.get(name, name) for name, parameter in self.direct.items()}
+        result: dict[str, list[tuple[nn.Module, str]]] = {}
+        for module in self.module.modules():
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if id(tensor) in names:
+                    result.setdefault(names[id(tensor)], []).append((module, leaf))
+        return result
+
+    def holders(self) -> dict[str, list[nn.Module]]:
+        """The modules that hold each tensor, in the order of the model: several if it is tied."""
+        return {name: [module for module, _ in places] for name, places in self.places().items()}
+
+    def placed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's tensors that change when some tensors of the source have other values.
+
+        Parameters
+        ----------
+        weights
+            By name in the source.
+        """
+        stored = {parameter: self.aliases.get(name, name) for name, parameter in self.direct.items()}
+        result = {parameter: weights[name] for parameter, name in stored.items() if name in weights}
+        for conversion in self.conversions:
+            names = [self.aliases.get(name, name) for name in conversion.names]
+            if any(name in weights for name in names):
+                made = conversion.values([(weights[n] if n in weights else self.read(n)).float() for n in names])
+                result.update((target, made[target]) for target in conversion.targets)
+        return result
+
+    def sites(self) -> tuple[list[Site], dict[str, str]]:
+        """All sites in the order of the source, and the reason for every tensor that is none."""
+        tied: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items():
+            tied.setdefault(name, []).append(alias)
+        sites, reasons = [], {}
+        for name, shape in self.shapes.items():
+            dtype = self.dtypes[name]
+            if dtype in INTEGERS:
+                reasons[name] = "not a floating tensor: coded without loss"
+            elif name in self.fixed:
+                reasons[name] = self.fixed[name]
+            elif dtype not in FLOATS:
+                reasons[name] = f"{str(dtype).removeprefix('torch.')} tensor"
+            elif len(shape) < 2:
+                reasons[name] = f"{len(shape)}-d tensor"
+            elif math.prod(shape) < SMALLEST_SITE:
+                reasons[name] = f"fewer than {SMALLEST_SITE} weights"
+            else:
+                kind, layout = self._kind(name, shape, tuple(tied.get(name, ())))
+                layout = replace(layout, exponent=self.exponents.get(name, 0))
+                sites.append(Site(name, kind, shape, dtype, layout, tuple(tied.get(name, ()))))
+        return sites, reasons
+
+    def _kind(self, name: str, shape: tuple[int, ...], tied: tuple[str, ...]) -> tuple[str, Layout]:
+        owner = self.owner(name)
+        if isinstance(owner, _TRANSPOSED):
+            return "convolution", Layout("transposed", owner.groups)
+        if owner is not None and len(shape) > 2 and not isinstance(owner, _CONVOLUTIONS):
+            return "linear", Layout("stacked")
+        if isinstance(owner, _CONVOLUTIONS) or (owner is None and len(shape) > 2):
+            return "convolution", Layout()
+        if type(owner).__name__ == "Conv1D" and len(shape) == 2:
+            return "linear", Layout("columns_first")
+        if isinstance(owner, nn.Embedding):
+            return "embedding", Layout()
+        if self.is_transformers and self.module is not None and owner is not None:
+            head = getattr(self.module, "get_output_embeddings", lambda: None)()
+            if owner is head:
+                return "head", Layout()
+        # Without code a table of tokens is told from a layer by its name alone.
+        return ("embedding" if owner is None and "embed" in name.lower() else "linear"), Layout()
+
+
+def from_module(module: nn.Module, *, title: str | None = None) -> Source:
+    """A source from any module in memory; tied tensors are those that share their storage."""
+    state = state_of(module)
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for name, tensor in state.tensors.items():
+        # A transposed view of a square weight has its address and shape, but other strides: it is another tensor.
+        key = (
+            tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        )  # fmt: skip
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        tensors[name] = tensor
+    if not tensors:
+        raise RequestError(f"{type(module).__name__} has no parameters or buffers: there is nothing to compress")
+    return Source(
+        title=title or type(module).__name__,
+        path=None,
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+        aliases=aliases,
+        read=lambda name: tensors[name].detach(),
+        module=module,
+        parameters=state.parameters,
+        fixed=state.fixed,
+        extra=state.extra,
+        notes=state.notes,
+    )
+
+
+def examine(source: Source, progress: Progress = lambda done, total: None) -> None:
+    """Read every tensor once, if that was not done before, and remember the content's digest.
+
+    Weights with NaN or Inf are refused, and so are parameters of a module that ask for gradients. Masks, buffers and
+    frozen parameters that are no weights may hold them: these are stored as they are.
+
+    Raises
+    ------
+    RequestError
+        Naming the first weight that holds NaN or Inf, and where in it.
+    """
+    names = [name for name in source.shapes if name not in source.digests]
+    own = {} if source.module is None else own_tensors(source.module)
+    held = {name: own.get(target) for name, target in source.direct.items()}
+    buffers = {name for name, tensor in held.items() if not isinstance(tensor, nn.Parameter | None)}
+    trained = {name for name, tensor in held.items() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
+
+    def digest(name: str) -> str:
+        tensor = source.read(name).detach()
+        if name not in source.fixed and _may_be_site(tensor):
+            # NaN and Inf show in the extremes, which take no memory.
+            least, most = map(float, torch.aminmax(tensor))
+            if _is_mask(tensor, least, most):
+                source.fixed[name] = "a mask"
+            elif not (math.isfinite(least) and math.isfinite(most)):
+                if name not in buffers:
+                    raise _not_finite(source, name, tensor)
+                source.fixed[name] = "a buffer with values that are not finite"
+            elif least < 0 or most > 0:
+                exponent = math.frexp(max(-least, most))[1]
+                if abs(exponent) > _USUAL:
+                    source.exponents[name] = exponent
+        elif name in trained and not bool(torch.isfinite(tensor).all()):
+            raise _not_finite(source, name, tensor)
+        return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+    for done, found in enumerate(in_order(digest, names)):
+        source.digests[names[done]] = found
+        progress(done + 1, len(names))
+
+
+def _may_be_site(tensor: Tensor) -> bool:
+    return tensor.dtype in FLOATS and tensor.ndim >= 2 and tensor.numel() >= SMALLEST_SITE
+
+
+def _is_mask(tensor: Tensor, least: float, most: float) -> bool:
+    """Whether a tensor is zero but where it hides something by a number far below."""
+    return least <= _MASK and most == 0 and bool(((tensor == 0) | (tensor == least)).all())
+
+
+def _not_finite(source: Source, name: str, tensor: Tensor) -> RequestError:
+    index = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
+    return RequestError(
+        f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; "
+        "a model with NaN or Inf weights cannot be compressed, repair it first"
+    )
+
+
+def states(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the tied names of ``source`` filled in."""
+    return {**tensors, **{alias: tensors[name] for alias, name in source.aliases.items() if name in tensors}}

@@ -1,0 +1,217 @@
+"""Texts as batches of tokens, for models of ``transformers``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.outputs import is_paired, takes_tokens
+from octavo.errors import RequestError
+from octavo.integrations.transformers import require_transformers
+from octavo.sources.texts import MINIMUM_TEXTS
+
+#: Longer texts are cut: calibration gains little from them and costs the square of their length.
+MAX_TOKENS = 128
+_SHORTEST_WINDOW = 16
+#: Models whose decoder is given its tokens; heads of other kinds make them from those of the encoder.
+_GIVEN_TOKENS = re.compile("Model$|Generation$")
+
+
+def text_batches(
+    folder: Path, texts: Sequence[str], module: nn.Module | None = None, *, size: int = 32
+) -> list[dict[str, Tensor]]:
+    """Tokenised, padded batches of texts. Neighbours in length share a batch, so that little is padding.
+
+    A default prompt of ``sentence-transformers`` stands before every text. With a ``module`` only what it takes is
+    given, no longer than it takes; one with a decoder gets the same text for it, shifted right by one token.
+    """
+    tokenizer = _tokenizer(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise RequestError(f"{folder}: the tokenizer has no token for padding; set pad_token in tokenizer_config.json")
+    longest = MAX_TOKENS if module is None else min(MAX_TOKENS, context_of(module))
+    prompt = prompt_of(folder)
+    ordered = [prompt + text for text in sorted(texts, key=len)]
+    batches = []
+    for at in range(0, len(ordered), size):
+        some = ordered[at : at + size]
+        batch = dict(tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+        batches.append(batch if module is None else _taken(module, {**batch, **_decoded(module, batch)}))
+    return batches
+
+
+def _taken(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model takes of a batch: general tokenizers give token types to models that know none."""
+    known = inspect.signature(module.forward).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
+        return batch if "token_type_ids" in known else {key: batch[key] for key in batch if key != "token_type_ids"}
+    return {key: value for key, value in batch.items() if key in known}
+
+
+def _decoded(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tokens of a batch for the decoder that predicts them; nothing for heads that give the decoder its tokens."""
+    if not is_paired(module) or not _GIVEN_TOKENS.search(type(module).__name__):
+        return {}
+    config = module.config
+    starts = (config.decoder_start_token_id, getattr(config, "bos_token_id", None), config.pad_token_id, 0)
+    start = next(token for token in starts if token is not None)
+
+    def shifted(tokens: Tensor, first: int) -> Tensor:
+        return torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, :-1]], 1)
+
+    return {
+        "decoder_input_ids": shifted(batch["input_ids"], start),
+        "decoder_attention_mask": shifted(batch["attention_mask"], 1),
+    }
+
+
+def prompt_of(folder: Path) -> str:
+    """The prompt that ``sentence-transformers`` puts before every text by default, empty if it does not."""
+    file = folder / "config_sentence_transformers.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        name = config.get("default_prompt_name")
+        return str(config["prompts"][name]) if name is not None else ""
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise RequestError(f"{file}: the default prompt cannot be read: {error!r}") from error
+
+
+def prompt_length(folder: Path) -> int:
+    """Tokens of the default prompt at the beginning of every text, as ``sentence-transformers`` counts them."""
+    prompt = prompt_of(folder)
+    if not prompt:
+        return 0
+    tokenizer = _tokenizer(folder)
+    tokens = tokenizer(prompt)["input_ids"]
+    return len(tokens) - (tokens[-1] in tokenizer.all_special_ids)
+
+
+def missing_for_texts(module: nn.Module, folder: Path) -> str:
+    """Why a model cannot be run on texts alone; empty if it can."""
+    name = type(module).__name__
+    main = getattr(module, "main_input_name", "input_ids")
+    if not takes_tokens(module):
+        return f"{name} takes {main if isinstance(main, str) else ' and '.join(main)}, and no text"
+    seen = getattr(module, "input_modalities", "text")
+    others = [kind for kind in ([seen] if isinstance(seen, str) else seen) if kind != "text"]
+    if others and not is_causal(module):
+        return f"{name} takes {' and '.join(others)} beside text"
+    try:
+        _tokenizer(folder)
+    except RequestError as error:
+        return str(error)
+    return ""
+
+
+def is_causal(module: nn.Module | None) -> bool:
+    """Whether a model predicts the next token from those before it; models that also see or hear do so from text."""
+    name = type(module).__name__
+    if name.endswith("ForConditionalGeneration"):
+        return module is not None and not is_paired(module) and takes_tokens(module)
+    return name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def context_of(module: nn.Module) -> int:
+    """Most tokens that a model takes at once; a number no text reaches where it does not say."""
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config() if config is not None else None
+    longest = int(getattr(config, "max_position_embeddings", None) or 0)
+    return longest if longest > 0 else 2**31
+
+
+def window_batches(
+    folder: Path, texts: Sequence[str], length: int, *, limit: int | None = None, size: int = 4
+) -> list[dict[str, Tensor]]:
+    """Batches of windows of equal length, without padding, cut from all texts one after another.
+
+    Every position then predicts from text, whatever the batch size, and none is spent on padding.
+
+    Parameters
+    ----------
+    length
+        Tokens of a window; fewer if the texts would not fill ten of them.
+    limit
+        Tokens at most; windows are then spread evenly over the texts.
+    """
+    tokenizer = _tokenizer(folder)
+    tokens = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+    # Models that were trained with a first token go astray without it.
+    first = tokenizer("", add_special_tokens=True)["input_ids"][:1] if tokenizer.bos_token_id is not None else []
+    first = [token for token in first if token == tokenizer.bos_token_id]
+    length = min(length, max(_SHORTEST_WINDOW, len(tokens) // (2 * MINIMUM_TEXTS)))
+    stride = length - len(first)
+    starts = range(0, len(tokens) - stride + 1, stride)
+    if len(starts) < MINIMUM_TEXTS:
+        raise RequestError(
+            f"the texts hold {len(tokens)} tokens, {len(starts)} windows of {length}; give at least "
+            f"{MINIMUM_TEXTS * length} tokens (a language model is served well by 32,000)"
+        )
+    windows = [first + tokens[start : start + stride] for start in starts]
+    if limit is not None and len(windows) > max(limit // length, MINIMUM_TEXTS):
+        count = max(limit // length, MINIMUM_TEXTS)
+        windows = [windows[index * len(windows) // count] for index in range(count)]
+    rows = torch.tensor(windows)
+    return [{"input_ids": rows[at : at + size]} for at in range(0, len(rows), size)]
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        found = require_transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        # Its files can be wrong in many ways, and each tokenizer raises what it likes.
+        raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
+    # Without any file transformers makes a tokenizer that knows no word.
+    files = set(found.vocab_files_names.values())
+    if files and not any((folder / name).exists() for name in (*files, "tokenizer.json")):
+        raise RequestError(
+            f"{folder}: no tokenizer can be loaded from it, and calibration is text: it has none of "
+            f"{', '.join(sorted(files))}; copy the tokenizer's files into the folder, or give batches"
+        )
+    return found
+
+
+def check_tokens(module: Any, batches: Sequence[Any]) -> None:
+    """Refuse tokens that the model does not have, and sequences longer than it takes.
+
+    Raises
+    ------
+    RequestError
+        Naming the token or the length.
+    """
+    try:
+        words = getattr(module.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        # Models of sound have no table of tokens, and those with a side for every kind of input have not one alone.
+        words = None
+    context = context_of(module)
+    name = type(module).__name__
+    paired = is_paired(module)
+    for batch in batches:
+        keys = ("decoder_input_ids",) if paired and not takes_tokens(module) else ("input_ids", "decoder_input_ids")
+        for key in keys if isinstance(batch, Mapping) else ():
+            if isinstance(batch.get(key), Tensor) and batch[key].numel():
+                _check(name, batch[key], words, context)
+
+
+def _check(name: str, tokens: Tensor, words: int | None, context: int) -> None:
+    least, most = int(tokens.min()), int(tokens.max())
+    if words is not None and (least < 0 or most >= words):
+        raise RequestError(
+            f"the data hold token {least if least < 0 else most}, and {name} knows tokens 0 to {words - 1}: the "
+            "tokenizer does not belong to this model; use the one that the model was published with"
+        )
+    if tokens.shape[-1] > context:
+        raise RequestError(
+            f"the data hold sequences of {tokens.shape[-1]} tokens, and {name} takes {context} at most "
+            "(max_position_embeddings in config.json); cut them shorter"
+        )

@@ -1,0 +1,1 @@
+"""What every other room uses: files, threads, memory, progress, text for terminals."""

@@ -1,0 +1,126 @@
+"""The straight-through factorizer of DSFormer: weights learn to be dense-sparse while their supports still move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from octavo.errors import RequestError
+from octavo.forms import Form
+from octavo.methods.factorize.dictionaries import Factors, Shape, again, learn, split
+from octavo.sources.sites import Layout
+from octavo.training.formed import unparametrized
+from octavo.training.loop import Regimen
+
+SOURCE = "DSFormer (Chand, Prabhu & Kumar, 2023, arXiv 2312.13211)"
+
+
+@dataclass
+class StraightThroughFactorizer(Regimen):
+    """Forward with ``What = S D``, backward as if it were ``W``.
+
+    Dense shadow weights ``W`` are what the optimizer moves. Before every step one round of dictionary learning, begun
+    with the dictionaries and codes of the step before, factorizes them anew (:mod:`octavo.methods.factorize.
+    dictionaries`); the network runs with the product, whose gradient is that of ``W``: ``dL/dW := dL/dWhat``. Atoms
+    that a row takes can change at every step, and change little, because the rounds are warm. :meth:`forms` factorizes
+    a last time and drops the shadows. To go on with fixed supports, give its result to
+    :func:`octavo.training.formed`, which trains coefficients and dictionaries.
+
+    Parameters
+    ----------
+    shapes
+        Width, atoms and non-zeros of the blocks of each weight, by parameter name.
+    layouts
+        How those weights are read as matrices that are not (outputs, everything else). Dictionaries cost least where
+        the matrix is tall.
+    rounds
+        Of dictionary learning before the first step and after the last one.
+    """
+
+    shapes: Mapping[str, Shape]
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    rounds: int = 8
+    _found: dict[str, _Factorized] = field(default_factory=dict, init=False, repr=False)
+    _forms: dict[str, Form] = field(default_factory=dict, init=False, repr=False)
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Factorize every weight, and run the network with the products."""
+        for name, shape in self.shapes.items():
+            prefix, _, parameter = name.rpartition(".")
+            weight = dict(model.named_parameters()).get(name)
+            if weight is None:
+                raise RequestError(f"{type(model).__name__} has no parameter {name!r} that could be factorized")
+            layout = self.layouts.get(name, Layout())
+            rows, columns = layout.matrix_shape(tuple(weight.shape))
+            if not (
+                0 < shape.nonzeros <= shape.atoms <= max(rows, shape.width) and shape.nonzeros <= shape.width <= columns
+            ):
+                raise RequestError(
+                    f"{name!r} is a matrix of {rows} x {columns}: {shape} does not fit it; it needs nonzeros up to "
+                    f"atoms and width, atoms up to the {rows} rows, and a width up to the {columns} columns"
+                )
+            self._found[name] = _Factorized(weight, layout, shape, self.rounds)
+            parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._found[name])
+
+    def before(self, step: int) -> None:
+        """One warm round for every weight as it is now."""
+        for factorized in self._found.values():
+            factorized.factorize()
+
+    def state(self) -> dict[str, Any]:
+        """Dictionaries and codes, which the next round begins with."""
+        return {name: asdict(factorized.factors) for name, factorized in self._found.items()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on with those dictionaries and codes."""
+        for name, factorized in self._found.items():
+            device = factorized.product.device
+            factorized.factors = Factors(**{key: part.to(device) for key, part in state[name].items()})
+
+    def forms(self, model: nn.Module) -> dict[str, Form]:
+        """Factorize a last time; the model keeps the products alone. Asked again, the same forms are given."""
+        for name, factorized in self._found.items():
+            for _ in range(self.rounds):
+                factorized.factorize()
+            self._forms[name] = factorized.form()
+            prefix, _, parameter = name.rpartition(".")
+            unparametrized(model.get_submodule(prefix), parameter)
+        self._found = {}
+        return dict(self._forms)
+
+
+class _Factorized(nn.Module):
+    """The parametrization: the shadow weight is its original, the product is what the network sees."""
+
+    product: Tensor
+
+    def __init__(self, weight: Tensor, layout: Layout, shape: Shape, rounds: int) -> None:
+        super().__init__()
+        self.layout, self.width, self.shadow = layout, shape.width, [weight]
+        self.factors: Factors = learn(self._blocks(), shape, rounds)
+        self.register_buffer("product", self._product(), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # The second term is zero: it only lets the gradient through.
+        return self.product + (weight - weight.detach())
+
+    @torch.no_grad()
+    def factorize(self) -> None:
+        """One round."""
+        self.factors = again(self._blocks(), self.factors)
+        self.product = self._product()
+
+    def form(self) -> Form:
+        """What the product is made of."""
+        return self.factors.form(self.layout.matrix_shape(tuple(self.shadow[0].shape))[1])
+
+    def _blocks(self) -> Tensor:
+        return split(self.layout.to_matrix(self.shadow[0].detach()), self.width)
+
+    def _product(self) -> Tensor:
+        return self.layout.from_matrix(self.form().dense(), tuple(self.shadow[0].shape))

@@ -1,0 +1,116 @@
+"""Weights that are trained in the form in which they will be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from octavo.errors import RequestError
+from octavo.forms import Dense, Form, with_leaves
+from octavo.sources.sites import Layout
+
+
+def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, Layout] | None = None) -> None:
+    """Let parameters of ``module`` be computed from forms, whose dense leaves are trained in their stead.
+
+    Every :class:`octavo.forms.Dense` inside a form becomes a parameter; the rest of it, such as indices, stays as it
+    is. The module itself runs unchanged: where it reads its weight, it gets the form's matrix, with gradients.
+
+    Parameters
+    ----------
+    forms
+        Parameter name, such as ``encoder.0.weight``, to a form of its matrix.
+    layouts
+        How those weights are read as matrices that are not (outputs, everything else).
+
+    Raises
+    ------
+    RequestError
+        If there is no such parameter, another module shares it, or the form is of another shape.
+    """
+    for name, form in forms.items():
+        owner, parameter = _owner(module, name)
+        weight, layout = getattr(owner, parameter), (layouts or {}).get(name, Layout())
+        shape = tuple(weight.shape)
+        if form.shape != layout.matrix_shape(shape):
+            raise RequestError(f"{name!r} of shape {shape} cannot be computed from a form of shape {form.shape}")
+        if sum(other is weight for part in module.modules() for other in part._parameters.values()) > 1:
+            raise RequestError(f"{name!r} is shared with another module; give that module a weight of its own first")
+        parametrize.register_parametrization(owner, parameter, _Formed(form, layout, shape))
+
+
+def forms_of(module: nn.Module) -> dict[str, Form]:
+    """The forms of all parameters that :func:`formed` replaced, with their leaves as they are now."""
+    found = {}
+    for prefix, owner in module.named_modules():
+        for parameter, chain in getattr(owner, "parametrizations", {}).items():
+            if isinstance(chain[0], _Formed):
+                leaves = [getattr(chain, f"original{k}").detach().clone() for k in range(len(chain[0].leaves))]
+                found[f"{prefix}.{parameter}".lstrip(".")] = chain[0].rebuilt(leaves)
+    return found
+
+
+def settle(module: nn.Module) -> dict[str, Form]:
+    """Give every parameter that :func:`formed` replaced the dense matrix it has now; returns the forms."""
+    found = forms_of(module)
+    for name in found:
+        unparametrized(*_owner(module, name))
+    return found
+
+
+def unparametrized(owner: nn.Module, parameter: str) -> None:
+    """Give a parameter that is computed the value it has now; copies of the module go on computing theirs."""
+    # Copies share the class that PyTorch made for the module, from which it takes the parameter away.
+    kind = type(owner)
+    owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    parametrize.remove_parametrizations(owner, parameter)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    prefix, _, parameter = name.rpartition(".")
+    try:
+        owner = module.get_submodule(prefix)
+        if isinstance(getattr(owner, parameter), Tensor):
+            return owner, parameter
+    except AttributeError:
+        pass
+    known = ", ".join(list(dict(module.named_parameters()))[:5])
+    raise RequestError(f"{type(module).__name__} has no parameter {name!r}; it has {known} ...")
+
+
+class _Formed(nn.Module):
+    """The parametrization: the leaves are its originals, what it gives is the weight."""
+
+    def __init__(self, form: Form, layout: Layout, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.form, self.layout, self.shape = form, layout, shape
+        self.leaves: list[Tensor] = []
+        with_leaves(form, self._collected)
+
+    def right_inverse(self, weight: Tensor) -> Sequence[Tensor]:
+        """What is trained; the weight itself is not looked at."""
+        return [leaf.to(weight) for leaf in self.leaves]
+
+    def forward(self, *leaves: Tensor) -> Tensor:
+        return self.layout.from_matrix(self.rebuilt(leaves).dense(), self.shape)
+
+    def rebuilt(self, leaves: Sequence[Tensor]) -> Form:
+        """The form with other leaves, in the order in which they were found."""
+        coming = iter(leaves)
+        return with_leaves(self.form, lambda leaf: _Leaf(next(coming)) if isinstance(leaf, Dense) else leaf)
+
+    def _collected(self, leaf: Form) -> Form:
+        if isinstance(leaf, Dense):
+            self.leaves.append(leaf.weight.detach().clone())
+        return leaf
+
+
+@dataclass(frozen=True)
+class _Leaf(Dense):
+    """A dense leaf that keeps gradients and the dtype it is trained in."""
+
+    def dense(self) -> Tensor:
+        return self.weight

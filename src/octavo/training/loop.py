@@ -1,0 +1,208 @@
+"""One training loop, on ``accelerate``: real models, any loss, and regimens that hook into its steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import MissingExtraError, RequestError
+from octavo.forms import Form
+from octavo.sources.sites import Progress
+from octavo.system.replacing import check_kind
+from octavo.training.formed import forms_of
+from octavo.training.losses import Batch, Loss
+
+Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class Regimen:
+    """What a compression method does while a model trains; every hook does nothing unless it is overridden.
+
+    A step calls :meth:`before`, the loss by :meth:`loss`, backward, :meth:`gradients`, the optimizer, :meth:`after`.
+    """
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Before anything else, with the number of steps to come: replace weights by forms, allocate state."""
+
+    def before(self, step: int) -> None:
+        """Before the forward pass: project or resample weights."""
+
+    def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+        """What is differentiated: the task's loss, to which a penalty may be added."""
+        return loss(model, batch)
+
+    def gradients(self, step: int) -> None:
+        """After backward, before the optimizer's step."""
+
+    def after(self, step: int) -> None:
+        """After the optimizer's step."""
+
+    def epoch(self, number: int) -> None:
+        """After an epoch."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the model's parameters and buffers: tensors and plain values."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """After :meth:`begin`, go on from what :meth:`state` gave."""
+
+    def forms(self, model: nn.Module) -> dict[str, Form]:
+        """The forms to store, by parameter name: those that the model is trained in."""
+        return forms_of(model)
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Batch]],
+    loss: Loss,
+    *,
+    epochs: int = 1,
+    lr: float = 1e-3,
+    optimizer: Optimizers | None = None,
+    warmup: float = 0.05,
+    clip: float | None = 1.0,
+    regimen: Regimen | None = None,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> list[float]:
+    """Train ``model`` in place.
+
+    Parameters
+    ----------
+    batches
+        Gives the batches of an epoch, by its number; every epoch has as many.
+    loss
+        Takes the model and a batch, and gives a scalar.
+    lr, warmup
+        The rate after a linear rise over that share of all steps; it then falls to zero along a cosine.
+    optimizer
+        Makes an optimizer of the model, after the regimen has begun; AdamW with a weight decay of 0.01 on matrices if
+        not given. Its rates are scaled by the schedule.
+    clip
+        The largest norm of the gradient.
+    checkpoint
+        A file to which the state is saved after every epoch, and from which an interrupted run goes on: bit for bit
+        where it was, on the CPU.
+    seed
+        Of torch's own generator, which dropout draws from.
+    progress
+        Called with the number of steps done and their total.
+
+    Returns
+    -------
+    list of float
+        The mean loss of every epoch.
+
+    Raises
+    ------
+    RequestError
+        If an epoch has no batches or another number than the first, the loss is not finite, or the checkpoint is of
+        another run.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingExtraError("training needs accelerate: pip install 'octavo[train]'") from error
+    regimen = regimen or Regimen()
+    torch.manual_seed(seed)
+    a_batch_each = sum(1 for _ in batches(0))
+    if not a_batch_each:
+        raise RequestError("an epoch has no batches: there is nothing to train on")
+    steps = epochs * a_batch_each
+    regimen.begin(model, steps)
+    made = (optimizer or (lambda module: _adamw(module, lr)))(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _rate(step, steps, warmup))
+    # The model stays on the device that it is on.
+    accelerator = Accelerator(device_placement=False)
+    ready, made, schedule = accelerator.prepare(model, made, schedule)
+    losses: list[float] = []
+    run = {"epochs": epochs, "batches": a_batch_each, "seed": seed, "rates": schedule.get_last_lr()}
+    if checkpoint is not None and checkpoint.exists():
+        losses = _resume(checkpoint, run, model, made, schedule, regimen)
+    step = len(losses) * a_batch_each
+    model.train()
+    for number in range(len(losses), epochs):
+        total = 0.0
+        for batch in batches(number):
+            regimen.before(step)
+            value = regimen.loss(ready, batch, loss)
+            if not math.isfinite(value.item()):
+                raise RequestError(f"the loss is {value.item()} in step {step} of {steps}: lower the learning rate")
+            accelerator.backward(value)
+            regimen.gradients(step)
+            if clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            made.step()
+            schedule.step()
+            made.zero_grad()
+            regimen.after(step)
+            total += value.item()
+            step += 1
+            progress(step, steps)
+        if step != (number + 1) * a_batch_each:
+            had = step - number * a_batch_each
+            raise RequestError(f"epoch {number} has {had} batches, epoch 0 has {a_batch_each}; they must be as many")
+        regimen.epoch(number)
+        losses.append(total / a_batch_each)
+        if checkpoint is not None:
+            state = {
+                "run": run, "model": model.state_dict(), "optimizer": made.state_dict(),
+                "schedule": schedule.state_dict(), "regimen": regimen.state(), "losses": losses,
+                "random": torch.get_rng_state(),
+            }  # fmt: skip
+            _save(checkpoint, state)
+    model.eval()
+    return losses
+
+
+def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _save(file: Path, state: dict[str, Any]) -> None:
+    check_kind(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{file.name}.aside")
+    torch.save(state, aside)
+    os.replace(aside, file)
+
+
+def _resume(
+    file: Path, run: dict[str, Any], model: nn.Module, optimizer: Any, schedule: Any, regimen: Regimen
+) -> list[float]:
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        before = state["run"]
+        if before != run:
+            raise RequestError(f"{file}: a checkpoint of another run, {before}, where this is {run}; remove it")
+        regimen.resume(state["regimen"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        return [float(value) for value in state["losses"]]
+    except RequestError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise RequestError(f"{file}: not a checkpoint of this model and optimizer; remove it: {error}") from error

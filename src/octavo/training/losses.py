@@ -1,0 +1,84 @@
+"""Losses of labels, of next tokens, and of a teacher's outputs: each makes a scalar of a module and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from octavo.sources.batches import mask_of, run
+
+Batch = Any
+#: A module and a batch to a scalar.
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def outputs_of(module: nn.Module, inputs: Any) -> Tensor:
+    """The logits, or the tensor that a module returns."""
+    return logits_of(run(module, inputs))
+
+
+def logits_of(result: Any) -> Tensor:
+    """Those in what a module returned, or the tensor itself."""
+    return getattr(result, "logits", result)
+
+
+def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
+    """Of a batch ``(inputs, labels)``: mean over examples."""
+    inputs, labels = batch
+    return functional.cross_entropy(outputs_of(module, inputs), labels)
+
+
+def next_token(module: nn.Module, batch: Batch) -> Tensor:
+    """Of a language model on ``{"input_ids": (sequences, tokens)}``: mean over the tokens that are predicted."""
+    logits, labels = outputs_of(module, batch)[:, :-1], batch["input_ids"][:, 1:]
+    mask = mask_of(batch)
+    if mask is not None:
+        labels = labels.masked_fill(mask[:, 1:] == 0, -100)
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def distillation(teacher: nn.Module, loss: Loss | None = None, *, share: float = 0.5, temperature: float = 2.0) -> Loss:
+    """A teacher's distribution beside the true labels (Hinton et al., 2015).
+
+    ``share * T^2 * KL(teacher || student) + (1 - share) * loss``, both distributions softened by the temperature ``T``.
+
+    Parameters
+    ----------
+    teacher
+        Takes what the student takes, and is not trained.
+    loss
+        That of the labels; without one the teacher alone counts, and batches need no labels.
+    """
+    teacher.eval().requires_grad_(False)
+
+    def combined(module: nn.Module, batch: Batch) -> Tensor:
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        with torch.no_grad():
+            target = outputs_of(teacher, inputs) / temperature
+        value = divergence(target, outputs_of(module, inputs) / temperature) * temperature**2
+        return value if loss is None else share * value + (1 - share) * loss(module, batch)
+
+    return combined
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of the distributions that logits (..., classes) give: mean over all but classes."""
+    target, logs = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (target.exp() * (target - logs)).sum(-1).mean()
+
+
+@torch.inference_mode()
+def accuracy(module: nn.Module, batches: Iterable[Batch]) -> float:
+    """Share of examples of ``(inputs, labels)`` whose largest logit is their label's."""
+    right = total = 0
+    training = module.training
+    module.eval()
+    for inputs, labels in batches:
+        right += int((outputs_of(module, inputs).argmax(-1) == labels).sum())
+        total += labels.numel()
+    module.train(training)
+    return right / max(total, 1)

@@ -1,0 +1,1 @@
+"""Loading artifacts, proving and measuring them."""

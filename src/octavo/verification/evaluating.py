@@ -1,0 +1,193 @@
+"""Measuring a source or an artifact on data of the user's."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.artifact import MANIFEST, Artifact
+from octavo.artifact.writing import split_name
+from octavo.calibration import inputs
+from octavo.calibration.blockwise import Blockwise
+from octavo.calibration.inmemory import InMemory
+from octavo.calibration.objective import KL, Cosine, Objective
+from octavo.errors import MissingExtraError, RequestError
+from octavo.sources.memory import fits
+from octavo.sources.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.sources.sites import Source
+from octavo.system.matmul import fast_matmul
+from octavo.system.paths import checked, reason
+
+METRICS = ("divergence", "spearman", "perplexity")
+#: Perplexity is measured on windows of this many tokens that do not overlap, or of the model's context if shorter.
+PERPLEXITY_WINDOW = 512
+#: Nats a token whose exponential is still a number.
+_LARGEST_LOSS = 700.0
+
+
+@fast_matmul()
+def evaluate(
+    path: str | Path,
+    *,
+    data: Any = None,
+    against: str | Path | None = None,
+    metric: str = "divergence",
+    objective: str | Objective | None = None,
+    packed: bool = False,
+) -> dict[str, Any]:
+    """Measure a source or an artifact.
+
+    Parameters
+    ----------
+    path
+        A model folder or an artifact.
+    data
+        Texts (``divergence``, ``perplexity``), or a CSV of sentence, sentence, score (``spearman``); the built-in text
+        by default.
+    against
+        The source to compare with, for ``divergence``.
+    metric
+        ``divergence`` (mean and 95th percentile of the objective against ``against``), ``spearman`` (correlation of
+        cosine similarities with human scores) or ``perplexity`` (of the next token, for causal language models).
+    packed
+        Whether an artifact runs from packed codes.
+
+    Raises
+    ------
+    RequestError
+        If the metric is not known, or what it needs is missing.
+    """
+    if metric not in METRICS:
+        raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
+    path = checked(path)
+    if against is not None:
+        if metric != "divergence":
+            raise RequestError(
+                f"against is what divergence compares with, and {metric} compares with nothing; leave it out"
+            )
+        against = checked(against)
+    elif metric == "divergence":
+        raise RequestError("divergence compares with a source: give it as --against")
+    if metric == "perplexity" and objective is not None:
+        raise RequestError("objective is how divergence compares outputs, and perplexity needs none; leave it out")
+    source = _open(path, packed=packed)
+    if metric == "perplexity":
+        return {"path": str(path), "metric": metric, **_perplexity(source, data)}
+    if metric == "spearman":
+        return {
+            "path": str(path),
+            "metric": metric,
+            **_spearman(source, data, inputs.choose_objective(source, objective)),
+        }
+    assert against is not None
+    reference = inputs.open_source(against)
+    batches, text = inputs.load_data(reference, data, limit=None)
+    if reference.module is None or source.module is None or not batches:
+        raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
+    wanted = inputs.choose_objective(reference, objective, batches)
+    batches = inputs.prepared(reference, wanted, batches)
+    inputs.prepared(source, wanted, batches)
+    outputs = zip(*(_model(one).outputs(batches, wanted) for one in (reference, source)), strict=True)
+    try:
+        losses = torch.cat([wanted.compared(old, new) for old, new in outputs])
+    except RequestError as error:
+        raise RequestError(f"{path} against {against}: {error}") from error
+    if not bool(losses.isfinite().all()):
+        raise RequestError(f"{path}: the divergence from {against} is NaN or Inf on these data; check both models")
+    return {
+        "path": str(path),
+        "metric": wanted.metric,
+        "data": text,
+        "examples": len(losses),
+        "mean": float(losses.mean()),
+        "p95": float(losses.quantile(0.95)),
+    }
+
+
+def _open(path: Path, *, packed: bool) -> Source:
+    if not (path / MANIFEST).exists():
+        if packed:
+            raise RequestError(f"{path}: is no artifact, so it cannot run packed; compress it first")
+        return inputs.open_source(path)
+    from octavo.verification.verifying import load
+
+    artifact = Artifact(path)
+    if members(path) and is_installed() and not packed:
+        encoder = load_encoder(path)
+        source = inputs.open_source(encoder)
+        source.path, source.is_encoder = path, True
+        return source
+    if packed and members(path) and any(split_name(name)[0] for name in artifact.names()):
+        raise RequestError(f"{path}: has layers behind its transformer that do not run packed; leave --packed out")
+    model = load(path, packed=packed)
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"{path}: holds bare tensors, there is no model to run")
+    if packed:
+        # Its tensors are not read, only run.
+        return Source(path.name, path, {}, {}, {}, model.get_parameter, model, is_transformers=True)
+    source = inputs.open_source(model)
+    source.path, source.is_transformers = path, True
+    return source
+
+
+def _model(source: Source) -> InMemory | Blockwise:
+    return inputs.model_of(source, blockwise=not fits(source, None))
+
+
+def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
+    from octavo.sources.tokens import text_batches
+
+    try:
+        from scipy.stats import spearmanr
+    except ImportError as error:
+        raise MissingExtraError("spearman needs scipy, which is not installed: pip install 'octavo[hf]'") from error
+    if not isinstance(wanted, Cosine):
+        raise RequestError(
+            f"spearman compares vectors by their cosine, and {type(wanted).__name__.lower()} compares other outputs; "
+            "give --objective cosine, and a model that returns vectors or states"
+        )
+    if data is None or source.folder is None or source.module is None:
+        raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
+    try:
+        with open(checked(data), encoding="utf-8-sig", newline="") as file:
+            rows = [(row[0], row[1], float(row[2])) for row in csv.reader(file) if len(row) >= 3]
+    except (OSError, ValueError, csv.Error) as error:
+        raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {reason(error)}") from error
+    if len(rows) < 2:
+        raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
+    texts = sorted({text for row in rows for text in row[:2]}, key=len)
+    batches = inputs.prepared(source, wanted, text_batches(transformer_folder(source.folder), texts, source.module))
+    vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
+    place = {text: index for index, text in enumerate(texts)}
+    similarity = [float(vectors[place[a]] @ vectors[place[b]]) for a, b, _ in rows]
+    scores = [score for *_, score in rows]
+    if not all(map(math.isfinite, (*scores, *similarity))) or len(set(scores)) < 2 or len(set(similarity)) < 2:
+        raise RequestError(
+            f"{data}: no ranks to correlate: all scores, or all similarities, are equal or not finite; give pairs that "
+            "differ, in words that the model knows"
+        )
+    return {"pairs": len(rows), "spearman": float(spearmanr(similarity, scores).statistic)}
+
+
+def _perplexity(source: Source, data: Any) -> dict[str, Any]:
+    from octavo.sources.tokens import context_of, is_causal, window_batches
+
+    if source.module is None or source.folder is None or not is_causal(source.module):
+        raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
+    texts, text = inputs.texts_of(data)
+    windows = window_batches(source.folder, texts, min(PERPLEXITY_WINDOW, context_of(source.module)))
+    wanted = KL()
+    windows = inputs.prepared(source, wanted, windows)
+    total, count = 0.0, 0
+    for batch, logs in zip(windows, _model(source).outputs(windows, wanted), strict=True):
+        following = batch["input_ids"][:, 1:]
+        total -= float(logs[:, :-1].gather(2, following[..., None]).double().sum())
+        count += following.numel()
+    if not total / count < _LARGEST_LOSS:
+        raise RequestError(f"{source.title}: the loss of a token is {total / count:g}, too large for a perplexity")
+    return {"data": text, "tokens": count, "perplexity": math.exp(total / count)}

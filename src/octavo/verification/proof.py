@@ -1,0 +1,142 @@
+"""The model as its users load it from a written artifact: whether it loads in whole, and how far it is from the source.
+
+What an artifact is worth is measured on this model and on no other. Where it cannot be loaded or measured the proof
+says why, and has no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from octavo.artifact import Artifact
+from octavo.calibration.inmemory import scratch
+from octavo.encoding.job import Job
+from octavo.errors import ArtifactError, MissingExtraError
+from octavo.sources.memory import fits
+from octavo.sources.sentences import load_encoder, members, transformer_folder
+from octavo.system.raw import Lazily
+from octavo.verification.probes import Outputs, probe
+from octavo.verification.verifying import load
+
+#: What verify compares with is in float32, whatever the dtype of the model.
+_WIDE = {"dtype": torch.float32}
+_UNCOMPARED = "no data were given, so nothing but the weights could be compared"
+#: Names of keys that an error shows.
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was seen of the loaded model.
+
+    Parameters
+    ----------
+    loader
+        How it was loaded, as a user writes it; empty if it was not.
+    losses
+        Divergence of every held-back example from the source, or None.
+    why
+        Why nothing was measured; empty if it was.
+    outputs
+        Outputs on a fixed input, for :func:`octavo.verification.verifying`; None for what takes no such input.
+    """
+
+    loader: str = ""
+    losses: Tensor | None = None
+    why: str = ""
+    outputs: Outputs | None = None
+
+
+def prove(job: Job, artifact: Artifact) -> Proof:
+    """Load an artifact the way its users do, and measure it on the data held back.
+
+    Raises
+    ------
+    ArtifactError
+        If a part of the model is not filled by the artifact, or a part of the artifact finds no place, though the
+        source's did.
+    """
+    source = job.source
+    if source.is_transformers and source.folder is not None:
+        try:
+            return _of_folder(job, artifact, source.folder)
+        except MissingExtraError as error:
+            return Proof(why=str(error))
+    if source.is_encoder:
+        encoder = load_encoder(artifact.path)
+        return Proof("SentenceTransformer(path)", job.judge(encoder)) if job.measurable else Proof(why=_UNCOMPARED)
+    if source.module is None:
+        return Proof(why="no data were given" if source.path is None else "bare tensors have no model that runs")
+    if not job.held_data:
+        return Proof(why="no data were given")
+    module = source.module
+    with scratch(module) as old:
+        load(artifact.path, into=module)
+        losses = job.judge(module, old)
+        return Proof("octavo.load(path, into=module)", losses)
+
+
+def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
+    from octavo.integrations.transformers import is_known, load_as_users_do, require_transformers
+
+    source = job.source
+    require_transformers()
+    inner = transformer_folder(folder)
+    if not is_known(inner):
+        return Proof(why="the architecture is not known to transformers; its own code is copied and never run here")
+    if source.is_skeleton or (source.module is None and not fits(source, job.memory)):
+        return _block_by_block(job, artifact)
+    # A folder's model runs in float32, one that was given in memory as it is.
+    own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
+    options = {"dtype": own} if own is not None else {}
+    loaded = load_as_users_do(artifact.path / inner.relative_to(folder), options)
+    _check_keys(artifact.path, loaded.missing, loaded.unexpected, source.unfilled, source.unused)
+    if members(folder):
+        encoder = load_encoder(artifact.path)
+        outputs = probe(load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE).model)
+        if job.measurable:
+            whole = encoder if source.is_encoder else loaded.model
+            return Proof("SentenceTransformer(path)", job.judge(whole), outputs=outputs)
+        return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
+    loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
+    losses = job.judge(loaded.model) if job.measurable else None
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in loaded.model.parameters()):
+        loaded = load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE)
+    return Proof(loader, losses, "" if job.measurable else _UNCOMPARED, probe(loaded.model))
+
+
+def _block_by_block(job: Job, artifact: Artifact) -> Proof:
+    """The same for a model that does not fit in memory: names are matched on a skeleton, blocks run one by one."""
+    from octavo.integrations.transformers import skeleton
+    from octavo.sources.names import names_of
+
+    model = skeleton(transformer_folder(artifact.path))
+    found = names_of(model, artifact.loadable_shapes())
+    _check_keys(artifact.path, found.missing, found.unused, job.source.unfilled, job.source.unused)
+    loader = f"{type(model).__name__}, block by block"
+    if not job.measurable:
+        return Proof(loader, why=_UNCOMPARED)
+    losses = job.measure(Lazily({name: partial(artifact.tensor, name) for name in artifact.names()}))
+    return Proof(loader, losses)
+
+
+def _check_keys(
+    path: Path, missing: Sequence[str], unexpected: Sequence[str], unfilled: Sequence[str], unused: Sequence[str]
+) -> None:
+    lacking = sorted(set(missing) - set(unfilled))
+    if lacking:
+        raise ArtifactError(
+            f"{path}: {len(lacking)} tensors of the model are filled by nothing in the artifact: "
+            f"{', '.join(lacking[:_SHOWN])}; this is a defect of Octavo, please report it with the model's config.json"
+        )
+    if len(unexpected) > len(unused):
+        raise ArtifactError(
+            f"{path}: the model has no place for {len(unexpected)} tensors of the artifact, and for {len(unused)} of "
+            f"the source: {', '.join(sorted(unexpected)[:_SHOWN])}; this is a defect of Octavo, please report it"
+        )

@@ -1,0 +1,277 @@
+"""Loading artifacts, and proving that they are what they claim."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.artifact import MANIFEST, Artifact, dtype_name
+from octavo.errors import ArtifactError, RequestError
+from octavo.integrations.trust import trusted
+from octavo.runtimes.packed import held_bytes
+from octavo.runtimes.packed.factors import dense_again, run_as_factors
+from octavo.sources.batches import Batch
+from octavo.sources.filling import fill
+from octavo.sources.modules import unwrapped
+from octavo.sources.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.sources.sites import Progress
+from octavo.system.ahead import in_order
+from octavo.system.raw import raw_bytes
+from octavo.system.strict_json import read_object
+from octavo.verification.probes import TOLERANCE as OUTPUTS_TOLERANCE
+from octavo.verification.probes import Outputs, first_output, probe
+from octavo.verification.restoring import fits_plainly, materialise, unless_refused
+
+REPORT = "report.html"
+#: Bytes that a report has at most: 64 MB.
+_LARGEST_REPORT = 64 << 20
+#: Packed weights may move outputs by so many times what rounding the same weights to bfloat16 does.
+_TOLERANCE = 2.0
+
+
+def load(
+    path: str | Path, into: nn.Module | None = None, *, packed: bool = False, factors: bool = False, batch: Batch = None
+) -> Any:
+    """Load an artifact.
+
+    Parameters
+    ----------
+    path
+        The artifact folder.
+    into
+        A module to load the weights into; what was loaded into it packed or as factors becomes dense first. Without
+        it an artifact of an architecture that ``transformers`` knows gives its model, and any other the dictionary of
+        its tensors. If the artifact is refused the module is left as it was. Parameters on the ``meta`` device are
+        given memory on the CPU.
+    packed
+        Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
+        being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
+    factors
+        Whether low-rank and other factored weights run as float32 factors where that is measured, here and now, to be
+        cheaper than dense. :func:`octavo.runtimes.packed.factored` says which do, with the times.
+    batch
+        What the module is called with, for those measurements: a tensor, a tuple or a mapping. Without one, layers are
+        measured at a single row, and convolutions run dense.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is damaged, or does not fit ``into``.
+    RequestError
+        If factors are asked for together with ``packed``, of an artifact that no module is loaded from, or with a batch
+        that the module fails on.
+    """
+    path = Path(path)
+    if factors:
+        return _with_factors(path, into, packed, batch)
+    if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
+        from octavo.integrations.transformers import is_known, load_model
+
+        # The loader of transformers opens the files first, and believes what they say.
+        artifact = trusted(path)
+        if is_known(path):
+            return load_model(artifact, packed=packed)
+    else:
+        artifact = Artifact(path)
+    state = artifact.state(packed=packed)
+    if into is None:
+        return {**state, **artifact.extra}
+    module = unwrapped(into)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plainly = not artifact.extra and fits_plainly(module, shapes)
+    try:
+        with unless_refused(module, values=not plainly):
+            # Into factors of another artifact nothing could be written.
+            dense_again(module)
+            materialise(module)
+            fill(module, state, artifact.extra, assign=packed)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    return into
+
+
+def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch) -> nn.Module:
+    """The module with dense weights, of which those that are cheaper as factors are exchanged."""
+    if packed:
+        raise RequestError("weights run packed, in bfloat16, or as factors, in float32: choose one of the two")
+    if into is not None:
+        # A batch that the module fails on is found out when the weights are in it.
+        with unless_refused(unwrapped(into), values=True):
+            return _as_factors(path, load(path, into), batch)
+    module = load(path)
+    if not isinstance(module, nn.Module):
+        raise RequestError(f"{path}: no module runs these weights; give one with into= to run them as factors")
+    return _as_factors(path, module, batch)
+
+
+def _as_factors(path: Path, module: nn.Module, batch: Batch) -> nn.Module:
+    artifact, inner = Artifact(path), unwrapped(module)
+    held = dict(inner.named_parameters(remove_duplicate=False))
+    prefix = f"{getattr(inner, 'base_model_prefix', '')}."
+
+    def parameters(name: str) -> list[str]:
+        names = [name, *(alias for alias, other in artifact.aliases.items() if other == name)]
+        # The names in a file of transformers may have gained or lost the base model's prefix.
+        spelled = (option for n in names for option in (n, prefix + n, n.removeprefix(prefix)))
+        return [option for option in dict.fromkeys(spelled) if option in held]
+
+    names = artifact.factorizations()
+    sites = ((name, parameters(name), artifact.form(name), artifact.layout(name)) for name in names)
+    run_as_factors(inner, sites, batch)
+    return module
+
+
+def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None) -> str:
+    """SHA-256 over the decoded content of every tensor: codes, steps, factors, and what they are read as.
+
+    A few tensors are in memory at a time. It is the same on every machine, which a product of two factors, rounded as
+    the machine's library likes, is not.
+    """
+    digest = hashlib.sha256()
+    names = sorted(artifact.names())
+
+    def given(name: str) -> str:
+        """What becomes of a site's parts; other tensors say it themselves."""
+        if name not in artifact.sites:
+            return ""
+        layout = artifact.layout(name)
+        kind = f"{layout.kind} {layout.groups} {layout.exponent}"
+        return f" {artifact.sites[name]['shape']} {dtype_name(artifact.dtype(name))} {kind}"
+
+    def decoded(name: str) -> dict[str, Tensor]:
+        return artifact.form(name).tensors() if name in artifact.sites else {"": artifact.tensor(name)}
+
+    for done, (name, parts) in enumerate(zip(names, in_order(decoded, names), strict=True)):
+        digest.update(f"{name}{given(name)}\n".encode())
+        for part, tensor in sorted(parts.items()):
+            digest.update(f"{name} {part} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
+            if tensor.numel():
+                digest.update(raw_bytes(tensor))
+        progress(done + 1, len(names))
+    return digest.hexdigest()
+
+
+def packed_run(artifact: Artifact, seed: int = 0) -> dict[str, Any]:
+    """What an artifact made for memory holds while it runs, and how its outputs differ from the decoded weights'.
+
+    Returns
+    -------
+    dict
+        ``held`` and ``stated`` bytes; ``error``, the relative error of the first output on fixed tokens against decoded
+        weights in float32, and ``allowed``, :data:`_TOLERANCE` times that of the same weights in bfloat16. The errors
+        are None for what takes no token ids.
+    """
+    result: dict[str, Any] = {"stated": artifact.resident, "held": None, "error": None, "allowed": None}
+    packed = load(artifact.path, packed=True)
+    result["held"] = held_bytes(packed)
+    if not isinstance(packed, nn.Module):
+        return result
+    dense = load(artifact.path)
+    exact = first_output(dense, seed)
+    if exact is not None:
+        result["error"] = _relative(first_output(packed, seed), exact)
+        result["allowed"] = _TOLERANCE * _relative(first_output(dense.to(torch.bfloat16), seed), exact)
+    return result
+
+
+def _relative(outputs: Tensor | None, exact: Tensor) -> float:
+    assert outputs is not None
+    return float((outputs.float() - exact).norm() / exact.norm())
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Read an artifact from disk and check everything that can be checked without the source.
+
+    Returns
+    -------
+    dict
+        ``bytes``, ``ratio``, ``tensors``; ``weights_match`` and ``outputs_match`` (None if nothing was recorded);
+        ``outputs_difference``, how far outputs on a fixed input are from those recorded, relative to the largest;
+        ``loader``, how the model was loaded (None if it has none that is known here); ``quality`` as it was measured
+        when the artifact was written (None without a report); and ``packed``, the result of :func:`packed_run` if it
+        was made for memory.
+
+    Raises
+    ------
+    ArtifactError
+        At the first thing that is wrong: damage, a configuration that was changed, weights or outputs other than
+        recorded, a model that the artifact does not fill.
+    """
+    artifact = Artifact(path)
+    changed = artifact.changed()
+    if changed:
+        raise ArtifactError(
+            f"{path}: {', '.join(changed)} since the artifact was written, so this is another model; copy the artifact "
+            "again, or compress the source with the configuration that you want"
+        )
+    recorded = _recorded(artifact.path)
+    digests = recorded.get("digests") or {}
+    digest = digest_of(artifact)
+    result: dict[str, Any] = {
+        "path": str(path),
+        "bytes": artifact.bytes,
+        "ratio": artifact.manifest["source"]["bytes"] / artifact.bytes,
+        "tensors": len(artifact.names()) + len(artifact.aliases),
+        "weights_sha256": digest,
+        "weights_match": None if digests.get("weights") is None else digests["weights"] == digest,
+        "outputs_match": None,
+        "outputs_difference": None,
+        "loader": None,
+        "quality": recorded.get("quality"),
+        "packed": None,
+    }
+    if result["weights_match"] is False:
+        raise ArtifactError(f"{path}: the restored weights are not those recorded when it was written")
+    wanted = Outputs.recorded(digests.get("outputs"))
+    if wanted is not None:
+        result["loader"], result["outputs_difference"] = _outputs_of(artifact.path, wanted)
+        result["outputs_match"] = result["outputs_difference"] <= OUTPUTS_TOLERANCE
+        if not result["outputs_match"]:
+            raise ArtifactError(
+                f"{path}: the loaded model's outputs differ from those recorded when it was written by "
+                f"{result['outputs_difference']:.3g} of the largest, {OUTPUTS_TOLERANCE:g} is rounding; its "
+                "configuration was changed, or this machine or version of transformers computes something else"
+            )
+    if artifact.resident is not None:
+        result["packed"] = packed = packed_run(artifact)
+        if packed["held"] is not None and packed["held"] > artifact.resident:
+            raise ArtifactError(
+                f"{path}: holds {packed['held']} bytes in memory while it runs packed, its manifest says "
+                f"{artifact.resident}; this version of transformers makes other tensors of its weights"
+            )
+        if packed["error"] is not None and packed["error"] > packed["allowed"]:
+            raise ArtifactError(
+                f"{path}: running from packed codes moves outputs by {packed['error']:.3g} of their size, more than "
+                f"the {packed['allowed']:.3g} that bfloat16 explains; this machine computes something else"
+            )
+    return result
+
+
+def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
+    """How the model was loaded, and how far its outputs are from those recorded."""
+    from octavo.integrations.transformers import load_as_users_do
+
+    loaded = load_as_users_do(transformer_folder(path), {"dtype": torch.float32})
+    found = probe(loaded.model)
+    difference = float("inf") if found is None else wanted.differ(found)
+    if members(path) and is_installed():
+        load_encoder(path)
+        return "SentenceTransformer(path)", difference
+    return f"{type(loaded.model).__name__}.from_pretrained(path)", difference
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The report that lies beside an artifact, if there is one."""
+    file = (path / REPORT).with_suffix(".json")
+    if not file.exists():
+        return {}
+    data = read_object(file, most=_LARGEST_REPORT)
+    quality, digests = (data.get(key) for key in ("quality", "digests"))
+    return {
+        "quality": quality if isinstance(quality, dict) else None,
+        "digests": digests if isinstance(digests, dict) else None,
+    }

@@ -1,0 +1,200 @@
+"""Ordered dropout: what is drawn, what is penalized, what is learned first, and how layers are cut afterwards."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from octavo.errors import RequestError
+from octavo.recipes.maestro import _angles
+from octavo.recipes.stored import through_file
+from octavo.training import accuracy, cross_entropy, fit
+from octavo.training.maestro import OrderedDropout, allocated, factorizable, ladder, recalibrate, truncated
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, groups=4),
+        nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 4),
+    )  # fmt: skip
+
+
+def task():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 2, 6, 6, generator=generator)
+    y = (x.flatten(1) @ torch.randn(72, 4, generator=generator)).argmax(1)
+    return lambda epoch: list(zip(x.split(32), y.split(32), strict=True))
+
+
+def test_the_network_begins_as_it_was():
+    model, plain = net(), net()
+    regimen = OrderedDropout()
+    regimen.begin(model, 1)
+    assert factorizable(plain) == ("0.weight", "6.weight"), "convolutions in groups are left alone"
+    assert regimen.ranks == {"0.weight": 12, "6.weight": 4}
+    x = task()(0)[0][0]
+    assert torch.allclose(model(x), plain(x), atol=1e-4)
+    left, right = (getattr(model[6].parametrizations.weight, f"original{k}") for k in (0, 1))
+    # Split evenly: both factors carry the square root of the singular values, in falling order.
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), atol=1e-4)
+    assert bool((left.norm(dim=0).diff() < 1e-6).all())
+
+
+def test_one_layer_is_narrowed_at_a_time():
+    model, regimen = net(), OrderedDropout(growth=2.0)
+    regimen.begin(model, 1)
+    full = {name: model.get_submodule(name[0]).weight.detach().clone() for name in regimen.ranks}
+    seen = set()
+    for step in range(200):
+        regimen.before(step)
+        narrowed = []
+        for name, weight in full.items():
+            matrix = model.get_submodule(name[0]).weight.detach().flatten(1)
+            rank = int(torch.linalg.matrix_rank(matrix))
+            if not torch.equal(matrix, weight.flatten(1)):
+                narrowed.append((name, rank))
+        assert len(narrowed) <= 1
+        seen.update(narrowed)
+        regimen.after(step)
+    assert seen == {
+        ("0.weight", 1),
+        ("0.weight", 2),
+        ("0.weight", 4),
+        ("0.weight", 8),
+        ("6.weight", 1),
+        ("6.weight", 2),
+    }
+    assert torch.equal(model[0].weight, full["0.weight"])
+
+
+def test_the_narrowed_network_learns_from_the_whole_one():
+    model, batch = net().eval(), task()(0)[0]
+    regimen = OrderedDropout(pressure=0.0, distil=True)
+    regimen.begin(model, 1)
+    whole, logs = cross_entropy(model, batch), model(batch[0]).log_softmax(-1).detach()
+    divergences = []
+    for step in range(10):
+        regimen.before(step)
+        narrow = model(batch[0]).log_softmax(-1)
+        value = float(regimen.loss(model, batch, cross_entropy).detach())
+        divergences.append(float((logs.exp() * (logs - narrow)).sum(-1).mean().detach()))
+        assert value == pytest.approx(float(whole.detach()) + divergences[-1], rel=1e-4)
+        regimen.after(step)
+    assert max(divergences) > 1e-3
+    losses = fit(net(), task(), cross_entropy, epochs=20, lr=2e-2, regimen=OrderedDropout(pressure=0.0, distil=True))
+    assert losses[-1] < losses[0] / 2
+
+
+def test_ladders():
+    assert ladder(1, 2.0) == [1]
+    assert ladder(20, 2.0) == [1, 2, 4, 8, 16, 20]
+    assert ladder(5, 1.0) == [1, 2, 3, 4, 5]
+
+
+def test_later_columns_are_penalized_more_and_zero_has_a_slope():
+    model, regimen = nn.Sequential(nn.Linear(6, 5, bias=False)), OrderedDropout(pressure=1.0)
+    regimen.begin(model, 1)
+    left, right = (getattr(model[0].parametrizations.weight, f"original{k}") for k in (0, 1))
+    with torch.no_grad():
+        left.fill_(1.0)
+        right.zero_()
+    penalty = regimen.penalty()
+    assert float(penalty.detach()) == pytest.approx(sum((5 * (5 - i)) ** 0.5 for i in range(5)), rel=1e-4)
+    penalty.backward()
+    slopes = left.grad.norm(dim=0)
+    assert bool((slopes.diff() > 0).all()) and bool(torch.isfinite(right.grad).all())
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_a_linear_map_is_found_in_the_order_of_its_svd(spread):
+    plain, weighted = _angles(spread)
+    assert weighted < 5
+    assert (plain < 5) == (spread == 0), "unequal inputs give another order than the weights have"
+
+
+def test_columns_without_use_are_dropped():
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.randn(10, 3, generator=generator) @ torch.randn(3, 12, generator=generator) / 3
+    x = torch.randn(512, 12, generator=generator)
+    pairs = list(zip(x.split(64), (x @ planted.t()).split(64), strict=True))
+    model = nn.Sequential(nn.Linear(12, 10, bias=False))
+    regimen = OrderedDropout(pressure=1e-2, threshold=1e-2)
+    fit(
+        model, lambda epoch: pairs, lambda module, batch: (module(batch[0]) - batch[1]).square().sum(1).mean(),
+        epochs=60, optimizer=lambda module: torch.optim.SGD(module.parameters(), 0.02, 0.9), regimen=regimen,
+    )  # fmt: skip
+    assert regimen.ranks == {"0.weight": 3}
+    form = regimen.forms(model)["0.weight"]
+    assert form.left.shape == (10, 3) and regimen.ranks == {"0.weight": 3}
+    assert float((form.dense() - planted).norm() / planted.norm()) < 0.05
+
+
+def test_a_trained_network_is_cut_stored_and_read_back():
+    model, batches = net(), task()
+    regimen = OrderedDropout(pressure=0.0)
+    losses = fit(model, batches, cross_entropy, epochs=20, lr=2e-2, regimen=regimen)
+    forms = regimen.forms(model)
+    assert losses[-1] < losses[0] / 2 and isinstance(model[0].weight, nn.Parameter)
+    assert torch.allclose(model[0].weight.flatten(1), forms["0.weight"].dense(), atol=1e-5)
+    cut = truncated(forms, {"0.weight": 6, "6.weight": 2})
+    assert torch.equal(cut["0.weight"].left.dense(), forms["0.weight"].left.dense()[:, :6])
+    stored = through_file(model, cut)
+    assert accuracy(stored.load(net()), batches(0)) > 0.5
+    assert stored.bytes < through_file(model).bytes
+
+
+def test_forms_leave_copies_as_they_are():
+    model, regimen, x = net().eval(), OrderedDropout(), task()(0)[0][0]
+    regimen.begin(model, 1)
+    other = copy.deepcopy(model)
+    regimen.forms(model)
+    assert torch.allclose(other(x), model(x), atol=1e-6)
+    assert isinstance(model[0].weight, nn.Parameter) and not isinstance(other[0].weight, nn.Parameter)
+
+
+def test_normalization_is_recalibrated_without_touching_anything_else():
+    model, x = net(), task()(0)[0][0]
+    model.train()(x)
+    before = copy.deepcopy(model.state_dict())
+    recalibrate(model.eval(), [x[:16], x[16:]])
+    inputs = model[0](x)
+    assert torch.allclose(model[1].running_mean, inputs.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(model[1].running_var, inputs.var((0, 2, 3)), rtol=0.05)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert not model.training and model[1].momentum == 0.1
+
+
+def test_widths_go_where_they_lower_the_loss_most():
+    shapes = {"a": (10, 10), "b": (10, 10)}
+    curves = {"a": {1: 3.0, 2: 1.0, 3: 0.9}, "b": {1: 1.0, 2: 0.9, 3: 0.2}}
+    assert allocated(curves, shapes, 40) == {"a": 1, "b": 1}
+    assert allocated(curves, shapes, 60) == {"a": 2, "b": 1}
+    # Not convex at b: its second column alone is worth little, both together are.
+    assert allocated(curves, shapes, 100) == {"a": 2, "b": 3}
+    assert allocated(curves, shapes, 120) == {"a": 3, "b": 3}
+    with pytest.raises(RequestError, match="40 weights, more than the 39"):
+        allocated(curves, shapes, 39)
+
+
+def test_a_width_that_is_no_smaller_costs_what_the_matrix_does():
+    curves = {"a": {1: 2.0, 4: 1.0, 8: 0.0}}
+    assert allocated(curves, {"a": (8, 8)}, 63) == {"a": 3}
+    assert allocated(curves, {"a": (8, 8)}, 64) == {"a": 8}
+
+
+def test_bad_requests_are_told():
+    with pytest.raises(RequestError, match=r"growth 0\.5"):
+        OrderedDropout(growth=0.5)
+    with pytest.raises(RequestError, match=r"no matrix '1\.weight'"):
+        OrderedDropout(names=("1.weight",)).begin(net(), 1)
+    with pytest.raises(RequestError, match="no linear layer"):
+        OrderedDropout().begin(nn.Sequential(nn.ReLU(), nn.LayerNorm(3)), 1)
+    model, regimen = nn.Sequential(nn.Linear(6, 5)), OrderedDropout()
+    regimen.begin(model, 1)
+    forms = regimen.forms(model)
+    for width in (0, 6):
+        with pytest.raises(RequestError, match=f"5 columns; it cannot be cut to {width}"):
+            truncated(forms, {"0.weight": width})

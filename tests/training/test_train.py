@@ -1,0 +1,124 @@
+"""One training loop: it learns, resumes where it stopped, and trains forms as they will be stored."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from octavo.errors import RequestError
+from octavo.forms import Dense, LowRank
+from octavo.methods.factorize.dictionaries import Shape
+from octavo.training import Regimen, accuracy, cross_entropy, distillation, fit, formed, forms_of, settle
+from octavo.training.comera import CoMERA
+from octavo.training.dsformer import StraightThroughFactorizer
+from octavo.training.maestro import OrderedDropout
+
+
+def task():
+    torch.manual_seed(0)
+    x = torch.randn(512, 16)
+    y = (x @ torch.randn(16, 4)).argmax(1)
+    return lambda epoch: [(x[i : i + 64], y[i : i + 64]) for i in range(0, 512, 64)]
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def low_rank(rows, columns, rank):
+    return LowRank(Dense(torch.randn(rows, rank) / rank**0.5), Dense(torch.randn(rank, columns) / columns**0.5))
+
+
+def test_forms_are_trained_and_handed_over():
+    model, batches = net(), task()
+    formed(model, {"0.weight": low_rank(32, 16, 5)})
+    losses = fit(model, batches, cross_entropy, epochs=20, lr=1e-2)
+    assert losses[-1] < losses[0] / 2 and accuracy(model, batches(0)) > 0.8
+    form = forms_of(model)["0.weight"]
+    assert isinstance(form, LowRank) and form.left.shape == (32, 5)
+    before = model(batches(0)[0][0])
+    assert settle(model).keys() == {"0.weight"} and isinstance(model[0].weight, nn.Parameter)
+    assert torch.equal(model(batches(0)[0][0]), before) and torch.equal(model[0].weight, form.dense())
+
+
+def test_settling_a_copy_leaves_the_model_in_its_forms():
+    model, x = net(), task()(0)[0][0]
+    formed(model, {"0.weight": low_rank(32, 16, 5)})
+    before, other = model(x), copy.deepcopy(model)
+    settle(other)
+    assert torch.equal(model(x), before) and torch.equal(other(x), before)
+    assert forms_of(model).keys() == {"0.weight"} and not forms_of(other)
+
+
+REGIMENS = {
+    "none": Regimen,
+    "ordered dropout": lambda: OrderedDropout(pressure=1e-3, threshold=0.05),
+    "straight-through": lambda: StraightThroughFactorizer({"0.weight": Shape(8, 12, 2)}, rounds=2),
+    "tensor trains": lambda: CoMERA(rank=6, smallest=64),
+}
+
+
+@pytest.mark.parametrize("kind", REGIMENS)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kind, tmp_path):
+    class Stop(Exception):
+        pass
+
+    batches = task()
+
+    def interrupted(number):
+        if number == 2:
+            raise Stop
+        return batches(number)
+
+    whole, halved, again = net(), net(), net(seed=5)
+    ours, theirs = REGIMENS[kind](), REGIMENS[kind]()
+    how = {"loss": cross_entropy, "epochs": 4, "lr": 1e-2}
+    expected = fit(whole, batches, regimen=ours, **how)
+    with pytest.raises(Stop):
+        fit(halved, interrupted, regimen=REGIMENS[kind](), checkpoint=tmp_path / "state", **how)
+    found = fit(again, batches, regimen=theirs, checkpoint=tmp_path / "state", **how)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    forms = [regimen.forms(model) for regimen, model in ((ours, whole), (theirs, again))]
+    assert all(torch.equal(form.dense(), forms[1][name].dense()) for name, form in forms[0].items())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "state"
+    fit(net(), task(), cross_entropy, epochs=2, checkpoint=file)
+    for other in ({"epochs": 3}, {"epochs": 2, "seed": 1}, {"epochs": 2, "lr": 0.1}):
+        with pytest.raises(RequestError, match="a checkpoint of another run"):
+            fit(net(), task(), cross_entropy, checkpoint=file, **other)
+
+
+def test_epochs_of_another_length_are_told():
+    with pytest.raises(RequestError, match="epoch 1 has 7 batches, epoch 0 has 8"):
+        fit(net(), lambda epoch: task()(epoch)[epoch:], cross_entropy, epochs=2)
+
+
+def test_a_student_follows_its_teacher():
+    teacher, student, batches = net(), net(seed=1), task()
+    fit(teacher, batches, cross_entropy, epochs=20, lr=1e-2)
+    fit(student, batches, distillation(teacher), epochs=20, lr=1e-2)
+    x = batches(0)[0][0]
+    assert float((student(x).argmax(1) == teacher(x).argmax(1)).float().mean()) > 0.8
+
+
+def test_bad_requests_are_told(tmp_path):
+    model, batches = net(), task()
+    with pytest.raises(RequestError, match=r"no parameter '7\.weight'"):
+        formed(model, {"7.weight": low_rank(32, 16, 2)})
+    with pytest.raises(RequestError, match=r"\(32, 16\) cannot be computed from a form of shape \(16, 32\)"):
+        formed(model, {"0.weight": low_rank(16, 32, 2)})
+    model[2].weight = model[0].weight
+    with pytest.raises(RequestError, match="shared"):
+        formed(model, {"0.weight": low_rank(32, 16, 2)})
+    with pytest.raises(RequestError, match="no batches"):
+        fit(net(), lambda epoch: [], cross_entropy)
+    with pytest.raises(RequestError, match="the loss is nan in step 0"):
+        fit(net(), batches, lambda module, batch: cross_entropy(module, batch) * float("nan"))
+    (tmp_path / "state").write_bytes(b"not a checkpoint")
+    with pytest.raises(RequestError, match="not a checkpoint"):
+        fit(net(), batches, cross_entropy, checkpoint=tmp_path / "state")
