@@ -208,11 +208,6 @@ class Contents:
         """Artifact bytes, exactly."""
         return sum(file.bytes for file in self._files().values())
 
-    @property
-    def counted(self) -> int:
-        """What the budget counts: artifact bytes, or those in memory if it was made for memory."""
-        return self.bytes if self.resident is None else self.resident
-
     def write(self, folder: Path, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Write every file that counts, flushed to the disk.
 

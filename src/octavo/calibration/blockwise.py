@@ -26,6 +26,7 @@ from octavo.calibration.calibrating import Calibration, check_outputs, count_seq
 from octavo.calibration.evidence import combined
 from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.calibration.objective import Objective
+from octavo.calibration.running import Running
 from octavo.calibration.watches import Watches
 from octavo.calibration.workspace import SCRATCH, Workspace
 from octavo.errors import OctavoError, RequestError
@@ -75,7 +76,7 @@ class States:
         shutil.rmtree(self.folder / boundary, ignore_errors=True)
 
 
-class Blockwise:
+class Blockwise(Running):
     """A transformers model that is run with one block's weights in memory.
 
     Parameters

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from octavo.calibration.blocks import Blocks
 from octavo.calibration.calibrating import Calibration, calibrate
 from octavo.calibration.objective import Objective
+from octavo.calibration.running import Running
 from octavo.calibration.workspace import Workspace
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
@@ -24,7 +25,7 @@ from octavo.system.matmul import fast_matmul
 _REFERENCE_BYTES = 1 << 28
 
 
-class InMemory:
+class InMemory(Running):
     """A module that is run as it is."""
 
     def __init__(self, source: Source) -> None:

@@ -9,13 +9,20 @@ from dataclasses import dataclass
 
 from octavo.errors import RequestError
 from octavo.runtimes.onnx.exporting import parse_shape
+from octavo.targets.base import Goal
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The speed that was asked for: a factor over PyTorch in float32, or seconds; the other is 0 or None."""
+class Asked(Goal):
+    """The speed that was asked for: a factor over PyTorch in float32, or seconds; the other is 0 or None.
 
-    shape: tuple[int, int]
+    Parameters
+    ----------
+    shape
+        Sequences and tokens at which it counts.
+    """
+
+    shape: tuple[int, int] = (1, 32)
     speedup: float = 0.0
     seconds: float | None = None
 
