@@ -7,10 +7,9 @@ from octavo.pipeline import Compressed, compress
 from octavo.runtimes.onnx.exporting import export
 from octavo.steps import frontier, plan, profile
 from octavo.system.notes import OctavoWarning
+from octavo.system.version import __version__
 from octavo.verification.evaluating import evaluate
 from octavo.verification.verifying import load, verify
-
-__version__ = "0.1.0"
 
 _register()
 
@@ -23,6 +22,7 @@ __all__ = [
     "OctavoError",
     "OctavoWarning",
     "RequestError",
+    "__version__",
     "compress",
     "evaluate",
     "export",

@@ -27,6 +27,7 @@ from octavo.artifact.packing import Packed, dtype_name
 from octavo.coding.container import DTYPES as INTEGERS
 from octavo.sources.sites import Layout
 from octavo.system.raw import raw_bytes
+from octavo.system.version import __version__
 
 FORMAT_VERSION = 1
 MANIFEST = "octavo.json"
@@ -235,8 +236,6 @@ class Contents:
                 os.fsync(out.fileno())
 
     def _files(self) -> dict[str, _File]:
-        from octavo import __version__
-
         manifest: dict[str, Any] = {
             "format": "octavo", "version": FORMAT_VERSION, "octavo": __version__, "source": self.source,
             "aliases": self.aliases, "files": {}, "sites": {}, "kept": {}, "coded": {},

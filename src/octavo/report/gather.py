@@ -16,18 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import octavo
 from octavo.allocation.budget import Budget
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.profiles import densified
+from octavo.allocation.solver import allocate, uniform
 from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import OfOutputs
+from octavo.errors import BudgetError
+from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
 from octavo.report.running import running_data
 from octavo.report.text import things
 from octavo.runtimes.packed.speed import interleaved
-from octavo.sources.batches import run
+from octavo.sources.batches import run, sequences_in
+from octavo.sources.sentences import transformer_folder
+from octavo.system.version import __version__
 from octavo.verification.proof import Proof
 from octavo.verification.verifying import digest_of
 
@@ -62,7 +66,7 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
     return {
         "title": profile.title,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "octavo_version": octavo.__version__,
+        "octavo_version": __version__,
         "command": done.command or _call(done.budget),
         "environment": environment(),
         "seed": job.seed,
@@ -164,8 +168,6 @@ def peak_memory() -> int:
 
 
 def _length(batch: Any) -> int:
-    from octavo.calibration.objective import sequences_in
-
     return sequences_in(batch)
 
 
@@ -277,9 +279,6 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
 
 def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
     """Expected loss over ratios from the profile, and what uniform settings would give."""
-    from octavo.allocation.solver import allocate, uniform
-    from octavo.errors import BudgetError
-
     profile = done.profile
     points: list[dict[str, Any]] = []
     rivals: list[dict[str, Any]] = []
@@ -349,9 +348,6 @@ def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
         "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
     }
     if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
-        from octavo.integrations.transformers import load_as_users_do
-        from octavo.sources.sentences import transformer_folder
-
         source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
         loads = {
