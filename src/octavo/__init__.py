@@ -2,7 +2,7 @@
 
 from octavo.artifact import Artifact
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
-from octavo.integrations.transformers import register as _register
+from octavo.integrations.hooks import register as _register
 from octavo.pipeline import Compressed, compress
 from octavo.runtimes.onnx.exporting import export
 from octavo.steps import frontier, plan, profile

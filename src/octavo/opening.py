@@ -24,7 +24,6 @@ from octavo.calibration.calibrating import CURVATURES, data_free
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
-from octavo.calibration.witness import Witness
 from octavo.calibration.workspace import Workspace, files_of, hash_tensors
 from octavo.encoding.job import Job
 from octavo.errors import OctavoError, RequestError
@@ -37,6 +36,7 @@ from octavo.sources.batches import Batch
 from octavo.sources.memory import fits, least_bytes
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.sites import SMALLEST_SITE, Site, Source
+from octavo.sources.witness import Witness
 from octavo.system.paths import checked
 from octavo.system.progress import Progress
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.artifact import Artifact
-from octavo.artifact.companions import copy_companions
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.report.gather import report_data
+from octavo.sources.companions import copy_companions
 from octavo.sources.sentences import members, transformer_folder
 from octavo.system.ahead import in_order
 from octavo.system.paths import checked, checked_output

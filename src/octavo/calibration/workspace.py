@@ -23,8 +23,8 @@ from torch import Tensor
 from octavo.artifact import Packed, Stored
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.evidence_folder import EvidenceFolder
-from octavo.calibration.witness import Witness
 from octavo.errors import OctavoError, RequestError
+from octavo.sources.witness import Witness
 from octavo.system.locks import INSIDE
 from octavo.system.raw import raw_bytes
 from octavo.system.replacing import check_is_folder, check_kind

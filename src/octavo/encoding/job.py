@@ -11,13 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
-from octavo.artifact.companions import configurations
+from octavo.artifact.configuring import configurations
 from octavo.calibration.blockwise import Blockwise
 from octavo.calibration.calibrating import Calibration, data_free
 from octavo.calibration.inmemory import InMemory
 from octavo.calibration.inputs import model_of
 from octavo.calibration.objective import Objective
-from octavo.calibration.witness import Witness
 from octavo.calibration.workspace import Workspace
 from octavo.encoding.tasks import encoded
 from octavo.errors import RequestError
@@ -26,6 +25,8 @@ from octavo.sources.batches import Batch
 from octavo.sources.memory import fits
 from octavo.sources.narrowing import Narrowing, stored_dtype
 from octavo.sources.sites import Site, Source
+from octavo.sources.skeletons import tied_names, unfilled_names
+from octavo.sources.witness import Witness
 from octavo.system.executors import Executor, Local
 from octavo.system.progress import Progress, silent
 from octavo.system.raw import Lazily, narrowed
@@ -194,8 +195,6 @@ class Job:
     def _unfilled(self) -> list[str] | None:
         if not self.source.is_transformers:
             return None
-        from octavo.integrations.transformers import unfilled_names
-
         return unfilled_names(self.source)
 
     def _named(self) -> frozenset[str]:
@@ -203,8 +202,6 @@ class Job:
         if self._own_names is None:
             self._own_names = frozenset()
             if self.source.is_transformers and self.source.aliases:
-                from octavo.integrations.transformers import tied_names
-
                 self._own_names = frozenset(self.source.aliases) - tied_names(self.source)
         return self._own_names
 

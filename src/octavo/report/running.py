@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from octavo.artifact import Artifact
-from octavo.artifact.writing import split_name
 from octavo.calibration.objective import Objective, OfOutputs
 from octavo.runtimes.packed import held_bytes, kernels_of
 from octavo.runtimes.packed.speed import generates, greedy, interleaved
 from octavo.sources.batches import run
+from octavo.sources.sentences import split_name
 from octavo.verification.verifying import load
 
 if TYPE_CHECKING:

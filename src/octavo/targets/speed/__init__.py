@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from octavo.artifact.writing import split_name
 from octavo.calibration import inputs
 from octavo.calibration.objective import Objective
 from octavo.encoding.job import Job
@@ -23,7 +22,7 @@ from octavo.runtimes.onnx.exporting import SHAPE
 from octavo.runtimes.onnx.given import Tokens, check_tokens_only
 from octavo.runtimes.onnx.sessions import require
 from octavo.sources.batches import Batch
-from octavo.sources.sentences import members
+from octavo.sources.sentences import members, split_name
 from octavo.sources.sites import Source
 from octavo.system.locks import Lock
 from octavo.system.progress import Progress, Shown, callback, with_progress
