@@ -18,13 +18,13 @@ from octavo.allocation.patterns import apply_patterns
 from octavo.allocation.plans import EDITED, Plan, read_plan
 from octavo.allocation.sampling import sample_of
 from octavo.allocation.solver import labelled, unreachable
+from octavo.allocation.workspace import Workspace, files_of, hash_tensors
 from octavo.artifact import Packed, pack
 from octavo.calibration import folds, inputs
 from octavo.calibration.calibrating import CURVATURES, data_free
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
-from octavo.calibration.workspace import Workspace, files_of, hash_tensors
 from octavo.encoding.job import Job
 from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense

@@ -18,9 +18,9 @@ from octavo.allocation.curves import build_profile
 from octavo.allocation.profiles import Profile
 from octavo.allocation.rivals import PLAIN
 from octavo.allocation.solver import allocate
+from octavo.allocation.workspace import forget, holds_profile
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import forget, holds_profile
 from octavo.encoding.carrying import carry_out
 from octavo.encoding.disk_use import refuse_full_disk
 from octavo.encoding.finish import Built, contest, margin_of

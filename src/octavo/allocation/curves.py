@@ -11,9 +11,9 @@ import numpy as np
 from octavo.allocation.budget import Budget
 from octavo.allocation.profiles import Curve, Point, Profile, Window
 from octavo.allocation.solver import allocate
+from octavo.allocation.workspace import Workspace
 from octavo.artifact import Packed, Sized
 from octavo.calibration.calibrating import Calibration
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.job import Job
 from octavo.encoding.tasks import profiled
 

@@ -10,9 +10,9 @@ from octavo.allocation.budget import Budget
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Point, Profile, envelope
 from octavo.allocation.solver import labelled, uniform
+from octavo.allocation.workspace import Workspace
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.evidence_folder import EvidenceFolder
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.job import Job
 from octavo.encoding.tasks import weighed
 from octavo.methods import Setting, get_method

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from octavo import pipeline, report, steps
-from octavo.calibration.workspace import forget, holds_work
+from octavo.allocation.workspace import forget, holds_work
 from octavo.cli import options
 from octavo.cli.frame import command, console, errors, show_json
 from octavo.cli.running import tell_speed

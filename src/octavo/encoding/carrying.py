@@ -11,9 +11,9 @@ from octavo.allocation.budget import Budget
 from octavo.allocation.plans import EDITED, Plan
 from octavo.allocation.profiles import Curve, Point, Profile
 from octavo.allocation.solver import labelled, unreachable
+from octavo.allocation.workspace import Workspace
 from octavo.artifact import Contents, Packed, unpack
 from octavo.calibration.calibrating import Calibration
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import Built, encode_plan, measured, topped
 from octavo.encoding.job import Job
 from octavo.encoding.tasks import weighed

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octavo.allocation.workspace import Workspace
 from octavo.artifact import Contents, Entry, Kept, Packed, is_constant, unpack
 from octavo.artifact.configuring import configurations
 from octavo.calibration.blockwise import Blockwise
@@ -17,7 +18,6 @@ from octavo.calibration.calibrating import Calibration, data_free
 from octavo.calibration.inmemory import InMemory
 from octavo.calibration.inputs import model_of
 from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.tasks import encoded
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting

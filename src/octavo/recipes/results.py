@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.recipes.base import Finding, Recipe, Trial, recipes
 from octavo.report.gather import environment
+from octavo.system.atomic import write_file
 from octavo.system.version import __version__
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")

@@ -21,10 +21,10 @@ from octavo.allocation.budget import Budget
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Curve, Point, Profile
 from octavo.allocation.solver import solve
+from octavo.allocation.workspace import Workspace
 from octavo.artifact import Packed, unpack
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.evidence import Evidence
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import Built
 from octavo.encoding.job import Job
 from octavo.errors import BudgetError
