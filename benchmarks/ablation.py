@@ -27,11 +27,11 @@ from octavo import coding
 from octavo.allocation.budget import Budget
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Point
+from octavo.allocation.workspace import Workspace
 from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.watches import DAMPING
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import Built
 from octavo.forms import Form, Grid
 from octavo.methods import get_method

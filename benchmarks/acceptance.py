@@ -19,8 +19,8 @@ from common import CACHE, brown, load_results, minilm, save_results, shared_data
 
 import octavo
 from octavo import coding
+from octavo.allocation.workspace import Workspace
 from octavo.calibration.objective import Cosine
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import finish, single_families
 from octavo.pipeline import Compressed
 from octavo.sources.tokens import text_batches

@@ -21,8 +21,8 @@ from models import model_folder
 
 import octavo
 from octavo.allocation.solver import allocate
+from octavo.allocation.workspace import Workspace
 from octavo.calibration.objective import KL, Cosine, Objective
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import MARGIN, Built, contest
 from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.methods import methods

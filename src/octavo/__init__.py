@@ -2,15 +2,14 @@
 
 from octavo.artifact import Artifact
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
-from octavo.integrations.transformers import register as _register
+from octavo.integrations.hooks import register as _register
 from octavo.pipeline import Compressed, compress
 from octavo.runtimes.onnx.exporting import export
 from octavo.steps import frontier, plan, profile
 from octavo.system.notes import OctavoWarning
+from octavo.system.version import __version__
 from octavo.verification.evaluating import evaluate
 from octavo.verification.verifying import load, verify
-
-__version__ = "0.1.0"
 
 _register()
 
@@ -23,6 +22,7 @@ __all__ = [
     "OctavoError",
     "OctavoWarning",
     "RequestError",
+    "__version__",
     "compress",
     "evaluate",
     "export",

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from octavo.artifact import Artifact
-from octavo.artifact.companions import copy_companions
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.calibration.workspace import forget
 from octavo.encoding.result import Result
 from octavo.report import card
 from octavo.report import write as write_report
 from octavo.report.gather import report_data
+from octavo.sources.companions import copy_companions
 from octavo.sources.sentences import members, transformer_folder
 from octavo.system.ahead import in_order
 from octavo.system.clock import Clock

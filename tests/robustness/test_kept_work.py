@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo.calibration.workspace import Workspace
+from octavo.allocation.workspace import Workspace
 
 COUNTED = ("model.safetensors", "octavo.json")
 REQUEST: dict[str, Any] = {"ratio": 3, "methods": ["entropy", "rtn"], "preset": "fast"}

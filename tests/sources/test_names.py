@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from octavo.errors import RequestError
-from octavo.integrations.transformers import skeleton
 from octavo.sources.conversions import Conversion
 from octavo.sources.files import from_path
 from octavo.sources.names import names_of
+from octavo.sources.skeletons import skeleton
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 120, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -28,7 +28,7 @@ from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.calibration.objective import Objective
 from octavo.calibration.running import Running
 from octavo.calibration.watches import Watches
-from octavo.calibration.workspace import SCRATCH, Workspace
+from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import OctavoError, RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Site, Source
@@ -111,14 +111,14 @@ class Blockwise(Running):
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         *,
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
-        """Evidence of all sites, written to the workspace block by block; a killed run goes on where it was.
+        """Evidence of all sites, kept in a folder of work block by block; a killed run goes on where it was.
 
         Parameters and errors are those of :func:`octavo.calibration.calibrating.calibrate`, but for ``curvature``,
         which must be ``kfac``.
@@ -228,7 +228,7 @@ class _Evidence:
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         seed: int,
         text: str,
         progress: Callable[[int, int], Any],

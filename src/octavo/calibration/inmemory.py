@@ -41,14 +41,14 @@ class InMemory(Running):
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         *,
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
-        """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), written to the workspace."""
+        """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), kept in a folder of work."""
         with replaced(self.module, self.folded):
             found = calibrate(
                 self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress

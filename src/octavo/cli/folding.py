@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-import octavo
-from octavo import report
-from octavo.calibration.workspace import forget, holds_work
-from octavo.cli import command, console, errors, options, show_json
+from octavo import pipeline, report, steps
+from octavo.allocation.workspace import forget, holds_work
+from octavo.cli import options
+from octavo.cli.frame import command, console, errors, show_json
 from octavo.cli.running import tell_speed
+from octavo.errors import BudgetError, RequestError
 from octavo.request import OF_PROFILE, check_target
 from octavo.saving import check_writable
-from octavo.steps import request_of
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
 from octavo.verification.verifying import REPORT
@@ -31,7 +31,7 @@ def _work(folder: Path, then: str, *, remove: bool) -> Iterator[None]:
     own = remove and not holds_work(folder)
     try:
         yield
-    except (octavo.RequestError, octavo.BudgetError):
+    except (RequestError, BudgetError):
         # Going on from here would end here again. What was there before is another run's.
         if own:
             forget(folder)
@@ -104,15 +104,15 @@ def compress(
     workspace = profile or out.resolve().parent / f".{out.resolve().name}.octavo-work"
     if profile is not None:
         if said & set(OF_PROFILE):
-            raise octavo.RequestError(
+            raise RequestError(
                 "--profile brings the data, objective, curvature, methods, preset, ignore, keep, seed and --for that "
                 "it was made with: leave these out, or leave --profile out to measure again"
             )
-        request = request_of(profile)
+        request = steps.request_of(profile)
     with Lock(out):
         check_writable(out, overwrite=overwrite, source=source, others=[data, plan, profile])
         with _work(workspace, "--resume continues it", remove=profile is None and not resume):
-            done = octavo.compress(
+            done = pipeline.compress(
                 source, ratio=ratio, size=size, bits=bits, speedup=speedup, latency=latency,
                 shape=shape, plan=plan, workspace=workspace, resume=resume or profile is not None, memory=memory,
                 executor=executor, progress=_progress(json_output), **request,
@@ -163,7 +163,7 @@ def profile_(
     with Lock(out):
         check_writable(out, overwrite=overwrite or resume)
         with _work(out, "--resume continues it", remove=not resume):
-            result = octavo.profile(
+            result = steps.profile(
                 source, out, data=data, objective=objective, curvature=curvature, methods=options.listed(methods),
                 preset=preset, ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, target=target,
                 memory=memory, executor=executor, progress=_progress(json_output),
@@ -196,7 +196,7 @@ def plan_(
     Example: octavo plan measured --ratio 12
     """
     file = out or profile / "plan.yaml"
-    result = octavo.plan(profile, ratio=ratio, size=size, bits=bits)
+    result = steps.plan(profile, ratio=ratio, size=size, bits=bits)
     result.save(file, overwrite=overwrite)
     if json_output:
         show_json(
@@ -237,9 +237,9 @@ def frontier(
     try:
         wanted = [float(part) for part in ratios.split(",")]
     except ValueError as error:
-        raise octavo.RequestError(f"--ratios {ratios!r}: write numbers with commas, such as 4,8,16") from error
+        raise RequestError(f"--ratios {ratios!r}: write numbers with commas, such as 4,8,16") from error
     with _work(out, "the same command continues it", remove=False):
-        rows = octavo.frontier(
+        rows = steps.frontier(
             source, wanted, workspace=out, families=families, progress=_progress(json_output), data=data,
             objective=objective, curvature=curvature, methods=options.listed(methods), preset=preset, seed=seed,
             target=target,

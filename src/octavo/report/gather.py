@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import octavo
 from octavo.allocation.budget import Budget
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.profiles import densified
+from octavo.allocation.solver import allocate, uniform
 from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import OfOutputs
@@ -28,7 +28,9 @@ from octavo.encoding.section import Section
 from octavo.methods import get_method
 from octavo.report.text import things
 from octavo.runtimes.packed.speed import interleaved
-from octavo.sources.batches import run
+from octavo.sources.batches import run, sequences_in
+from octavo.sources.sentences import transformer_folder
+from octavo.system.version import __version__
 from octavo.verification.proof import Proof
 from octavo.verification.verifying import digest_of
 
@@ -165,8 +167,6 @@ def peak_memory() -> int:
 
 
 def _length(batch: Any) -> int:
-    from octavo.calibration.objective import sequences_in
-
     return sequences_in(batch)
 
 
@@ -278,9 +278,6 @@ def _uniform_row(done: Result) -> dict[str, Any]:
 
 def curve_data(done: Result, quality: float | None) -> dict[str, Any]:
     """Expected loss over ratios from the profile, and what uniform settings would give."""
-    from octavo.allocation.solver import allocate, uniform
-    from octavo.errors import BudgetError
-
     profile = done.profile
     points: list[dict[str, Any]] = []
     rivals: list[dict[str, Any]] = []

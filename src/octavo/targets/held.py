@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from octavo.artifact import Artifact
-from octavo.artifact.writing import split_name
 from octavo.calibration.objective import Objective, OfOutputs
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.runtimes.packed import held_bytes, kernels_of
 from octavo.runtimes.packed.speed import generates, greedy, interleaved
 from octavo.sources.batches import run
+from octavo.sources.sentences import split_name
 from octavo.verification.verifying import load
 
 _TOKENS = 16

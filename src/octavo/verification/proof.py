@@ -18,8 +18,13 @@ from octavo.allocation.opened import Run
 from octavo.artifact import Artifact
 from octavo.calibration.inmemory import scratch
 from octavo.errors import ArtifactError, MissingExtraError
+from octavo.integrations.transformers import load_as_users_do
+from octavo.sources.encoders import load_encoder
 from octavo.sources.memory import fits
-from octavo.sources.sentences import load_encoder, members, transformer_folder
+from octavo.sources.model_classes import is_known, require_transformers
+from octavo.sources.names import names_of
+from octavo.sources.sentences import members, transformer_folder
+from octavo.sources.skeletons import skeleton
 from octavo.system.raw import Lazily
 from octavo.verification.probes import Outputs, probe
 from octavo.verification.verifying import load
@@ -113,9 +118,6 @@ def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
 
 def _block_by_block(run: Run, artifact: Artifact) -> Proof:
     """The same for a model that does not fit in memory: names are matched on a skeleton, blocks run one by one."""
-    from octavo.integrations.transformers import skeleton
-    from octavo.sources.names import names_of
-
     model = skeleton(transformer_folder(artifact.path))
     found = names_of(model, artifact.loadable_shapes())
     _check_keys(artifact.path, found.missing, found.unused, run.opened.source.unfilled, run.opened.source.unused)
