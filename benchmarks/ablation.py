@@ -185,7 +185,7 @@ class Bench:
 
     def encode(self, encoder: Encoder, step: float, change: dict[str, Evidence] | None = None) -> dict[str, Form]:
         """Forms of all sites."""
-        evidence = {**self.calibration.evidence, **(change or {})}
+        evidence = {**self.run.calibration.evidence, **(change or {})}
         return {site.name: encoder(site, self.job.matrix(site), evidence[site.name], step) for site in self.job.sites}
 
     def row(self, forms: dict[str, Form], step: float) -> tuple[dict[str, Any], Built]:
@@ -233,7 +233,7 @@ def frequencies(bench: Bench, power: float) -> dict[str, Evidence]:
     share[counts == 0] = missing / (counts == 0).sum()
     weights = share**power / (share**power).sum() * bench.calibration.tokens / bench.calibration.sequences
     weights = (weights + DAMPING * weights.mean()).float()
-    old = bench.calibration.evidence[site.name]
+    old = bench.run.calibration.evidence[site.name]
     return {site.name: replace(old, rows=weights, terms=())}
 
 

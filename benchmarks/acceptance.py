@@ -85,10 +85,10 @@ def _judge_built(built: Any, done: Compressed, judge: Judge, work: Path) -> floa
 def _families(done: Compressed, judge: Judge, work: Path) -> dict[str, dict[str, float]]:
     from octavo.opening import describe
 
-    room = Workspace(work / "profile", describe(done.job, done.preset), resume=True)
+    room = Workspace(work / "profile", describe(done.opened, done.preset), resume=True)
     result = {}
     for plan in single_families(done.profile, done.budget):
-        built = finish(done.job, done.profile, done.calibration, room, plan, done.budget)
+        built = finish(done.opened, done.profile, done.calibration, room, plan, done.budget)
         result[plan.notes[0]] = {
             "bytes": built.bytes,
             "held_back": built.quality,
@@ -125,7 +125,7 @@ def against_gptq(judge: Judge, texts: list[str], work: Path) -> list[dict[str, A
 def _nominal_bytes(done: Compressed, bits: int) -> int:
     """Bytes of the same choice packed at its nominal bits, with a float16 scale and a code-sized zero a group."""
     weights = sum(
-        site.parameters * bits / 8 + site.rows * -(-site.columns // 64) * (2 + bits / 8) for site in done.job.sites
+        site.parameters * bits / 8 + site.rows * -(-site.columns // 64) * (2 + bits / 8) for site in done.opened.sites
     )
     kept = sum(math.prod(kept.shape) * 2 for kept in done.built.contents.kept.values())
     return int(weights + kept)

@@ -105,7 +105,7 @@ def _without(done: Compressed, work: Path) -> Built:
     """What is made of the same curves without the points of the family, by the steps of ``octavo.compress``."""
     names = {name for name, cls in methods().items() if cls.family != "factorize"}
     curves = [replace(curve, points=[p for p in curve.points if p.method in names]) for curve in done.profile.curves]
-    job, profile, asked = done.job, replace(done.profile, curves=curves), done.budget
+    job, profile, asked = done.opened, replace(done.profile, curves=curves), done.budget
     room = Workspace(work, describe(job, done.preset), resume=True)
     free = replace(asked, bytes=asked.bytes - reserve(job, asked.bytes, done.preset))
     chosen = allocate(profile, free, margin=MARGIN)

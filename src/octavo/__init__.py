@@ -3,9 +3,10 @@
 from octavo.artifact import Artifact
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
 from octavo.integrations.hooks import register as _register
-from octavo.pipeline import Compressed, compress
+from octavo.pipeline import compress, frontier, plan, profile
+from octavo.request import Request
 from octavo.runtimes.onnx.exporting import export
-from octavo.steps import frontier, plan, profile
+from octavo.saving import Compressed
 from octavo.system.notes import OctavoWarning
 from octavo.system.version import __version__
 from octavo.verification.evaluating import evaluate
@@ -21,6 +22,7 @@ __all__ = [
     "MissingExtraError",
     "OctavoError",
     "OctavoWarning",
+    "Request",
     "RequestError",
     "__version__",
     "compress",

@@ -12,19 +12,19 @@ from torch import nn
 from octavo.allocation.budget import parse_size
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.patterns import apply_patterns
+from octavo.allocation.workspace import Workspace, files_of
 from octavo.calibration import folds, inputs
 from octavo.calibration.calibrating import Calibration, data_free
 from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
-from octavo.calibration.running import Running
-from octavo.calibration.witness import Witness
-from octavo.calibration.workspace import Workspace, files_of
+from octavo.calibration.runner import Runner
 from octavo.errors import OctavoError, RequestError
 from octavo.methods.base import DATA_FREE
 from octavo.request import Request
 from octavo.sources.batches import Batch
 from octavo.sources.memory import fits, least_bytes
 from octavo.sources.sites import SMALLEST_SITE, Source
+from octavo.sources.witness import Witness
 from octavo.system.clock import Clock
 from octavo.system.executors import Executor
 from octavo.system.paths import checked
@@ -100,9 +100,7 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
     return opened
 
 
-def begin(
-    opened: Opened, room: Workspace, executor: Executor, progress: Progress, clock: Clock | None = None
-) -> Run:
+def begin(opened: Opened, room: Workspace, executor: Executor, progress: Progress, clock: Clock | None = None) -> Run:
     """A run on an opened request: its model, and the evidence of all sites, from the workspace if it is there."""
     # The way is that of the run that is resumed, though the machine may have other memory to spare now.
     way = room.read_json(_WAY) or {"blockwise": not fits(opened.source, opened.memory)}
@@ -114,7 +112,7 @@ def begin(
     return Run(opened, model, calibration, room, executor, progress, clock or Clock())
 
 
-def _calibrated(opened: Opened, model: Running | None, room: Workspace, progress: Progress) -> Calibration:
+def _calibrated(opened: Opened, model: Runner | None, room: Workspace, progress: Progress) -> Calibration:
     """Gather the evidence of all sites, and keep it."""
     if model is None:
         found = data_free(opened.source, opened.sites)

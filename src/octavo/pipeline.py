@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Profile
-from octavo.calibration.workspace import Workspace, forget, holds_profile
+from octavo.allocation.workspace import Workspace, holds_profile
 from octavo.encoding.finish import finish, single_families
 from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
@@ -29,7 +29,7 @@ from octavo.system.notes import by_kind, warn
 from octavo.system.paths import checked, checked_output, reason
 from octavo.system.progress import Progress, Shown, callback, with_progress
 from octavo.system.sealed import unsealed_json
-from octavo.targets import Goal, Target, get_target
+from octavo.targets import Target, get_target
 
 _REQUEST = "request.json"
 #: Frames between a verb and its caller, its own and those of its decorators.

@@ -4,6 +4,7 @@ Its fields are the single source of what can be asked. The options of the comman
 keep, the identity of kept work and the checks of single values all come from them.
 """
 
+# ruff: noqa: RUF009 (option gives a dataclass field)
 from __future__ import annotations
 
 import difflib
@@ -138,9 +139,7 @@ class Request:
     source: Any = option(
         MISSING, "A transformers folder, a .safetensors file, or a sharded index.", Role.SOURCE, save=_name_or_none
     )
-    ratio: float | None = option(
-        None, "How many times smaller than the original, such as 8.", Role.BUDGET, kind=float
-    )
+    ratio: float | None = option(None, "How many times smaller than the original, such as 8.", Role.BUDGET, kind=float)
     size: str | int | None = option(None, "The size itself, such as 11MB.", Role.BUDGET)
     bits: float | None = option(None, "Bits per weight of the whole model, such as 3.5.", Role.BUDGET, kind=float)
     target: str = option(
@@ -189,9 +188,7 @@ class Request:
         save=lambda value: None if value is None else [str(item) for item in value],
         resolved=True,
     )
-    preset: str = option(
-        "default", "How much is tried: fast, default or best; or data-free.", Role.MEASURED
-    )
+    preset: str = option("default", "How much is tried: fast, default or best; or data-free.", Role.MEASURED)
     ignore: Sequence[str] = option(
         (),
         "Glob of sites to leave as they are. Repeatable.",
@@ -270,7 +267,7 @@ class Request:
         return {name: getattr(self, name) for name, (_, how) in offered.items() if not how.resolved}
 
     def restored(self: _R, saved: Mapping[str, Any]) -> _R:
-        """This request with what a profile was made with.
+        """The request with what a profile was made with.
 
         Raises
         ------
@@ -284,7 +281,7 @@ class Request:
 
 
 class Choices(TypedDict, total=False):
-    """The keyword arguments of :func:`octavo.compress` and its kin: the fields of :class:`Request`, for type checkers."""
+    """Keyword arguments of the Python verbs: the fields of :class:`Request`, for type checkers."""
 
     ratio: float | None
     size: str | int | None

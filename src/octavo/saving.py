@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from octavo.allocation.workspace import forget
 from octavo.artifact import Artifact
-from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
-from octavo.calibration.workspace import forget
 from octavo.encoding.result import Result
+from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.report import card
 from octavo.report import write as write_report
 from octavo.report.gather import report_data

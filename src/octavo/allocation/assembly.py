@@ -8,10 +8,10 @@ from functools import cached_property, partial
 from torch import Tensor
 
 from octavo.artifact import Contents, Entry, Kept, Packed, is_constant
-from octavo.artifact.companions import configurations
-from octavo.integrations.transformers import tied_names, unfilled_names
+from octavo.artifact.configuring import configurations
 from octavo.sources.narrowing import Narrowing, stored_dtype
 from octavo.sources.sites import Site, Source
+from octavo.sources.skeletons import tied_names, unfilled_names
 
 #: Norms, biases and the like are stored in 16 bits if all of them together cost less than this, in the metric's units.
 _FREE = 1e-7

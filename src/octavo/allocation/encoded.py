@@ -18,7 +18,7 @@ from octavo.system.raw import Lazily, narrowed
 
 
 def encode_all(run: Run, chosen: Mapping[str, Any]) -> Iterator[tuple[str, Packed]]:
-    """Names and packed forms of sites, whose contents are kept in the workspace; a form that is there is not made again.
+    """Names and packed forms of sites, kept in the workspace; a form that is there is not made again.
 
     Parameters
     ----------

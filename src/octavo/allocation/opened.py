@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from octavo.allocation.assembly import Assembly
 from octavo.allocation.counting import Counting
+from octavo.allocation.workspace import Workspace, hash_tensors
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.objective import Objective
-from octavo.calibration.running import Running
-from octavo.calibration.witness import Witness
-from octavo.calibration.workspace import Workspace, hash_tensors
+from octavo.calibration.runner import Runner
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting
 from octavo.request import Request
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Site, Source
+from octavo.sources.witness import Witness
 from octavo.system.clock import Clock
 from octavo.system.executors import Executor
 from octavo.system.progress import Progress
@@ -116,7 +116,7 @@ class Run:
     """
 
     opened: Opened
-    model: Running | None
+    model: Runner | None
     calibration: Calibration
     workspace: Workspace
     executor: Executor

@@ -142,7 +142,7 @@ def profile_site(
     methods: Sequence[Method],
     window: Window,
     keep: Callable[[Method, Setting, Any], None] = lambda method, setting, packed: None,
-    target: Counting = Counting(),
+    target: Counting | None = None,
 ) -> Curve:
     """Points of one site from all methods.
 
@@ -162,6 +162,7 @@ def profile_site(
     RequestError
         If a method cannot encode the matrix, or none has anything to offer it.
     """
+    target = target or Counting()
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
     # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.

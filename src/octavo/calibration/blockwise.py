@@ -26,7 +26,7 @@ from octavo.calibration.calibrating import Calibration, check_outputs, count_seq
 from octavo.calibration.evidence import combined
 from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.calibration.objective import Objective
-from octavo.calibration.running import Running
+from octavo.calibration.runner import Runner
 from octavo.calibration.watches import Watches
 from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import OctavoError, RequestError
@@ -76,7 +76,7 @@ class States:
         shutil.rmtree(self.folder / boundary, ignore_errors=True)
 
 
-class Blockwise(Running):
+class Blockwise(Runner):
     """A transformers model that is run with one block's weights in memory.
 
     Parameters

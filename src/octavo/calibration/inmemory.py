@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from octavo.calibration.blocks import Blocks
 from octavo.calibration.calibrating import Calibration, calibrate
 from octavo.calibration.objective import Objective
-from octavo.calibration.running import Running
-from octavo.calibration.workspace import Workspace
+from octavo.calibration.runner import Runner
+from octavo.calibration.work_folder import WorkFolder
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.modules import own_tensors
@@ -25,7 +25,7 @@ from octavo.system.matmul import fast_matmul
 _REFERENCE_BYTES = 1 << 28
 
 
-class InMemory(Running):
+class InMemory(Runner):
     """A module that is run as it is."""
 
     def __init__(self, source: Source) -> None:

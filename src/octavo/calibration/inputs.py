@@ -13,7 +13,8 @@ from octavo.calibration.blockwise import Blockwise
 from octavo.calibration.calibrating import MINIMUM_SEQUENCES
 from octavo.calibration.inmemory import InMemory
 from octavo.calibration.objective import Loss, Objective, fitting, objective
-from octavo.calibration.running import Running
+from octavo.calibration.purposes import default_objective
+from octavo.calibration.runner import Runner
 from octavo.calibration.trying import returned, rows_are_examples, try_batches
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, converted, described, has_rows, left_out, select, sequences_in, whole
@@ -45,7 +46,7 @@ MOST_TEXTS = 1024
 WINDOW = 256
 
 
-def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> Running:
+def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> Runner:
     """The model of a source, to be run; that of a folder is loaded now, or block by block whenever it is run."""
     if source.is_skeleton:
         if blockwise:

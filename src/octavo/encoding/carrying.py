@@ -144,7 +144,8 @@ class _Carried:
         ]
         evidence = self.run.calibration.evidence
         work = (
-            (site, self.run.opened.matrix(site), evidence[site.name], method.name, setting) for site, method, setting in wanted
+            (site, self.run.opened.matrix(site), evidence[site.name], method.name, setting)
+            for site, method, setting in wanted
         )
         for (site, method, setting), found in zip(wanted, self.run.executor.map(weighed, work), strict=True):
             if found is not None:
@@ -195,7 +196,9 @@ class _Carried:
     def _offered(self, name: str, point: Point) -> list[Setting]:
         site = self.run.opened.site(name)
         method = get_method(point.method).at_site(site)
-        return list(self.run.opened.target.offers(method, self.run.opened.matrix(site), self.run.calibration.evidence[name]))
+        return list(
+            self.run.opened.target.offers(method, self.run.opened.matrix(site), self.run.calibration.evidence[name])
+        )
 
     def too_large(self, plan: Plan, stated: Mapping[str, Point], total: int) -> RequestError:
         """By how much an edited plan exceeds its budget, where, and what would fit."""

@@ -114,7 +114,9 @@ def _probed(opened: Opened, site: Site, bits: float | None) -> tuple[int, list[i
     # A matrix so large is tried by the methods that look at all its rows only where a sample says that it is worth it.
     methods = [method for method in opened.methods if site.parameters <= MEDIUM or method.by_rows]
     evidence = Evidence(torch.full((len(weight),), 2 / len(weight)), None)
-    profile_site(part, weight, evidence, methods or opened.methods, window_of(bits, opened.request.preset), keep, opened.target)
+    profile_site(
+        part, weight, evidence, methods or opened.methods, window_of(bits, opened.request.preset), keep, opened.target
+    )
     return weight.numel(), sizes
 
 

@@ -17,7 +17,6 @@ from octavo.allocation.plans import MIXED, ONE_FAMILY, Plan
 from octavo.allocation.profiles import Point, Profile, slope
 from octavo.allocation.rivals import Plain, best_uniform
 from octavo.allocation.solver import allocate, unreachable
-from octavo.allocation.workspace import Workspace
 from octavo.artifact import Contents, Packed
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.methods import Setting, get_method

@@ -70,7 +70,9 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
         found = fit.built(gains=gains)
         if found.bytes <= budget and found.quality < built.quality:
             return found
-    run.opened.notes.append("reconstruction of norms, biases and row gains did not help on held-back data and was left out")
+    run.opened.notes.append(
+        "reconstruction of norms, biases and row gains did not help on held-back data and was left out"
+    )
     return built
 
 
@@ -183,7 +185,15 @@ class _Fit:
         plan = replace(old.plan, points=points, fixed_bytes=total - sum(item.bytes for item in packed.values()))
         stored = {name: item.given for name, item in kept.items()}
         losses = self.run.measure(Lazily({**as_weights(opened, packed).made, **stored})).double()
-        return Built(plan, packed, contents, total, opened.target.total(contents), float(losses.mean()), float(losses.quantile(0.95)))
+        return Built(
+            plan,
+            packed,
+            contents,
+            total,
+            opened.target.total(contents),
+            float(losses.mean()),
+            float(losses.quantile(0.95)),
+        )
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}

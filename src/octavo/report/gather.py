@@ -25,6 +25,8 @@ from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import OfOutputs
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
+from octavo.errors import BudgetError
+from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
 from octavo.report.text import things
 from octavo.runtimes.packed.speed import interleaved
@@ -64,7 +66,7 @@ def report_data(
     return {
         "title": profile.title,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "octavo_version": octavo.__version__,
+        "octavo_version": __version__,
         "command": command or _call(done.budget),
         "environment": environment(),
         "seed": opened.request.seed,
@@ -347,9 +349,6 @@ def _latency(done: Result, artifact: Artifact) -> dict[str, Any] | None:
         "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
     }
     if opened.source.is_transformers and opened.source.path is not None and opened.source.path.is_dir():
-        from octavo.integrations.transformers import load_as_users_do
-        from octavo.sources.sentences import transformer_folder
-
         source, written = (transformer_folder(path) for path in (opened.source.path, artifact.path))
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
         loads = {

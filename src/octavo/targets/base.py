@@ -105,9 +105,7 @@ class Target(Counting):
         """The source as this target takes it."""
         return source
 
-    def admitted(
-        self, source: Source, sites: list[Site], left: dict[str, str]
-    ) -> tuple[list[Site], dict[str, str]]:
+    def admitted(self, source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
         """Sites that can be served, and the reasons for tensors that are left as they are."""
         return sites, left
 

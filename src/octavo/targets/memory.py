@@ -30,7 +30,7 @@ _ROWS = 64
 
 @target("memory")
 class Memory(Sizes):
-    """Bytes of all tensors while the model runs: those of sites, of other tensors, and of buffers that are not stored."""
+    """Bytes of all tensors while the model runs: sites, other tensors, and buffers that are not stored."""
 
     about = "bytes of the weights while the model runs from packed codes"
     # Every setting has a kernel and a known size: all are tried, and nothing is left to interpolate.
@@ -70,10 +70,8 @@ class Memory(Sizes):
         held = sum(buffer.nbytes for name, buffer in source.module.named_buffers() if name not in stored)
         return replace(source, unstored=held)
 
-    def admitted(
-        self, source: Source, sites: list[Site], left: dict[str, str]
-    ) -> tuple[list[Site], dict[str, str]]:
-        """Sites that can run packed: the loader makes other tensors of the rest, such as one of all experts of a layer."""
+    def admitted(self, source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
+        """Sites that can run packed; the loader makes other tensors of the rest, such as one of all experts."""
         fused = {source.aliases.get(name, name) for item in source.conversions for name in item.names}
         reason = "made a part of another tensor at load, which no kernel runs packed"
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from octavo.targets.base import Goal, Target
 class SizeGoal(Goal):
     """A budget in bytes."""
 
-    budget: Budget = Budget(0, "")
+    budget: Budget = field(kw_only=True)
 
 
 class Sizes(Target):
@@ -39,7 +39,7 @@ class Sizes(Target):
 
     @abstractmethod
     def smallest(self, opened: Opened, asked: Budget) -> int | None:
-        """The least bytes that can be reached, as far as that can be told before any work; None if the budget is safe."""
+        """The least bytes that can be reached, if a budget is surely below; None if it may be reached."""
 
     def stated(self, request: Request) -> None:
         """Refuse a budget that is stated wrongly, before anything is read."""

@@ -12,9 +12,8 @@ from torch import nn
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.calibration import inputs
-from octavo.calibration.blockwise import Blockwise
-from octavo.calibration.inmemory import InMemory
 from octavo.calibration.objective import KL, Cosine, Objective
+from octavo.calibration.runner import Runner
 from octavo.errors import MissingExtraError, RequestError
 from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.memory import fits
@@ -135,7 +134,7 @@ def _open(path: Path, *, packed: bool) -> Source:
     return source
 
 
-def _model(source: Source) -> InMemory | Blockwise:
+def _model(source: Source) -> Runner:
     return inputs.model_of(source, blockwise=not fits(source, None))
 
 

@@ -75,7 +75,9 @@ def prove(run: Run, artifact: Artifact) -> Proof:
             return Proof(why=str(error))
     if source.is_encoder:
         encoder = load_encoder(artifact.path)
-        return Proof("SentenceTransformer(path)", run.judge(encoder)) if run.opened.measurable else Proof(why=_UNCOMPARED)
+        return (
+            Proof("SentenceTransformer(path)", run.judge(encoder)) if run.opened.measurable else Proof(why=_UNCOMPARED)
+        )
     if source.module is None:
         return Proof(why="no data were given" if source.path is None else "bare tensors have no model that runs")
     if not run.opened.held_data:
@@ -88,8 +90,6 @@ def prove(run: Run, artifact: Artifact) -> Proof:
 
 
 def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
-    from octavo.integrations.transformers import is_known, load_as_users_do, require_transformers
-
     source = run.opened.source
     require_transformers()
     inner = transformer_folder(folder)

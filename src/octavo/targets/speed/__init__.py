@@ -94,7 +94,7 @@ class Speed(Target):
         return asked
 
     def profile(self, run: Run, goal: Goal | None) -> Profile:
-        """Every way to store and run a site, encoded and timed; a run with the same workspace takes up the encoded forms."""
+        """Every way to store and run every site, encoded, kept in the workspace, and timed."""
         search = self._search(run, goal)
         run.clock.lap("profile")
         return Timetable(**vars(search.profile), search=search)

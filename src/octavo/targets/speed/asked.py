@@ -58,7 +58,7 @@ def asked_for(speedup: float | None, latency: str | float | None, shape: str | S
         )
     if speedup is None:
         assert latency is not None
-        return Asked(parse_shape(shape), seconds=parse_latency(latency))
+        return Asked(shape=parse_shape(shape), seconds=parse_latency(latency))
     if not math.isfinite(speedup) or speedup <= 0:
         raise RequestError(f"speedup {speedup!r} is not a positive finite number")
-    return Asked(parse_shape(shape), speedup=float(speedup))
+    return Asked(shape=parse_shape(shape), speedup=float(speedup))

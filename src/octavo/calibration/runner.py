@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import Workspace
+from octavo.calibration.work_folder import WorkFolder
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Site
 
 
-class Running(ABC):
+class Runner(ABC):
     """The source's model, in memory as a whole or block by block."""
 
     @abstractmethod
@@ -24,7 +24,7 @@ class Running(ABC):
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         *,
         seed: int = 0,
         text: str = "",
