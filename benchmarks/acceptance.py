@@ -153,7 +153,7 @@ def unreachable() -> dict[str, Any]:
 
 _TIMED = """
 import json, resource, sys, time
-import torch, transformers, octavo, octavo.report, octavo.steps
+import torch, transformers, octavo, octavo.report, octavo.pipeline
 preset, out = sys.argv[2], sys.argv[3]
 started = time.perf_counter()
 done = octavo.compress(sys.argv[1], ratio=8, preset=preset)

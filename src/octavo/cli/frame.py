@@ -17,15 +17,16 @@ from typing import Any, NoReturn
 import typer
 from rich.text import Text
 
+from octavo.cli.lazy import ListedCommands, list_all, registered
 from octavo.cli.net import unforeseen
-from octavo.cli.terminal import Commands, Terminal, UsageError
+from octavo.cli.terminal import Terminal, UsageError
 from octavo.errors import BudgetError, OctavoError
 from octavo.system.notes import OctavoWarning
 from octavo.system.visible import visible
 
 app = typer.Typer(
     name="octavo",
-    cls=Commands,
+    cls=ListedCommands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,6 +34,7 @@ app = typer.Typer(
     help="Fold a neural network into the size you state, and prove what it cost.\n\n"
     "Exit codes: 0 done, 1 failed, 2 bad request or bad input, 3 budget unreachable.",
 )
+list_all(app)
 console = Terminal()
 errors = Terminal(stderr=True)
 
@@ -59,7 +61,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(told, as_json=bool(kwargs.get("json_output")))
 
-    return app.command(name=function.__name__.rstrip("_"))(guarded)
+    return registered.command(name=function.__name__.rstrip("_"))(guarded)
 
 
 def _interrupted(*, resumes: bool) -> NoReturn:
