@@ -21,7 +21,9 @@ class Listed(NamedTuple):
 
 
 COMMANDS = {
-    "export": Listed("exporting", "Write MODEL as a file that a fast runtime runs, and measure that file against MODEL."),
+    "export": Listed(
+        "exporting", "Write MODEL as a file that a fast runtime runs, and measure that file against MODEL."
+    ),
     "compress": Listed("folding", "Compress SOURCE to a size, and write artifact and report to --out."),
     "profile": Listed(
         "folding",
