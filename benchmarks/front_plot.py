@@ -34,13 +34,13 @@ COLOURS = {
 }  # fmt: skip
 #: Where each label stands: the point of the tool's front, counted from the smallest, and the shift from it in pixels.
 LABELS = {
-    ("minilm", "octavo"): (3, -10, 6, "end"), ("minilm", "hqq"): (-1, 0, 18, "end"), ("minilm", "quanto"): (-1, 0, -8, "end"),
-    ("minilm", "torchao"): (2, 8, 0, "start"), ("minilm", "own"): (0, 8, 4, "start"),
-    ("smollm2", "octavo"): (2, -10, 6, "end"), ("smollm2", "auto_round"): (0, 8, 4, "start"), ("smollm2", "own"): (-1, 8, 4, "start"),
-    ("smollm2", "torchao"): (-1, 0, 18, "end"), ("smollm2", "llama_cpp"): (-1, 0, 18, "end"),
+    ("minilm", "octavo"): (3, -10, 6, "end"), ("minilm", "hqq"): (-1, 0, 18, "end"), ("minilm", "quanto"): (0, 2, -8, "start"),
+    ("minilm", "torchao"): (7, 4, -7, "start"), ("minilm", "own"): (-1, 0, -8, "end"),
+    ("smollm2", "octavo"): (2, -10, 6, "end"), ("smollm2", "auto_round"): (2, -8, 14, "end"), ("smollm2", "own"): (-1, 0, 18, "end"),
+    ("smollm2", "torchao"): (-1, -10, 4, "end"), ("smollm2", "llama_cpp"): (-1, 8, -6, "start"),
 }  # fmt: skip
-#: What the rows of `own` are to a reader who has not seen the page.
-SHOWN = NAMES | {"own": "plain GPTQ and RTN"}
+#: What the best rows of `own` are to a reader who has not seen the page.
+SHOWN = NAMES | {"own": "plain GPTQ"}
 
 
 class Panel:
@@ -85,13 +85,12 @@ class Panel:
         return parts
 
     def tool(self, tool: str, rows: Sequence[Row]) -> list[str]:
-        """All rows of a tool as dots, its best ones joined, and its name beside one of them."""
+        """The settings of a tool that none of its others beats, joined, and its name beside one of them."""
         best = sorted(front(list(rows)), key=lambda row: row["bytes"])
         places = [(self.x(row["bytes"]), self.y(row["quality"])) for row in best]
         radius = 4.0 if tool == "octavo" else 2.4
         parts = [_line(places, f"best {tool}")]
-        for row in rows:
-            x, y = self.x(row["bytes"]), self.y(row["quality"])
+        for row, (x, y) in zip(best, places, strict=True):
             said = f"{SHOWN[tool]} {row['setting']}: {row['bytes'] / 1e6:.2f} MB, {row['quality']:.3g}"
             parts.append(
                 f'<circle class="{tool}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{_escaped(said)}</title></circle>'
