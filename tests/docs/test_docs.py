@@ -135,7 +135,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages speak of: ``path/to/model``, texts in two files, and the artifact ``small``."""
+    """A folder with what the pages speak of: ``path/to/model``, texts in two files, and the artifact ``folded``."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -158,7 +158,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         drawn = torch.randint(0, len(words), (48, 12)).tolist()
         (folder / name).write_text("\n".join(" ".join(words[k] for k in row) for row in drawn) + "\n", encoding="utf-8")
     done = octavo.compress(model, ratio=4, data=folder / "sentences.txt", preset="fast", progress=False)
-    done.save(folder / "small", progress=False)
+    done.save(folder / "folded", progress=False)
     return folder
 
 
