@@ -119,10 +119,6 @@ class Packed:
         """Stored bytes of the content; its share of manifest and header is counted with the artifact."""
         return len(self.content)
 
-    def counted(self, target: str) -> int:
-        """What a budget of disk or memory counts."""
-        return self.resident if target == "memory" else self.bytes
-
     @cached_property
     def crc(self) -> int:
         """CRC-32 of the content."""
