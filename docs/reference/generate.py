@@ -107,7 +107,7 @@ def api() -> str:
         bases = [base.__name__ for base in value.__bases__ if base is not object]
         parts += [f"Derives from {', '.join(f'`{base}`' for base in bases)}.\n"] if bases else []
         parts.append(described(value.__doc__))
-        for member, function in vars(value).items():
+        for member, function in _members(value):
             if (
                 member.startswith("_")
                 or not callable(getattr(function, "fget", function))
@@ -122,6 +122,12 @@ def api() -> str:
             )
             parts.append(f"- `{' '.join(call.split())}`: {said}\n")
     return "\n".join(parts)
+
+
+def _members(kind: type) -> Iterator[tuple[str, Any]]:
+    """What a class and those of ours that it derives from define, each name once."""
+    own = [base for base in kind.__mro__ if base.__module__.partition(".")[0] == "octavo"]
+    yield from {name: value for base in reversed(own) for name, value in vars(base).items()}.items()
 
 
 def commands() -> str:
