@@ -89,12 +89,12 @@ WRONG = {
     "--ratio 4 --keep *=eora:base.step=3,rank=2,bits=4,step=1": "'base.step' is no setting of this method",
     "--ratio 4 --keep *=eora:base=rtn,base.foo=3,rank=2,bits=4": "'foo' is no setting of this method",
     "--ratio 4 --keep *=float16 --keep *=float16": "is given twice",
-    "--ratio 4 --keep first*=float16 --keep *=float32": "decides nothing",
+    "--ratio 4 --keep first*=float16 --keep *=float32": "has no effect",
     "--ratio 4 --seed 99999999999999999999": "does not fit 64 bits",
     "--ratio 4 --seed one": "Invalid value for '--seed'",
     "--ratio 4 --executor nonsense": "executor 'nonsense' is not known",
     "--ratio 4 --executor local:2": "executor 'local:2' is not known",
-    "--ratio 4 --executor ray://nowhere": "is not host:port",
+    "--ratio 4 --executor ray://nowhere": "write it as host:port",
     "--ratio 4 --memory much": "write it like 11MB",
     "--speedup 2": "speedup has no meaning",
     "--latency 5ms": "latency has no meaning",
@@ -136,7 +136,7 @@ LINES = [
         "--speedup 2 --ignore none*": "matches no site",
         "--speedup 2 --keep *=rtn:bits=4,group=16,foo=1": "'foo' is no setting of this method",
         "--speedup 2 --seed 99999999999999999999": "does not fit 64 bits",
-        "--speedup 2 --data {nul}": "is no path",
+        "--speedup 2 --data {nul}": "is not a path",
         "--speedup 2 --data {few}": "at least 10 are needed",
     }),
     *lines("compress {bare} --out {out} --for *", 2, {
@@ -175,16 +175,16 @@ LINES = [
         "--profile {circle} --ratio 4": "leads back to itself",
     }),
     *(Line(f"{command} {{{place}}} {rest}", 2, says)
-      for place, says in (("empty", "a path is empty"), ("long", "cannot be looked up"), ("nul", "is no path"),
+      for place, says in (("empty", "a path is empty"), ("long", "cannot be looked up"), ("nul", "is not a path"),
                           ("circle", "leads back to itself"))
       for command, rest in (("compress", "--ratio 4 --out {out}"), ("profile", "--out {out}"),
                             ("frontier", "--ratios 4 --out {out}"))),
     *(Line(f"{command} --out {{{place}}}", 2, says)
-      for place, says in (("empty", "the path is empty"), ("long", "cannot be looked up"), ("nul", "is no path"),
+      for place, says in (("empty", "the path is empty"), ("long", "cannot be looked up"), ("nul", "is not a path"),
                           ("circle", "leads back to itself"))
       for command in ("compress {bare} --ratio 4", "profile {bare}", "plan {profile} --ratio 4")),
     *(Line(f"{command} {{{place}}}", 2, says)
-      for place, says in (("empty", "the path is empty"), ("long", "cannot be looked up"), ("nul", "is no path"),
+      for place, says in (("empty", "the path is empty"), ("long", "cannot be looked up"), ("nul", "is not a path"),
                           ("circle", "leads back to itself"))
       for command in ("inspect", "verify", "evaluate {bert} --against", "evaluate {bert} --metric spearman --data",
                       "evaluate --against {bert}", "plan --ratio 4", "export {bert}")),
@@ -237,7 +237,7 @@ LINES = [
     }),
     Line("compress {bert} --ratio 4 --data {texts} --objective kl --out {out}", 2, "KL needs logits"),
     Line("export {bare} {out}.onnx", 2, "only transformers models can be exported"),
-    Line("export {bert} {texts}", 2, "is already there"),
+    Line("export {bert} {texts}", 2, "already exists"),
     *lines("reproduce *", 2, {
         "": "give the name of one recipe",
         "nothing": "recipe 'nothing' is not known",
