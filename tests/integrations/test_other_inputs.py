@@ -95,7 +95,7 @@ def test_without_texts_that_serve_nothing_is_run_and_that_is_said(model, tokeniz
     (note,) = source.notes
     assert "compressed without data" in note
     assert re.search(says, note), note
-    with pytest.raises(RequestError, match="texts cannot serve"):
+    with pytest.raises(RequestError, match="texts cannot be used"):
         load_data(source, TEXTS, limit=8)
 
 

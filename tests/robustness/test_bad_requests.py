@@ -262,9 +262,9 @@ def test_folders_of_others_are_never_removed(command: Command, bare: Path, tmp_p
     letters.mkdir()
     (letters / "to_mother.txt").write_text("dear mother")
     for resume in (False, True):
-        with pytest.raises(octavo.RequestError, match=r"neither empty nor a folder of Octavo's own work"):
+        with pytest.raises(octavo.RequestError, match=r"neither empty nor a work folder of Octavo"):
             octavo.profile(bare, letters, resume=resume)
-        with pytest.raises(octavo.RequestError, match=r"neither empty nor a folder of Octavo's own work"):
+        with pytest.raises(octavo.RequestError, match=r"neither empty nor a work folder of Octavo"):
             octavo.compress(bare, ratio=4, workspace=letters, resume=resume)
     assert command("profile", bare, "--out", letters, "--overwrite").code == 2
     assert command("profile", bare, "--out", letters).code == 2

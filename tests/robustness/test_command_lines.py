@@ -100,7 +100,7 @@ WRONG = {
     "--latency 5ms": "latency has no meaning",
     "--ratio 4 --shape 1x32": "shape has no meaning",
     "--ratio 4 --shape nonsense": "shape has no meaning",
-    "--ratio 4 --data {texts}": "without a model, calibration data cannot be used",
+    "--ratio 4 --data {texts}": "so calibration data cannot be used",
     "--ratio 4 --objective kl": "nothing is run here",
     "--ratio 4 --curvature ekfac": "needs a model that runs",
     "--ratio 4 --memory 6GB": "leave memory out",
