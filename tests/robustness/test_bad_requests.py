@@ -274,7 +274,7 @@ def test_folders_of_others_are_never_removed(command: Command, bare: Path, tmp_p
 def test_evaluate_says_what_it_needs(command: Command, bert: Path, artifact: Path, tmp_path: Path) -> None:
     for words, says in (
         ([artifact, "--metric", "beauty"], "choose one of divergence, spearman"),
-        ([artifact], "give it as --against"),
+        ([artifact], "give the source with --against"),
         ([bert, "--metric", "spearman"], "sentence,sentence,score"),
         ([tmp_path / "missing", "--against", bert], "no such file or folder"),
     ):

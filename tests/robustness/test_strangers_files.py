@@ -95,7 +95,7 @@ def test_an_added_configuration_is_told_by_name(name, copy):
         ({"model_type": 3}, "model_type"),
         ({"num_labels": 10**9}, "num_labels"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ({"num_hidden_layers": 10_000}, "fill no more"),
+        ({"num_hidden_layers": 10_000}, "tensors can fill at most"),
         ({"num_hidden_layers": 3}, "filled by nothing"),
         ({"vocab_size": 10**9}, ""),
         ({"max_position_embeddings": 10**10}, ""),

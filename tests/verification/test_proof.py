@@ -177,7 +177,7 @@ def module(folder):
     ("make", "loader", "why"),
     [
         (folder_of_a_model, "BertModel.from_pretrained(path)", "no data were given"),
-        (bare_file, "", "bare tensors have no model that runs"),
+        (bare_file, "", "bare tensors have no model to run"),
         (module, "", "no data were given"),
     ],
 )
