@@ -62,7 +62,7 @@ def test_methods_take_what_they_offer_and_nothing_else(name: str) -> None:
     weight, evidence = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), Evidence(torch.ones(64), None)
     for setting in (*method.settings(weight, evidence), *method.kernel_settings(weight, evidence)):
         method.refuse_unknown(setting)
-    with pytest.raises(octavo.RequestError, match="'unheard' is no setting of this method; it takes"):
+    with pytest.raises(octavo.RequestError, match="'unheard' is not a setting of this method; choose from"):
         parse_spec(f"{name}:unheard=1")
 
 

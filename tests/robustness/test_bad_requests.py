@@ -78,7 +78,7 @@ def test_the_limit_holds_with_data(bert: Path, texts: Path, ratio: float, option
     ("options", "says"),
     [
         (["--preset", "slow"], "choose from fast, default, best"),
-        (["--methods", "gptq,zip"], "'zip' is no method"),
+        (["--methods", "gptq,zip"], "'zip' is neither a method nor a family"),
         (["--objective", "beauty"], "choose one of cosine, kl, squared"),
         (["--ignore", "third.*"], "matches no site; sites are named like 'first.weight'"),
         (["--keep", "third.*=float16"], "matches no site; sites are named like 'first.weight'"),
