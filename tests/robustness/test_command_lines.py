@@ -225,8 +225,8 @@ LINES = [
         "--against {bert} --data {few}": "at least 10 are needed",
     }),
     *lines("export {bert} {out}.onnx *", 2, {
-        "--loss nan": "--loss nan is no finite number",
-        "--loss -1 --prefer speed": "--loss -1.0 is no finite number",
+        "--loss nan": "--loss nan is not a finite number",
+        "--loss -1 --prefer speed": "--loss -1.0 is not a finite number",
         "--loss 0.1": "add --prefer speed",
         "--to paper": "--to 'paper' is not known",
         "--prefer beauty": "--prefer 'beauty' is not known",
