@@ -22,7 +22,7 @@ def test_a_missing_path(refused: Refused, tmp_path: Path) -> None:
 
 def test_a_text_file(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("weights")
-    refused(tmp_path / "model.txt", "--ratio", "4", says="only .safetensors files, their .index.json and .gguf files")
+    refused(tmp_path / "model.txt", "--ratio", "4", says="give a .safetensors file, its .index.json or a .gguf file")
     (tmp_path / "model.safetensors").write_text("weights, or so this file says" * 9)
     refused(tmp_path / "model.safetensors", "--ratio", "4", says="cannot be read as safetensors")
 
@@ -82,7 +82,7 @@ def test_an_artifact_is_no_source(refused: Refused, artifact: Path) -> None:
 
 def test_a_folder_without_weights(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "--ratio", "4", says="no .safetensors file in this folder")
+    refused(tmp_path / "empty", "--ratio", "4", says="holds no .safetensors file")
 
 
 def test_a_file_without_tensors(refused: Refused, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_loader_with_labels_works_and_says_what_goes_in():
     loader = DataLoader(TensorDataset(torch.randn(96, 64), torch.randint(0, 10, (96,))), 32)
     done = compressed(net(), loader)
     assert done.job.measurable and sum(map(sequences_in, done.job.held_data)) == 24
-    assert any("the first one goes in" in note for note in done.job.notes)
+    assert any("the first one is used" in note for note in done.job.notes)
 
 
 def test_keys_that_forward_does_not_take_are_left_out():

@@ -1,4 +1,4 @@
-"""What a ``transformers`` model is for: the class that opens its folder, and what its quality means."""
+"""The task of a ``transformers`` model: the class that loads its folder, and its objective."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from octavo.system.strict_json import read_object
 if TYPE_CHECKING:
     from octavo.sources.sites import Source
 
-#: Bytes that a configuration has at most: 16 MB.
+#: Largest size of a configuration: 16 MB.
 _MOST = 16 << 20
-#: Heads whose logits are a distribution over classes or tokens, as classes are named.
+#: Class name suffixes of heads whose logits are a distribution over classes or tokens.
 _DISTRIBUTIONS = re.compile(
     "CausalLM|LMHead|MaskedLM|ConditionalGeneration|Generation$|Seq2SeqLM|MTModel|EncoderDecoderModel|DoubleHeads|ForCTC|"
     "Classification|MultipleChoice|NextSentence|QuestionAnswering|SceneTextRecognition"
 )
-#: A model with a head, by its name; others give states.
+#: Class name pattern of models with a head; others return hidden states.
 _HEADED = re.compile("For[A-Z]|LMHead|DoubleHeads|MTModel|EncoderDecoderModel")
-#: Modules of ``sentence-transformers`` that are heads of their own, such as that of SPLADE.
+#: Modules of ``sentence-transformers`` that are heads, such as that of SPLADE.
 _HEADED_MODULE = "MLMTransformer"
-#: Modes by what the old format of a pooling module's configuration calls them, in the order of their concatenation.
+#: Modes by their names in the old format of a pooling configuration, in order of concatenation.
 _OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -43,10 +43,10 @@ _OLD_MODES = {
 
 
 def class_for(folder: Path) -> Any:
-    """The class of ``transformers`` that opens a model folder.
+    """The ``transformers`` class for a model folder.
 
-    It is the one that the configuration names, unless the files hold no head for it, or ``sentence-transformers`` reads
-    the folder: then it is that of the model without a head.
+    It is the class named in the configuration. If the files hold no head, or ``sentence-transformers`` reads the
+    folder, it is the class without a head.
     """
     transformers = _transformers()
     config = json_object(folder / "config.json")
@@ -61,11 +61,11 @@ def class_for(folder: Path) -> Any:
 
 
 def default_objective(source: Source, folder: Path | None) -> Objective:
-    """What quality means for a model of ``transformers``, by what its class returns.
+    """The objective for a ``transformers`` model, by the outputs of its class.
 
-    KL for a distribution over classes, tokens or the places of an answer, cosine for states and embeddings, squared
-    error for boxes, masks, depths, numbers and everything else. Encoders of ``sentence-transformers`` are pooled as
-    their folder says.
+    KL for a distribution over classes, tokens or answer positions; cosine for states and embeddings; squared error for
+    boxes, masks, depths, numbers and everything else. ``sentence-transformers`` encoders are pooled as configured in
+    their folder.
     """
     model: Any = source.module
     if folder is not None and is_encoder_folder(folder):
@@ -88,11 +88,11 @@ def default_objective(source: Source, folder: Path | None) -> Objective:
 
 
 def returned(kind: type) -> set[str]:
-    """Names of what a model's ``forward`` returns, by its annotation; empty where there is none."""
+    """Names of the outputs of a model's ``forward``, from its annotation; empty if it has none."""
     function: Any = inspect.unwrap(getattr(kind, "forward", kind))
     wanted = getattr(function, "__annotations__", {}).get("return")
     if isinstance(wanted, str):
-        # Names in quotes are looked up where the function is defined; what else may stand there is not evaluated.
+        # Quoted names are looked up where the function is defined; nothing else is evaluated.
         scope = getattr(function, "__globals__", {})
         options = [scope.get(name) for name in re.findall(r"\w+", wanted)]
     else:
@@ -102,7 +102,7 @@ def returned(kind: type) -> set[str]:
 
 
 def _are_classes(config: Any) -> bool:
-    """Whether a classifier chooses one of its labels, rather than giving a number, or saying yes or no to each."""
+    """Whether a classifier predicts one label (not a number, and not several independent labels)."""
     return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
 
 
@@ -113,20 +113,20 @@ def _bare(folder: Path, named: Any) -> Any:
     kinds = transformers.AutoModel._model_mapping.get(type(config), None)
     kind = kinds[0] if isinstance(kinds, tuple) else kinds
     if kind is not None and _first_member(folder) is not None and config.is_encoder_decoder:
-        # As sentence-transformers does: only the encoder is read.
+        # Like sentence-transformers: only the encoder is read.
         kind = getattr(transformers, kind.__name__.removesuffix("Model") + "EncoderModel", kind)
     return kind or named or transformers.AutoModel
 
 
 def _has_head(folder: Path, named: Any) -> bool:
-    """Whether the files of a folder hold the head of a class, by the names of their tensors.
+    """Whether the files of a folder hold the head of a class, by tensor names.
 
-    A head that is tied to the table of tokens is in no file. One that older versions called otherwise shows as a part
-    that the model without a head does not have.
+    A head tied to the token table is not in any file. A head with a name from older versions appears as a part that the
+    model without a head lacks.
     """
     names, prefix = set(tensor_shapes(folder)), f"{named.base_model_prefix}."
     if any(name.startswith(prefix) for name in names):
-        # Written by a class with a head, for the one without knows no prefix.
+        # Written by a class with a head, since the class without one uses no prefix.
         return True
     config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     bare = _bare(folder, None)
@@ -147,7 +147,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt") as handle:
-                # A handle is no mapping.
+                # A handle is not a mapping.
                 shapes.update((name, tuple(handle.get_slice(name).get_shape())) for name in handle.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
@@ -155,13 +155,13 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _first_member(folder: Path) -> Member | None:
-    """The module of ``sentence-transformers`` that reads a folder, which is the encoder's or below it."""
+    """The ``sentence-transformers`` module that reads a folder (the encoder's or a sub-folder)."""
     above = [one for one in members(folder.parent)[:1] if one.path == folder.name]
     return next(iter(members(folder) or above), None)
 
 
 def _cosine(folder: Path, modules: list[Member]) -> Cosine:
-    """The cosine of vectors that are pooled as a folder of ``sentence-transformers`` says."""
+    """The cosine objective with the pooling of a ``sentence-transformers`` folder."""
     place = next((one.path for one in modules if one.kind == "Pooling"), "1_Pooling")
     if not (folder / place / "config.json").exists():
         return Cosine()
@@ -185,5 +185,5 @@ def _transformers() -> Any:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """Read a JSON object from a file."""
     return read_object(file, most=_MOST, error=RequestError)

@@ -41,14 +41,14 @@ _TARGET, _CONFIGURATIONS = "transformers.quantizers.auto", "transformers.configu
 _ENCODERS = "sentence_transformers.base.model"
 #: No network, no pickles, no code from files.
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-#: Names of tensors that an error shows.
+#: Number of tensor names that an error shows.
 _NAMED = 3
-#: Letters of another library's error that are shown.
+#: Largest number of characters shown of another library's error.
 _SHOWN = 600
 
 
 def require_transformers() -> Any:
-    """The package, or an error that says how to install it."""
+    """The package; raises an error that explains how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -62,9 +62,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class _WithoutContent(TorchFunctionMode):
-    """Makes tensors that will be filled later, which is what ``torch.empty`` is for, on the ``meta`` device.
+    """A context in which ``torch.empty`` creates tensors on the ``meta`` device, since they are filled later.
 
-    Tables that a model works out from its configuration, such as rotary ones, are real.
+    Tables computed from the configuration, such as rotary tables, are real.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -72,16 +72,16 @@ class _WithoutContent(TorchFunctionMode):
 
 
 def is_known(folder: Path) -> bool:
-    """Whether ``transformers`` has the architecture of a model folder."""
+    """Whether ``transformers`` supports the architecture of a model folder."""
     kind = read_config(folder).get("model_type")
     return isinstance(kind, str) and kind in require_transformers().CONFIG_MAPPING
 
 
 def attach_module(source: Source, folder: Path) -> None:
-    """Give a source the model of its folder, as a skeleton without weights.
+    """Add the model of its folder to a source, as a skeleton without weights.
 
     :func:`load_weights` fills it, or :mod:`octavo.calibration.blockwise` runs it block by block.
-    An architecture that ``transformers`` does not know leaves the source without a module, with a note.
+    If ``transformers`` does not know the architecture, the source gets no module but a note.
     """
     transformers = require_transformers()
     transformers.utils.logging.disable_progress_bar()
@@ -89,8 +89,7 @@ def attach_module(source: Source, folder: Path) -> None:
         source.is_transformers = False
         source.notes.append(
             f"the architecture {read_config(folder).get('model_type')!r} is not known to transformers "
-            f"{transformers.__version__}: the tensors are compressed on their own, without data, and nothing of the "
-            "model is run"
+            f"{transformers.__version__}: the tensors are compressed without data, and the model is not run"
         )
         return
     source.module = skeleton(folder)
@@ -98,7 +97,7 @@ def attach_module(source: Source, folder: Path) -> None:
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """The model of a folder without weights, in float32, by the class that its config names.
+    """Build the model of a folder without weights, in float32, from the class in its config.
 
     Raises
     ------
@@ -108,7 +107,7 @@ def skeleton(folder: Path) -> nn.Module:
     transformers = require_transformers()
     shapes = tensor_shapes(folder)
     if shapes:
-        # A folder without weights is one that was written here, of a model in memory.
+        # A folder without weights was written by Octavo for a model in memory.
         check_counts(folder / "config.json", read_config(folder), shapes.values(), RequestError)
     try:
         with bounded(*_sizes(shapes)) if shapes else nullcontext():
@@ -118,21 +117,23 @@ def skeleton(folder: Path) -> nn.Module:
                 build = getattr(cls, "_from_config", None) or cls.from_config
                 module: Any = build(config, dtype=torch.float32)
     except Exception as error:
-        # A config can be wrong in as many ways as there are architectures, and each raises what it likes.
-        raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
-    # Keys and values of earlier tokens are of no use to one pass over whole texts.
+        # An architecture may raise any exception for an invalid config.
+        raise RequestError(
+            f"{folder}: the model cannot be built from its config.json: {error}; correct the config"
+        ) from error
+    # One pass over whole texts does not need a cache of keys and values.
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
     return module.eval()
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """How many tensors there are, and how many numbers they have together."""
+    """The number of tensors and their total number of elements."""
     return len(shapes), sum(map(math.prod, shapes.values()))
 
 
 def load_weights(source: Source) -> None:
-    """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
+    """Replace a skeleton by the whole model of its folder in float32, with its own loader."""
     assert source.path is not None
     if members(source.path) and is_installed() and not source.transformer_only:
         encoder = load_encoder(source.path)
@@ -147,7 +148,7 @@ def load_weights(source: Source) -> None:
 
 
 def bind(source: Source, module: nn.Module) -> None:
-    """Say how the source's tensors reach the module, by the loader's own rules."""
+    """Set the mapping of the source's tensors to the module, by the loader's own rules."""
     from octavo.sources.names import names_of
 
     found = names_of(module, source.every_shape())
@@ -158,9 +159,9 @@ def bind(source: Source, module: nn.Module) -> None:
 
 
 def unfilled_names(source: Source) -> list[str] | None:
-    """Names of a source's model that none of its tensors fills; None if it has no model that is known here.
+    """Parameter names of a source's model that none of its tensors fills; None if its model is unknown.
 
-    A source of which nothing is run has no module. What its skeleton needs is found out here.
+    A source that is not run has no module, so a skeleton is built here.
     """
     if not source.is_transformers or source.folder is None:
         return None
@@ -180,7 +181,7 @@ def unfilled_names(source: Source) -> list[str] | None:
 
 
 def tied_names(source: Source) -> set[str]:
-    """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
+    """Aliases that the model itself ties, so that loading one tensor fills both."""
     from octavo.sources.names import names_of
 
     folder, module = source.folder, source.module
@@ -188,7 +189,7 @@ def tied_names(source: Source) -> set[str]:
         return set()
     direct = source.direct
     if source.path is None or not source.path.is_dir():
-        # A model that was given in memory may be tied by hand; what counts is what its configuration ties.
+        # A model in memory may be tied by hand; only ties of its configuration count.
         module = skeleton(transformer_folder(folder))
         direct = names_of(module, source.every_shape()).parameters
     state = module.state_dict(keep_vars=True)
@@ -202,15 +203,15 @@ def tied_names(source: Source) -> set[str]:
 
 
 def artifact_config(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config with the note by which ``from_pretrained`` finds Octavo.
+    """The source's config with the entry by which ``from_pretrained`` finds Octavo.
 
     Parameters
     ----------
     dtype
-        That of the source's weights. Where the config names none, loaders would take that of what is stored here.
+        The dtype of the source's weights. If the config names none, loaders would use the stored dtype.
     """
     config = {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
-    # The artifact's file has the usual name.
+    # The artifact's file has the standard name.
     config.pop(NAMED, None)
     if dtype is not None and config.get("dtype") is None and config.get("torch_dtype") is None:
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -219,14 +220,14 @@ def artifact_config(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
 
 @dataclass
 class Loaded:
-    """A model as ``from_pretrained`` gives it.
+    """A model loaded by ``from_pretrained``.
 
     Parameters
     ----------
     missing
-        Names of the model that nothing in the files filled; they have random values.
+        Parameter names that the files did not fill; they have random values.
     unexpected
-        Names in the files that the model has no place for.
+        Names in the files that the model does not use.
     """
 
     model: nn.Module
@@ -235,21 +236,21 @@ class Loaded:
 
 
 def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None, *, packed: bool = False) -> Loaded:
-    """Load a model folder or an artifact by the class that its config names, and say what did not fit.
+    """Load a model folder or an artifact by the class in its config, and report mismatches.
 
     Parameters
     ----------
     options
         Further arguments of ``from_pretrained``, such as a dtype.
     packed
-        Whether an artifact's model runs from its codes, in bfloat16.
+        Whether an artifact's model runs from its codes in bfloat16.
 
     Raises
     ------
     RequestError
         If the loader fails on a source.
     ArtifactError
-        If it fails on an artifact, or must not see what the artifact's configuration says.
+        If it fails on an artifact, or the artifact's configuration is not safe to load.
     """
     root = root_of(folder)
     return _load(folder, options or {}, None if root is None else trusted(root), packed=packed)
@@ -261,7 +262,7 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
     transformers.utils.logging.disable_progress_bar()
     given = {**_SAFE, "output_loading_info": True, **options}
     if artifact is not None and read_config(folder).get("use_pretrained_backbone"):
-        # All weights are in the artifact; those of a backbone would be asked for at a hub.
+        # All weights are in the artifact; backbone weights would be requested from a hub.
         given["use_pretrained_backbone"] = False
     try:
         with ExitStack() as checks:
@@ -276,7 +277,7 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
     except OctavoError:
         raise
     except Exception as error:
-        # A configuration can be wrong in as many ways as there are architectures, and each raises what it likes.
+        # An architecture may raise any exception for an invalid configuration.
         kind = RequestError if artifact is None else ArtifactError
         raise kind(f"{folder}: from_pretrained failed ({type(error).__name__}): {str(error)[:_SHOWN]}") from error
     missing = [*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))]
@@ -286,32 +287,32 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
         and (lacking := sorted({*missing} - {*artifact.unfilled}))
     ):
         raise ArtifactError(
-            f"{folder}: {len(lacking)} tensors of the model are filled by nothing in the artifact, and were in the "
-            f"source: {', '.join(lacking[:_NAMED])}; config.json was changed, or this version of transformers builds "
-            "another model"
+            f"{folder}: the artifact does not fill {len(lacking)} tensors of the model that the source filled: "
+            f"{', '.join(lacking[:_NAMED])}; config.json was changed, or this version of transformers builds another "
+            "model"
         )
     return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
 
 
 def load_model(artifact: Artifact, *, packed: bool = False) -> nn.Module:
-    """The model of a trusted artifact, of the class that its config names; ``packed`` runs in bfloat16."""
+    """The model of a trusted artifact, of the class in its config; ``packed`` runs in bfloat16."""
     return _load(artifact.path, {}, artifact, packed=packed).model
 
 
 def register() -> None:
-    """Make the loaders of ``transformers`` and ``sentence-transformers`` understand artifacts, now or once imported."""
+    """Make ``transformers`` and ``sentence-transformers`` load artifacts, now or once they are imported."""
     for name, then in _ON_IMPORT.items():
         if name in sys.modules:
             if name not in _DONE:
                 _DONE.add(name)
                 then(sys.modules[name])
         elif not any(isinstance(finder, _OnImport) and finder.name == name for finder in sys.meta_path):
-            # Importing these takes longer than everything else together; whoever does not use them need not wait.
+            # Importing these is slow, so users who do not need them do not wait.
             sys.meta_path.insert(0, _OnImport(name))
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Does something right after a module was imported."""
+    """Runs a function right after a module is imported."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -338,7 +339,7 @@ def _register_quantizer(module: Any) -> None:
     importlib.import_module("octavo.integrations.quantizer")
 
 
-#: What is done once a module was imported, and for which that has been.
+#: Functions to run after imports, and the modules for which they ran.
 _ON_IMPORT = {
     _CONFIGURATIONS: guard_configurations,
     _TARGET: _register_quantizer,

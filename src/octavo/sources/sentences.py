@@ -1,8 +1,8 @@
 """``sentence-transformers``: folders of several modules as one model, and its loader on artifacts.
 
-Such a folder lists its modules in ``modules.json``. The first one is mostly a model of ``transformers``. Others, such
-as a dense layer after the pooling, keep their weights in folders of their own. In Octavo the tensors of a sub-folder
-are named after it: ``2_Dense/linear.weight``.
+Such a folder lists its modules in ``modules.json``. The first one is usually a ``transformers`` model. Others, such as
+a dense layer after the pooling, keep their weights in sub-folders. In Octavo the names of their tensors start with the
+sub-folder: ``2_Dense/linear.weight``.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "model.safetensors"
 _BATCH = 32
-#: The class that reads a folder which names none.
+#: The default class of a folder that names none.
 _DENSE = "SentenceTransformer"
 _KINDS = (_DENSE, "SparseEncoder", "CrossEncoder")
-#: Bytes that a file of JSON has at most: 16 MB.
+#: Largest size of a JSON file: 16 MB.
 _MOST = 16 << 20
-#: That of a list of modules.
+#: Largest size of a list of modules.
 _LIST = 1 << 20
 MODULE = "sentence_transformers.base.modules.module"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One module of an encoder: its folder below the encoder's, empty if it is that itself, and its class."""
+    """One module of an encoder: its sub-folder (empty for the encoder's folder) and its class."""
 
     path: str
     type: str
 
     @property
     def kind(self) -> str:
-        """The class's own name."""
+        """The class name without its module."""
         return self.type.rpartition(".")[2]
 
 
 def members(folder: Path) -> list[Member]:
-    """The modules of an encoder's folder, in order; none if it is no encoder of ``sentence-transformers``.
+    """The modules of an encoder's folder in order; empty if it is not a ``sentence-transformers`` encoder.
 
     Raises
     ------
@@ -61,35 +61,37 @@ def members(folder: Path) -> list[Member]:
 
 
 def listed(folder: Path) -> list[Member]:
-    """The modules that ``modules.json`` lists, whatever reads them; none without it."""
+    """The modules listed in ``modules.json``; empty if the file does not exist."""
     file = folder / "modules.json"
     if not file.is_file():
         return []
     try:
         entries = json.loads(read_plain(file, most=_LIST, error=RequestError))
         if not all(isinstance(entry[key], str) for entry in entries for key in ("path", "type")):
-            raise TypeError("the path and the type of every module are strings")
+            raise TypeError("the path and the type of every module must be strings")
         found = [Member(entry["path"], entry["type"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{file}: cannot be read as a list of modules: {error}; save the encoder again") from error
     for member in found:
         parts = PurePosixPath(member.path).parts
         if len(parts) > 1 or any(part.startswith(".") for part in parts) or PurePosixPath(member.path).is_absolute():
-            raise RequestError(f"{file}: names the folder {member.path!r}, which is not directly below it, or hidden")
+            raise RequestError(
+                f"{file}: names the folder {member.path!r}, which is hidden or not directly below it; correct the entry"
+            )
         try:
             checked(folder / member.path)
         except RequestError as error:
-            raise RequestError(f"{file}: names a folder that cannot be: {error}") from error
+            raise RequestError(f"{file}: names an invalid folder: {error}") from error
     return found
 
 
 def check_members(folder: Path) -> None:
-    """Refuse an artifact whose modules are not those of ``sentence-transformers``: naming a class imports its code.
+    """Refuse an artifact with modules outside of ``sentence-transformers``, since naming a class imports its code.
 
     Raises
     ------
     ArtifactError
-        If one is not.
+        If there is such a module.
     """
     for member in listed(folder):
         if not member.type.startswith("sentence_transformers."):
@@ -100,9 +102,9 @@ def check_members(folder: Path) -> None:
 
 
 def is_encoder_folder(folder: Path) -> bool:
-    """Whether a folder is an encoder of ``sentence-transformers``.
+    """Whether a folder is a ``sentence-transformers`` encoder.
 
-    Rerankers and sparse encoders are models of ``transformers`` with a head, unless other modules have weights as well.
+    Rerankers and sparse encoders count as ``transformers`` models with a head, unless other modules have weights too.
     """
     if not (folder / "modules.json").is_file():
         return False
@@ -118,13 +120,13 @@ def _model_type(folder: Path) -> str:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """The folder of the model of ``transformers`` in an encoder's folder; any other folder as it is."""
+    """The folder of the ``transformers`` model in an encoder's folder; other folders are returned unchanged."""
     first = next(iter(members(folder)), None)
     return folder / first.path if first is not None and first.kind == "Transformer" and first.path else folder
 
 
 def weight_folders(folder: Path) -> list[tuple[str, Path]]:
-    """Folders that hold weights, each with what its tensors' names begin with."""
+    """Folders that hold weights, each with the prefix of its tensor names."""
     found = members(folder) if folder.is_dir() else []
     if not found:
         return [("", folder)]
@@ -132,14 +134,16 @@ def weight_folders(folder: Path) -> list[tuple[str, Path]]:
     for number, member in enumerate(found):
         place = folder / member.path
         if number == 0 and member.kind == "Transformer" and not place.is_dir():
-            raise RequestError(f"{folder / 'modules.json'}: names {member.path!r}, which is missing beside it")
+            raise RequestError(
+                f"{folder / 'modules.json'}: names {member.path!r}, which is missing; copy the whole folder"
+            )
         if (number == 0 and member.kind == "Transformer") or (place / _WEIGHTS).is_file():
             result.append((f"{member.path}/" if member.path else "", place))
     return result
 
 
 class SentenceEncoder(nn.Module):
-    """An encoder as a module that is called with its features by name and returns one vector an example.
+    """An encoder as a module that takes its features by name and returns one vector per example.
 
     Parameters
     ----------
@@ -151,12 +155,12 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         prompt = self._prompt()
-        # Pooling leaves out the prompt if it is told how long that is and its configuration asks for it.
+        # Pooling leaves out the prompt if it knows the prompt length and its configuration requires it.
         self._prompt_length = encoder.preprocess([""], **prompt).get("prompt_length") if prompt else None
 
     @property
     def transformer(self) -> nn.Module | None:
-        """The model of ``transformers`` inside, if there is one."""
+        """The ``transformers`` model inside, or None."""
         model = getattr(self.encoder[0], "model", None)
         return model if isinstance(model, nn.Module) and hasattr(model, "base_model_prefix") else None
 
@@ -170,26 +174,26 @@ class SentenceEncoder(nn.Module):
         return result
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Batches of texts, tokenized by the encoder's own tokenizer; neighbours in length share a batch."""
+        """Batches of texts tokenized by the encoder's tokenizer; texts of similar length share a batch."""
         ordered, prompt = sorted(texts, key=len), self._prompt()
         made = (self.encoder.preprocess(ordered[at : at + _BATCH], **prompt) for at in range(0, len(ordered), _BATCH))
         return [_padded({k: v for k, v in batch.items() if isinstance(v, Tensor)}) for batch in made]
 
     def _prompt(self) -> dict[str, str]:
-        """The prompt that stands before every text by default, if there is one."""
+        """The default prompt put before every text, if any."""
         name = self.encoder.default_prompt_name
         prompt = self.encoder.prompts.get(name) if name is not None else None
         return {"prompt": prompt} if prompt else {}
 
 
 def _flat(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Tokens one after another with the places where examples begin, which a static table takes."""
+    """Concatenated tokens with the offsets of examples, the input of a static table."""
     lengths = mask.sum(1)
     return {"input_ids": tokens[mask.bool()], "offsets": lengths.cumsum(0) - lengths}
 
 
 def _padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: one row an example, so that batches can be divided."""
+    """The inverse: one row per example, so that batches can be divided."""
     if "offsets" not in batch:
         return batch
     parts = batch["input_ids"].tensor_split(batch["offsets"][1:].tolist())
@@ -199,7 +203,7 @@ def _padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_encoder(folder: Path) -> SentenceEncoder:
-    """An encoder's folder, or an artifact of one, as its users load it, in float32.
+    """Load an encoder's folder or artifact as its users do, in float32.
 
     Raises
     ------
@@ -212,15 +216,14 @@ def load_encoder(folder: Path) -> SentenceEncoder:
         import sentence_transformers
     except ImportError as error:
         raise MissingExtraError(
-            f"{folder}: is an encoder of sentence-transformers, which cannot be imported ({error}); "
-            "pip install 'octavo[st]'"
+            f"{folder}: needs sentence-transformers, which cannot be imported ({error}): pip install 'octavo[st]'"
         ) from error
     from octavo.integrations.transformers import register
 
     register()
     kind = _model_type(folder)
     if kind not in _KINDS:
-        raise RequestError(f"{folder}: is a {kind[:80]!r}; encoders are {', '.join(_KINDS)}")
+        raise RequestError(f"{folder}: is a {kind[:80]!r}, which is not supported; give one of {', '.join(_KINDS)}")
     try:
         encoder = getattr(sentence_transformers, kind)(
             str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
@@ -229,19 +232,19 @@ def load_encoder(folder: Path) -> SentenceEncoder:
     except OctavoError:
         raise
     except Exception as error:
-        # Each module reads a configuration of its own, and raises what it likes.
+        # Each module reads its own configuration and may raise any exception.
         raise RequestError(f"{folder}: {kind} cannot load it: {error}") from error
 
 
 def is_installed() -> bool:
-    """Whether encoders can be loaded as their users do."""
+    """Whether encoders can be loaded with ``sentence-transformers``."""
     import importlib.util
 
     return importlib.util.find_spec("sentence_transformers") is not None
 
 
 def bind_encoder(source: Source, encoder: SentenceEncoder, folder: Path) -> None:
-    """Say how the source's tensors reach the modules of an encoder."""
+    """Set the mapping of the source's tensors to the modules of an encoder."""
     from octavo.sources.conversions import Conversion
     from octavo.sources.names import names_of
 
@@ -281,7 +284,7 @@ def _prefixed(
 
 
 def decode_members(module: Any) -> None:
-    """Let the modules of ``sentence-transformers`` find their weights in artifacts.
+    """Make the modules of ``sentence-transformers`` load their weights from artifacts.
 
     Parameters
     ----------
@@ -300,7 +303,7 @@ def decode_members(module: Any) -> None:
         subfolder = str(args[0] if args else kwargs.get("subfolder", ""))
         prefix = f"{subfolder}/" if subfolder else ""
         artifact = Artifact(folder)
-        # What is stored once may be restored in several folders.
+        # A tensor stored once may belong to several folders.
         stored = {**{name: name for name in artifact.names()}, **artifact.aliases}
         own = {name: of for name, of in stored.items() if name.startswith(prefix) and (prefix or "/" not in name)}
         found = artifact.state(set(own.values()))
@@ -308,7 +311,7 @@ def decode_members(module: Any) -> None:
         target = kwargs.get("model")
         if target is None:
             return state
-        # A tensor that the module has under two names is in the file under one.
+        # A tensor with two names in the module is stored under one.
         held = target.state_dict()
         filled = {held[name].data_ptr() for name in state if name in held}
         shared = {n: held[n] for n in held if n not in state and held[n].numel() and held[n].data_ptr() in filled}
