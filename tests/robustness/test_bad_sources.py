@@ -189,7 +189,7 @@ def test_batches_of_any_size_are_divided(lab: Any, tmp_path: Path, size: int) ->
     done = octavo.compress(lab.net(), ratio=2, data=batches, preset="fast")
     assert sum(map(len, done.job.held_data)) == 4 and sum(map(len, done.job.calibration_data)) == 12
     result = done.save(tmp_path / "out")
-    assert result["quality"]["data"].startswith("4 held-back examples")
+    assert result["quality"]["data"].startswith("4 held-out examples")
 
 
 def test_outputs_that_are_not_finite(lab: Any) -> None:

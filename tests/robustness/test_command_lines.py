@@ -239,7 +239,7 @@ LINES = [
     Line("export {bare} {out}.onnx", 2, "only transformers models can be exported"),
     Line("export {bert} {texts}", 2, "already exists"),
     *lines("reproduce *", 2, {
-        "": "give the name of one recipe",
+        "": "recipe: none is given",
         "nothing": "recipe 'nothing' is not known",
         "{odd}": "recipe '\\x1b]0;title\\x07' is not known",
         "--list --quick": "leave them out",

@@ -1,4 +1,4 @@
-"""The report's data, measured on what was read back from the disk."""
+"""Gathering the report's data, measured on the artifact read back from disk."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from octavo.pipeline import Compressed
 
 _PAIRS = 7
-#: Seconds after which no further turn is timed.
+#: Seconds after which no further round is timed.
 _PATIENCE = 5.0
 
 
 def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str, Any]:
-    """The report's data; quality is that of the model as it was loaded from the artifact."""
+    """The report's data; quality is that of the model loaded from the artifact."""
     job, profile, built = done.job, done.profile, done.built
     losses = proof.losses
     quality = None if losses is None else float(losses.mean())
@@ -68,7 +68,7 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
         "seed": job.seed,
         "preset": done.preset,
         "source": {
-            # The folder's name and no more: a card is published, and a path names its writer's machine.
+            # Only the folder's name: cards are published, and a full path would reveal details of the machine.
             "path": job.source.path.name if job.source.path else job.source.title,
             "fingerprint": profile.fingerprint,
             "bytes": profile.original_bytes,
@@ -91,7 +91,7 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
             "lower_is_better": True,
             "loader": proof.loader,
             "why": proof.why,
-            "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}"
+            "data": f"{sum(map(_length, job.held_data))} held-out examples of {job.text}"
             if job.measurable
             else job.text,
             "value": quality,
@@ -131,23 +131,21 @@ def _call(budget: Budget) -> str:
 def _why_less(done: Compressed) -> str:
     plan, pinned = done.built.plan, done.job.pinned
     if not any(point.loss for point in plan.points.values()) and not pinned:
-        return (
-            "less than the budget is used: the source is restored bit for bit, so more bytes could not lower the loss"
-        )
+        return "less than the budget is used: the source is restored bit for bit, so more bytes cannot lower the loss"
     less = "less than 98% of the budget is used"
     if done.built.refused:
         return (
-            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but with them the loss was "
-            "measured to be no lower"
+            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but did not lower the measured "
+            "loss"
         )
     if upgrades(done.profile, plan.points, done.budget.bytes - done.built.counted, pinned):
         return f"{less} by this plan"
-    known = "all the settings that a kernel runs" if done.budget.target == "memory" else "the settings that were tried"
-    return f"{less}: of {known}, none that fits into the rest lowers a site's expected loss"
+    known = "the settings with a kernel" if done.budget.target == "memory" else "the settings that were tried"
+    return f"{less}: none of {known} that fit the remaining bytes lowers a site's expected loss"
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without anything that names a person or a path."""
+    """Versions and machine, without names of persons or paths."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -200,9 +198,9 @@ def _site_row(done: Compressed, name: str) -> dict[str, Any]:
 def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
-    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
+    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored unchanged"
     if kept.coded and name in done.job.source.folded:
-        narrow = ": all elements are equal, stored as one"
+        narrow = ": all elements are equal, stored once"
     return {
         "name": name,
         "shape": list(kept.shape),
@@ -213,18 +211,18 @@ def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
 
 
 def unused(done: Compressed) -> dict[str, dict[str, Any]]:
-    """Families that were tried and won no site, and how much more their best would lose in the bytes that sites got.
+    """Families that were tried but chosen at no site, and the loss of their best settings at the same bytes.
 
     Returns
     -------
     dict
-        Family to ``sites`` that it was tried at; ``larger``, those of them at which it had nothing as small as what was
-        chosen; ``exact``, those at which it had, but what was chosen loses nothing; ``times``, least and median over
-        all others of its expected loss over the chosen one's; and ``nearest``, the site of the least. The latter two
-        are None if there are no others.
+        Maps each family to ``sites`` where it was tried; ``larger``, the sites where it had nothing as small as the
+        choice; ``exact``, the sites where it had, but the choice loses nothing; ``times``, minimum and median over the
+        remaining sites of its expected loss relative to the choice; and ``nearest``, the site of the minimum. The last
+        two are None if no sites remain.
     """
     chosen = done.built.plan.points
-    # Leaving a weight as it is competes with nobody.
+    # Keeping a weight unchanged is not a competing family.
     won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
     tried: dict[str, dict[str, float]] = {}
     for curve in done.profile.curves:
@@ -252,7 +250,7 @@ def unused(done: Compressed) -> dict[str, dict[str, Any]]:
 
 
 def _uniform_row(done: Compressed) -> dict[str, Any]:
-    """The best uniform plan, and how many sites really have its setting."""
+    """The best uniform plan, and the number of sites that use its setting."""
     rival = done.rival
     if rival is None:
         return {}
@@ -268,7 +266,7 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
         "sites": len(same),
         "of": len(rival.plan.points),
         "moved": any(setting != common for setting in same),
-        # Of a plan that was not built only what the budget counts is known.
+        # For a plan that was not built only the bytes that the budget counts are known.
         "bytes": rival.bytes if rival.packed or not in_memory else None,
         "held": rival.counted if in_memory else None,
         "quality": rival.quality,
@@ -276,7 +274,7 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
 
 
 def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
-    """Expected loss over ratios from the profile, and what uniform settings would give."""
+    """Expected loss over ratios from the profile, and for uniform settings."""
     from octavo.allocation.solver import allocate, uniform
     from octavo.errors import BudgetError
 
@@ -325,14 +323,14 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
-    """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
+    """Latency of a forward pass before and after, interleaved in one run so that the machine's load cancels."""
     job = done.job
     if job.source.module is None or job.source.is_skeleton or not job.held_data:
         return None
     module, batch = job.source.module, job.held_data[0]
     weights = job.source.placed(artifact.state())
 
-    # An objective of the user's own may take what it likes out of a batch that the module itself does not take.
+    # A user's objective may use parts of a batch that the module does not take.
     call_on = run if isinstance(job.objective, OfOutputs) else job.objective.outputs
 
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
@@ -353,7 +351,7 @@ def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
         from octavo.sources.sentences import transformer_folder
 
         source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
-        # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
+        # Reading the original must touch its pages too, since a mapped file is only loaded when read.
         loads = {
             "load_original": lambda: _touch(load_as_users_do(source).model),
             "load_artifact": lambda: _touch(load_as_users_do(written).model),

@@ -1,4 +1,4 @@
-"""What the report says of an artifact made for memory: measured on the model that runs from packed codes."""
+"""The report on an artifact made for memory, measured on the model running from packed codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENS = 16
 
 
 def running_data(done: Compressed, artifact: Artifact) -> dict[str, Any]:
-    """Bytes held, kernels, quality and speed of the packed model; bytes alone where there is no model to run."""
+    """Memory, kernels, quality and speed of the packed model; only memory if there is no model to run."""
     job, stated = done.job, done.built.counted
     result: dict[str, Any] = {"stated": stated, "held": None, "kernels": {}, "quality": None, "speed": None, "note": ""}
     if job.source.module is None and not job.source.is_transformers:
@@ -35,9 +35,7 @@ def running_data(done: Compressed, artifact: Artifact) -> dict[str, Any]:
     if not job.measurable:
         return result
     if job.source.is_encoder and any(split_name(name)[0] for name in artifact.names()):
-        result["note"] = (
-            "the layers behind the transformer do not run packed, so that quality and speed were not measured"
-        )
+        result["note"] = "the layers after the transformer cannot run packed, so quality and speed were not measured"
         return result
     result["quality"] = float(job.judge(packed).mean())
     dense = _loaded(done, artifact, packed=False).to(torch.bfloat16)
@@ -46,7 +44,7 @@ def running_data(done: Compressed, artifact: Artifact) -> dict[str, Any]:
     except Exception as error:
         if isinstance(job.objective, OfOutputs):
             raise
-        # A loss of the user's own need not know bfloat16, and was measured without it.
+        # A user's loss need not support bfloat16, and was measured without it.
         result["note"] = f"not timed: the objective fails on the model in bfloat16: {type(error).__name__}: {error}"
         return result
     if speed["packed"] > speed["dense"]:
@@ -65,7 +63,7 @@ def _loaded(done: Compressed, artifact: Artifact, *, packed: bool) -> nn.Module:
 
 
 def _speed(packed: nn.Module, dense: nn.Module, batch: Any, objective: Objective) -> dict[str, Any]:
-    """Median seconds of both, of one token for models that write, else of one batch."""
+    """Median seconds of both models: per token for generative models, else per batch."""
     if generates(packed):
         seconds = interleaved({"packed": greedy(packed, _TOKENS), "dense": greedy(dense, _TOKENS)})
         seconds = {name: value / _TOKENS for name, value in seconds.items()}
