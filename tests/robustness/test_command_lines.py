@@ -130,7 +130,7 @@ LINES = [
         "--latency soon": "latency 'soon' is not a time",
         "--latency {empty}": "latency '' is not a time",
         "--speedup 2 --shape nonsense": "write sequences and tokens",
-        "--speedup 2 --shape 1x99999999999999999999": "tokens in all at most",
+        "--speedup 2 --shape 1x99999999999999999999": "tokens in all",
         "--speedup 2 --shape 1x999": "has 32 positions",
         "--speedup 2 --objective beauty": "objective 'beauty' is not known",
         "--speedup 2 --ignore none*": "matches no site",

@@ -326,7 +326,7 @@ def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
 
 
 def _safetensors(pieces: Mapping[str, _Piece]) -> _File:
-    """The same bytes as from the safetensors library, which needs all tensors in memory."""
+    """Same bytes as from the safetensors library, which needs all tensors in memory."""
     order = sorted(pieces, key=lambda name: (list(_CODES).index(pieces[name].dtype), escaped(name).encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0

@@ -90,7 +90,7 @@ class Curvature:
         return damped
 
     def corrected(self, gradients: Tensor) -> Curvature:
-        """The same bases with ``Lam`` measured on gradients (examples, rows, columns)."""
+        """A curvature with these bases and ``Lam`` measured on gradients (examples, rows, columns)."""
         return replace(self, values=self.rotated(gradients).square().mean(0))
 
     def moments(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What an output may replace: a regular file or a folder written by Octavo, and only if the user asked for it."""
+"""Rules for replacing outputs: only regular files and folders written by Octavo, and only on request."""
 
 from __future__ import annotations
 

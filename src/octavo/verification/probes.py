@@ -49,7 +49,7 @@ class Outputs:
         return max(apart, abs(self.scale - other.scale)) / max(self.scale, other.scale, 1e-30)
 
     def record(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """The probe as plain JSON."""
         return {**asdict(self), "samples": list(self.samples)}
 
     @classmethod

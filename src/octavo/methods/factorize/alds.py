@@ -124,7 +124,7 @@ def _joined(parts: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float) -> GroupedLowRank:
-    """As :func:`octavo.methods.factorize.factors.quantized`, with the right factor of each group fitted separately."""
+    """Like :func:`octavo.methods.factorize.factors.quantized`, but fits the right factor of each group separately."""
     left, right, values = _joined(parts, rank)
     groups, rank, _ = right.shape
     # Missing components, and the component of an all-zero group, do not affect the step.

@@ -145,7 +145,7 @@ class _Thresholds:
         return rows.int().numpy(), columns.int().numpy(), self._leave.numpy(), self._shift.numpy()
 
     def everywhere(self) -> tuple[Tensor, Tensor]:
-        """The same for all columns, (rows, columns) each."""
+        """Thresholds of all columns, (rows, columns) each."""
         # Columns have few distinct magnitudes, and copying columns is faster than a lookup per weight.
         index, kind = self._magnitudes.kinds()
         return self._leave[index].index_select(1, kind), self._shift[index].index_select(1, kind)
