@@ -71,5 +71,5 @@ def test_settings_of_a_plan_are_checked_too(tmp_path) -> None:
     octavo.plan(tmp_path / "p", ratio=3).save(tmp_path / "plan.yaml")
     text = (tmp_path / "plan.yaml").read_text()
     (tmp_path / "plan.yaml").write_text(text.replace("setting:\n", "setting:\n      unheard: 1\n", 1))
-    with pytest.raises(octavo.RequestError, match=r"plan\.yaml: site .* 'unheard' is no setting"):
+    with pytest.raises(octavo.RequestError, match=r"plan\.yaml: site .* 'unheard' is not a setting"):
         read_plan(tmp_path / "plan.yaml", ["0.weight", "2.weight"])

@@ -203,7 +203,7 @@ def test_budgets_and_groups_that_cannot_be():
         allocate(layers(), 10_000, starts=0)
     with pytest.raises(RequestError, match="starts is 15 and rounds is 0"):
         allocate(layers(), 10_000, rounds=0)
-    with pytest.raises(RequestError, match="5 channels do not divide the 108 columns"):
+    with pytest.raises(RequestError, match="channels: 5 do not divide the 108 columns"):
         Layer(kernels()["layer0"][0], 5)
     with pytest.raises(RequestError, match="5 groups do not divide 12 channels"):
         layers()["layer0"].errors(5)

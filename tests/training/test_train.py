@@ -115,7 +115,7 @@ def test_bad_requests_are_told(tmp_path):
     model[2].weight = model[0].weight
     with pytest.raises(RequestError, match="shared"):
         formed(model, {"0.weight": low_rank(32, 16, 2)})
-    with pytest.raises(RequestError, match="no batches"):
+    with pytest.raises(RequestError, match="an epoch has none"):
         fit(net(), lambda epoch: [], cross_entropy)
     with pytest.raises(RequestError, match="the loss is nan in step 0"):
         fit(net(), batches, lambda module, batch: cross_entropy(module, batch) * float("nan"))

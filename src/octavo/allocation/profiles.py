@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from octavo.allocation.counting import Counting
 from octavo.allocation.sampling import Sample, sample_of, table_sample_of
 from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.methods.factorize.factors import is_table
 from octavo.sources.sites import Site
+from octavo.system.atomic import write_file
 from octavo.system.paths import checked, reason
 from octavo.system.sealed import sealed_json, unsealed_json
 
@@ -122,7 +123,8 @@ class Profile:
             return cls(curves=curves, correction=correction, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RequestError(
-                f"{path}: not a profile that this version can read: {reason(error)}; run octavo profile again"
+                f"{path}: not a profile that this version can read: {reason(error)}; run octavo profile again; run "
+                "octavo profile again"
             ) from error
 
 
@@ -143,7 +145,7 @@ def profile_site(
     methods: Sequence[Method],
     window: Window,
     keep: Callable[[Method, Setting, Any], None] = lambda method, setting, packed: None,
-    target: str = "disk",
+    target: Counting | None = None,
 ) -> Curve:
     """Points of one site from all methods.
 
@@ -156,13 +158,14 @@ def profile_site(
     keep
         Called with every packed form, so that callers can reuse it. For large matrices it holds only sizes.
     target
-        What the bytes of a point count: ``disk`` or ``memory``.
+        What the bytes of a point are, and which settings are tried.
 
     Raises
     ------
     RequestError
         If a method cannot encode the matrix, or no method offers a form for it.
     """
+    target = target or Counting()
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
     # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
@@ -176,13 +179,13 @@ def profile_site(
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
                     packed, loss = sample.packed(form), sample.loss(form)
                     keep(method, setting, packed)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
+                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
                     packed = pack(form)
                     keep(method, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss))
+                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss))
         except RequestError as error:
             raise RequestError(f"site {site.name!r}: {error}") from error
     if not curve.points:
@@ -191,12 +194,12 @@ def profile_site(
     return curve
 
 
-def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> bool:
+def _competitive(method: Method, sample: Sample, curve: Curve, target: Counting) -> bool:
     """Whether a method is as good as the curve so far, tried on a sample as a separate matrix.
 
     A method that uses all rows together is slow on a large matrix and rarely an improvement there.
     """
-    settings, reference = method.offered(sample.weight, sample.evidence, target), envelope(curve)
+    settings, reference = target.offers(method, sample.weight, sample.evidence), envelope(curve)
     if reference is None or not settings:
         return bool(settings)
     form = method.encode(sample.weight, settings[len(settings) // 2], sample.evidence)
@@ -205,13 +208,13 @@ def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> b
 
 
 def _walk(
-    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: str
+    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: Counting
 ) -> Iterator[tuple[Setting, Any]]:
     """Settings of a method from the middle outwards, until they leave the window or are screened out.
 
-    For the memory target there are few settings and all are tried: no continuous setting can use the budget up.
+    A target that runs few of them tries all: a budget is then used by knowing every choice.
     """
-    settings = method.offered(weight, evidence, target)
+    settings = list(target.offers(method, weight, evidence))
     if not settings:
         return
     if method.elastic is not None:
@@ -247,7 +250,7 @@ def _walk(
                 return  # behind, and not catching up
 
     def order() -> Iterator[int]:
-        if target == "memory":
+        if target.exhaustive:
             yield from range(len(settings))
             return
         yield start

@@ -137,13 +137,9 @@ def allocate(
 def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
     """The error that names the largest reachable ratio."""
     limit = int(original_bytes / smallest * 100) / 100
-    needs = (
-        f"the smallest artifact of this source takes {smallest}"
-        if budget.target == "disk"
-        else f"this model needs at least {smallest} in memory"
-    )
     return BudgetError(
-        f"{budget.asked} asks for {budget.bytes} bytes; {needs}. Ask for a ratio of at most {limit:g}.",
+        f"{budget.asked}: this source needs at least {smallest} {budget.unit}, the budget is {budget.bytes}; "
+        f"ask for a ratio of at most {limit:g}",
         limit,
     )
 

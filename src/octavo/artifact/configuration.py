@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from octavo.artifact.packing import DTYPES, dtype_name
-from octavo.errors import ArtifactError, OctavoError
+from octavo.errors import ArtifactError
+from octavo.sources.counts import check_counts, entries
 from octavo.sources.narrowing import FLOATS
 from octavo.system.strict_json import parse_object, read_plain
 
@@ -26,13 +27,6 @@ _NAMES = re.compile(
 )
 #: Largest size of such a file in bytes.
 _MOST = 16 << 20
-#: Keys with the number of layers, heads, experts or labels to build.
-_COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$|^attention_types$")
-_DEEP = re.compile(r"layers?$|depths?$")
-#: Layers that a model may have beyond those with their own tensors, since some share tensors.
-_LAYERS = 128
-#: Larger numbers are refused unless a tensor has as many rows or columns.
-_MANY = 65_536
 _DTYPES = {*DTYPES, *map(dtype_name, FLOATS), "auto"}
 
 
@@ -98,7 +92,7 @@ def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, A
         raise ArtifactError(f"{file}: architectures is {str(classes)[:80]}; it must be a list of class names")
     if not isinstance(config.get("model_type", ""), str):
         raise ArtifactError(f"{file}: model_type is {str(config['model_type'])[:80]}; it must be a name")
-    for key, value in _entries(config):
+    for key, value in entries(config):
         _check_entry(file, key, value)
     check_counts(file, config, shapes, ArtifactError)
     return config
@@ -113,39 +107,11 @@ def check_options(file: Path, shapes: Collection[tuple[int, ...]]) -> None:
         If an option does.
     """
     options = parse_object(read_plain(file, most=_MOST), file)
-    for key, value in _entries(options):
+    for key, value in entries(options):
         if key in ("transformers_weights", "quantization_config"):
             raise ArtifactError(f"{file}: {key} would make the loader read other weights; remove the entry")
         _check_entry(file, key, value)
     check_counts(file, options, shapes, ArtifactError)
-
-
-def check_counts(
-    file: Path, config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], error: type[OctavoError]
-) -> None:
-    """Refuse a configuration with more layers, labels or heads than the tensors can fill, since all would be built.
-
-    Parameters
-    ----------
-    shapes
-        Shapes of the tensors.
-    error
-        The exception class to raise.
-    """
-    largest = max((_MANY, *(size for shape in shapes for size in shape)))
-    for key, value in _entries(config):
-        most = _LAYERS + len(shapes) if _DEEP.search(key) else largest
-        numbers = [one for one in _leaves(value) if isinstance(one, int | float)]
-        if _COUNTS.search(key) and not all(number <= most for number in numbers):
-            raise error(
-                f"{file}: {key} is {str(value)[:80]}, but {len(shapes)} tensors can fill at most {most}; copy the "
-                "artifact again"
-            )
-        if isinstance(value, list) and len(value) > largest:
-            raise error(
-                f"{file}: {key} has {len(value)} entries, but these tensors allow at most {largest}; copy the artifact "
-                "again"
-            )
 
 
 def _check_entry(file: Path, key: str, value: Any) -> None:
@@ -157,26 +123,3 @@ def _check_entry(file: Path, key: str, value: Any) -> None:
     known = value is None or isinstance(value, dict) or (isinstance(value, str) and value in _DTYPES)
     if key in ("dtype", "torch_dtype") and not known:
         raise ArtifactError(f"{file}: {key} is {str(value)[:80]}; it must be the name of a floating dtype")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """A value, or all values of nested lists."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, list):
-            todo += item
-        else:
-            yield item
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values at every level."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, dict):
-            yield from item.items()
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += [one for one in item if isinstance(one, dict | list)]

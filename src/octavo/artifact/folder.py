@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from octavo.errors import ArtifactError
+from octavo.system.paths import is_part
 
 #: Largest number of entries in an artifact's folder, with sub-folders.
 _MOST = 20_000
@@ -42,14 +43,3 @@ def check_folder(path: Path) -> None:
                 todo += [] if place == path and name.startswith(".") else [file]
             elif not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
                 raise ArtifactError(f"{file}: is not a regular file; artifacts have only regular files, so remove it")
-
-
-def is_part(file: Path, folder: Path) -> bool:
-    """Whether a link points to a regular file in ``folder`` or in the hub cache of the folder."""
-    try:
-        target, folder = file.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError):
-        return False
-    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
-    within = target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs))
-    return within and target.is_file()

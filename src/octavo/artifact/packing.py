@@ -118,10 +118,6 @@ class Packed:
         """Stored bytes of the content; its manifest entry and header are counted with the artifact."""
         return len(self.content)
 
-    def counted(self, target: str) -> int:
-        """The bytes that a disk or memory budget counts."""
-        return self.resident if target == "memory" else self.bytes
-
     @cached_property
     def crc(self) -> int:
         """CRC-32 of the content."""

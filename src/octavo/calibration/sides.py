@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from octavo.calibration.outputs import OTHER_SENSES, is_paired
+from octavo.calibration.outputs import OTHER_SENSES
 from octavo.sources.batches import Batch, mask_of
+from octavo.sources.model_kinds import is_paired
 
 #: Names that models use for cross-attention, and for its layers that read the encoder's states.
 _CROSS = ("cross", "encoder_attn", "EncDecAttention", "encoder_decoder")

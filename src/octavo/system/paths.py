@@ -64,3 +64,14 @@ def reason(error: Exception) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:60]}…{text[-40:]}"
+
+
+def is_part(file: Path, folder: Path) -> bool:
+    """Whether a link points to a regular file in ``folder`` or in the hub cache of the folder."""
+    try:
+        target, folder = file.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError):
+        return False
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
+    within = target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs))
+    return within and target.is_file()

@@ -9,9 +9,12 @@ import tempfile
 from pathlib import Path
 
 from octavo.errors import OctavoError, RequestError
+from octavo.system.sealed import JOB
 
+#: The file of an artifact that says how to read the others.
+MANIFEST = "octavo.json"
 #: Every folder written by Octavo has one of these: the manifest of an artifact, or the job of a workspace.
-OWN = ("octavo.json", "job.json")
+OWN = (MANIFEST, JOB)
 #: Suffixes of folders next to the output that are being written or were moved aside.
 NEW, OLD = ".octavo-new.", ".octavo-old."
 #: Suffix of files that test whether a file system is writable.

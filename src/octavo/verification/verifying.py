@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError, RequestError
+from octavo.integrations.transformers import load_as_users_do, load_model
 from octavo.integrations.trust import trusted
 from octavo.runtimes.packed import held_bytes
 from octavo.runtimes.packed.factors import dense_again, run_as_factors
 from octavo.sources.batches import Batch
+from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.filling import fill
+from octavo.sources.model_classes import is_known
 from octavo.sources.modules import unwrapped
-from octavo.sources.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.sites import Progress
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
@@ -67,8 +70,6 @@ def load(
     if factors:
         return _with_factors(path, into, packed, batch)
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
-        from octavo.integrations.transformers import is_known, load_model
-
         # The transformers loader opens the files and trusts them, so they are checked first.
         artifact = trusted(path)
         if is_known(path):
@@ -255,8 +256,6 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
     """How the model was loaded, and the distance of its outputs from those recorded."""
-    from octavo.integrations.transformers import load_as_users_do
-
     loaded = load_as_users_do(transformer_folder(path), {"dtype": torch.float32})
     found = probe(loaded.model)
     difference = float("inf") if found is None else wanted.differ(found)

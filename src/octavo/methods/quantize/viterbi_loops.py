@@ -1,4 +1,4 @@
-"""The loops of :mod:`octavo.methods.quantize.viterbi` for numba, which is imported with this module.
+"""The loops of :mod:`octavo.methods.quantize.viterbi` for numba, which takes a second to import: it waits for a call.
 
 ``sweep`` calls the compiled ``search`` as a global of its module. A compiled function passed as an argument has a new
 type in every process, so numba would compile and cache its caller each time.
@@ -7,6 +7,7 @@ type in every process, so numba would compile and cache its caller each time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,20 @@ def search(
     return levels
 
 
-#: None where numba is not installed.
-_search: Any = compiled(search)
+#: What ``sweep`` calls; :func:`compiled_sweep` sets it.
+_search: Any = None
+
+
+def compiled_search() -> Callable[..., Any] | None:
+    """``search``, compiled; None without numba."""
+    return compiled(search)
+
+
+def compiled_sweep() -> Callable[..., Any] | None:
+    """``sweep``, compiled; None without numba."""
+    global _search
+    _search = compiled(search)
+    return compiled(sweep)
 
 
 def sweep(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from octavo.allocation.counting import Counting
 from octavo.allocation.profiles import Curve, Point, Window, profile_site
 from octavo.artifact import Packed, Sized, pack, unpack
 from octavo.calibration.evidence import Evidence
@@ -27,7 +28,7 @@ def profiled(
     methods: Sequence[Method],
     window: Window,
     pinned: tuple[str, Setting] | None,
-    target: str,
+    target: Counting,
 ) -> tuple[Curve, list[Made], Packed]:
     """A site's curve, the forms to keep, and the smallest form without its content.
 
@@ -38,7 +39,7 @@ def profiled(
     pinned
         The only method and setting, if the user chose them.
     target
-        What the bytes of a point count: ``disk`` or ``memory``.
+        What the bytes of a point are.
     """
     made: list[Made] = []
     outlines: list[Packed] = []
@@ -54,8 +55,8 @@ def profiled(
     else:
         packed = encoded(site, weight, evidence, *pinned)
         keep(get_method(pinned[0]), pinned[1], packed)
-        curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, packed.counted(target), 0.0)])
-    return curve, made, min(outlines, key=lambda packed: packed.counted(target))
+        curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, target.bytes(packed), 0.0)])
+    return curve, made, min(outlines, key=lambda packed: target.bytes(packed))
 
 
 @fast_matmul()
