@@ -46,11 +46,11 @@ def net() -> nn.Module:
         ({"ignore": "0.*"}, r"ignore is '0\.\*'; give a list"),
         ({"keep": ["0.*"]}, "give a mapping"),
         ({"keep": {"0.*": 16}}, "write both as strings"),
-        ({"keep": {"0.*": "float16", "*": "float32"}}, "decides nothing"),
+        ({"keep": {"0.*": "float16", "*": "float32"}}, "has no effect"),
         ({"seed": 1.5}, "give an integer"),
         ({"executor": 3}, "executor 3 is not known"),
         ({"objective": 3}, "objective 3 is not known"),
-        ({"workspace": "a\0b"}, "is no path"),
+        ({"workspace": "a\0b"}, "is not a path"),
         ({"workspace": "w" * 240}, "longer than"),
         ({"ratio": 10**400}, "not a positive finite number"),
     ],
@@ -146,7 +146,7 @@ def test_methods_take_what_they_offer_and_nothing_else(name: str) -> None:
     weight, evidence = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), Evidence(torch.ones(64), None)
     for setting in (*method.settings(weight, evidence), *method.kernel_settings(weight, evidence)):
         method.refuse_unknown(setting)
-    with pytest.raises(octavo.RequestError, match="'unheard' is no setting of this method; it takes"):
+    with pytest.raises(octavo.RequestError, match="'unheard' is not a setting of this method; choose from"):
         parse_spec(f"{name}:unheard=1")
 
 
@@ -155,5 +155,5 @@ def test_settings_of_a_plan_are_checked_too(tmp_path) -> None:
     octavo.plan(tmp_path / "p", ratio=3).save(tmp_path / "plan.yaml")
     text = (tmp_path / "plan.yaml").read_text()
     (tmp_path / "plan.yaml").write_text(text.replace("setting:\n", "setting:\n      unheard: 1\n", 1))
-    with pytest.raises(octavo.RequestError, match=r"plan\.yaml: site .* 'unheard' is no setting"):
+    with pytest.raises(octavo.RequestError, match=r"plan\.yaml: site .* 'unheard' is not a setting"):
         read_plan(tmp_path / "plan.yaml", ["0.weight", "2.weight"])

@@ -21,9 +21,7 @@ class Listed(NamedTuple):
 
 
 COMMANDS = {
-    "export": Listed(
-        "exporting", "Write MODEL as a file that a fast runtime runs, and measure that file against MODEL."
-    ),
+    "export": Listed("exporting", "Export MODEL to a file for a fast runtime, and compare that file with MODEL."),
     "compress": Listed("folding", "Compress SOURCE to a size, and write artifact and report to --out."),
     "profile": Listed(
         "folding",
