@@ -34,7 +34,7 @@ COMMANDS = {
         "folding",
         "Build SOURCE at several ratios and measure each, next to the best uniform plan of the same bytes.",
     ),
-    "inspect": Listed("looking", "Show what an artifact holds, from its manifest alone; nothing is decoded."),
+    "inspect": Listed("looking", "Show the content of an artifact from its manifest, without decoding."),
     "verify": Listed(
         "looking", "Read an artifact back: sizes, checksums, weights and outputs as recorded when it was written."
     ),
