@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
-from octavo.methods.base import Setting, method
+from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
 from octavo.methods.quantize.trellis import TrellisCoded
@@ -35,6 +35,9 @@ class TrellisSVD(ActivationSVD):
     """
 
     levels: tuple[float, ...] = (6, 4.5, 3.5, 2.75, 2, 1.4)
+
+    # No integer kernel runs a trellis.
+    speed_settings = Method.speed_settings
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Bits at full rank, for tables; nothing for other matrices."""

@@ -29,7 +29,7 @@ from octavo.system.locks import Lock
 from octavo.system.progress import Progress, Shown, callback, with_progress
 from octavo.targets.speed.asked import Asked, asked_for
 from octavo.targets.speed.fast import Fast
-from octavo.targets.speed.search import METHODS, Search
+from octavo.targets.speed.search import Search, offered
 
 __all__ = ["Fast", "compress_for_speed", "speed_frontier"]
 
@@ -174,7 +174,7 @@ def _open(
             )
         opened = replace(opened, transformer_only=True)
     job = open_job(
-        opened, data, objective, METHODS, "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
+        opened, data, objective, offered(), "best", ignore, keep or {}, seed, progress, forward_args=forward_args,
         folding=False,
     )  # fmt: skip
     check_tokens_only(job.source)
