@@ -16,7 +16,6 @@ from torch import nn
 from octavo.allocation.budget import Budget
 from octavo.allocation.curves import build_profile
 from octavo.allocation.profiles import Profile
-from octavo.allocation.rivals import PLAIN
 from octavo.allocation.solver import allocate
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.objective import Objective
@@ -27,7 +26,7 @@ from octavo.encoding.finish import Built, contest, margin_of
 from octavo.encoding.job import Job
 from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.errors import RequestError
-from octavo.methods import get_method
+from octavo.methods.base import dense_method
 from octavo.opening import describe, open_job, refuse_unreachable, requested_budget, requested_plan, workspace_of
 from octavo.request import SPEED, check_target, named
 from octavo.sources.batches import Batch
@@ -268,7 +267,7 @@ def compress(
                 if methods is not None:
                     raise RequestError("a plan says which method every site gets: leave methods out, and edit the plan")
                 # To carry out a plan nothing needs to be measured but what sites there are.
-                job.methods = [get_method("keep")]
+                job.methods = [dense_method()]
             room = workspace_of(job, folder, preset, resume=resume)
             calibration = job.calibrate(room)
             clock.lap("evidence")
@@ -284,7 +283,7 @@ def compress(
                 chosen = allocate(profile, free, margin=margin_of(target))
                 clock.lap("plan")
                 # Whoever names methods gets no other.
-                plain = methods is None or any(method.name == PLAIN for method in job.methods)
+                plain = methods is None or any(method.plain for method in job.methods)
                 best, rival = contest(job, profile, calibration, room, chosen, free, plain=plain)
                 clock.lap("encode")
                 best = reconstruct(job, calibration, best, asked.bytes, preset)

@@ -218,8 +218,8 @@ def _walk(
     start = len(settings) // 2
     # How dense storage compares is no question of settings: all of its few are always there. Nor is it what others have
     # to be as good as, in fewer bytes.
-    dense = all(get_method(name).family == "keep" for name in {point.method for point in curve.points})
-    reference = None if dense or method.family == "keep" else envelope(curve)
+    dense = all(get_method(name).dense for name in {point.method for point in curve.points})
+    reference = None if dense or method.dense else envelope(curve)
     seen: dict[int, Point] = {}
     enough = lossless_bytes(curve)
 

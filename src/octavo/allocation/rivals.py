@@ -1,4 +1,4 @@
-"""What a mixed plan must beat: one setting for all sites, and plain round-to-nearest."""
+"""What a mixed plan must beat: one setting for all sites, and the plainest of all methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from octavo.allocation.budget import Budget
 from octavo.allocation.plans import Plan
-from octavo.allocation.profiles import Point, Profile, envelope
+from octavo.allocation.profiles import Curve, Point, Profile, envelope
 from octavo.allocation.solver import labelled, uniform
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.evidence_folder import EvidenceFolder
@@ -16,11 +16,11 @@ from octavo.calibration.workspace import Workspace
 from octavo.encoding.job import Job
 from octavo.encoding.tasks import weighed
 from octavo.methods import Setting, get_method
+from octavo.methods.base import dense_names, plain_method
 
-PLAIN = "rtn"
-#: Plain round-to-nearest is not built where every site was measured and it is expected to lose so many times more.
+#: The plain method is not built where every site was measured and it is expected to lose so many times more.
 _HOPELESS = 8.0
-#: A coder may save this share of the bits of round-to-nearest's codes.
+#: A coder may save this share of the bits of its codes.
 _CODED = 0.25
 
 
@@ -61,7 +61,7 @@ def _settings(job: Job, profile: Profile) -> list[tuple[str, Setting, dict[str, 
         for point in curve.points if curve.site not in job.pinned else ():
             entry = (point.method, point.setting, dict[str, Point]())
             found.setdefault((point.method, repr(point.setting)), entry)[2][curve.site] = point
-    return [entry for entry in found.values() if get_method(entry[0]).family != "keep"]
+    return [entry for entry in found.values() if not get_method(entry[0]).dense]
 
 
 def _gaps(job: Job, profile: Profile, tried: Mapping[str, Point], asked: Budget, limit: float) -> list[str]:
@@ -84,13 +84,14 @@ def _gaps(job: Job, profile: Profile, tried: Mapping[str, Point], asked: Budget,
 
 
 class Plain:
-    """Plain round-to-nearest with one setting for all sites, the finest that fits.
+    """The plain method with one setting for all sites, the finest that fits.
 
     Sites at which the setting does not apply are kept in 16 bits, pinned ones as they are pinned.
     """
 
     def __init__(self, job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget) -> None:
         self.job, self.profile, self.calibration, self.room, self.asked = job, profile, calibration, room, asked
+        self.method = plain_method()
         self.free = [curve for curve in profile.curves if curve.site not in job.pinned]
         weights = sum(job.site(curve.site).parameters for curve in self.free)
         pinned = sum(curve.points[0].bytes for curve in profile.curves if curve.site in job.pinned)
@@ -124,36 +125,44 @@ class Plain:
         finest = min(int(self.bits * (1 + _CODED)), 8)
         total = 0.0
         for curve in self.free:
-            points = [point for point in curve.points if point.method == PLAIN]
+            points = self._points(curve)
             if not points:
                 return 0.0
-            nearest = min(points, key=lambda point: abs(point.setting["bits"] - finest))
-            total += self.profile.corrected(curve, nearest.loss * 4.0 ** (nearest.setting["bits"] - finest))
+            nearest = min(points, key=lambda point: abs(self._bits(point.setting) - finest))
+            total += self.profile.corrected(curve, nearest.loss * 4.0 ** (self._bits(nearest.setting) - finest))
         return total
+
+    def _points(self, curve: Curve) -> list[Point]:
+        return [point for point in curve.points if point.method == self.method.name]
+
+    def _bits(self, setting: Setting) -> float:
+        return self.method.fineness(setting)[0]
 
     def _settings(self) -> list[Setting]:
         """Settings that may fit, finest first."""
         if self.job.target == "memory":
-            points = [point for curve in self.free for point in curve.points if point.method == PLAIN]
+            points = [point for curve in self.free for point in self._points(curve)]
+            # Not all are offered everywhere.
             found = {repr(point.setting): point.setting for point in points}
-            # Fewer columns a group is finer, and not offered everywhere.
-            return sorted(found.values(), key=lambda setting: (-setting["bits"], str(setting["group"]).zfill(9)))
+            return sorted(found.values(), key=self.method.fineness, reverse=True)
         site = self.job.site(self.free[0].site)
-        settings = get_method(PLAIN).settings(self.job.matrix(site), self.calibration.evidence[site.name])
-        return [setting for setting in settings if setting["bits"] <= self.bits * (1 + _CODED)]
+        settings = self.method.settings(self.job.matrix(site), self.calibration.evidence[site.name])
+        return [setting for setting in settings if self._bits(setting) <= self.bits * (1 + _CODED)]
 
     def _with(self, setting: Setting) -> Plan | None:
         """The plan of one setting; None if a site can have neither it nor 16 bits."""
         points = {curve.site: curve.points[0] for curve in self.profile.curves if curve.site in self.job.pinned}
         points |= self._tried(setting)
+        dense = dense_names()
         for curve in self.free:
             if curve.site not in points:
-                half = [p for p in curve.points if p.method == "keep" and p.setting["dtype"] != "float32"]
+                most = 2 * math.prod(curve.shape)
+                half = [p for p in curve.points if p.method in dense and p.bytes <= most]
                 if not half:
                     return None
                 points[curve.site] = min(half, key=lambda point: point.loss)
         expected = sum(self.profile.corrected(curve, points[curve.site].loss) for curve in self.profile.curves)
-        return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(PLAIN, setting))
+        return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(self.method.name, setting))
 
     def _tried(self, setting: Setting) -> dict[str, Point]:
         """Points of a setting at all sites that it is offered at: those of the profile, and encoded if it has none."""
@@ -162,16 +171,16 @@ class Plain:
         found = {
             curve.site: point
             for curve in self.free
-            for point in curve.points
-            if (point.method, point.setting) == (PLAIN, setting) and (not point.estimated or job.target == "memory")
+            for point in self._points(curve)
+            if point.setting == setting and (not point.estimated or job.target == "memory")
         }
         if job.target == "memory":
             return found
         sites = [job.site(curve.site) for curve in self.free if curve.site not in found]
-        work = ((site, job.matrix(site), evidence[site.name], PLAIN, setting) for site in sites)
+        work = ((site, job.matrix(site), evidence[site.name], self.method.name, setting) for site in sites)
         for site, made in zip(sites, job.executor.map(weighed, work), strict=True):
             if made is not None:
                 packed, loss = made
-                self.room.save_packed(site.name, PLAIN, setting, packed)
-                found[site.name] = Point(PLAIN, setting, packed.counted(job.target), loss)
+                self.room.save_packed(site.name, self.method.name, setting, packed)
+                found[site.name] = Point(self.method.name, setting, packed.counted(job.target), loss)
         return found

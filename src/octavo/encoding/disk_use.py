@@ -108,7 +108,7 @@ def _probed(job: Job, site: Site, bits: float | None, preset: str) -> tuple[int,
     def keep(method: Method, setting: Setting, packed: Packed) -> None:
         # Of large matrices only sizes are kept, where rows stand for themselves.
         sampled = site.parameters > MEDIUM and method.by_rows
-        if method.family != "keep" and not sampled and not isinstance(packed.content, Sized):
+        if not method.dense and not sampled and not isinstance(packed.content, Sized):
             sizes.append(packed.bytes)
 
     # A matrix so large is tried by the methods that look at all its rows only where a sample says that it is worth it.

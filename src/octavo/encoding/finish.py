@@ -20,6 +20,7 @@ from octavo.calibration.workspace import Workspace
 from octavo.encoding.job import Job
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.methods import Setting, get_method
+from octavo.methods.base import dense_names
 from octavo.sources.narrowing import Narrowing
 from octavo.system.raw import Lazily
 
@@ -296,15 +297,15 @@ def _same(one: Plan, other: Plan) -> bool:
 
 def single_families(profile: Profile, asked: Budget) -> list[Plan]:
     """The best plan of every family on its own, best expected loss first. Dense storage belongs to every family."""
-    used = {point.method for curve in profile.curves for point in curve.points}
+    used, dense = {point.method for curve in profile.curves for point in curve.points}, dense_names()
     families: dict[str, list[str]] = {}
-    for name in sorted(used - {"keep"}):
+    for name in sorted(used - dense):
         families.setdefault(get_method(name).family, []).append(name)
     plans = []
     for family, names in families.items():
         try:
             # Expected losses are no more than that: where settings are few, this is a second opinion on them as well.
-            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, "keep"], thorough=False)
+            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, *dense], thorough=False)
         except BudgetError:
             continue
         plan.label, plan.notes = ONE_FAMILY, [family]

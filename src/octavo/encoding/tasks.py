@@ -45,7 +45,7 @@ def profiled(
 
     def keep(method: Method, setting: Setting, packed: Packed) -> None:
         # Dense forms are not worth the disk: they are made again as fast as they are read.
-        if method.family != "keep" and not isinstance(packed.content, Sized):
+        if not method.dense and not isinstance(packed.content, Sized):
             made.append((method.name, setting, packed))
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 

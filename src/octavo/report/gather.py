@@ -224,15 +224,16 @@ def unused(done: Compressed) -> dict[str, dict[str, Any]]:
         are None if there are no others.
     """
     chosen = done.built.plan.points
-    # Leaving a weight as it is competes with nobody.
-    won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
+    won = {get_method(point.method).family for point in chosen.values()}
     tried: dict[str, dict[str, float]] = {}
     for curve in done.profile.curves:
         point = chosen[curve.site]
         least: dict[str, float] = {}
         for other in densified(curve):
-            family = get_method(other.method).family
-            if family not in won:
+            method = get_method(other.method)
+            family = method.family
+            # Leaving a weight as it is competes with nobody.
+            if family not in won and not method.dense:
                 within = other.loss if other.bytes <= point.bytes else math.inf
                 least[family] = min(least.get(family, math.inf), within)
         for family, loss in least.items():
