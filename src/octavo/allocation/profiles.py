@@ -15,12 +15,13 @@ from torch import Tensor
 
 from octavo.allocation.sampling import Sample, sample_of, table_sample_of
 from octavo.artifact import pack
+from octavo.artifact.packing import Resident
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
-from octavo.methods.factorize.factors import is_table
+from octavo.methods.tables import is_table
 from octavo.sources.sites import Site
 from octavo.system.paths import checked, reason
 from octavo.system.sealed import sealed_json, unsealed_json
@@ -142,6 +143,7 @@ def profile_site(
     window: Window,
     keep: Callable[[Method, Setting, Any], None] = lambda method, setting, packed: None,
     target: str = "disk",
+    resident: Resident | None = None,
 ) -> Curve:
     """Points of one site from all methods.
 
@@ -155,6 +157,8 @@ def profile_site(
         Called with every packed form, for callers that want to reuse one. Of large matrices only sizes are known.
     target
         What the bytes of a point are: ``disk`` or ``memory``.
+    resident
+        Tells what a form takes while it runs, where that is what counts.
 
     Raises
     ------
@@ -172,12 +176,12 @@ def profile_site(
         try:
             if sample is not None and method.by_rows:
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
-                    packed, loss = sample.packed(form), sample.loss(form)
+                    packed, loss = sample.packed(form, resident), sample.loss(form)
                     keep(method, setting, packed)
                     curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
-                    packed = pack(form)
+                    packed = pack(form, resident)
                     keep(method, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
                     curve.points.append(Point(method.name, setting, packed.counted(target), loss))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,15 @@ from octavo.coding import Allowance
 from octavo.coding.container import MAX_DIMENSIONS
 from octavo.errors import ArtifactError, OctavoError
 from octavo.forms.base import allowance_for
-from octavo.runtimes.packed.kernels import resident_bytes
 from octavo.system.raw import raw_bytes
 
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
+
+#: Bytes that a form takes in memory while it runs, if it has so many rows.
+Resident = Callable[[forms.Form, int], int]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -94,14 +96,14 @@ class Packed:
     codecs
         Bytes by codec, for the report.
     resident
-        Bytes that the form takes while it runs.
+        Bytes that the form takes while it runs; None if that was not asked for.
     """
 
     content: bytes | Stored | Sized
     parts: dict[str, list]
     meta: dict[str, Any]
     codecs: dict[str, int]
-    resident: int
+    resident: int | None = None
 
     @property
     def blob(self) -> bytes:
@@ -121,7 +123,11 @@ class Packed:
 
     def counted(self, target: str) -> int:
         """What a budget of disk or memory counts."""
-        return self.resident if target == "memory" else self.bytes
+        if target != "memory":
+            return self.bytes
+        if self.resident is None:
+            raise ValueError("of this form it is not known what it takes while it runs")
+        return self.resident
 
     @cached_property
     def crc(self) -> int:
@@ -129,8 +135,14 @@ class Packed:
         return zlib.crc32(self.content) if isinstance(self.content, bytes) else self.content.crc
 
 
-def pack(form: forms.Form) -> Packed:
-    """Code all parts of a form, each integer tensor by whichever codec is smallest."""
+def pack(form: forms.Form, resident: Resident | None = None) -> Packed:
+    """Code all parts of a form, each integer tensor by whichever codec is smallest.
+
+    Parameters
+    ----------
+    resident
+        Tells what the form takes while it runs, where that counts.
+    """
     chunks, parts, codecs, offset = [], {}, dict[str, int](), 0
     for name, tensor in form.tensors().items():
         if tensor.dtype.is_floating_point:
@@ -144,7 +156,8 @@ def pack(form: forms.Form) -> Packed:
         codecs[codec] = codecs.get(codec, 0) + len(chunk)
         chunks.append(chunk)
         offset += len(chunk)
-    return Packed(b"".join(chunks), parts, form.meta(), codecs, resident_bytes(form))
+    running = None if resident is None else resident(form, form.shape[0])
+    return Packed(b"".join(chunks), parts, form.meta(), codecs, running)
 
 
 def unpack(

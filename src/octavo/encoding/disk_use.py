@@ -20,6 +20,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.encoding.job import Job
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting
+from octavo.runtimes.packed import resident_bytes
 from octavo.sources.memory import fits
 from octavo.sources.sites import Layout, Site
 
@@ -114,7 +115,9 @@ def _probed(job: Job, site: Site, bits: float | None, preset: str) -> tuple[int,
     # A matrix so large is tried by the methods that look at all its rows only where a sample says that it is worth it.
     methods = [method for method in job.methods if site.parameters <= MEDIUM or method.by_rows]
     evidence = Evidence(torch.full((len(weight),), 2 / len(weight)), None)
-    profile_site(part, weight, evidence, methods or job.methods, window_of(bits, preset), keep, job.target)
+    profile_site(
+        part, weight, evidence, methods or job.methods, window_of(bits, preset), keep, job.target, resident_bytes
+    )
     return weight.numel(), sizes
 
 

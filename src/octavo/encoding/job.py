@@ -210,7 +210,7 @@ class Job:
 
     def resident(self, packed: Mapping[str, Packed]) -> int:
         """Bytes of all tensors while the model runs packed: sites, what is no site, and buffers that are not stored."""
-        total = sum(item.resident for item in packed.values())
+        total = sum(item.counted("memory") for item in packed.values())
         for name in self.left:
             dtype = self.source.dtypes[name]
             # Models of transformers run in bfloat16 as a whole.

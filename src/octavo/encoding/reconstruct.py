@@ -24,7 +24,7 @@ from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Loss
 from octavo.encoding.finish import Built
 from octavo.encoding.job import Job
-from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
+from octavo.forms import row_scaled
 from octavo.sources.batches import Batch, Whole, select, sequences_in
 from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
@@ -126,11 +126,6 @@ class _Fit:
         """Kept tensors as they are now."""
         return {name: self.start[name] + self.units[name] * self.changes[name] for name in self.start}
 
-    def gains(self) -> dict[str, Tensor]:
-        """Row gains as they are stored."""
-        exponents = {name: (torch.log2(1 + change) * GAIN_DIVISIONS).round() for name, change in self.rows.items()}
-        return {name: e.clamp(-LARGEST_GAIN, LARGEST_GAIN).to(torch.int16) for name, e in exponents.items()}
-
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
@@ -187,11 +182,12 @@ class _Fit:
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}
-        for name, gains in self.gains().items():
-            if bool(gains.any()):
-                item, site = self.old.packed[name], self.job.site(name)
-                base = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
-                result[name] = pack(Scaled(base, gains))
+        for name, change in self.rows.items():
+            item, site = self.old.packed[name], self.job.site(name)
+            base = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
+            form = row_scaled(base, 1 + change)
+            if form is not base:
+                result[name] = pack(form)
         return result
 
 

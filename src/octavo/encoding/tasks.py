@@ -12,6 +12,7 @@ from octavo.artifact import Packed, Sized, pack, unpack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
+from octavo.runtimes.packed import resident_bytes
 from octavo.sources.sites import Site
 from octavo.system.matmul import fast_matmul
 
@@ -50,7 +51,7 @@ def profiled(
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 
     if pinned is None:
-        curve = profile_site(site, weight, evidence, methods, window, keep, target)
+        curve = profile_site(site, weight, evidence, methods, window, keep, target, resident_bytes)
     else:
         packed = encoded(site, weight, evidence, *pinned)
         keep(get_method(pinned[0]), pinned[1], packed)
@@ -62,7 +63,7 @@ def profiled(
 def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting) -> Packed:
     """A site's form by one method and setting, as bytes."""
     try:
-        return pack(get_method(method).encode(weight, setting, evidence))
+        return pack(get_method(method).encode(weight, setting, evidence), resident_bytes)
     except RequestError as error:
         raise RequestError(f"site {site.name!r}: {error}") from error
 

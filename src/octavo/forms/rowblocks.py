@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,8 @@ class RowBlocks(Form):
     blocks
         A form for each block, with as many rows as are its members, at least one.
     """
+
+    factored = True
 
     member: Tensor
     blocks: tuple[Form, ...]
@@ -60,6 +62,9 @@ class RowBlocks(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         return 8 * elements(shape) + 64 * shape[0]
+
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:  # noqa: D102
+        return round(len(self.member) * share) + sum(block.grown(share, stored) for block in self.blocks)
 
     def dense(self) -> Tensor:  # noqa: D102
         return torch.cat([block.dense() for block in self.blocks])[self._places]

@@ -17,8 +17,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.artifact.configuration import check_counts
+from octavo.artifact.reading import AsWeight
 from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
+from octavo.integrations.as_weight import made_by
 from octavo.integrations.tasks import class_for, default_objective, json_object, tensor_shapes  # noqa: F401  (an objective is asked for here too)
 from octavo.integrations.trust import guard_configurations, guard_encoders, known, root_of, trusted
 from octavo.sources.bounded import bounded
@@ -234,15 +236,13 @@ class Loaded:
     unexpected: list[str] = field(default_factory=list)
 
 
-def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None, *, packed: bool = False) -> Loaded:
+def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
     """Load a model folder or an artifact by the class that its config names, and say what did not fit.
 
     Parameters
     ----------
     options
         Further arguments of ``from_pretrained``, such as a dtype.
-    packed
-        Whether an artifact's model runs from its codes, in bfloat16.
 
     Raises
     ------
@@ -252,10 +252,12 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None, *, 
         If it fails on an artifact, or must not see what the artifact's configuration says.
     """
     root = root_of(folder)
-    return _load(folder, options or {}, None if root is None else trusted(root), packed=packed)
+    return _load(folder, options or {}, None if root is None else trusted(root))
 
 
-def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *, packed: bool) -> Loaded:
+def _load(
+    folder: Path, options: Mapping[str, Any], artifact: Artifact | None, as_weight: AsWeight | None = None
+) -> Loaded:
     register()
     transformers = require_transformers()
     transformers.utils.logging.disable_progress_bar()
@@ -268,7 +270,8 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
             if artifact is not None:
                 checks.enter_context(known(artifact))
                 checks.enter_context(bounded(*_sizes(artifact.loadable_shapes())))
-            if packed:
+            if as_weight is not None:
+                checks.enter_context(made_by(as_weight))
                 config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 config.quantization_config = {**config.quantization_config, "packed": True}
                 given.update(config=config, dtype=torch.bfloat16)
@@ -293,9 +296,9 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact | None, *
     return Loaded(model.eval(), sorted(missing), sorted(info["unexpected_keys"]))
 
 
-def load_model(artifact: Artifact, *, packed: bool = False) -> nn.Module:
-    """The model of a trusted artifact, of the class that its config names; ``packed`` runs in bfloat16."""
-    return _load(artifact.path, {}, artifact, packed=packed).model
+def load_model(artifact: Artifact, as_weight: AsWeight | None = None) -> nn.Module:
+    """The model of a trusted artifact, of the class that its config names; with ``as_weight`` it runs in bfloat16."""
+    return _load(artifact.path, {}, artifact, as_weight).model
 
 
 def register() -> None:

@@ -13,6 +13,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
 from octavo.methods.quantize.trellis import TrellisCoded
+from octavo.methods.tables import is_table
 
 
 @method(
@@ -42,7 +43,7 @@ class TrellisSVD(ActivationSVD):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Bits at full rank, for tables; nothing for other matrices."""
         rows, columns = weight.shape
-        return [{"rank": columns, "bits": bits} for bits in self.levels] if factors.is_table(rows, columns) else []
+        return [{"rank": columns, "bits": bits} for bits in self.levels] if is_table(rows, columns) else []
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition."""
