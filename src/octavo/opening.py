@@ -28,9 +28,8 @@ from octavo.calibration.witness import Witness
 from octavo.calibration.workspace import Workspace, files_of, hash_tensors
 from octavo.encoding.job import Job
 from octavo.errors import OctavoError, RequestError
-from octavo.forms import Dense
 from octavo.methods import get_method, select_methods
-from octavo.methods.base import DATA_FREE
+from octavo.methods.base import DATA_FREE, dense_method
 from octavo.request import check_kinds
 from octavo.runtimes.packed import resident_bytes
 from octavo.sources.batches import Batch
@@ -350,6 +349,9 @@ def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:
         weight, evidence, packing = sample.weight, sample.evidence, sample.packed
         methods = [method for method in methods if method.by_rows] or methods
     settings = [(method, method.settings(weight, evidence)[-1:]) for method in methods]
-    # A method may have nothing to offer here.
     forms = [form for method, last in settings if last for form in method.encode_all(weight, last, evidence)]
-    return min(map(packing, forms or [Dense(weight.half())]), key=lambda packed: packed.bytes)
+    if not forms:
+        # A method may have nothing to offer here.
+        dense = dense_method()
+        forms = [dense.encode(weight, dense.settings(weight, evidence)[-1], evidence)]
+    return min(map(packing, forms), key=lambda packed: packed.bytes)

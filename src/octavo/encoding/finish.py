@@ -196,7 +196,7 @@ def contest(
     """Build the mixed plan and what it must beat; returns the winner, and the best uniform plan that was built.
 
     The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
-    round-to-nearest. Where plans can be measured all are built, and the best wins. Where they cannot, the best expected
+    the plain method. Where plans can be measured all are built, and the best wins. Where they cannot, the best expected
     one is, and the figures of the others are expectations: encoding them would tell nothing more. What room the winner
     leaves is then spent, if that lowers its loss.
     """
