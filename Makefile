@@ -33,10 +33,11 @@ chaos: $(READY) ## kill runs, fill disks, change sources, damage kept work; writ
 	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/python benchmarks/robustness_page.py
 
-check: $(READY) ## check format, lint and types
+check: $(READY) ## check format, lint, types, and that imports go down (tests/layout.py)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/layout.py
 
 bench: $(READY) ## other tools and Octavo side by side, resumed where it stopped (hours); writes docs/bench.md
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench]'

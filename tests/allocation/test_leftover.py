@@ -57,9 +57,11 @@ def folded(request, tmp_path_factory):
 def test_every_setting_that_a_kernel_runs_was_tried(folded):
     done, _ = folded
     for curve in done.profile.curves:
-        site = done.job.site(curve.site)
+        site = done.opened.site(curve.site)
         for name in ("gptq", "rtn"):
-            wanted = get_method(name).kernel_settings(done.job.matrix(site), done.calibration.evidence[curve.site])
+            wanted = get_method(name).kernel_settings(
+                done.opened.matrix(site), done.run.calibration.evidence[curve.site]
+            )
             assert [point.setting for point in curve.points if point.method == name] == wanted
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import octavo.forms.base
 import octavo.methods.base
@@ -93,7 +94,8 @@ def unknown_words(root: Any, words: list[str]) -> tuple[list[str], list[str]]:
         elif getattr(command, "commands", None) and not word.startswith("-"):
             if word not in command.commands:
                 return names, [*unknown, word]
-            command, names = command.commands[word], [*names, word]
+            _, command, _ = command.resolve_command(typer.Context(command), [word])
+            names = [*names, word]
     return names, unknown
 
 
@@ -181,7 +183,6 @@ def test_command_lines_are_found() -> None:
 
 
 def test_unknown_words_are_found() -> None:
-    import typer
     from typer.main import get_command
 
     app = typer.Typer()

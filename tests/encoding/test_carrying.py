@@ -221,7 +221,7 @@ def test_a_plan_of_another_source_says_so_and_claims_no_ratio(measured, tmp_path
     done = octavo.compress(other, plan=tmp_path / "plan.yaml", **request)
     assert done.budget.asked == f"size {done.budget.bytes}"
     assert USED * done.budget.bytes <= done.built.counted <= done.budget.bytes
-    assert any("made for another source" in note for note in done.job.notes)
+    assert any("made for another source" in note for note in done.opened.notes)
 
 
 def test_the_three_commands_of_the_guide(measured, tmp_path):

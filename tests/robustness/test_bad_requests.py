@@ -50,7 +50,7 @@ def test_a_ratio_that_is_no_number(refused: Refused, bare: Path) -> None:
 def test_what_cannot_be_reached_names_what_can(
     command: Command, refused: Refused, bare: Path, tmp_path: Path, budget: tuple[str, str]
 ) -> None:
-    result = refused(bare, *budget, "--json", code=3, says="Ask for a ratio of at most")
+    result = refused(bare, *budget, "--json", code=3, says="ask for a ratio of at most")
     limit = json.loads(result.out)["limit"]
     assert json.loads(result.out)["error"] == "BudgetError"
     done = command("compress", bare, "--ratio", limit, "--out", tmp_path / "out", "--json")

@@ -66,7 +66,7 @@ def test_shards_are_one_source(lab: Any, tmp_path: Path) -> None:
     index = {"weight_map": {"first.weight": "a.safetensors", "third.weight": "b.safetensors"}}
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps(index))
     done = octavo.compress(tmp_path / "x.safetensors.index.json", ratio=4, preset="fast")
-    assert {"first.weight", "third.weight", "steps"} <= set(done.job.source.shapes)
+    assert {"first.weight", "third.weight", "steps"} <= set(done.opened.source.shapes)
 
 
 @pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"model_type": "llama", "hidden_size": "x"}'])
@@ -187,7 +187,7 @@ def test_batches_of_any_size_are_divided(lab: Any, tmp_path: Path, size: int) ->
     generator = torch.Generator().manual_seed(0)
     batches = list(torch.randn(16, 3, 8, 8, generator=generator).split(size))
     done = octavo.compress(lab.net(), ratio=2, data=batches, preset="fast")
-    assert sum(map(len, done.job.held_data)) == 4 and sum(map(len, done.job.calibration_data)) == 12
+    assert sum(map(len, done.opened.held_data)) == 4 and sum(map(len, done.opened.calibration_data)) == 12
     result = done.save(tmp_path / "out")
     assert result["quality"]["data"].startswith("4 held-back examples")
 

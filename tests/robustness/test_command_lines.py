@@ -204,7 +204,7 @@ LINES = [
         "--size many": "write it like 11MB",
         "--bits -3": "bits -3.0 is not a positive finite number",
     }),
-    Line("plan {profile} --ratio 1e6", 3, "Ask for a ratio of at most"),
+    Line("plan {profile} --ratio 1e6", 3, "ask for a ratio of at most"),
     Line("plan {bert} --ratio 4", 2, "not a profile"),
     *lines("evaluate {bert} *", 2, {
         "": "give it as --against",

@@ -234,7 +234,7 @@ def test_an_adapter_that_was_not_written_with_it_is_refused(copy):
 
 def test_modules_of_an_encoder_are_those_of_its_library(copy):
     pytest.importorskip("sentence_transformers")
-    from octavo.sources.sentences import load_encoder
+    from octavo.sources.encoders import load_encoder
 
     (copy / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "antigravity.Gift"}]))
     with pytest.raises(ArtifactError, match=r"antigravity\.Gift"):

@@ -59,7 +59,7 @@ def case(request, tmp_path_factory):
 
 
 def test_the_stated_quality_is_that_of_the_loaded_model(case):
-    objective, held = case.done.job.objective, case.done.job.held_data
+    objective, held = case.done.opened.objective, case.done.opened.held_data
     old, new = (case.kind.from_pretrained(folder).eval() for folder in (case.source, case.out))
     real = objective.measure(new, held, objective.reference(old, held))
     stated = case.report["quality"]
@@ -84,7 +84,7 @@ def test_a_part_that_does_not_fit_is_an_error(layers, says, case, tmp_path):
         config["layer_types"] = config["layer_types"][:layers]
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
     with pytest.raises(ArtifactError, match=rf"{says}.*layers?\.{min(layers, 2) if layers > 1 else 1}\."):
-        prove(case.done.job, Artifact(tmp_path / "out"))
+        prove(case.done.run, Artifact(tmp_path / "out"))
 
 
 CHANGES = {
@@ -240,7 +240,7 @@ def test_a_module_is_measured_and_left_as_it_was(tmp_path):
     done = octavo.compress(model, ratio=3, data=[x], objective="squared", preset="fast")
     report = done.save(tmp_path / "out")
     assert same(seen(model), before)
-    other, objective, held = Keeping().eval(), done.job.objective, done.job.held_data
+    other, objective, held = Keeping().eval(), done.opened.objective, done.opened.held_data
     octavo.load(tmp_path / "out", into=other)
     real = objective.measure(other, held, objective.reference(model.eval(), held)).mean()
     assert report["quality"]["loader"] == "octavo.load(path, into=module)"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from octavo.errors import RequestError
 
-#: What a budget counts: the bytes of the artifact's files, or those that the weights take while the model runs.
-TARGETS = ("disk", "memory")
 #: The share of the budget that must be used, unless more bytes no longer lower the measured loss.
 USED = 0.98
 
@@ -27,12 +25,15 @@ class Budget:
     asked
         The request in the user's words.
     target
-        One of :data:`TARGETS`: what is counted.
+        Name of the target, which says what is counted.
+    unit
+        What is counted, in words: ``bytes in memory``.
     """
 
     bytes: int
     asked: str
     target: str = "disk"
+    unit: str = "bytes"
 
     @property
     def least(self) -> int:
@@ -62,17 +63,15 @@ def budget(
     size: str | int | None = None,
     bits: float | None = None,
     target: str = "disk",
+    unit: str = "bytes",
 ) -> Budget:
     """The budget from exactly one of ``ratio``, ``size`` and ``bits`` per weight.
 
     Raises
     ------
     RequestError
-        If none or several are given, or the number is not finite and positive, or a ratio is below 1, or the target is
-        not known.
+        If none or several are given, or the number is not finite and positive, or a ratio is below 1.
     """
-    if target not in TARGETS:
-        raise RequestError(f"target {target!r} is not known; choose from {', '.join(TARGETS)}")
     given = {name: value for name, value in (("ratio", ratio), ("size", size), ("bits", bits)) if value is not None}
     if len(given) != 1:
         raise RequestError(f"give exactly one of ratio, size and bits (got {', '.join(given) or 'none of them'})")
@@ -91,4 +90,4 @@ def budget(
         asked = f"ratio {number:g}" if name == "ratio" else f"{number:g} bits per weight"
         total = _whole(original_bytes / number if name == "ratio" else weights * number / 8, asked)
     # A ratio that leaves no bytes is unreachable, not malformed: it is refused with the ratio that can be reached.
-    return Budget(total, asked if target == "disk" else f"{asked} in {target}", target)
+    return Budget(total, asked + unit.removeprefix("bytes"), target, unit)

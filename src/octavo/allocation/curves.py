@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from octavo.allocation.budget import Budget
+from octavo.allocation.encoded import as_weights, encode_all, narrowing_of, seal
+from octavo.allocation.opened import Run
 from octavo.allocation.profiles import Curve, Point, Profile, Window
 from octavo.allocation.solver import allocate
+from octavo.allocation.tasks import profiled
 from octavo.artifact import Packed, Sized
-from octavo.calibration.calibrating import Calibration
-from octavo.calibration.workspace import Workspace
-from octavo.encoding.job import Job
-from octavo.encoding.tasks import profiled
 
 #: Every n-th setting of a continuous knob is tried, and points are wanted in this range of the bits asked for.
 _STRIDE = {"fast": 2}
@@ -32,66 +31,57 @@ def window_of(bits: float | None, preset: str) -> Window:
     return Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
 
 
-def build_profile(
-    job: Job,
-    calibration: Calibration,
-    room: Workspace,
-    bits: float | None,
-    preset: str,
-    *,
-    corrected: bool = True,
-) -> Profile:
+def build_profile(run: Run, bits: float | None, *, corrected: bool = True) -> Profile:
     """Curves of all sites, those of finished sites from the workspace, and their correction by measured plans.
 
     ``bits`` per weight tells around which size points are wanted; None takes all. Without ``corrected`` nothing is
     measured to correct expected losses.
     """
+    opened, room, target = run.opened, run.workspace, run.opened.target
+    preset = opened.request.preset
     window = window_of(bits, preset)
     saved = room.read_json("profile.json", again=True)
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")
     curves, smallest = [], dict[str, Packed]()
-    for curve, packed in _measured(job, calibration, room, window, bits):
+    for curve, packed in _measured(run, window, bits):
         curves.append(curve)
         smallest[curve.site] = packed
-        job.progress("profile", len(curves), len(job.sites))
-    narrowing = job.narrowing()
-    source = job.source
+        run.progress("profile", len(curves), len(opened.sites))
+    narrowing = narrowing_of(run)
+    source = opened.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
-    profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": job.target}
-    profile.options["pinned"] = sorted(job.pinned)
-    profile.fixed_bytes = job.contents(smallest, narrowing).counted - sum(
-        packed.counted(job.target) for packed in smallest.values()
-    )
-    if corrected and job.measurable and preset != "fast":
-        correct(job, profile, calibration, room, bits or 4.0)
+    profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": target.name}
+    profile.options["pinned"] = sorted(opened.pinned)
+    profile.fixed_bytes = target.total(seal(opened, smallest, narrowing)) - sum(map(target.bytes, smallest.values()))
+    if corrected and opened.measurable and preset != "fast":
+        correct(run, profile, bits or 4.0)
     profile.save(room.path / "profile.json")
     return profile
 
 
-def _measured(
-    job: Job, calibration: Calibration, room: Workspace, window: Window, bits: float | None
-) -> Iterator[tuple[Curve, Packed]]:
+def _measured(run: Run, window: Window, bits: float | None) -> Iterator[tuple[Curve, Packed]]:
     """Every site's curve, those that are there from the workspace, and its smallest form without content."""
-    names = [f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json" for index in range(len(job.sites))]
+    opened, room = run.opened, run.workspace
+    names = [f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json" for index in range(len(opened.sites))]
     found = [room.read_json(name, again=True) for name in names]
-    missing = [site for site, saved in zip(job.sites, found, strict=True) if saved is None]
-    results = job.executor.map(
+    missing = [site for site, saved in zip(opened.sites, found, strict=True) if saved is None]
+    results = run.executor.map(
         profiled,
         (
             (
                 site,
-                job.matrix(site),
-                calibration.evidence[site.name],
-                job.methods,
+                opened.matrix(site),
+                run.calibration.evidence[site.name],
+                opened.methods,
                 window,
-                job.pinned.get(site.name),
-                job.target,
+                opened.pinned.get(site.name),
+                opened.target,
             )
             for site in missing
         ),
     )
-    for site, name, saved in zip(job.sites, names, found, strict=True):
+    for site, name, saved in zip(opened.sites, names, found, strict=True):
         if saved is None:
             curve, made, outline = next(results)
             for method, setting, packed in made:
@@ -106,7 +96,7 @@ def _measured(
         yield Curve(site.name, site.kind, site.shape, points), Packed(Sized(length, crc), *described)
 
 
-def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspace, bits: float) -> None:
+def correct(run: Run, profile: Profile, bits: float) -> None:
     """Measure what expected losses are worth: compress one group of sites at a time, at two sizes, and look.
 
     The measured loss of a group is fitted as ``factor * expected ** exponent`` through the two points. Groups whose
@@ -127,10 +117,10 @@ def correct(job: Job, profile: Profile, calibration: Calibration, room: Workspac
             expected = sum(point.loss for point in nearest.values())
             if expected <= 1e-3 * total:
                 continue
-            packed = dict(job.encode_all(nearest, calibration, room))
-            pairs.append((expected, float(job.measure(job.weights(packed)).mean())))
+            packed = dict(encode_all(run, nearest))
+            pairs.append((expected, float(run.measure(as_weights(run.opened, packed)).mean())))
         profile.correction[name] = fit_power(pairs)
-        job.progress("correct", done + 1, len(groups))
+        run.progress("correct", done + 1, len(groups))
 
 
 def _nearest(curve: Curve, wanted: Point) -> Point:

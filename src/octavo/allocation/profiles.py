@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from octavo.allocation.counting import Counting
 from octavo.allocation.sampling import Sample, sample_of, table_sample_of
 from octavo.artifact import pack
-from octavo.artifact.packing import Resident
 from octavo.calibration.evidence import Evidence
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.methods.tables import is_table
 from octavo.sources.sites import Site
+from octavo.system.atomic import write_file
 from octavo.system.paths import checked, reason
 from octavo.system.sealed import sealed_json, unsealed_json
 
@@ -142,8 +142,7 @@ def profile_site(
     methods: Sequence[Method],
     window: Window,
     keep: Callable[[Method, Setting, Any], None] = lambda method, setting, packed: None,
-    target: str = "disk",
-    resident: Resident | None = None,
+    target: Counting | None = None,
 ) -> Curve:
     """Points of one site from all methods.
 
@@ -156,15 +155,14 @@ def profile_site(
     keep
         Called with every packed form, for callers that want to reuse one. Of large matrices only sizes are known.
     target
-        What the bytes of a point are: ``disk`` or ``memory``.
-    resident
-        Tells what a form takes while it runs, where that is what counts.
+        What the bytes of a point are, and which settings are tried.
 
     Raises
     ------
     RequestError
         If a method cannot encode the matrix, or none has anything to offer it.
     """
+    target = target or Counting()
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
     # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
@@ -176,15 +174,15 @@ def profile_site(
         try:
             if sample is not None and method.by_rows:
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
-                    packed, loss = sample.packed(form, resident), sample.loss(form)
+                    packed, loss = sample.packed(form, target.resident), sample.loss(form)
                     keep(method, setting, packed)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
+                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
-                    packed = pack(form, resident)
+                    packed = pack(form, target.resident)
                     keep(method, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss))
+                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss))
         except RequestError as error:
             raise RequestError(f"site {site.name!r}: {error}") from error
     if not curve.points:
@@ -193,12 +191,12 @@ def profile_site(
     return curve
 
 
-def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> bool:
+def _competitive(method: Method, sample: Sample, curve: Curve, target: Counting) -> bool:
     """Whether a method, tried on a sample as a matrix of its own, is as good as the curve so far.
 
     A method that looks at all rows together takes long on a large matrix, and is a gain on few of them.
     """
-    settings, reference = method.offered(sample.weight, sample.evidence, target), envelope(curve)
+    settings, reference = target.offers(method, sample.weight, sample.evidence), envelope(curve)
     if reference is None or not settings:
         return bool(settings)
     form = method.encode(sample.weight, settings[len(settings) // 2], sample.evidence)
@@ -207,14 +205,13 @@ def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> b
 
 
 def _walk(
-    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: str
+    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: Counting
 ) -> Iterator[tuple[Setting, Any]]:
     """Settings of a method from the middle outwards, until they leave the window or turn out hopeless.
 
-    For memory there are few of them, and all are tried: a budget is then used by no continuous setting, but by knowing
-    every choice.
+    A target that runs few of them tries all: a budget is then used by knowing every choice.
     """
-    settings = method.offered(weight, evidence, target)
+    settings = list(target.offers(method, weight, evidence))
     if not settings:
         return
     if method.elastic is not None:
@@ -251,7 +248,7 @@ def _walk(
                 return  # behind, and not catching up
 
     def order() -> Iterator[int]:
-        if target == "memory":
+        if target.exhaustive:
             yield from range(len(settings))
             return
         yield start

@@ -138,10 +138,9 @@ def allocate(
 def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
     """The error that names what can be reached."""
     limit = int(original_bytes / smallest * 100) / 100
-    least = "the smallest artifact of this source" if budget.target == "disk" else "in memory this source at least"
     return BudgetError(
-        f"{budget.asked} asks for {budget.bytes} bytes; {least} takes {smallest}. "
-        f"Ask for a ratio of at most {limit:g}.",
+        f"{budget.asked}: this source needs at least {smallest} {budget.unit}, the budget is {budget.bytes}; "
+        f"ask for a ratio of at most {limit:g}",
         limit,
     )
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from octavo.artifact.packing import DTYPES, dtype_name
-from octavo.errors import ArtifactError, OctavoError
+from octavo.errors import ArtifactError
+from octavo.sources.counts import check_counts, entries
 from octavo.sources.narrowing import FLOATS
 from octavo.system.strict_json import parse_object, read_plain
 
@@ -26,13 +27,6 @@ _NAMES = re.compile(
 )
 #: Bytes that such a file has at most.
 _MOST = 16 << 20
-#: Keys that count what is built: layers, heads, experts, labels.
-_COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$|^attention_types$")
-_DEEP = re.compile(r"layers?$|depths?$")
-#: Layers that a model may have beside those that have a tensor of their own: some share theirs.
-_LAYERS = 128
-#: More of anything no model has, unless a tensor has as many rows or columns.
-_MANY = 65_536
 _DTYPES = {*DTYPES, *map(dtype_name, FLOATS), "auto"}
 
 
@@ -98,7 +92,7 @@ def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, A
         raise ArtifactError(f"{file}: architectures is {str(classes)[:80]}, not a list of class names")
     if not isinstance(config.get("model_type", ""), str):
         raise ArtifactError(f"{file}: model_type is {str(config['model_type'])[:80]}, not a name")
-    for key, value in _entries(config):
+    for key, value in entries(config):
         _check_entry(file, key, value)
     check_counts(file, config, shapes, ArtifactError)
     return config
@@ -113,33 +107,11 @@ def check_options(file: Path, shapes: Collection[tuple[int, ...]]) -> None:
         If one does.
     """
     options = parse_object(read_plain(file, most=_MOST), file)
-    for key, value in _entries(options):
+    for key, value in entries(options):
         if key in ("transformers_weights", "quantization_config"):
             raise ArtifactError(f"{file}: {key} would lead the loader to other weights; remove the entry")
         _check_entry(file, key, value)
     check_counts(file, options, shapes, ArtifactError)
-
-
-def check_counts(
-    file: Path, config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], error: type[OctavoError]
-) -> None:
-    """Refuse a configuration with more layers, labels or heads than any model of its tensors has: they would be built.
-
-    Parameters
-    ----------
-    shapes
-        Those of the tensors.
-    error
-        What is raised.
-    """
-    largest = max((_MANY, *(size for shape in shapes for size in shape)))
-    for key, value in _entries(config):
-        most = _LAYERS + len(shapes) if _DEEP.search(key) else largest
-        numbers = [one for one in _leaves(value) if isinstance(one, int | float)]
-        if _COUNTS.search(key) and not all(number <= most for number in numbers):
-            raise error(f"{file}: {key} is {str(value)[:80]}; {len(shapes)} tensors fill no more than {most} of them")
-        if isinstance(value, list) and len(value) > largest:
-            raise error(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {largest}")
 
 
 def _check_entry(file: Path, key: str, value: Any) -> None:
@@ -151,26 +123,3 @@ def _check_entry(file: Path, key: str, value: Any) -> None:
     known = value is None or isinstance(value, dict) or (isinstance(value, str) and value in _DTYPES)
     if key in ("dtype", "torch_dtype") and not known:
         raise ArtifactError(f"{file}: {key} is {str(value)[:80]}, not the name of a dtype of floats")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """A value, or what a list holds, and lists in it."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, list):
-            todo += item
-        else:
-            yield item
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values at every level."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, dict):
-            yield from item.items()
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += [one for one in item if isinstance(one, dict | list)]

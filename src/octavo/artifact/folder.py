@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from octavo.errors import ArtifactError
+from octavo.system.paths import is_part
 
 #: Entries in an artifact's folder and in all below it.
 _MOST = 20_000
@@ -40,14 +41,3 @@ def check_folder(path: Path) -> None:
                 todo += [] if place == path and name.startswith(".") else [file]
             elif not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
                 raise ArtifactError(f"{file}: is no ordinary file; an artifact has none like it, remove it")
-
-
-def is_part(file: Path, folder: Path) -> bool:
-    """Whether what a link leads to is an ordinary file in ``folder``, or one that the hub's cache holds for it."""
-    try:
-        target, folder = file.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError):
-        return False
-    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
-    within = target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs))
-    return within and target.is_file()

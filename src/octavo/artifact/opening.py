@@ -13,8 +13,9 @@ from typing import Any
 
 from octavo.artifact.folder import check_folder
 from octavo.artifact.packing import is_shape, naturals
-from octavo.artifact.writing import FORMAT_VERSION, INDEX, MANIFEST, SUBFOLDER, WEIGHTS, unescaped
+from octavo.artifact.writing import FORMAT_VERSION, INDEX, MANIFEST, WEIGHTS, unescaped
 from octavo.errors import ArtifactError
+from octavo.sources.sentences import SUBFOLDER
 from octavo.sources.sites import DTYPES as CODES
 from octavo.system.strict_json import parse_object, read_plain
 from octavo.system.tensor_files import Place

@@ -26,8 +26,8 @@ DTYPES = {
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
 
-#: Bytes that a form takes in memory while it runs, if it has so many rows.
-Resident = Callable[[forms.Form, int], int]
+#: Bytes that a form takes in memory while it runs, if it has so many rows; None where they are not counted.
+Resident = Callable[[forms.Form, int], int | None]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -96,7 +96,7 @@ class Packed:
     codecs
         Bytes by codec, for the report.
     resident
-        Bytes that the form takes while it runs; None if that was not asked for.
+        Bytes that the form takes while it runs; None where they are not counted.
     """
 
     content: bytes | Stored | Sized
@@ -120,14 +120,6 @@ class Packed:
     def bytes(self) -> int:
         """Stored bytes of the content; its share of manifest and header is counted with the artifact."""
         return len(self.content)
-
-    def counted(self, target: str) -> int:
-        """What a budget of disk or memory counts."""
-        if target != "memory":
-            return self.bytes
-        if self.resident is None:
-            raise ValueError("of this form it is not known what it takes while it runs")
-        return self.resident
 
     @cached_property
     def crc(self) -> int:

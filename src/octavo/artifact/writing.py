@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,18 +24,17 @@ from octavo import coding
 from octavo.artifact.configuration import listed
 from octavo.artifact.packing import Packed, dtype_name
 from octavo.coding.container import DTYPES as INTEGERS
+from octavo.sources.sentences import split_name
 from octavo.sources.sites import Layout
 from octavo.system.raw import raw_bytes
+from octavo.system.replacing import MANIFEST
+from octavo.system.version import __version__
 
 FORMAT_VERSION = 1
-MANIFEST = "octavo.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 #: Larger artifacts are split into shards of at most this size.
 SHARD_BYTES = 4_000_000_000
-
-#: Sub-folders that may hold weights, such as ``2_Dense``.
-SUBFOLDER = re.compile(r"\d{1,3}_\w{1,64}", re.ASCII)
 
 #: What safetensors calls the dtypes that artifacts hold, in the order in which it writes them: so all are aligned.
 _CODES = {
@@ -208,11 +206,6 @@ class Contents:
         """Artifact bytes, exactly."""
         return sum(file.bytes for file in self._files().values())
 
-    @property
-    def counted(self) -> int:
-        """What the budget counts: artifact bytes, or those in memory if it was made for memory."""
-        return self.bytes if self.resident is None else self.resident
-
     def write(self, folder: Path, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
         """Write every file that counts, flushed to the disk.
 
@@ -235,8 +228,6 @@ class Contents:
                 os.fsync(out.fileno())
 
     def _files(self) -> dict[str, _File]:
-        from octavo import __version__
-
         manifest: dict[str, Any] = {
             "format": "octavo", "version": FORMAT_VERSION, "octavo": __version__, "source": self.source,
             "aliases": self.aliases, "files": {}, "sites": {}, "kept": {}, "coded": {},
@@ -284,12 +275,6 @@ def _by_folder(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
         if own or len(folders) == 1:
             result.update((folder + name, file) for name, file in _shards(own).items())
     return result
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """The sub-folder that a tensor lies in, with its slash, and its name there."""
-    folder, slash, inner = name.partition("/")
-    return (f"{folder}/", inner) if slash and SUBFOLDER.fullmatch(folder) and inner else ("", name)
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from octavo.calibration.calibrating import Calibration, check_outputs, count_seq
 from octavo.calibration.evidence import combined
 from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.calibration.objective import Objective
+from octavo.calibration.runner import Runner
 from octavo.calibration.watches import Watches
-from octavo.calibration.workspace import SCRATCH, Workspace
+from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import OctavoError, RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Site, Source
@@ -75,7 +76,7 @@ class States:
         shutil.rmtree(self.folder / boundary, ignore_errors=True)
 
 
-class Blockwise:
+class Blockwise(Runner):
     """A transformers model that is run with one block's weights in memory.
 
     Parameters
@@ -110,14 +111,14 @@ class Blockwise:
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         *,
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
-        """Evidence of all sites, written to the workspace block by block; a killed run goes on where it was.
+        """Evidence of all sites, kept in a folder of work block by block; a killed run goes on where it was.
 
         Parameters and errors are those of :func:`octavo.calibration.calibrating.calibrate`, but for ``curvature``,
         which must be ``kfac``.
@@ -227,7 +228,7 @@ class _Evidence:
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         seed: int,
         text: str,
         progress: Callable[[int, int], Any],

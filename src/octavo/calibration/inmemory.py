@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from octavo.calibration.blocks import Blocks
 from octavo.calibration.calibrating import Calibration, calibrate
 from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import Workspace
+from octavo.calibration.runner import Runner
+from octavo.calibration.work_folder import WorkFolder
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.modules import own_tensors
@@ -24,7 +25,7 @@ from octavo.system.matmul import fast_matmul
 _REFERENCE_BYTES = 1 << 28
 
 
-class InMemory:
+class InMemory(Runner):
     """A module that is run as it is."""
 
     def __init__(self, source: Source) -> None:
@@ -40,14 +41,14 @@ class InMemory:
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         *,
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
-        """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), written to the workspace."""
+        """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), kept in a folder of work."""
         with replaced(self.module, self.folded):
             found = calibrate(
                 self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress

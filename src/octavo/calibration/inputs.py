@@ -13,15 +13,27 @@ from octavo.calibration.blockwise import Blockwise
 from octavo.calibration.calibrating import MINIMUM_SEQUENCES
 from octavo.calibration.inmemory import InMemory
 from octavo.calibration.objective import Loss, Objective, fitting, objective
+from octavo.calibration.purposes import default_objective
+from octavo.calibration.runner import Runner
 from octavo.calibration.trying import returned, rows_are_examples, try_batches
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, converted, described, has_rows, left_out, select, sequences_in, whole
+from octavo.sources.encoders import SentenceEncoder
 from octavo.sources.files import from_path
+from octavo.sources.loading import load_weights
 from octavo.sources.modules import unwrapped
 from octavo.sources.pretrained import adopt, is_pretrained
-from octavo.sources.sentences import SentenceEncoder, transformer_folder
+from octavo.sources.sentences import transformer_folder
 from octavo.sources.sites import Source, examine, from_module
 from octavo.sources.texts import builtin_texts, check_texts, cleaned, read_texts
+from octavo.sources.tokens import (
+    check_tokens,
+    context_of,
+    is_causal,
+    missing_for_texts,
+    text_batches,
+    window_batches,
+)
 from octavo.system.progress import Progress, silent
 
 #: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
@@ -34,13 +46,11 @@ MOST_TEXTS = 1024
 WINDOW = 256
 
 
-def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> InMemory | Blockwise:
+def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> Runner:
     """The model of a source, to be run; that of a folder is loaded now, or block by block whenever it is run."""
     if source.is_skeleton:
         if blockwise:
             return Blockwise(source, scratch)
-        from octavo.integrations.transformers import load_weights
-
         load_weights(source)
     return InMemory(source)
 
@@ -97,14 +107,6 @@ def load_data(
             raise RequestError(
                 f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
             )
-        from octavo.sources.tokens import (
-            context_of,
-            is_causal,
-            missing_for_texts,
-            text_batches,
-            window_batches,
-        )
-
         folder = transformer_folder(folder)
         missing = missing_for_texts(source.module, folder)
         if missing:
@@ -161,8 +163,6 @@ def prepared(source: Source, wanted: Objective, batches: Sequence[Batch]) -> lis
     """
     assert source.module is not None
     if source.is_transformers:
-        from octavo.sources.tokens import check_tokens
-
         check_tokens(source.module, batches)
     if not source.is_skeleton:
         try_batches(wanted, source.module, batches)
@@ -252,8 +252,6 @@ def choose_objective(source: Source, wanted: str | Objective | None, batches: Se
         return objective(wanted)
     known = source.module is not None and is_pretrained(source.module)
     if source.is_transformers or source.is_encoder or known:
-        from octavo.integrations.tasks import default_objective
-
         return default_objective(source, source.folder)
     if source.module is None or not batches:
         return objective("kl")

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octavo.sources.model_kinds import is_paired, takes_tokens
+
 #: What models hand on to their next call, and what they only show of their inside.
 _NOT_COMPARED = {
     "past_key_values", "encoder_past_key_values", "decoder_past_key_values", "cache_params", "state", "mems",
@@ -84,16 +86,3 @@ def mask_for(name: str, tensor: Tensor, module: nn.Module, batch: Any) -> Tensor
     elif takes_tokens(module):
         mask = batch.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == tensor.shape[:2] else None
-
-
-def is_paired(module: nn.Module, batch: Any = None) -> bool:
-    """Whether a module has an encoder and a decoder, so that its outputs are those of the decoder."""
-    config = getattr(module, "config", None)
-    named = isinstance(batch, Mapping) and any(str(key).startswith("decoder_") for key in batch)
-    return named or bool(getattr(config, "is_encoder_decoder", False))
-
-
-def takes_tokens(module: nn.Module | None) -> bool:
-    """Whether the first input of a model is tokens; any module that does not say so is believed to take them."""
-    main = getattr(module, "main_input_name", "input_ids")
-    return main == "input_ids"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from octavo.calibration.outputs import OTHER_SENSES, is_paired
+from octavo.calibration.outputs import OTHER_SENSES
 from octavo.sources.batches import Batch, mask_of
+from octavo.sources.model_kinds import is_paired
 
 #: Attention of a decoder to the states of its encoder, by what models call it, and the layers of it that read these.
 _CROSS = ("cross", "encoder_attn", "EncDecAttention", "encoder_decoder")

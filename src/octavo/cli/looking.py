@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-import octavo
 from octavo import report
-from octavo.cli import command, console, options, show_json
+from octavo.artifact import Artifact
+from octavo.cli import options
+from octavo.cli.frame import command, console, show_json
 from octavo.methods import methods as known_methods
 from octavo.system.paths import checked
+from octavo.verification import evaluating, verifying
 
 ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 
@@ -23,7 +25,7 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo inspect folded
     """
-    opened = octavo.Artifact(checked(artifact))
+    opened = Artifact(checked(artifact))
     sites = {
         name: {"form": entry["form"]["form"], "shape": entry["shape"], "dtype": entry["dtype"], "bytes": _size(entry)}
         for name, entry in opened.sites.items()
@@ -74,7 +76,7 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo verify folded
     """
-    result = octavo.verify(checked(artifact))
+    result = verifying.verify(checked(artifact))
     if json_output:
         show_json(result)
         return
@@ -118,7 +120,7 @@ def evaluate(
 
     Example: octavo evaluate folded --metric perplexity --data book.txt
     """
-    result = octavo.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
+    result = evaluating.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
     if json_output:
         show_json(result)
         return

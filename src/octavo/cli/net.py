@@ -6,8 +6,8 @@ import errno
 import traceback
 from pathlib import Path
 
-import octavo
 from octavo.errors import OctavoError
+from octavo.system.version import __version__
 
 
 def unforeseen(error: Exception) -> OctavoError | None:
@@ -20,10 +20,10 @@ def unforeseen(error: Exception) -> OctavoError | None:
         return OctavoError(f"{where}: cannot be written: {error.strerror}; make room there, or write elsewhere")
     if isinstance(error, MemoryError):
         return OctavoError(f"memory ran out ({error or 'MemoryError'}); give the run more, or a smaller source")
-    own = Path(octavo.__file__).parent
+    own = Path(__file__).parents[1]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(own)]
     where = f"{Path(frames[-1].filename).relative_to(own.parent)}, line {frames[-1].lineno}" if frames else "octavo"
     return OctavoError(
-        f"{where}: unforeseen {type(error).__name__}: {error}; this is a fault of Octavo {octavo.__version__}, please "
+        f"{where}: unforeseen {type(error).__name__}: {error}; this is a fault of Octavo {__version__}, please "
         "report it with the command"
     )

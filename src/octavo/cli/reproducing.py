@@ -9,8 +9,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from octavo.cli import command, console, errors, options, show_json
+from octavo.cli import options
+from octavo.cli.frame import command, console, errors, show_json
 from octavo.errors import OctavoError, RequestError
+from octavo.recipes import Trial, get_recipe, recipes
+from octavo.recipes import results as store
 from octavo.system.paths import checked, checked_output
 from octavo.system.replacing import check_kind
 from octavo.system.visible import visible
@@ -38,9 +41,6 @@ def reproduce(
 
     Example: octavo reproduce alds --quick
     """
-    from octavo.recipes import get_recipe, recipes
-    from octavo.recipes import results as store
-
     if sum([name is not None, listed, every, page]) != 1:
         raise RequestError(
             "give the name of one recipe, or --list, --all or --page; octavo reproduce --list shows them"
@@ -98,28 +98,27 @@ def _check(results: Path | None, *, page: bool, listed: bool, quick: bool, seed:
 
 
 def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str, Any]:
-    from octavo.recipes import Trial
-    from octavo.recipes.results import reproduce as run
-
     if not json_output:
         console.print(f"{recipe.system}: {recipe.source}")
         console.print(f"claim: {recipe.claim}")
     with errors.status(Text(f"{recipe.name} ...")) if errors.is_terminal else _Silent() as status:
-        result = run(recipe, Trial(quick, seed, lambda text: status.update(Text(visible(f"{recipe.name}: {text}")))))
+        result = store.reproduce(
+            recipe, Trial(quick, seed, lambda text: status.update(Text(visible(f"{recipe.name}: {text}"))))
+        )
     if not json_output:
         _show(result)
     return result
 
 
 def _show(result: dict[str, Any]) -> None:
-    from octavo.recipes.results import figure
-
     also = list(dict.fromkeys(key for arm in result["arms"] for key in arm["also"]))
     table = Table("arm", "bytes", result["metric"], "spread", *also)
     for arm in result["arms"]:
-        spread = "-" if arm["spread"] is None else figure(arm["spread"])
-        others = [figure(arm["also"][key]) if key in arm["also"] else "-" for key in also]
-        table.add_row(arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", figure(arm["mean"]), spread, *others)
+        spread = "-" if arm["spread"] is None else store.figure(arm["spread"])
+        others = [store.figure(arm["also"][key]) if key in arm["also"] else "-" for key in also]
+        table.add_row(
+            arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", store.figure(arm["mean"]), spread, *others
+        )
     console.print(table)
     for check in result["checks"]:
         console.print(f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}")
@@ -130,8 +129,6 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _list(found: list[dict[str, Any]], json_output: bool) -> None:
-    from octavo.recipes.results import outdated
-
     if json_output:
         show_json(found)
         return
@@ -139,7 +136,7 @@ def _list(found: list[dict[str, Any]], json_output: bool) -> None:
     for entry in found:
         result = entry["result"]
         verdict = "none" if result is None else "holds" if result["holds"] else "does not hold at this scale"
-        when = "" if result is None else f" ({result['date']}{', before a change' * outdated(result)})"
+        when = "" if result is None else f" ({result['date']}{', before a change' * store.outdated(result)})"
         table.add_row(entry["name"], entry["system"], entry["source"], entry["claim"], verdict + when)
     console.print(table)
 

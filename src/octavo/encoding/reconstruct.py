@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.artifact import Packed, pack, unpack
-from octavo.calibration.calibrating import Calibration
+from octavo.allocation.encoded import as_weights, form_of
+from octavo.allocation.opened import Opened, Run
+from octavo.artifact import Packed, pack
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Loss
 from octavo.encoding.finish import Built
-from octavo.encoding.job import Job
 from octavo.forms import row_scaled
 from octavo.sources.batches import Batch, Whole, select, sequences_in
 from octavo.sources.modules import own_tensors
@@ -44,52 +44,53 @@ _ROW_BYTES, _SITE_BYTES = 0.5, 120
 _LARGEST_SHARE = 0.006
 
 
-def reserve(job: Job, budget: int, preset: str) -> int:
+def reserve(opened: Opened, budget: int) -> int:
     """Bytes to leave free for gains, 0 if there will be none."""
-    if preset not in POSITIONS or not _possible(job):
+    if opened.request.preset not in POSITIONS or not _possible(opened):
         return 0
-    sites = [job.site(name) for name in _linear(job)]
+    sites = [opened.site(name) for name in _linear(opened)]
     wanted = math.ceil(sum(_ROW_BYTES * site.rows + _SITE_BYTES for site in sites))
     return wanted if wanted <= _LARGEST_SHARE * budget else 0
 
 
-def reconstruct(job: Job, calibration: Calibration, built: Built, budget: int, preset: str) -> Built:
+def reconstruct(run: Run, built: Built, budget: int) -> Built:
     """A built plan with its norms, biases and row gains fitted; the plan as it was if that is not better.
 
     Parameters
     ----------
     budget
         Bytes that the artifact may take. Gains are left out if they do not fit.
-    preset
-        Tells how long to learn; ``fast`` does not learn.
     """
-    if preset not in POSITIONS or not _possible(job) or not built.quality > 0:
+    preset = run.opened.request.preset
+    if preset not in POSITIONS or not _possible(run.opened) or not built.quality > 0:
         return built
-    fit = _Fit(job, calibration, built)
+    fit = _Fit(run, built)
     fit.learn(POSITIONS[preset])
     for gains in (True, False):
         found = fit.built(gains=gains)
         if found.bytes <= budget and found.quality < built.quality:
             return found
-    job.notes.append("reconstruction of norms, biases and row gains did not help on held-back data and was left out")
+    run.opened.notes.append(
+        "reconstruction of norms, biases and row gains did not help on held-back data and was left out"
+    )
     return built
 
 
-def _possible(job: Job) -> bool:
+def _possible(opened: Opened) -> bool:
     # A loss with labels of its own is no distance from the source: to lower it further would be training.
     # A model that does not fit in memory has no gradients from end to end.
     # A kernel that runs packed codes has no place for gains.
-    whole = job.measurable and not job.source.is_skeleton and job.target == "disk"
-    return whole and bool(job.calibration_data) and not isinstance(job.objective, Loss)
+    whole = opened.measurable and not opened.source.is_skeleton and opened.target.tunable
+    return whole and bool(opened.calibration_data) and not isinstance(opened.objective, Loss)
 
 
-def _linear(job: Job) -> dict[str, nn.Module]:
+def _linear(opened: Opened) -> dict[str, nn.Module]:
     """Sites whose rows are outputs of a linear layer, with their modules."""
     found: dict[str, nn.Module] = {}
-    for site in job.sites:
-        owner = job.source.owner(site.name)
+    for site in opened.sites:
+        owner = opened.source.owner(site.name)
         turns = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"
-        if owner is not None and turns and site.kind == "linear" and site.name not in job.pinned:
+        if owner is not None and turns and site.kind == "linear" and site.name not in opened.pinned:
             found[site.name] = owner
     return found
 
@@ -97,13 +98,14 @@ def _linear(job: Job) -> dict[str, nn.Module]:
 class _Fit:
     """What is learned: relative changes of kept tensors and of rows, all zero at first."""
 
-    def __init__(self, job: Job, calibration: Calibration, built: Built) -> None:
-        self.job, self.old = job, built
-        assert job.source.module is not None
-        self.module = job.source.module
-        self.parameters = job.source.direct
-        self.weights = {**job.source.folded, **job.weights(built.packed)}
-        self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
+    def __init__(self, run: Run, built: Built) -> None:
+        opened, calibration = run.opened, run.calibration
+        self.run, self.opened, self.old = run, opened, built
+        assert opened.source.module is not None
+        self.module = opened.source.module
+        self.parameters = opened.source.direct
+        self.weights = {**opened.source.folded, **as_weights(opened, built.packed)}
+        self.examples = max(sum(map(sequences_in, opened.calibration_data)), 1)
         self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
         state = own_tensors(self.module)
         self.start: dict[str, Tensor] = {}
@@ -114,13 +116,13 @@ class _Fit:
             weight = kept.tensor().float()
             learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
             # What is coded as bits would take bytes that nobody planned for.
-            learnable = learnable and not kept.coded and not job.left[name].startswith("ignored")
+            learnable = learnable and not kept.coded and not opened.left[name].startswith("ignored")
             if learnable and weight.any() and weight.isfinite().all():
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
                 self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
         self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
-        self.owners = {name: owner for name, owner in _linear(job).items() if name in built.packed}
-        self.rows = {name: torch.zeros(job.site(name).rows) for name in self.owners}
+        self.owners = {name: owner for name, owner in _linear(opened).items() if name in built.packed}
+        self.rows = {name: torch.zeros(opened.site(name).rows) for name in self.owners}
 
     def kept(self) -> dict[str, Tensor]:
         """Kept tensors as they are now."""
@@ -129,29 +131,29 @@ class _Fit:
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
-        batches = [piece for batch in self.job.calibration_data for piece in _pieces(batch, size)]
+        batches = [piece for batch in self.opened.calibration_data for piece in _pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.rows.values()]
         optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
         )
-        for step, batch in enumerate(_repeated(batches, steps, self.job.seed)):
+        for step, batch in enumerate(_repeated(batches, steps, self.opened.request.seed)):
             self._gradients(batch)
             optimizer.step()
             schedule.step()
-            self.job.progress("reconstruct", step + 1, steps)
+            self.run.progress("reconstruct", step + 1, steps)
 
     def _gradients(self, batch: Batch) -> None:
         """Set the gradient of every change to that of the mean divergence of a batch."""
-        objective, kept = self.job.objective, self.kept()
+        objective, kept = self.opened.objective, self.kept()
         device = next(self.module.parameters()).device.type
         coarse = self.old.quality > _COARSE
         state = own_tensors(self.module)
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.module, {}):
                 reference = objective.outputs(self.module, batch)
-            new = self.job.source.placed({**self.weights, **kept})
+            new = self.opened.source.placed({**self.weights, **kept})
             learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
             rows = {name: change.requires_grad_(True) for name, change in self.rows.items()}
             with replaced(self.module, new), _scaled(self.owners, rows):
@@ -166,7 +168,7 @@ class _Fit:
 
     def built(self, *, gains: bool) -> Built:
         """The plan with what was learned, as it will be stored, measured on held-back data."""
-        job, old = self.job, self.old
+        opened, old = self.opened, self.old
         packed = {**old.packed, **(self._scaled_forms() if gains else {})}
         kept = dict(old.contents.kept)
         for name, tensor in self.kept().items():
@@ -177,14 +179,21 @@ class _Fit:
         total = contents.bytes
         plan = replace(old.plan, points=points, fixed_bytes=total - sum(item.bytes for item in packed.values()))
         stored = {name: item.given for name, item in kept.items()}
-        losses = job.measure(Lazily({**job.weights(packed).made, **stored})).double()
-        return Built(plan, packed, contents, total, float(losses.mean()), float(losses.quantile(0.95)))
+        losses = self.run.measure(Lazily({**as_weights(opened, packed).made, **stored})).double()
+        return Built(
+            plan,
+            packed,
+            contents,
+            total,
+            opened.target.total(contents),
+            float(losses.mean()),
+            float(losses.quantile(0.95)),
+        )
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}
         for name, change in self.rows.items():
-            item, site = self.old.packed[name], self.job.site(name)
-            base = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
+            base = form_of(self.opened.site(name), self.old.packed[name])
             form = row_scaled(base, 1 + change)
             if form is not base:
                 result[name] = pack(form)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo import coding
 from octavo.forms.base import Form, child, elements, expect, expect_integers, form, nest
 
 
@@ -48,8 +49,6 @@ class Sparse(Form):
         return (self.mask.shape[0], self.mask.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        from octavo import coding
-
         if self.pattern is not None:
             keep, group = self.pattern
             powers = 2 ** torch.arange(group)

@@ -20,11 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.artifact import MANIFEST, Artifact
-from octavo.artifact.writing import split_name
 from octavo.errors import ArtifactError
 from octavo.integrations.as_weight import chosen
 from octavo.integrations.trust import root_of
 from octavo.sources.names import names_of
+from octavo.sources.sentences import split_name
 from octavo.system.notes import OctavoWarning
 
 #: A model may have this many times the bytes of its tensors in the files, as tied weights have, and 64 MB.

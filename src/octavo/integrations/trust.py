@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from typing import Any
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.configuration import CONFIG, check_config, check_options
 from octavo.errors import ArtifactError, OctavoError
-from octavo.sources.bounded import bounded
+from octavo.sources.bounded import bounded_by
 from octavo.sources.sentences import check_members, listed, transformer_folder
 from octavo.sources.weight_files import is_weights
 from octavo.system.notes import OctavoWarning
@@ -147,9 +146,8 @@ def guard_encoders(module: Any) -> None:
             return
         artifact = trusted(root)
         check_members(root)
-        shapes = artifact.loadable_shapes().values()
         try:
-            with known(artifact), bounded(len(shapes), sum(map(math.prod, shapes))):
+            with known(artifact), bounded_by(artifact.loadable_shapes().values()):
                 usual(self, model_name_or_path, *args, **kwargs)
         except OctavoError:
             raise

@@ -17,12 +17,12 @@ from torch.nn import functional
 
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Dense, Form, LowRank, RowBlocks, Sparse
-from octavo.integrations.transformers import require_transformers
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.dictionaries import Shape, learn, split
 from octavo.methods.prune.masks import largest, largest_by_group
 from octavo.recipes import Arm, Check, Finding, Trial, data, difference, recipe
 from octavo.recipes.stored import quantized, through_file
+from octavo.sources.model_classes import require_transformers
 from octavo.sources.sites import Layout
 from octavo.sources.texts import builtin_texts
 from octavo.sources.tokens import text_batches

@@ -21,10 +21,12 @@ from octavo.errors import OctavoError
 from octavo.forms import Dense, Form
 from octavo.methods import Setting, get_method
 from octavo.methods.factorize.eora import compensated
-from octavo.opening import open_job
+from octavo.opening import open_request
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Difference, Finding, Trial, difference, recipe
 from octavo.recipes.stored import Stored, quantized, through_file
+from octavo.request import Request
+from octavo.targets import get_target
 from octavo.training import next_token
 
 #: How models are compressed before anything is put back: a method and its setting.
@@ -111,7 +113,8 @@ def _drawn(windows: Tensor, seed: int, count: int) -> list[Batch]:
 
 def _minilm(trial: Trial, arms: dict[str, Arm], ranks: Sequence[int]) -> None:
     """Columns of what happens to MiniLM's embeddings of held-back sentences; in quick runs in its first layer."""
-    job = open_job(data.minilm(), None, None, ["keep"], "fast", (), {}, trial.first_seed, silent)
+    asked = Request(data.minilm(), methods=["keep"], preset="fast", seed=trial.first_seed)
+    job = open_request(asked, get_target("disk"), silent)
     model_of(job.source, blockwise=False)
     assert job.source.module is not None
     texts, held = job.calibration_data, job.held_data

@@ -17,7 +17,6 @@ from octavo.calibration.evidence import Evidence
 from octavo.calibration.objective import Cosine
 from octavo.errors import OctavoError
 from octavo.forms import Dense, Form, LowRank, RowBlocks
-from octavo.integrations.transformers import require_transformers
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import Block, grouped
@@ -27,6 +26,7 @@ from octavo.recipes import data
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.results import figure
 from octavo.recipes.stored import Stored, through_file
+from octavo.sources.model_classes import require_transformers
 from octavo.sources.tokens import text_batches
 
 #: Times smaller than the table in 32 bits.

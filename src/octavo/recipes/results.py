@@ -16,11 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import octavo
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.recipes.base import Finding, Recipe, Trial, recipes
 from octavo.report.gather import environment
+from octavo.system.atomic import write_file
+from octavo.system.version import __version__
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")
 
@@ -33,7 +33,7 @@ _KEYS = {
 
 def folder() -> Path:
     """Where full results are read and written: ``docs/results`` of the checkout, or of the current folder."""
-    checkout = Path(octavo.__file__).parents[2]
+    checkout = Path(__file__).parents[3]
     return (checkout if (checkout / "pyproject.toml").exists() else Path()) / "docs" / "results"
 
 
@@ -220,7 +220,7 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found.setdefault("octavo", octavo.__version__)
+    found.setdefault("octavo", __version__)
     return found
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from octavo.errors import MissingExtraError, RequestError
+from octavo.errors import RequestError
+from octavo.report import sections, sites
 from octavo.report.markup import join
 from octavo.report.summary import headline
 from octavo.report.text import moment, plain
@@ -48,12 +49,6 @@ def write(data: dict[str, Any], path: Path) -> None:
 
 
 def _render(data: dict[str, Any]) -> str:
-    try:
-        from octavo.report import sections, sites
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise MissingExtraError("the HTML report needs matplotlib: pip install octavo[report]") from error
     order = (
         sections.outcome,
         sections.tradeoff,

@@ -4,20 +4,22 @@ Every picture is drawn twice, for a wide and for a narrow page, because an SVG t
 scaled down to a phone has unreadable labels.
 """
 
+from __future__ import annotations
+
 import html
 import io
 import re
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
+from octavo.errors import MissingExtraError
 from octavo.report.text import figures, known, percent, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Matplotlib wants colours, the page wants CSS variables: each role is drawn in a colour that
 # nothing else has, and replaced by its variable afterwards.
@@ -65,6 +67,13 @@ def lengths(data: dict[str, Any]) -> str:
 
 def _pair(name: str, label: str, wide: float, narrow: float, draw: Callable[[Figure, bool], None]) -> str:
     """Draw for both widths of the page, with the heights ``wide`` and ``narrow`` in inches."""
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise MissingExtraError("the HTML report needs matplotlib: pip install octavo[report]") from error
     pictures = []
     for kind, width, height in (("wide", 9.0, wide), ("narrow", 4.1, narrow)):
         with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
@@ -151,6 +160,8 @@ def _axes(figure: Figure, together: bool, metric: str) -> tuple[Axes, Axes]:
 
 
 def _scales(loss: Axes, measured: Axes, together: bool, wide: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
     number = FuncFormatter(lambda value, _: figures(value))
     loss.set_yscale("log")
     low, high = loss.get_ylim()
@@ -166,6 +177,8 @@ def _scales(loss: Axes, measured: Axes, together: bool, wide: bool) -> None:
 
 
 def _lengths(figure: Figure, histogram: dict[str, Any]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     weights, edges = list(histogram["weights"]), list(histogram["bins"])
     if len(edges) == len(weights):  # left edges only
         edges.append(edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch.nn.modules.module import (
@@ -69,3 +70,8 @@ def bounded(tensors: int, elements: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def bounded_by(shapes: Collection[tuple[int, ...]]) -> AbstractContextManager[None]:
+    """:func:`bounded` by files that hold tensors of these shapes."""
+    return bounded(len(shapes), sum(map(math.prod, shapes)))

@@ -12,15 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.sources.sentences import (
-    bind_encoder,
-    is_installed,
-    load_encoder,
-    members,
-    transformer_folder,
-    weight_folders,
-)
+from octavo.sources.encoders import bind_encoder, is_installed, load_encoder
+from octavo.sources.gguf import gguf_file, open_gguf
+from octavo.sources.model_classes import read_config
+from octavo.sources.sentences import members, transformer_folder, weight_folders
 from octavo.sources.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
+from octavo.sources.skeletons import attach_module
 from octavo.sources.weight_files import beside, weight_files
 from octavo.system.paths import checked
 from octavo.system.tensor_files import Place, offsets
@@ -45,8 +42,6 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
     path = Path(os.path.abspath(checked(path)))
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder")
-    from octavo.sources.gguf import gguf_file, open_gguf
-
     quantized = gguf_file(path)
     if quantized is not None:
         return open_gguf(quantized)
@@ -60,11 +55,8 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         strange += [] if found.usual else [file.name for file in found.files]
     inner = transformer_folder(path)
     config = inner / "config.json" if inner.is_dir() else None
-    if config is not None and config.exists():
-        from octavo.integrations.transformers import read_config
-
-        if read_config(inner).get("quantization_config"):
-            raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
+    if config is not None and config.exists() and read_config(inner).get("quantization_config"):
+        raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
     source = _from_files(path, files, promised)
     if path.is_dir():
         left = beside(path, [*(file for _, file in files), *indexes])
@@ -74,8 +66,6 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         source.aliases[alias] = name
         del source.shapes[alias], source.dtypes[alias]
     if config is not None and config.exists():
-        from octavo.integrations.transformers import attach_module
-
         source.is_transformers = True
         if module and strange:
             source.notes.append(

@@ -7,12 +7,14 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from octavo.sources.sites import Source
+from octavo.errors import RequestError
+from octavo.sources.names import names_of
+from octavo.sources.sites import Source
+from octavo.sources.skeletons import skeleton
 
 #: What a tokenizer or processor is saved as, beside the weights that the model came from.
 _TOKENIZER = (
@@ -34,10 +36,6 @@ def adopt(source: Source, module: Any) -> None:
 
     A model whose tensors are not those of its configuration stays a plain module, with a note.
     """
-    from octavo.errors import RequestError
-    from octavo.integrations.transformers import skeleton
-    from octavo.sources.names import names_of
-
     folder = tempfile.TemporaryDirectory(prefix="octavo-config-")
     weakref.finalize(source, folder.cleanup)
     place = Path(folder.name)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.outputs import is_paired, takes_tokens
 from octavo.errors import RequestError
-from octavo.integrations.transformers import require_transformers
+from octavo.sources.model_classes import require_transformers
+from octavo.sources.model_kinds import is_paired, takes_tokens
 from octavo.sources.texts import MINIMUM_TEXTS
 
 #: Longer texts are cut: calibration gains little from them and costs the square of their length.

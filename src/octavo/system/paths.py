@@ -61,3 +61,14 @@ def reason(error: Exception) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:60]}…{text[-40:]}"
+
+
+def is_part(file: Path, folder: Path) -> bool:
+    """Whether what a link leads to is an ordinary file in ``folder``, or one that the hub's cache holds for it."""
+    try:
+        target, folder = file.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError):
+        return False
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
+    within = target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs))
+    return within and target.is_file()

@@ -9,9 +9,12 @@ import tempfile
 from pathlib import Path
 
 from octavo.errors import OctavoError, RequestError
+from octavo.system.sealed import JOB
 
+#: The file of an artifact that says how to read the others.
+MANIFEST = "octavo.json"
 #: Files of which one is in every folder that Octavo wrote: the manifest of an artifact, the job of a workspace.
-OWN = ("octavo.json", "job.json")
+OWN = (MANIFEST, JOB)
 #: What the names of folders go on with that are written, or were moved out of the way, beside the output.
 NEW, OLD = ".octavo-new.", ".octavo-old."
 #: And of those by which a file system is asked whether it can be written.

@@ -11,17 +11,18 @@ import torch
 from torch import nn
 
 from octavo.artifact import MANIFEST, Artifact
-from octavo.artifact.writing import split_name
 from octavo.calibration import inputs
-from octavo.calibration.blockwise import Blockwise
-from octavo.calibration.inmemory import InMemory
 from octavo.calibration.objective import KL, Cosine, Objective
+from octavo.calibration.runner import Runner
 from octavo.errors import MissingExtraError, RequestError
+from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.memory import fits
-from octavo.sources.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.sources.sentences import members, split_name, transformer_folder
 from octavo.sources.sites import Source
+from octavo.sources.tokens import context_of, is_causal, text_batches, window_batches
 from octavo.system.matmul import fast_matmul
 from octavo.system.paths import checked, reason
+from octavo.verification.verifying import load
 
 METRICS = ("divergence", "spearman", "perplexity")
 #: Perplexity is measured on windows of this many tokens that do not overlap, or of the model's context if shorter.
@@ -114,8 +115,6 @@ def _open(path: Path, *, packed: bool) -> Source:
         if packed:
             raise RequestError(f"{path}: is no artifact, so it cannot run packed; compress it first")
         return inputs.open_source(path)
-    from octavo.verification.verifying import load
-
     artifact = Artifact(path)
     if members(path) and is_installed() and not packed:
         encoder = load_encoder(path)
@@ -135,13 +134,11 @@ def _open(path: Path, *, packed: bool) -> Source:
     return source
 
 
-def _model(source: Source) -> InMemory | Blockwise:
+def _model(source: Source) -> Runner:
     return inputs.model_of(source, blockwise=not fits(source, None))
 
 
 def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
-    from octavo.sources.tokens import text_batches
-
     try:
         from scipy.stats import spearmanr
     except ImportError as error:
@@ -175,8 +172,6 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
 
 
 def _perplexity(source: Source, data: Any) -> dict[str, Any]:
-    from octavo.sources.tokens import context_of, is_causal, window_batches
-
     if source.module is None or source.folder is None or not is_causal(source.module):
         raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
     texts, text = inputs.texts_of(data)

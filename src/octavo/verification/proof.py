@@ -14,12 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from octavo.allocation.opened import Run
 from octavo.artifact import Artifact
 from octavo.calibration.inmemory import scratch
-from octavo.encoding.job import Job
 from octavo.errors import ArtifactError, MissingExtraError
+from octavo.integrations.transformers import load_as_users_do
+from octavo.sources.encoders import load_encoder
 from octavo.sources.memory import fits
-from octavo.sources.sentences import load_encoder, members, transformer_folder
+from octavo.sources.model_classes import is_known, require_transformers
+from octavo.sources.names import names_of
+from octavo.sources.sentences import members, transformer_folder
+from octavo.sources.skeletons import skeleton
 from octavo.system.raw import Lazily
 from octavo.verification.probes import Outputs, probe
 from octavo.verification.verifying import load
@@ -53,7 +58,7 @@ class Proof:
     outputs: Outputs | None = None
 
 
-def prove(job: Job, artifact: Artifact) -> Proof:
+def prove(run: Run, artifact: Artifact) -> Proof:
     """Load an artifact the way its users do, and measure it on the data held back.
 
     Raises
@@ -62,36 +67,36 @@ def prove(job: Job, artifact: Artifact) -> Proof:
         If a part of the model is not filled by the artifact, or a part of the artifact finds no place, though the
         source's did.
     """
-    source = job.source
+    source = run.opened.source
     if source.is_transformers and source.folder is not None:
         try:
-            return _of_folder(job, artifact, source.folder)
+            return _of_folder(run, artifact, source.folder)
         except MissingExtraError as error:
             return Proof(why=str(error))
     if source.is_encoder:
         encoder = load_encoder(artifact.path)
-        return Proof("SentenceTransformer(path)", job.judge(encoder)) if job.measurable else Proof(why=_UNCOMPARED)
+        return (
+            Proof("SentenceTransformer(path)", run.judge(encoder)) if run.opened.measurable else Proof(why=_UNCOMPARED)
+        )
     if source.module is None:
         return Proof(why="no data were given" if source.path is None else "bare tensors have no model that runs")
-    if not job.held_data:
+    if not run.opened.held_data:
         return Proof(why="no data were given")
     module = source.module
     with scratch(module) as old:
         load(artifact.path, into=module)
-        losses = job.judge(module, old)
+        losses = run.judge(module, old)
         return Proof("octavo.load(path, into=module)", losses)
 
 
-def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
-    from octavo.integrations.transformers import is_known, load_as_users_do, require_transformers
-
-    source = job.source
+def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
+    source = run.opened.source
     require_transformers()
     inner = transformer_folder(folder)
     if not is_known(inner):
         return Proof(why="the architecture is not known to transformers; its own code is copied and never run here")
-    if source.is_skeleton or (source.module is None and not fits(source, job.memory)):
-        return _block_by_block(job, artifact)
+    if source.is_skeleton or (source.module is None and not fits(source, run.opened.memory)):
+        return _block_by_block(run, artifact)
     # A folder's model runs in float32, one that was given in memory as it is.
     own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
     options = {"dtype": own} if own is not None else {}
@@ -100,29 +105,26 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
     if members(folder):
         encoder = load_encoder(artifact.path)
         outputs = probe(load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE).model)
-        if job.measurable:
+        if run.opened.measurable:
             whole = encoder if source.is_encoder else loaded.model
-            return Proof("SentenceTransformer(path)", job.judge(whole), outputs=outputs)
+            return Proof("SentenceTransformer(path)", run.judge(whole), outputs=outputs)
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
-    losses = job.judge(loaded.model) if job.measurable else None
+    losses = run.judge(loaded.model) if run.opened.measurable else None
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in loaded.model.parameters()):
         loaded = load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE)
-    return Proof(loader, losses, "" if job.measurable else _UNCOMPARED, probe(loaded.model))
+    return Proof(loader, losses, "" if run.opened.measurable else _UNCOMPARED, probe(loaded.model))
 
 
-def _block_by_block(job: Job, artifact: Artifact) -> Proof:
+def _block_by_block(run: Run, artifact: Artifact) -> Proof:
     """The same for a model that does not fit in memory: names are matched on a skeleton, blocks run one by one."""
-    from octavo.integrations.transformers import skeleton
-    from octavo.sources.names import names_of
-
     model = skeleton(transformer_folder(artifact.path))
     found = names_of(model, artifact.loadable_shapes())
-    _check_keys(artifact.path, found.missing, found.unused, job.source.unfilled, job.source.unused)
+    _check_keys(artifact.path, found.missing, found.unused, run.opened.source.unfilled, run.opened.source.unused)
     loader = f"{type(model).__name__}, block by block"
-    if not job.measurable:
+    if not run.opened.measurable:
         return Proof(loader, why=_UNCOMPARED)
-    losses = job.measure(Lazily({name: partial(artifact.tensor, name) for name in artifact.names()}))
+    losses = run.measure(Lazily({name: partial(artifact.tensor, name) for name in artifact.names()}))
     return Proof(loader, losses)
 
 

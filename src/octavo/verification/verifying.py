@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError, RequestError
+from octavo.integrations.transformers import load_as_users_do, load_model
 from octavo.integrations.trust import trusted
 from octavo.runtimes.packed import held_bytes, packed_weight
 from octavo.runtimes.packed.factors import dense_again, is_factorization, run_as_factors
 from octavo.sources.batches import Batch
+from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.filling import fill
+from octavo.sources.model_classes import is_known
 from octavo.sources.modules import unwrapped
-from octavo.sources.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.sites import Progress
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
@@ -70,8 +73,6 @@ def load(
         return _with_factors(path, into, packed, batch)
     as_weight = packed_weight if packed else None
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
-        from octavo.integrations.transformers import is_known, load_model
-
         # The loader of transformers opens the files first, and believes what they say.
         artifact = trusted(path)
         if is_known(path):
@@ -256,8 +257,6 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
     """How the model was loaded, and how far its outputs are from those recorded."""
-    from octavo.integrations.transformers import load_as_users_do
-
     loaded = load_as_users_do(transformer_folder(path), {"dtype": torch.float32})
     found = probe(loaded.model)
     difference = float("inf") if found is None else wanted.differ(found)

@@ -7,12 +7,11 @@ tens of times slower.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import numpy as np
 
 from octavo.forms.trellis import LANES
-from octavo.methods.compiled import compiled
+from octavo.methods.quantize import viterbi_loops
 from octavo.methods.quantize.trellis_machine import BEFORE, LARGEST, REMAINDER, STATES
 
 _FAR = np.float32(1e30)
@@ -73,16 +72,9 @@ def _plain(
 
 def sweep() -> Callable[..., None] | None:
     """``sweep`` of :mod:`octavo.methods.quantize.viterbi_loops`, compiled; None without numba."""
-    return compiled(_loops().sweep)
+    return viterbi_loops.compiled_sweep()
 
 
 def _search() -> Callable[..., np.ndarray]:
     """The faster of the two that can be had."""
-    return compiled(_loops().search) or _plain
-
-
-def _loops() -> ModuleType:
-    """The loops to compile. Their module imports numba, which takes a second, so that it waits until it is needed."""
-    from octavo.methods.quantize import viterbi_loops
-
-    return viterbi_loops
+    return viterbi_loops.compiled_search() or _plain

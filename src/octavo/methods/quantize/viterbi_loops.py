@@ -1,4 +1,4 @@
-"""The loops of :mod:`octavo.methods.quantize.viterbi` for numba, which is imported with this module.
+"""The loops of :mod:`octavo.methods.quantize.viterbi` for numba, which takes a second to import: it waits for a call.
 
 ``sweep`` calls the compiled ``search`` as a global of its module. A compiled function that is passed as an argument
 has a type of its own in every process: numba would compile its caller each time, and keep it in its cache each time.
@@ -7,6 +7,7 @@ has a type of its own in every process: numba would compile its caller each time
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,20 @@ def search(
     return levels
 
 
-#: None where numba is not installed.
-_search: Any = compiled(search)
+#: What ``sweep`` calls; :func:`compiled_sweep` sets it.
+_search: Any = None
+
+
+def compiled_search() -> Callable[..., Any] | None:
+    """``search``, compiled; None without numba."""
+    return compiled(search)
+
+
+def compiled_sweep() -> Callable[..., Any] | None:
+    """``sweep``, compiled; None without numba."""
+    global _search
+    _search = compiled(search)
+    return compiled(sweep)
 
 
 def sweep(

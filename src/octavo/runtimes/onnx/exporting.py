@@ -14,7 +14,6 @@ import torch
 from octavo.calibration import inputs
 from octavo.calibration.calibrating import calibrate
 from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import write_file
 from octavo.errors import ArtifactError, OctavoError, RequestError
 from octavo.forms import Dense, Form
 from octavo.runtimes.onnx.activations import rounding_losses, watch
@@ -27,6 +26,7 @@ from octavo.runtimes.onnx.sessions import Session, require
 from octavo.runtimes.onnx.small import lower_small
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Source
+from octavo.system.atomic import write_file
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
 from octavo.system.raw import narrowed

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from octavo.artifact import MANIFEST, Artifact
+from octavo.artifact.configuration import CONFIG
 from octavo.calibration import inputs
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form
+from octavo.integrations.transformers import load_model
+from octavo.integrations.trust import trusted
 from octavo.runtimes.onnx.given import check_exportable
 from octavo.runtimes.onnx.small import packed_bytes
 from octavo.sources.files import from_path
+from octavo.sources.loading import load_transformer
+from octavo.sources.model_classes import is_known
 from octavo.sources.sites import Layout, Source
+from octavo.sources.skeletons import bind
 from octavo.system.paths import checked
 
 
@@ -42,27 +48,21 @@ class Opened:
 
 def open_model(path: str | Path) -> Opened:
     """An artifact or a model folder, ready to be traced."""
-    from octavo.integrations.transformers import bind, load_as_users_do
-    from octavo.sources.sentences import transformer_folder
-
     path = checked(path)
     if not (path / MANIFEST).exists():
         source = inputs.open_source(from_path(path))
         check_exportable(source)
         # The graph is that of the transformer: what an encoder does after it is no part of the file.
         if source.is_skeleton:
-            source.module = load_as_users_do(transformer_folder(path), {"dtype": torch.float32}).model
-            bind(source, source.module)
+            load_transformer(source, path)
             return Opened(source, dense_forms(source))
-    from octavo.verification.verifying import load
-
-    artifact = Artifact(path)
-    module = load(path)
-    if not isinstance(module, nn.Module):
+    artifact = trusted(path)
+    if not (path / CONFIG).exists() or not is_known(path):
         raise RequestError(
             f"{path}: holds bare tensors, which have no graph to export; load them into their module with "
             "octavo.load(path, into=module) and call torch.onnx.export"
         )
+    module = load_model(artifact)
     shapes = {name: tuple(entry["shape"]) for name, entry in artifact.sites.items()}
     source = Source(
         title=path.name, path=path, shapes=shapes, dtypes=dict.fromkeys(shapes, torch.float32), aliases={},

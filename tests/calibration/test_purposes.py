@@ -1,4 +1,4 @@
-"""What a model is for: the class that opens its folder, and what its quality means by default."""
+"""What quality means by default, by what the class of a model returns."""
 
 import json
 
@@ -8,8 +8,8 @@ import transformers as T
 from torch import nn
 
 from octavo.calibration.objective import KL, Cosine, Squared
+from octavo.calibration.purposes import default_objective, returned_fields
 from octavo.errors import RequestError
-from octavo.integrations.tasks import class_for, default_objective, returned
 from octavo.sources.files import from_path
 from octavo.sources.sites import from_module
 
@@ -20,7 +20,7 @@ TEXT = {
 SEEN = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16}
 VIT = T.ViTConfig(**SEEN, patch_size=8)
 CLIP = T.CLIPConfig(text_config=TEXT, vision_config={**SEEN, "patch_size": 8}, projection_dim=16)
-BERT, ROBERTA, MPNET = T.BertConfig(**TEXT), T.RobertaConfig(**TEXT), T.MPNetConfig(**TEXT)
+BERT, MPNET = T.BertConfig(**TEXT), T.MPNetConfig(**TEXT)
 
 
 def t5():
@@ -63,8 +63,8 @@ def test_returned_names_are_those_of_the_annotation():
         def forward(self, x) -> "tuple | T.modeling_outputs.MaskedLMOutput":
             return x
 
-    assert returned(T.BertForQuestionAnswering) >= {"start_logits", "end_logits"}
-    assert returned(Own) == set() and returned(nn.Linear) == set()
+    assert returned_fields(T.BertForQuestionAnswering) >= {"start_logits", "end_logits"}
+    assert returned_fields(Own) == set() and returned_fields(nn.Linear) == set()
 
 
 def written(model, folder, modules=None, **config):
@@ -79,29 +79,6 @@ def written(model, folder, modules=None, **config):
 
 
 TRANSFORMER = ("sentence_transformers.models.Transformer", "")
-
-
-@pytest.mark.parametrize(
-    ("model", "modules", "config", "expected"),
-    [
-        (T.MPNetForMaskedLM(MPNET), None, {}, T.MPNetForMaskedLM),
-        (T.MPNetForMaskedLM(MPNET), [TRANSFORMER], {}, T.MPNetModel),
-        (T.MPNetModel(MPNET), None, {"architectures": ["MPNetForMaskedLM"]}, T.MPNetModel),
-        (T.BertModel(BERT), None, {"architectures": ["BertForPreTraining"]}, T.BertModel),
-        (T.RobertaModel(ROBERTA), None, {"architectures": ["RobertaForSequenceClassification"]}, T.RobertaModel),
-        (T.BertModel(BERT), None, {"architectures": None}, T.BertModel),
-        (T.BertModel(BERT), None, {"architectures": ["BertForTelepathy"]}, T.BertModel),
-        (T.GPT2LMHeadModel(T.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)), None, {}, T.GPT2LMHeadModel),
-        (T.BertForMaskedLM(BERT), [("sentence_transformers.sparse_encoder.models.MLMTransformer", "")], {}, T.BertForMaskedLM),
-        (T.T5EncoderModel(t5()), [TRANSFORMER], {}, T.T5EncoderModel),
-        (T.T5ForConditionalGeneration(t5()), [TRANSFORMER], {}, T.T5EncoderModel),
-        (T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**TEXT)), None, {}, T.GPTNeoXForCausalLM),
-        (T.ViTForImageClassification(VIT), None, {}, T.ViTForImageClassification),
-        (T.CLIPModel(CLIP), None, {}, T.CLIPModel),
-    ],
-)  # fmt: skip
-def test_folders_are_opened_by_the_class_that_suits_their_files(model, modules, config, expected, tmp_path):
-    assert class_for(written(model, tmp_path, modules, **config)) is expected
 
 
 def test_a_body_that_names_a_head_is_measured_as_a_body(tmp_path):

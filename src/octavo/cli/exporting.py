@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-import octavo
-from octavo.cli import command, console, options, show_json
+from octavo.cli import options
+from octavo.cli.frame import command, console, show_json
+from octavo.runtimes.onnx import exporting
 
 MODEL = Annotated[str, typer.Argument(help="An artifact, or the folder of a transformers model.")]
 
@@ -50,7 +51,7 @@ def export(
 
     Example: octavo export folded --to onnx model.onnx
     """
-    result = octavo.export(
+    result = exporting.export(
         model, out, to=to, data=data, objective=objective, loss=loss, shape=shape, prefer=prefer, overwrite=overwrite
     )
     if json_output:

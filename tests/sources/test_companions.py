@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 import octavo
-from octavo.artifact.companions import copy_companions
+from octavo.sources.companions import copy_companions
 
 TOKENIZERS = [
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model", "sentencepiece.bpe.model",

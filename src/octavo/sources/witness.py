@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from octavo.artifact.companions import companion_files
 from octavo.errors import OctavoError, RequestError
+from octavo.sources.companions import companion_files
 from octavo.sources.sentences import transformer_folder, weight_folders
 from octavo.sources.weight_files import weight_files
 

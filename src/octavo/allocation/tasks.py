@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from octavo.allocation.counting import Counting
 from octavo.allocation.profiles import Curve, Point, Window, profile_site
 from octavo.artifact import Packed, Sized, pack, unpack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
-from octavo.runtimes.packed import resident_bytes
 from octavo.sources.sites import Site
 from octavo.system.matmul import fast_matmul
 
@@ -28,7 +28,7 @@ def profiled(
     methods: Sequence[Method],
     window: Window,
     pinned: tuple[str, Setting] | None,
-    target: str,
+    target: Counting,
 ) -> tuple[Curve, list[Made], Packed]:
     """A site's curve, the forms that are worth keeping, and the smallest form without its content.
 
@@ -39,7 +39,7 @@ def profiled(
     pinned
         The only method and setting, if the user chose them.
     target
-        What the bytes of a point are: ``disk`` or ``memory``.
+        What the bytes of a point are.
     """
     made: list[Made] = []
     outlines: list[Packed] = []
@@ -51,30 +51,30 @@ def profiled(
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 
     if pinned is None:
-        curve = profile_site(site, weight, evidence, methods, window, keep, target, resident_bytes)
+        curve = profile_site(site, weight, evidence, methods, window, keep, target)
     else:
-        packed = encoded(site, weight, evidence, *pinned)
+        packed = encoded(site, weight, evidence, *pinned, target)
         keep(get_method(pinned[0]), pinned[1], packed)
-        curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, packed.counted(target), 0.0)])
-    return curve, made, min(outlines, key=lambda packed: packed.counted(target))
+        curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, target.bytes(packed), 0.0)])
+    return curve, made, min(outlines, key=lambda packed: target.bytes(packed))
 
 
 @fast_matmul()
-def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting) -> Packed:
+def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting, target: Counting) -> Packed:
     """A site's form by one method and setting, as bytes."""
     try:
-        return pack(get_method(method).encode(weight, setting, evidence), resident_bytes)
+        return pack(get_method(method).encode(weight, setting, evidence), target.resident)
     except RequestError as error:
         raise RequestError(f"site {site.name!r}: {error}") from error
 
 
 @fast_matmul()
 def weighed(
-    site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting
+    site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting, target: Counting
 ) -> tuple[Packed, float] | None:
     """A site's form on disk by one method and setting and its expected loss; None if that is not offered there."""
     if setting not in get_method(method).at_site(site).settings(weight, evidence):
         return None
-    packed = encoded(site, weight, evidence, method, setting)
+    packed = encoded(site, weight, evidence, method, setting, target)
     form = unpack(memoryview(packed.blob), packed.parts, packed.meta, (site.rows, site.columns))
     return packed, evidence.loss(form.dense() - weight)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +20,20 @@ from torch import Tensor
 
 from octavo.artifact import Packed, Stored
 from octavo.calibration.calibrating import Calibration
-from octavo.calibration.evidence_folder import EvidenceFolder
-from octavo.calibration.witness import Witness
-from octavo.errors import OctavoError, RequestError
+from octavo.calibration.work_folder import SCRATCH, WorkFolder
+from octavo.errors import RequestError
+from octavo.sources.witness import Witness
+from octavo.system.atomic import write_file
 from octavo.system.locks import INSIDE
 from octavo.system.raw import raw_bytes
-from octavo.system.replacing import check_is_folder, check_kind
+from octavo.system.replacing import check_is_folder
 from octavo.system.sealed import JOB as _JOB
-from octavo.system.sealed import digest, place_in, sealed_json, unsealed_json
+from octavo.system.sealed import digest, place_in, unsealed_json
 
 _CALIBRATION, _PROFILE = "calibration.json", "profile.json"
-#: What the names of folders begin with that are needed while a run goes on, and swept by the next.
-SCRATCH = "octavo-states-"
 
 
-class Workspace:
+class Workspace(WorkFolder):
     """A folder of finished steps of one job.
 
     Parameters
@@ -64,9 +61,7 @@ class Workspace:
         resume: bool,
         witness: Witness | None = None,
     ) -> None:
-        self.path, self.witness = path, witness or Witness(None)
-        #: Notes on pieces that were damaged, and are made again.
-        self.damaged: list[str] = []
+        super().__init__(path, witness or Witness(None))
         try:
             check_is_folder(path)
             names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
@@ -109,42 +104,6 @@ class Workspace:
             "begin anew"
         )
 
-    def read_json(self, name: str, *, again: bool = False) -> dict[str, Any] | None:
-        """What was written under that name, or None.
-
-        Parameters
-        ----------
-        again
-            Whether what is damaged can be made again: it is then None as well, and a note says so.
-
-        Raises
-        ------
-        RequestError
-            If it is damaged, and cannot be made again.
-        """
-        try:
-            return unsealed_json(self.path, name, (self.path / name).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError) as error:
-            if again:
-                self._note(name)
-                return None
-            raise RequestError(f"{self.path / name}: damaged: {error}; remove {self.path} and start again") from error
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write JSON, whole or not at all."""
-        self.witness.check()
-        write_file(self.path / name, sealed_json(self.path, name, value))
-
-    def _note(self, name: str) -> None:
-        self.damaged.append(f"kept work was damaged and is made again ({name})")
-
-    @property
-    def evidence(self) -> EvidenceFolder:
-        """The evidence that was kept so far."""
-        return EvidenceFolder(self.path / "evidence")
-
     def save_calibration(self, calibration: Calibration) -> None:
         """Say that the evidence of all sites is there, and what it was gathered from."""
         data = {key: getattr(calibration, key) for key in ("sequences", "tokens", "text", "warnings")}
@@ -180,7 +139,7 @@ class Workspace:
         whole = len(content) >= split and content[:32] == digest(place_in(self.path, name), content[36:split])
         head = json.loads(bytes(content[36:split])) if whole else {}
         if not whole or zlib.crc32(content[split:]) != head["crc"]:
-            self._note(name)
+            self.note_damage(name)
             return None
         stored = Stored(path, split, len(content) - split, head["crc"])
         return Packed(stored, head["parts"], head["meta"], head["codecs"], head["resident"])
@@ -226,24 +185,6 @@ def _empty(path: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != INSIDE:
             entry.unlink()
-
-
-def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
-    """Write a file aside, flush it to the disk, and rename it into place."""
-    check_kind(path)
-    aside = path.with_name(path.name + ".part")
-    check_kind(aside)
-    try:
-        with open(aside, "wb") as file:
-            file.writelines(content)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise OctavoError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def hash_tensors(batches: Any) -> str:

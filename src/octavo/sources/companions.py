@@ -6,23 +6,17 @@ of the folder.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from octavo.artifact import MANIFEST
-from octavo.artifact.configuration import is_configuration
-from octavo.artifact.folder import is_part
-from octavo.sources.sentences import members, transformer_folder
+from octavo.sources.sentences import members
 from octavo.sources.weight_files import is_weights
+from octavo.system.paths import is_part
+from octavo.system.replacing import MANIFEST
 from octavo.system.sealed import JOB
-
-if TYPE_CHECKING:
-    from octavo.sources.sites import Source
 
 #: Names of files that are copied whatever their size, in lower case.
 _COPIED = re.compile(
@@ -78,29 +72,6 @@ def companion_files(source: Path) -> list[Path]:
     """The files that :func:`copy_companions` copies, relative to ``source``."""
     adapted = all((source / name).is_file() for name in _ADAPTER)
     return [relative for relative, reason in _choices(source, adapted=adapted) if reason is None]
-
-
-def configurations(source: Source) -> dict[str, bytes]:
-    """The configuration files of a source's artifact by their place in its folder, sub-folders with a slash.
-
-    They are the source's own, but for ``config.json`` of a model, which says that its weights are an artifact.
-    """
-    if source.folder is None:
-        return {}
-    inner = transformer_folder(source.folder)
-    found: dict[str, bytes] = {}
-    is_model = (inner / "config.json").exists()
-    if is_model or members(source.folder):
-        names = (file.as_posix() for file in companion_files(source.folder) if is_configuration(file.as_posix()))
-        found = {name: (source.folder / name).read_bytes() for name in names}
-    if is_model:
-        from octavo.integrations.transformers import artifact_config
-
-        # Also of an architecture that only the code beside it knows: whoever trusts that code can load the artifact.
-        dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
-        text = json.dumps(artifact_config(inner, dtype), indent=2) + "\n"
-        found[(inner / "config.json").relative_to(source.folder).as_posix()] = text.encode()
-    return found
 
 
 def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]]:
