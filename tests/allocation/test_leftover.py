@@ -71,7 +71,7 @@ def test_no_choice_that_fits_is_expected_to_lose_less(folded):
     points, left = done.built.plan.points, done.budget.bytes - done.built.counted
     assert left >= 0
     if done.built.refused:
-        assert "would fit, but with them the loss was no lower" in report["artifact"]["note"]
+        assert "would fit, but did not lower the measured loss" in report["artifact"]["note"]
         return
     moves = [
         (curve.site, point.bytes - points[curve.site].bytes, point.loss - points[curve.site].loss)

@@ -13,7 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import octavo
 
-FOLDED = "folded into the layer before"
+FOLDED = "folded into the preceding layer"
 
 
 def seasoned(module):

@@ -126,4 +126,4 @@ def test_a_forward_without_gradients_is_the_cause_that_is_told():
             return self.net(x)
 
     notes = [str(note) for note in octavo.compress(Frozen(), ratio=3, data=floats(), preset="fast").notes]
-    assert len(notes) == 1 and "no gradient goes through Frozen" in notes[0]
+    assert len(notes) == 1 and "no gradient passes through Frozen" in notes[0]

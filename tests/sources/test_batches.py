@@ -58,7 +58,7 @@ def test_a_loader_with_labels_works_and_says_what_goes_in():
     loader = DataLoader(TensorDataset(torch.randn(96, 64), torch.randint(0, 10, (96,))), 32)
     done = compressed(net(), loader)
     assert done.opened.measurable and sum(map(sequences_in, done.opened.held_data)) == 24
-    assert any("the first one goes in" in note for note in done.opened.notes)
+    assert any("the first one is used" in note for note in done.opened.notes)
 
 
 def test_keys_that_forward_does_not_take_are_left_out():

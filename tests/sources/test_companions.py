@@ -90,8 +90,8 @@ def test_links_that_leave_the_folder_and_pipes_are_not_followed(pair: tuple[Path
     assert files(artifact) == {"vocab.txt", "added_tokens.json"}
     assert not (artifact / "added_tokens.json").is_symlink()
     for part in (
-        "tokenizer.json (a link out of the folder)", "1_Pooling (a link to a folder)", "merges.txt (no ordinary file)",
-        "tokenizer_config.json (a link to nothing)",
+        "tokenizer.json (a link out of the folder)", "1_Pooling (a link to a folder)", "merges.txt (not a regular file)",
+        "tokenizer_config.json (a broken link)",
     ):  # fmt: skip
         assert part in note
 
@@ -113,7 +113,7 @@ def test_an_adapter_goes_with_its_weights_or_not_at_all(pair: tuple[Path, Path],
     (note,) = copy_companions(source, artifact)
     whole = weights == "adapter_model.safetensors"
     assert files(artifact) == ({"adapter_config.json", weights} if whole else set())
-    assert ("copied as it is, neither compressed nor counted" if whole else "was left behind") in note
+    assert ("copied unchanged, and neither compressed nor counted" if whole else "was not copied") in note
 
 
 def bert(folder: Path) -> Path:
@@ -135,7 +135,7 @@ def test_an_artifact_with_an_adapter_counts_the_model_alone(tmp_path: Path) -> N
     assert abs(report["artifact"]["bytes"] - alone) < 100
     assert {"adapter_config.json", "adapter_model.safetensors", "LICENSE"} <= files(out)
     notes = "\n".join(report["calibration"]["warnings"])
-    assert "not copied: corpus.txt" in notes and "the adapter beside the model is copied" in notes
+    assert "not copied: corpus.txt" in notes and "the adapter in the model's folder is copied" in notes
     assert octavo.verify(out)["weights_match"]
 
 

@@ -108,7 +108,7 @@ def test_evaluate_measures_the_packed_model(folded):
     folder, _, report = folded
     found = octavo.evaluate(folder / "out", against=folder / "source", data=BATCHES, packed=True)
     assert found["mean"] == pytest.approx(report["running"]["quality"], rel=0.5, abs=1e-3)
-    with pytest.raises(RequestError, match="no artifact, so it cannot run packed"):
+    with pytest.raises(RequestError, match="not an artifact, so it cannot run packed"):
         octavo.evaluate(folder / "source", against=folder / "source", data=BATCHES, packed=True)
 
 

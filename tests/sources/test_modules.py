@@ -165,7 +165,7 @@ class Outside(nn.Module):
 )
 def test_what_no_state_dict_sees_is_told(place, told, tmp_path):
     *_, done, _ = round_trip(lambda: Outside(place), tmp_path)
-    assert any("parts stand outside of its state dict" in note for note in done.opened.notes) is told
+    assert any("parts are not in its state dict" in note for note in done.opened.notes) is told
     assert not any("same" in note for note in done.opened.notes)
 
 

@@ -137,7 +137,7 @@ def test_a_model_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
     assert set(opened(tmp_path).shapes) == set(tensors)
     put(tmp_path / "other.safetensors", {"a": torch.zeros(40, 40)})
-    with pytest.raises(octavo.RequestError, match=r"several files that could be meant \(other\..*weights\."):
+    with pytest.raises(octavo.RequestError, match=r"several possible weight files \(other\..*weights\."):
         opened(tmp_path)
     (tmp_path / "other.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")

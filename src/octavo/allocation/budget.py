@@ -1,4 +1,4 @@
-"""The size that was asked for, in bytes."""
+"""The requested size in bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that the artifact may take.
+    """The largest size that the artifact may have.
 
     Parameters
     ----------
     bytes
-        The most that it may take: of its files, as ``stat`` counts them, or of its weights in memory.
+        The limit: on its files as ``stat`` counts them, or on its weights in memory.
     asked
         The request in the user's words.
     target
@@ -37,7 +37,7 @@ class Budget:
 
     @property
     def least(self) -> int:
-        """The fewest bytes that count as having used the budget."""
+        """The smallest size that counts as using the budget."""
         return math.ceil(self.bytes * USED)
 
 
@@ -51,7 +51,7 @@ def parse_size(text: str | int | float) -> int:
 
 def _whole(value: float, asked: str) -> int:
     if value >= 2**62:
-        raise RequestError(f"{asked} is more bytes than any disk has")
+        raise RequestError(f"{asked}: more bytes than any disk has; ask for fewer")
     return int(value)
 
 
@@ -86,8 +86,11 @@ def budget(
         if not math.isfinite(number) or number <= 0:
             raise RequestError(f"{name} {value!r} is not a positive finite number")
         if name == "ratio" and number < 1:
-            raise RequestError(f"ratio {value} is below 1: the artifact would be larger than the source")
+            raise RequestError(
+                f"ratio {value} is below 1: the artifact would be larger than the source; give at least 1; give at "
+                "least 1"
+            )
         asked = f"ratio {number:g}" if name == "ratio" else f"{number:g} bits per weight"
         total = _whole(original_bytes / number if name == "ratio" else weights * number / 8, asked)
-    # A ratio that leaves no bytes is unreachable, not malformed: it is refused with the ratio that can be reached.
+    # A ratio that leaves no bytes is unreachable, not malformed: the error names the largest reachable ratio.
     return Budget(total, asked + unit.removeprefix("bytes"), target, unit)

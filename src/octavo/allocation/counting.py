@@ -15,7 +15,7 @@ from octavo.methods import Method, Setting
 if TYPE_CHECKING:
     from octavo.allocation.opened import Opened
 
-#: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
+#: The bytes of interpolated points are slightly off: plans aim this share below the budget and are then adjusted.
 MARGIN = 0.004
 
 

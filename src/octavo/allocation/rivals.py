@@ -1,4 +1,4 @@
-"""What a mixed plan must beat: one setting for all sites, and the plainest of all methods."""
+"""Baselines that a mixed plan must beat: one setting for all sites, and the plain method."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.methods import Setting, get_method
 from octavo.methods.base import dense_names, plain_method
 
-#: The plain method is not built where every site was measured and it is expected to lose so many times more.
+#: If every site was measured, the plain method is skipped when its expected loss is this many times larger.
 _HOPELESS = 8.0
-#: A coder may save this share of the bits of its codes.
+#: Entropy coding may save this share of the bits of its codes.
 _CODED = 0.25
 
 
 def best_uniform(run: Run, profile: Profile, asked: Budget) -> list[Plan]:
-    """The plan of least expected loss that uses one setting everywhere; none if no single setting fits.
+    """The uniform plan (one setting everywhere) of least expected loss; None if no single setting fits.
 
-    A setting that was tried at most of the weights, and screened out at the others, is tried there as well where it
-    could win: a rival is not weakened by what was left untried.
+    A setting that was tried for most weights and screened out for the rest is tried there too if it could win. So
+    screening never weakens a rival.
     """
     opened, plans = run.opened, uniform(profile, asked)
     if opened.target.exhaustive:  # every setting was tried
@@ -54,7 +54,7 @@ def best_uniform(run: Run, profile: Profile, asked: Budget) -> list[Plan]:
 
 
 def _settings(opened: Opened, profile: Profile) -> list[tuple[str, Setting, dict[str, Point]]]:
-    """Every method and setting, with the sites at which it was tried."""
+    """Every method and setting, with the sites where it was tried."""
     found: dict[tuple[str, str], tuple[str, Setting, dict[str, Point]]] = {}
     for curve in profile.curves:
         for point in curve.points if curve.site not in opened.pinned else ():
@@ -64,7 +64,7 @@ def _settings(opened: Opened, profile: Profile) -> list[tuple[str, Setting, dict
 
 
 def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: Budget, limit: float) -> list[str]:
-    """Sites at which a setting was not tried, if with them it may fit and lose less than ``limit``."""
+    """Sites where a setting was not tried, if with them it may fit and lose less than ``limit``."""
     free = [curve for curve in profile.curves if curve.site not in opened.pinned]
     weights = {curve.site: opened.site(curve.site).parameters for curve in free}
     seen, every = sum(weights[site] for site in tried), sum(weights.values())
@@ -75,7 +75,7 @@ def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: B
         return []
     lost = 0.0
     for curve in free:
-        # It was screened out for losing more than others did at its bytes.
+        # It was screened out because others lost less at the same bytes.
         others = envelope(curve)
         guess = others(share * weights[curve.site]) if others else 0.0
         lost += profile.corrected(curve, tried[curve.site].loss if curve.site in tried else guess)
@@ -83,9 +83,9 @@ def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: B
 
 
 class Plain:
-    """The plain method with one setting for all sites, the finest that fits.
+    """The plain method with the finest single setting that fits.
 
-    Sites at which the setting does not apply are kept in 16 bits, pinned ones as they are pinned.
+    Sites where the setting does not apply are kept in 16 bits; pinned sites stay pinned.
     """
 
     def __init__(self, run: Run, profile: Profile, asked: Budget) -> None:
@@ -98,9 +98,9 @@ class Plain:
         self.bits = max(asked.bytes - profile.fixed_bytes - pinned, 0) * 8 / max(weights, 1)
 
     def plans(self, best: float) -> Iterator[Plan]:
-        """Plans that fit, as long as they are worth building beside one that lost ``best``.
+        """Plans that fit, as long as they may beat a plan with the loss ``best``.
 
-        Entries of a manifest differ by a few bytes, so one that should just fit may not.
+        Manifest entries differ by a few bytes, so a plan that should just fit may not.
         """
         limit = _HOPELESS * best if self._measured() else math.inf
         if not self.free or self._guess() > limit:
@@ -121,7 +121,7 @@ class Plain:
         return all(evidence[name].samples for name in names)
 
     def _guess(self) -> float:
-        """The least that it may be expected to lose, from what the profile has; zero if that has too little."""
+        """A lower bound of its expected loss from the profile; zero if the profile has too few points."""
         finest = min(int(self.bits * (1 + _CODED)), 8)
         total = 0.0
         for curve in self.free:
@@ -150,7 +150,7 @@ class Plain:
         return [setting for setting in settings if self._bits(setting) <= self.bits * (1 + _CODED)]
 
     def _with(self, setting: Setting) -> Plan | None:
-        """The plan of one setting; None if a site can have neither it nor 16 bits."""
+        """The plan of one setting; None if a site supports neither it nor 16 bits."""
         points = {curve.site: curve.points[0] for curve in self.profile.curves if curve.site in self.opened.pinned}
         points |= self._tried(setting)
         dense = dense_names()
@@ -165,7 +165,7 @@ class Plain:
         return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(self.method.name, setting))
 
     def _tried(self, setting: Setting) -> dict[str, Point]:
-        """Points of a setting at all sites that it is offered at: those of the profile, and encoded if it has none."""
+        """Points of a setting at all sites that offer it, from the profile or else encoded."""
         opened, evidence = self.opened, self.run.calibration.evidence
         # Where every setting was tried sizes are exact, though losses may be of a sample.
         found = {

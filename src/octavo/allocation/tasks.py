@@ -1,4 +1,4 @@
-"""What is done at one site, as functions of what they are given alone: any executor may run them anywhere."""
+"""The work on one site as pure functions, so that any executor can run them anywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from octavo.methods import Method, Setting, get_method
 from octavo.sources.sites import Site
 from octavo.system.matmul import fast_matmul
 
-#: A method, a setting and the form that they gave.
+#: A method, a setting and the form that they produced.
 Made = tuple[str, Setting, Packed]
 
 
@@ -30,7 +30,7 @@ def profiled(
     pinned: tuple[str, Setting] | None,
     target: Counting,
 ) -> tuple[Curve, list[Made], Packed]:
-    """A site's curve, the forms that are worth keeping, and the smallest form without its content.
+    """A site's curve, the forms to keep, and the smallest form without its content.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def profiled(
     outlines: list[Packed] = []
 
     def keep(method: Method, setting: Setting, packed: Packed) -> None:
-        # Dense forms are not worth the disk: they are made again as fast as they are read.
+        # Dense forms are not kept on disk: making them again is as fast as reading them.
         if not method.dense and not isinstance(packed.content, Sized):
             made.append((method.name, setting, packed))
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
@@ -72,7 +72,7 @@ def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting
 def weighed(
     site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting, target: Counting
 ) -> tuple[Packed, float] | None:
-    """A site's form on disk by one method and setting and its expected loss; None if that is not offered there."""
+    """A site's form on disk by one method and setting, and its expected loss; None if the site does not offer it."""
     if setting not in get_method(method).at_site(site).settings(weight, evidence):
         return None
     packed = encoded(site, weight, evidence, method, setting, target)

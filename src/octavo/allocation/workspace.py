@@ -1,7 +1,7 @@
-"""The folder in which unfinished work is kept, so that a killed run continues where it was.
+"""The folder of unfinished work, so that a killed run can be resumed.
 
-A saved profile is such a folder too: ``octavo profile`` leaves it, ``octavo compress`` removes it when it is done.
-Every file is written aside and renamed, so a file that is there is whole.
+A saved profile is such a folder too: ``octavo profile`` keeps it, ``octavo compress`` removes it when done. Every file
+is written under a temporary name and renamed, so existing files are complete.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _CALIBRATION, _PROFILE = "calibration.json", "profile.json"
 
 
 class Workspace(WorkFolder):
-    """A folder of finished steps of one job.
+    """A folder with the finished steps of one job.
 
     Parameters
     ----------
     path
-        The folder; made if it is not there.
+        The folder; created if missing.
     job
-        What makes this job itself: source, data, methods. Plain JSON.
+        The identity of the job (source, data, methods) as plain JSON.
     resume
-        Whether finished steps found in the folder may be used. Without it they are removed.
+        Whether to use finished steps found in the folder. Otherwise they are removed.
     witness
-        The files that the work is made from: nothing is kept of others.
+        The input files of the work: nothing is kept of others.
 
     Raises
     ------
     RequestError
-        If the folder holds another job's work and ``resume`` is set, or anything else, or cannot be written.
+        If the folder cannot be written, holds other files, or holds another job's work and ``resume`` is set.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Workspace(WorkFolder):
             check_is_folder(path)
             names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
             if names - {f"{_JOB}.part"} and _JOB not in names:
-                # Removing it would remove somebody's files.
-                raise RequestError(f"{path}: is neither empty nor a folder of Octavo's own work; name another folder")
+                # Removing it would delete the user's files.
+                raise RequestError(f"{path}: is neither empty nor a work folder of Octavo; choose another folder")
             if names and not resume:
                 self._spare_what_is_read()
                 _empty(path)
-            # Before there is a folder that a refusal would leave behind.
+            # Checked before the folder is created, so that a refusal leaves nothing behind.
             self.witness.check()
             path.mkdir(parents=True, exist_ok=True)
             found = self.read_json(_JOB)
@@ -87,10 +87,10 @@ class Workspace(WorkFolder):
             raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _spare_what_is_read(self) -> None:
-        """Refuse to empty a folder that holds the source or its data."""
+        """Refuse to clear a folder that holds the source or its data."""
         for read in (self.witness.source, self.witness.data):
             if read is not None and read.resolve().is_relative_to(self.path.resolve()):
-                raise RequestError(f"{self.path}: holds {read}, which would be removed; name another folder")
+                raise RequestError(f"{self.path}: holds {read}, which would be removed; choose another folder")
 
     def _of_another(self, found: dict[str, Any], job: dict[str, Any]) -> RequestError:
         odd = sorted(key for key in {*found, *job} - {"files"} if found.get(key) != job.get(key))
@@ -99,36 +99,35 @@ class Workspace(WorkFolder):
         named += [str(self.witness.data)] if "data" in odd and self.witness.data is not None else []
         since = f"; changed since then: {', '.join(named)}" if named else ""
         return RequestError(
-            f"{self.path}: holds the work of another job (different: {', '.join(odd) or 'files'}){since}; "
-            "ask for the same as then, put back what was changed, name another folder, or run without --resume to "
-            "begin anew"
+            f"{self.path}: holds the work of another job (different: {', '.join(odd) or 'files'}){since}; repeat the "
+            "earlier request, undo the changes, choose another folder, or run without --resume to start over"
         )
 
     def save_calibration(self, calibration: Calibration) -> None:
-        """Say that the evidence of all sites is there, and what it was gathered from."""
+        """Record that the evidence of all sites is complete, and its origin."""
         data = {key: getattr(calibration, key) for key in ("sequences", "tokens", "text", "warnings")}
         self.write_json(_CALIBRATION, data)
 
     def load_calibration(self) -> Calibration | None:
-        """The calibration that was kept, or None; its evidence is read when it is asked for."""
+        """The kept calibration, or None; its evidence is read on demand."""
         data = self.read_json(_CALIBRATION, again=True)
         return None if data is None else Calibration(self.evidence, **data)
 
     def save_packed(self, site: str, method: str, setting: dict[str, Any], packed: Packed) -> Packed:
-        """Keep an encoded form; returns it as one whose content lies here and takes no memory."""
+        """Keep an encoded form; returns a form whose content stays on disk."""
         head = {name: getattr(packed, name) for name in ("parts", "meta", "codecs", "resident", "crc")}
         text = json.dumps(head).encode()
         name = self._point(site, method, setting)
-        # The content has a checksum of its own in the head.
+        # The head holds a separate checksum of the content.
         head_bytes = digest(place_in(self.path, name), text) + len(text).to_bytes(4, "little") + text
         path = self.path / name
         self.witness.check()
-        # Not flushed to the disk one by one: a form lost in a power cut is encoded again.
+        # Not flushed to disk one by one: a form lost in a power cut is encoded again.
         write_file(path, head_bytes, packed.blob, flush=False)
         return replace(packed, content=Stored(path, len(head_bytes), packed.bytes, packed.crc))
 
     def load_packed(self, site: str, method: str, setting: dict[str, Any]) -> Packed | None:
-        """An encoded form that was kept, or None, also if it did not reach the disk in whole."""
+        """A kept encoded form, or None if it is missing or incomplete."""
         name = self._point(site, method, setting)
         path = self.path / name
         try:
@@ -150,7 +149,7 @@ class Workspace(WorkFolder):
 
 
 def files_of(path: Path) -> dict[str, str] | None:
-    """Checksums of the files that kept work was made from, or None where that cannot be told."""
+    """Checksums of the input files of kept work, or None if unknown."""
     try:
         return dict(unsealed_json(path, _JOB, (path / _JOB).read_bytes())["files"])
     except (OSError, ValueError, KeyError):
@@ -158,28 +157,28 @@ def files_of(path: Path) -> dict[str, str] | None:
 
 
 def forget(path: Path) -> None:
-    """Remove a folder of unfinished work, and no other."""
+    """Remove a folder of unfinished work; other folders stay."""
     if holds_work(path):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def holds_work(path: Path) -> bool:
-    """Whether there is a folder of unfinished work, or a profile."""
+    """Whether the path is a folder of unfinished work or a profile."""
     return (path / _JOB).exists()
 
 
 def holds_profile(path: Path, job: dict[str, Any]) -> bool:
-    """Whether there is a finished profile of a job."""
+    """Whether the path is a finished profile of a job."""
     try:
         return (path / _PROFILE).exists() and unsealed_json(path, _JOB, (path / _JOB).read_bytes()) == json.loads(
             json.dumps(job)
         )
     except (OSError, ValueError):
-        return False  # a damaged folder is refused by whoever opens it
+        return False  # a damaged folder is refused when it is opened
 
 
 def _empty(path: Path) -> None:
-    """Remove what is in a folder, but for the lock of this run."""
+    """Remove the content of a folder except this run's lock."""
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

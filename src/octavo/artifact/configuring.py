@@ -17,9 +17,9 @@ from octavo.sources.weight_files import NAMED
 
 
 def configurations(source: Source) -> dict[str, bytes]:
-    """The configuration files of a source's artifact by their place in its folder, sub-folders with a slash.
+    """The configuration files of a source's artifact by relative path.
 
-    They are the source's own, but for ``config.json`` of a model, which says that its weights are an artifact.
+    They are those of the source, except a model's ``config.json``, which states that its weights are an artifact.
     """
     if source.folder is None:
         return {}
@@ -30,7 +30,7 @@ def configurations(source: Source) -> dict[str, bytes]:
         names = (file.as_posix() for file in companion_files(source.folder) if is_configuration(file.as_posix()))
         found = {name: (source.folder / name).read_bytes() for name in names}
     if is_model:
-        # Also of an architecture that only the code beside it knows: whoever trusts that code can load the artifact.
+        # This includes architectures defined by code in the folder: users who trust that code can load the artifact.
         dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
         text = json.dumps(_model_config(inner, dtype), indent=2) + "\n"
         found[(inner / "config.json").relative_to(source.folder).as_posix()] = text.encode()
@@ -38,15 +38,15 @@ def configurations(source: Source) -> dict[str, bytes]:
 
 
 def _model_config(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config with the note by which ``from_pretrained`` finds Octavo.
+    """The source's config with the entry by which ``from_pretrained`` finds Octavo.
 
     Parameters
     ----------
     dtype
-        That of the source's weights. Where the config names none, loaders would take that of what is stored here.
+        The dtype of the source's weights. If the config names none, loaders would use the stored dtype.
     """
     config = {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
-    # The artifact's file has the usual name.
+    # The artifact's file has the standard name.
     config.pop(NAMED, None)
     if dtype is not None and config.get("dtype") is None and config.get("torch_dtype") is None:
         config["dtype"] = str(dtype).removeprefix("torch.")

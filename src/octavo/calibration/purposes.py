@@ -1,4 +1,4 @@
-"""What quality means for a model of ``transformers``, by what its class returns."""
+"""The objective for a ``transformers`` model, by the outputs of its class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from octavo.sources.sentences import Member, is_encoder_folder, members
 from octavo.sources.sites import Source
 from octavo.sources.tokens import prompt_length
 
-#: Heads whose logits are a distribution over classes or tokens, as classes are named.
+#: Class name suffixes of heads whose logits are a distribution over classes or tokens.
 _DISTRIBUTIONS = re.compile(
     "CausalLM|LMHead|MaskedLM|ConditionalGeneration|Generation$|Seq2SeqLM|MTModel|EncoderDecoderModel|DoubleHeads|ForCTC|"
     "Classification|MultipleChoice|NextSentence|QuestionAnswering|SceneTextRecognition"
 )
-#: Modes by what the old format of a pooling module's configuration calls them, in the order of their concatenation.
+#: Modes by their names in the old format of a pooling configuration, in order of concatenation.
 _OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -33,11 +33,11 @@ _OLD_MODES = {
 
 
 def default_objective(source: Source, folder: Path | None) -> Objective:
-    """What quality means for a model of ``transformers``, by what its class returns.
+    """The objective for a ``transformers`` model, by the outputs of its class.
 
-    KL for a distribution over classes, tokens or the places of an answer, cosine for states and embeddings, squared
-    error for boxes, masks, depths, numbers and everything else. Encoders of ``sentence-transformers`` are pooled as
-    their folder says.
+    KL for a distribution over classes, tokens or answer positions; cosine for states and embeddings; squared error for
+    boxes, masks, depths, numbers and everything else. ``sentence-transformers`` encoders are pooled as configured in
+    their folder.
     """
     model: Any = source.module
     if folder is not None and is_encoder_folder(folder):
@@ -60,11 +60,11 @@ def default_objective(source: Source, folder: Path | None) -> Objective:
 
 
 def returned_fields(kind: type) -> set[str]:
-    """Names of what a model's ``forward`` returns, by its annotation; empty where there is none."""
+    """Names of the outputs of a model's ``forward``, from its annotation; empty if it has none."""
     function: Any = inspect.unwrap(getattr(kind, "forward", kind))
     wanted = getattr(function, "__annotations__", {}).get("return")
     if isinstance(wanted, str):
-        # Names in quotes are looked up where the function is defined; what else may stand there is not evaluated.
+        # Quoted names are looked up where the function is defined; nothing else is evaluated.
         scope = getattr(function, "__globals__", {})
         options = [scope.get(name) for name in re.findall(r"\w+", wanted)]
     else:
@@ -74,12 +74,12 @@ def returned_fields(kind: type) -> set[str]:
 
 
 def _are_classes(config: Any) -> bool:
-    """Whether a classifier chooses one of its labels, rather than giving a number, or saying yes or no to each."""
+    """Whether a classifier predicts one label (not a number, and not several independent labels)."""
     return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
 
 
 def _cosine(folder: Path, modules: list[Member]) -> Cosine:
-    """The cosine of vectors that are pooled as a folder of ``sentence-transformers`` says."""
+    """The cosine objective with the pooling of a ``sentence-transformers`` folder."""
     place = next((one.path for one in modules if one.kind == "Pooling"), "1_Pooling")
     if not (folder / place / "config.json").exists():
         return Cosine()

@@ -11,7 +11,7 @@ from octavo.sources.witness import Witness
 from octavo.system.atomic import write_file
 from octavo.system.sealed import sealed_json, unsealed_json
 
-#: What the names of folders begin with that are needed while a run goes on, and swept by the next.
+#: Prefix of temporary folders, which the next run removes.
 SCRATCH = "octavo-states-"
 
 
@@ -23,26 +23,26 @@ class WorkFolder:
     path
         The folder.
     witness
-        The files that the work is made from: nothing is kept of others.
+        The input files of the work: nothing is kept of others.
     """
 
     def __init__(self, path: Path, witness: Witness) -> None:
         self.path, self.witness = path, witness
-        #: Notes on pieces that were damaged, and are made again.
+        #: Notes on damaged files that are made again.
         self.damaged: list[str] = []
 
     def read_json(self, name: str, *, again: bool = False) -> dict[str, Any] | None:
-        """What was written under that name, or None.
+        """The JSON stored under a name, or None.
 
         Parameters
         ----------
         again
-            Whether what is damaged can be made again: it is then None as well, and a note says so.
+            Whether damaged content can be made again: then None is returned and a note says so.
 
         Raises
         ------
         RequestError
-            If it is damaged, and cannot be made again.
+            If it is damaged and cannot be made again.
         """
         try:
             return unsealed_json(self.path, name, (self.path / name).read_bytes())
@@ -55,7 +55,7 @@ class WorkFolder:
             raise RequestError(f"{self.path / name}: damaged: {error}; remove {self.path} and start again") from error
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write JSON, whole or not at all."""
+        """Write JSON atomically."""
         self.witness.check()
         write_file(self.path / name, sealed_json(self.path, name, value))
 

@@ -1,4 +1,4 @@
-"""The ``octavo`` command. Commands are thin: each parses its words, calls one Python function, and prints."""
+"""The ``octavo`` command. Commands are thin: each parses its arguments, calls one Python function, and prints."""
 
 from octavo.cli.frame import app, main
 

@@ -1,4 +1,4 @@
-"""Commands that bring a model to where it runs: export."""
+"""Commands that export models to other runtimes: export."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MODEL = Annotated[str, typer.Argument(help="An artifact, or the folder of a tran
 
 
 def tell_speed(speed: dict[str, Any]) -> None:
-    """Print what was measured of a file that was written for speed."""
+    """Print the measurements of a file written for speed."""
     batch, tokens = speed["shape"]
     kernels = ", ".join(f"{count} on {name}" for name, count in sorted(speed["kernels"].items()))
     far = speed["divergence"]
     console.print(
-        f"{speed['file']}: {speed['speedup']:.2f} times as fast as PyTorch in float32 "
-        f"({speed['seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {speed['machine']['threads']} threads), "
-        f"{far['metric']} {far['mean']:.3g} on {far['examples']} held-back examples; matrices: {kernels}",
+        f"{speed['file']}: {speed['speedup']:.2f} times as fast as PyTorch in float32 ({speed['seconds'] * 1e3:.3g} ms "
+        f"at {batch} x {tokens} tokens, {speed['machine']['threads']} threads), {far['metric']} {far['mean']:.3g} on "
+        f"{far['examples']} held-out examples; matrices: {kernels}",
     )
     for note in speed["notes"]:
         console.print(f"note: {note}")
@@ -38,7 +38,7 @@ def export(
     objective: options.OBJECTIVE = None,
     loss: Annotated[
         float | None,
-        typer.Option(help="The most that rounding the inputs of integer kernels may add to the divergence."),
+        typer.Option(help="Largest increase of the divergence from rounding the inputs of integer kernels."),
     ] = None,
     shape: Annotated[str, typer.Option(help="Sequences x tokens at which speed counts.")] = "1x32",
     prefer: Annotated[
@@ -47,7 +47,7 @@ def export(
     overwrite: options.OVERWRITE = False,
     json_output: options.JSON = False,
 ) -> None:
-    """Write MODEL as a file that a fast runtime runs, and measure that file against MODEL.
+    """Export MODEL to a file for a fast runtime, and compare that file with MODEL.
 
     Example: octavo export folded --to onnx model.onnx
     """

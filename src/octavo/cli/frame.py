@@ -40,7 +40,7 @@ errors = Terminal(stderr=True)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command whose Octavo errors become one clear line and an exit code."""
+    """A command that turns Octavo's errors into one clear line and an exit code."""
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -65,20 +65,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _interrupted(*, resumes: bool) -> NoReturn:
-    # Keys pressed again while the process closes would kill it before it has said how to go on.
+    # Pressing keys again while the process closes would kill it before it prints how to continue.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     errors.print(f"interrupted; run the same command {'with --resume to continue' if resumes else 'again'}")
     sys.exit(130)
 
 
 def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
-    # Where nothing can be printed the line below still says why.
+    # If nothing can be printed, the line below still gives the reason.
     with suppress(OSError):
         if as_json:
             show_json({"error": type(error).__name__, "message": str(error), **_details(error)})
             sys.stdout.flush()
     said = Text.assemble(("error:", "bold red"), f" {type(error).__name__}: {visible(error)}")
-    # Whole, however narrow the terminal: paths are copied from it, and logs are searched.
+    # Not wrapped, so that paths can be copied and logs searched.
     errors.print(said, soft_wrap=True)
     sys.exit(error.exit_code)
 
@@ -95,24 +95,24 @@ def show_json(value: Any) -> None:
 def main() -> None:
     """Entry point."""
     for stream in (sys.stdout, sys.stderr):
-        # Where a terminal has not all characters, those that it lacks are written out.
+        # Characters that the terminal lacks are written as escapes.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:
-        # Before or after the command itself.
+        # The option may be before or after the command.
         _interrupted(resumes=False)
     finally:
         _flush()
 
 
 def _flush() -> None:
-    """Write out what was printed; where that fails nobody can be told on the way out of the process."""
+    """Flush the output now, since a failure at exit could not be reported."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        # Nothing is left to be written when the interpreter closes the stream.
+        # So nothing is left to write when the interpreter closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:
             errors.print(f"error: standard output cannot be written: {error.strerror}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Commands that look at something: inspect, verify, evaluate, methods."""
+"""Commands that inspect something: inspect, verify, evaluate, methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of a
 
 @command
 def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
-    """Show what an artifact holds, from its manifest alone; nothing is decoded.
+    """Show the content of an artifact from its manifest, without decoding.
 
     Example: octavo inspect folded
     """
@@ -82,7 +82,7 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
         return
     if result["packed"] is not None:
         packed = result["packed"]
-        off = "there is no model, or none that takes a known input, to compare outputs of"
+        off = "not compared, since there is no model with a known input"
         if packed["error"] is not None:
             off = f"outputs are off by {packed['error']:.2g} (at most {packed['allowed']:.2g})"
         console.print(f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; {off}")
@@ -104,7 +104,7 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 def evaluate(
     model: Annotated[Path, typer.Argument(parser=options.path, help="A model folder or an artifact.")],
     data: Annotated[
-        Path | None, typer.Option(parser=options.path, help="Texts, or for spearman a CSV of sentence,sentence,score.")
+        Path | None, typer.Option(parser=options.path, help="Texts; for spearman a CSV of sentence,sentence,score.")
     ] = None,
     against: Annotated[
         Path | None, typer.Option(parser=options.path, help="The source to compare with, for divergence.")

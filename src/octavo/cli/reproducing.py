@@ -22,10 +22,10 @@ from octavo.system.visible import visible
 @command
 def reproduce(
     name: Annotated[str | None, typer.Argument(help="A recipe; see --list.")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Show every system, its claim, and its last result.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="Run every recipe, one after another (hours).")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Show every system with its claim and last result.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Run all recipes one by one (hours).")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A miniature in under a minute, which proves nothing.")
+        bool, typer.Option("--quick", help="Run a miniature in under a minute, which proves nothing.")
     ] = False,
     seed: Annotated[int, typer.Option(help="The first of the three seeds.")] = 0,
     results: Annotated[
@@ -33,7 +33,7 @@ def reproduce(
         typer.Option(parser=options.path, help="Folder of results. Default: docs/results. Quick ones are never saved."),
     ] = None,
     page: Annotated[
-        bool, typer.Option("--page", help="Make docs/recipes.md anew from all results; beside them, with --results.")
+        bool, typer.Option("--page", help="Write docs/recipes.md from all results; with --results next to them.")
     ] = False,
     json_output: options.JSON = False,
 ) -> None:
@@ -42,9 +42,7 @@ def reproduce(
     Example: octavo reproduce alds --quick
     """
     if sum([name is not None, listed, every, page]) != 1:
-        raise RequestError(
-            "give the name of one recipe, or --list, --all or --page; octavo reproduce --list shows them"
-        )
+        raise RequestError("recipe: none is given; name one, or give --list, --all or --page")
     _check(results, page=page, listed=listed, quick=quick, seed=seed)
     if listed:
         _list(store.listing(results), json_output)
@@ -69,7 +67,7 @@ def reproduce(
         except OctavoError as error:
             if not every:
                 raise
-            # The others have nothing to do with it.
+            # Other recipes are independent of it.
             failed[recipe.name] = error
             errors.print(f"{recipe.name}: {error}", style="red")
             continue
@@ -83,17 +81,17 @@ def reproduce(
 
 
 def _check(results: Path | None, *, page: bool, listed: bool, quick: bool, seed: int) -> None:
-    """Refuse options that would not be read."""
+    """Refuse options that would have no effect."""
     if (listed or page) and (quick or seed):
-        raise RequestError("--quick and --seed are for recipes that are run; leave them out")
+        raise RequestError("--quick and --seed only apply when recipes run; leave them out")
     if not -(2**31) <= seed < 2**31:
         raise RequestError(f"--seed {seed} does not fit 32 bits; choose a smaller one")
     if results is None:
         return
     if quick:
-        raise RequestError("--results is where full results are kept, and quick ones are never saved; leave it out")
+        raise RequestError("--results is for full results, but quick ones are never saved; leave --results out")
     if (listed or page) and not checked(results).is_dir():
-        raise RequestError(f"--results {results}: no such folder; name one that holds results")
+        raise RequestError(f"--results {results}: no such folder; name a folder with results")
     checked_output(results)
 
 
@@ -125,7 +123,7 @@ def _show(result: dict[str, Any]) -> None:
     console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold")
     console.print(result["reason"])
     if result["quick"]:
-        console.print("This was a quick run: a miniature that shows that the code works, and nothing else.")
+        console.print("This was a quick run: a miniature that only shows that the code works.")
 
 
 def _list(found: list[dict[str, Any]], json_output: bool) -> None:
@@ -142,7 +140,7 @@ def _list(found: list[dict[str, Any]], json_output: bool) -> None:
 
 
 class _Silent:
-    """A status line where there is no terminal."""
+    """A status line for outputs other than terminals."""
 
     def __enter__(self) -> _Silent:
         return self
@@ -151,4 +149,4 @@ class _Silent:
         return None
 
     def update(self, text: object) -> None:
-        """Tell nobody."""
+        """Discard the status."""

@@ -1,4 +1,4 @@
-"""Encoding a plan so that its artifact uses the budget exactly, and the plans that it must beat."""
+"""Encoding a plan so that its artifact uses the budget exactly, and the baselines that it must beat."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from octavo.system.raw import Lazily
 
 _ROUNDS = 8
 _RETREATS = 3
-#: Plans that are built and measured to spend what the best of them leaves.
+#: Number of plans built and measured to spend the bytes that the best plan leaves.
 _TRIES = 10
-#: Share of its bytes that a site may gain or lose to close a small gap.
+#: Share of a site's bytes that may change to close a small gap.
 _SHARE = 0.04
 
 
 @dataclass
 class Built:
-    """A plan that was encoded: its exact contents and what it lost on held-back data.
+    """An encoded plan: its exact contents and its loss on held-out data.
 
     Where nothing can be measured of a rival, ``packed`` and ``contents`` are empty, and the figures are the plan's.
 
@@ -45,7 +45,7 @@ class Built:
     counted
         What the budget counts: these bytes, or those in memory if it was made for memory.
     refused
-        Sites at which finer settings would still fit, but were built and did not lower the loss.
+        Sites where finer settings still fit, but did not lower the measured loss.
     """
 
     plan: Plan
@@ -73,8 +73,8 @@ def finish(run: Run, profile: Profile, plan: Plan, asked: Budget, *, exact: bool
     for _ in range(_RETREATS if exact else 0):
         if total <= asked.bytes:
             break
-        # Continuous settings could not be moved close enough: points of known bytes never exceed the budget, and those
-        # that were measured on a sample do so by little, which the next attempt leaves free.
+        # Continuous settings could not be moved close enough. Points of known bytes never exceed the budget; sampled
+        # points exceed it slightly, and the next attempt leaves that much free.
         known = allocate(profile, replace(asked, bytes=aim), margin=2 * MARGIN, interpolate=False)
         points, packed, contents = encode_plan(run, profile, known, None)
         total, label = count(contents), known.label
@@ -83,13 +83,13 @@ def finish(run: Run, profile: Profile, plan: Plan, asked: Budget, *, exact: bool
         raise unreachable(asked, profile.original_bytes, total)
     if total > asked.bytes:
         raise RequestError(
-            f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites"
+            f"the plan takes {total} bytes, but its budget is {asked.bytes}; choose coarser settings for some sites"
         )
     return measured(run, profile, replace(plan, points=points, label=label), packed, contents)
 
 
 def measured(run: Run, profile: Profile, plan: Plan, packed: dict[str, Packed], contents: Contents) -> Built:
-    """An encoded plan with what it takes, and what it loses on held-back data."""
+    """An encoded plan with its bytes and its loss on held-out data."""
     opened, target = run.opened, run.opened.target
     total = target.total(contents)
     expected = sum(profile.corrected(curve, plan.points[curve.site].loss) for curve in profile.curves)
@@ -109,9 +109,9 @@ def encode_plan(
     asked: Budget | None,
     seen: Callable[[str, Point], None] = lambda name, point: None,
 ) -> tuple[dict[str, Point], dict[str, Packed], Contents]:
-    """Encode a plan; with a budget, move its continuous settings until the bytes fit, if they can be made to.
+    """Encode a plan; with a budget, move its continuous settings until the bytes fit, if possible.
 
-    ``seen`` is called with the name of every site that was encoded, and its point.
+    ``seen`` is called with the name and the point of every encoded site.
     """
     opened, target = run.opened, run.opened.target
     points, packed = dict(plan.points), dict[str, Packed]()
@@ -136,7 +136,7 @@ def encode_plan(
 
 
 def _kept(opened: Opened, profile: Profile, points: Mapping[str, Point]) -> Narrowing:
-    # Where no site loses anything, what is no site shall lose nothing either.
+    # If no site loses anything, other tensors must not lose anything either.
     lossless = not opened.pinned and all(point.loss == 0 for point in points.values())
     return Narrowing.EXACT if lossless else Narrowing(profile.options["kept"])
 
@@ -146,12 +146,11 @@ def _fits(total: int, asked: Budget) -> bool:
 
 
 def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone: bool) -> dict[str, Point]:
-    """New points of continuous settings that change the bytes by about ``missing``.
+    """New points with other continuous settings that change the bytes by about ``missing``.
 
-    A small gap is closed at the largest such sites alone, as few as close it with a small share of their bytes, so that
-    little has to be encoded again; a large one by moving all of them together, which keeps them at one slope. Once that
-    has overshot (a coder's sizes have jumps) only the largest is moved, so that sites may end on different sides of a
-    jump.
+    A small gap is closed at the largest such sites only: as few as a small share of their bytes allows, so that little
+    is encoded again. A large gap is closed by moving all of them together, which keeps them at one slope. After an
+    overshoot (coded sizes have jumps) only the largest is moved, so that sites may end on different sides of a jump.
     """
     elastic = {name: point for name, point in points.items() if get_method(point.method).elastic}
     if not elastic:
@@ -175,12 +174,12 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone:
 def contest(
     run: Run, profile: Profile, mixed: Plan, asked: Budget, *, plain: bool = False
 ) -> tuple[Built, Built | None]:
-    """Build the mixed plan and what it must beat; returns the winner, and the best uniform plan that was built.
+    """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
     The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
-    the plain method. Where plans can be measured all are built, and the best wins. Where they cannot, the best expected
-    one is, and the figures of the others are expectations: encoding them would tell nothing more. What room the winner
-    leaves is then spent, if that lowers its loss.
+    the plain method. If plans can be measured, all are built and the best wins. If not, only the plan of least expected
+    loss is built, and the figures of the others are expectations. The bytes that the winner leaves are then spent if
+    that lowers its loss.
     """
     opened = run.opened
     aim = replace(asked, bytes=int(asked.bytes * (1 - opened.target.margin)))
@@ -190,7 +189,7 @@ def contest(
     for plan in plans[1:]:
         if (known := _among(built, plan)) is not None:
             if plan.is_uniform and not known.plan.is_uniform and _alike(plan, known.plan):
-                known.plan.label = plan.label  # choosing site by site came to one setting for all
+                known.plan.label = plan.label  # choosing site by site gave one setting for all
             continue
         if not opened.measurable:
             built.append(Built(plan, {}, Contents({}), plan.bytes, plan.bytes, plan.expected))
@@ -207,7 +206,7 @@ def contest(
 
 
 def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) -> list[Built]:
-    """Plain round-to-nearest at the same bytes, if it is worth building and not among the built."""
+    """Plain round-to-nearest at the same bytes, if it may win and was not built yet."""
     for plan in Plain(run, profile, asked).plans(min(other.quality for other in built)):
         if _among(built, plan) is not None:
             break
@@ -219,10 +218,10 @@ def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) ->
 
 
 def topped(run: Run, profile: Profile, best: Built, asked: Budget) -> Built:
-    """A built plan with the room that it leaves spent on finer settings, as far as that lowers its loss.
+    """A built plan with its remaining bytes spent on finer settings, as far as that lowers its loss.
 
-    Where continuous settings use the budget there is nothing left to spend. All sites that may rise do so together;
-    if that does not help, both halves of them are tried, and halves of these.
+    Continuous settings use the budget up, so this applies only without them. All sites that can be finer are changed
+    together; if that does not help, each half is tried, then halves of these.
     """
     if not run.opened.target.exhaustive and best.counted >= asked.least:
         return best
@@ -240,7 +239,7 @@ def topped(run: Run, profile: Profile, best: Built, asked: Budget) -> Built:
         try:
             built = finish(run, profile, plan, asked, exact=False)
         except RequestError:
-            built = None  # sizes of large matrices are estimates, and these were too low
+            built = None  # sizes of large matrices are estimates, and these were too small
         if built is not None and built.quality < best.quality:
             best, refused = built, set()
             waiting = finer()
@@ -254,12 +253,12 @@ def topped(run: Run, profile: Profile, best: Built, asked: Budget) -> Built:
 
 
 def _among(built: Sequence[Built], plan: Plan) -> Built | None:
-    """The one of the built plans that is the same as a plan."""
+    """The built plan that equals a given plan."""
     return next((other for other in built if _same(plan, other.plan)), None)
 
 
 def _alike(one: Plan, other: Plan) -> bool:
-    """Whether all settings are the same but for continuous ones."""
+    """Whether all settings except continuous ones are equal."""
 
     def fixed(point: Point) -> Setting:
         return {**point.setting, get_method(point.method).elastic or "": 0}
@@ -268,7 +267,7 @@ def _alike(one: Plan, other: Plan) -> bool:
 
 
 def _same(one: Plan, other: Plan) -> bool:
-    """Whether two plans differ by no more than the finishing of their continuous settings."""
+    """Whether two plans differ only by the final adjustment of their continuous settings."""
     if {name: point.method for name, point in one.points.items()} != {n: p.method for n, p in other.points.items()}:
         return False
     return all(
@@ -277,7 +276,7 @@ def _same(one: Plan, other: Plan) -> bool:
 
 
 def single_families(profile: Profile, asked: Budget) -> list[Plan]:
-    """The best plan of every family on its own, best expected loss first. Dense storage belongs to every family."""
+    """The best plan of every single family, best expected loss first. Dense storage belongs to every family."""
     used, dense = {point.method for curve in profile.curves for point in curve.points}, dense_names()
     families: dict[str, list[str]] = {}
     for name in sorted(used - dense):
@@ -285,7 +284,7 @@ def single_families(profile: Profile, asked: Budget) -> list[Plan]:
     plans = []
     for family, names in families.items():
         try:
-            # Expected losses are no more than that: where settings are few, this is a second opinion on them as well.
+            # Losses are only expectations: if settings are few, these plans are also a second opinion on them.
             plan = allocate(profile, asked, margin=MARGIN, methods=[*names, *dense], thorough=False)
         except BudgetError:
             continue

@@ -1,10 +1,10 @@
-"""Reconstruction: what rounding did to a model's outputs is mended where mending is free or nearly so.
+"""Reconstruction: correcting the effect of rounding on a model's outputs with parameters that cost almost no bytes.
 
-Codes stay as they are. What is stored as floats anyway (norms, biases) and one small factor a row of every linear
-layer are fitted to the source's own outputs, by gradient, over the calibration data. This is the learned part of
-norm tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118,
-section 3.3), against the objective that is measured and not block by block. The outcome is taken only if it is better
-on held-back data.
+Codes are not changed. Tensors stored as floats anyway (norms, biases) and one small factor per row of every linear
+layer are fitted to the source's outputs by gradient descent on the calibration data. This is the learned part of norm
+tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118, section
+3.3). It optimizes the measured objective and not single blocks. The result is kept only if it is better on held-out
+data.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
 from octavo.system.raw import Lazily
 
-#: Positions of the calibration data to learn from, repeats counted.
+#: Positions of the calibration data to learn from, including repeats.
 POSITIONS = {"default": 1 << 14, "best": 1 << 16}
 #: Positions in one step, within these numbers of examples.
 _STEP, _FEWEST, _MOST = 512, 4, 32
-#: Relative change a step (docs/decisions.md).
+#: Relative change per step (docs/decisions.md).
 _RATE = 3e-3
-#: Below this loss bfloat16's own noise (near 6e-4 in KL) would be learned from.
+#: Below this loss the fit would learn bfloat16 noise (near 6e-4 in KL).
 _COARSE = 0.01
-#: Bytes a row that gains take at most, and bytes a site: manifest entry and coded head.
+#: Largest overhead of gains: bytes per row, and bytes per site (manifest entry and coded head).
 _ROW_BYTES, _SITE_BYTES = 0.5, 120
-#: Gains that take more than this share of the budget are not worth it.
+#: Gains that take more than this share of the budget are not used.
 _LARGEST_SHARE = 0.006
 
 
@@ -54,12 +54,12 @@ def reserve(opened: Opened, budget: int) -> int:
 
 
 def reconstruct(run: Run, built: Built, budget: int) -> Built:
-    """A built plan with its norms, biases and row gains fitted; the plan as it was if that is not better.
+    """A built plan with fitted norms, biases and row gains; the original plan if that is not better.
 
     Parameters
     ----------
     budget
-        Bytes that the artifact may take. Gains are left out if they do not fit.
+        Largest size of the artifact in bytes. Gains are left out if they do not fit.
     """
     preset = run.opened.request.preset
     if preset not in POSITIONS or not _possible(run.opened) or not built.quality > 0:
@@ -71,15 +71,14 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
         if found.bytes <= budget and found.quality < built.quality:
             return found
     run.opened.notes.append(
-        "reconstruction of norms, biases and row gains did not help on held-back data and was left out"
+        "reconstruction of norms, biases and row gains did not lower the loss on held-out data and was skipped"
     )
     return built
 
 
 def _possible(opened: Opened) -> bool:
-    # A loss with labels of its own is no distance from the source: to lower it further would be training.
-    # A model that does not fit in memory has no gradients from end to end.
-    # A kernel that runs packed codes has no place for gains.
+    # A loss with labels is not a distance from the source: lowering it further would be training. A model that does not
+    # fit in memory has no end-to-end gradients. A kernel that runs packed codes has no place for gains.
     whole = opened.measurable and not opened.source.is_skeleton and opened.target.tunable
     return whole and bool(opened.calibration_data) and not isinstance(opened.objective, Loss)
 
@@ -96,7 +95,7 @@ def _linear(opened: Opened) -> dict[str, nn.Module]:
 
 
 class _Fit:
-    """What is learned: relative changes of kept tensors and of rows, all zero at first."""
+    """The fitted parameters: relative changes of kept tensors and of rows, initially zero."""
 
     def __init__(self, run: Run, built: Built) -> None:
         opened, calibration = run.opened, run.calibration
@@ -115,7 +114,7 @@ class _Fit:
                 continue
             weight = kept.tensor().float()
             learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
-            # What is coded as bits would take bytes that nobody planned for.
+            # Changing a tensor that is coded as bits would take unplanned bytes.
             learnable = learnable and not kept.coded and not opened.left[name].startswith("ignored")
             if learnable and weight.any() and weight.isfinite().all():
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
@@ -125,11 +124,11 @@ class _Fit:
         self.rows = {name: torch.zeros(opened.site(name).rows) for name in self.owners}
 
     def kept(self) -> dict[str, Tensor]:
-        """Kept tensors as they are now."""
+        """The current values of kept tensors."""
         return {name: self.start[name] + self.units[name] * self.changes[name] for name in self.start}
 
     def learn(self, positions: int) -> None:
-        """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
+        """Adam with a cosine schedule over that many positions, repeating the data as needed."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
         batches = [piece for batch in self.opened.calibration_data for piece in _pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
@@ -167,7 +166,7 @@ class _Fit:
             change.grad = None if gradient is None else (gradient.float() * unit).to(change.device)
 
     def built(self, *, gains: bool) -> Built:
-        """The plan with what was learned, as it will be stored, measured on held-back data."""
+        """The plan with the fitted values as stored, measured on held-out data."""
         opened, old = self.opened, self.old
         packed = {**old.packed, **(self._scaled_forms() if gains else {})}
         kept = dict(old.contents.kept)
@@ -201,7 +200,7 @@ class _Fit:
 
 
 class _Value:
-    """A tensor that is read where others are read from the source."""
+    """A tensor that takes the place of one read from the source."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -220,7 +219,7 @@ def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def _repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
-    """So many batches, in a new random order every time round."""
+    """The given number of batches, in a new random order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
@@ -230,7 +229,7 @@ def _repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients; at the end each is as it was."""
+    """A context in which no parameter requires gradients; afterwards each is restored."""
     wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
     module.requires_grad_(False)
     try:

@@ -11,7 +11,7 @@ from octavo.errors import ArtifactError
 
 
 def decode_members(module: Any) -> None:
-    """Let the modules of ``sentence-transformers`` find their weights in artifacts.
+    """Make the modules of ``sentence-transformers`` load their weights from artifacts.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def decode_members(module: Any) -> None:
         subfolder = str(args[0] if args else kwargs.get("subfolder", ""))
         prefix = f"{subfolder}/" if subfolder else ""
         artifact = Artifact(folder)
-        # What is stored once may be restored in several folders.
+        # A tensor stored once may belong to several folders.
         stored = {**{name: name for name in artifact.names()}, **artifact.aliases}
         own = {name: of for name, of in stored.items() if name.startswith(prefix) and (prefix or "/" not in name)}
         found = artifact.state(set(own.values()))
@@ -36,7 +36,7 @@ def decode_members(module: Any) -> None:
         target = kwargs.get("model")
         if target is None:
             return state
-        # A tensor that the module has under two names is in the file under one.
+        # A tensor with two names in the module is stored under one.
         held = target.state_dict()
         filled = {held[name].data_ptr() for name in state if name in held}
         shared = {n: held[n] for n in held if n not in state and held[n].numel() and held[n].data_ptr() in filled}

@@ -19,12 +19,12 @@ from octavo.sources.bounded import bounded_by
 from octavo.sources.loading import Loaded, load_folder, refused_as
 from octavo.sources.model_classes import read_config, require_transformers
 
-#: Names of tensors that an error shows.
+#: Number of tensor names that an error shows.
 _NAMED = 3
 
 
 def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
-    """Load a model folder or an artifact by the class that its config names, and say what did not fit.
+    """Load a model folder or an artifact by the class in its config, and report mismatches.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> 
     RequestError
         If the loader fails on a source.
     ArtifactError
-        If it fails on an artifact, or must not see what the artifact's configuration says.
+        If it fails on an artifact, or the artifact's configuration is not safe to load.
     """
     root = root_of(folder)
     if root is not None:
@@ -46,14 +46,14 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> 
 
 
 def load_model(artifact: Artifact, as_weight: AsWeight | None = None) -> nn.Module:
-    """The model of a trusted artifact, of the class that its config names; with ``as_weight`` it runs in bfloat16."""
+    """The model of a trusted artifact, of the class in its config; with ``as_weight`` it runs in bfloat16."""
     return _load(artifact.path, {}, artifact, as_weight).model
 
 
 def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact, as_weight: AsWeight | None = None) -> Loaded:
     given = dict(options)
     if read_config(folder).get("use_pretrained_backbone"):
-        # All weights are in the artifact; those of a backbone would be asked for at a hub.
+        # All weights are in the artifact; backbone weights would be requested from a hub.
         given["use_pretrained_backbone"] = False
     with refused_as(ArtifactError, folder), ExitStack() as checks:
         checks.enter_context(known(artifact))
@@ -68,8 +68,8 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact, as_weigh
         loaded = load_folder(folder, given)
     if artifact.unfilled is not None and (lacking := sorted({*loaded.missing} - {*artifact.unfilled})):
         raise ArtifactError(
-            f"{folder}: {len(lacking)} tensors of the model are filled by nothing in the artifact, and were in the "
-            f"source: {', '.join(lacking[:_NAMED])}; config.json was changed, or this version of transformers builds "
-            "another model"
+            f"{folder}: the artifact does not fill {len(lacking)} tensors of the model that the source filled: "
+            f"{', '.join(lacking[:_NAMED])}; config.json was changed, or this version of transformers builds another "
+            "model"
         )
     return loaded

@@ -1,4 +1,4 @@
-"""The report's data, measured on what was read back from the disk."""
+"""Gathering the report's data, measured on the artifact read back from disk."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from octavo.verification.proof import Proof
 from octavo.verification.verifying import digest_of
 
 _PAIRS = 7
-#: Seconds after which no further turn is timed.
+#: Seconds after which no further round is timed.
 _PATIENCE = 5.0
 
 
 def report_data(
     done: Result, artifact: Artifact, proof: Proof, section: Section | None = None, command: str = ""
 ) -> dict[str, Any]:
-    """The report's data; quality is that of the model as it was loaded from the artifact."""
+    """The report's data; quality is that of the model loaded from the artifact."""
     opened, profile, built = done.opened, done.profile, done.built
     losses = proof.losses
     quality = None if losses is None else float(losses.mean())
@@ -72,7 +72,7 @@ def report_data(
         "seed": opened.request.seed,
         "preset": opened.request.preset,
         "source": {
-            # The folder's name and no more: a card is published, and a path names its writer's machine.
+            # Only the folder's name: cards are published, and a full path would reveal details of the machine.
             "path": opened.source.path.name if opened.source.path else opened.source.title,
             "fingerprint": profile.fingerprint,
             "bytes": profile.original_bytes,
@@ -136,23 +136,21 @@ def _call(budget: Budget) -> str:
 def _why_less(done: Result) -> str:
     plan, pinned = done.built.plan, done.opened.pinned
     if not any(point.loss for point in plan.points.values()) and not pinned:
-        return (
-            "less than the budget is used: the source is restored bit for bit, so more bytes could not lower the loss"
-        )
+        return "less than the budget is used: the source is restored bit for bit, so more bytes cannot lower the loss"
     less = "less than 98% of the budget is used"
     if done.built.refused:
         return (
-            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but with them the loss was "
-            "measured to be no lower"
+            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but did not lower the measured "
+            "loss"
         )
     if upgrades(done.profile, plan.points, done.budget.bytes - done.built.counted, pinned):
         return f"{less} by this plan"
-    known = "all the settings that a kernel runs" if done.budget.target == "memory" else "the settings that were tried"
-    return f"{less}: of {known}, none that fits into the rest lowers a site's expected loss"
+    known = "the settings with a kernel" if done.budget.target == "memory" else "the settings that were tried"
+    return f"{less}: none of {known} that fit the remaining bytes lowers a site's expected loss"
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without anything that names a person or a path."""
+    """Versions and machine, without names of persons or paths."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -203,9 +201,9 @@ def _site_row(done: Result, name: str) -> dict[str, Any]:
 def _kept_row(done: Result, name: str, reason: str) -> dict[str, Any]:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
-    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
+    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored unchanged"
     if kept.coded and name in done.opened.source.folded:
-        narrow = ": all elements are equal, stored as one"
+        narrow = ": all elements are equal, stored once"
     return {
         "name": name,
         "shape": list(kept.shape),
@@ -216,15 +214,15 @@ def _kept_row(done: Result, name: str, reason: str) -> dict[str, Any]:
 
 
 def unused(done: Result) -> dict[str, dict[str, Any]]:
-    """Families that were tried and won no site, and how much more their best would lose in the bytes that sites got.
+    """Families that were tried but chosen at no site, and the loss of their best settings at the same bytes.
 
     Returns
     -------
     dict
-        Family to ``sites`` that it was tried at; ``larger``, those of them at which it had nothing as small as what was
-        chosen; ``exact``, those at which it had, but what was chosen loses nothing; ``times``, least and median over
-        all others of its expected loss over the chosen one's; and ``nearest``, the site of the least. The latter two
-        are None if there are no others.
+        Maps each family to ``sites`` where it was tried; ``larger``, the sites where it had nothing as small as the
+        choice; ``exact``, the sites where it had, but the choice loses nothing; ``times``, minimum and median over the
+        remaining sites of its expected loss relative to the choice; and ``nearest``, the site of the minimum. The last
+        two are None if no sites remain.
     """
     chosen = done.built.plan.points
     won = {get_method(point.method).family for point in chosen.values()}
@@ -235,7 +233,7 @@ def unused(done: Result) -> dict[str, dict[str, Any]]:
         for other in densified(curve):
             method = get_method(other.method)
             family = method.family
-            # Leaving a weight as it is competes with nobody.
+            # Keeping a weight unchanged is not a competing family.
             if family not in won and not method.dense:
                 within = other.loss if other.bytes <= point.bytes else math.inf
                 least[family] = min(least.get(family, math.inf), within)
@@ -256,7 +254,7 @@ def unused(done: Result) -> dict[str, dict[str, Any]]:
 
 
 def _uniform_row(done: Result) -> dict[str, Any]:
-    """The best uniform plan, and how many sites really have its setting."""
+    """The best uniform plan, and the number of sites that use its setting."""
     rival = done.rival
     if rival is None:
         return {}
@@ -272,7 +270,7 @@ def _uniform_row(done: Result) -> dict[str, Any]:
         "sites": len(same),
         "of": len(rival.plan.points),
         "moved": any(setting != common for setting in same),
-        # Of a plan that was not built only what the budget counts is known.
+        # For a plan that was not built only the bytes that the budget counts are known.
         "bytes": rival.bytes if rival.packed or not in_memory else None,
         "held": rival.counted if in_memory else None,
         "quality": rival.quality,
@@ -280,7 +278,7 @@ def _uniform_row(done: Result) -> dict[str, Any]:
 
 
 def curve_data(done: Result, quality: float | None) -> dict[str, Any]:
-    """Expected loss over ratios from the profile, and what uniform settings would give."""
+    """Expected loss over ratios from the profile, and for uniform settings."""
     profile = done.profile
     points: list[dict[str, Any]] = []
     rivals: list[dict[str, Any]] = []
@@ -326,14 +324,14 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def _latency(done: Result, artifact: Artifact) -> dict[str, Any] | None:
-    """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
+    """Latency of a forward pass before and after, interleaved in one run so that the machine's load cancels."""
     opened = done.opened
     if opened.source.module is None or opened.source.is_skeleton or not opened.held_data:
         return None
     module, batch = opened.source.module, opened.held_data[0]
     weights = opened.source.placed(artifact.state())
 
-    # An objective of the user's own may take what it likes out of a batch that the module itself does not take.
+    # A user's objective may use parts of a batch that the module does not take.
     call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs
 
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
@@ -351,7 +349,7 @@ def _latency(done: Result, artifact: Artifact) -> dict[str, Any] | None:
     }
     if opened.source.is_transformers and opened.source.path is not None and opened.source.path.is_dir():
         source, written = (transformer_folder(path) for path in (opened.source.path, artifact.path))
-        # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
+        # Reading the original must touch its pages too, since a mapped file is only loaded when read.
         loads = {
             "load_original": lambda: _touch(load_as_users_do(source).model),
             "load_artifact": lambda: _touch(load_as_users_do(written).model),

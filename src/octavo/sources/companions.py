@@ -1,7 +1,6 @@
-"""Files of a source that go with its weights into the artifact: tokenizers, configurations, code, licences.
+"""Files copied into the artifact with the weights: tokenizers, configurations, code, licences.
 
-Code is copied and never run here. Weights, training data and hidden files stay behind, and so does what lies outside
-of the folder.
+Code is copied but never run here. Weights, training data, hidden files and files outside of the folder are not copied.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from octavo.system.paths import is_part
 from octavo.system.replacing import MANIFEST
 from octavo.system.sealed import JOB
 
-#: Names of files that are copied whatever their size, in lower case.
+#: Lower-case names of files that are copied regardless of size.
 _COPIED = re.compile(
     r"""
     .*config.*\.json | modules\.json | model_index\.json | (special_tokens_map|added_tokens|normalizer|tekken)\.json
@@ -29,21 +28,22 @@ _COPIED = re.compile(
     """,
     re.VERBOSE,
 )
-#: Other JSON is configuration if it is small and its name does not speak of data.
+#: Other JSON files count as configuration if they are small and their name does not suggest data.
 _SMALL = 1_000_000
 _DATA = re.compile(r".*(train|test|valid|eval|corpus|data|sample|result|predict).*")
-#: Not missed by anyone: the artifact has its own.
+#: Not copied and not reported: the artifact has its own.
 _OWN = re.compile(r"readme.*|report\.(html|json)|.*\.(md|png|jpe?g|gif|svg|webp)|trainer_state\.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-#: Folders below the source's that are looked into.
+#: Depth of sub-folders of the source that are searched.
 _DEEP = 3
-#: Names that a note gives at most.
+#: Largest number of names in a note.
 _NAMED = 12
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copy what goes with the weights of ``source``; returns notes on what was done that a user may not expect."""
-    # Loaders put an adapter on the model if its configuration is there: it goes with its weights or not at all.
+    """Copy the companion files of ``source``; returns notes on anything that a user may not expect."""
+    # Loaders apply an adapter if its configuration exists, so configuration and weights are copied together or not at
+    # all.
     adapted = all((source / name).is_file() for name in _ADAPTER)
     left = []
     for relative, reason in _choices(source, adapted=adapted):
@@ -57,13 +57,13 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     notes = [f"not copied: {', '.join(left[:_NAMED])}{more}"] if left else []
     if adapted:
         notes.append(
-            "the adapter beside the model is copied as it is, neither compressed nor counted: loaders that know "
-            "adapters put it on the model as they do with the source, and quality was measured without it"
+            "the adapter in the model's folder is copied unchanged, and neither compressed nor counted: loaders that "
+            "support adapters apply it as they do for the source, but quality was measured without it"
         )
     elif (source / _ADAPTER[0]).exists():
         notes.append(
-            "adapter_config.json was left behind: its weights are not beside it as adapter_model.safetensors, and "
-            "loaders would fail on one without the other"
+            "adapter_config.json was not copied: adapter_model.safetensors is missing, and loaders would fail without "
+            "it"
         )
     return notes
 
@@ -75,7 +75,7 @@ def companion_files(source: Path) -> list[Path]:
 
 
 def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]]:
-    """Files of the source, each with None if it is to be copied, or why it is not; empty if nobody will miss it."""
+    """Files of the source, each with None if it is copied, or the reason if not; an empty reason is not reported."""
     for place, folders, names in os.walk(source):
         inner = Path(place).relative_to(source)
         for name in sorted(folders):
@@ -92,7 +92,7 @@ def _choices(source: Path, *, adapted: bool) -> Iterator[tuple[Path, str | None]
 
 
 def _is_apart(place: Path, source: Path) -> bool:
-    """Whether a folder inside the source is no part of it: another model or format of it, or a run's kept work."""
+    """Whether a sub-folder does not belong to the source: another model, another format, or kept work of a run."""
     own = {member.path for member in members(source)}
     parts = place.relative_to(source).parts
     return parts[0] not in own and any(is_weights(file.name) or file.name == JOB for file in place.iterdir())
@@ -109,7 +109,7 @@ def _reason(source: Path, relative: Path, *, adapted: bool) -> str | None:
     if _OWN.fullmatch(name) and not _COPIED.fullmatch(name):
         return ""
     if not file.is_file():
-        return "no ordinary file" if file.exists() or not file.is_symlink() else "a link to nothing"
+        return "not a regular file" if file.exists() or not file.is_symlink() else "a broken link"
     if file.is_symlink() and not is_part(file, source):
         return "a link out of the folder"
     if name.endswith(".model") and _is_pickled(file):
@@ -121,6 +121,6 @@ def _reason(source: Path, relative: Path, *, adapted: bool) -> str | None:
 
 
 def _is_pickled(file: Path) -> bool:
-    """Whether a file that ends like a tokenizer's is a pickle, plain or in a ZIP file as PyTorch writes it."""
+    """Whether a file with a tokenizer's suffix is a pickle, plain or in a ZIP file as PyTorch writes it."""
     with open(file, "rb") as opened:
         return opened.read(2).startswith((b"\x80", b"PK"))

@@ -9,19 +9,19 @@ from typing import Any
 
 from octavo.errors import OctavoError
 
-#: Keys that count what is built: layers, heads, experts, labels.
+#: Keys with the number of layers, heads, experts or labels to build.
 _COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$|^attention_types$")
 _DEEP = re.compile(r"layers?$|depths?$")
-#: Layers that a model may have beside those that have a tensor of their own: some share theirs.
+#: Layers that a model may have beyond those with their own tensors, since some share tensors.
 _LAYERS = 128
-#: More of anything no model has, unless a tensor has as many rows or columns.
+#: Larger numbers are refused unless a tensor has as many rows or columns.
 _MANY = 65_536
 
 
 def check_counts(
     file: Path, config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], error: type[OctavoError]
 ) -> None:
-    """Refuse a configuration with more layers, labels or heads than any model of its tensors has: they would be built.
+    """Refuse a configuration with more layers, labels or heads than the tensors can fill, since all would be built.
 
     Parameters
     ----------
@@ -35,13 +35,19 @@ def check_counts(
         most = _LAYERS + len(shapes) if _DEEP.search(key) else largest
         numbers = [one for one in _leaves(value) if isinstance(one, int | float)]
         if _COUNTS.search(key) and not all(number <= most for number in numbers):
-            raise error(f"{file}: {key} is {str(value)[:80]}; {len(shapes)} tensors fill no more than {most} of them")
+            raise error(
+                f"{file}: {key} is {str(value)[:80]}, but {len(shapes)} tensors can fill at most {most}; copy the "
+                "artifact again"
+            )
         if isinstance(value, list) and len(value) > largest:
-            raise error(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {largest}")
+            raise error(
+                f"{file}: {key} has {len(value)} entries, but these tensors allow at most {largest}; copy the artifact "
+                "again"
+            )
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """A value, or what a list holds, and lists in it."""
+    """A value, or all values of nested lists."""
     todo = [value]
     while todo:
         item = todo.pop()

@@ -21,7 +21,7 @@ _KINDS = (DENSE, "SparseEncoder", "CrossEncoder")
 
 
 class SentenceEncoder(nn.Module):
-    """An encoder as a module that is called with its features by name and returns one vector an example.
+    """An encoder as a module that takes its features by name and returns one vector per example.
 
     Parameters
     ----------
@@ -33,12 +33,12 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         prompt = self._prompt()
-        # Pooling leaves out the prompt if it is told how long that is and its configuration asks for it.
+        # Pooling leaves out the prompt if it knows the prompt length and its configuration requires it.
         self._prompt_length = encoder.preprocess([""], **prompt).get("prompt_length") if prompt else None
 
     @property
     def transformer(self) -> nn.Module | None:
-        """The model of ``transformers`` inside, if there is one."""
+        """The ``transformers`` model inside, or None."""
         model = getattr(self.encoder[0], "model", None)
         return model if isinstance(model, nn.Module) and hasattr(model, "base_model_prefix") else None
 
@@ -52,26 +52,26 @@ class SentenceEncoder(nn.Module):
         return result
 
     def batches(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Batches of texts, tokenized by the encoder's own tokenizer; neighbours in length share a batch."""
+        """Batches of texts tokenized by the encoder's tokenizer; texts of similar length share a batch."""
         ordered, prompt = sorted(texts, key=len), self._prompt()
         made = (self.encoder.preprocess(ordered[at : at + _BATCH], **prompt) for at in range(0, len(ordered), _BATCH))
         return [_padded({k: v for k, v in batch.items() if isinstance(v, Tensor)}) for batch in made]
 
     def _prompt(self) -> dict[str, str]:
-        """The prompt that stands before every text by default, if there is one."""
+        """The default prompt put before every text, if any."""
         name = self.encoder.default_prompt_name
         prompt = self.encoder.prompts.get(name) if name is not None else None
         return {"prompt": prompt} if prompt else {}
 
 
 def _flat(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Tokens one after another with the places where examples begin, which a static table takes."""
+    """Concatenated tokens with the offsets of examples, the input of a static table."""
     lengths = mask.sum(1)
     return {"input_ids": tokens[mask.bool()], "offsets": lengths.cumsum(0) - lengths}
 
 
 def _padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: one row an example, so that batches can be divided."""
+    """The inverse: one row per example, so that batches can be divided."""
     if "offsets" not in batch:
         return batch
     parts = batch["input_ids"].tensor_split(batch["offsets"][1:].tolist())
@@ -81,7 +81,7 @@ def _padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_encoder(folder: Path) -> SentenceEncoder:
-    """An encoder's folder, or an artifact of one, as its users load it, in float32.
+    """Load an encoder's folder or artifact as its users do, in float32.
 
     Raises
     ------
@@ -94,12 +94,11 @@ def load_encoder(folder: Path) -> SentenceEncoder:
         import sentence_transformers
     except ImportError as error:
         raise MissingExtraError(
-            f"{folder}: is an encoder of sentence-transformers, which cannot be imported ({error}); "
-            "pip install 'octavo[st]'"
+            f"{folder}: needs sentence-transformers, which cannot be imported ({error}): pip install 'octavo[st]'"
         ) from error
     kind = model_type(folder)
     if kind not in _KINDS:
-        raise RequestError(f"{folder}: is a {kind[:80]!r}; encoders are {', '.join(_KINDS)}")
+        raise RequestError(f"{folder}: is a {kind[:80]!r}, which is not supported; give one of {', '.join(_KINDS)}")
     try:
         encoder = getattr(sentence_transformers, kind)(
             str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
@@ -108,17 +107,17 @@ def load_encoder(folder: Path) -> SentenceEncoder:
     except OctavoError:
         raise
     except Exception as error:
-        # Each module reads a configuration of its own, and raises what it likes.
+        # Each module reads its own configuration and may raise any exception.
         raise RequestError(f"{folder}: {kind} cannot load it: {error}") from error
 
 
 def is_installed() -> bool:
-    """Whether encoders can be loaded as their users do."""
+    """Whether encoders can be loaded with ``sentence-transformers``."""
     return importlib.util.find_spec("sentence_transformers") is not None
 
 
 def bind_encoder(source: Source, encoder: SentenceEncoder, folder: Path) -> None:
-    """Say how the source's tensors reach the modules of an encoder."""
+    """Set the mapping of the source's tensors to the modules of an encoder."""
     every = source.every_shape()
     parameters: dict[str, str] = {}
     conversions: list[Conversion] = []

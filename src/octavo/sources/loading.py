@@ -20,20 +20,20 @@ from octavo.sources.skeletons import bind
 
 #: No network, no pickles, no code from files.
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-#: Letters of another library's error that are shown.
+#: Largest number of characters shown of another library's error.
 _SHOWN = 600
 
 
 @dataclass
 class Loaded:
-    """A model as ``from_pretrained`` gives it.
+    """A model loaded by ``from_pretrained``.
 
     Parameters
     ----------
     missing
-        Names of the model that nothing in the files filled; they have random values.
+        Parameter names that the files did not fill; they have random values.
     unexpected
-        Names in the files that the model has no place for.
+        Names in the files that the model does not use.
     """
 
     model: nn.Module
@@ -63,12 +63,12 @@ def refused_as(kind: type[OctavoError], folder: Path) -> Iterator[None]:
     except OctavoError:
         raise
     except Exception as error:
-        # A configuration can be wrong in as many ways as there are architectures, and each raises what it likes.
+        # An architecture may raise any exception for an invalid configuration.
         raise kind(f"{folder}: from_pretrained failed ({type(error).__name__}): {str(error)[:_SHOWN]}") from error
 
 
 def load_weights(source: Source) -> None:
-    """Put the whole model of a folder in memory, in float32, in place of its skeleton, by its own loader."""
+    """Replace a skeleton by the whole model of its folder in float32, with its own loader."""
     assert source.path is not None
     if members(source.path) and is_installed() and not source.transformer_only:
         encoder = load_encoder(source.path)

@@ -13,16 +13,16 @@ from octavo.errors import MissingExtraError, RequestError
 from octavo.sources.sentences import Member, members
 from octavo.system.strict_json import read_object
 
-#: Bytes that a configuration has at most: 16 MB.
+#: Largest size of a configuration: 16 MB.
 _MOST = 16 << 20
-#: A model with a head, by its name; others give states.
+#: Class name pattern of models with a head; others return hidden states.
 HEADED = re.compile("For[A-Z]|LMHead|DoubleHeads|MTModel|EncoderDecoderModel")
-#: Modules of ``sentence-transformers`` that are heads of their own, such as that of SPLADE.
+#: Modules of ``sentence-transformers`` that are heads, such as that of SPLADE.
 HEADED_MODULE = "MLMTransformer"
 
 
 def require_transformers() -> Any:
-    """The package, or an error that says how to install it."""
+    """The package; raises an error that explains how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -31,7 +31,7 @@ def require_transformers() -> Any:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """Read a JSON object from a file."""
     return read_object(file, most=_MOST, error=RequestError)
 
 
@@ -41,16 +41,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_known(folder: Path) -> bool:
-    """Whether ``transformers`` has the architecture of a model folder."""
+    """Whether ``transformers`` supports the architecture of a model folder."""
     kind = read_config(folder).get("model_type")
     return isinstance(kind, str) and kind in require_transformers().CONFIG_MAPPING
 
 
 def class_for(folder: Path) -> Any:
-    """The class of ``transformers`` that opens a model folder.
+    """The ``transformers`` class for a model folder.
 
-    It is the one that the configuration names, unless the files hold no head for it, or ``sentence-transformers`` reads
-    the folder: then it is that of the model without a head.
+    It is the class named in the configuration. If the files hold no head, or ``sentence-transformers`` reads the
+    folder, it is the class without a head.
     """
     transformers = require_transformers()
     config = json_object(folder / "config.json")
@@ -71,20 +71,20 @@ def _bare(folder: Path, named: Any) -> Any:
     kinds = transformers.AutoModel._model_mapping.get(type(config), None)
     kind = kinds[0] if isinstance(kinds, tuple) else kinds
     if kind is not None and _first_member(folder) is not None and config.is_encoder_decoder:
-        # As sentence-transformers does: only the encoder is read.
+        # Like sentence-transformers: only the encoder is read.
         kind = getattr(transformers, kind.__name__.removesuffix("Model") + "EncoderModel", kind)
     return kind or named or transformers.AutoModel
 
 
 def _has_head(folder: Path, named: Any) -> bool:
-    """Whether the files of a folder hold the head of a class, by the names of their tensors.
+    """Whether the files of a folder hold the head of a class, by tensor names.
 
-    A head that is tied to the table of tokens is in no file. One that older versions called otherwise shows as a part
-    that the model without a head does not have.
+    A head tied to the token table is not in any file. A head with a name from older versions appears as a part that the
+    model without a head lacks.
     """
     names, prefix = set(tensor_shapes(folder)), f"{named.base_model_prefix}."
     if any(name.startswith(prefix) for name in names):
-        # Written by a class with a head, for the one without knows no prefix.
+        # Written by a class with a head, since the class without one uses no prefix.
         return True
     config = require_transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     bare = _bare(folder, None)
@@ -113,6 +113,6 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _first_member(folder: Path) -> Member | None:
-    """The module of ``sentence-transformers`` that reads a folder, which is the encoder's or below it."""
+    """The ``sentence-transformers`` module that reads a folder (the encoder's or a sub-folder)."""
     above = [one for one in members(folder.parent)[:1] if one.path == folder.name]
     return next(iter(members(folder) or above), None)

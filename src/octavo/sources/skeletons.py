@@ -21,9 +21,9 @@ from octavo.sources.sites import Source
 
 
 class _WithoutContent(TorchFunctionMode):
-    """Makes tensors that will be filled later, which is what ``torch.empty`` is for, on the ``meta`` device.
+    """A context in which ``torch.empty`` creates tensors on the ``meta`` device, since they are filled later.
 
-    Tables that a model works out from its configuration, such as rotary ones, are real.
+    Tables computed from the configuration, such as rotary tables, are real.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -31,10 +31,10 @@ class _WithoutContent(TorchFunctionMode):
 
 
 def attach_module(source: Source, folder: Path) -> None:
-    """Give a source the model of its folder, as a skeleton without weights.
+    """Add the model of its folder to a source, as a skeleton without weights.
 
     :func:`octavo.sources.loading.load_weights` fills it, or :mod:`octavo.calibration.blockwise` runs it block by block.
-    An architecture that ``transformers`` does not know leaves the source without a module, with a note.
+    If ``transformers`` does not know the architecture, the source gets no module but a note.
     """
     transformers = require_transformers()
     transformers.utils.logging.disable_progress_bar()
@@ -42,8 +42,7 @@ def attach_module(source: Source, folder: Path) -> None:
         source.is_transformers = False
         source.notes.append(
             f"the architecture {read_config(folder).get('model_type')!r} is not known to transformers "
-            f"{transformers.__version__}: the tensors are compressed on their own, without data, and nothing of the "
-            "model is run"
+            f"{transformers.__version__}: the tensors are compressed without data, and the model is not run"
         )
         return
     source.module = skeleton(folder)
@@ -51,7 +50,7 @@ def attach_module(source: Source, folder: Path) -> None:
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """The model of a folder without weights, in float32, by the class that its config names.
+    """Build the model of a folder without weights, in float32, from the class in its config.
 
     Raises
     ------
@@ -61,7 +60,7 @@ def skeleton(folder: Path) -> nn.Module:
     transformers = require_transformers()
     shapes = tensor_shapes(folder)
     if shapes:
-        # A folder without weights is one that was written here, of a model in memory.
+        # A folder without weights was written by Octavo for a model in memory.
         check_counts(folder / "config.json", read_config(folder), shapes.values(), RequestError)
     try:
         with bounded_by(shapes.values()) if shapes else nullcontext():
@@ -71,16 +70,18 @@ def skeleton(folder: Path) -> nn.Module:
                 build = getattr(cls, "_from_config", None) or cls.from_config
                 module: Any = build(config, dtype=torch.float32)
     except Exception as error:
-        # A config can be wrong in as many ways as there are architectures, and each raises what it likes.
-        raise RequestError(f"{folder}: the model cannot be built from its config.json: {error}") from error
-    # Keys and values of earlier tokens are of no use to one pass over whole texts.
+        # An architecture may raise any exception for an invalid config.
+        raise RequestError(
+            f"{folder}: the model cannot be built from its config.json: {error}; correct the config"
+        ) from error
+    # One pass over whole texts does not need a cache of keys and values.
     for part in (module.config, module.config.get_text_config()):
         part.use_cache = False
     return module.eval()
 
 
 def bind(source: Source, module: nn.Module) -> None:
-    """Say how the source's tensors reach the module, by the loader's own rules."""
+    """Set the mapping of the source's tensors to the module, by the loader's own rules."""
     found = names_of(module, source.every_shape())
     converted = {name: item.targets[0] for item in found.conversions for name in item.names}
     source.parameters, source.conversions = {**found.parameters, **converted}, found.conversions
@@ -89,9 +90,9 @@ def bind(source: Source, module: nn.Module) -> None:
 
 
 def unfilled_names(source: Source) -> list[str] | None:
-    """Names of a source's model that none of its tensors fills; None if it has no model that is known here.
+    """Parameter names of a source's model that none of its tensors fills; None if its model is unknown.
 
-    A source of which nothing is run has no module. What its skeleton needs is found out here.
+    A source that is not run has no module, so a skeleton is built here.
     """
     if not source.is_transformers or source.folder is None:
         return None
@@ -109,13 +110,13 @@ def unfilled_names(source: Source) -> list[str] | None:
 
 
 def tied_names(source: Source) -> set[str]:
-    """Aliases that the model itself ties to the tensor that they are equal to, so that loading one fills both."""
+    """Aliases that the model itself ties, so that loading one tensor fills both."""
     folder, module = source.folder, source.module
     if module is None or folder is None:
         return set()
     direct = source.direct
     if source.path is None or not source.path.is_dir():
-        # A model that was given in memory may be tied by hand; what counts is what its configuration ties.
+        # A model in memory may be tied by hand; only ties of its configuration count.
         module = skeleton(transformer_folder(folder))
         direct = names_of(module, source.every_shape()).parameters
     state = module.state_dict(keep_vars=True)

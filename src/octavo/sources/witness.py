@@ -1,4 +1,4 @@
-"""The files that a run reads, and whether they are still what they were when it began."""
+"""Detects changes of the files that a run reads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _Seen = tuple[int, int, int, int]
 
 
 class Witness:
-    """Files of a source and of data as they were at first sight.
+    """Files of a source and of data, as first seen.
 
     Parameters
     ----------
     source
-        The file or folder that is compressed; None for what is in memory.
+        The file or folder to compress; None for a source in memory.
     data
-        The file of calibration data; anything that is no path is no business of it.
+        The file of calibration data; anything that is not a path is ignored.
     """
 
     def __init__(self, source: Path | None, data: Any = None) -> None:
@@ -37,13 +37,13 @@ class Witness:
             seen = _look(file)
             if seen is not None:
                 self._seen[file] = seen
-            # What is read once, such as a pipe of data, cannot be read here.
+            # A pipe can only be read once, so it is skipped here.
             if seen is not None and not is_weights and file.is_file():
                 self._digests[file] = _digest(file)
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every file of the source but its weights, by name: those are told by the tensors in them."""
+        """SHA-256 of every file of the source by name, except weights, which are identified by their tensors."""
         return {self._name(file): digest for file, digest in sorted(self._digests.items()) if file != self.data}
 
     @property
@@ -52,17 +52,17 @@ class Witness:
         return sum(self._seen[file][0] for file in self._digests if file != self.data)
 
     def check(self, *, every: bool = False) -> None:
-        """Refuse to go on with files that are not what they were.
+        """Refuse to continue with changed files.
 
         Parameters
         ----------
         every
-            Whether new files are looked for too.
+            Whether to look for new files too.
 
         Raises
         ------
         RequestError
-            Naming the first file that was changed, removed or added since the run began.
+            If a file was changed, removed or added since the run began; the error names the first.
         """
         now = {file: _look(file) for file in (self._files() if every else self._seen)}
         for file in dict.fromkeys([*self._seen, *now]):
@@ -70,27 +70,27 @@ class Witness:
             if before == found:
                 continue
             if found is not None and file in self._digests and _digest(file) == self._digests[file]:
-                # Touched, or written again as it was.
+                # Touched, or rewritten with the same content.
                 self._seen[file] = found
                 continue
             what = "removed" if found is None else "added" if before is None else "changed"
             raise RequestError(
-                f"{file}: was {what} since the run began, so that the result would mix two states of it; leave the "
-                "source and its data as they are while a run reads them, and start again"
+                f"{file}: was {what} since the run began, so the result would mix two versions; do not change the "
+                "source or its data during a run, and start again"
             )
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """A context in which files are read: where that fails because they were changed, the error says so."""
+        """A context for reading files: if reading fails because they were changed, the error says so."""
         try:
             yield
         except Exception:
-            # Readers of others raise what they like when a file changes under them.
+            # Third-party readers may raise any exception when a file changes while they read it.
             self.check(every=True)
             raise
 
     def changed(self, before: dict[str, str]) -> list[str]:
-        """Names of files that are not those of an earlier run, which said :attr:`digests`."""
+        """Names of files that differ from an earlier run with the given :attr:`digests`."""
         now = self.digests
         return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
 
@@ -114,13 +114,13 @@ class Witness:
                 found.update((file, True) for file in weights.files)
                 found.update({weights.index: False} if weights.index else {})
         except (OctavoError, OSError):
-            # Whoever opens the source says what is wrong with it.
+            # Opening the source reports what is wrong with it.
             found.update({self.source: True} if self.source.is_file() else {})
         return found
 
 
 def _look(file: Path) -> _Seen | None:
-    """What tells whether a file was written to, or None if there is none."""
+    """The file attributes that reveal a change, or None if the file does not exist."""
     try:
         found = os.stat(file)
     except OSError:

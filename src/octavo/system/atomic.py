@@ -11,7 +11,7 @@ from octavo.system.replacing import check_kind
 
 
 def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
-    """Write a file aside, flush it to the disk, and rename it into place."""
+    """Write a file under a temporary name, flush it to disk, and rename it."""
     check_kind(path)
     aside = path.with_name(path.name + ".part")
     check_kind(aside)

@@ -22,7 +22,7 @@ _TOKENS = 16
 
 
 def running_data(done: Result, artifact: Artifact) -> dict[str, Any]:
-    """Bytes held, kernels, quality and speed of the packed model; bytes alone where there is no model to run."""
+    """Memory, kernels, quality and speed of the packed model; only memory if there is no model to run."""
     opened, stated = done.opened, done.built.counted
     result: dict[str, Any] = {"stated": stated, "held": None, "kernels": {}, "quality": None, "speed": None, "note": ""}
     if opened.source.module is None and not opened.source.is_transformers:
@@ -34,9 +34,7 @@ def running_data(done: Result, artifact: Artifact) -> dict[str, Any]:
     if not opened.measurable:
         return result
     if opened.source.is_encoder and any(split_name(name)[0] for name in artifact.names()):
-        result["note"] = (
-            "the layers behind the transformer do not run packed, so that quality and speed were not measured"
-        )
+        result["note"] = "the layers after the transformer cannot run packed, so quality and speed were not measured"
         return result
     result["quality"] = float(done.run.judge(packed).mean())
     dense = _loaded(done, artifact, packed=False).to(torch.bfloat16)
@@ -45,7 +43,7 @@ def running_data(done: Result, artifact: Artifact) -> dict[str, Any]:
     except Exception as error:
         if isinstance(opened.objective, OfOutputs):
             raise
-        # A loss of the user's own need not know bfloat16, and was measured without it.
+        # A user's loss need not support bfloat16, and was measured without it.
         result["note"] = f"not timed: the objective fails on the model in bfloat16: {type(error).__name__}: {error}"
         return result
     if speed["packed"] > speed["dense"]:
@@ -64,7 +62,7 @@ def _loaded(done: Result, artifact: Artifact, *, packed: bool) -> nn.Module:
 
 
 def _speed(packed: nn.Module, dense: nn.Module, batch: Any, objective: Objective) -> dict[str, Any]:
-    """Median seconds of both, of one token for models that write, else of one batch."""
+    """Median seconds of both models: per token for generative models, else per batch."""
     if generates(packed):
         seconds = interleaved({"packed": greedy(packed, _TOKENS), "dense": greedy(dense, _TOKENS)})
         seconds = {name: value / _TOKENS for name, value in seconds.items()}

@@ -1,7 +1,7 @@
-"""The model as its users load it from a written artifact: whether it loads in whole, and how far it is from the source.
+"""Loads a written artifact as its users do, checks that it loads completely, and measures its distance from the source.
 
-What an artifact is worth is measured on this model and on no other. Where it cannot be loaded or measured the proof
-says why, and has no number.
+The quality of an artifact is measured on this model only. If it cannot be loaded or measured, the proof says why and
+has no number.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from octavo.system.raw import Lazily
 from octavo.verification.probes import Outputs, probe
 from octavo.verification.verifying import load
 
-#: What verify compares with is in float32, whatever the dtype of the model.
+#: Verification compares in float32, whatever the dtype of the model.
 _WIDE = {"dtype": torch.float32}
-_UNCOMPARED = "no data were given, so nothing but the weights could be compared"
-#: Names of keys that an error shows.
+_UNCOMPARED = "no data were given, so only the weights could be compared"
+#: Number of keys that an error shows.
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was seen of the loaded model.
+    """Findings on the loaded model.
 
     Parameters
     ----------
     loader
-        How it was loaded, as a user writes it; empty if it was not.
+        The call that loaded it, as a user writes it; empty if it was not loaded.
     losses
-        Divergence of every held-back example from the source, or None.
+        Divergence of every held-out example from the source, or None.
     why
         Why nothing was measured; empty if it was.
     outputs
-        Outputs on a fixed input, for :func:`octavo.verification.verifying`; None for what takes no such input.
+        Outputs on a fixed input, for :func:`octavo.verification.verifying`; None if the model takes no such input.
     """
 
     loader: str = ""
@@ -59,13 +59,13 @@ class Proof:
 
 
 def prove(run: Run, artifact: Artifact) -> Proof:
-    """Load an artifact the way its users do, and measure it on the data held back.
+    """Load an artifact as its users do, and measure it on the held-out data.
 
     Raises
     ------
     ArtifactError
-        If a part of the model is not filled by the artifact, or a part of the artifact finds no place, though the
-        source's did.
+        If the artifact leaves a part of the model unfilled, or has a tensor that the model does not use, unlike the
+        source.
     """
     source = run.opened.source
     if source.is_transformers and source.folder is not None:
@@ -79,7 +79,7 @@ def prove(run: Run, artifact: Artifact) -> Proof:
             Proof("SentenceTransformer(path)", run.judge(encoder)) if run.opened.measurable else Proof(why=_UNCOMPARED)
         )
     if source.module is None:
-        return Proof(why="no data were given" if source.path is None else "bare tensors have no model that runs")
+        return Proof(why="no data were given" if source.path is None else "bare tensors have no model to run")
     if not run.opened.held_data:
         return Proof(why="no data were given")
     module = source.module
@@ -94,10 +94,10 @@ def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
     require_transformers()
     inner = transformer_folder(folder)
     if not is_known(inner):
-        return Proof(why="the architecture is not known to transformers; its own code is copied and never run here")
+        return Proof(why="transformers does not know the architecture; its code is copied but never run here")
     if source.is_skeleton or (source.module is None and not fits(source, run.opened.memory)):
         return _block_by_block(run, artifact)
-    # A folder's model runs in float32, one that was given in memory as it is.
+    # A folder's model runs in float32; a module given in memory runs unchanged.
     own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
     options = {"dtype": own} if own is not None else {}
     loaded = load_as_users_do(artifact.path / inner.relative_to(folder), options)
@@ -117,7 +117,7 @@ def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
 
 
 def _block_by_block(run: Run, artifact: Artifact) -> Proof:
-    """The same for a model that does not fit in memory: names are matched on a skeleton, blocks run one by one."""
+    """Prove a model that does not fit in memory: names are matched on a skeleton, and blocks run one by one."""
     model = skeleton(transformer_folder(artifact.path))
     found = names_of(model, artifact.loadable_shapes())
     _check_keys(artifact.path, found.missing, found.unused, run.opened.source.unfilled, run.opened.source.unused)
@@ -134,11 +134,11 @@ def _check_keys(
     lacking = sorted(set(missing) - set(unfilled))
     if lacking:
         raise ArtifactError(
-            f"{path}: {len(lacking)} tensors of the model are filled by nothing in the artifact: "
-            f"{', '.join(lacking[:_SHOWN])}; this is a defect of Octavo, please report it with the model's config.json"
+            f"{path}: the artifact does not fill {len(lacking)} tensors of the model: {', '.join(lacking[:_SHOWN])}; "
+            "this is a bug in Octavo, please report it with the model's config.json"
         )
     if len(unexpected) > len(unused):
         raise ArtifactError(
-            f"{path}: the model has no place for {len(unexpected)} tensors of the artifact, and for {len(unused)} of "
-            f"the source: {', '.join(sorted(unexpected)[:_SHOWN])}; this is a defect of Octavo, please report it"
+            f"{path}: the model does not use {len(unexpected)} tensors of the artifact, but {len(unused)} of the "
+            f"source: {', '.join(sorted(unexpected)[:_SHOWN])}; this is a bug in Octavo, please report it"
         )

@@ -1,7 +1,7 @@
 """The best path through the trellis of :mod:`octavo.forms.trellis` (Viterbi, 1967).
 
-It is compiled by numba where that is installed (the extra ``numba``). Without, NumPy takes the same path step by step,
-tens of times slower.
+numba compiles it if installed (the extra ``numba``). Otherwise NumPy finds the same path step by step, tens of times
+slower.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FAR = np.float32(1e30)
 
 
 def best_path(targets: np.ndarray, classes: np.ndarray, penalties: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """Levels of least ``sum (target - level)^2 + penalty`` that a decoder can follow.
+    """Decodable levels that minimize ``sum (target - level)^2 + penalty``.
 
     Parameters
     ----------
@@ -27,8 +27,8 @@ def best_path(targets: np.ndarray, classes: np.ndarray, penalties: np.ndarray, s
     classes
         Row of ``penalties`` for each target, int32 of the same shape.
     penalties
-        (classes, codes) float32: what each code costs, the one for zero in the middle; codes further out cost what the
-        outermost cost.
+        (classes, codes) float32: the cost of each code, with zero in the middle; codes further out cost as much as the
+        outermost.
     state
         (LANES,) int64: the state of each lane at the start. Overwritten with the states at the end.
 
@@ -46,9 +46,9 @@ def best_path(targets: np.ndarray, classes: np.ndarray, penalties: np.ndarray, s
 def _plain(
     targets: np.ndarray, first: np.ndarray, classes: np.ndarray, penalties: np.ndarray, state: np.ndarray
 ) -> np.ndarray:
-    """One NumPy call for all states and lanes of a step."""
+    """The NumPy version, with one call for all states and lanes of a step."""
     half, lanes = penalties.shape[1] // 2, np.arange(LANES)
-    # Of every four neighbouring levels each remainder has one.
+    # Each remainder has one of every four adjacent levels.
     levels = first + ((np.arange(4, dtype=np.int32)[:, None] - first) & 3)
     errors = targets - levels.astype(np.float32)
     costs = errors * errors + penalties[classes, np.clip(levels >> 1, -half, half - 1) + half]
@@ -76,5 +76,5 @@ def sweep() -> Callable[..., None] | None:
 
 
 def _search() -> Callable[..., np.ndarray]:
-    """The faster of the two that can be had."""
+    """The fastest available version."""
     return viterbi_loops.compiled_search() or _plain
