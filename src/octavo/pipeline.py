@@ -19,7 +19,7 @@ from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
 from octavo.methods import get_method
 from octavo.opening import begin, open_request
-from octavo.request import Choices, Request, Role, request_of
+from octavo.request import Choices, Request, Role, request_of, shows_options
 from octavo.saving import Compressed
 from octavo.system import executors
 from octavo.system.clock import Clock
@@ -36,6 +36,7 @@ _REQUEST = "request.json"
 _DEPTH = 4
 
 
+@shows_options
 @with_progress
 @fast_matmul()
 def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices]) -> Compressed:
@@ -179,6 +180,7 @@ def _workspace(work: Path | None) -> Iterator[tuple[Path, Lock | None]]:
         raise
 
 
+@shows_options
 @with_progress
 @fast_matmul()
 def profile(source: Any, out: str | Path, *, progress: Shown = None, **choices: Unpack[Choices]) -> Profile:
@@ -286,6 +288,7 @@ class Reached:
     limit: float | None = None
 
 
+@shows_options
 @with_progress
 def frontier(
     source: Any, ratios: Sequence[float], *, families: bool = False, progress: Shown = None, **choices: Unpack[Choices]

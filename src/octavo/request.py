@@ -8,6 +8,7 @@ keep, the identity of kept work and the checks of single values all come from th
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
@@ -17,6 +18,7 @@ from typing import Any, TypedDict, TypeVar
 from octavo.errors import RequestError
 
 _R = TypeVar("_R", bound="Request")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Role(Enum):
@@ -114,6 +116,10 @@ def _is_seed(value: Any) -> str:
     return "" if -(2**63) <= value < 2**63 else "it does not fit 64 bits; choose a smaller one"
 
 
+def _is_name(value: Any) -> str:
+    return "" if isinstance(value, str) else "give a name, such as 'disk'"
+
+
 def _one_of(*known: str) -> Callable[[Any], str]:
     return lambda value: "" if value in known else f"choose from {', '.join(known)}"
 
@@ -147,6 +153,7 @@ class Request:
         "What the budget counts: disk (bytes of the files), memory (bytes of the weights while it runs), or speed.",
         Role.MEASURED,
         flag="for",
+        check=_is_name,
     )
     speedup: float | None = option(
         None, "For speed: times as fast as PyTorch in float32, such as 2.5.", Role.BUDGET, kind=float
@@ -232,9 +239,9 @@ class Request:
         for item in fields(self):
             wrong = _option(item).check(getattr(self, item.name))
             if wrong:
-                raise RequestError(f"{item.name} is {getattr(self, item.name)!r}: {wrong}")
-        if not isinstance(self.ignore, Sequence):
-            # Whoever gives a generator must find the same in every step.
+                raise RequestError(f"{item.name} is {getattr(self, item.name)!r}; {wrong}")
+        if not isinstance(self.ignore, tuple):
+            # A generator would be empty for the second step that reads it.
             object.__setattr__(self, "ignore", tuple(self.ignore))
 
     def asked(self: _R, **choices: Any) -> _R:
@@ -365,3 +372,16 @@ def request_of(source: Any, choices: Mapping[str, Any]) -> Request:
         return source
     refuse_unknown(Request, choices)
     return Request(source, **choices)
+
+
+def shows_options(verb: _F) -> _F:
+    """Give a verb that takes :class:`Choices` a signature that names them all, for ``help()`` and editors."""
+    own = inspect.signature(verb)
+    kept = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    made = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(item), annotation=item.type)
+        for item, how in options(Request).values()
+        if how.role is not Role.SOURCE
+    ]
+    verb.__signature__ = own.replace(parameters=[*kept, *made])  # type: ignore[attr-defined]
+    return verb
