@@ -123,8 +123,7 @@ class Profile:
             return cls(curves=curves, correction=correction, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RequestError(
-                f"{path}: not a profile that this version can read: {reason(error)}; run octavo profile again; run "
-                "octavo profile again"
+                f"{path}: not a profile that this version can read: {reason(error)}; run octavo profile again"
             ) from error
 
 

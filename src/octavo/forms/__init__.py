@@ -1,4 +1,4 @@
-"""How a site's content is stored and run. Many methods find forms; there are few forms, and they nest."""
+"""Forms: how a site's content is stored and run. Many methods find a few kinds of forms, which nest."""
 
 from octavo.forms.affine import Affine
 from octavo.forms.base import Form, form, form_names, restore, with_leaves

@@ -95,7 +95,7 @@ def report_data(
             "lower_is_better": True,
             "loader": proof.loader,
             "why": proof.why,
-            "data": f"{sum(map(_length, opened.held_data))} held-back examples of {opened.text}"
+            "data": f"{sum(map(_length, opened.held_data))} held-out examples of {opened.text}"
             if opened.measurable
             else opened.text,
             "value": quality,
