@@ -23,10 +23,6 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_edges(edge, check_edge):
-    check_edge("mpo", edge)
-
-
 @pytest.mark.parametrize("size", [1, 2, 7, 13, 31, 97, 216, 256, 384, 704, 30522])
 @pytest.mark.parametrize("sites", [1, 2, 3, 4])
 def test_modes_are_balanced_and_hold_the_size(size, sites):

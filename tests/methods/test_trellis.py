@@ -47,10 +47,6 @@ def cost(levels, targets, classes, penalties):
     return each.reshape(-1, LANES).sum(0)
 
 
-def test_edges(edge, check_edge):
-    check_edge("trellis", edge)
-
-
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 150), columns=st.integers(1, 20), seed=st.integers(0, 2**20))
 def test_quantizers_follow_the_recurrence(rows, columns, seed):
