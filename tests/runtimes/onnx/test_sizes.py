@@ -70,7 +70,7 @@ def test_a_file_is_as_small_as_its_codes(kind: str, tmp_path: Path) -> None:
 
     folded, out = tmp_path / "folded", tmp_path / "model.onnx"
     data = [tokens(seed=seed) for seed in range(4)]
-    octavo.compress(built(kind, tmp_path / "model"), ratio=6, data=data, preset="fast").save(folded)
+    octavo.compress(built(kind, tmp_path / "model"), ratio=6, data=data, preset="fast").save(folded, report=False)
     result = octavo.export(folded, out, data=data)
     assert result["prefer"] == "size"
     assert result["bytes"] == out.stat().st_size <= 2 * result["packed_bytes"]
@@ -126,7 +126,9 @@ def test_models_of_images_go_out(tmp_path: Path) -> None:
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
     data = [images(8, 16) for _ in range(4)]
-    octavo.compress(saved(vit, tmp_path / "vit"), ratio=5, data=data, preset="fast").save(tmp_path / "folded")
+    octavo.compress(saved(vit, tmp_path / "vit"), ratio=5, data=data, preset="fast").save(
+        tmp_path / "folded", report=False
+    )
     result = octavo.export(tmp_path / "folded", tmp_path / "vit.onnx", data=data)
     assert result["bytes"] <= 2 * result["packed_bytes"]
     assert result["divergence"]["mean"] < 1e-6
