@@ -16,15 +16,9 @@ def compressed(row, folder: Path) -> dict[str, object]:
     """The case for a fresh process, with what the report states."""
     source, artifact, data = folder / "source", folder / "artifact", folder / "held.safetensors"
     row.model().save_pretrained(source)
-<<<<<<< HEAD
     done = octavo.compress(source, ratio=RATIO, data=[row.batch()], preset="fast", methods=METHODS)
     report = done.save(artifact, report=False)
-    (held,) = done.job.held_data
-=======
-    done = octavo.compress(source, ratio=RATIO, data=[row.batch()], preset="fast")
-    report = done.save(artifact)
     (held,) = done.opened.held_data
->>>>>>> main
     save_file({key: value.contiguous() for key, value in held.items()}, data)
     name = next(name for name, kind in OBJECTIVES.items() if type(done.opened.objective) is kind)
     paths = {"source": str(source), "artifact": str(artifact), "data": str(data)}

@@ -23,11 +23,7 @@ from octavo.calibration.curvature import kronecker
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.objective import objective
 from octavo.errors import RequestError
-<<<<<<< HEAD
 from octavo.forms import Form
-from octavo.integrations.transformers import load_weights
-=======
->>>>>>> main
 from octavo.methods import Method, get_method, methods
 from octavo.sources.files import from_path
 from octavo.sources.loading import load_weights

@@ -62,13 +62,8 @@ def llama(tmp_path_factory):
 def test_every_kind_meets_its_budget(kind, memory, tmp_path):
     source = write(kind, tmp_path / "model")
     done = octavo.compress(source, ratio=3, data=TEXTS, methods=["entropy"], preset="fast", memory=memory)
-<<<<<<< HEAD
-    assert done.job.source.is_skeleton == (memory is not None)
-    data = done.save(tmp_path / "out", report=False)
-=======
     assert done.opened.source.is_skeleton == (memory is not None)
-    data = done.save(tmp_path / "out")
->>>>>>> main
+    data = done.save(tmp_path / "out", report=False)
     assert 0.98 * done.budget.bytes <= data["artifact"]["bytes"] <= done.budget.bytes
     assert data["quality"]["metric"] == "KL divergence" and 0 < data["quality"]["value"] < 1
     linear = [row for row in data["sites"] if row["kind"] == "linear"]

@@ -47,11 +47,7 @@ def test_a_ratio_that_is_no_number(refused: Refused, bare: Path) -> None:
 def test_what_cannot_be_reached_names_what_can(
     command: Command, refused: Refused, bare: Path, tmp_path: Path, budget: tuple[str, str]
 ) -> None:
-<<<<<<< HEAD
-    result = refused(bare, *budget, "--preset", "fast", "--json", code=3, says="Ask for a ratio of at most")
-=======
-    result = refused(bare, *budget, "--json", code=3, says="ask for a ratio of at most")
->>>>>>> main
+    result = refused(bare, *budget, "--preset", "fast", "--json", code=3, says="ask for a ratio of at most")
     limit = json.loads(result.out)["limit"]
     assert json.loads(result.out)["error"] == "BudgetError"
     done = command("compress", bare, "--ratio", limit, "--preset", "fast", "--out", tmp_path / "out", "--json")
@@ -78,12 +74,7 @@ def test_the_limit_holds_with_data(bert: Path, texts: Path, ratio: float, option
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-<<<<<<< HEAD
-        (["--methods", "gptq,zip"], "'zip' is no method"),
-=======
-        (["--preset", "slow"], "choose from fast, default, best"),
         (["--methods", "gptq,zip"], "'zip' is neither a method nor a family"),
->>>>>>> main
         (["--objective", "beauty"], "choose one of cosine, kl, squared"),
         (["--ignore", "third.*"], "matches no site; sites are named like 'first.weight'"),
         (["--keep", "third.*=float16"], "matches no site; sites are named like 'first.weight'"),

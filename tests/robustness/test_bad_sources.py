@@ -187,15 +187,9 @@ def test_batches_of_any_size_are_divided(lab: Any, tmp_path: Path, size: int) ->
     generator = torch.Generator().manual_seed(0)
     batches = list(torch.randn(16, 3, 8, 8, generator=generator).split(size))
     done = octavo.compress(lab.net(), ratio=2, data=batches, preset="fast")
-<<<<<<< HEAD
-    assert sum(map(len, done.job.held_data)) == 4 and sum(map(len, done.job.calibration_data)) == 12
-    result = done.save(tmp_path / "out", report=False)
-    assert result["quality"]["data"].startswith("4 held-back examples")
-=======
     assert sum(map(len, done.opened.held_data)) == 4 and sum(map(len, done.opened.calibration_data)) == 12
-    result = done.save(tmp_path / "out")
+    result = done.save(tmp_path / "out", report=False)
     assert result["quality"]["data"].startswith("4 held-out examples")
->>>>>>> main
 
 
 def test_outputs_that_are_not_finite(lab: Any) -> None:

@@ -223,15 +223,9 @@ def test_what_the_class_has_no_place_for_is_told(change, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     _, info = T.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
     done = octavo.compress(source, ratio=4, data=[tokens()], preset="fast", methods=["rtn"])
-<<<<<<< HEAD
     done.save(tmp_path / "out", report=False)
-    (note,) = (note for note in done.notes if "LlamaForCausalLM has no place for it" in note.text)
-    sites = {site.name for site in done.job.sites}
-=======
-    done.save(tmp_path / "out")
     (note,) = (note for note in done.notes if "LlamaForCausalLM does not use this weight" in note.text)
     sites = {site.name for site in done.opened.sites}
->>>>>>> main
     assert set(note.sites) == info["unexpected_keys"] & sites and note.sites
     assert set(done.opened.source.unused) == info["unexpected_keys"]
     _, again = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)

@@ -121,13 +121,8 @@ def texts_of(batch: dict[str, torch.Tensor]) -> list[str]:
 def test_weights_of_every_folder_are_sites(bert: Path, tmp_path: Path) -> None:
     source = saved("two dense", bert, tmp_path / "source")
     done = octavo.compress(source, ratio=4, preset="data-free")
-<<<<<<< HEAD
     done.save(tmp_path / "out", report=False)
-    assert {"2_Dense/linear.weight", "3_Dense/linear.weight"} <= {site.name for site in done.job.sites}
-=======
-    done.save(tmp_path / "out")
     assert {"2_Dense/linear.weight", "3_Dense/linear.weight"} <= {site.name for site in done.opened.sites}
->>>>>>> main
     artifact = octavo.Artifact(tmp_path / "out")
     assert {"2_Dense/model.safetensors", "3_Dense/model.safetensors"} <= set(artifact.manifest["files"])
     assert divergence(source, tmp_path / "out", TEXTS) < 0.1
@@ -220,13 +215,8 @@ def test_an_encoder_with_a_prompt_of_its_own_is_measured_with_it(bert: Path, tmp
     )
     encoder.save(str(tmp_path / "source"))
     done = octavo.compress(tmp_path / "source", ratio=6, data=TEXTS, preset="fast", methods=["rtn"])
-<<<<<<< HEAD
     report = done.save(tmp_path / "out", report=False)
-    held = [text.removeprefix("w1 w2 w3 ") for batch in done.job.held_data for text in texts_of(batch)]
-=======
-    report = done.save(tmp_path / "out")
     held = [text.removeprefix("w1 w2 w3 ") for batch in done.opened.held_data for text in texts_of(batch)]
->>>>>>> main
     assert set(held) <= set(TEXTS)
     assert report["quality"]["value"] == pytest.approx(
         divergence(tmp_path / "source", tmp_path / "out", held), rel=1e-3
@@ -250,13 +240,8 @@ def test_a_sparse_encoder_with_weights_of_its_own(bert: Path, tmp_path: Path) ->
     body, sparse = S.Transformer(str(bert)), SparseAutoEncoder(32, 64, k=8, k_aux=16)
     SparseEncoder(modules=[body, S.Pooling(32), sparse], device="cpu").save_pretrained(str(tmp_path / "source"))
     done = octavo.compress(tmp_path / "source", ratio=4, data=TEXTS, preset="fast")
-<<<<<<< HEAD
     report = done.save(tmp_path / "out", report=False)
-    held = [text for batch in done.job.held_data for text in texts_of(batch)]
-=======
-    report = done.save(tmp_path / "out")
     held = [text for batch in done.opened.held_data for text in texts_of(batch)]
->>>>>>> main
     one, two = (
         torch.nn.functional.normalize(
             SparseEncoder(str(tmp_path / name), device="cpu").encode(held, convert_to_sparse_tensor=False), dim=1

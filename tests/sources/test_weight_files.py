@@ -100,15 +100,9 @@ def test_whole_shards_need_no_index(tmp_path: Path) -> None:
     tensors = write(tmp_path / "model", max_shard_size="50KB")
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
     done = octavo.compress(tmp_path / "model", ratio=3, preset="fast")
-<<<<<<< HEAD
-    assert set(done.job.source.shapes) == set(tensors)
-    assert any("from_pretrained does not find model-00001-of-" in note for note in done.job.notes)
-    done.save(tmp_path / "out", report=False)
-=======
     assert set(done.opened.source.shapes) == set(tensors)
     assert any("from_pretrained does not find model-00001-of-" in note for note in done.opened.notes)
-    done.save(tmp_path / "out")
->>>>>>> main
+    done.save(tmp_path / "out", report=False)
     _, info = GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
