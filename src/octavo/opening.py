@@ -29,8 +29,7 @@ from octavo.calibration.workspace import Workspace, files_of, hash_tensors
 from octavo.encoding.job import Job
 from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense
-from octavo.methods import get_method, select_methods
-from octavo.methods.base import DATA_FREE
+from octavo.methods import DATA_FREE, get_method, select_methods
 from octavo.request import check_kinds
 from octavo.runtimes.packed import resident_bytes
 from octavo.sources.batches import Batch

@@ -18,7 +18,7 @@ from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
-from octavo.methods import Method, Setting, get_method
+from octavo.methods import Method, Setting, get_method, spelled
 from octavo.methods.base import PRESETS
 from octavo.methods.factorize.factors import is_table
 from octavo.sources.sites import Site
@@ -168,23 +168,23 @@ def profile_site(
     for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
         if not method.accepts(site):
             continue
-        method = method.at_site(site)
+        asked, method = method, method.at_site(site)
         try:
             if sample is not None and method.by_rows:
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
                     packed, loss = sample.packed(form), sample.loss(form)
-                    keep(method, setting, packed)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
+                    keep(asked, setting, packed)
+                    curve.points.append(Point(spelled(asked), setting, packed.counted(target), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
                     packed = pack(form)
-                    keep(method, setting, packed)
+                    keep(asked, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss))
+                    curve.points.append(Point(spelled(asked), setting, packed.counted(target), loss))
         except RequestError as error:
             raise RequestError(f"site {site.name!r}: {error}") from error
     if not curve.points:
-        names = ", ".join(method.name for method in methods)
+        names = ", ".join(map(spelled, methods))
         raise RequestError(f"site {site.name!r}: {names} can do nothing with it; add another method, such as entropy")
     return curve
 

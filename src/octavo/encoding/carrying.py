@@ -18,7 +18,7 @@ from octavo.encoding.finish import Built, encode_plan, measured, topped
 from octavo.encoding.job import Job
 from octavo.encoding.tasks import weighed
 from octavo.errors import RequestError
-from octavo.methods import Setting, get_method
+from octavo.methods import Setting, get_method, spelled
 
 #: Octaves by which a continuous setting is made coarser; sizes have jumps, so that less than one may free nothing.
 _OCTAVES = (0.03, 0.1, 0.3, 1.0, 2.0)
@@ -143,13 +143,14 @@ class _Carried:
         ]
         evidence = self.calibration.evidence
         work = (
-            (site, self.job.matrix(site), evidence[site.name], method.name, setting) for site, method, setting in wanted
+            (site, self.job.matrix(site), evidence[site.name], spelled(method), setting)
+            for site, method, setting in wanted
         )
         for (site, method, setting), found in zip(wanted, self.job.executor.map(weighed, work), strict=True):
             if found is not None:
                 packed, loss = found
-                self.room.save_packed(site.name, method.name, setting, packed)
-                point = Point(method.name, setting, packed.counted(self.job.target), loss)
+                self.room.save_packed(site.name, spelled(method), setting, packed)
+                point = Point(spelled(method), setting, packed.counted(self.job.target), loss)
                 self.unprofiled[site.name].points.append(point)
         used = {point.method for point in plan.points.values()}
 

@@ -1,7 +1,7 @@
 """How a site's content is stored and run. Many methods find forms; there are few forms, and they nest."""
 
 from octavo.forms.affine import Affine
-from octavo.forms.base import Form, form, form_names, restore, with_leaves
+from octavo.forms.base import FORMS, Form, form, form_names, restore, with_leaves
 from octavo.forms.codebook import Codebook
 from octavo.forms.cut import Cut
 from octavo.forms.dense import Dense
@@ -19,6 +19,7 @@ from octavo.forms.tensor_train import TensorTrain
 from octavo.forms.trellis import Trellis
 
 __all__ = [
+    "FORMS",
     "Affine",
     "Codebook",
     "Cut",

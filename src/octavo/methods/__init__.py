@@ -1,5 +1,10 @@
 """Algorithms that find forms for sites: one file a method, registered by decorator."""
 
-from octavo.methods.base import Method, Setting, get_method, method, methods, select_methods
+from octavo.methods.base import METHODS, Method, Setting, method
+from octavo.methods.selecting import DATA_FREE, methods, select_methods
+from octavo.methods.spelling import get_method, listed, spelled
 
-__all__ = ["Method", "Setting", "get_method", "method", "methods", "select_methods"]
+__all__ = [
+    "DATA_FREE", "METHODS", "Method", "Setting", "get_method", "listed", "method", "methods", "select_methods",
+    "spelled",
+]  # fmt: skip

@@ -1,14 +1,10 @@
-"""What a method is, and the registry that finds all of them."""
+"""What a method is, the registry that finds all of them, and which of them a request takes."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
@@ -17,15 +13,13 @@ from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.sources.sites import Site
+from octavo.system.registry import Registry
 
 #: One choice of a method's knobs, plain JSON: ``{"bits": 4, "group": 64}``.
 Setting = dict[str, Any]
 
 PRESETS = ("fast", "default", "best")
-#: The methods of `default`, without any data.
-DATA_FREE = "data-free"
 
-_METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -49,8 +43,9 @@ class Method(ABC):
     #: theirs is not tried.
     lossless: ClassVar[bool] = False
 
-    #: Whether rows are encoded alike whichever others there are, so that a sample of them tells of the whole matrix.
-    by_rows: ClassVar[bool] = True
+    #: Whether every row is encoded alike, whichever other rows there are. Then a large matrix is judged by a sample of
+    #: its rows. A method that does not say so is always given the whole matrix.
+    by_rows: ClassVar[bool] = False
     #: Whether it works from the curvature of the whole matrix, which no sample has: it is not tried on one first.
     by_curvature: ClassVar[bool] = False
 
@@ -103,6 +98,9 @@ class Method(ABC):
             yield self.encode(weight, setting, evidence)
 
 
+METHODS = Registry[type[Method]]("method", "octavo.methods")
+
+
 def method(name: str, *, family: str, source: str, preset: str = "default") -> Callable[[M], M]:
     """Register a method.
 
@@ -111,7 +109,7 @@ def method(name: str, *, family: str, source: str, preset: str = "default") -> C
     name
         The name users write.
     family
-        ``quantize``, ``prune``, ``factorize``, ``structure`` or ``share``.
+        ``quantize``, ``prune``, ``factorize`` or ``share``.
     source
         Where the algorithm was published.
     preset
@@ -119,63 +117,10 @@ def method(name: str, *, family: str, source: str, preset: str = "default") -> C
     """
 
     def register(cls: M) -> M:
-        if name in _METHODS:
-            raise ValueError(f"a method named {name!r} is already registered: {_METHODS[name].__qualname__}")
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r} of method {name!r} is none of {PRESETS}")
+        METHODS.add(name, cls)
         cls.name, cls.family, cls.source, cls.preset = name, family, source, preset
-        _METHODS[name] = cls
         return cls
 
     return register
-
-
-@cache
-def _load_all() -> None:
-    """Import every method file of this package and of the ``octavo.methods`` entry points; each registers itself."""
-    import octavo.methods as package
-
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
-    for entry in entry_points(group="octavo.methods"):
-        entry.load()
-
-
-def methods() -> dict[str, type[Method]]:
-    """All registered methods by name."""
-    _load_all()
-    return dict(sorted(_METHODS.items()))
-
-
-def get_method(name: str) -> Method:
-    """The method of that name with its default knobs."""
-    _load_all()
-    if name not in _METHODS:
-        raise RequestError(f"method {name!r} is not known; choose from {', '.join(methods())}")
-    return _METHODS[name]()
-
-
-def select_methods(names: Sequence[str] | None, preset: str, target: str = "disk") -> list[Method]:
-    """The methods of a preset, or those named by method or family; for memory only those that a kernel can run."""
-    if preset not in (*PRESETS, DATA_FREE):
-        raise RequestError(f"preset {preset!r} is not known; choose from {', '.join((*PRESETS, DATA_FREE))}")
-    known = methods()
-    if target == "memory":
-        # Few settings have a kernel, so there is no preset that leaves some out.
-        known = {name: cls for name, cls in known.items() if cls.kernel_settings is not Method.kernel_settings}
-        preset = "default" if preset == "fast" else preset
-    if names is None:
-        allowed = PRESETS[: PRESETS.index("default" if preset == DATA_FREE else preset) + 1]
-        return [cls() for cls in known.values() if cls.preset in allowed]
-    if not names:
-        raise RequestError("no method is named; leave the choice out to take those of the preset")
-    chosen: dict[str, Method] = {}
-    for name in names:
-        matches = [cls for cls in known.values() if name in (cls.name, cls.family)]
-        if not matches:
-            families = sorted({cls.family for cls in known.values()})
-            if target == "memory" and name in {word for cls in methods().values() for word in (cls.name, cls.family)}:
-                raise RequestError(f"{name!r} has no setting that runs from memory; choose from {', '.join(known)}")
-            raise RequestError(f"{name!r} is no method ({', '.join(known)}) and no family ({', '.join(families)})")
-        chosen.update((cls.name, cls()) for cls in matches)
-    return list(chosen.values())

@@ -134,8 +134,6 @@ class AFM(Method):
 
     takes = ("rank", "bits")
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:  # noqa: D102
         return site.kind in ("linear", "head")
 

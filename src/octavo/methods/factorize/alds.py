@@ -49,8 +49,6 @@ class ALDS(Method):
 
     groups: tuple[int, ...] = (1, 2, 4, 8)
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:
         """Linear layers, and convolutions of several channels, which depthwise ones have not."""
         return site.kind != "embedding" and (site.kind != "convolution" or _channels(site) > 1)

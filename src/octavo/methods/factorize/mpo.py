@@ -257,8 +257,6 @@ class MPO(Method):
 
     takes = ("sites", "chi", "bits")
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:
         """Matrices; the axes of a convolution are tensorized in other ways."""
         return site.kind != "convolution"

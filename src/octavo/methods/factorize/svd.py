@@ -25,8 +25,6 @@ class SVD(Method):
 
     takes = ("rank", "bits")
 
-    by_rows = False
-
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""
         return factors.settings(*weight.shape)

@@ -41,6 +41,7 @@ class Int8(Method):
     (:mod:`octavo.methods.feedback`), in the coordinates of ``x / s``.
     """
 
+    by_rows = True
     takes = ("smoothing",)
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

@@ -46,8 +46,6 @@ class SourceGrid(Method):
     widths: tuple[int, ...] = (256, 128, 64, 32, 16)
 
     lossless = True
-    # A row off the grid is enough to lose something.
-    by_rows = False
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The widest group in which every sampled one lies on a grid, if there is one."""

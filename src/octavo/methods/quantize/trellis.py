@@ -52,6 +52,7 @@ class TrellisCoded(Stepped):
         Steps to try, as the bits that they would take of Gaussian weights at a high rate.
     """
 
+    by_rows = True
     takes = ("step",)
 
     rate: float = 0.1

@@ -1,0 +1,69 @@
+"""Which methods a request takes: those of its preset, or those that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from octavo.errors import RequestError
+from octavo.methods.base import METHODS, PRESETS, Method
+from octavo.methods.spelling import get_method, spelled
+
+#: The methods of `default`, without any data.
+DATA_FREE = "data-free"
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name."""
+    return METHODS.all()
+
+
+def select_methods(chosen: Sequence[str | Method] | None, preset: str, target: str = "disk") -> list[Method]:
+    """The methods of a preset, or those chosen; for memory only those that a kernel can run.
+
+    Parameters
+    ----------
+    chosen
+        Names of methods, with knobs or without, names of families, and methods themselves.
+    preset
+        ``fast``, ``default``, ``best`` or ``data-free``.
+    """
+    if preset not in (*PRESETS, DATA_FREE):
+        raise RequestError(f"preset {preset!r} is not known; choose from {', '.join((*PRESETS, DATA_FREE))}")
+    known = methods()
+    if target == "memory":
+        # Few settings have a kernel, so there is no preset that leaves some out.
+        known = {name: cls for name, cls in known.items() if cls.kernel_settings is not Method.kernel_settings}
+        preset = "default" if preset == "fast" else preset
+    if chosen is None:
+        allowed = PRESETS[: PRESETS.index("default" if preset == DATA_FREE else preset) + 1]
+        return [cls() for cls in known.values() if cls.preset in allowed]
+    if not chosen:
+        raise RequestError("no method is named; leave the choice out to take those of the preset")
+    found = {spelled(method): method for word in chosen for method in _of_word(word, known, target)}
+    return list(found.values())
+
+
+def _of_word(word: str | Method, known: dict[str, type[Method]], target: str) -> list[Method]:
+    """The one method that a word names, or those of a family."""
+    if isinstance(word, Method):
+        if METHODS.all().get(word.name) is not type(word):
+            raise RequestError(f"{type(word).__qualname__} is not a registered method; put @method(...) on its class")
+        _refuse_unfit(word.name, known, target)
+        return [word]
+    name, colon, _ = word.partition(":")
+    if colon and name in METHODS:
+        _refuse_unfit(name, known, target)
+        return [get_method(word)]
+    matches = [cls() for cls in known.values() if word in (cls.name, cls.family)]
+    if not matches:
+        _refuse_unfit(word, known, target)
+        families = sorted({cls.family for cls in known.values()})
+        raise RequestError(f"{word!r} is no method ({', '.join(known)}) and no family ({', '.join(families)})")
+    return matches
+
+
+def _refuse_unfit(name: str, known: dict[str, type[Method]], target: str) -> None:
+    """Refuse a method or family of which nothing runs from memory, where that is what is asked for."""
+    words = {word for cls in methods().values() for word in (cls.name, cls.family)}
+    if target == "memory" and name in words and name not in {w for c in known.values() for w in (c.name, c.family)}:
+        raise RequestError(f"{name!r} has no setting that runs from memory; choose from {', '.join(known)}")
