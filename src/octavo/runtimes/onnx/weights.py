@@ -21,7 +21,6 @@ from torch import Tensor
 from octavo.forms import (
     Affine,
     Codebook,
-    Cut,
     Dense,
     DenseSparse,
     Folded,
@@ -36,6 +35,7 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
 )
 from octavo.forms.folded import FOLDS
 from octavo.forms.grid import exponent_steps
@@ -259,7 +259,7 @@ def _scaled(nodes: Nodes, name: str, form: Scaled, rows: Rows) -> str:
     return str(nodes.add("Mul", [decoded(nodes, name, form.base, rows), factors]))
 
 
-def _cut(nodes: Nodes, name: str, form: Cut) -> str:
+def _cut(nodes: Nodes, name: str, form: Trimmed) -> str:
     # What was cut is read from a row and a column of zeros behind the others.
     value = nodes.add("Pad", [decoded(nodes, name, form.inner, ALL), nodes.sizes(0, 0, 1, 1)])
     for axis, kept in enumerate((form.rows, form.columns)):
@@ -349,6 +349,6 @@ _BY_ROWS: dict[type[Form], Callable[[Nodes, str, Any, Rows], str]] = {
 }  # fmt: skip
 #: Forms that are worked out whole.
 _WHOLE: dict[type[Form], Callable[[Nodes, str, Any], str]] = {
-    Cut: _cut, DenseSparse: _dense_sparse, Folded: _folded, GroupedLowRank: _grouped, RowBlocks: _row_blocks,
+    Trimmed: _cut, DenseSparse: _dense_sparse, Folded: _folded, GroupedLowRank: _grouped, RowBlocks: _row_blocks,
     Separable: _separable, Sparse: _sparse, TensorTrain: _tensor_train,
 }  # fmt: skip

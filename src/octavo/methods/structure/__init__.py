@@ -1,1 +1,0 @@
-"""Units of a whole block cut away together: neurons, heads and their dimensions."""
