@@ -7,7 +7,7 @@ from collections.abc import Callable
 #: Share of the budget that is filled where more can be sent.
 FILLED = 0.98
 #: Payloads that are made at most; the share that is aimed at leaves room for their unevenness.
-_TRIES, _AIMED = 24, 0.992
+_TRIES, _AIMED = 24, 0.99
 
 
 def most_within(
@@ -32,7 +32,7 @@ def most_within(
         The amount and its payload; None if that of 0 does not fit.
     """
     low, high, found = -1, most + 1, None
-    amount = min(max(guess, 0), most)
+    amount, before = min(max(guess, 0), most), (0, 0)
     for _ in range(_TRIES):
         payload = make(amount)
         if len(payload) <= budget:
@@ -43,9 +43,11 @@ def most_within(
             high = amount
         if high - low <= 1:
             break
-        aimed = round(amount * _AIMED * budget / max(len(payload), 1))
-        # Where the payload's fixed part outweighs the rest, halving is faster.
-        amount = aimed if low < aimed < high and aimed != amount else (low + high) // 2
+        # Along the line through the last two sizes; what is sent beside the amount is unknown at first.
+        slope = (len(payload) - before[1]) / (amount - before[0]) if amount != before[0] else 0.0
+        aimed = amount + (_AIMED * budget - len(payload)) / slope if slope > 0 else -1.0
+        before = (amount, len(payload))
+        amount = round(aimed) if low < aimed < high and round(aimed) != amount else (low + high) // 2
         amount = min(max(amount, low + 1), high - 1)
     if found is None and high > 0:
         payload = make(0)

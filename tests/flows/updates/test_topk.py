@@ -77,13 +77,15 @@ def test_parts_that_do_not_fit_are_refused_before_memory_is_taken():
     gap = lambda values: code(values, torch.int32)  # noqa: E731
     step, good = b"\0\0\x80?", code([3, -1])
     vast = coding.encode(torch.ones(1 << 24, dtype=torch.int8))
-    assert codec.decode(seal(plan, 0, (gap([50, 1]), good, step)), codec.start(plan))["a"][49] == 3
+    steps = step * 2
+    found = codec.decode(seal(plan, 0, (gap([50, 1]), good, steps)), codec.start(plan))
+    assert found["a"][49] == 3 and found["b"][0] == -1
     wrong = [
-        (gap([1]), good, step), (gap([60, 1]), good, step), (gap([50, 10]), good, step), (gap([50, 0]), good, step),
-        (gap([50, -3]), good, step), (gap([50, 1]), good, b""), (gap([50, 1]), good, step * 2), (gap([50, 1]), good, step[:3]),
-        (gap([50, 1]), code([0, 1]), step), (gap([50, 1]), code([-128, 1]), step), (gap([50, 1]), good, b"\0\0\x80\x7f"),
-        (gap([50, 1]), good, b"\0\0\x80\xbf"), (gap([50, 1]), code([3, 1], torch.int16), step), (vast, vast, step),
-        (b"", good, step), (gap([50, 1]), b"", step),
+        (gap([1]), good, steps), (gap([60, 1]), good, steps), (gap([50, 10]), good, steps), (gap([50, 0]), good, steps),
+        (gap([50, -3]), good, steps), (gap([50, 1]), good, b""), (gap([50, 1]), good, step), (gap([50, 1]), good, step[:3]),
+        (gap([50, 1]), code([0, 1]), steps), (gap([50, 1]), code([-128, 1]), steps), (vast, vast, steps),
+        (gap([50, 1]), good, step + b"\0\0\x80\x7f"), (gap([50, 1]), good, step + b"\0\0\x80\xbf"),
+        (gap([50, 1]), code([3, 1], torch.int16), steps), (b"", good, steps), (gap([50, 1]), b"", steps),
     ]  # fmt: skip
     for parts in wrong:
         with pytest.raises(ArtifactError):

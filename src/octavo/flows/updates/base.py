@@ -90,7 +90,7 @@ class UpdateCodec(Flow[UpdateState]):
         plan, flats = FlowPlan(self.name, self._knobs(), budget, schema), [schema.flat(sample) for sample in samples]
         choices = self.choices()
         errors = [self._error(flats[0], plan, choice) for choice in choices] if len(choices) > 1 else [0.0]
-        choice, amount = choices[errors.index(min(errors))], self.most(schema)
+        choice, amount = choices[errors.index(min(errors))], budget
         for flat in flats:
             amount = min(amount, self._filled(flat, plan, 0, amount, choice)[0])
         return replace(plan, setting={"amount": amount, **choice})
@@ -139,7 +139,8 @@ class UpdateCodec(Flow[UpdateState]):
 
     def _error(self, flat: Tensor, plan: FlowPlan, choice: Mapping[str, Any]) -> float:
         """Squared error of a sample, about at the budget."""
-        _, payload = self._filled(flat, plan, 0, self.most(plan.schema), choice, filled=_ROUGHLY)
+        # A byte an entry is a guess that is quickly made.
+        _, payload = self._filled(flat, plan, 0, plan.budget, choice, filled=_ROUGHLY)
         given = plan.schema.flat(self._unpacked(unseal(payload, plan, 0, self.parts), plan.schema))
         return float((flat.double() - given).square().sum())
 
