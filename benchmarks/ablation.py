@@ -27,11 +27,11 @@ from octavo import coding
 from octavo.allocation.budget import Budget
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Point
+from octavo.allocation.workspace import Workspace
 from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.watches import DAMPING
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import Built
 from octavo.forms import Form, Grid
 from octavo.methods import get_method
@@ -185,7 +185,7 @@ class Bench:
 
     def encode(self, encoder: Encoder, step: float, change: dict[str, Evidence] | None = None) -> dict[str, Form]:
         """Forms of all sites."""
-        evidence = {**self.calibration.evidence, **(change or {})}
+        evidence = {**self.run.calibration.evidence, **(change or {})}
         return {site.name: encoder(site, self.job.matrix(site), evidence[site.name], step) for site in self.job.sites}
 
     def row(self, forms: dict[str, Form], step: float) -> tuple[dict[str, Any], Built]:
@@ -233,7 +233,7 @@ def frequencies(bench: Bench, power: float) -> dict[str, Evidence]:
     share[counts == 0] = missing / (counts == 0).sum()
     weights = share**power / (share**power).sum() * bench.calibration.tokens / bench.calibration.sequences
     weights = (weights + DAMPING * weights.mean()).float()
-    old = bench.calibration.evidence[site.name]
+    old = bench.run.calibration.evidence[site.name]
     return {site.name: replace(old, rows=weights, terms=())}
 
 

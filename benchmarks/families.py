@@ -21,8 +21,8 @@ from models import model_folder
 
 import octavo
 from octavo.allocation.solver import allocate
+from octavo.allocation.workspace import Workspace
 from octavo.calibration.objective import KL, Cosine, Objective
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import MARGIN, Built, contest
 from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.methods import methods
@@ -105,7 +105,7 @@ def _without(done: Compressed, work: Path) -> Built:
     """What is made of the same curves without the points of the family, by the steps of ``octavo.compress``."""
     names = {name for name, cls in methods().items() if cls.family != "factorize"}
     curves = [replace(curve, points=[p for p in curve.points if p.method in names]) for curve in done.profile.curves]
-    job, profile, asked = done.job, replace(done.profile, curves=curves), done.budget
+    job, profile, asked = done.opened, replace(done.profile, curves=curves), done.budget
     room = Workspace(work, describe(job, done.preset), resume=True)
     free = replace(asked, bytes=asked.bytes - reserve(job, asked.bytes, done.preset))
     chosen = allocate(profile, free, margin=MARGIN)

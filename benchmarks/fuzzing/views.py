@@ -183,7 +183,7 @@ def _command(*words: str) -> Callable[[Path, Honest], Outcome]:
             if words[0] == "verify" and honest.digests:
                 _verified(folder, honest)
             return Outcome("same")
-        if "takes more memory than there is" in said:
+        if "needs more memory than is available" in said:
             return Outcome("memory", said[:300])
         return (
             Outcome("refused", said[:300])

@@ -1,4 +1,4 @@
-"""Commands that look at something: inspect, verify, evaluate, methods."""
+"""Commands that inspect something: inspect, verify, evaluate, methods."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-import octavo
 from octavo import report
-from octavo.cli import command, console, options, show_json
+from octavo.artifact import Artifact
+from octavo.cli import options
+from octavo.cli.frame import command, console, show_json
 from octavo.methods import methods as known_methods
 from octavo.system.paths import checked
+from octavo.verification import evaluating, verifying
 
 ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 
 
 @command
 def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
-    """Show what an artifact holds, from its manifest alone; nothing is decoded.
+    """Show the content of an artifact from its manifest, without decoding.
 
     Example: octavo inspect folded
     """
-    opened = octavo.Artifact(checked(artifact))
+    opened = Artifact(checked(artifact))
     sites = {
         name: {"form": entry["form"]["form"], "shape": entry["shape"], "dtype": entry["dtype"], "bytes": _size(entry)}
         for name, entry in opened.sites.items()
@@ -74,13 +76,13 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo verify folded
     """
-    result = octavo.verify(checked(artifact))
+    result = verifying.verify(checked(artifact))
     if json_output:
         show_json(result)
         return
     if result["packed"] is not None:
         packed = result["packed"]
-        off = "there is no model, or none that takes a known input, to compare outputs of"
+        off = "not compared, since there is no model with a known input"
         if packed["error"] is not None:
             off = f"outputs are off by {packed['error']:.2g} (at most {packed['allowed']:.2g})"
         console.print(f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; {off}")
@@ -102,7 +104,7 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 def evaluate(
     model: Annotated[Path, typer.Argument(parser=options.path, help="A model folder or an artifact.")],
     data: Annotated[
-        Path | None, typer.Option(parser=options.path, help="Texts, or for spearman a CSV of sentence,sentence,score.")
+        Path | None, typer.Option(parser=options.path, help="Texts; for spearman a CSV of sentence,sentence,score.")
     ] = None,
     against: Annotated[
         Path | None, typer.Option(parser=options.path, help="The source to compare with, for divergence.")
@@ -118,7 +120,7 @@ def evaluate(
 
     Example: octavo evaluate folded --metric perplexity --data book.txt
     """
-    result = octavo.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
+    result = evaluating.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
     if json_output:
         show_json(result)
         return

@@ -41,7 +41,7 @@ class LowRank(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> LowRank:  # noqa: D102
         rank = int(meta["rank"])
-        expect(0 < rank <= max(shape), f"rank {rank} for a matrix of shape {shape}")
+        expect(0 < rank <= max(shape), f"rank {rank} does not fit a matrix of shape {shape}")
         return cls(child(tensors, meta, "left", (shape[0], rank)), child(tensors, meta, "right", (rank, shape[1])))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a method is, the registry that finds all of them, and which of them a request takes."""
+"""The base class of methods, and the registry that finds all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from octavo.forms import Form
 from octavo.sources.sites import Site
 from octavo.system.registry import Registry
 
-#: One choice of a method's knobs, plain JSON: ``{"bits": 4, "group": 64}``.
+#: One choice of a method's knobs as plain JSON: ``{"bits": 4, "group": 64}``.
 Setting = dict[str, Any]
 
 PRESETS = ("fast", "default", "best")
@@ -26,8 +26,8 @@ M = TypeVar("M", bound="type[Method]")
 class Method(ABC):
     """An algorithm that finds forms for a weight matrix; its dataclass fields are its knobs.
 
-    A method only *finds*. How a form is stored and run is the form's business, which setting is taken is the
-    allocator's.
+    A method only *finds* forms. The form decides how it is stored and run, and the allocator decides which setting is
+    used.
     """
 
     name: ClassVar[str]
@@ -37,16 +37,16 @@ class Method(ABC):
     preset: ClassVar[str] = "default"
     #: Name of a knob that changes the size continuously, so that a budget can be met exactly; None if there is none.
     elastic: ClassVar[str | None] = None
-    #: The keys that a setting may have, others being refused; None where a method does not say.
+    #: The keys that a setting may have (others are refused); None if the method does not state them.
     takes: ClassVar[tuple[str, ...] | None] = None
-    #: Whether every form it finds restores the weight bit for bit. Such methods go first: what takes more bytes than
-    #: theirs is not tried.
+    #: Whether every form restores the weight bit for bit. Such methods run first: settings with more bytes are not
+    #: tried.
     lossless: ClassVar[bool] = False
 
-    #: Whether every row is encoded alike, whichever other rows there are. Then a large matrix is judged by a sample of
-    #: its rows. A method that does not say so is always given the whole matrix.
+    #: Whether each row is encoded independently of the others. Then a sample of rows represents a large matrix.
+    #: A method that does not state this always gets the whole matrix.
     by_rows: ClassVar[bool] = False
-    #: Whether it works from the curvature of the whole matrix, which no sample has: it is not tried on one first.
+    #: Whether it uses the curvature of the whole matrix. A sample has none, so the method is not screened on a sample.
     by_curvature: ClassVar[bool] = False
 
     def accepts(self, site: Site) -> bool:
@@ -54,11 +54,11 @@ class Method(ABC):
         return True
 
     def at_site(self, site: Site) -> Self:
-        """The method with knobs that are fit for a site that it accepts."""
+        """The method with knobs adapted to a site that it accepts."""
         return self
 
     def octaves(self, setting: Setting) -> float:
-        """Where a setting's continuous knob stands; one octave more is about one bit a weight less."""
+        """The position of a setting's continuous knob; one octave more is about one bit per weight less."""
         return math.log2(setting[self.elastic or ""])
 
     def at(self, setting: Setting, octaves: float) -> Setting:
@@ -70,29 +70,31 @@ class Method(ABC):
         known = setting if self.takes is None else self.takes
         for key in setting:
             if key not in known:
-                raise RequestError(f"{self.name}: {key!r} is no setting of this method; it takes {', '.join(known)}")
+                raise RequestError(
+                    f"{self.name}: {key!r} is not a setting of this method; choose from {', '.join(known)}"
+                )
 
     @abstractmethod
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """The settings worth trying, from largest to smallest; none if the method has nothing to offer here."""
+        """The settings to try, from largest to smallest; empty if the method offers nothing here."""
 
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """The settings whose forms run from memory as they are, with a kernel, largest first."""
+        """The settings whose forms a kernel can run from memory, largest first."""
         return []
 
     def offered(self, weight: Tensor, evidence: Evidence, target: str) -> list[Setting]:
-        """The settings worth trying for a budget of disk or memory."""
+        """The settings to try for a disk or memory budget."""
         return self.kernel_settings(weight, evidence) if target == "memory" else self.settings(weight, evidence)
 
     @abstractmethod
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
-        """A form of ``weight`` (rows, columns), float32."""
+        """Encode ``weight`` (rows, columns), float32, as a form."""
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
-        """Forms of several settings; methods that can share work between settings override this.
+        """Encode several settings; methods that can share work between settings override this.
 
-        ``settings`` may be lazy: the next one is asked for only after the form of the last was taken. A setting that
-        turns out to be impossible may be passed over.
+        ``settings`` may be lazy: the next setting is read after the last form was taken. An impossible setting may be
+        skipped.
         """
         for setting in settings:
             yield self.encode(weight, setting, evidence)
@@ -107,18 +109,18 @@ def method(name: str, *, family: str, source: str, preset: str = "default") -> C
     Parameters
     ----------
     name
-        The name users write.
+        The name that users write.
     family
         ``quantize``, ``prune``, ``factorize`` or ``share``.
     source
-        Where the algorithm was published.
+        The publication of the algorithm.
     preset
         The cheapest preset that tries it: ``fast``, ``default`` or ``best``.
     """
 
     def register(cls: M) -> M:
         if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} of method {name!r} is none of {PRESETS}")
+            raise ValueError(f"method {name!r} has the unknown preset {preset!r}; choose from {PRESETS}")
         METHODS.add(name, cls)
         cls.name, cls.family, cls.source, cls.preset = name, family, source, preset
         return cls

@@ -8,7 +8,7 @@ from octavo.errors import RequestError
 from octavo.methods.base import METHODS, PRESETS, Method
 from octavo.methods.spelling import get_method, spelled
 
-#: The methods of `default`, without any data.
+#: The methods of `default`, without data.
 DATA_FREE = "data-free"
 
 
@@ -18,7 +18,7 @@ def methods() -> dict[str, type[Method]]:
 
 
 def select_methods(chosen: Sequence[str | Method] | None, preset: str, target: str = "disk") -> list[Method]:
-    """The methods of a preset, or those chosen; for memory only those that a kernel can run.
+    """The methods of a preset, or those chosen; for memory only those with a kernel.
 
     Parameters
     ----------
@@ -31,14 +31,14 @@ def select_methods(chosen: Sequence[str | Method] | None, preset: str, target: s
         raise RequestError(f"preset {preset!r} is not known; choose from {', '.join((*PRESETS, DATA_FREE))}")
     known = methods()
     if target == "memory":
-        # Few settings have a kernel, so there is no preset that leaves some out.
+        # Few settings have a kernel, so every preset tries all of them.
         known = {name: cls for name, cls in known.items() if cls.kernel_settings is not Method.kernel_settings}
         preset = "default" if preset == "fast" else preset
     if chosen is None:
         allowed = PRESETS[: PRESETS.index("default" if preset == DATA_FREE else preset) + 1]
         return [cls() for cls in known.values() if cls.preset in allowed]
     if not chosen:
-        raise RequestError("no method is named; leave the choice out to take those of the preset")
+        raise RequestError("methods: the list is empty; name a method, or leave it out to use those of the preset")
     found = {spelled(method): method for word in chosen for method in _of_word(word, known, target)}
     return list(found.values())
 
@@ -58,7 +58,10 @@ def _of_word(word: str | Method, known: dict[str, type[Method]], target: str) ->
     if not matches:
         _refuse_unfit(word, known, target)
         families = sorted({cls.family for cls in known.values()})
-        raise RequestError(f"{word!r} is no method ({', '.join(known)}) and no family ({', '.join(families)})")
+        raise RequestError(
+            f"{word!r} is neither a method nor a family; choose from {', '.join(known)}, or from the families "
+            f"{', '.join(families)}"
+        )
     return matches
 
 
@@ -66,4 +69,4 @@ def _refuse_unfit(name: str, known: dict[str, type[Method]], target: str) -> Non
     """Refuse a method or family of which nothing runs from memory, where that is what is asked for."""
     words = {word for cls in methods().values() for word in (cls.name, cls.family)}
     if target == "memory" and name in words and name not in {w for c in known.values() for w in (c.name, c.family)}:
-        raise RequestError(f"{name!r} has no setting that runs from memory; choose from {', '.join(known)}")
+        raise RequestError(f"method {name!r} has no setting that runs from memory; choose from {', '.join(known)}")

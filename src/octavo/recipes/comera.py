@@ -71,7 +71,7 @@ class _Bench:
         return BertForSequenceClassification(config)
 
     def batches(self, seed: int) -> Callable[[int], Iterator[Any]]:
-        """Of 32 sentences, shuffled."""
+        """Shuffled batches of 32 sentences."""
         draw = models.shuffled(*self.train, size=32, seed=seed)
         return lambda epoch: (_batch(ids, labels) for ids, labels in draw(epoch))
 
@@ -80,7 +80,7 @@ class _Bench:
         return 100 * accuracy(model, [_batch(*pair) for pair in models.in_batches(part)])
 
     def dense(self, seed: int, lr: float, shape: Sequence[int] = ()) -> _Trained:
-        """A dense model, trained."""
+        """Train a dense model."""
         model = self.make(seed, *shape)
         losses = fit(model, self.batches(seed), cross_entropy, epochs=_EARLY + _LATE, lr=lr, seed=seed)
         return _Trained(model, 0, losses[-1])
@@ -112,9 +112,9 @@ class _Bench:
         *shape: int,
         target: float | None = None,
     ) -> Arm:
-        """Trained with every seed, at the rate that is best on development sentences with the first one.
+        """Train with every seed, at the rate that is best on development sentences with the first seed.
 
-        With a ``target`` those runs are chosen from that ended near it, or else the nearest is taken.
+        With a ``target`` only rates that ended near it are considered, or else the nearest is used.
         """
 
         def worth(run: _Trained) -> tuple[float, float]:
@@ -225,7 +225,7 @@ def _suffix(penalty: str) -> str:
 
 
 def _shape(bench: _Bench, size: int, whole: int) -> tuple[int, int]:
-    """Width and inner width of a dense model of that many bytes: the widest that fits, and then the widest inside."""
+    """Width and inner width of a dense model of the given bytes: the largest width first, then the inner width."""
 
     def estimate(width: int, inner: int) -> int:
         return 2 * sum(p.numel() for p in bench.make(0, width, inner).parameters())

@@ -1,4 +1,4 @@
-"""Findings on disk, and the page that is made from them."""
+"""Results on disk, and the page made from them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import octavo
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.recipes.base import Finding, Recipe, Trial, recipes
 from octavo.report.gather import environment
+from octavo.system.atomic import write_file
+from octavo.system.version import __version__
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")
 
@@ -32,8 +32,8 @@ _KEYS = {
 
 
 def folder() -> Path:
-    """Where full results are read and written: ``docs/results`` of the checkout, or of the current folder."""
-    checkout = Path(octavo.__file__).parents[2]
+    """The folder of full results: ``docs/results`` of the checkout, or of the current folder."""
+    checkout = Path(__file__).parents[3]
     return (checkout if (checkout / "pyproject.toml").exists() else Path()) / "docs" / "results"
 
 
@@ -52,18 +52,18 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def outdated(result: dict[str, Any]) -> bool:
-    """Whether the recipe is no longer the one that made this result."""
+    """Whether the recipe changed since it made this result."""
     recipe = recipes().get(result["name"])
     return recipe is not None and result.get("recipe") != fingerprint(recipe)
 
 
 def reproduce(recipe: Recipe, trial: Trial) -> dict[str, Any]:
-    """Run a recipe; returns what is saved as its result.
+    """Run a recipe; returns the content of its result file.
 
     Raises
     ------
     RequestError
-        If an arm ends with a figure that is not finite.
+        If an arm has a figure that is not finite.
     """
     started, made_by = time.perf_counter(), fingerprint(recipe)
     finding = recipe.run(trial)
@@ -104,7 +104,7 @@ def save(result: dict[str, Any], where: Path | None = None) -> Path:
 
 
 def writable(where: Path | None = None) -> Path:
-    """The folder of results, made if it is not there; asked before a long run, whose result would be lost.
+    """The folder of results, created if missing; checked before a long run, whose result would be lost.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def last(name: str, where: Path | None = None) -> dict[str, Any] | None:
     Raises
     ------
     RequestError
-        If what lies there is no result.
+        If the file is not a result.
     """
     file = (where or folder()) / f"{name}.json"
     if not file.exists():
@@ -162,7 +162,7 @@ def figure(value: float) -> str:
 
 
 def page(results: Iterable[dict[str, Any]]) -> str:
-    """``docs/recipes.md``, from the results alone."""
+    """The text of ``docs/recipes.md``, from the results."""
     results = sorted(results, key=lambda result: result["system"].lower())
     verdict = {True: "holds", False: "does not hold at this scale"}
     lines = [
@@ -220,12 +220,12 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found.setdefault("octavo", octavo.__version__)
+    found.setdefault("octavo", __version__)
     return found
 
 
 def write_page(where: Path | None = None) -> Path:
-    """Make the page of all full results anew: ``docs/recipes.md``, or ``recipes.md`` in the folder given."""
+    """Write the page of all full results: ``docs/recipes.md``, or ``recipes.md`` in the given folder."""
     file = (where or folder().parent) / "recipes.md"
     writable(file.parent)
     found = [result for name in recipes() if (result := last(name, where)) is not None]

@@ -1,7 +1,6 @@
-"""What a compression run did, for people: one offline page, a console table and a model card.
+"""Reports of a compression run: one offline page, a console table and a model card.
 
-All three read the same plain dictionary, so that a report can be written again from the JSON
-beside it.
+All three use the same data, so a report can be written again from its JSON file.
 """
 
 from octavo.report.page import write

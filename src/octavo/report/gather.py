@@ -1,4 +1,4 @@
-"""The report's data, measured on what was read back from the disk."""
+"""Gathering the report's data, measured on the artifact read back from disk."""
 
 from __future__ import annotations
 
@@ -11,42 +11,46 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import octavo
 from octavo.allocation.budget import Budget
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.profiles import densified
+from octavo.allocation.solver import allocate, uniform
 from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import OfOutputs
+from octavo.encoding.result import Result
+from octavo.encoding.section import Section
+from octavo.errors import BudgetError
+from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
-from octavo.report.running import running_data
 from octavo.report.text import things
 from octavo.runtimes.packed.speed import interleaved
-from octavo.sources.batches import run
+from octavo.sources.batches import run, sequences_in
+from octavo.sources.sentences import transformer_folder
+from octavo.system.version import __version__
 from octavo.verification.proof import Proof
 from octavo.verification.verifying import digest_of
 
-if TYPE_CHECKING:
-    from octavo.pipeline import Compressed
-
 _PAIRS = 7
-#: Seconds after which no further turn is timed.
+#: Seconds after which no further round is timed.
 _PATIENCE = 5.0
 
 
-def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str, Any]:
-    """The report's data; quality is that of the model as it was loaded from the artifact."""
-    job, profile, built = done.job, done.profile, done.built
+def report_data(
+    done: Result, artifact: Artifact, proof: Proof, section: Section | None = None, command: str = ""
+) -> dict[str, Any]:
+    """The report's data; quality is that of the model loaded from the artifact."""
+    opened, profile, built = done.opened, done.profile, done.built
     losses = proof.losses
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
     outputs = None if proof.outputs is None else proof.outputs.record()
-    digests = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
+    digests = {"weights": digest_of(artifact, partial(done.run.progress, "verify")), "outputs": outputs}
     sites = [_site_row(done, name) for name in built.packed]
     families: dict[str, dict[str, Any]] = {}
     for row in sites:
@@ -62,20 +66,20 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
     return {
         "title": profile.title,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "octavo_version": octavo.__version__,
-        "command": done.command or _call(done.budget),
+        "octavo_version": __version__,
+        "command": command or _call(done.budget),
         "environment": environment(),
-        "seed": job.seed,
-        "preset": done.preset,
+        "seed": opened.request.seed,
+        "preset": opened.request.preset,
         "source": {
-            # The folder's name and no more: a card is published, and a path names its writer's machine.
-            "path": job.source.path.name if job.source.path else job.source.title,
+            # Only the folder's name: cards are published, and a full path would reveal details of the machine.
+            "path": opened.source.path.name if opened.source.path else opened.source.title,
             "fingerprint": profile.fingerprint,
             "bytes": profile.original_bytes,
             "parameters": profile.weights,
             "dtypes": _dtypes(done),
-            "stored": job.source.stored,
-            "dense_bytes": job.source.dense_bytes,
+            "stored": opened.source.stored,
+            "dense_bytes": opened.source.dense_bytes,
         },
         "budget": {"asked": done.budget.asked, "bytes": done.budget.bytes, "target": done.budget.target},
         "artifact": {
@@ -87,30 +91,31 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
             "note": note,
         },
         "quality": {
-            "metric": job.objective.metric,
+            "metric": opened.objective.metric,
             "lower_is_better": True,
             "loader": proof.loader,
             "why": proof.why,
-            "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}"
-            if job.measurable
-            else job.text,
+            "data": f"{sum(map(_length, opened.held_data))} held-back examples of {opened.text}"
+            if opened.measurable
+            else opened.text,
             "value": quality,
             "uniform": done.rival.quality if done.rival and losses is not None else None,
             "p95": p95,
         },
         "latency": _latency(done, artifact),
-        "running": running_data(done, artifact) if done.budget.target == "memory" else None,
+        "running": None,
+        **({} if section is None else {section.name: section.figures}),
         "calibration": {
-            "text": done.calibration.text,
-            "sequences": done.calibration.sequences,
-            "tokens": done.calibration.tokens,
-            "warnings": job.notes + done.calibration.warnings,
+            "text": done.run.calibration.text,
+            "sequences": done.run.calibration.sequences,
+            "tokens": done.run.calibration.tokens,
+            "warnings": opened.notes + done.run.calibration.warnings,
         },
         "winner": "uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
         "uniform": _uniform_row(done),
         "curve": curve_data(done, quality),
         "sites": sites,
-        "kept": [_kept_row(done, name, reason) for name, reason in job.left.items()],
+        "kept": [_kept_row(done, name, reason) for name, reason in opened.left.items()],
         "families": families,
         "unused": unused(done),
         "code_lengths": _code_lengths(sites),
@@ -122,32 +127,30 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str,
 
 
 def _call(budget: Budget) -> str:
-    asked, target = budget.asked.removesuffix(f" in {budget.target}").replace(" ", "="), ""
+    asked, target = budget.asked.removesuffix(budget.unit.removeprefix("bytes")).replace(" ", "="), ""
     if budget.target != "disk":
         target = f', target="{budget.target}"'
     return f"octavo.compress(source, {asked}{target}).save(path)"
 
 
-def _why_less(done: Compressed) -> str:
-    plan, pinned = done.built.plan, done.job.pinned
+def _why_less(done: Result) -> str:
+    plan, pinned = done.built.plan, done.opened.pinned
     if not any(point.loss for point in plan.points.values()) and not pinned:
-        return (
-            "less than the budget is used: the source is restored bit for bit, so more bytes could not lower the loss"
-        )
+        return "less than the budget is used: the source is restored bit for bit, so more bytes cannot lower the loss"
     less = "less than 98% of the budget is used"
     if done.built.refused:
         return (
-            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but with them the loss was "
-            "measured to be no lower"
+            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but did not lower the measured "
+            "loss"
         )
     if upgrades(done.profile, plan.points, done.budget.bytes - done.built.counted, pinned):
         return f"{less} by this plan"
-    known = "all the settings that a kernel runs" if done.budget.target == "memory" else "the settings that were tried"
-    return f"{less}: of {known}, none that fits into the rest lowers a site's expected loss"
+    known = "the settings with a kernel" if done.budget.target == "memory" else "the settings that were tried"
+    return f"{less}: none of {known} that fit the remaining bytes lowers a site's expected loss"
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without anything that names a person or a path."""
+    """Versions and machine, without names of persons or paths."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -164,21 +167,19 @@ def peak_memory() -> int:
 
 
 def _length(batch: Any) -> int:
-    from octavo.calibration.objective import sequences_in
-
     return sequences_in(batch)
 
 
-def _dtypes(done: Compressed) -> dict[str, int]:
+def _dtypes(done: Result) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for name, dtype in done.job.source.dtypes.items():
-        elements = int(torch.tensor(done.job.source.shapes[name]).prod())
+    for name, dtype in done.opened.source.dtypes.items():
+        elements = int(torch.tensor(done.opened.source.shapes[name]).prod())
         counts[dtype_name(dtype)] = counts.get(dtype_name(dtype), 0) + elements
     return counts
 
 
-def _site_row(done: Compressed, name: str) -> dict[str, Any]:
-    site, point, packed = done.job.site(name), done.built.plan.points[name], done.built.packed[name]
+def _site_row(done: Result, name: str) -> dict[str, Any]:
+    site, point, packed = done.opened.site(name), done.built.plan.points[name], done.built.packed[name]
     curve = next(curve for curve in done.profile.curves if curve.site == name)
     return {
         "name": name,
@@ -197,12 +198,12 @@ def _site_row(done: Compressed, name: str) -> dict[str, Any]:
     }
 
 
-def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
+def _kept_row(done: Result, name: str, reason: str) -> dict[str, Any]:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
-    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
-    if kept.coded and name in done.job.source.folded:
-        narrow = ": all elements are equal, stored as one"
+    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored unchanged"
+    if kept.coded and name in done.opened.source.folded:
+        narrow = ": all elements are equal, stored once"
     return {
         "name": name,
         "shape": list(kept.shape),
@@ -212,19 +213,19 @@ def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
     }
 
 
-def unused(done: Compressed) -> dict[str, dict[str, Any]]:
-    """Families that were tried and won no site, and how much more their best would lose in the bytes that sites got.
+def unused(done: Result) -> dict[str, dict[str, Any]]:
+    """Families that were tried but chosen at no site, and the loss of their best settings at the same bytes.
 
     Returns
     -------
     dict
-        Family to ``sites`` that it was tried at; ``larger``, those of them at which it had nothing as small as what was
-        chosen; ``exact``, those at which it had, but what was chosen loses nothing; ``times``, least and median over
-        all others of its expected loss over the chosen one's; and ``nearest``, the site of the least. The latter two
-        are None if there are no others.
+        Maps each family to ``sites`` where it was tried; ``larger``, the sites where it had nothing as small as the
+        choice; ``exact``, the sites where it had, but the choice loses nothing; ``times``, minimum and median over the
+        remaining sites of its expected loss relative to the choice; and ``nearest``, the site of the minimum. The last
+        two are None if no sites remain.
     """
     chosen = done.built.plan.points
-    # Leaving a weight as it is competes with nobody.
+    # Keeping a weight unchanged is not a competing family.
     won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
     tried: dict[str, dict[str, float]] = {}
     for curve in done.profile.curves:
@@ -251,8 +252,8 @@ def unused(done: Compressed) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _uniform_row(done: Compressed) -> dict[str, Any]:
-    """The best uniform plan, and how many sites really have its setting."""
+def _uniform_row(done: Result) -> dict[str, Any]:
+    """The best uniform plan, and the number of sites that use its setting."""
     rival = done.rival
     if rival is None:
         return {}
@@ -268,18 +269,15 @@ def _uniform_row(done: Compressed) -> dict[str, Any]:
         "sites": len(same),
         "of": len(rival.plan.points),
         "moved": any(setting != common for setting in same),
-        # Of a plan that was not built only what the budget counts is known.
+        # For a plan that was not built only the bytes that the budget counts are known.
         "bytes": rival.bytes if rival.packed or not in_memory else None,
         "held": rival.counted if in_memory else None,
         "quality": rival.quality,
     }
 
 
-def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
-    """Expected loss over ratios from the profile, and what uniform settings would give."""
-    from octavo.allocation.solver import allocate, uniform
-    from octavo.errors import BudgetError
-
+def curve_data(done: Result, quality: float | None) -> dict[str, Any]:
+    """Expected loss over ratios from the profile, and for uniform settings."""
     profile = done.profile
     points: list[dict[str, Any]] = []
     rivals: list[dict[str, Any]] = []
@@ -324,16 +322,16 @@ def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {"bins": bins, "weights": weights}
 
 
-def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
-    """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
-    job = done.job
-    if job.source.module is None or job.source.is_skeleton or not job.held_data:
+def _latency(done: Result, artifact: Artifact) -> dict[str, Any] | None:
+    """Latency of a forward pass before and after, interleaved in one run so that the machine's load cancels."""
+    opened = done.opened
+    if opened.source.module is None or opened.source.is_skeleton or not opened.held_data:
         return None
-    module, batch = job.source.module, job.held_data[0]
-    weights = job.source.placed(artifact.state())
+    module, batch = opened.source.module, opened.held_data[0]
+    weights = opened.source.placed(artifact.state())
 
-    # An objective of the user's own may take what it likes out of a batch that the module itself does not take.
-    call_on = run if isinstance(job.objective, OfOutputs) else job.objective.outputs
+    # A user's objective may use parts of a batch that the module does not take.
+    call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs
 
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
         def call() -> None:
@@ -348,12 +346,9 @@ def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
         **{name: 1000 * value for name, value in seconds.items()},
         "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
     }
-    if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
-        from octavo.integrations.transformers import load_as_users_do
-        from octavo.sources.sentences import transformer_folder
-
-        source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
-        # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
+    if opened.source.is_transformers and opened.source.path is not None and opened.source.path.is_dir():
+        source, written = (transformer_folder(path) for path in (opened.source.path, artifact.path))
+        # Reading the original must touch its pages too, since a mapped file is only loaded when read.
         loads = {
             "load_original": lambda: _touch(load_as_users_do(source).model),
             "load_artifact": lambda: _touch(load_as_users_do(written).model),

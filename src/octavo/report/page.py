@@ -1,4 +1,4 @@
-"""Writing the report: one offline HTML page, and the dictionary it was made from beside it."""
+"""Writing the report: one offline HTML page, and a JSON file with its data."""
 
 import json
 import math
@@ -8,7 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from octavo.errors import MissingExtraError, RequestError
+from octavo.errors import RequestError
+from octavo.report import sections, sites
 from octavo.report.markup import join
 from octavo.report.summary import headline
 from octavo.report.text import moment, plain
@@ -16,10 +17,9 @@ from octavo.system.replacing import check_kind
 
 
 def write(data: dict[str, Any], path: Path) -> None:
-    """Write the report as an HTML page, and its data as JSON beside it.
+    """Write the report as an HTML page, and its data as JSON next to it.
 
-    The page loads nothing: no script, no font, no picture from elsewhere. Each file appears
-    complete or not at all.
+    The page loads no scripts, fonts or pictures from elsewhere. Each file is written atomically.
 
     Parameters
     ----------
@@ -33,14 +33,16 @@ def write(data: dict[str, Any], path: Path) -> None:
     MissingExtraError
         If matplotlib is not installed. Nothing is written then.
     RequestError
-        If ``path`` has no place for the JSON beside it.
+        If ``path`` would collide with the JSON file.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        raise RequestError(f"{path}: the page needs another name than the JSON beside it, such as report.html")
+        raise RequestError(
+            f"{path}: the page and its JSON file would have the same name; choose another, such as report.html"
+        )
     data = _finite(data)
     page = _render(data)
-    # Names may hold lone surrogates from odd file systems: ASCII can carry them in JSON.
+    # Names may hold lone surrogates from unusual file systems, which JSON can represent in ASCII.
     facts = json.dumps(data, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path.with_suffix(".json"), facts + "\n")
@@ -48,12 +50,6 @@ def write(data: dict[str, Any], path: Path) -> None:
 
 
 def _render(data: dict[str, Any]) -> str:
-    try:
-        from octavo.report import sections, sites
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise MissingExtraError("the HTML report needs matplotlib: pip install octavo[report]") from error
     order = (
         sections.outcome,
         sections.tradeoff,
@@ -79,7 +75,7 @@ def _render(data: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return a copy in which numbers that JSON cannot write are None, which reads as not measured."""
+    """Return a copy in which numbers that JSON cannot represent are None, shown as not measured."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -4,23 +4,25 @@ Every picture is drawn twice, for a wide and for a narrow page, because an SVG t
 scaled down to a phone has unreadable labels.
 """
 
+from __future__ import annotations
+
 import html
 import io
 import re
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
+from octavo.errors import MissingExtraError
 from octavo.report.text import figures, known, percent, plain
 
-# Matplotlib wants colours, the page wants CSS variables: each role is drawn in a colour that
-# nothing else has, and replaced by its variable afterwards.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Matplotlib needs colours, but the page uses CSS variables. So each role is drawn in a unique colour, which is then
+# replaced by its variable.
 ROLES = ("ink", "muted", "rule", "accent", "c1", "c2", "c3", "c4", "c5", "c6")
 COLOURS = {role: f"#0a0b{number:02x}" for number, role in enumerate(ROLES, 16)}
 SERIES = ROLES[4:]
@@ -65,10 +67,17 @@ def lengths(data: dict[str, Any]) -> str:
 
 def _pair(name: str, label: str, wide: float, narrow: float, draw: Callable[[Figure, bool], None]) -> str:
     """Draw for both widths of the page, with the heights ``wide`` and ``narrow`` in inches."""
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise MissingExtraError("the HTML report needs matplotlib: pip install 'octavo[report]'") from error
     pictures = []
     for kind, width, height in (("wide", 9.0, wide), ("narrow", 4.1, narrow)):
         with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
-            # A glyph missing from matplotlib's own font is the browser's business here.
+            # The browser renders glyphs that matplotlib's font lacks.
             warnings.simplefilter("ignore", UserWarning)
             figure = Figure(figsize=(width, height), layout="constrained")
             draw(figure, kind == "narrow")
@@ -102,7 +111,7 @@ def _curve(figure: Figure, data: dict[str, Any], narrow: bool) -> None:
     values = [p[key] for p in lines["points"] + lines["uniform"] for key in ("expected", "measured")[: 1 + together]]
     values += [chosen["quality"]] * together
     positive = [value for value in values if known(value) and value > 0]
-    # A log scale has no zero, yet a lossless point must not vanish: it is drawn at the bottom.
+    # A log scale has no zero, so a lossless point is drawn at the bottom.
     floor = min(positive, default=1e-6) / 2
 
     def show(points: Iterable[dict[str, Any]], role: str, marker: str, label: str, line: str) -> None:
@@ -143,7 +152,7 @@ def _axes(figure: Figure, together: bool, metric: str) -> tuple[Axes, Axes]:
         axes = figure.subplots()
         axes.set_ylabel(f"loss ({metric}), log scale")
         return axes, axes
-    # An accuracy has no place on a scale of losses: it gets its own.
+    # An accuracy does not fit a scale of losses, so it gets its own.
     loss, measured = figure.subplots(2, 1, sharex=True)
     loss.set_ylabel("expected loss, log scale")
     measured.set_ylabel(metric)
@@ -151,6 +160,8 @@ def _axes(figure: Figure, together: bool, metric: str) -> tuple[Axes, Axes]:
 
 
 def _scales(loss: Axes, measured: Axes, together: bool, wide: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
     number = FuncFormatter(lambda value, _: figures(value))
     loss.set_yscale("log")
     low, high = loss.get_ylim()
@@ -166,6 +177,8 @@ def _scales(loss: Axes, measured: Axes, together: bool, wide: bool) -> None:
 
 
 def _lengths(figure: Figure, histogram: dict[str, Any]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     weights, edges = list(histogram["weights"]), list(histogram["bins"])
     if len(edges) == len(weights):  # left edges only
         edges.append(edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1))

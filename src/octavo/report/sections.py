@@ -1,4 +1,4 @@
-"""The sections of the page about the outcome and about how it came about."""
+"""The sections of the page about the result and the run."""
 
 import html
 from typing import Any
@@ -59,7 +59,7 @@ def _faint(cell: str) -> Safe:
 
 
 def _found(point: dict[str, Any]) -> Safe:
-    # Most points are never measured: a dash keeps the table calm.
+    # Most points are not measured, so the table shows a dash.
     return _faint(figures(point["measured"]) if known(point.get("measured")) else "–")
 
 
@@ -75,9 +75,9 @@ def tradeoff(data: dict[str, Any]) -> Safe:
         for choice, p in points[: 4 * ROWS]
     ]
     caption = (
-        "The line is the loss expected of the best choice site by site; single marks are one method with one setting"
-        " for every site. Hollow marks were measured on held-back data, and the star is this artifact."
-        " Lower and further right is better."
+        "The line is the expected loss of the best choice site by site; single marks are one method with one setting "
+        "for every site. Hollow marks were measured on held-out data, and the star is this artifact. Lower and "
+        "further right is better."
     )
     if not data["quality"]["lower_is_better"]:
         caption = caption.replace(
@@ -114,13 +114,13 @@ def lengths(data: dict[str, Any]) -> Safe:
 
 
 def calibration(data: dict[str, Any]) -> Safe:
-    """Return what the choice of methods rests on, and what may be wrong with it."""
+    """Return the calibration data and its warnings."""
     facts = data["calibration"]
     warnings = facts["warnings"]
     shown = [*warnings[:ROWS], *([f"{len(warnings) - ROWS:,} more are in the JSON file"] if warnings[ROWS:] else [])]
     return section(
         "calibration",
-        "What it was calibrated on",
+        "Calibration data",
         paragraph(f"{plain(facts['text'])}: {count(facts['sequences'])} sequences, {count(facts['tokens'])} tokens."),
         items(shown, "warnings") if shown else paragraph("No warnings.", kind="note"),
     )
@@ -143,7 +143,7 @@ def effort(data: dict[str, Any]) -> Safe:
 
 
 def reproduction(data: dict[str, Any]) -> Safe:
-    """Return all that is needed to do the same again."""
+    """Return everything needed to repeat the run."""
     source = data["source"]
     dtypes = ", ".join(f"{name} ({count(number)})" for name, number in source["dtypes"].items())
     facts = [

@@ -1,4 +1,4 @@
-"""The few figures that matter: one sentence, a console table and a model card."""
+"""The main figures: one sentence, a console table and a model card."""
 
 import re
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def headline(data: dict[str, Any]) -> str:
-    """Return the outcome in one sentence.
+    """Return the result in one sentence.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def headline(data: dict[str, Any]) -> str:
 
 
 def measured(data: dict[str, Any]) -> str:
-    """Say on what quality was measured, and on which model, or why it was not."""
+    """State the data and the model of the quality measurement, or why there is none."""
     quality = data["quality"]
     loader, why = plain(quality.get("loader") or "", 120), plain(quality.get("why") or "", 300)
     loaded = f" The artifact was loaded with {loader}; nothing was missing." if loader else ""
@@ -105,7 +105,7 @@ def comparison(data: dict[str, Any]) -> list[Row]:
 
 
 def verdict(data: dict[str, Any]) -> str:
-    """Say whether choosing site by site paid off against one setting for all."""
+    """State whether choosing site by site beat one setting for all."""
     quality, uniform = data["quality"], data["uniform"]
     named = f"{plain(uniform.get('method'), 60)} ({setting(uniform.get('setting'))})"
     metric, value, other = plain(quality["metric"], 60), figures(quality["value"]), figures(quality.get("uniform"))
@@ -130,19 +130,19 @@ def verdict(data: dict[str, Any]) -> str:
 
 
 def budget(data: dict[str, Any]) -> str:
-    """Say what was asked for and how much of it was used."""
+    """State the requested budget and how much of it was used."""
     asked, used = data["budget"], data["artifact"]["used"]
-    return f"Asked for {plain(asked['asked'])}: at most {size(asked['bytes'])}, of which {percent(used)} is used."
+    return f"Budget: {plain(asked['asked'])}, at most {size(asked['bytes'])}, of which {percent(used)} is used."
 
 
 def running(data: dict[str, Any]) -> str:
-    """Say what an artifact made for memory takes while it runs, with which kernels, and how fast; else nothing."""
+    """State the memory, kernels and speed of an artifact made for memory; empty for other artifacts."""
     memory = data.get("running")
     if not memory:
         return ""
     kernels = "; ".join(f"{plain(name, 100)}: {things(number, 'site')}" for name, number in memory["kernels"].items())
     held, speed = size(memory["held"]), memory["speed"]
-    said = f"From packed codes the weights take {held} of memory, {size(memory['stated'])} were stated."
+    said = f"Running from packed codes, the weights take {held} of memory ({size(memory['stated'])} were stated)."
     said += f" {kernels}." if kernels else ""
     if speed:
         ours, dense = (timed(1000 * speed[side], "ms") for side in ("packed", "dense"))
@@ -179,7 +179,7 @@ def table(data: dict[str, Any]) -> Table:
 
 
 def _mark(value: object, limit: int = 160) -> str:
-    """Escape for markdown, where a name could otherwise bring links, pictures or HTML."""
+    """Escape for markdown, so that names cannot add links, pictures or HTML."""
     return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", plain(value, limit))
 
 
@@ -233,7 +233,7 @@ tags:
 
 - Source: {_mark(source["path"])}, {count(source["parameters"])} parameters, {_mark(source["fingerprint"])}
 - Methods: {families or "none"}
-- Left alone: {things(len(data["kept"]), "tensor")}
+- Not compressed: {things(len(data["kept"]), "tensor")}
 - Calibrated on {_mark(calibration["text"])}: {amount}{warnings}
 - Made by Octavo {_mark(data["octavo_version"])} on {moment(data["created"])}, seed {_mark(data["seed"])}
 

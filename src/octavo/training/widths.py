@@ -23,7 +23,7 @@ def factorizable(model: nn.Module) -> tuple[str, ...]:
 
 
 def ladder(rank: int, growth: float) -> list[int]:
-    """Widths from 1 to ``rank``, each about ``growth`` times the one before, at least one more."""
+    """Widths from 1 to ``rank``, each about ``growth`` times the last and at least one larger."""
     widths = [1]
     while widths[-1] < rank:
         widths.append(min(rank, max(widths[-1] + 1, round(widths[-1] * growth))))
@@ -31,27 +31,29 @@ def ladder(rank: int, growth: float) -> list[int]:
 
 
 def truncated(forms: Mapping[str, LowRank], widths: Mapping[str, int]) -> dict[str, LowRank]:
-    """The first columns of the factors, as many as are asked for; without a retraining.
+    """The given number of first columns of the factors, without retraining.
 
     Raises
     ------
     RequestError
-        If a layer has not so many columns.
+        If a layer has fewer columns.
     """
     cut = {}
     for name, width in widths.items():
         left, right = forms[name].left.dense(), forms[name].right.dense()
         if not 1 <= width <= left.shape[1]:
-            raise RequestError(f"{name!r} has {left.shape[1]} columns; it cannot be cut to {width}")
+            raise RequestError(
+                f"{name!r}: has {left.shape[1]} columns and cannot be cut to {width}; choose at most as many"
+            )
         cut[name] = LowRank(Dense(left[:, :width].contiguous()), Dense(right[:width].contiguous()))
     return cut
 
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Statistics of batch normalization anew: layers of another rank give other means and variances.
+    """Recompute the statistics of batch normalization, since layers of another rank change means and variances.
 
-    They become the averages over these inputs; everything else stays as it is.
+    They become the averages over these inputs; everything else is unchanged.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -70,23 +72,23 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 def allocated(
     curves: Mapping[str, Mapping[int, float]], shapes: Mapping[str, tuple[int, int]], budget: int
 ) -> dict[str, int]:
-    """Widths of least loss whose weights fit a budget, one after another by loss per weight.
+    """Widths of least loss whose weights fit a budget, chosen greedily by loss per weight.
 
     Parameters
     ----------
     curves
-        For each layer, the loss on development data when it alone is cut to a width. Between the widths that were
-        measured it is taken as linear; only the lower convex hull counts.
+        For each layer, the loss on development data when only it is cut to a width. It is linear between measured
+        widths, and only the lower convex hull counts.
     shapes
-        Rows and columns of each layer. A width whose factors have no fewer weights than the matrix costs what the
-        matrix does.
+        Rows and columns of each layer. A width whose factors have at least as many weights as the matrix costs as much
+        as the matrix.
     budget
-        Weights of all layers together.
+        Total number of weights of all layers.
 
     Raises
     ------
     RequestError
-        If not even a width of 1 everywhere fits.
+        If a width of 1 everywhere does not fit.
     """
 
     def size(name: str, width: int) -> int:
@@ -96,16 +98,18 @@ def allocated(
     chosen = dict.fromkeys(curves, 1)
     total = sum(size(name, 1) for name in curves)
     if total > budget:
-        raise RequestError(f"a width of 1 in all layers takes {total} weights, more than the {budget} allowed")
+        raise RequestError(
+            f"budget: {budget} weights are too few, as a width of 1 in all layers takes {total}; give at least that"
+        )
     gains = []
     for name, curve in curves.items():
         hull = _hull([(size(name, width), loss, width) for width, loss in sorted(curve.items())])
         for (small, high, _), (large, low, width) in pairwise(hull):
             gains.append(((high - low) / (large - small), name, width))
-        # What remains when nothing lowers the loss any more is spent all the same.
+        # Whatever remains is spent too, even if it no longer lowers the loss.
         gains.append((0.0, name, max(curve)))
     for _, name, wide in sorted(gains, reverse=True):
-        # As wide as fits: what remains of the budget goes to the next best.
+        # As wide as fits: the rest of the budget goes to the next best.
         for width in range(wide, chosen[name], -1):
             more = size(name, width) - size(name, chosen[name])
             if total + more <= budget:
@@ -115,7 +119,7 @@ def allocated(
 
 
 def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
-    """The falling part of the lower convex hull of (size, loss), with the widths that belong to it."""
+    """The falling part of the lower convex hull of (size, loss), with its widths."""
     hull: list[tuple[int, float, int]] = []
     for point in points:
         if hull and (point[0] <= hull[-1][0] or point[1] >= hull[-1][1]):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from octavo.targets.speed.fast import MODEL
 from typer.testing import CliRunner
 
 import octavo
@@ -13,7 +14,6 @@ from octavo.forms import Dense, Grid, LowRank
 from octavo.runtimes.onnx.latency import Table
 from octavo.runtimes.onnx.sessions import Session
 from octavo.targets.speed.asked import asked_for
-from octavo.targets.speed.fast import MODEL
 
 
 def test_latencies_are_measured_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank factors that keep a layer's outputs, not its weights."""
+"""Low-rank factors that preserve a layer's outputs instead of its weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from octavo.methods.factorize import factors
 @method("activation-svd", family="factorize", source="Truncated SVD of weights whitened on both sides")
 @dataclass(frozen=True)
 class ActivationSVD(Method):
-    """The product of that rank of least ``sum_i r[i] E[i] C E[i]^T``.
+    """The product of given rank with the least ``sum_i r[i] E[i] C E[i]^T``.
 
-    ``left = diag(1 / sqrt r) U S^(1/2)``, ``right = S^(1/2) V^T L^-1`` from the SVD of ``diag(sqrt r) W L`` with ``C
-    = L L^T`` (:mod:`octavo.methods.factorize.factors`). ``W`` is (rows, columns), ``left`` (rows, rank), ``right``
-    (rank, columns), ``r`` the weights of the outputs and ``C`` the second moment of the inputs: inputs that hardly
-    vary cost no rank. Both factors are quantized with one step in units of the loss.
+    ``left = diag(1 / sqrt r) U S^(1/2)``, ``right = S^(1/2) V^T L^-1`` from the SVD of ``diag(sqrt r) W L`` with ``C =
+    L L^T`` (:mod:`octavo.methods.factorize.factors`). ``W`` is (rows, columns), ``left`` (rows, rank), ``right`` (rank,
+    columns), ``r`` the weights of the outputs and ``C`` the second moment of the inputs: inputs that hardly vary use no
+    rank. Both factors are quantized with one step in units of the loss.
     """
 
     takes = ("rank", "bits")
@@ -32,11 +32,11 @@ class ActivationSVD(Method):
         return -float(setting["bits"])
 
     def at(self, setting: Setting, octaves: float) -> Setting:  # noqa: D102
-        # Below 16, as settings must be.
+        # Below 16, as settings require.
         return {**setting, "bits": round(min(max(-octaves, 1.0), 15.9999), 4)}
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""
+        """Ranks, from the one at which the factors are as large as the matrix, times bits per coefficient."""
         return factors.settings(*weight.shape)
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102

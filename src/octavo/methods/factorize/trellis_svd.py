@@ -1,4 +1,4 @@
-"""Transform coding of tables: rows turned into their principal components, which are trellis-coded."""
+"""Transform coding of tables: the principal components of rows are trellis-coded."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from octavo.methods.quantize.trellis import TrellisCoded
 class TrellisSVD(ActivationSVD):
     """``left @ right`` of full rank, as in ``activation-svd``, with ``left`` by the method ``trellis``.
 
-    Of a matrix (rows, columns) with many more rows than columns ``right`` (columns, columns) costs next to nothing, and
-    ``left`` has the coefficients of every row along principal components: one step in units of the loss gives strong
-    components more bits than weak ones, the gain of a transform, and a trellis takes 1 dB of the error besides.
+    For a matrix (rows, columns) with many more rows than columns, ``right`` (columns, columns) costs almost nothing,
+    and ``left`` holds the coefficients of every row along principal components. One step in units of the loss gives
+    strong components more bits than weak ones (the transform gain). The trellis reduces the error by another 1 dB.
 
     Parameters
     ----------
     levels
-        Bits a coefficient that are tried. Where most components take less than a bit, ``activation-svd`` is as good.
+        Bits per coefficient to try. If most components take less than a bit, ``activation-svd`` is as good.
     """
 
     levels: tuple[float, ...] = (6, 4.5, 3.5, 2.75, 2, 1.4)
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Bits at full rank, for tables; nothing for other matrices."""
+        """Bits at full rank for tables; empty for other matrices."""
         rows, columns = weight.shape
         return [{"rank": columns, "bits": bits} for bits in self.levels] if factors.is_table(rows, columns) else []
 

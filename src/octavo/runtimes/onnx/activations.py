@@ -1,7 +1,7 @@
-"""What rounding a site's inputs to 8 bits costs, in the same currency as what rounding its weights costs.
+"""The expected loss of rounding a site's inputs to 8 bits, in the same currency as that of its weights.
 
-An integer kernel rounds its inputs when it runs, with a step ``D`` that follows from their range. The error of an
-input is uniform, of variance ``D^2 / 12``, and independent of the others: the expected increase of the model's loss is
+An integer kernel rounds its inputs at run time, with a step ``D`` from their range. The error of an input is uniform
+with variance ``D^2 / 12``, and independent of the others. The expected increase of the model's loss is
 
     1/2 * sum_i rows[i] * sum_j W[i, j]^2 * D[j]^2 / 12
 
@@ -24,20 +24,21 @@ from octavo.runtimes.onnx.kernels import BLOCK_WIDTHS, FLOAT, INT8, children, ke
 from octavo.sources.batches import Batch, run
 from octavo.sources.sites import Source
 
-#: Inner values of a factored layer are not watched; they are taken as Gaussian, in a range of this many deviations.
+#: Inner values of a factored layer are not watched; they are assumed Gaussian, in a range of this many standard
+#: deviations.
 _DEVIATIONS = 9.0
 
 
 @dataclass
 class Ranges:
-    """What was seen of one site's inputs.
+    """Statistics of one site's inputs.
 
     Parameters
     ----------
     low, high
         (batches, columns): extremes of every column in every batch.
     blocks
-        Width of a group of columns to the mean over positions of the square of its largest magnitude, (groups,).
+        Maps a group size to the mean over positions of the squared largest magnitude per group, (groups,).
     """
 
     low: list[Tensor] = field(default_factory=list)
@@ -46,7 +47,7 @@ class Ranges:
     positions: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in the inputs of one batch, (..., columns)."""
+        """Add the inputs of one batch, (..., columns)."""
         flat = x.detach().float().reshape(-1, x.shape[-1])
         self.low.append(flat.amin(0))
         self.high.append(flat.amax(0))
@@ -58,7 +59,7 @@ class Ranges:
 
 
 def watch(source: Source, sites: Iterable[str], batches: Sequence[Batch]) -> dict[str, Ranges]:
-    """Ranges of the inputs of ``sites``, over ``batches`` as they come, padding included: the kernel sees it too."""
+    """Input ranges of ``sites`` over ``batches``, including padding, since the kernel sees it too."""
     found: dict[str, Ranges] = {}
     handles = []
     assert source.module is not None
@@ -90,7 +91,7 @@ def rounding_loss(form: Form, kernel: str, evidence: Evidence, ranges: Ranges) -
         inner = form.right.dense()
         deviations = ((inner @ evidence.moment(inner.shape[1])) * inner).sum(1).clamp_min(0).sqrt()
         reach = deviations * _DEVIATIONS / 2
-        # What the first factor rounds goes through both.
+        # Rounding errors of the first factor pass through both.
         first = _through(form.dense(), form.right, evidence, ranges)
         return first + rounding_loss(form.left, kernel, evidence, Ranges([-reach], [reach]))
     if isinstance(form, Sum):
@@ -99,7 +100,7 @@ def rounding_loss(form: Form, kernel: str, evidence: Evidence, ranges: Ranges) -
 
 
 def _through(weight: Tensor, form: Form, evidence: Evidence, ranges: Ranges) -> float:
-    """Expected loss when inputs are rounded as ``form`` asks for, and then multiplied with ``weight``."""
+    """Expected loss when inputs are rounded as ``form`` requires and multiplied with ``weight``."""
     kernel = kernel_of(form)
     if kernel == FLOAT:
         return 0.0
@@ -107,7 +108,7 @@ def _through(weight: Tensor, form: Form, evidence: Evidence, ranges: Ranges) -> 
     smooth = torch.ones(form.shape[1]) if form.columns is None else exponent_steps(form.columns)
     if kernel == INT8:
         low, high = (torch.stack(side) * smooth for side in (ranges.low, ranges.high))
-        # Zero always belongs to the range.
+        # The range always includes zero.
         steps = (high.amax(1).clamp_min(0) - low.amin(1).clamp_max(0)) / 255
         variance = steps.square().mean() / 12 / smooth.square()
     else:
@@ -122,7 +123,7 @@ def rounding_losses(
     evidence: Mapping[str, Evidence],
     ranges: Mapping[str, Ranges],
 ) -> dict[str, float]:
-    """Expected increase of the model's loss by site, of those whose inputs are rounded and were seen."""
+    """Expected increase of the model's loss by site, for sites with rounded inputs and statistics."""
     return {
         name: rounding_loss(forms[name], kernel, evidence[name], ranges[name])
         for name, kernel in kernels.items()

@@ -40,7 +40,7 @@ _ACCURACY_INT8 = 4
 
 
 def kernel_of(form: Form) -> str:
-    """The integer kernel that a form can run on, or ``float32``; of nested forms that of any part."""
+    """The integer kernel that a form can run on, or ``float32``; for nested forms the kernel of any part."""
     parts = children(form)
     if parts:
         found = {kernel_of(part) for part in parts} - {FLOAT}
@@ -55,14 +55,14 @@ def kernel_of(form: Form) -> str:
 
 
 def children(form: Form) -> tuple[Form, ...]:
-    """The forms that a form is made of, in the order in which they run."""
+    """The parts of a form, in the order in which they run."""
     if isinstance(form, LowRank):
         return (form.right, form.left)
     return (form.base, form.correction) if isinstance(form, Sum) else ()
 
 
 def _bounds(grid: Grid) -> tuple[int, int]:
-    """Smallest and largest of the codes and of what stands for zero."""
+    """Smallest and largest of the codes and zero points."""
     parts = [part for part in (grid.codes, grid.zero) if part is not None and part.numel()]
     low, high = (min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)) if parts else (0, 0)
     return (min(low, 0), max(high, 0)) if grid.zero is None else (low, high)
@@ -74,7 +74,7 @@ def _fits_a_byte(grid: Grid) -> bool:
 
 
 def _shift(grid: Grid) -> int:
-    """What codes are lowered by to be signed bytes; signed weights run on the fast kernel."""
+    """The number subtracted from codes to make them signed bytes, which the fast kernel needs."""
     low, high = _bounds(grid)
     return 0 if low >= -128 and high <= 127 else low + 128
 
@@ -91,11 +91,11 @@ def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> 
     Parameters
     ----------
     model
-        From :func:`octavo.runtimes.onnx.graph.trace`; left as it is.
+        The result of :func:`octavo.runtimes.onnx.graph.trace`; it is not changed.
     forms
-        Of every site in the graph.
+        The form of every site in the graph.
     kernels
-        Site name to kernel; ``float32`` for those not named.
+        Maps site names to kernels; ``float32`` for the others.
 
     Raises
     ------
@@ -106,11 +106,13 @@ def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> 
     used = {name: kernels.get(name, FLOAT) for name in count}
     for name, kernel in used.items():
         if kernel not in (FLOAT, kernel_of(forms[name])):
-            raise RequestError(f"site {name!r}: its form, {forms[name].name}, cannot run on the kernel {kernel!r}")
+            raise RequestError(
+                f"site {name!r}: its form {forms[name].name} cannot run on the kernel {kernel!r}; choose float32"
+            )
 
     def place(nodes: Nodes, node: Any) -> str:
         form, kernel = forms[node.name], used[node.name]
-        # A table that is the head as well is in the file once, and both are decoded from it.
+        # A table that is also the head is stored once, and both are decoded from it.
         shared = count[node.name] > 1 and kernel != INT8
         if node.op_type == LOOKUP:
             read = weight if shared else _lookup
@@ -142,7 +144,7 @@ def multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
 
 
 def _smoothed(nodes: Nodes, x: str, grid: Grid) -> str:
-    """``x`` with the column steps of a grid taken into it; sites that read it and have the same steps share it."""
+    """``x`` multiplied by the column steps of a grid; sites with the same input and steps share it."""
     if grid.columns is None:
         return x
     steps = exponent_steps(grid.columns)
@@ -163,7 +165,7 @@ def _integer(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
     )
     shift = _shift(grid)
     table = nodes.shared(("bytes", name))
-    # The codes of a table that is the head as well are turned around when the file is opened.
+    # The codes of a table that is also the head are transposed when the file is opened.
     codes = nodes.add("Transpose", [table], perm=[1, 0]) if table else nodes.constant(name, _bytes(grid).t())
     zeros = (torch.zeros(1) if grid.zero is None else grid.zero[:, 0].float()) - shift
     inputs = [rounded, codes, zero]

@@ -1,11 +1,11 @@
-"""Every form as nodes that work its matrix out from initializers of few bits.
+"""Every form as nodes that compute its matrix from initializers of few bits.
 
-A matrix only depends on initializers, so onnxruntime works it out once, when it opens the file: the file is small,
-and the model then takes as much memory and time as with float32 weights. Of a table that tokens are looked up in, the
-codes are what is worked out, and only the rows that are read become floats.
+A matrix only depends on initializers, so onnxruntime computes it once, when it opens the file. The file is small, but
+the model takes as much memory and time as with float32 weights. For a token table only the codes are computed then, and
+only the rows that are read become floats.
 
-``DequantizeLinear`` is not used. onnxruntime joins it with the product behind it and then rounds the inputs to 8
-bits, which moves outputs by half a percent; where it does not join them, it decodes the matrix at every call.
+``DequantizeLinear`` is not used. onnxruntime fuses it with the following product and then rounds the inputs to 8 bits,
+which changes outputs by half a percent. Where it does not fuse them, it decodes the matrix at every call.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS
 from octavo.runtimes.onnx.codes import narrowest, store, window_of, zero_byte
 from octavo.runtimes.onnx.nodes import Nodes
 
-#: Fewer floats are stored as they are: the nodes would take more than they save.
+#: Fewer floats are stored unchanged, since the nodes would take more bytes than they save.
 _FEW = 256
-#: More floats are not searched for values that repeat; there are as many as a matrix has, or more.
+#: More floats are not searched for repeated values; a tensor this large is as large as a matrix.
 _MANY = 1 << 18
 _LARGEST = torch.finfo(torch.float16).max
-#: Bytes of the nodes by which the quantizers of a trellis are worked out, for each time that the rows double.
+#: Bytes of the nodes that compute the quantizers of a trellis, per doubling of the rows.
 _DOUBLING_BYTES = 500
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a matrix are wanted: all, or those that ``tokens`` name, in the shape of ``tokens``."""
+    """The selected rows of a matrix: all, or those in ``tokens``, in the shape of ``tokens``."""
 
     tokens: str | None = None
 
     def of(self, nodes: Nodes, part: str) -> str:
-        """These rows of a part that has the rows of the matrix."""
+        """The selected rows of a part that has the rows of the matrix."""
         return part if self.tokens is None else str(nodes.add("Gather", [part, self.tokens], axis=0))
 
 
@@ -67,7 +67,7 @@ ALL = Rows()
 
 
 def product(nodes: Nodes, name: str, x: str, form: Form, dtype: torch.dtype = torch.float32) -> str:
-    """Nodes for ``x @ dense().T``: through the factors where that takes fewer multiplications."""
+    """Nodes for ``x @ dense().T``, through the factors if that needs fewer multiplications."""
     if _by_factors(form):
         if isinstance(form, Scaled):
             factors = floats(nodes, f"{name}/gains", form.factors)
@@ -79,19 +79,19 @@ def product(nodes: Nodes, name: str, x: str, form: Form, dtype: torch.dtype = to
 
 
 def weight(nodes: Nodes, name: str, form: Form, dtype: torch.dtype = torch.float32, tokens: str | None = None) -> str:
-    """Nodes for the matrix, or for the rows of it that ``tokens`` name, rounded to ``dtype``, in float32."""
+    """Nodes for the matrix, or for its rows ``tokens``, rounded to ``dtype``, in float32."""
     found = decoded(nodes, name, form, Rows(tokens))
     if dtype == torch.float32:
         return found
     if dtype == torch.float16:
-        # As :func:`octavo.system.raw.narrowed` does it.
+        # Same as :func:`octavo.system.raw.narrowed`.
         ends = [nodes.once(("end", k), partial(nodes.constant, "end", torch.tensor(k * _LARGEST))) for k in (-1, 1)]
         found = nodes.add("Clip", [found, *ends])
     return nodes.cast(nodes.cast(found, dtype), torch.float32)
 
 
 def decoded(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:
-    """Nodes for the wanted rows of a form, in float32."""
+    """Nodes for the selected rows of a form, in float32."""
     by_rows = _BY_ROWS.get(type(form))
     if by_rows is not None:
         return by_rows(nodes, name, form, rows)
@@ -100,7 +100,7 @@ def decoded(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:
 
 
 def floats(nodes: Nodes, name: str, values: Tensor, rows: Rows = ALL) -> str:
-    """Floats in the precision, or as a table of their values, that is smallest and exact; read as float32."""
+    """Floats in the smallest exact precision or as a table of values; read as float32."""
     stored = narrow(values) if values.numel() >= _FEW else values.float()
     if _FEW <= values.numel() <= _MANY:
         table, index = values.float().unique(return_inverse=True)
@@ -150,12 +150,12 @@ def _shifted(nodes: Nodes, value: str, shift: int) -> str:
 
 
 def _picked(part: Tensor, rows: Rows) -> Rows:
-    """What to pick of a part that may have one row for all."""
+    """The index for a part that may have one row for all."""
     return rows if len(part) > 1 else ALL
 
 
 def _spread(nodes: Nodes, value: str, groups: int, columns: int) -> str:
-    """Values of groups of columns as values of columns."""
+    """Per-group values expanded to per-column values."""
     if groups == 1:
         return value
     member = torch.arange(columns) // -(-columns // groups)
@@ -186,7 +186,7 @@ def _grid(nodes: Nodes, name: str, form: Grid, rows: Rows) -> str:
 def _trellis(nodes: Nodes, name: str, form: Trellis, rows: Rows) -> str:
     levels, doublings = form.levels(), max(1, len(form.grid.codes) // LANES).bit_length()
     if window_of(form.grid.codes).bytes + doublings * _DOUBLING_BYTES < window_of(levels.codes).bytes:
-        # Levels have a bit more than the codes do; it is worked out where that is smaller.
+        # Levels have one bit more than the codes; it is computed if that is smaller.
         nodes.once(("codes", name), lambda: (_levels(nodes, name, form.grid.codes, levels.codes), 0))
     return _grid(nodes, name, levels, rows)
 
@@ -260,7 +260,7 @@ def _scaled(nodes: Nodes, name: str, form: Scaled, rows: Rows) -> str:
 
 
 def _cut(nodes: Nodes, name: str, form: Trimmed) -> str:
-    # What was cut is read from a row and a column of zeros behind the others.
+    # Cut rows and columns read from an appended row and column of zeros.
     value = nodes.add("Pad", [decoded(nodes, name, form.inner, ALL), nodes.sizes(0, 0, 1, 1)])
     for axis, kept in enumerate((form.rows, form.columns)):
         places = torch.where(kept, kept.cumsum(0) - 1, kept.sum())
@@ -338,16 +338,16 @@ def _tensor_train(nodes: Nodes, name: str, form: TensorTrain) -> str:
 
 
 def _as_dense(nodes: Nodes, name: str, form: Form) -> str:
-    """A form of another package, about which nothing is known."""
+    """A form of another package, whose structure is unknown."""
     return floats(nodes, name, form.dense())
 
 
-#: Forms whose rows are worked out one by one.
+#: Forms that compute single rows.
 _BY_ROWS: dict[type[Form], Callable[[Nodes, str, Any, Rows], str]] = {
     Affine: _affine, Codebook: _codebook, Dense: _dense, Grid: _grid, LowRank: _low_rank, Scaled: _scaled, Sum: _sum,
     Trellis: _trellis,
 }  # fmt: skip
-#: Forms that are worked out whole.
+#: Forms that compute the whole matrix.
 _WHOLE: dict[type[Form], Callable[[Nodes, str, Any], str]] = {
     Trimmed: _cut, DenseSparse: _dense_sparse, Folded: _folded, GroupedLowRank: _grouped, RowBlocks: _row_blocks,
     Separable: _separable, Sparse: _sparse, TensorTrain: _tensor_train,

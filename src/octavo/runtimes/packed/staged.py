@@ -1,4 +1,4 @@
-"""Convolutions in stages: several small ones, one after another, that give what one with a factored weight gives."""
+"""Convolutions in stages: a sequence of small convolutions that equals one with a factored weight."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: func
 
 @dataclass(frozen=True)
 class Stage:
-    """A convolution that is a part of one.
+    """One stage of a convolution.
 
     Parameters
     ----------
     weight
         (outputs, inputs / groups, *kernel).
     along
-        The axes along which the whole kernel's stride, padding and dilation are this one's.
+        The axes along which this stage applies the whole kernel's stride, padding and dilation.
     """
 
     weight: Tensor
@@ -31,7 +31,7 @@ class Stage:
     along: tuple[bool, ...]
 
     def __call__(self, x: Tensor, bias: Tensor | None, moves: Sequence[tuple[int, ...]]) -> Tensor:
-        """Convolve with the stride, padding and dilation of ``moves`` where they are this one's."""
+        """Convolve with the stride, padding and dilation of ``moves`` along this stage's axes."""
         own = [
             tuple(value if mine else still for value, mine in zip(values, self.along, strict=True))
             for values, still in zip(moves, (1, 0, 1), strict=True)
@@ -42,12 +42,12 @@ class Stage:
 def staged(
     x: Tensor, chains: Sequence[Sequence[Stage]], kernel: Sequence[int], bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """The sum of what chains of stages give, plus the bias.
+    """The sum of the results of all chains of stages, plus the bias.
 
     Parameters
     ----------
     x
-        (examples, channels, *positions), or without examples.
+        (examples, channels, *positions), or without the first dimension.
     kernel
         Size of the whole kernel along every axis.
     """
@@ -64,7 +64,7 @@ def staged(
 
 
 def _padded(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """The input, and stride, padding and dilation by axis; what ``"same"`` asks for is padded here."""
+    """The input, and stride, padding and dilation by axis; ``"same"`` padding is applied here."""
     stride, dilation = (_by_axis(value, len(kernel)) for value in (geometry.stride, geometry.dilation))
     if not isinstance(geometry.padding, str):
         return x, [stride, _by_axis(geometry.padding, len(kernel)), dilation]
@@ -80,7 +80,7 @@ def _by_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 def chains(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
-    """Convolutions one after another that give what one with the form's weight gives, in chains to be added."""
+    """Chains of convolutions whose sum equals the convolution with the form's weight."""
     rows, channels, *kernel = shape
     here, nowhere = (True,) * len(kernel), (False,) * len(kernel)
     if isinstance(form, LowRank):
@@ -105,7 +105,7 @@ def chains(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
 
 
 def _spatial(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
-    """``(c h) x (n w)``: h x 1 filters over all channels, then 1 x w, every group of filters over its own."""
+    """``(c h) x (n w)``: h x 1 filters over all channels, then 1 x w, each group of filters on its own input."""
     if isinstance(form, LowRank):
         form = GroupedLowRank(form.left, form.right, 1)
     rows, channels, height, width = shape
@@ -118,12 +118,12 @@ def _spatial(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
 
 
 def _separable(form: Separable, shape: tuple[int, ...]) -> list[list[Stage]] | None:
-    """1 x 1 over the channels, then down, then across; the last adds up the terms of every filter."""
+    """1 x 1 over the channels, then vertical, then horizontal; the last adds the terms of every filter."""
     rows, channels, height, width = shape
     parts = [part.dense() for part in (form.channel, form.vertical, form.horizontal)]
     if [part.shape[1] for part in parts] != [channels, height, width]:
         return None
-    # From term by term to filter by filter, so that the terms of a filter are one group.
+    # Reordered from term-major to filter-major, so that the terms of a filter form one group.
     channel, down, across = (part.unflatten(0, (form.terms, rows)).transpose(0, 1).contiguous() for part in parts)
     each = rows * form.terms
     return [[

@@ -21,24 +21,25 @@ from octavo.training.widths import factorizable, ladder
 
 SOURCE = "Maestro (Horvath, Laskaridis, Rajput & Wang, 2024, ICML; arXiv 2308.14929)"
 
-#: Under the roots of the group lasso, whose slope at zero would be infinite.
+#: Added under the roots of the group lasso, whose slope at zero would be infinite.
 _EPS = 1e-12
 
 
 @regimen("maestro", source=SOURCE)
 @dataclass
 class OrderedDropout(Regimen):
-    """Train ``W = U V^T`` so that its first columns matter most.
+    """Train ``W = U V^T`` such that its first columns matter most.
 
     Every layer starts at its full inner width ``min(rows, columns)``, with the SVD of its own initial weights split as
-    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, of all pairs alike, and runs it with
-    its first ``b`` columns, every other layer with all that it has. To the loss is added the hierarchical group lasso
-    ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers, which asks most of the last columns. After every epoch
-    the last columns go for good as long as ``|U[:, i:]| |V[:, i:]| < threshold |U| |V|``. For a linear map this finds
-    the SVD of ``W C^(1/2)``, with ``C`` the second moment of the inputs, in its order.
+    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, all pairs with equal probability,
+    and runs that layer with its first ``b`` columns and every other layer with all of its columns. The hierarchical
+    group lasso ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers is added to the loss; it penalizes the last
+    columns most. After every epoch the last columns are dropped permanently while ``|U[:, i:]| |V[:, i:]| < threshold
+    |U| |V|``. For a linear map this finds the ordered SVD of ``W C^(1/2)``, where ``C`` is the second moment of the
+    inputs.
 
-    With ``distil`` every step runs the network twice, whole and narrowed, and the loss is ``loss(whole) + KL(whole ||
-    narrowed)`` of their outputs' distributions, that of the whole being the fixed target.
+    With ``distil`` every step runs the network twice, whole and narrowed. The loss is ``loss(whole) + KL(whole ||
+    narrowed)`` of their output distributions, with that of the whole as fixed target.
 
     Parameters
     ----------
@@ -47,14 +48,14 @@ class OrderedDropout(Regimen):
     threshold
         Share of a layer's product of norms below which its last columns are dropped.
     growth
-        Widths that are drawn: 1, and then each about so many times the one before, up to all columns; 1 for every
-        width. The fewer there are, the more often each has its turn.
+        Ratio of successive widths to draw, from 1 up to all columns; 1 draws every width. With fewer widths, each is
+        drawn more often.
     distil
         Whether the narrowed network learns from the whole one, and the whole one from the labels.
     names
-        Weights to factorize; those of all linear layers and of all convolutions without groups if not given.
+        Weights to factorize; by default those of all linear layers and of all convolutions without groups.
     seed
-        Of the draws.
+        Seed of the draws.
     """
 
     pressure: float = 1e-5
@@ -79,10 +80,15 @@ class OrderedDropout(Regimen):
         self._generator.manual_seed(self.seed)
         known, names = dict(model.named_parameters()), self.names or factorizable(model)
         if not names:
-            raise RequestError(f"{type(model).__name__} has no linear layer and no convolution without groups")
+            raise RequestError(
+                f"{type(model).__name__}: has no linear layer and no convolution without groups; give a model with "
+                "such layers"
+            )
         for name in names:
             if name not in known or known[name].ndim < 2:
-                raise RequestError(f"{type(model).__name__} has no matrix {name!r} that could be factorized")
+                raise RequestError(
+                    f"{type(model).__name__}: has no matrix {name!r} that can be factorized; name one of its weights"
+                )
             prefix, _, parameter = name.rpartition(".")
             self._layers[name] = _Ordered(known[name])
             parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._layers[name])
@@ -95,14 +101,14 @@ class OrderedDropout(Regimen):
         layer.width = width
 
     def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-        """That of the narrowed network, or of both, and the group lasso."""
+        """The loss of the narrowed network, or of both, plus the group lasso."""
         return super().loss(model, batch, partial(self._distilled, loss=loss) if self.distil else loss)
 
     def _distilled(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
         layer, width = next((layer, layer.width) for layer in self._layers.values() if layer.width)
         layer.width = None
         outputs: list[Tensor] = []
-        # The loss runs the whole network, and its outputs are the target: one pass for both.
+        # The loss runs the whole network and its outputs are the target, so one pass gives both.
         handle = model.register_forward_hook(lambda module, args, result: outputs.append(logits_of(result)))
         try:
             value = loss(model, batch)
@@ -120,34 +126,34 @@ class OrderedDropout(Regimen):
         return self.pressure * torch.stack(norms).sum()
 
     def after_step(self, step: int) -> None:
-        """All layers have all their columns again."""
+        """Restore all columns of all layers."""
         for layer in self._layers.values():
             layer.width = None
 
     def after_epoch(self, number: int) -> None:
-        """Drop the columns that hardly matter any more."""
+        """Drop the columns that hardly matter."""
         for layer in self._layers.values():
             layer.shrink(self.threshold)
 
     def state(self) -> dict[str, Any]:
-        """Columns left, and the generator of the draws."""
+        """Remaining columns, and the state of the generator."""
         return {"ranks": self.ranks, "generator": self._generator.get_state()}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on with those columns and draws."""
+        """Continue with the given columns and draws."""
         self._generator.set_state(state["generator"])
         for name, layer in self._layers.items():
             layer.rank = int(state["ranks"][name])
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Columns that every layer still has."""
+        """Remaining columns of every layer."""
         return {name: layer.rank for name, layer in self._layers.items()} or {
             name: form.left.shape[1] for name, form in self._forms.items()
         }
 
     def forms(self, model: nn.Module) -> dict[str, LowRank]:  # type: ignore[override]
-        """The factors; :func:`truncated` cuts them. The model keeps the products alone."""
+        """The factors; :func:`truncated` cuts them. The model only keeps the products."""
         for name, layer in self._layers.items():
             left, right = (part.detach().clone() for part in layer.parts())
             self._forms[name] = LowRank(Dense(left), Dense(right))
@@ -158,14 +164,14 @@ class OrderedDropout(Regimen):
 
 
 class _Ordered(nn.Module):
-    """The parametrization: its originals are ``U`` and ``V^T`` at full width, it gives the product of what is left."""
+    """The parametrization: its originals are ``U`` and ``V^T`` at full width; it returns the narrowed product."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.layout, self.shape = Layout(), tuple(weight.shape)
         self.rank = min(self.layout.matrix_shape(self.shape))
         self.width: int | None = None
-        #: What holds the factors; in a list, for it also holds this module.
+        #: The module that holds the factors; in a list, since it also holds this module.
         self.chain: list[Any] = []
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +198,6 @@ class _Ordered(nn.Module):
 
     @torch.no_grad()
     def shrink(self, threshold: float) -> None:
-        """Drop the last columns as long as they hardly matter; at least one is kept."""
+        """Drop last columns while they hardly matter; at least one is kept."""
         importance = self.suffixes(0) * self.suffixes(1)
         self.rank = max(1, int((importance >= threshold * importance[0]).sum()))
