@@ -18,7 +18,7 @@ from octavo.allocation.sampling import Sample, sample_of, table_sample_of
 from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.methods import Method, Setting, get_method, spelled
+from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.methods.factorize.factors import is_table
 from octavo.sources.sites import Site
@@ -179,17 +179,17 @@ def profile_site(
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
                     packed, loss = sample.packed(form), sample.loss(form)
                     keep(asked, setting, packed)
-                    curve.points.append(Point(spelled(asked), setting, target.bytes(packed), loss, estimated=True))
+                    curve.points.append(Point(str(asked), setting, target.bytes(packed), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
                     packed = pack(form)
                     keep(asked, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
-                    curve.points.append(Point(spelled(asked), setting, target.bytes(packed), loss))
+                    curve.points.append(Point(str(asked), setting, target.bytes(packed), loss))
         except RequestError as error:
             raise RequestError(f"site {site.name!r}: {error}") from error
     if not curve.points:
-        names = ", ".join(map(spelled, methods))
+        names = ", ".join(map(str, methods))
         raise RequestError(f"site {site.name!r}: {names} cannot compress it; add another method, such as entropy")
     return curve
 

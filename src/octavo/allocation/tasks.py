@@ -12,7 +12,7 @@ from octavo.allocation.profiles import Curve, Point, Window, profile_site
 from octavo.artifact import Packed, Sized, pack, unpack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.methods import Method, Setting, get_method, spelled
+from octavo.methods import Method, Setting, get_method
 from octavo.sources.sites import Site
 from octavo.system.matmul import fast_matmul
 
@@ -47,7 +47,7 @@ def profiled(
     def keep(method: Method, setting: Setting, packed: Packed) -> None:
         # Dense forms are not kept on disk: making them again is as fast as reading them.
         if method.family != "keep" and not isinstance(packed.content, Sized):
-            made.append((spelled(method), setting, packed))
+            made.append((str(method), setting, packed))
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 
     if pinned is None:

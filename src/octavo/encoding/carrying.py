@@ -17,7 +17,7 @@ from octavo.allocation.tasks import weighed
 from octavo.artifact import Contents, Packed
 from octavo.encoding.finish import Built, encode_plan, measured, topped
 from octavo.errors import RequestError
-from octavo.methods import Setting, get_method, spelled
+from octavo.methods import Setting, get_method
 
 #: Octaves by which a continuous setting is made coarser; sizes have jumps, so less than one octave may free nothing.
 _OCTAVES = (0.03, 0.1, 0.3, 1.0, 2.0)
@@ -144,14 +144,14 @@ class _Carried:
         ]
         evidence = self.run.calibration.evidence
         work = (
-            (site, self.run.opened.matrix(site), evidence[site.name], spelled(method), setting)
+            (site, self.run.opened.matrix(site), evidence[site.name], str(method), setting)
             for site, method, setting in wanted
         )
         for (site, method, setting), found in zip(wanted, self.run.executor.map(weighed, work), strict=True):
             if found is not None:
                 packed, loss = found
-                self.run.workspace.save_packed(site.name, spelled(method), setting, packed)
-                point = Point(spelled(method), setting, self.run.opened.target.bytes(packed), loss)
+                self.run.workspace.save_packed(site.name, str(method), setting, packed)
+                point = Point(str(method), setting, self.run.opened.target.bytes(packed), loss)
                 self.unprofiled[site.name].points.append(point)
         used = {point.method for point in plan.points.values()}
 

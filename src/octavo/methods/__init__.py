@@ -2,9 +2,8 @@
 
 from octavo.methods.base import METHODS, Method, Setting, method
 from octavo.methods.selecting import DATA_FREE, methods, select_methods
-from octavo.methods.spelling import get_method, listed, spelled
+from octavo.methods.spelling import get_method
 
 __all__ = [
-    "DATA_FREE", "METHODS", "Method", "Setting", "get_method", "listed", "method", "methods", "select_methods",
-    "spelled",
+    "DATA_FREE", "METHODS", "Method", "Setting", "get_method", "method", "methods", "select_methods",
 ]  # fmt: skip

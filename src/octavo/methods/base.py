@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import Form
+from octavo.methods.words import spelled
 from octavo.sources.sites import Site
 from octavo.system.registry import Registry
 
@@ -48,6 +49,13 @@ class Method(ABC):
     by_rows: ClassVar[bool] = False
     #: Whether it uses the curvature of the whole matrix. A sample has none, so the method is not screened on a sample.
     by_curvature: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        """The name with the knobs that differ from their defaults: ``entropy:rate=0.2``.
+
+        Equal methods have equal words, others have different ones; :func:`octavo.methods.get_method` reads them back.
+        """
+        return spelled(self.name, self)
 
     def accepts(self, site: Site) -> bool:
         """Whether the method makes sense at this site."""

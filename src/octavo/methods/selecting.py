@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from octavo.errors import RequestError
 from octavo.methods.base import METHODS, PRESETS, Method
-from octavo.methods.spelling import get_method, spelled
+from octavo.methods.spelling import get_method
 
 #: The methods of `default`, without data.
 DATA_FREE = "data-free"
@@ -39,7 +39,7 @@ def select_methods(chosen: Sequence[str | Method] | None, preset: str, target: s
         return [cls() for cls in known.values() if cls.preset in allowed]
     if not chosen:
         raise RequestError("methods: the list is empty; name a method, or leave it out to use those of the preset")
-    found = {spelled(method): method for word in chosen for method in _of_word(word, known, target)}
+    found = {str(method): method for word in chosen for method in _of_word(word, known, target)}
     return list(found.values())
 
 

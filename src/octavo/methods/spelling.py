@@ -1,31 +1,14 @@
-"""Methods with their knobs in one word, as they stand in plans and on command lines: ``entropy:rate=0.2``."""
+"""Methods read from one word with their knobs, as in plans and on command lines: ``entropy:rate=0.2``."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields
+import math
+from dataclasses import Field
 from typing import Any
 
 from octavo.errors import RequestError
 from octavo.methods.base import METHODS, Method
-
-#: Between the values of a knob that has several.
-_BETWEEN = "/"
-
-
-def spelled(method: Method) -> str:
-    """The method's name and those of its knobs that are not at their default.
-
-    Equal methods have equal words, others have different ones, and :func:`get_method` reads them back.
-
-    Examples
-    --------
-    >>> from octavo.methods.quantize.entropy import Entropy
-    >>> spelled(Entropy()), spelled(Entropy(rate=0.2, levels=(4, 2.5)))
-    ('entropy', 'entropy:rate=0.2,levels=4/2.5')
-    """
-    values = {knob.name: getattr(method, knob.name) for knob in _knobs(type(method))}
-    changed = [f"{knob.name}={_written(values[knob.name])}" for knob in _knobs(type(method)) if _moved(knob, values)]
-    return f"{method.name}:{','.join(changed)}" if changed else method.name
+from octavo.methods.words import BETWEEN, default_of, knobs_of, written
 
 
 def get_method(word: str) -> Method:
@@ -40,7 +23,7 @@ def get_method(word: str) -> Method:
     cls = METHODS.get(name)
     if not colon:
         return cls()
-    known, values = {knob.name: knob for knob in _knobs(cls)}, dict[str, Any]()
+    known, values = {knob.name: knob for knob in knobs_of(cls)}, dict[str, Any]()
     for part in knobs.split(","):
         key, equals, value = part.partition("=")
         if not equals or key not in known:
@@ -52,52 +35,16 @@ def get_method(word: str) -> Method:
     return cls(**values)
 
 
-def listed(text: str) -> list[str]:
-    """Methods and families in a line; commas stand between them, and between the knobs of each.
-
-    Examples
-    --------
-    >>> listed("gptq:order=false,symmetric=true,alds")
-    ['gptq:order=false,symmetric=true', 'alds']
-    """
-    words: list[str] = []
-    for part in filter(None, map(str.strip, text.split(","))):
-        if words and ":" in words[-1] and "=" in part and ":" not in part:
-            words[-1] += f",{part}"
-        else:
-            words.append(part)
-    return words
-
-
-def _knobs(cls: type[Method]) -> list[Field[Any]]:
-    # A method without knobs need not be a dataclass of its own.
-    return [knob for knob in fields(cls) if knob.init] if hasattr(cls, "__dataclass_fields__") else []  # type: ignore[arg-type]
-
-
-def _default(knob: Field[Any]) -> Any:
-    return knob.default if knob.default_factory is MISSING else knob.default_factory()
-
-
-def _moved(knob: Field[Any], values: dict[str, Any]) -> bool:
-    return bool(values[knob.name] != _default(knob))
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, tuple):
-        return _BETWEEN.join(map(_written, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _read(word: str, knob: Field[Any], text: str) -> Any:
     """A value of the kind that the knob's default has."""
-    default = _default(knob)
+    default = default_of(knob)
     try:
         if isinstance(default, tuple):
             kind = type(default[0]) if len({type(value) for value in default}) == 1 else float
-            return tuple(_value(kind, part) for part in text.split(_BETWEEN))
+            return tuple(_value(kind, part) for part in text.split(BETWEEN))
         return _value(type(default), text)
     except (KeyError, ValueError) as error:
-        raise RequestError(f"{word!r}: {knob.name} cannot be {text!r}; its default is {_written(default)}") from error
+        raise RequestError(f"{word!r}: {knob.name} cannot be {text!r}; its default is {written(default)}") from error
 
 
 def _value(kind: type, text: str) -> Any:
@@ -105,5 +52,8 @@ def _value(kind: type, text: str) -> Any:
         return {"true": True, "false": False}[text.lower()]
     if kind is float:
         # Defaults such as (6, 4.5) mix both; 6 and 6.0 are spelled as they were given.
-        return int(text) if text.lstrip("-").isdigit() else float(text)
+        value = int(text) if text.lstrip("-").isdigit() else float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is not finite")
+        return value
     return kind(text)
