@@ -17,7 +17,7 @@ from octavo.allocation.workspace import Workspace, holds_profile
 from octavo.encoding.finish import finish, single_families
 from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
-from octavo.methods.base import dense_method
+from octavo.methods.selecting import dense_method
 from octavo.opening import begin, open_request
 from octavo.request import Choices, Request, Role, request_of, shows_options
 from octavo.saving import Compressed

@@ -18,7 +18,6 @@ from octavo.errors import ArtifactError
 from octavo.forms import (
     Affine,
     Codebook,
-    Cut,
     Dense,
     DenseSparse,
     Folded,
@@ -32,6 +31,7 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
     form_names,
     restore,
 )
@@ -166,7 +166,7 @@ def cut(rows, columns, seed):
     kept = [torch.rand(n, generator=_generator(seed + n)) < 0.7 for n in (rows, columns)]
     for mask in kept:
         mask[0] = True
-    return Cut(grid(*(int(mask.sum()) for mask in kept), seed), *kept)
+    return Trimmed(grid(*(int(mask.sum()) for mask in kept), seed), *kept)
 
 
 FORMS = {

@@ -13,7 +13,7 @@ from octavo.allocation.plans import MIXED, Plan
 from octavo.allocation.profiles import Point, Profile, densified, family, interpolate
 from octavo.errors import BudgetError
 from octavo.methods import Setting, get_method
-from octavo.methods.base import dense_names
+from octavo.methods.selecting import dense_names
 
 
 def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:

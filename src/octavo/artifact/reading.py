@@ -237,7 +237,7 @@ class Artifact:
             if not _dtype(name, entry.get("dtype")).is_floating_point:
                 raise ArtifactError(f"{self.path}: site {name!r} has dtype {entry['dtype']}; expected floats")
             kind = entry["form"].get("form") if isinstance(entry.get("form"), dict) else None
-            if not isinstance(kind, str) or kind not in forms.form_names():
+            if not isinstance(kind, str) or kind not in forms.FORMS:
                 raise ArtifactError(f"{self.path}: site {name!r} has the unknown form {kind!r}")
             try:
                 check_parts(entry.get("parts"), self._tensors[name].length)

@@ -20,7 +20,7 @@ from octavo.allocation.solver import allocate, unreachable
 from octavo.artifact import Contents, Packed
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.methods import Setting, get_method
-from octavo.methods.base import dense_names
+from octavo.methods.selecting import dense_names
 from octavo.sources.narrowing import Narrowing
 from octavo.system.raw import Lazily
 

@@ -12,7 +12,7 @@ from octavo.artifact import Packed, pack
 from octavo.calibration.calibrating import data_free
 from octavo.calibration.evidence import Evidence
 from octavo.methods import get_method
-from octavo.methods.base import dense_method
+from octavo.methods.selecting import dense_method
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.sites import Site
 from octavo.targets.base import target

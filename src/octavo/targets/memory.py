@@ -17,7 +17,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.forms import Form
-from octavo.methods import Method, Setting, get_method, select_methods
+from octavo.methods import Method, Setting, Usable, get_method, select_methods
 from octavo.request import Request
 from octavo.runtimes.packed import resident_bytes
 from octavo.sources.sites import Site, Source
@@ -27,6 +27,11 @@ from octavo.targets.sizes import Sizes
 
 #: Rows of a site that tell what it takes in memory: as many as the int4 kernel packs together.
 _ROWS = 64
+
+
+_WITH_KERNEL = Usable(
+    lambda cls: cls.kernel_settings is not Method.kernel_settings, "has no setting that runs from memory"
+)
 
 
 @target("memory")
@@ -44,7 +49,9 @@ class Memory(Sizes):
 
     def methods(self, request: Request) -> list[Method]:
         """The methods that a kernel can run."""
-        return select_methods(request.methods, request.preset, self.name)
+        # Few settings have a kernel, so every preset tries all of them.
+        preset = "default" if request.preset == "fast" else request.preset
+        return select_methods(request.methods, preset, _WITH_KERNEL)
 
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """The settings that a kernel runs."""

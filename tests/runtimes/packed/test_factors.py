@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 import octavo
 from octavo.errors import ArtifactError, RequestError
 from octavo.forms import (
-    Cut,
     Dense,
     Folded,
     Grid,
@@ -28,6 +27,7 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
 )
 from octavo.runtimes.packed import PackedWeight, factored, factors, held_bytes, kernels_of
 from octavo.runtimes.packed.factors import Factors, is_factorization, run_as_factors
@@ -63,7 +63,7 @@ MATRICES = {
     "sum": lambda: Sum(grid(40, 24), LowRank(dense(40, 2), dense(2, 24))),
     "scaled": lambda: Scaled(LowRank(grid(40, 5), grid(5, 24)), gains(40)),
     "correction of a trellis": lambda: Sum(Trellis(grid(40, 24)), LowRank(dense(40, 2), dense(2, 24))),
-    "cut": lambda: Cut(LowRank(dense(30, 4), dense(4, 20)), torch.arange(40) < 30, torch.arange(24) > 3),
+    "cut": lambda: Trimmed(LowRank(dense(30, 4), dense(4, 20)), torch.arange(40) < 30, torch.arange(24) > 3),
     "deep": lambda: LowRank(LowRank(grid(40, 6), dense(6, 5)), Sparse(torch.eye(5, 24) > 0, Dense(torch.randn(1, 5)))),
 }
 #: Forms of a convolution of 12 filters over 8 channels of 3 x 5.

@@ -44,8 +44,6 @@ class DenseSparseFactors(Method):
 
     rounds: int = 8
 
-    by_rows = False
-
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Widths, atoms, non-zeros and bits that fit the matrix, from largest to smallest."""
         rows, columns = weight.shape

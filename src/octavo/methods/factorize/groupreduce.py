@@ -52,8 +52,6 @@ class GroupReduce(Method):
     blocks: int = 8
     rounds: int = 6
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:
         """Rows must be tokens, whose frequencies differ."""
         return site.kind in ("embedding", "head")

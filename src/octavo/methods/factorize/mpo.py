@@ -257,8 +257,6 @@ class MPO(Method):
 
     takes = ("sites", "chi", "bits")
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:
         """Matrices only; convolutions are tensorized differently."""
         return site.kind != "convolution"

@@ -40,6 +40,7 @@ class SparseGPT(Method):
         Columns of large inputs first. n:m patterns need adjacent columns and keep their order.
     """
 
+    by_rows = True
     takes = ("bits", "sparsity", "pattern")
 
     order: bool = True

@@ -43,6 +43,7 @@ class GPTQ(Method):
         Grids around zero, without zero points.
     """
 
+    by_rows = True
     takes = ("bits", "group", "symmetric", "scale")
 
     order: bool = True

@@ -52,6 +52,7 @@ class TrellisCoded(Stepped):
         Steps to try, stated as the bits per Gaussian weight at a high rate.
     """
 
+    by_rows = True
     takes = ("step",)
 
     rate: float = 0.1

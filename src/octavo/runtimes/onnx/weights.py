@@ -24,7 +24,6 @@ from torch import Tensor
 from octavo.forms import (
     Affine,
     Codebook,
-    Cut,
     Dense,
     DenseSparse,
     Folded,
@@ -39,6 +38,7 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
 )
 from octavo.forms.folded import FOLDS
 from octavo.forms.grid import exponent_steps
@@ -311,8 +311,8 @@ def _scaled(nodes: Nodes, name: str, form: Scaled, rows: Rows) -> str:
     return str(nodes.add("Mul", [decoded(nodes, name, form.base, rows), factors]))
 
 
-@whole(Cut)
-def _cut(nodes: Nodes, name: str, form: Cut) -> str:
+@whole(Trimmed)
+def _cut(nodes: Nodes, name: str, form: Trimmed) -> str:
     # Cut rows and columns read from an appended row and column of zeros.
     value = nodes.add("Pad", [decoded(nodes, name, form.inner, ALL), nodes.sizes(0, 0, 1, 1)])
     for axis, kept in enumerate((form.rows, form.columns)):
