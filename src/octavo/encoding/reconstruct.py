@@ -78,7 +78,7 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
 
 def _possible(opened: Opened) -> bool:
     # A loss with labels is not a distance from the source: lowering it further would be training. A model that does not
-    # fit in memory has no end-to-end gradients. A kernel that runs packed codes has no place for gains.
+    # fit in memory has no end-to-end gradients. A kernel that runs packed codes cannot apply gains.
     whole = opened.measurable and not opened.source.is_skeleton and opened.target.tunable
     return whole and bool(opened.calibration_data) and not isinstance(opened.objective, Loss)
 
