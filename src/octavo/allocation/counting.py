@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.artifact import Contents, Packed
 from octavo.calibration.evidence import Evidence
+from octavo.forms import Form
 from octavo.methods import Method, Setting
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Counting:
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """The settings of a method that can be used here, from largest to smallest."""
         return method.settings(weight, evidence)
+
+    def resident(self, form: Form, rows: int) -> int | None:
+        """Bytes that a form of so many rows takes while it runs; None where they are not counted."""
+        return None
 
     def bytes(self, packed: Packed) -> int:
         """The counted bytes of one encoded site."""

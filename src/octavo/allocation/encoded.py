@@ -28,10 +28,13 @@ def encode_all(run: Run, chosen: Mapping[str, Any]) -> Iterator[tuple[str, Packe
     opened, room = run.opened, run.workspace
     found = {name: room.load_packed(name, point.method, point.setting) for name, point in chosen.items()}
     missing = [(opened.site(name), chosen[name]) for name, packed in found.items() if packed is None]
-    evidence = run.calibration.evidence
+    evidence, target = run.calibration.evidence, opened.target
     results = run.executor.map(
         encoded,
-        ((site, opened.matrix(site), evidence[site.name], point.method, point.setting) for site, point in missing),
+        (
+            (site, opened.matrix(site), evidence[site.name], point.method, point.setting, target)
+            for site, point in missing
+        ),
     )
     for name, packed in found.items():
         if packed is None:

@@ -14,7 +14,6 @@ from octavo.allocation.curves import build_profile
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import EDITED, Plan, read_plan
 from octavo.allocation.profiles import Profile
-from octavo.allocation.rivals import PLAIN
 from octavo.allocation.solver import allocate, labelled, unreachable
 from octavo.encoding.carrying import carry_out, pinned_by
 from octavo.encoding.disk_use import refuse_full_disk
@@ -87,8 +86,8 @@ class Sizes(Target):
         free = asked if profile.smallest > spared else replace(asked, bytes=spared)
         chosen = allocate(profile, free, margin=self.margin)
         clock.lap("plan")
-        # Named methods exclude all others.
-        plain = opened.request.methods is None or any(method.name == PLAIN for method in opened.methods)
+        # Whoever names methods gets no other.
+        plain = opened.request.methods is None or any(method.plain for method in opened.methods)
         built, rival = contest(run, profile, chosen, free, plain=plain)
         clock.lap("encode")
         built = reconstruct(run, built, asked.bytes)
