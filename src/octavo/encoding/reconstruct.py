@@ -1,7 +1,7 @@
 """Reconstruction: correcting the effect of rounding on a model's outputs with parameters that cost almost no bytes.
 
-Codes are not changed. Tensors stored as floats anyway (norms, biases) and one small factor per row of every linear
-layer are fitted to the source's outputs by gradient descent on the calibration data. This is the learned part of norm
+Codes are not changed. Gradient descent on the calibration data fits the source's outputs with tensors that are stored
+as floats anyway (norms, biases) and one small factor per row of every linear layer. This is the learned part of norm
 tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118, section
 3.3). It optimizes the measured objective and not single blocks. The result is kept only if it is better on held-out
 data.

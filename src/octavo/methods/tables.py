@@ -12,5 +12,5 @@ def is_table(rows: int, columns: int) -> bool:
 
 
 def least_of_table(columns: int) -> int:
-    """The fewest rows of a table."""
+    """The smallest number of rows of a table."""
     return _TALL * columns + 1
