@@ -42,7 +42,7 @@ class Memory(Sizes):
     # Every setting has a kernel and a known size: all are tried, and nothing is left to interpolate.
     margin = 0.0
     exhaustive = True
-    # A kernel that runs packed codes has no place for gains.
+    # A kernel that runs packed codes cannot apply gains.
     tunable = False
     unit = "bytes in memory"
     loads = True
@@ -113,7 +113,7 @@ class Memory(Sizes):
         return section(running_data(result, artifact))
 
     def _beside(self, opened: Opened) -> int:
-        """Bytes of what is no site, and of buffers that are not stored."""
+        """Bytes of tensors that are not sites, and of buffers that are not stored."""
         source, total = opened.source, 0
         for name in opened.left:
             dtype = source.dtypes[name]
