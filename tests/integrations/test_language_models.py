@@ -160,7 +160,9 @@ def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
     tokenizer = Tokenizer(WordLevel({word: index + 40 for index, word in enumerate(["<s>", *WORDS])}, unk_token="<s>"))
     tokenizer.pre_tokenizer = Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<s>").save_pretrained(folder)
-    with pytest.raises(RequestError, match="token 99, but LlamaForCausalLM knows tokens 0 to 59, so the tokenizer belongs"):
+    with pytest.raises(
+        RequestError, match="token 99, but LlamaForCausalLM knows tokens 0 to 59, so the tokenizer belongs"
+    ):
         octavo.compress(folder, ratio=3, data=TEXTS, preset="fast")
 
 

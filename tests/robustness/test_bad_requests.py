@@ -237,7 +237,15 @@ def test_a_profile_of_another_source(refused: Refused, profile: Path, tmp_path: 
 
 def test_a_profile_brings_its_own_request(refused: Refused, bare: Path, profile: Path) -> None:
     for option in (["--preset", "fast"], ["--methods", "rtn"], ["--seed", "1"], ["--keep", "first*=float16"]):
-        refused(bare, "--ratio", "4", "--profile", profile, *option, says="--profile brings the data, objective")
+        refused(
+            bare,
+            "--ratio",
+            "4",
+            "--profile",
+            profile,
+            *option,
+            says=f"--profile: these options cannot be combined with it: {option[0]}",
+        )
 
 
 def test_a_damaged_profile(command: Command, profile: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_tensor_that_its_shard_lacks_is_named(refused: Any, tmp_path: Path) ->
 
 def test_work_of_a_call_without_workspace_lasts_until_it_is_saved(bare: Path, tmp_path: Path) -> None:
     done = octavo.compress(bare, ratio=4, preset="data-free")
-    work = done.workspace
+    work = done.run.workspace.path
     assert work.is_dir()
     done.save(tmp_path / "out")
     done.save(tmp_path / "again")

@@ -6,9 +6,10 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
@@ -48,6 +49,16 @@ class Method(ABC):
     #: Whether every form restores the weight bit for bit. Such methods run first: settings with more bytes are not
     #: tried.
     lossless: ClassVar[bool] = False
+    #: Whether its forms are the matrix itself in a floating dtype. Every family may fall back on such a method, and
+    #: none competes with it.
+    dense: ClassVar[bool] = False
+    #: Whether it is what anybody would do first: a mixed plan must beat one setting of it for all sites. Such a method
+    #: states :meth:`fineness`.
+    plain: ClassVar[bool] = False
+    #: Words that a user may write for a method and a setting, such as ``float16``.
+    words: ClassVar[Mapping[str, Setting]] = MappingProxyType({})
+    #: Whether its :meth:`speed_settings` scale the inputs. Sites that read the same inputs then get the same setting.
+    scales_inputs: ClassVar[bool] = False
 
     #: Whether each row is encoded independently of the others, so that a sample of rows represents the whole matrix.
     by_rows: ClassVar[bool] = True
@@ -86,6 +97,14 @@ class Method(ABC):
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The settings whose forms a kernel can run from memory, largest first."""
         return []
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """The settings that are offered for a budget of time, in a graph whose matrix products take integers."""
+        return []
+
+    def fineness(self, setting: Setting) -> tuple[float, float]:
+        """How fine a setting is: bits a weight, and then a number that is larger for the finer of two."""
+        raise NotImplementedError(f"{self.name} does not say how fine its settings are")
 
     def offered(self, weight: Tensor, evidence: Evidence, target: str) -> list[Setting]:
         """The settings to try for a disk or memory budget."""
@@ -155,6 +174,21 @@ def get_method(name: str) -> Method:
     if name not in _METHODS:
         raise RequestError(f"method {name!r} is not known; choose from {', '.join(methods())}")
     return _METHODS[name]()
+
+
+def dense_method() -> Method:
+    """The method that keeps matrices as they are."""
+    return next(cls() for cls in methods().values() if cls.dense)
+
+
+def plain_method() -> Method:
+    """The method of which one setting for all sites is what every plan must beat."""
+    return next(cls() for cls in methods().values() if cls.plain)
+
+
+def dense_names() -> frozenset[str]:
+    """Names of the methods that keep matrices as they are."""
+    return frozenset(name for name, cls in methods().items() if cls.dense)
 
 
 def select_methods(names: Sequence[str] | None, preset: str, target: str = "disk") -> list[Method]:
