@@ -1,4 +1,4 @@
-"""Runner as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
+"""Running as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
 
 from __future__ import annotations
 
