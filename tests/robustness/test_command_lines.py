@@ -73,7 +73,7 @@ WRONG = {
     "--ratio 4 --preset {empty}": "preset '' is not known",
     "--ratio 4 --methods zip": "'zip' is neither a method nor a family",
     "--ratio 4 --methods ,": "name a method",
-    "--ratio 4 --curvature flat": "curvature 'flat' is not known",
+    "--ratio 4 --curvature flat": "curvature is 'flat'",
     "--ratio 4 --objective beauty": "objective 'beauty' is not known",
     "--ratio 4 --objective {empty}": "objective '' is not known",
     "--ratio 4 --ignore none*": "matches no site",
@@ -120,7 +120,7 @@ LINES = [
         if words.startswith("--ratio 4 ") and "--bits" not in words and "--shape" not in words
     }),
     *lines("compress {bert} --out {out} --for speed --speedup 2 *", 2, {
-        words: f"cannot be combined with it: {words.split()[0]}" for words in NOT_OF_SPEED
+        words: f"cannot be combined with it: {'--for' if '--profile' in words else words.split()[0]}" for words in NOT_OF_SPEED
     }),
     *lines("compress {bert} --out {out} --for speed *", 2, {
         "": "exactly one of speedup and latency",
