@@ -1,0 +1,41 @@
+"""What a report holds, as records; JSON is made of them at the edge, and read back with every value checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: One cell of a section's table; None reads as "not measured".
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report that a target contributes, shown on the page, on the card and in the terminal.
+
+    Parameters
+    ----------
+    name
+        A lower-case word: the section's anchor on the page, and the key of its ``figures`` in ``report.json``.
+    title
+        Its heading.
+    text
+        One paragraph of plain text, which says the most important.
+    columns
+        Headings of the table; empty if there is none.
+    rows
+        Cells of the table, as many as there are columns. Numbers are rounded for people; give units in the heading.
+    notes
+        Sentences below, such as warnings.
+    figures
+        The same for machines: what ``report.json`` holds under ``name``, as JSON values.
+    """
+
+    name: str
+    title: str
+    text: str = ""
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Cell, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
