@@ -9,6 +9,8 @@ from typing import Any
 from common import RESULTS
 from models import TITLES
 
+from octavo.system.atomic import write_file
+
 DOCS = RESULTS.parent
 START, END = "<!-- bench: made by benchmarks/pages.py -->", "<!-- end of bench -->"
 Row = dict[str, Any]
@@ -174,7 +176,7 @@ def write(table: Any) -> None:
         return
     rows = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
     run = json.loads((RESULTS / "bench-run.json").read_text(encoding="utf-8"))
-    (DOCS / "bench.md").write_text(page(rows, run, table), encoding="utf-8")
+    write_file(DOCS / "bench.md", page(rows, run, table).encode())
     short = []
     for model in TITLES:
         good = [row for row in rows if row["model"] == model and row["quality"] is not None]
@@ -190,4 +192,4 @@ def write(table: Any) -> None:
     before, start, rest = readme.read_text(encoding="utf-8").partition(START)
     if start:
         made = table(["model", *HEAD], short) if short else "No rows of Octavo yet; `make bench` makes them."
-        readme.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_file(readme, f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}".encode())

@@ -136,6 +136,7 @@ def load_results(name: str) -> dict[str, Any]:
 def save_results(name: str, results: dict[str, Any]) -> None:
     """Write results with the command, the versions and the machine that made them."""
     from octavo.report.gather import environment
+    from octavo.system.atomic import write_file
 
     packages = ("octavo", "torch", "transformers", "numpy", "safetensors", "constriction", "zstandard")
     data = {
@@ -146,4 +147,4 @@ def save_results(name: str, results: dict[str, Any]) -> None:
         "machine": environment(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_file(RESULTS / f"{name}.json", (json.dumps(data, indent=1) + "\n").encode())

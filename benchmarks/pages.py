@@ -12,6 +12,8 @@ from common import RESULTS
 from factor_pages import PARTS as FACTOR_PARTS
 from size_pages import PARTS
 
+from octavo.system.atomic import write_file
+
 DOCS = RESULTS.parent
 README = DOCS.parent / "README.md"
 START, END = "<!-- results: made by benchmarks/pages.py -->", "<!-- end of results -->"
@@ -144,7 +146,7 @@ def main() -> None:
     parts += [
         part(read(name), table) for name, part in (PARTS | FACTOR_PARTS).items() if (RESULTS / f"{name}.json").exists()
     ]
-    (DOCS / "results.md").write_text(page + "\n".join(parts), encoding="utf-8")
+    write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())
     short = table(
         ["ratio asked", "artifact", "1 − cosine", "best uniform setting", "Spearman"],
         [[row[0], row[1], row[3], row[4], row[6]] for row in ratio_rows(results)],
@@ -152,7 +154,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{START}\n{short}\n{END}{after}", encoding="utf-8")
+    write_file(README, f"{before}{START}\n{short}\n{END}{after}".encode())
     bench_page.write(table)
     robustness_page.write()
 

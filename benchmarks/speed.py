@@ -22,6 +22,7 @@ from octavo.calibration.objective import Cosine
 from octavo.runtimes.onnx.latency import compare, machine
 from octavo.runtimes.onnx.sessions import Session
 from octavo.sources.tokens import text_batches
+from octavo.system.atomic import write_file
 from octavo.targets.speed import speed_frontier
 
 SPEEDUPS = (2.8, 4.0, 5.0)
@@ -73,7 +74,7 @@ def built(work: Path, calibration: list[str]) -> list[dict[str, Any]]:
     done = work / "rows.json"
     if not done.exists():
         rows = speed_frontier(minilm(), SPEEDUPS, workspace=work, data=calibration)
-        done.write_text(json.dumps(rows))
+        write_file(done, json.dumps(rows).encode())
     return list(json.loads(done.read_text()))
 
 

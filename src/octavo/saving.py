@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -17,9 +16,10 @@ from octavo.errors import ArtifactError, MissingExtraError, OctavoError, Request
 from octavo.report.gather import report_data
 from octavo.sources.sentences import members, transformer_folder
 from octavo.system.ahead import in_order
+from octavo.system.atomic import TRIED, made_aside, move_into_place, tidy
 from octavo.system.paths import checked, checked_output
 from octavo.system.raw import raw_bytes
-from octavo.system.replacing import OLD, TRIED, check_folder, made_aside, tidy
+from octavo.system.replacing import check_folder
 from octavo.verification.proof import prove
 from octavo.verification.verifying import REPORT
 
@@ -98,21 +98,6 @@ def _write(done: Compressed, folder: Path) -> None:
     for name, content in done.built.contents.configurations.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-
-
-def move_into_place(aside: Path, path: Path) -> None:
-    """Rename the finished folder into place; an old one is moved aside first and removed last."""
-    os.chmod(aside, 0o755)
-    if not path.exists():
-        os.replace(aside, path)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}{OLD}", dir=path.parent, ignore_cleanup_errors=True) as old:
-        os.replace(path, Path(old) / "folder")
-        try:
-            os.replace(aside, path)
-        except OSError:
-            os.replace(Path(old) / "folder", path)
-            raise
 
 
 def _compare(done: Compressed, artifact: Artifact) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import octavo
-from octavo.calibration.workspace import write_file
 from octavo.cli import app
 from octavo.runtimes.onnx.exporting import export
+from octavo.system.atomic import write_file
 
 
 def fifo(path: Path) -> None:

@@ -14,9 +14,9 @@ import yaml
 
 from octavo.allocation.budget import Budget
 from octavo.allocation.profiles import Point
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.methods import get_method
+from octavo.system.atomic import write_file
 from octavo.system.paths import checked, checked_output, reason
 from octavo.system.replacing import check_file
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from octavo.allocation.sampling import Sample, sample_of, table_sample_of
 from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
 from octavo.methods.factorize.factors import is_table
 from octavo.sources.sites import Site
+from octavo.system.atomic import write_file
 from octavo.system.paths import checked, reason
 from octavo.system.sealed import sealed_json, unsealed_json
 

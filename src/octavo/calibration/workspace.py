@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,11 @@ from octavo.artifact import Packed, Stored
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.calibration.witness import Witness
-from octavo.errors import OctavoError, RequestError
+from octavo.errors import RequestError
+from octavo.system.atomic import is_aside, sweep, write_file
 from octavo.system.locks import INSIDE
 from octavo.system.raw import raw_bytes
-from octavo.system.replacing import check_is_folder, check_kind
+from octavo.system.replacing import check_is_folder
 from octavo.system.sealed import JOB as _JOB
 from octavo.system.sealed import digest, place_in, sealed_json, unsealed_json
 
@@ -70,7 +69,7 @@ class Workspace:
         try:
             check_is_folder(path)
             names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
-            if names - {f"{_JOB}.part"} and _JOB not in names:
+            if _JOB not in names and not all(map(is_aside, names)):
                 # Removing it would remove somebody's files.
                 raise RequestError(f"{path}: is neither empty nor a folder of Octavo's own work; name another folder")
             if names and not resume:
@@ -88,6 +87,7 @@ class Workspace:
                 (path / folder).mkdir(exist_ok=True)
             for left in path.glob(f"{SCRATCH}*"):
                 shutil.rmtree(left, ignore_errors=True)
+            sweep(path)
         except OSError as error:
             raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -226,24 +226,6 @@ def _empty(path: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != INSIDE:
             entry.unlink()
-
-
-def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
-    """Write a file aside, flush it to the disk, and rename it into place."""
-    check_kind(path)
-    aside = path.with_name(path.name + ".part")
-    check_kind(aside)
-    try:
-        with open(aside, "wb") as file:
-            file.writelines(content)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise OctavoError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def hash_tensors(batches: Any) -> str:

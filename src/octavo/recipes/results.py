@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import octavo
-from octavo.calibration.workspace import write_file
 from octavo.errors import RequestError
 from octavo.recipes.base import Finding, Recipe, Trial, recipes
 from octavo.report.gather import environment
+from octavo.system.atomic import write_file
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")
 
@@ -229,5 +229,5 @@ def write_page(where: Path | None = None) -> Path:
     file = (where or folder().parent) / "recipes.md"
     writable(file.parent)
     found = [result for name in recipes() if (result := last(name, where)) is not None]
-    file.write_text(page(found), encoding="utf-8")
+    write_file(file, page(found).encode())
     return file

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -12,7 +11,7 @@ from octavo.errors import MissingExtraError, RequestError
 from octavo.report.markup import join
 from octavo.report.summary import headline
 from octavo.report.text import moment, plain
-from octavo.system.replacing import check_kind
+from octavo.system.atomic import write_file
 
 
 def write(data: dict[str, Any], path: Path) -> None:
@@ -43,8 +42,8 @@ def write(data: dict[str, Any], path: Path) -> None:
     # Names may hold lone surrogates from odd file systems: ASCII can carry them in JSON.
     facts = json.dumps(data, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path.with_suffix(".json"), facts + "\n")
-    _replace(path, page)
+    write_file(path.with_suffix(".json"), (facts + "\n").encode())
+    write_file(path, page.encode())
 
 
 def _render(data: dict[str, Any]) -> str:
@@ -85,13 +84,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    check_kind(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

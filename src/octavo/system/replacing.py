@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import tempfile
 from pathlib import Path
 
-from octavo.errors import OctavoError, RequestError
+from octavo.errors import RequestError
 
 #: Files of which one is in every folder that Octavo wrote: the manifest of an artifact, the job of a workspace.
 OWN = ("octavo.json", "job.json")
-#: What the names of folders go on with that are written, or were moved out of the way, beside the output.
-NEW, OLD = ".octavo-new.", ".octavo-old."
-#: And of those by which a file system is asked whether it can be written.
-TRIED = ".octavo-tried."
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -80,28 +74,6 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
             f"{path}: holds files that Octavo did not write (there is no {' or '.join(OWN)}), and --overwrite would "
             "remove them; choose another folder, or empty it yourself"
         )
-
-
-def made_aside(path: Path) -> Path:
-    """A new folder beside the output, in which it is written; the next run sweeps it if this one is killed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{path.name}{NEW}", dir=path.parent))
-    except OSError as error:
-        raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error
-
-
-def tidy(path: Path) -> None:
-    """Put right what a run left beside ``path`` that was killed while it wrote: half of a folder, or the old one."""
-    if not path.parent.is_dir():
-        return
-    for entry in path.parent.iterdir():
-        if entry.name.startswith(f".{path.name}{OLD}"):
-            if not path.exists() and (entry / "folder").exists():
-                os.replace(entry / "folder", path)
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name.startswith((f".{path.name}{NEW}", f".{path.name}{TRIED}")):
-            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _kind(path: Path) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ import torch
 from octavo.calibration import inputs
 from octavo.calibration.calibrating import calibrate
 from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import write_file
-from octavo.errors import ArtifactError, OctavoError, RequestError
+from octavo.errors import ArtifactError, RequestError
 from octavo.forms import Dense, Form
 from octavo.runtimes.onnx.activations import rounding_losses, watch
 from octavo.runtimes.onnx.given import Inputs, Tokens, inputs_of, vocabulary
@@ -27,10 +24,11 @@ from octavo.runtimes.onnx.sessions import Session, require
 from octavo.runtimes.onnx.small import lower_small
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Source
+from octavo.system.atomic import tidy, writing
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
 from octavo.system.raw import narrowed
-from octavo.system.replacing import NEW, check_file, check_kind, tidy
+from octavo.system.replacing import check_file
 
 RUNTIMES = ("onnx",)
 SIZE, SPEED = "size", "speed"
@@ -310,18 +308,12 @@ def compare_graph(source: Source, model: Any, given: Inputs) -> float:
 
 def write_model(content: bytes, out: Path, given: Inputs) -> dict[str, Any]:
     """Write a model, whole or not at all, once it was seen to load and to run from the disk."""
-    try:
+    with writing(out) as aside:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}{NEW}", dir=out.parent) as folder:
-            aside = Path(folder) / out.name
-            write_file(aside, content)
-            outputs = Session(aside)(**given.example())
-            if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
-                raise ArtifactError(f"{out}: the exported model gives NaN or Inf; nothing was written")
-            check_kind(out)
-            os.replace(aside, out)
-    except OSError as error:
-        raise OctavoError(f"{out}: cannot be written: {error.strerror or error}") from error
+        aside.write_bytes(content)
+        outputs = Session(aside)(**given.example())
+        if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
+            raise ArtifactError(f"{out}: the exported model gives NaN or Inf; nothing was written")
     return {"bytes": out.stat().st_size}
 
 

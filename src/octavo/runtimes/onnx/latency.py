@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from octavo.calibration.workspace import write_file
 from octavo.forms import Form, Grid
 from octavo.runtimes.onnx.graph import OPSET
 from octavo.runtimes.onnx.kernels import children, multiply
 from octavo.runtimes.onnx.nodes import Nodes, finished
 from octavo.runtimes.onnx.sessions import Session, require
+from octavo.system.atomic import write_file
 
 #: Where tables are kept.
 CACHE = "OCTAVO_CACHE"

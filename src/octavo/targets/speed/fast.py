@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from octavo.calibration.workspace import write_file
 from octavo.errors import OctavoError
 from octavo.pipeline import Compressed
 from octavo.runtimes.onnx.exporting import TOLERANCE, check_graph, write_model
@@ -21,10 +20,10 @@ from octavo.runtimes.onnx.kernels import lower
 from octavo.runtimes.onnx.latency import compare, machine
 from octavo.runtimes.onnx.opened import open_model
 from octavo.runtimes.onnx.sessions import Session
-from octavo.saving import check_writable, move_into_place
+from octavo.saving import check_writable
+from octavo.system.atomic import made_aside, move_into_place, write_file
 from octavo.system.locks import Lock
 from octavo.system.progress import Shown
-from octavo.system.replacing import made_aside
 from octavo.targets.speed.asked import Asked
 from octavo.targets.speed.search import DENSE, Anchors, divergences, runs
 
