@@ -22,7 +22,7 @@ _LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 def builtin_texts() -> list[str]:
     """384 English sentences on many topics, written for this package."""
-    return (files("octavo.data") / "english.txt").read_text(encoding="utf-8").splitlines()
+    return (files("octavo.sources") / "english.txt").read_text(encoding="utf-8").splitlines()
 
 
 def read_texts(path: str | Path) -> list[str]:
