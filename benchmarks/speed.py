@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def main() -> None:
         print(
             name, json.dumps({key: value for key, value in row.items() if not key.startswith("speedups")}), flush=True
         )
-    save_results("speed", {"rows": table, "frontier": rows, "load": load, "tokens": 32, "runtime": machine(1)})
+    save_results("speed", {"rows": table, "frontier": rows, "load": load, "tokens": 32, "runtime": asdict(machine(1))})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.errors import RequestError
 from octavo.methods import get_method
 from octavo.opening import describe, open_job, refuse_unreachable, requested_budget, requested_plan, workspace_of
+from octavo.report.schema import Report
 from octavo.request import SPEED, check_target, named
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Source
@@ -88,10 +89,8 @@ class Compressed:
             [*self.job.notes, *self.job.damaged, *self.calibration.warnings], [site.name for site in self.job.sites]
         )
 
-    def save(
-        self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
-    ) -> dict[str, Any]:
-        """Write the artifact, read it back, measure it, write the report; returns the report's data.
+    def save(self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None) -> Report:
+        """Write the artifact, read it back, measure it, write the report; returns the report.
 
         Parameters
         ----------

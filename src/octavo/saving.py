@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from octavo.artifact import Artifact
 from octavo.artifact.companions import copy_companions
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.report.gather import report_data
+from octavo.report.page import write, write_json
+from octavo.report.schema import Report
+from octavo.report.summary import card
 from octavo.sources.sentences import members, transformer_folder
 from octavo.system.ahead import in_order
-from octavo.system.atomic import TRIED, made_aside, move_into_place, tidy
+from octavo.system.atomic import TRIED, made_aside, move_into_place, tidy, write_file
 from octavo.system.paths import checked, checked_output
 from octavo.system.raw import raw_bytes
 from octavo.system.replacing import check_folder
 from octavo.verification.proof import prove
-from octavo.verification.verifying import REPORT
+from octavo.verification.recorded import REPORT
 
 if TYPE_CHECKING:
     from octavo.pipeline import Compressed
 
 
-def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool = True) -> dict[str, Any]:
+def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool = True) -> Report:
     """Write the artifact of a finished compression; nothing is left behind if anything fails.
 
     The folder is written aside, read back, measured, and only then renamed into place.
@@ -52,8 +55,8 @@ def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool 
         done.timings["verify"] = time.perf_counter() - started
         data = report_data(done, artifact, proof)
         done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
-        data["timings"] = {**done.timings, "total": sum(done.timings.values())}
-        _write_report(data, aside, page=report)
+        data = replace(data, timings={**done.timings, "total": sum(done.timings.values())})
+        write_report(data, aside, page=report)
         # What was copied and what was measured are to be of one state of the source.
         done.job.witness.check(every=True)
         move_into_place(aside, path)
@@ -123,15 +126,13 @@ def _compare(done: Compressed, artifact: Artifact) -> None:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
 
 
-def _write_report(data: dict[str, Any], folder: Path, *, page: bool) -> None:
-    """The card, which is part of the artifact, and the report, which is not."""
-    from octavo import report
-
-    (folder / "README.md").write_text(report.card(data), encoding="utf-8")
+def write_report(data: Report, folder: Path, *, page: bool) -> None:
+    """Write the card, which is part of the artifact, and the report, which is not."""
+    write_file(folder / "README.md", card(data).encode())
     if not page:
         return
     try:
-        report.write(data, folder / REPORT)
+        write(data, folder / REPORT)
     except MissingExtraError:
         # The artifact and its figures do not depend on a plotting library.
-        (folder / REPORT).with_suffix(".json").write_text(json.dumps(data), encoding="utf-8")
+        write_json(data, (folder / REPORT).with_suffix(".json"))

@@ -16,13 +16,12 @@ import octavo
 from octavo import report
 from octavo.calibration.workspace import forget, holds_work
 from octavo.cli import command, console, errors, options, show_json
-from octavo.cli.running import tell_speed
 from octavo.request import OF_PROFILE, check_target
 from octavo.saving import check_writable
 from octavo.steps import request_of
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
-from octavo.verification.verifying import REPORT
+from octavo.verification.recorded import REPORT
 
 
 @contextmanager
@@ -122,16 +121,15 @@ def compress(
         if profile is None:
             done.forget_workspace()
     if json_output:
-        show_json(
-            {key: value for key, value in result.items() if key not in ("sites", "kept", "curve", "code_lengths")}
-        )
+        long = ("sites", "kept", "curve", "code_lengths")
+        show_json({key: value for key, value in result.to_json().items() if key not in long})
         return
     console.print(report.table(result))
-    if "speed" in result:
-        tell_speed(result["speed"])
-    console.print(report.measured(result))
-    if result["artifact"]["note"]:
-        console.print(f"note: {result['artifact']['note']}")
+    for part in report.told(result):
+        console.print(part)
+    console.print(report.measured(result.quality))
+    if result.artifact.note:
+        console.print(f"note: {result.artifact.note}")
     for note in done.notes:
         console.print(f"note: {note}")
     console.print(f"Artifact: {out}    Report: {out / REPORT}")

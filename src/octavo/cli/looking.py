@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -78,24 +79,23 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
     if json_output:
         show_json(result)
         return
-    if result["packed"] is not None:
-        packed = result["packed"]
+    packed = result.packed
+    if packed is not None:
         off = "there is no model, or none that takes a known input, to compare outputs of"
-        if packed["error"] is not None:
-            off = f"outputs are off by {packed['error']:.2g} (at most {packed['allowed']:.2g})"
-        console.print(f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; {off}")
-    console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}")
-    weights = {True: "equal, bit for bit", None: "not recorded"}[result["weights_match"]]
-    apart = result["outputs_difference"]
+        if packed.error is not None:
+            off = f"outputs are off by {packed.error:.2g} (at most {packed.allowed:.2g})"
+        console.print(f"packed: {packed.held:,} bytes in memory, {packed.stated:,} stated; {off}")
+    console.print(f"{result.tensors} tensors, {result.bytes:,} bytes, ratio {result.ratio:.3f}")
+    weights = "not recorded" if result.weights_match is None else "equal, bit for bit"
+    apart = result.outputs_difference
     outputs = (
         "not recorded" if apart is None else "equal, bit for bit" if not apart else f"equal to rounding ({apart:.1g})"
     )
     console.print(f"weights: {weights}; outputs: {outputs}")
-    if result["loader"] is not None:
-        console.print(f"loaded with {result['loader']}: nothing missing")
-    quality = result["quality"]
-    if quality is not None:
-        console.print(f"When it was written: {report.measured({'quality': quality})}")
+    if result.loader is not None:
+        console.print(f"loaded with {result.loader}: nothing missing")
+    if result.quality is not None:
+        console.print(f"When it was written: {report.measured(result.quality)}")
 
 
 @command
@@ -122,7 +122,7 @@ def evaluate(
     if json_output:
         show_json(result)
         return
-    for key, value in result.items():
+    for key, value in asdict(result).items():
         console.print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
 
 

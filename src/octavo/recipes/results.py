@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,7 +92,7 @@ def reproduce(recipe: Recipe, trial: Trial) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": _versions(),
-        "machine": environment(),
+        "machine": asdict(environment()),
     }
 
 

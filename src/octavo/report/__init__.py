@@ -1,10 +1,10 @@
 """What a compression run did, for people: one offline page, a console table and a model card.
 
-All three read the same plain dictionary, so that a report can be written again from the JSON
-beside it.
+All three read the same record, so that a report can be written again from the JSON beside it.
 """
 
-from octavo.report.page import write
-from octavo.report.summary import card, headline, measured, table
+from octavo.report.page import write, write_json
+from octavo.report.schema import Report, Section
+from octavo.report.summary import card, headline, measured, table, told
 
-__all__ = ["card", "headline", "measured", "table", "write"]
+__all__ = ["Report", "Section", "card", "headline", "measured", "table", "told", "write", "write_json"]

@@ -8,7 +8,8 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,39 @@ import octavo
 from octavo.allocation.budget import Budget
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.profiles import densified
+from octavo.allocation.solver import allocate, uniform
 from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import replaced
-from octavo.calibration.objective import OfOutputs
+from octavo.calibration.objective import OfOutputs, sequences_in
+from octavo.errors import BudgetError
+from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
-from octavo.report.running import running_data
+from octavo.report.running import packed_figures
+from octavo.report.schema import (
+    Allowed,
+    BestUniform,
+    BitsHistogram,
+    Calibrated,
+    ChosenPoint,
+    CurvePoint,
+    Environment,
+    FamilyTotal,
+    KeptRow,
+    Latency,
+    Original,
+    Report,
+    SiteRow,
+    Tradeoff,
+    UniformPoint,
+    UnusedFamily,
+    Written,
+)
 from octavo.report.text import things
 from octavo.runtimes.packed.speed import interleaved
 from octavo.sources.batches import run
+from octavo.sources.sentences import transformer_folder
 from octavo.verification.proof import Proof
+from octavo.verification.recorded import Digests, Quality
 from octavo.verification.verifying import digest_of
 
 if TYPE_CHECKING:
@@ -39,86 +64,79 @@ _PAIRS = 7
 _PATIENCE = 5.0
 
 
-def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> dict[str, Any]:
-    """The report's data; quality is that of the model as it was loaded from the artifact."""
+def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> Report:
+    """The report; quality is that of the model as it was loaded from the artifact."""
     job, profile, built = done.job, done.profile, done.built
-    losses = proof.losses
+    losses, outputs = proof.losses, proof.outputs
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
-    outputs = None if proof.outputs is None else proof.outputs.record()
-    digests = {"weights": digest_of(artifact, partial(job.progress, "verify")), "outputs": outputs}
-    sites = [_site_row(done, name) for name in built.packed]
-    families: dict[str, dict[str, Any]] = {}
-    for row in sites:
-        family = families.setdefault(row["family"], {"sites": 0, "bytes": 0, "expected_loss": 0.0})
-        family["sites"] += 1
-        family["bytes"] += row["bytes"]
-        family["expected_loss"] += row["expected_loss"]
+    sites = tuple(_site_row(done, name) for name in built.packed)
     codecs: dict[str, int] = {}
     for packed in built.packed.values():
         for codec, size in packed.codecs.items():
             codecs[codec] = codecs.get(codec, 0) + size
-    note = "" if built.counted >= done.budget.least else _why_less(done)
-    return {
-        "title": profile.title,
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "octavo_version": octavo.__version__,
-        "command": done.command or _call(done.budget),
-        "environment": environment(),
-        "seed": job.seed,
-        "preset": done.preset,
-        "source": {
+    return Report(
+        title=profile.title,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        octavo_version=octavo.__version__,
+        command=done.command or _call(done.budget),
+        environment=environment(),
+        seed=job.seed,
+        preset=done.preset,
+        source=Original(
             # The folder's name and no more: a card is published, and a path names its writer's machine.
-            "path": job.source.path.name if job.source.path else job.source.title,
-            "fingerprint": profile.fingerprint,
-            "bytes": profile.original_bytes,
-            "parameters": profile.weights,
-            "dtypes": _dtypes(done),
-            "stored": job.source.stored,
-            "dense_bytes": job.source.dense_bytes,
-        },
-        "budget": {"asked": done.budget.asked, "bytes": done.budget.bytes, "target": done.budget.target},
-        "artifact": {
-            "bytes": artifact.bytes,
-            "ratio": profile.original_bytes / artifact.bytes,
-            "used": built.counted / done.budget.bytes,
-            "files": {file.relative_to(artifact.path).as_posix(): file.stat().st_size for file in artifact.files()},
-            "bits_per_weight": artifact.bytes * 8 / profile.weights,
-            "note": note,
-        },
-        "quality": {
-            "metric": job.objective.metric,
-            "lower_is_better": True,
-            "loader": proof.loader,
-            "why": proof.why,
-            "data": f"{sum(map(_length, job.held_data))} held-back examples of {job.text}"
+            path=job.source.path.name if job.source.path else job.source.title,
+            fingerprint=profile.fingerprint,
+            bytes=profile.original_bytes,
+            parameters=profile.weights,
+            dtypes=_dtypes(done),
+            stored=job.source.stored,
+            dense_bytes=job.source.dense_bytes,
+        ),
+        budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
+        artifact=Written(
+            bytes=artifact.bytes,
+            ratio=profile.original_bytes / artifact.bytes,
+            used=built.counted / done.budget.bytes,
+            files={file.relative_to(artifact.path).as_posix(): file.stat().st_size for file in artifact.files()},
+            bits_per_weight=artifact.bytes * 8 / profile.weights,
+            note="" if built.counted >= done.budget.least else _why_less(done),
+        ),
+        quality=Quality(
+            metric=job.objective.metric,
+            loader=proof.loader,
+            why=proof.why,
+            data=f"{sum(map(sequences_in, job.held_data))} held-back examples of {job.text}"
             if job.measurable
             else job.text,
-            "value": quality,
-            "uniform": done.rival.quality if done.rival and losses is not None else None,
-            "p95": p95,
-        },
-        "latency": _latency(done, artifact),
-        "running": running_data(done, artifact) if done.budget.target == "memory" else None,
-        "calibration": {
-            "text": done.calibration.text,
-            "sequences": done.calibration.sequences,
-            "tokens": done.calibration.tokens,
-            "warnings": job.notes + done.calibration.warnings,
-        },
-        "winner": "uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
-        "uniform": _uniform_row(done),
-        "curve": curve_data(done, quality),
-        "sites": sites,
-        "kept": [_kept_row(done, name, reason) for name, reason in job.left.items()],
-        "families": families,
-        "unused": unused(done),
-        "code_lengths": _code_lengths(sites),
-        "coding": codecs,
-        "digests": digests,
-        "timings": {},
-        "peak_memory": peak_memory(),
-    }
+            value=quality,
+            uniform=done.rival.quality if done.rival and losses is not None else None,
+            p95=p95,
+        ),
+        latency=_latency(done, artifact),
+        running=packed_figures(done, artifact) if done.budget.target == "memory" else None,
+        calibration=Calibrated(
+            done.calibration.text,
+            done.calibration.sequences,
+            done.calibration.tokens,
+            (*job.notes, *done.calibration.warnings),
+        ),
+        winner="uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
+        uniform=_best_uniform(done),
+        curve=tradeoff(done, quality),
+        sites=sites,
+        kept=tuple(_kept_row(done, name, reason) for name, reason in job.left.items()),
+        families=_families(sites),
+        unused=unused(done),
+        code_lengths=_code_lengths(sites),
+        coding=codecs,
+        digests=Digests(
+            weights=digest_of(artifact, partial(job.progress, "verify")),
+            # A model whose outputs are not finite is not known again by them.
+            outputs=outputs if outputs is not None and math.isfinite(outputs.scale) else None,
+        ),
+        peak_memory=peak_memory(),
+    )
 
 
 def _call(budget: Budget) -> str:
@@ -146,27 +164,21 @@ def _why_less(done: Compressed) -> str:
     return f"{less}: of {known}, none that fits into the rest lowers a site's expected loss"
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Versions and machine, without anything that names a person or a path."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cpu_count=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        platform=f"{platform.system()} {platform.machine()}",
+    )
 
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _length(batch: Any) -> int:
-    from octavo.calibration.objective import sequences_in
-
-    return sequences_in(batch)
 
 
 def _dtypes(done: Compressed) -> dict[str, int]:
@@ -177,52 +189,53 @@ def _dtypes(done: Compressed) -> dict[str, int]:
     return counts
 
 
-def _site_row(done: Compressed, name: str) -> dict[str, Any]:
+def _site_row(done: Compressed, name: str) -> SiteRow:
     site, point, packed = done.job.site(name), done.built.plan.points[name], done.built.packed[name]
     curve = next(curve for curve in done.profile.curves if curve.site == name)
+    return SiteRow(
+        name=name,
+        kind=site.kind,
+        shape=tuple(site.shape),
+        parameters=site.parameters,
+        method=point.method,
+        family=get_method(point.method).family,
+        setting=point.setting,
+        bytes=packed.bytes,
+        original_bytes=site.parameters * site.dtype.itemsize,
+        bits_per_weight=packed.bytes * 8 / site.parameters,
+        expected_loss=done.profile.corrected(curve, point.loss),
+        form=packed.meta["form"],
+        tied=tuple(site.tied),
+    )
+
+
+def _families(sites: Sequence[SiteRow]) -> dict[str, FamilyTotal]:
+    won: dict[str, list[SiteRow]] = {}
+    for row in sites:
+        won.setdefault(row.family, []).append(row)
     return {
-        "name": name,
-        "kind": site.kind,
-        "shape": list(site.shape),
-        "parameters": site.parameters,
-        "method": point.method,
-        "family": get_method(point.method).family,
-        "setting": point.setting,
-        "bytes": packed.bytes,
-        "original_bytes": site.parameters * site.dtype.itemsize,
-        "bits_per_weight": packed.bytes * 8 / site.parameters,
-        "expected_loss": done.profile.corrected(curve, point.loss),
-        "form": packed.meta["form"],
-        "tied": list(site.tied),
+        family: FamilyTotal(len(rows), sum(row.bytes for row in rows), sum(row.expected_loss or 0.0 for row in rows))
+        for family, rows in won.items()
     }
 
 
-def _kept_row(done: Compressed, name: str, reason: str) -> dict[str, Any]:
+def _kept_row(done: Compressed, name: str, reason: str) -> KeptRow:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
     narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
     if kept.coded and name in done.job.source.folded:
         narrow = ": all elements are equal, stored as one"
-    return {
-        "name": name,
-        "shape": list(kept.shape),
-        "bytes": kept.measured[0],
-        "original_bytes": elements * kept.dtype.itemsize,
-        "reason": reason if reason.startswith("not a floating") else reason + narrow,
-    }
+    return KeptRow(
+        name=name,
+        shape=tuple(kept.shape),
+        bytes=kept.measured[0],
+        original_bytes=elements * kept.dtype.itemsize,
+        reason=reason if reason.startswith("not a floating") else reason + narrow,
+    )
 
 
-def unused(done: Compressed) -> dict[str, dict[str, Any]]:
-    """Families that were tried and won no site, and how much more their best would lose in the bytes that sites got.
-
-    Returns
-    -------
-    dict
-        Family to ``sites`` that it was tried at; ``larger``, those of them at which it had nothing as small as what was
-        chosen; ``exact``, those at which it had, but what was chosen loses nothing; ``times``, least and median over
-        all others of its expected loss over the chosen one's; and ``nearest``, the site of the least. The latter two
-        are None if there are no others.
-    """
+def unused(done: Compressed) -> dict[str, UnusedFamily]:
+    """Families that were tried and won no site, and how much more their best would lose in the bytes that sites got."""
     chosen = done.built.plan.points
     # Leaving a weight as it is competes with nobody.
     won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
@@ -237,52 +250,48 @@ def unused(done: Compressed) -> dict[str, dict[str, Any]]:
                 least[family] = min(least.get(family, math.inf), within)
         for family, loss in least.items():
             tried.setdefault(family, {})[curve.site] = loss
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, UnusedFamily] = {}
     for family, losses in sorted(tried.items()):
         smaller = {site: loss for site, loss in losses.items() if math.isfinite(loss)}
         times = {site: loss / chosen[site].loss for site, loss in smaller.items() if chosen[site].loss > 0}
-        found[family] = {
-            "sites": len(losses),
-            "larger": len(losses) - len(smaller),
-            "exact": len(smaller) - len(times),
-            "times": [min(times.values()), statistics.median(times.values())] if times else None,
-            "nearest": min(times, key=lambda site: times[site]) if times else None,
-        }
+        found[family] = UnusedFamily(
+            sites=len(losses),
+            larger=len(losses) - len(smaller),
+            exact=len(smaller) - len(times),
+            times=(min(times.values()), statistics.median(times.values())) if times else None,
+            nearest=min(times, key=lambda site: times[site]) if times else None,
+        )
     return found
 
 
-def _uniform_row(done: Compressed) -> dict[str, Any]:
+def _best_uniform(done: Compressed) -> BestUniform | None:
     """The best uniform plan, and how many sites really have its setting."""
     rival = done.rival
     if rival is None:
-        return {}
+        return None
     name = rival.plan.label.split()[0]
     own = [point.setting for point in rival.plan.points.values() if point.method == name]
     common = max(own, key=own.count)
     moving = get_method(name).elastic or ""
     same = [setting for setting in own if {**setting, moving: 0} == {**common, moving: 0}]
     in_memory = done.budget.target == "memory"
-    return {
-        "method": name,
-        "setting": common,
-        "sites": len(same),
-        "of": len(rival.plan.points),
-        "moved": any(setting != common for setting in same),
+    return BestUniform(
+        method=name,
+        setting=common,
+        sites=len(same),
+        of=len(rival.plan.points),
+        moved=any(setting != common for setting in same),
         # Of a plan that was not built only what the budget counts is known.
-        "bytes": rival.bytes if rival.packed or not in_memory else None,
-        "held": rival.counted if in_memory else None,
-        "quality": rival.quality,
-    }
+        bytes=rival.bytes if rival.packed or not in_memory else None,
+        held=rival.counted if in_memory else None,
+        quality=rival.quality,
+    )
 
 
-def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
+def tradeoff(done: Compressed, quality: float | None) -> Tradeoff:
     """Expected loss over ratios from the profile, and what uniform settings would give."""
-    from octavo.allocation.solver import allocate, uniform
-    from octavo.errors import BudgetError
-
-    profile = done.profile
-    points: list[dict[str, Any]] = []
-    rivals: list[dict[str, Any]] = []
+    profile, rival = done.profile, done.rival
+    points: list[CurvePoint] = []
     for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0):
         size = int(done.built.counted * share)
         try:
@@ -291,40 +300,27 @@ def curve_data(done: Compressed, quality: float | None) -> dict[str, Any]:
             continue
         if plan.bytes < 0.97 * size:
             continue  # beyond the profiled range the curve would only repeat its end
-        ratio = profile.original_bytes / plan.bytes
-        points.append({"ratio": ratio, "bytes": plan.bytes, "expected": plan.expected, "measured": None})
+        points.append(CurvePoint(profile.original_bytes / plan.bytes, plan.bytes, plan.expected))
+    rivals: list[UniformPoint] = []
     for plan in uniform(profile, done.budget):
         method, _, setting = plan.label.partition(" ")
+        measured = rival.quality if rival is not None and rival.plan.label.startswith(f"{method} ") else None
         ratio = profile.original_bytes / plan.bytes
-        rivals.append(
-            {
-                "method": method,
-                "setting": setting,
-                "ratio": ratio,
-                "bytes": plan.bytes,
-                "expected": plan.expected,
-                "measured": None,
-            }
-        )
-    if done.rival is not None:
-        for row in rivals:
-            if done.rival.plan.label.startswith(row["method"] + " "):
-                row["measured"] = done.rival.quality
-    chosen = {"ratio": done.ratio, "bytes": done.built.bytes, "quality": quality}
-    return {"points": points, "uniform": rivals, "chosen": chosen}
+        rivals.append(UniformPoint(method, setting, ratio, plan.bytes, plan.expected, measured))
+    return Tradeoff(tuple(points), tuple(rivals), ChosenPoint(done.ratio, done.built.bytes, quality))
 
 
-def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
-    top = max([1.0, *(row["bits_per_weight"] for row in sites)])
+def _code_lengths(sites: Sequence[SiteRow]) -> BitsHistogram:
+    top = max([1.0, *(row.bits_per_weight for row in sites)])
     step = 0.25 if top <= 8 else 0.5 if top <= 16 else 1.0
-    bins = [step * k for k in range(int(top / step) + 2)]
+    bins = tuple(step * k for k in range(int(top / step) + 2))
     weights = [0.0] * (len(bins) - 1)
     for row in sites:
-        weights[min(int(row["bits_per_weight"] / step), len(weights) - 1)] += row["parameters"]
-    return {"bins": bins, "weights": weights}
+        weights[min(int(row.bits_per_weight / step), len(weights) - 1)] += row.parameters
+    return BitsHistogram(bins, tuple(weights))
 
 
-def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
+def _latency(done: Compressed, artifact: Artifact) -> Latency | None:
     """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
     job = done.job
     if job.source.module is None or job.source.is_skeleton or not job.held_data:
@@ -343,22 +339,24 @@ def _latency(done: Compressed, artifact: Artifact) -> dict[str, Any] | None:
         return call
 
     seconds = interleaved({"original": pass_with({}), "artifact": pass_with(weights)}, _PAIRS, _PATIENCE)
-    result = {
-        "unit": "ms",
-        **{name: 1000 * value for name, value in seconds.items()},
-        "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
-    }
+    result = Latency(
+        original=1000 * seconds["original"],
+        artifact=1000 * seconds["artifact"],
+        note="median of interleaved passes of one batch; weights are decoded at load, both run dense",
+    )
     if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
-        from octavo.integrations.transformers import load_as_users_do
-        from octavo.sources.sentences import transformer_folder
-
         source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
         # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
         loads = {
             "load_original": lambda: _touch(load_as_users_do(source).model),
             "load_artifact": lambda: _touch(load_as_users_do(written).model),
         }
-        result |= {name: 1000 * value for name, value in interleaved(loads, 3, _PATIENCE).items()}
+        seconds = interleaved(loads, 3, _PATIENCE)
+        result = replace(
+            result,
+            load_original=1000 * seconds["load_original"],
+            load_artifact=1000 * seconds["load_artifact"],
+        )
     return result
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from octavo.errors import OctavoError
 from octavo.pipeline import Compressed
+from octavo.report.schema import Report, Section
 from octavo.runtimes.onnx.exporting import TOLERANCE, check_graph, write_model
 from octavo.runtimes.onnx.given import Tokens
 from octavo.runtimes.onnx.graph import trace
@@ -20,8 +20,8 @@ from octavo.runtimes.onnx.kernels import lower
 from octavo.runtimes.onnx.latency import compare, machine
 from octavo.runtimes.onnx.opened import open_model
 from octavo.runtimes.onnx.sessions import Session
-from octavo.saving import check_writable
-from octavo.system.atomic import made_aside, move_into_place, write_file
+from octavo.saving import check_writable, write_report
+from octavo.system.atomic import made_aside, move_into_place
 from octavo.system.locks import Lock
 from octavo.system.progress import Shown
 from octavo.targets.speed.asked import Asked
@@ -47,10 +47,8 @@ class Fast(Compressed):
     anchors: Anchors
     asked: Asked
 
-    def save(
-        self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
-    ) -> dict[str, Any]:
-        """Write the artifact and ``model.onnx`` in it, both read back and measured; returns the report's data.
+    def save(self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None) -> Report:
+        """Write the artifact and ``model.onnx`` in it, both read back and measured; returns the report.
 
         Parameters
         ----------
@@ -68,17 +66,14 @@ class Fast(Compressed):
         with Lock(path):
             return self._saved(path, overwrite=overwrite, report=report, progress=progress)
 
-    def _saved(self, path: Path, *, overwrite: bool, report: bool, progress: Shown) -> dict[str, Any]:
+    def _saved(self, path: Path, *, overwrite: bool, report: bool, progress: Shown) -> Report:
         check_writable(path, overwrite=overwrite, source=self.job.source.path)
         aside = made_aside(path)
         try:
             folder = aside / "artifact"
             data = super().save(folder, report=report, progress=progress)
-            data["speed"] = self._export(folder)
-            if report:
-                write_file(folder / "report.json", json.dumps(data).encode())
-            with open(folder / "README.md", "a", encoding="utf-8") as card:
-                card.write(card_section(data["speed"]))
+            data = replace(data, sections=(*data.sections, speed_section(self._export(folder))))
+            write_report(data, folder, page=report)
             move_into_place(folder, path)
         except OSError as error:
             raise OctavoError(
@@ -112,7 +107,7 @@ class Fast(Compressed):
         notes += [] if speedup >= 1 else ["the exported model is slower than the dense one in PyTorch"]
         return {
             "file": MODEL,
-            **size,
+            "bytes": size,
             "asked": self.asked.words,
             "met": met,
             "shape": list(self.asked.shape),
@@ -126,20 +121,24 @@ class Fast(Compressed):
             "kernels": kernels,
             "sites": session.kernels,
             "runtimes": {name: {"seconds": value} for name, value in self.anchors.seconds.items()},
-            "machine": machine(torch.get_num_threads()),
+            "machine": asdict(machine(torch.get_num_threads())),
             "notes": notes,
         }  # fmt: skip
 
 
-def card_section(speed: Mapping[str, Any]) -> str:
-    """What the card says about the exported model."""
+def speed_section(speed: Mapping[str, Any]) -> Section:
+    """What the report says about the exported model, of the figures that were measured of it."""
+    device, (batch, tokens), far = speed["machine"], speed["shape"], speed["divergence"]
     kernels = ", ".join(f"{count} on {name}" for name, count in sorted(speed["kernels"].items()))
-    device, (batch, tokens) = speed["machine"], speed["shape"]
-    notes = "".join(f"\n\nNote: {note}." for note in speed["notes"])
-    return (
-        f"\n## Speed\n\n`{speed['file']}` runs with onnxruntime {device['onnxruntime']}: {speed['speedup']:.2f} times "
-        f"as fast as PyTorch {device['torch']} in float32 ({speed['seconds'] * 1e3:.3g} ms against "
+    text = (
+        f"{speed['file']} runs with onnxruntime {device['onnxruntime']}: {speed['speedup']:.2f} times as fast as "
+        f"PyTorch {device['torch']} in float32 ({speed['seconds'] * 1e3:.3g} ms against "
         f"{speed['torch_seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {device['threads']} threads, "
-        f"{device['processor']}), {speed['divergence']['metric']} {speed['divergence']['mean']:.3g} on held-back data. "
-        f"Matrices by kernel: {kernels}.{notes}\n"
+        f"{device['processor']}), {far['metric']} {far['mean']:.3g} on {far['examples']} held-back examples. "
+        f"Matrices by kernel: {kernels}."
+    )
+    rows = [(name, 1e3 * found["seconds"]) for name, found in speed["runtimes"].items()]
+    rows.append((speed["file"], 1e3 * speed["seconds"]))
+    return Section(
+        "speed", "Speed", text, ("Runs with", "Milliseconds"), tuple(rows), tuple(speed["notes"]), figures=speed
     )
