@@ -94,7 +94,7 @@ def test_a_twenty_fourth_still_tells_meanings_apart(folded: dict[int, Path], sou
 
 
 def test_loads_in_a_fresh_process_bit_for_bit(folded: dict[int, Path]) -> None:
-    code = "import json, sys, octavo; print(json.dumps(octavo.verify(sys.argv[1])))"
+    code = "import json, sys, octavo; from dataclasses import asdict; print(json.dumps(asdict(octavo.verify(sys.argv[1]))))"
     run = subprocess.run([sys.executable, "-c", code, str(folded[8])], capture_output=True, text=True, check=True)
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["weights_match"] is True

@@ -188,12 +188,16 @@ def _paragraph(text: str) -> str:
 
 
 def _card_section(section: Section) -> str:
-    head = f"\n## {_mark(section.title)}\n{_paragraph(section.text)}\n"
-    rows = [section.columns, ("---",) * len(section.columns), *section.rows] if section.rows else []
-    grid = "".join("| " + " | ".join(_mark(cell(value)) if n != 1 else "---" for value in row) + " |\n"
-                   for n, row in enumerate(rows))  # fmt: skip
-    notes = "".join(f"\n- Note: {_mark(note, 400)}" for note in section.notes)
-    return head + (f"\n{grid}" if grid else "") + (f"{notes}\n" if notes else "")
+    blocks = [f"## {_mark(section.title)}"]
+    if section.text:
+        blocks.append(_mark(section.text, 2000))
+    if section.rows:
+        head = [" | ".join(map(_mark, section.columns)), " | ".join(["---"] * len(section.columns))]
+        body = [" | ".join(_mark(cell(value)) for value in row) for row in section.rows]
+        blocks.append("\n".join(f"| {line} |" for line in head + body))
+    if section.notes:
+        blocks.append("\n".join(f"- Note: {_mark(note, 400)}" for note in section.notes))
+    return "\n" + "\n\n".join(blocks) + "\n"
 
 
 def card(report: Report) -> str:
@@ -229,7 +233,7 @@ tags:
 {rows}
 
 {_mark(measured(report.quality), 600)}
-{sections}
+
 - Source: {_mark(source.path)}, {count(source.parameters)} parameters, {_mark(source.fingerprint)}
 - Methods: {families or "none"}
 - Left alone: {things(len(report.kept), "tensor")}
@@ -239,4 +243,4 @@ tags:
 {fence}sh
 {command}
 {fence}
-"""
+{sections}"""
