@@ -14,6 +14,7 @@ from octavo import report
 from octavo.cli import command, console, options, show_json
 from octavo.methods import methods as known_methods
 from octavo.system.paths import checked
+from octavo.verification.inspecting import inspected
 
 ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 
@@ -24,49 +25,22 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo inspect folded
     """
-    opened = octavo.Artifact(checked(artifact))
-    sites = {
-        name: {"form": entry["form"]["form"], "shape": entry["shape"], "dtype": entry["dtype"], "bytes": _size(entry)}
-        for name, entry in opened.sites.items()
-    }
-    source = opened.manifest["source"]
-    summary = {
-        "path": str(artifact),
-        "source": source,
-        "bytes": opened.bytes,
-        "ratio": source["bytes"] / opened.bytes,
-        "bits_per_weight": opened.bytes * 8 / source["weights"],
-        "resident": opened.resident,
-        "kept": len(opened.kept) + len(opened.coded),
-        "tied": dict(opened.aliases),
-        "sites": sites,
-    }
+    found = inspected(checked(artifact))
     if json_output:
-        show_json(summary)
+        show_json(found)
         return
     table = Table("site", "form", "shape", "bytes", "bits/weight")
-    for name, entry in sites.items():
-        count = 1
-        for dimension in entry["shape"]:
-            count *= dimension
-        table.add_row(
-            name,
-            entry["form"],
-            "x".join(map(str, entry["shape"])),
-            f"{entry['bytes']:,}",
-            f"{entry['bytes'] * 8 / count:.2f}",
-        )
+    for name, site in found.sites.items():
+        shape = "x".join(map(str, site.shape))
+        table.add_row(name, site.form, shape, f"{site.bytes:,}", f"{site.bits_per_weight:.2f}")
     console.print(table)
+    source = found.source
     console.print(
-        f"{source['title']}: {source['bytes']:,} -> {opened.bytes:,} bytes, ratio {summary['ratio']:.3f}, "
-        f"{summary['bits_per_weight']:.2f} bits per weight; {summary['kept']} tensors kept",
+        f"{source['title']}: {source['bytes']:,} -> {found.bytes:,} bytes, ratio {found.ratio:.3f}, "
+        f"{found.bits_per_weight:.2f} bits per weight; {found.kept} tensors kept",
     )
-    if opened.resident is not None:
-        console.print(f"made for memory: {opened.resident:,} bytes while it runs packed")
-
-
-def _size(entry: dict) -> int:
-    return sum(part[1] for part in entry["parts"].values())
+    if found.resident is not None:
+        console.print(f"made for memory: {found.resident:,} bytes while it runs packed")
 
 
 @command

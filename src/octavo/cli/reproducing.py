@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,6 +15,9 @@ from octavo.errors import OctavoError, RequestError
 from octavo.system.paths import checked, checked_output
 from octavo.system.replacing import check_kind
 from octavo.system.visible import visible
+
+if TYPE_CHECKING:
+    from octavo.recipes.results import Listed, Result
 
 
 @command
@@ -97,7 +101,7 @@ def _check(results: Path | None, *, page: bool, listed: bool, quick: bool, seed:
     checked_output(results)
 
 
-def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str, Any]:
+def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> Result:
     from octavo.recipes import Trial
     from octavo.recipes.results import reproduce as run
 
@@ -111,25 +115,25 @@ def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str,
     return result
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: Result) -> None:
     from octavo.recipes.results import figure
 
-    also = list(dict.fromkeys(key for arm in result["arms"] for key in arm["also"]))
-    table = Table("arm", "bytes", result["metric"], "spread", *also)
-    for arm in result["arms"]:
-        spread = "-" if arm["spread"] is None else figure(arm["spread"])
-        others = [figure(arm["also"][key]) if key in arm["also"] else "-" for key in also]
-        table.add_row(arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", figure(arm["mean"]), spread, *others)
+    also = list(dict.fromkeys(key for arm in result.arms for key in arm.also))
+    table = Table("arm", "bytes", result.metric, "spread", *also)
+    for arm in result.arms:
+        spread = "-" if arm.spread is None else figure(arm.spread)
+        others = [figure(arm.also[key]) if key in arm.also else "-" for key in also]
+        table.add_row(arm.name, f"{arm.bytes:,}" if arm.bytes else "-", figure(arm.mean), spread, *others)
     console.print(table)
-    for check in result["checks"]:
-        console.print(f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}")
-    console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold")
-    console.print(result["reason"])
-    if result["quick"]:
+    for check in result.checks:
+        console.print(f"{'holds' if check.holds else 'fails'}: {check.statement} {check.figures}")
+    console.print("holds" if result.holds else "does not hold at this scale", end=": ", style="bold")
+    console.print(result.reason)
+    if result.quick:
         console.print("This was a quick run: a miniature that shows that the code works, and nothing else.")
 
 
-def _list(found: list[dict[str, Any]], json_output: bool) -> None:
+def _list(found: Sequence[Listed], json_output: bool) -> None:
     from octavo.recipes.results import outdated
 
     if json_output:
@@ -137,10 +141,10 @@ def _list(found: list[dict[str, Any]], json_output: bool) -> None:
         return
     table = Table("recipe", "system", "source", "claim", "last full result")
     for entry in found:
-        result = entry["result"]
-        verdict = "none" if result is None else "holds" if result["holds"] else "does not hold at this scale"
-        when = "" if result is None else f" ({result['date']}{', before a change' * outdated(result)})"
-        table.add_row(entry["name"], entry["system"], entry["source"], entry["claim"], verdict + when)
+        result = entry.result
+        verdict = "none" if result is None else "holds" if result.holds else "does not hold at this scale"
+        when = "" if result is None else f" ({result.date}{', before a change' * outdated(result)})"
+        table.add_row(entry.name, entry.system, entry.source, entry.claim, verdict + when)
     console.print(table)
 
 
