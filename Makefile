@@ -1,50 +1,51 @@
-# `make` lists the targets. Each one that needs the environment makes it first; the second time that costs nothing.
+# `make` lists the targets. A target that needs the environment makes it first. The second time this takes no time.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 WORKERS ?= 2
 
-# Models come from installed packages or from local folders; a hub is never asked.
+# Models come from installed packages or from local folders. No hub is used.
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test wide fuzz chaos check bench reproduce format clean
+.PHONY: help demo test wide fuzz chaos check bench reproduce reference format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY) ## compress a sentence encoder to an eighth; writes demo/ and demo/report.html
+demo: $(READY) ## compress a sentence encoder to an eighth of its bytes; writes demo/ and demo/report.html
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## run all tests, by WORKERS processes
+test: $(READY) ## run all tests in WORKERS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
-wide: $(READY) ## run the tests of all other architectures of transformers (10 minutes)
+wide: $(READY) ## test all other architectures of transformers (10 minutes)
 	$(BIN)/python -m pytest -q -m wide tests/architectures
 
-fuzz: $(READY) ## load 50,000 mutants of artifacts, by WORKERS processes (20 minutes); writes docs/results/fuzz.json
+fuzz: $(READY) ## load 50,000 damaged artifacts in WORKERS processes (20 minutes); writes docs/results/fuzz.json
 	$(BIN)/python benchmarks/fuzz.py --mutants 50000 --seed 0 --workers $(WORKERS) --save
 	$(BIN)/python benchmarks/robustness_page.py
 
-chaos: $(READY) ## kill runs, fill disks, change sources, damage kept work; writes docs/results/chaos.json (10 minutes)
+chaos: $(READY) ## kill runs, fill disks, change sources, damage kept work (10 minutes); writes docs/results/chaos.json
 	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/python benchmarks/robustness_page.py
 
-check: $(READY) ## check format, lint and types
+check: $(READY) ## check format, lint, types, and that imports go down (tests/layout.py)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/layout.py
 
-bench: $(READY) ## other tools and Octavo side by side, resumed where it stopped (hours); writes docs/bench.md
+bench: $(READY) ## compare with other tools, continue where it stopped (hours); writes docs/bench.md
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/pages.py
 
-reproduce: $(READY) ## what Octavo promises, measured; writes docs/results.md (hours; the first two are 20 minutes)
+reproduce: $(READY) ## measure what Octavo promises (hours; the first two take 20 minutes); writes docs/results.md
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench,onnx,ray,recipes]'
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps recbole
 	$(BIN)/python benchmarks/acceptance.py
@@ -65,18 +66,21 @@ reproduce: $(READY) ## what Octavo promises, measured; writes docs/results.md (h
 	$(BIN)/python benchmarks/large.py large-models
 	$(BIN)/python benchmarks/pages.py
 
-format: $(READY) ## format the code and mend what the linter can mend
+reference: $(READY) ## make the reference pages from the code; writes docs/reference/
+	$(BIN)/python docs/reference/generate.py
+
+format: $(READY) ## format the code, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove caches, builds and demo/; .venv stays
+clean: ## remove caches, builds and demo/, but not .venv
 	rm -rf build dist demo src/*.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -type d \( -name __pycache__ -o -name .mypy_cache \) -prune -exec rm -rf {} +
 
-# The stamp is written last, so an install that was interrupted is done again.
+# The stamp is written last, so an interrupted install is repeated.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	@echo "Installing Octavo and what its tests need into .venv; the first time this takes some minutes."
+	@echo "Installing Octavo and the packages for its tests into .venv. The first time this takes some minutes."
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[demo,dev]'
 	@touch $@

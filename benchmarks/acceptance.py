@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from common import CACHE, brown, load_results, minilm, save_results, shared_data
 import octavo
 from octavo import coding
 from octavo.calibration.objective import Cosine
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import finish, single_families
-from octavo.pipeline import Compressed
+from octavo.saving import Compressed
 from octavo.sources.tokens import text_batches
 
 RATIOS = (2, 4, 6, 8, 12, 16, 24)
@@ -78,17 +78,14 @@ def ratios(judge: Judge, texts: list[str], work: Path) -> tuple[list[dict[str, A
 
 def _judge_built(built: Any, done: Compressed, judge: Judge, work: Path) -> float:
     folder = work / "rival"
-    Compressed(**{**done.__dict__, "built": built, "rival": None}).save(folder, overwrite=True)
+    replace(done, built=built, rival=None).save(folder, overwrite=True)
     return judge(folder)
 
 
 def _families(done: Compressed, judge: Judge, work: Path) -> dict[str, dict[str, float]]:
-    from octavo.opening import describe
-
-    room = Workspace(work / "profile", describe(done.job, done.preset), resume=True)
     result = {}
     for plan in single_families(done.profile, done.budget):
-        built = finish(done.job, done.profile, done.calibration, room, plan, done.budget)
+        built = finish(done.run, done.profile, plan, done.budget)
         result[plan.notes[0]] = {
             "bytes": built.bytes,
             "held_back": built.quality,
@@ -125,7 +122,7 @@ def against_gptq(judge: Judge, texts: list[str], work: Path) -> list[dict[str, A
 def _nominal_bytes(done: Compressed, bits: int) -> int:
     """Bytes of the same choice packed at its nominal bits, with a float16 scale and a code-sized zero a group."""
     weights = sum(
-        site.parameters * bits / 8 + site.rows * -(-site.columns // 64) * (2 + bits / 8) for site in done.job.sites
+        site.parameters * bits / 8 + site.rows * -(-site.columns // 64) * (2 + bits / 8) for site in done.opened.sites
     )
     kept = sum(math.prod(kept.shape) * 2 for kept in done.built.contents.kept.values())
     return int(weights + kept)
@@ -153,7 +150,7 @@ def unreachable() -> dict[str, Any]:
 
 _TIMED = """
 import json, resource, sys, time
-import torch, transformers, octavo, octavo.report, octavo.steps
+import torch, transformers, octavo, octavo.report, octavo.pipeline
 preset, out = sys.argv[2], sys.argv[3]
 started = time.perf_counter()
 done = octavo.compress(sys.argv[1], ratio=8, preset=preset)

@@ -1,4 +1,4 @@
-"""Make docs/bench.md, its plots, and the table in README.md, from docs/results/bench.json."""
+"""Make docs/bench.md and its plots from docs/results/bench.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from models import TITLES
 from octavo.system.atomic import write_file
 
 DOCS = RESULTS.parent
-START, END = "<!-- bench: made by benchmarks/pages.py -->", "<!-- end of bench -->"
 Row = dict[str, Any]
 
 #: Quality that is lost in the rounding of sums: nothing to compare with.
@@ -59,11 +58,6 @@ def against(rows: list[Row], full: int) -> list[list[str]]:
             line += ["-", "-", "-"]
         lines.append(line)
     return lines
-
-
-def _share(line: list[str]) -> float:
-    """The last column as a number; not to lose where nothing can be won is the hardest."""
-    return float(line[-1]) if line[-1][0].isdigit() else float("inf")
 
 
 HEAD = ["ratio", "best other tool", "bytes", "quality", "Octavo's bytes", "Octavo's quality", "share"]
@@ -141,25 +135,24 @@ def page(rows: list[Row], run: dict[str, Any], table: Any) -> str:
     ]
     machine = ", ".join(f"{name} {value}" for name, value in run["machine"].items())
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
-    return f"""# Side by side with other tools
+    return f"""# Comparison with other tools
 
-Made from `docs/results/bench.json` by `benchmarks/pages.py`; `make bench` makes the rows, every tool in an environment of its own.
+`benchmarks/pages.py` makes this page from `docs/results/bench.json`. `make bench` makes the rows. Each tool runs in its own environment.
 
-* **Same text for all.** The encoder: 256 Brown sentences to calibrate on, 512 others to judge on. Language models: 128 windows of 128
-  tokens of Brown (no news) to calibrate on; 16 windows of 512 tokens of Brown's news, the State of the Union address of 2021 and
-  Moby-Dick to judge on.
-* **One judge.** Tools hand back dequantised weights, which one evaluator puts into the model; Octavo's artifact is loaded as users load it.
-  Quality is mean 1 − cosine of sentence vectors, or the mean KL divergence of next-token distributions to the original over all
-  8,192 positions. Lower is better.
-* **One rule for bytes.** All that it takes to restore the weights: codes at their nominal width, scales and offsets as the tool has them
-  (floating ones at 16 bits), everything a tool leaves alone at 16 bits a weight, tied tensors once. That is what a tool's file would be if nothing
-  were wasted, and often less than it is. Octavo's bytes are those of its files.
-* **Embeddings.** Most tools leave them alone. So that this decides nothing, each also gets rows with the embedding rounded to nearest
-  in groups of 64 (`+ RTN embN g64`), at its own bits and fewer, down to about half of them.
-* *plain* is round to nearest and GPTQ as Octavo has them, without its allocator and its coder. *Share* is Octavo's quality over that of the
-  best other tool of at least that size: 0.5 is half the damage in no more bytes.
-* Seconds and GB are those of the tool's own work, wall time on a shared machine. Latency is the tool's own runtime on one sequence
-  (32 tokens for the encoder, 128 for language models) over float32 PyTorch in the same process; a dash where it has none.
+* **Same text for all.** The encoder is calibrated on 256 Brown sentences, and judged on 512 others. Language models are calibrated on 128 windows of 128
+  tokens of Brown, without its news. They are judged on 16 windows of 512 tokens each of Brown's news, the State of the Union address of 2021 and
+  Moby-Dick.
+* **One judge.** Tools return dequantised weights. One evaluator puts them into the model. Octavo's artifact is loaded as users load it. Quality is mean 1 − cosine of
+  sentence vectors, or mean KL divergence from the original's next-token distributions over all 8,192 positions. Lower is better.
+* **One rule for bytes.** Everything that is needed to restore the weights counts. Codes count at their nominal width. Scales and offsets count as the tool has them,
+  floating ones at 16 bits. Weights that a tool leaves alone count 16 bits each. Tied tensors count once. This is the size of the tool's file if nothing were
+  wasted; the file is often larger. Octavo's bytes are those of its files.
+* **Embeddings.** Most tools leave embeddings alone. To keep this from deciding the comparison, each tool also gets rows with the embedding rounded to nearest in groups
+  of 64 (`+ RTN embN g64`). These use the tool's own bits and fewer, down to about half of them.
+* **Plain** is round to nearest and GPTQ as Octavo has them, without its allocator and its coder.
+* **Share** is Octavo's quality divided by that of the best other tool of at least that size. A share of 0.5 is half the damage in no more bytes.
+* **Time and memory.** Seconds and GB are those of the tool's own work, in wall time on a shared machine. Latency is relative to float32 PyTorch in the same process. It is
+  that of the tool's own runtime on one sequence: 32 tokens for the encoder, 128 for language models. A dash means that the tool has no runtime.
 
 {chr(10).join(sections)}
 ## What did not run
@@ -171,25 +164,9 @@ Command: `python benchmarks/bench.py`, {run["created"]}. {machine}. {versions}.
 
 
 def write(table: Any) -> None:
-    """Write the page, the plots and the part of the README, if there are rows."""
+    """Write the page and the plots, if there are rows."""
     if not (RESULTS / "bench.json").exists():
         return
     rows = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
     run = json.loads((RESULTS / "bench-run.json").read_text(encoding="utf-8"))
     write_file(DOCS / "bench.md", page(rows, run, table).encode())
-    short = []
-    for model in TITLES:
-        good = [row for row in rows if row["model"] == model and row["quality"] is not None]
-        if good:
-            full = round(good[0]["bytes"] * 32 / good[0]["bits_per_weight"])
-            # Where several points of others stand against one of Octavo's, the one that it beats by least.
-            hardest: dict[str, list[str]] = {}
-            for line in against(good, full):
-                if line[-1] != "-" and _share(line) >= _share(hardest.get(line[4], line)):
-                    hardest[line[4]] = line
-            short += [[TITLES[model], *line] for line in hardest.values()]
-    readme = DOCS.parent / "README.md"
-    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
-    if start:
-        made = table(["model", *HEAD], short) if short else "No rows of Octavo yet; `make bench` makes them."
-        write_file(readme, f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}".encode())

@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 
 import octavo
-import octavo.cli
+import octavo.cli.folding
 import octavo.integrations.transformers
 import octavo.pipeline
 import octavo.report.sections

@@ -21,13 +21,13 @@ from octavo.calibration.calibrating import calibrate
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.objective import Cosine
 from octavo.forms import Form, RowBlocks
-from octavo.integrations.transformers import load_weights
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import grouped
 from octavo.methods.factorize.groupreduce import quantized
 from octavo.methods.quantize.entropy import Entropy
 from octavo.recipes.groupreduce import Maker, blocks_rank, matched
 from octavo.sources.files import from_path
+from octavo.sources.loading import load_weights
 from octavo.sources.tokens import text_batches
 
 #: Times smaller than the table in 32 bits.

@@ -23,9 +23,9 @@ def families(results: Results, table: Table) -> str:
     head = ["model", "ratio", "bytes", "without", "quality", "without", "share", "sites that factorization won"]
     return f"""## What factorization adds
 
-The plan that Octavo chose among all families (preset `best`), and the one that it chose, by the same steps, from the same curves without
-the methods of the family `factorize`. Quality is 1 − cosine for the encoder and KL for language models (lower is better), on texts that
-neither calibration nor the choice of the plan saw.
+Octavo chose one plan among all families (preset `best`). It chose another by the same steps and from the same curves, without the methods of the family
+`factorize`. Quality is 1 − cosine for the encoder and KL for language models; lower is better. It is measured on texts that were used neither for
+calibration nor for the choice of the plan.
 
 {table(head, rows)}
 
@@ -49,9 +49,9 @@ def embedding(results: Results, table: Table) -> str:
     rows = [[f"{asked}", *(cell(found[name]) for name in names)] for asked, found in sorted(points.items())]
     return f"""## A table of tokens
 
-MiniLM's table alone, {results["rows"]:,} × {results["columns"]}, in equal bytes; 1 − cosine of sentence vectors of the whole model on
-{results["test_sentences"]} sentences of the Brown corpus, evidence of {results["calibration_sentences"]} others. `entropy` is quantization alone,
-`activation-svd` one weighted SVD of the whole table with quantized factors, `groupreduce` blocks by frequency, quantized alike.
+Only MiniLM's table of {results["rows"]:,} × {results["columns"]} is compressed, in equal bytes. The measure is 1 − cosine of sentence vectors of the whole model, on
+{results["test_sentences"]} sentences of the Brown corpus. The evidence comes from {results["calibration_sentences"]} others. `entropy` is quantization alone.
+`activation-svd` is one weighted SVD of the whole table with quantized factors. `groupreduce` has blocks by frequency, quantized in the same way.
 
 {table(["times smaller", *(f"`{name}`" for name in names)], rows)}
 
@@ -72,9 +72,9 @@ def factorized(results: Results, table: Table) -> str:
     head = ["model", "ratio", "bytes", "quality", "batch", "dense", "loaded", "speed-up", "verdict", "sites as factors"]
     return f"""## Running as factors
 
-Artifacts of quantized factors alone (`methods=["factorize"]`), loaded with `factors=True`: sites run as float32 factors where that is measured to
-be cheaper while loading, and dense otherwise. Quality is test accuracy or area under the curve in percent. The least of many turns, dense and
-loaded in alternation, five times over: the median speed-up, and a verdict only where all five agree.
+These artifacts contain only quantized factors (`methods=["factorize"]`), and are loaded with `factors=True`. A site runs as float32 factors if that was
+measured to be faster while loading; otherwise it runs dense. Quality is test accuracy or area under the curve, in percent. Dense and loaded models run in turns, and the
+least time of many turns is taken. This is repeated five times. The speed-up is the median; the verdict is given only if all five agree.
 
 {table(head, rows)}
 

@@ -66,7 +66,8 @@ def import_all() -> None:
     import sentence_transformers  # noqa: F401
     import transformers
 
-    import octavo.cli  # noqa: F401
+    import octavo.cli.looking
+    import octavo.integrations.quantizer  # noqa: F401
 
     transformers.utils.logging.set_verbosity_error()
     # A fork that collects garbage would otherwise touch, and so copy, every object of this process.

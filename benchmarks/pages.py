@@ -1,4 +1,4 @@
-"""Make docs/results.md, docs/bench.md, and the tables in README.md, from docs/results/*.json. Run after the benchmarks."""
+"""Make docs/results.md, docs/bench.md and the plots from docs/results/*.json. Run after the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import bench_page
+import front_plot
 import robustness_page
 from ablation_page import ablation, unmeasured
 from common import RESULTS
@@ -15,8 +16,6 @@ from size_pages import PARTS
 from octavo.system.atomic import write_file
 
 DOCS = RESULTS.parent
-README = DOCS.parent / "README.md"
-START, END = "<!-- results: made by benchmarks/pages.py -->", "<!-- end of results -->"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -67,7 +66,7 @@ def acceptance(results: dict[str, Any]) -> str:
             f"{max(r['plan_seconds'] for r in results['ratios']):.2f} s at most",
         ],
         [
-            "… written, verified and reported, rivals built as well",
+            "… written, verified and reported, with the rivals",
             f"{min(r['write_seconds'] for r in results['ratios']):.0f} to {max(r['write_seconds'] for r in results['ratios']):.0f} s",
         ],
         ["load and first output, fresh process: original", f"{load['original']['first']:.2f} s"],
@@ -81,22 +80,23 @@ def acceptance(results: dict[str, Any]) -> str:
     original = f" Spearman of the original: {spearman['original']:.4f}." if spearman else ""
     return f"""## all-MiniLM-L6-v2, 90.86 MB
 
-{results["data"]}; mean 1 − cosine of sentence vectors, whole model, embedding included. Spearman: STS benchmark, development set.{original}
+{results["data"]}. The measure is mean 1 − cosine of sentence vectors. The bytes are those of the whole model, embedding included. Spearman's correlation is that on
+the development set of the STS benchmark.{original}
 
-{table(["ratio asked", "artifact", "of the budget", "1 − cosine", "best uniform", "best single family", "Spearman"], ratio_rows(results))}
+{table(["ratio asked", "artifact", "share of the budget", "1 − cosine", "best uniform", "best single family", "Spearman"], ratio_rows(results))}
 
-The best uniform plan and the best plan of a single family are built in the same bytes and judged on the same test sentences. The choice
-between them is made on held-back calibration data, which is why one may be ahead by a little on the test data. Norms, biases and row gains
-are fitted afterwards, to the winner alone: that step is worth 2 to 3% here (see the ablation).
+The best uniform plan and the best plan of a single family are built in the same bytes. They are measured on the same test sentences. The
+choice between them is made on held-back calibration data, so one of them may be slightly better on the test data. Norms, biases and row gains
+are fitted afterwards, for the winner only. That step gains 2 to 3% here (see the ablation).
 
-Against GPTQ with group 64 (embeddings rounded to the same bits, same calibration text), in the bytes of the rival's artifact. Its codes
-are entropy-coded by Octavo there, which makes it smaller than it would be elsewhere ("uncoded"):
+The next table compares with GPTQ with groups of 64, in the bytes of the rival's artifact. The rival's embeddings are rounded to the same bits, and its
+calibration text is the same. Octavo entropy-codes the codes of the rival, so its artifact is smaller than elsewhere ("uncoded").
 
 {table(["rival", "its artifact", "uncoded", "its 1 − cosine", "Octavo's", "share", "promised"], gptq)}
 
 {table(["what", "measured"], timing)}
 
-A ratio of 1,000,000 is refused with exit code {results["unreachable"]["exit_code"]}; the limit named is {results["unreachable"]["limit"]:g}, and asking for it reaches {results["unreachable"]["reached"]:.2f}.
+A ratio of 1,000,000 is refused with exit code {results["unreachable"]["exit_code"]}. The error names the limit {results["unreachable"]["limit"]:g}. Asked for that limit, Octavo reaches {results["unreachable"]["reached"]:.2f}.
 
 Command: `{results["command"]}`, {results["created"]}. {machine}. {versions}.
 """
@@ -113,21 +113,21 @@ def digits(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     return f"""## Other sources
 
-{results["data"]}. *Bare* sources are safetensors files without code or data.
+{results["data"]}. A *bare* source is a safetensors file without code or data.
 
-{table(["source", "ratio asked", "bytes", "of the budget", "accuracy", "before"], rows)}
+{table(["source", "ratio asked", "bytes", "share of the budget", "accuracy", "accuracy before"], rows)}
 
 Command: `{results["command"]}`, {results["created"]}.
 """
 
 
 def ingredients(results: dict[str, Any]) -> str:
-    """What every ingredient bought."""
+    """What each ingredient gains."""
     return f"""## Ablation
 
-One step for the whole model and every site by `entropy`, as it is and with one ingredient changed. Both sides have the same artifact bytes: the
-plain encoding was measured at several steps, and is interpolated in the logarithms of bytes and loss. Test text, which nothing was chosen on.
-These artifacts were sized, not written: the figures compare ingredients, and are no results of `octavo compress`.
+Every site is encoded by `entropy`, with one step for the whole model. Each row changes one ingredient of it. Both sides have the same artifact bytes: the plain
+encoding was measured at several steps, and interpolated in the logarithms of bytes and loss. Nothing was chosen on the test text. The size of these
+artifacts was computed; they were not written. So the figures compare ingredients, and are not results of `octavo compress`.
 
 {table(*ablation(results))}
 
@@ -141,21 +141,14 @@ def main() -> None:
     """Write all pages."""
     read = lambda name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))  # noqa: E731
     results = read("acceptance")
-    page = "# Results\n\nMade from `docs/results/*.json` by `benchmarks/pages.py`; every figure was measured on artifacts read back from disk.\n\n"
+    page = "# Results\n\n`benchmarks/pages.py` makes this page from `docs/results/*.json`. Every figure was measured on an artifact that was read back from disk.\n\n"
     parts = [acceptance(results), digits(read("digits")), ingredients(read("ablation"))]
     parts += [
         part(read(name), table) for name, part in (PARTS | FACTOR_PARTS).items() if (RESULTS / f"{name}.json").exists()
     ]
     write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())
-    short = table(
-        ["ratio asked", "artifact", "1 − cosine", "best uniform setting", "Spearman"],
-        [[row[0], row[1], row[3], row[4], row[6]] for row in ratio_rows(results)],
-    )
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    write_file(README, f"{before}{START}\n{short}\n{END}{after}".encode())
     bench_page.write(table)
+    front_plot.write()
     robustness_page.write()
 
 

@@ -1,4 +1,4 @@
-"""The figures in docs/security.md, made from docs/results/fuzz.json and chaos.json. `python benchmarks/robustness_page.py`."""
+"""The figures in docs/explanation/security.md, made from docs/results/fuzz.json and chaos.json. `python benchmarks/robustness_page.py`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from common import RESULTS
 
 from octavo.system.atomic import write_file
 
-PAGE = RESULTS.parent / "security.md"
+PAGE = RESULTS.parent / "explanation" / "security.md"
 START, END = "<!-- figures: made by benchmarks/robustness_page.py -->", "<!-- end of figures -->"
 #: What becomes of a mutant, as the page says it.
 _VERDICTS = {
     "refused": "refused with one clear error",
     "foreign": "refused by another library before Octavo was asked",
-    "same": "loaded as the honest artifact (the change told nothing)",
-    "changed": "loaded as their own, newly signed manifest says",
+    "same": "loaded as the unchanged artifact (the change had no effect)",
+    "changed": "loaded as their newly signed manifest says",
     "told": "loaded with a warning that names the change",
 }
 
@@ -43,7 +43,7 @@ def figures(fuzz: dict[str, Any], chaos: dict[str, Any]) -> str:
     kinds = "; ".join(f"{count} {end}" for end, count in ends.most_common())
     lines += [
         "",
-        f"The last run of `make chaos`: {chaos['trials']} bad days, on {chaos['created'][:10]}, full disks as {chaos['disks']}. "
+        f"The last run of `make chaos`: {chaos['trials']} trials, on {chaos['created'][:10]}, full disks as {chaos['disks']}. "
         f"{len(chaos['failures'])} failed: {kinds}.",
     ]
     return "\n".join(lines)

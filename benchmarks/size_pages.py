@@ -26,7 +26,7 @@ def large(results: Results, table: Table) -> str:
     head = ["blocks", "10⁹ weights", "source", "ratio", "peak memory", "s per 10⁹", "processor s per 10⁹"]
     return f"""## Llama-7B's shape, without data
 
-{results["note"]}. A run that was killed went on to the same bytes: {"yes" if results["resumed"]["same_bytes"] else "no"}.
+{results["note"]}. A killed and resumed run gave the same bytes: {"yes" if results["resumed"]["same_bytes"] else "no"}.
 
 {table(head, rows)}
 
@@ -45,7 +45,7 @@ def large_calibrated(results: Results, table: Table) -> str:
     head = ["blocks", "10⁹ weights", "peak memory", "s per 10⁹", "processor s per 10⁹"]
     return f"""## 1.1 billion weights with calibration, in {results["memory_limit"]}
 
-Random weights in the shape of TinyLlama, block by block, {results["setting"]}.
+Random weights with the shape of TinyLlama, processed block by block, {results["setting"]}.
 
 {table(head, rows)}
 
@@ -66,8 +66,8 @@ def memory(results: Results, table: Table) -> str:
     head = ["ratio", "stated", "held while running", "on disk", "KL packed", "KL decoded", "speed against bfloat16"]
     return f"""## For memory: {results["model"]}
 
-`--for memory`, run from packed codes (`octavo.load(path, packed=True)`). Speed: tokens written one by one at batch 1, against dense bfloat16 in the
-same run, {threads}.
+Made with `--for memory`, and run from packed codes (`octavo.load(path, packed=True)`). Speed is that of writing tokens one by one at batch 1, compared with dense
+bfloat16 in the same run, {threads}.
 
 {table(head, rows)}
 
@@ -85,7 +85,7 @@ def speed(results: Results, table: Table) -> str:
     ]  # fmt: skip
     return f"""## For speed: all-MiniLM-L6-v2 on onnxruntime
 
-Times as fast as PyTorch in float32 in the same run, {results["tokens"]} tokens a sentence; 1 − cosine on the 512 test sentences.
+Speed is a factor over PyTorch in float32 in the same run, with {results["tokens"]} tokens per sentence. 1 − cosine is measured on the 512 test sentences.
 
 {table(["runtime", "file", "1 − cosine", "batch 1", "batch 16"], rows)}
 
@@ -135,7 +135,7 @@ def executors(results: Results, table: Table) -> str:
     ]
     return f"""## Executors: MiniLM to an eighth
 
-The same bytes from all: {"yes" if results["same_bytes"] else "no"}.
+All executors gave the same bytes: {"yes" if results["same_bytes"] else "no"}.
 
 {table(["executor", "profile", "encode", "speed-up"], rows)}
 

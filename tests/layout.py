@@ -25,7 +25,7 @@ FLOORS = (
     ("allocation", "cuts", "runtimes", "training"),
     ("encoding", "verification"),
     ("report", "targets"),
-    ("saving",),
+    ("opening", "saving"),
     ("flows", "pipeline", "recipes"),
     ("cli",),
 )

@@ -90,7 +90,7 @@ def test_a_convolutional_network_keeps_its_accuracy(compressed, trained, digits,
 def test_what_is_loaded_is_what_was_measured(compressed, trained, digits, ratio):
     done, report, path = compressed[ratio]
     fresh = octavo.load(path, into=network()).eval()
-    held, wanted = done.job.held_data, done.job.objective
+    held, wanted = done.opened.held_data, done.opened.objective
     reference = wanted.reference(trained, held)
     assert report["quality"]["value"] == float(wanted.measure(fresh, held, reference).mean())
     assert report["quality"]["value"] == pytest.approx(done.built.quality, rel=0.1)
@@ -206,7 +206,7 @@ def test_shards_compress_as_the_whole(bare, tmp_path):
     assert {name: value.shape for name, value in state.items()} == {
         name: value.shape for name, value in tensors.items()
     }
-    assert done[1].job.source.original_bytes == done[0].job.source.original_bytes
+    assert done[1].opened.source.original_bytes == done[0].opened.source.original_bytes
     assert done[1].budget.least <= on_disk(tmp_path / "out") <= done[1].budget.bytes
     # The order of the tensors decides which one takes up the last bytes of the budget, and no more than that.
     assert done[1].built.quality == pytest.approx(done[0].built.quality, rel=0.02)
@@ -296,7 +296,7 @@ def gpt2(tmp_path_factory, sentences):
 def test_a_tied_language_model_meets_its_budget(gpt2):
     source, done, report, out = gpt2
     original = sum(t.numel() * t.element_size() for t in load_file(source / "model.safetensors").values())
-    assert done.job.source.original_bytes == original
+    assert done.opened.source.original_bytes == original
     assert 0.98 * original / 8 <= on_disk(out) <= original / 8
     assert report["quality"]["metric"] == "KL divergence" and 0 < report["quality"]["value"] < 0.1
     assert done.rival is None or done.built.quality <= done.rival.quality
@@ -339,7 +339,7 @@ def test_transformers_loads_the_artifact_bit_for_bit(gpt2, tmp_path):
 def test_an_untied_head_is_a_site_of_its_own(tmp_path, sentences):
     source = gpt2_folder(tmp_path / "source", tie=False)
     done = octavo.compress(source, ratio=8, data=sentences, preset="fast", methods=["entropy"])
-    assert done.job.site("lm_head.weight").kind == "head"
+    assert done.opened.site("lm_head.weight").kind == "head"
     done.save(tmp_path / "out")
     loaded = octavo.load(tmp_path / "out")
     assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
@@ -390,7 +390,7 @@ def test_data_free_preset_needs_no_data(tmp_path):
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
     done = octavo.compress(model, ratio=8, preset="data-free")
     done.save(tmp_path / "out")
-    assert done.calibration.sequences == 0
+    assert done.run.calibration.sequences == 0
     assert 0.98 <= done.built.bytes / done.budget.bytes <= 1
     restored = octavo.load(tmp_path / "out", into=nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)))
     error = (restored[0].weight - model[0].weight).detach().square().sum() / model[0].weight.detach().square().sum()

@@ -1,18 +1,26 @@
-"""Octavo folds a neural network into the size you state, and proves what it cost."""
+"""Octavo folds a neural network into the size you state, and proves what it cost.
 
-from octavo.artifact import Artifact
+The public names are imported when they are first asked for, so that ``import octavo`` takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from octavo.errors import ArtifactError, BudgetError, MissingExtraError, OctavoError, RequestError
-from octavo.integrations.transformers import register as _register
-from octavo.pipeline import Compressed, compress
-from octavo.runtimes.onnx.exporting import export
-from octavo.steps import frontier, plan, profile
+from octavo.integrations.hooks import register as _register
 from octavo.system.notes import OctavoWarning
-from octavo.verification.evaluating import evaluate
-from octavo.verification.verifying import load, verify
+from octavo.system.version import __version__ as __version__
 
-__version__ = "0.1.0"
-
-_register()
+if TYPE_CHECKING:
+    from octavo.artifact import Artifact
+    from octavo.pipeline import compress, frontier, plan, profile
+    from octavo.request import Request
+    from octavo.runtimes.onnx.exporting import export
+    from octavo.saving import Compressed
+    from octavo.verification.evaluating import evaluate
+    from octavo.verification.verifying import load, verify
 
 __all__ = [
     "Artifact",
@@ -22,6 +30,7 @@ __all__ = [
     "MissingExtraError",
     "OctavoError",
     "OctavoWarning",
+    "Request",
     "RequestError",
     "compress",
     "evaluate",
@@ -32,3 +41,33 @@ __all__ = [
     "profile",
     "verify",
 ]
+#: Where the names are that the block above shows to type checkers alone.
+_HOMES = {
+    "Artifact": "octavo.artifact",
+    "Compressed": "octavo.saving",
+    "Request": "octavo.request",
+    "compress": "octavo.pipeline",
+    "evaluate": "octavo.verification.evaluating",
+    "export": "octavo.runtimes.onnx.exporting",
+    "frontier": "octavo.pipeline",
+    "load": "octavo.verification.verifying",
+    "plan": "octavo.pipeline",
+    "profile": "octavo.pipeline",
+    "verify": "octavo.verification.verifying",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    # From now on it is found without this function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register()

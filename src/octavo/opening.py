@@ -1,159 +1,154 @@
-"""A request: checked, opened, and refused at once where it cannot be served."""
+"""Opening a request: its source and data, checked, and refused at once where they cannot be served."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from octavo.allocation.budget import TARGETS, Budget, parse_size
-from octavo.allocation.budget import budget as budget_of
+from octavo.allocation.budget import parse_size
+from octavo.allocation.opened import Opened, Run
 from octavo.allocation.patterns import apply_patterns
-from octavo.allocation.plans import EDITED, Plan, read_plan
-from octavo.allocation.sampling import sample_of
-from octavo.allocation.solver import labelled, unreachable
-from octavo.artifact import Packed, pack
+from octavo.allocation.workspace import Workspace, files_of
 from octavo.calibration import folds, inputs
-from octavo.calibration.calibrating import CURVATURES, data_free
-from octavo.calibration.evidence import Evidence
+from octavo.calibration.calibrating import Calibration, data_free
 from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
-from octavo.calibration.witness import Witness
-from octavo.calibration.workspace import Workspace, files_of, hash_tensors
-from octavo.encoding.job import Job
+from octavo.calibration.runner import Runner
 from octavo.errors import OctavoError, RequestError
-from octavo.forms import Dense
-from octavo.methods import get_method, select_methods
 from octavo.methods.base import DATA_FREE
-from octavo.request import check_kinds
-from octavo.runtimes.packed import resident_bytes
+from octavo.request import Request
 from octavo.sources.batches import Batch
 from octavo.sources.memory import fits, least_bytes
-from octavo.sources.narrowing import Narrowing
-from octavo.sources.sites import SMALLEST_SITE, Site, Source
+from octavo.sources.sites import SMALLEST_SITE, Source
+from octavo.sources.witness import Witness
+from octavo.system.clock import Clock
+from octavo.system.executors import Executor
 from octavo.system.paths import checked
 from octavo.system.progress import Progress
+from octavo.targets import Target
 
-#: Texts read at most, and settings skipped, by preset.
+#: Texts read at most, by preset.
 _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
-#: Budgets of fewer bits per weight are checked for being reachable before anything else.
-_SUSPICIOUS = 0.6
-#: Bytes of a tensor's entries in manifest and header, roughly.
-_ENTRY = 256
-#: Rows of a site that tell what it takes in memory: as many as the int4 kernel packs together.
-_ROWS = 64
-#: Below this share of the smallest artifact found without data, a budget is refused at once.
-_SURE = 0.9
+_WAY = "way.json"
 
 
-def _watched(opening: Callable[..., Job]) -> Callable[..., Job]:
-    """Files of a source are looked at before any of them is read, and blamed if they were changed meanwhile.
+def open_request(request: Request, target: Target, progress: Progress, *, work: Path | None = None) -> Opened:
+    """Check a request and open what it names.
 
-    It adds ``work``: the folder of kept work from which a run goes on, with what it was made from.
+    Parameters
+    ----------
+    work
+        The folder of kept work from which a run goes on, which knows the files that it was made from.
+
+    Raises
+    ------
+    RequestError
+        If something about the request, its source or its data cannot be served.
     """
+    witness = Witness(*_paths(request.source, request.data))
+    with _blamed(witness, work):
+        return _opened(request, target, progress, witness)
 
-    @wraps(opening)
-    def opened(source: Any, data: Any, *args: Any, work: Path | None = None, **options: Any) -> Job:
-        witness = Witness(*_paths(source, data))
-        try:
-            with witness.blamed():
-                return opening(source, data, *args, witness=witness, **options)
-        except OctavoError as error:
-            gone = work is None or witness.source is None or not witness.source.exists()
-            changed = [] if work is None or gone else witness.changed(files_of(work) or witness.digests)
-            if not changed:
-                raise
-            raise RequestError(
-                f"{work}: holds work on files that were changed since then: {', '.join(changed)}; put them back, or "
-                f"run without --resume to begin anew ({error})"
-            ) from error
 
+def _opened(request: Request, target: Target, progress: Progress, witness: Witness) -> Opened:
+    objective = None if request.objective is None else objective_of(request.objective)
+    memory = None if request.memory is None else parse_size(request.memory)
+    chosen, preset = target.methods(request), target.preset(request)
+    # Without data nothing is run, and the model need not fit in memory.
+    source = inputs.open_source(request.source, module=target.loads or preset != DATA_FREE, progress=progress)
+    _check_memory(source, memory)
+    source = target.adapted(source)
+    where = source.path or source.title
+    sites, left = target.admitted(source, *source.sites())
+    sites, left, pinned = apply_patterns(sites, left, request.ignore, request.keep or {})
+    if not sites:
+        raise RequestError(
+            f"{where}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} weights that is not ignored"
+        )
+    module = source.module
+    if preset == DATA_FREE:
+        source.module = None
+    batches, text = inputs.load_data(source, request.data, limit=_TEXTS[preset], forward_args=request.forward_args)
+    if objective is not None and not batches:
+        raise RequestError(
+            f"{where}: objective says how outputs are compared, and nothing is run here (data: {text}); give data that "
+            "a model of it takes, or leave objective out"
+        )
+    wanted = inputs.choose_objective(source, objective, batches)
+    if source.module is not None and not batches:
+        source.module = None
+    if source.module is None and request.curvature != "kfac":
+        raise RequestError(
+            f"{where}: curvature {request.curvature!r} is measured, which needs a model that runs and data for it; "
+            "give both, or leave curvature at 'kfac'"
+        )
+    if source.module is not None:
+        batches = inputs.prepared(source, wanted, batches)
+    rows = inputs.divisible(source, wanted, batches)
+    calibration, held = inputs.split(batches, rows=rows)
+    if target.folds and not all(method.lossless for method in chosen):
+        source = _folded(source, module, calibration, wanted, left, memory)
+    notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]
+    opened = Opened(
+        request, target, source, sites, left, wanted, calibration, held, text, chosen, pinned, memory, witness, notes
+    )
+    target.check(opened)
     return opened
 
 
-@_watched
-def open_job(
-    source: str | Path | nn.Module | Source,
-    data: Any,
-    objective: str | Objective | None,
-    methods: Sequence[str] | None,
-    preset: str,
-    ignore: Iterable[str],
-    keep: Mapping[str, str],
-    seed: int,
-    progress: Progress,
-    memory: str | int | None = None,
-    target: str = "disk",
-    curvature: str = "kfac",
-    forward_args: Callable[[Batch], Any] | None = None,
-    *,
-    folding: bool = True,
-    witness: Witness | None = None,
-) -> Job:
-    """Check a request and gather what all steps share.
+def begin(opened: Opened, room: Workspace, executor: Executor, progress: Progress, clock: Clock | None = None) -> Run:
+    """A run on an opened request: its model, and the evidence of all sites, from the workspace if it is there."""
+    # The way is that of the run that is resumed, though the machine may have other memory to spare now.
+    way = room.read_json(_WAY) or {"blockwise": not fits(opened.source, opened.memory)}
+    room.write_json(_WAY, way)
+    found, model = room.load_calibration(), None
+    if opened.source.module is not None:
+        model = inputs.model_of(opened.source, blockwise=way["blockwise"], scratch=room.path)
+    calibration = _calibrated(opened, model, room, progress) if found is None else found
+    return Run(opened, model, calibration, room, executor, progress, clock or Clock())
 
-    ``folding`` says whether batch normalisation may be folded, which whoever runs the module's own graph must not do.
-    """
-    if curvature not in CURVATURES:
-        raise RequestError(f"curvature {curvature!r} is not known; choose from {', '.join(CURVATURES)}")
-    if target not in TARGETS:
-        raise RequestError(
-            f"target {target!r} is none that sizes are measured for; choose from {', '.join(TARGETS)}. For speed, run "
-            "octavo compress --for speed (octavo.compress(target='speed'))"
+
+def _calibrated(opened: Opened, model: Runner | None, room: Workspace, progress: Progress) -> Calibration:
+    """Gather the evidence of all sites, and keep it."""
+    if model is None:
+        found = data_free(opened.source, opened.sites)
+        room.evidence.write("data-free", found.evidence)
+    else:
+        found = model.calibrate(
+            opened.sites,
+            opened.calibration_data,
+            opened.objective,
+            room,
+            seed=opened.request.seed,
+            text=opened.text,
+            curvature=opened.request.curvature,
+            progress=lambda done, total: progress("evidence", done, total),
         )
-    check_kinds(methods, ignore, keep, seed)
-    if objective is not None:
-        objective = objective_of(objective)
-    limit = None if memory is None else parse_size(memory)
-    chosen = select_methods(methods, preset, target)
-    # Without data nothing is run, and the model need not fit in memory.
-    in_memory = target == "memory"
-    opened = inputs.open_source(source, module=in_memory or preset != DATA_FREE, progress=progress)
-    _check_memory(opened, limit)
-    sites, left = opened.sites()
-    if in_memory:
-        sites, left = _unfused(opened, sites, left)
-        opened.unstored = _unstored(opened)
-    sites, left, pinned = apply_patterns(sites, left, ignore, keep)
-    if not sites:
+    room.save_calibration(found)
+    # Read back when it is needed, as by a run that is resumed.
+    found.evidence = room.evidence
+    return found
+
+
+@contextmanager
+def _blamed(witness: Witness, work: Path | None) -> Iterator[None]:
+    """Files of a source are looked at before any of them is read, and blamed if they were changed meanwhile."""
+    try:
+        with witness.blamed():
+            yield
+    except OctavoError as error:
+        gone = work is None or witness.source is None or not witness.source.exists()
+        changed = [] if work is None or gone else witness.changed(files_of(work) or witness.digests)
+        if not changed:
+            raise
         raise RequestError(
-            f"{opened.path or opened.title}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} "
-            "weights that is not ignored"
-        )
-    module = opened.module
-    if preset == DATA_FREE:
-        opened.module = None
-    batches, text = inputs.load_data(opened, data, limit=_TEXTS[preset], forward_args=forward_args)
-    if objective is not None and not batches:
-        raise RequestError(
-            f"{opened.path or opened.title}: objective says how outputs are compared, and nothing is run here (data: "
-            f"{text}); give data that a model of it takes, or leave objective out"
-        )
-    wanted = inputs.choose_objective(opened, objective, batches)
-    if opened.module is not None and not batches:
-        opened.module = None
-    if opened.module is None and curvature != "kfac":
-        raise RequestError(
-            f"{opened.path or opened.title}: curvature {curvature!r} is measured, which needs a model that runs and "
-            "data for it; give both, or leave curvature at 'kfac'"
-        )
-    if opened.module is not None:
-        batches = inputs.prepared(opened, wanted, batches)
-    rows = inputs.divisible(opened, wanted, batches)
-    calibration, held = inputs.split(batches, rows=rows)
-    if folding and not all(method.lossless for method in chosen):
-        opened = _folded(opened, module, calibration, wanted, left, limit)
-    return Job(
-        opened, sites, left, wanted, calibration, held, text, chosen, pinned, seed, progress, target,
-        [*opened.notes, *inputs.notes_on(opened, wanted, batches)], limit, curvature=curvature,
-        witness=witness or Witness(None),
-    )  # fmt: skip
+            f"{work}: holds work on files that were changed since then: {', '.join(changed)}; put them back, or "
+            f"run without --resume to start over ({error})"
+        ) from error
 
 
 def _check_memory(source: Source, limit: int | None) -> None:
@@ -168,7 +163,8 @@ def _check_memory(source: Source, limit: int | None) -> None:
     least = least_bytes(source)
     if limit < least:
         raise RequestError(
-            f"memory is {limit:,} bytes, and a run on this source takes {least:,} at least, block by block; give more"
+            f"{source.path or source.title}: a run needs at least {least:,} bytes of memory, block by block, and "
+            f"memory is {limit:,}; give more"
         )
 
 
@@ -176,23 +172,6 @@ def _paths(source: Any, data: Any) -> tuple[Path | None, Any]:
     """The paths that a source and data were given as, or None where they are in memory."""
     path = source.path if isinstance(source, Source) else source if isinstance(source, str | Path) else None
     return (None if path is None else checked(path)), checked(data) if isinstance(data, str | Path) else data
-
-
-def _unfused(source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
-    """Sites that can run packed: the loader makes other tensors of the rest, such as one of all experts of a layer."""
-    fused = {source.aliases.get(name, name) for item in source.conversions for name in item.names}
-    reason = "made a part of another tensor at load, which no kernel runs packed"
-    return (
-        [site for site in sites if site.name not in fused],
-        {**left, **{site.name: reason for site in sites if site.name in fused}},
-    )
-
-
-def _unstored(source: Source) -> int:
-    if source.module is None:
-        return 0
-    stored = set(source.parameters.values())
-    return sum(buffer.nbytes for name, buffer in source.module.named_buffers() if name not in stored)
 
 
 def _folded(
@@ -213,143 +192,3 @@ def _folded(
         module = source.module
     ignored = [name for name, reason in left.items() if reason.startswith("ignored")]
     return folds.fold(source, module, calibration[0] if calibration else None, objective, ignored)
-
-
-def describe(job: Job, preset: str) -> dict[str, Any]:
-    """What makes a job itself; finished steps of one job are never used for another."""
-    return {
-        "source": job.source.fingerprint(),
-        "data": hash_tensors([job.calibration_data, job.held_data]),
-        "objective": type(job.objective).__name__,
-        "methods": [repr(method) for method in job.methods],
-        "sites": [site.name for site in job.sites],
-        "folded": sorted(job.source.folded),
-        "pinned": {name: list(choice) for name, choice in job.pinned.items()},
-        "preset": preset,
-        "seed": job.seed,
-        "target": job.target,
-        "curvature": job.curvature,
-        "files": job.witness.digests,
-    }
-
-
-def workspace_of(job: Job, folder: Path, preset: str, *, resume: bool, **other: Any) -> Workspace:
-    """The folder of a job's unfinished work; ``other`` is what else makes it another job."""
-    room = Workspace(folder, {**describe(job, preset), **other}, resume=resume, witness=job.witness)
-    # One list, so that what is found to be damaged on the way is told with all other notes.
-    job.damaged = room.damaged
-    return room
-
-
-def requested_budget(job: Job, ratio: float | None, size: Any, bits: float | None) -> Budget:
-    """The budget from exactly one of ratio, size and bits."""
-    source = job.source
-    return budget_of(source.original_bytes, source.weights, ratio=ratio, size=size, bits=bits, target=job.target)
-
-
-def requested_plan(job: Job, file: Path, *sizes: Any) -> Plan:
-    """The plan of a file, if it can be that of a job, and no size is given beside it.
-
-    Raises
-    ------
-    RequestError
-        If it is for other sites or another target, or has another form of a site than the user asks for now.
-    """
-    if any(size is not None for size in sizes):
-        raise RequestError("a plan has its own budget: leave out ratio, size and bits")
-    plan, source = read_plan(file, [site.name for site in job.sites]), job.source
-    budget = plan.budget
-    if budget.target != job.target:
-        raise RequestError(f"{file}: counts the bytes of {budget.target}, not of {job.target}; ask for the same target")
-    for name, (method, setting) in job.pinned.items():
-        point = plan.points[name]
-        if (point.method, point.setting) != (method, setting):
-            raise RequestError(
-                f"{file}: site {name!r} has {labelled(point.method, point.setting)}, and --keep asks for "
-                f"{labelled(method, setting)}; change one of them"
-            )
-    same = not plan.fingerprint or plan.fingerprint == source.fingerprint()
-    if not same:
-        job.notes.append("the plan was made for another source: its sizes were finished for this one")
-    # In other words a budget that was edited, or that of another source, would be a ratio or a rate that it is not.
-    said = same and (plan.label != EDITED or _says(budget, source))
-    if said:
-        return plan
-    bare = budget_of(source.original_bytes, source.weights, size=budget.bytes, target=job.target)
-    return replace(plan, budget=bare)
-
-
-def _says(budget: Budget, source: Source) -> bool:
-    """Whether a budget's words and its bytes are the same for a source."""
-    words = budget.asked.removesuffix(f" in {budget.target}").replace(" bits per weight", "").split(" ", 1)
-    given: dict[str, Any] = {words[0] if len(words) == 2 else "bits": words[-1]}
-    try:
-        meant = budget_of(source.original_bytes, source.weights, **given, target=budget.target)
-    except (RequestError, TypeError):
-        return False
-    return meant.bytes == budget.bytes
-
-
-def refuse_unreachable(job: Job, asked: Budget) -> None:
-    """Refuse a hopeless budget before any work is done, naming what can be reached.
-
-    What can be reached is found by encoding every site at its coarsest setting, without data: a second's work, and only
-    done when so few bits are asked for that it may matter. What is close to the limit goes through, and is decided when
-    the profile is known.
-    """
-    shapes = job.source.shapes
-    if job.target == "memory":
-        _refuse_small_memory(job, asked)
-        return
-    beside = _ENTRY * len(shapes) + sum(2 * math.prod(shapes[name]) for name in job.left)
-    if (asked.bytes - beside) * 8 > _SUSPICIOUS * job.source.weights:
-        return
-    evidence = data_free(job.source, job.sites).evidence
-    packed = {site.name: _coarsest(job, site, evidence[site.name]) for site in job.sites}
-    if asked.bytes > _SURE * job.contents(packed, Narrowing.SCALE).bytes:
-        return
-    if job.measurable:
-        # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
-        steps = sum(site.rows + site.columns for site in job.sites)
-        smallest = int(1.15 * (job.contents(packed, Narrowing.EXACT).bytes + steps))
-    else:
-        smallest = job.contents(packed, job.narrowing()).bytes
-    raise unreachable(asked, job.source.original_bytes, smallest)
-
-
-def _refuse_small_memory(job: Job, asked: Budget) -> None:
-    """Refuse a budget of memory that even the coarsest settings with a kernel exceed.
-
-    Their sizes depend on shapes, so a few rows of every site tell them.
-    """
-    smallest = job.resident({})
-    for site in job.sites:
-        rows = job.matrix(site)[:_ROWS]
-        evidence = Evidence(torch.ones(len(rows)), None)
-        if site.name in job.pinned:
-            name, setting = job.pinned[site.name]
-            choices = [(get_method(name), setting)]
-        else:
-            offered = ((method, method.kernel_settings(rows, evidence)) for method in job.methods)
-            choices = [(method, settings[-1]) for method, settings in offered if settings]
-        forms = (method.encode(rows, setting, evidence) for method, setting in choices)
-        smallest += min(resident_bytes(form, site.rows) for form in forms)
-    if asked.bytes < smallest:
-        raise unreachable(asked, job.source.original_bytes, smallest)
-
-
-def _coarsest(job: Job, site: Site, evidence: Evidence) -> Packed:
-    """About the smallest form of a site: what was pinned, or the coarsest setting of the methods that may be used."""
-    weight = job.matrix(site)
-    if site.name in job.pinned:
-        name, setting = job.pinned[site.name]
-        return pack(get_method(name).encode(weight, setting, evidence))
-    methods = [method for method in job.methods if method.elastic] or job.methods
-    sample, packing = sample_of(weight, evidence), pack
-    if sample is not None:
-        weight, evidence, packing = sample.weight, sample.evidence, sample.packed
-        methods = [method for method in methods if method.by_rows] or methods
-    settings = [(method, method.settings(weight, evidence)[-1:]) for method in methods]
-    # A method may have nothing to offer here.
-    forms = [form for method, last in settings if last for form in method.encode_all(weight, last, evidence)]
-    return min(map(packing, forms or [Dense(weight.half())]), key=lambda packed: packed.bytes)

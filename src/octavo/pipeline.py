@@ -1,181 +1,65 @@
-"""The way through: source, sites, evidence, profile, plan, forms, artifact, verified."""
+"""The way through: request, source, sites, evidence, profile, plan, forms; and its single steps on their own."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from torch import nn
-
-from octavo.allocation.budget import Budget
-from octavo.allocation.curves import build_profile
+from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Profile
-from octavo.allocation.rivals import PLAIN
-from octavo.allocation.solver import allocate
-from octavo.calibration.calibrating import Calibration
-from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import forget, holds_profile
-from octavo.encoding.carrying import carry_out
-from octavo.encoding.disk_use import refuse_full_disk
-from octavo.encoding.finish import Built, contest, margin_of
-from octavo.encoding.job import Job
-from octavo.encoding.reconstruct import reconstruct, reserve
-from octavo.errors import RequestError
-from octavo.methods import get_method
-from octavo.opening import describe, open_job, refuse_unreachable, requested_budget, requested_plan, workspace_of
-from octavo.report.schema import Report
-from octavo.request import SPEED, check_target, named
-from octavo.sources.batches import Batch
-from octavo.sources.sites import Source
+from octavo.allocation.workspace import Workspace, holds_profile
+from octavo.encoding.finish import finish, single_families
+from octavo.encoding.result import Result
+from octavo.errors import BudgetError, RequestError
+from octavo.methods.base import dense_method
+from octavo.opening import begin, open_request
+from octavo.request import Choices, Request, Role, request_of, shows_options
+from octavo.saving import Compressed
 from octavo.system import executors
-from octavo.system.executors import Executor
+from octavo.system.clock import Clock
 from octavo.system.locks import Lock
 from octavo.system.matmul import fast_matmul
-from octavo.system.notes import Note, by_kind, warn
-from octavo.system.paths import checked_output
-from octavo.system.progress import Shown, callback, showing, with_progress
+from octavo.system.notes import by_kind, warn
+from octavo.system.paths import checked, checked_output, reason
+from octavo.system.progress import Progress, Shown, callback, with_progress
+from octavo.system.sealed import unsealed_json
+from octavo.targets import Target, get_target
 
-#: Frames between :func:`compress` and its caller, its own and those of its decorators.
+_REQUEST = "request.json"
+#: Frames between a verb and its caller, its own and those of its decorators.
 _DEPTH = 4
-_USUAL = {"curvature": "kfac", "preset": "default"}
 
 
-@dataclass
-class Compressed:
-    """A finished compression, to be saved.
-
-    Parameters
-    ----------
-    built
-        The best of the plans that were measured.
-    rival
-        The best uniform plan at the same bytes; the same object as ``built`` if it won.
-    workspace
-        The folder of unfinished work, where the encoded forms lie until they are saved.
-    """
-
-    job: Job
-    profile: Profile
-    calibration: Calibration
-    budget: Budget
-    built: Built
-    rival: Built | None
-    preset: str
-    timings: dict[str, float]
-    workspace: Path
-    command: str = ""
-    #: Held for as long as the encoded forms are needed, in a workspace that others may use.
-    lock: Lock | None = None
-
-    def __post_init__(self) -> None:
-        if self.lock is not None:
-            weakref.finalize(self, self.lock.release)
-
-    @property
-    def ratio(self) -> float:
-        """Original bytes over what the budget counts: artifact bytes, or bytes in memory."""
-        return self.job.source.original_bytes / self.built.counted
-
-    @property
-    def notes(self) -> list[Note]:
-        """What there is to know about the run, put together by kind."""
-        return by_kind(
-            [*self.job.notes, *self.job.damaged, *self.calibration.warnings], [site.name for site in self.job.sites]
-        )
-
-    def save(self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None) -> Report:
-        """Write the artifact, read it back, measure it, write the report; returns the report.
-
-        Parameters
-        ----------
-        path
-            The folder to write.
-        overwrite
-            Whether a folder that is not empty is replaced.
-        report
-            Whether ``report.html`` and ``report.json`` are written beside the artifact, which loads without them.
-            Without them :func:`octavo.verification.verifying` checks checksums and says of the rest that it was not
-            recorded.
-        progress
-            As for :func:`compress`; what was chosen there by default.
-
-        Raises
-        ------
-        RequestError
-            If the folder is not empty and ``overwrite`` is not set, is being written by another run, or cannot be
-            written.
-        ArtifactError
-            If what was read back is not what was written.
-        """
-        from octavo.saving import save
-
-        with (
-            Lock(path),
-            self.job.witness.blamed(),
-            showing(self.job.progress if progress is None else progress) as self.job.progress,
-        ):
-            return save(self, Path(path), overwrite=overwrite, report=report)
-
-    def forget_workspace(self) -> None:
-        """Remove the folder of unfinished work, once it is saved: the encoded forms lie there."""
-        forget(self.workspace)
-        if self.lock is not None:
-            self.lock.release()
-
-
+@shows_options
 @with_progress
 @fast_matmul()
-def compress(
-    source: str | Path | nn.Module | Source,
-    *,
-    ratio: float | None = None,
-    size: str | int | None = None,
-    bits: float | None = None,
-    target: str = "disk",
-    speedup: float | None = None,
-    latency: str | float | None = None,
-    shape: str | Sequence[int] | None = None,
-    data: Any = None,
-    forward_args: Callable[[Batch], Any] | None = None,
-    objective: str | Objective | None = None,
-    curvature: str = "kfac",
-    methods: Sequence[str] | None = None,
-    preset: str = "default",
-    ignore: Iterable[str] = (),
-    keep: Mapping[str, str] | None = None,
-    plan: str | Path | None = None,
-    workspace: str | Path | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    memory: str | int | None = None,
-    executor: str | Executor | None = None,
-    progress: Shown = None,
-) -> Compressed:
-    """Compress a source to the size asked for.
+def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices]) -> Compressed:
+    """Compress a source to the size or speed asked for.
 
     Parameters
     ----------
     source
-        A ``transformers`` folder, a ``.safetensors`` file or index, or any module.
+        A ``transformers`` folder, a ``.safetensors`` file or index, or any module; or a :class:`octavo.Request`, which
+        holds all other parameters too.
     ratio, size, bits
         The budget, exactly one of them: original bytes over artifact bytes, bytes (``"11MB"``), or bits per weight.
     target
-        What the budget counts: ``disk``, the bytes of the artifact's files, ``memory``, those that all tensors take
-        while the model runs from packed codes (``octavo.load(path, packed=True)``), or ``speed``.
+        What the budget counts: ``disk``, the bytes of the artifact's files; ``memory``, those that all tensors take
+        while the model runs from packed codes (``octavo.load(path, packed=True)``); or ``speed``.
     speedup, latency, shape
         The budget for ``speed``, exactly one of the first two: times as fast as the source in PyTorch in float32, or
-        seconds (``"5ms"``), at ``shape`` sequences x tokens (1 x 32 if not given), on this machine with onnxruntime
-        (:func:`octavo.targets.speed.compress_for_speed`). Its methods and preset are its own.
+        seconds (``"5ms"``), at ``shape`` sequences x tokens (1 x 32 if not given), on this machine with onnxruntime.
+        Its methods and preset are its own.
     data
         A file or list of texts for a text model, or an iterable of batches, such as a ``DataLoader``; a single tensor
         or mapping is one batch. Without any, the built-in English text serves a text model, and other sources are
-        compressed without data. Of a tuple longer than ``forward`` takes, such as inputs with labels, the first
+        compressed without data. If a tuple is longer than ``forward`` takes, such as inputs with labels, the first
         element goes in; keys that ``forward`` does not know are left out. Batches whose rows point to each other,
         such as graphs, are held back whole.
     forward_args
@@ -189,9 +73,9 @@ def compress(
         measures both together in a second pass over the data (:mod:`octavo.calibration.curvature`): more exact, for
         more memory. It needs data and a model that fits in memory.
     methods
-        Names of methods or families to use; those of the preset if not given.
+        Names of methods or families to use, or methods with knobs; those of the preset if not given.
     preset
-        ``fast``, ``default`` or ``best``.
+        ``fast``, ``default`` or ``best``; or ``data-free``.
     ignore, keep
         Globs of site names to leave alone, and a mapping of globs to choices such as ``float16`` or ``gptq:bits=4``.
     plan
@@ -202,6 +86,8 @@ def compress(
         if not given. Where temporary files lie in memory, name a folder beside the output for a large model.
     resume
         Use finished steps found in ``workspace``.
+    seed
+        The same seed gives the same bytes.
     memory
         The most that the run may take (``"6GB"``); by default three quarters of what the machine has. A model that does
         not fit in it as a whole is run block by block.
@@ -222,105 +108,257 @@ def compress(
     RequestError
         If something about the request or the source cannot be served.
     BudgetError
-        If the budget cannot be reached.
+        If the budget cannot be reached; its ``limit`` is the largest that can.
+    MissingExtraError
+        If an extra that the target needs is not installed.
 
     Warns
     -----
     OctavoWarning
         Once for every kind of note about the run, such as sites for which there was too little data.
+
+    Examples
+    --------
+    >>> import octavo, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    >>> done = octavo.compress(net, ratio=4, data=torch.randn(64, 64), progress=False)
+    >>> done.ratio >= 4
+    True
     """
-    made = {
-        "ratio": ratio, "size": size, "bits": bits, "speedup": speedup, "latency": latency, "shape": shape,
-        "curvature": curvature, "methods": methods, "preset": preset, "plan": plan, "memory": memory,
-        "executor": executor,
-    }  # fmt: skip
-    check_target(target, named(made, _USUAL))
-    if target == SPEED:
-        fast = _for_speed(
-            source, speedup=speedup, latency=latency, shape=shape, data=data, forward_args=forward_args,
-            objective=objective, ignore=ignore, keep=keep, workspace=workspace, resume=resume, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-        warn(fast.notes, _DEPTH)
-        return fast
-    if workspace is not None:
-        workspace = checked_output(workspace)
-    clock = _Clock()
-    job = open_job(
-        source, data, objective, methods, preset, ignore, keep or {}, seed, callback(progress), memory, target,
-        curvature, forward_args, work=Path(workspace) if workspace and resume else None,
-    )  # fmt: skip
-    given = None if plan is None else requested_plan(job, Path(plan), ratio, size, bits)
-    asked = requested_budget(job, ratio, size, bits) if given is None else given.budget
-    if given is None:
-        refuse_unreachable(job, asked)
-    if not resume:
-        refuse_full_disk(job, Path(workspace or tempfile.gettempdir()), asked.bytes, preset)
-    clock.lap("open")
-    # A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
-    folder = Path(workspace or tempfile.mkdtemp(prefix="octavo-"))
-    lock = None if workspace is None else Lock(folder)
-    try:
-        with job.witness.blamed(), executors.executor(executor) as job.executor:
-            bare = given is not None and not (resume and holds_profile(folder, describe(job, preset)))
-            if bare:
-                if methods is not None:
-                    raise RequestError("a plan says which method every site gets: leave methods out, and edit the plan")
-                # To carry out a plan nothing needs to be measured but what sites there are.
-                job.methods = [get_method("keep")]
-            room = workspace_of(job, folder, preset, resume=resume)
-            calibration = job.calibrate(room)
-            clock.lap("evidence")
-            around = None if bare else asked.bytes * 8 / job.source.weights
-            profile = build_profile(job, calibration, room, around, preset, corrected=not bare)
-            if profile.smallest > asked.bytes and not bare:
-                # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
-                profile = build_profile(job, calibration, room, 0.0, preset)
-            clock.lap("profile")
-            if given is None:
-                spared = asked.bytes - reserve(job, asked.bytes, preset)
-                free = asked if profile.smallest > spared else replace(asked, bytes=spared)
-                chosen = allocate(profile, free, margin=margin_of(target))
-                clock.lap("plan")
-                # Whoever names methods gets no other.
-                plain = methods is None or any(method.name == PLAIN for method in job.methods)
-                best, rival = contest(job, profile, calibration, room, chosen, free, plain=plain)
-                clock.lap("encode")
-                best = reconstruct(job, calibration, best, asked.bytes, preset)
-                clock.lap("reconstruct")
-            else:
-                best, profile = carry_out(job, profile, calibration, room, given)
-                rival = None
-                clock.lap("encode")
-            job.witness.check(every=True)
-    except BaseException:
-        if workspace is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            lock.release()
-        raise
-    done = Compressed(job, profile, calibration, asked, best, rival, preset, clock.laps, workspace=folder, lock=lock)
-    if workspace is None:
-        # The encoded forms lie there until they are saved.
-        weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)
+    request = request_of(source, choices)
+    target = get_target(request.target)
+    target.refuse(request)
+    target.stated(request)
+    done = _compressed(request, target, callback(progress))
     warn(done.notes, _DEPTH)
     return done
 
 
-def _for_speed(source: Any, **request: Any) -> Compressed:
-    from octavo.targets.speed import compress_for_speed
+def _compressed(request: Request, target: Target, progress: Progress) -> Compressed:
+    """The way through."""
+    clock, work = Clock(), None if request.workspace is None else checked_output(request.workspace)
+    opened = open_request(request, target, progress, work=work if request.resume else None)
+    goal = target.goal(opened)
+    target.prepare(opened, goal, Path(work or tempfile.gettempdir()))
+    clock.lap("open")
+    with _workspace(work) as (folder, lock), opened.witness.blamed(), executors.executor(request.executor) as executor:
+        if goal.plan is not None and not (request.resume and holds_profile(folder, opened.identity())):
+            if request.methods is not None:
+                raise RequestError("a plan says which method every site gets: leave methods out, and edit the plan")
+            # To carry out a plan nothing needs to be measured but what sites there are.
+            opened, goal = replace(opened, methods=[dense_method()]), replace(goal, bare=True)
+        room = Workspace(folder, opened.identity(), resume=request.resume, witness=opened.witness)
+        run = begin(opened, room, executor, progress, clock)
+        clock.lap("evidence")
+        profile = target.profile(run, goal)
+        result = target.choose(run, profile, goal)
+        opened.witness.check(every=True)
+    done = Compressed(**vars(replace(result, timings=clock.laps)), lock=lock)
+    if lock is not None:
+        weakref.finalize(done, lock.release)
+    else:
+        # The encoded forms lie there until they are saved.
+        weakref.finalize(done, shutil.rmtree, folder, ignore_errors=True)
+    return done
 
-    return compress_for_speed(source, **request)
+
+@contextmanager
+def _workspace(work: Path | None) -> Iterator[tuple[Path, Lock | None]]:
+    """The folder of unfinished work and its lock; a temporary folder without one, which an error removes.
+
+    A killed run leaves its workspace to be resumed, and a temporary one to be swept: never both.
+    """
+    folder = work or Path(tempfile.mkdtemp(prefix="octavo-"))
+    lock = None if work is None else Lock(folder)
+    try:
+        yield folder, lock
+    except BaseException:
+        if lock is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            lock.release()
+        raise
 
 
-class _Clock:
-    """Seconds by step."""
+@shows_options
+@with_progress
+@fast_matmul()
+def profile(source: Any, out: str | Path, *, progress: Shown = None, **choices: Unpack[Choices]) -> Profile:
+    """Measure the curves of a source over all budgets of a target and save them in the folder ``out``.
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
+    Other parameters are those of :func:`octavo.compress`, but for a budget. Give the folder to ``compress`` as
+    ``workspace`` with ``resume``, or to :func:`plan`, to solve it for any budget.
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now
+    Raises
+    ------
+    RequestError
+        If something about the request or the source cannot be served, or it states a budget.
+    """
+    request = request_of(source, choices)
+    target = get_target(request.target)
+    target.refuse(request)
+    stated = [name for name in request.made(Role.BUDGET) if name != "shape"]
+    if stated or request.plan is not None:
+        raise RequestError(f"a profile is of all budgets: leave {', '.join(stated or ['plan'])} out, and plan it later")
+    opened = open_request(request, target, callback(progress), work=Path(out) if request.resume else None)
+    target.prepare(opened, None, Path(out))
+    with Lock(out), opened.witness.blamed(), executors.executor(request.executor) as executor:
+        room = Workspace(Path(out), opened.identity(), resume=request.resume, witness=opened.witness)
+        found = target.profile(begin(opened, room, executor, callback(progress)), None)
+        room.write_json(_REQUEST, request.saved())
+        opened.witness.check(every=True)
+    warn(by_kind(room.damaged, ()), _DEPTH)
+    return found
+
+
+def saved_choices(folder: str | Path) -> dict[str, Any]:
+    """The choices with which a saved profile was made.
+
+    Raises
+    ------
+    RequestError
+        If the folder holds no finished profile.
+    """
+    file = checked(folder) / _REQUEST
+    try:
+        return unsealed_json(file.parent, file.name, file.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"{folder}: not a finished profile, {_REQUEST} cannot be read: {reason(error)}") from error
+
+
+def plan(folder: str | Path, **budget: Any) -> Plan:
+    """Solve a saved profile for a budget; no weights are read.
+
+    Parameters
+    ----------
+    folder
+        What :func:`profile` wrote.
+    budget
+        One of ``ratio``, ``size`` and ``bits``, as for :func:`octavo.compress`.
+
+    Raises
+    ------
+    RequestError
+        If the budget is stated wrongly, or the profile's target has no plans without a model.
+    BudgetError
+        If the budget cannot be reached.
+    """
+    saved = Profile.load(Path(folder) / "profile.json")
+    target = get_target(saved.options["target"])
+    request = request_of(None, budget)
+    target.refuse(request)
+    return target.plan(saved, request)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What was reached at one budget of a frontier.
+
+    Parameters
+    ----------
+    asked
+        The budget: a ratio, or a speedup for speed.
+    ratio
+        Original bytes over what the budget counts.
+    budget, bytes, used
+        Bytes that were allowed and that the artifact takes, and the share of the budget that was used.
+    quality, uniform
+        Mean divergence on held-back data, and that of the best uniform plan at the same bytes.
+    winner
+        The label of the best plan.
+    families
+        Quality of the best plan of every single family at the same bytes, if asked for.
+    more
+        Figures that the target adds.
+    error, limit
+        Why the budget cannot be reached, and the largest that can; everything else is None then.
+    """
+
+    asked: float
+    ratio: float | None = None
+    budget: int | None = None
+    bytes: int | None = None
+    used: float | None = None
+    quality: float | None = None
+    uniform: float | None = None
+    winner: str | None = None
+    families: dict[str, float] | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    limit: float | None = None
+
+
+@shows_options
+@with_progress
+def frontier(
+    source: Any, ratios: Sequence[float], *, families: bool = False, progress: Shown = None, **choices: Unpack[Choices]
+) -> list[Reached]:
+    """Build and measure a compression at each of several budgets; what they have in common is measured once.
+
+    Parameters
+    ----------
+    ratios
+        Ratios to build; speedups for ``target="speed"``.
+    families
+        Also build the best plan of every single family at the same bytes.
+    choices
+        Other keyword arguments of :func:`octavo.compress`. ``workspace`` is the folder for the profile, which is made
+        once; one that is there is used.
+
+    Returns
+    -------
+    list of Reached
+        One for each budget, also for those that cannot be reached.
+
+    Raises
+    ------
+    RequestError
+        If something about the request cannot be served.
+    BudgetError
+        If none of the budgets can be reached.
+    """
+    request = replace(request_of(source, choices), resume=True)
+    target = get_target(request.target)
+    target.refuse(request)
+    if request.workspace is None:
+        raise RequestError("workspace: a frontier keeps its profile there; name a folder")
+    if not ratios:
+        raise RequestError(f"ratios: give at least one {target.budget[0]}, such as 8")
+    asked = [request.asked(**{target.budget[0]: budget}) for budget in ratios]
+    for one in asked:
+        # Before anything is measured.
+        target.stated(one)
+    profile(replace(request, workspace=None), request.workspace, progress=progress)
+    rows, errors = [], []
+    for one, value in zip(asked, ratios, strict=True):
+        try:
+            rows.append(_reached(compress(one, progress=progress), value, families=families))
+        except BudgetError as error:
+            errors.append(error)
+            rows.append(Reached(value, error=str(error), limit=error.limit))
+    if len(errors) == len(rows):
+        raise errors[-1]
+    return rows
+
+
+def _reached(done: Result, asked: float, *, families: bool) -> Reached:
+    target = done.opened.target
+    assert isinstance(target, Target)
+    return Reached(
+        asked,
+        done.ratio,
+        done.budget.bytes,
+        done.built.bytes,
+        done.built.counted / done.budget.bytes,
+        done.built.quality,
+        done.rival.quality if done.rival else None,
+        done.built.plan.label,
+        _families(done) if families else None,
+        dict(target.row(done)),
+    )
+
+
+def _families(done: Result) -> dict[str, float]:
+    """Measured quality of the best plan of every single family at the same bytes."""
+    plans = single_families(done.profile, done.budget)
+    return {plan.notes[0]: finish(done.run, done.profile, plan, done.budget).quality for plan in plans}

@@ -4,66 +4,127 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from octavo.allocation.workspace import forget
 from octavo.artifact import Artifact
-from octavo.artifact.companions import copy_companions
+from octavo.encoding.result import Result
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
+from octavo.report import Report, card, write_json
+from octavo.report import write as write_report
 from octavo.report.gather import report_data
-from octavo.report.page import write, write_json
-from octavo.report.schema import Report
-from octavo.report.summary import card
+from octavo.sources.companions import copy_companions
 from octavo.sources.sentences import members, transformer_folder
 from octavo.system.ahead import in_order
 from octavo.system.atomic import TRIED, made_aside, move_into_place, tidy, write_file
+from octavo.system.clock import Clock
+from octavo.system.locks import Lock
 from octavo.system.paths import checked, checked_output
+from octavo.system.progress import Shown, showing
 from octavo.system.raw import raw_bytes
 from octavo.system.replacing import check_folder
+from octavo.targets import Target
 from octavo.verification.proof import prove
 from octavo.verification.recorded import REPORT
 
-if TYPE_CHECKING:
-    from octavo.pipeline import Compressed
 
+@dataclass(frozen=True)
+class Compressed(Result):
+    """A finished compression, to be saved.
 
-def save(done: Compressed, path: Path, *, overwrite: bool = False, report: bool = True) -> Report:
-    """Write the artifact of a finished compression; nothing is left behind if anything fails.
-
-    The folder is written aside, read back, measured, and only then renamed into place.
-
-    Raises
-    ------
-    RequestError
-        If the folder is not empty and ``overwrite`` is not set, or cannot be written.
-    ArtifactError
-        If what was read back is not what was written.
+    Parameters
+    ----------
+    lock
+        Held for as long as the encoded forms are needed, in a workspace that others may use.
     """
-    # The folder itself: a link to it stays a link, and "." has a name.
-    path = path.resolve()
-    check_writable(path, overwrite=overwrite, source=done.job.source.path, others=[done.job.witness.data])
-    started = time.perf_counter()
-    aside = made_aside(path)
-    try:
-        _write(done, aside)
-        artifact = Artifact(aside)
-        _compare(done, artifact)
-        proof = prove(done.job, artifact)
-        done.timings["verify"] = time.perf_counter() - started
-        data = report_data(done, artifact, proof)
-        done.timings["measure"] = time.perf_counter() - started - done.timings["verify"]
-        data = replace(data, timings={**done.timings, "total": sum(done.timings.values())})
-        write_report(data, aside, page=report)
-        # What was copied and what was measured are to be of one state of the source.
-        done.job.witness.check(every=True)
-        move_into_place(aside, path)
-    except OSError as error:
-        raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    lock: Lock | None = None
+
+    def save(self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None) -> Report:
+        """Write the artifact, read it back, measure it, write the report; returns the report.
+
+        Parameters
+        ----------
+        path
+            The folder to write.
+        overwrite
+            Whether a folder that is not empty is replaced.
+        report
+            Whether ``report.html`` and ``report.json`` are written beside the artifact, which loads without them.
+            Without them :func:`octavo.verify` checks checksums and says of the rest that it was not recorded.
+        progress
+            As for :func:`octavo.compress`; what was chosen there by default.
+
+        Raises
+        ------
+        RequestError
+            If the folder is not empty and ``overwrite`` is not set, is being written by another run, or cannot be
+            written.
+        ArtifactError
+            If what was read back is not what was written.
+        """
+        return save(self, path, overwrite=overwrite, report=report, progress=progress)
+
+    def forget_workspace(self) -> None:
+        """Remove the folder of unfinished work, once the compression is saved: the encoded forms lie there."""
+        forget(self.run.workspace.path)
+        if self.lock is not None:
+            self.lock.release()
+
+
+def save(
+    done: Result,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    report: bool = True,
+    progress: Shown = None,
+    command: str = "",
+) -> Report:
+    """Write the artifact of a finished compression, for every target; nothing is left behind if anything fails.
+
+    The folder is written aside, read back, measured, and only then renamed into place. Parameters and errors are those
+    of :meth:`Compressed.save`; ``command`` is the line that the report says it was made by.
+    """
+    opened, shown = done.opened, done.run.progress if progress is None else progress
+    with Lock(path), opened.witness.blamed(), showing(shown) as bars:
+        done = replace(done, run=replace(done.run, progress=bars))
+        # The folder itself: a link to it stays a link, and "." has a name.
+        path = Path(path).resolve()
+        check_writable(path, overwrite=overwrite, source=opened.source.path, others=[opened.witness.data])
+        aside = made_aside(path)
+        try:
+            data = _written(done, aside, command, report=report)
+            # What was copied and what was measured are to be of one state of the source.
+            opened.witness.check(every=True)
+            move_into_place(aside, path)
+        except OSError as error:
+            raise OctavoError(
+                f"{path}: cannot be written: {error.strerror or error}; nothing was left there"
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return data
+
+
+def _written(done: Result, folder: Path, command: str, *, report: bool) -> Report:
+    """Write everything into a folder and measure it there."""
+    clock, target = Clock(), done.opened.target
+    assert isinstance(target, Target)
+    _write(done, folder)
+    written = target.write(done, folder)
+    artifact = Artifact(folder)
+    _compare(done, artifact)
+    proof = prove(done.run, artifact)
+    clock.lap("verify")
+    section = target.verify(done, artifact, written)
+    data = report_data(done, artifact, proof, section, command)
+    clock.lap("measure")
+    timings = {**done.timings, **clock.laps}
+    data = replace(data, timings={**timings, "total": sum(timings.values())})
+    _write_report(data, folder, page=report)
     return data
 
 
@@ -89,26 +150,26 @@ def check_writable(
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _write(done: Compressed, folder: Path) -> None:
-    source = done.job.source
-    done.built.contents.write(folder, lambda written, total: done.job.progress("write", written >> 20, total >> 20))
+def _write(done: Result, folder: Path) -> None:
+    source = done.opened.source
+    done.built.contents.write(folder, lambda written, total: done.run.progress("write", written >> 20, total >> 20))
     if source.folder is None:
         return
     if (transformer_folder(source.folder) / "config.json").exists() or members(source.folder):
         notes = copy_companions(source.folder, folder)
-        done.job.notes += [note for note in notes if note not in done.job.notes]
+        done.opened.notes.extend(note for note in notes if note not in done.opened.notes)
     # As they were when the manifest was planned, whatever became of the source since.
     for name, content in done.built.contents.configurations.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 
-def _compare(done: Compressed, artifact: Artifact) -> None:
+def _compare(done: Result, artifact: Artifact) -> None:
     """What was read from the disk must be, bit for bit, what was measured."""
     packed, kept = done.built.packed, done.built.contents.kept
     if artifact.bytes != done.built.bytes:
         raise ArtifactError(f"{artifact.path}: {artifact.bytes} bytes on disk, {done.built.bytes} were planned")
-    if set(artifact.names()) != {*packed, *kept} or artifact.aliases != done.job.source.aliases:
+    if set(artifact.names()) != {*packed, *kept} or artifact.aliases != done.opened.source.aliases:
         raise ArtifactError(f"{artifact.path}: the tensors read back are not those written")
 
     def same(name: str) -> bool:
@@ -126,13 +187,13 @@ def _compare(done: Compressed, artifact: Artifact) -> None:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
 
 
-def write_report(data: Report, folder: Path, *, page: bool) -> None:
-    """Write the card, which is part of the artifact, and the report, which is not."""
+def _write_report(data: Report, folder: Path, *, page: bool) -> None:
+    """The card, which is part of the artifact, and the report, which is not."""
     write_file(folder / "README.md", card(data).encode())
     if not page:
         return
     try:
-        write(data, folder / REPORT)
+        write_report(data, folder / REPORT)
     except MissingExtraError:
         # The artifact and its figures do not depend on a plotting library.
         write_json(data, (folder / REPORT).with_suffix(".json"))

@@ -57,9 +57,11 @@ def folded(request, tmp_path_factory):
 def test_every_setting_that_a_kernel_runs_was_tried(folded):
     done, _ = folded
     for curve in done.profile.curves:
-        site = done.job.site(curve.site)
+        site = done.opened.site(curve.site)
         for name in ("gptq", "rtn"):
-            wanted = get_method(name).kernel_settings(done.job.matrix(site), done.calibration.evidence[curve.site])
+            wanted = get_method(name).kernel_settings(
+                done.opened.matrix(site), done.run.calibration.evidence[curve.site]
+            )
             assert [point.setting for point in curve.points if point.method == name] == wanted
 
 
@@ -69,7 +71,7 @@ def test_no_choice_that_fits_is_expected_to_lose_less(folded):
     points, left = done.built.plan.points, done.budget.bytes - done.built.counted
     assert left >= 0
     if done.built.refused:
-        assert "would fit, but with them the loss was no lower" in report["artifact"]["note"]
+        assert "would fit, but did not lower the measured loss" in report["artifact"]["note"]
         return
     moves = [
         (curve.site, point.bytes - points[curve.site].bytes, point.loss - points[curve.site].loss)

@@ -26,9 +26,9 @@ def compressed(row, folder):
     row.model().save_pretrained(source)
     done = octavo.compress(source, ratio=RATIO, data=[row.batch()], preset="fast")
     report = done.save(artifact)
-    (held,) = done.job.held_data
+    (held,) = done.opened.held_data
     save_file({key: value.contiguous() for key, value in held.items()}, data)
-    name = next(name for name, kind in OBJECTIVES.items() if type(done.job.objective) is kind)
+    name = next(name for name, kind in OBJECTIVES.items() if type(done.opened.objective) is kind)
     paths = {"source": str(source), "artifact": str(artifact), "data": str(data)}
     return {**paths, "class": row.name, "objective": name, "stated": report["quality"]["value"]}
 

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import octavo
+from octavo.allocation.workspace import Workspace
 from octavo.artifact import Contents, Entry, Kept, Sized, is_constant, pack, writing
-from octavo.calibration.workspace import Workspace
 from octavo.errors import OctavoError
 from octavo.forms import Dense, Grid
 from octavo.sources.sites import Layout

@@ -7,10 +7,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from octavo.allocation.workspace import Workspace
 from octavo.calibration.blocks import Blocks
 from octavo.calibration.blockwise import Blockwise
 from octavo.calibration.inputs import choose_objective, model_of
-from octavo.calibration.workspace import Workspace
 from octavo.errors import RequestError
 from octavo.sources.files import from_path
 

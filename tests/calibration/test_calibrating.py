@@ -346,7 +346,7 @@ def test_too_little_data_is_said_and_still_serves():
 
 
 def test_fewer_sequences_than_eight_are_refused():
-    with pytest.raises(RequestError, match="7 sequences, at least 8"):
+    with pytest.raises(RequestError, match="7 sequences for calibration; at least 8"):
         gather(nn.Linear(32, 32), [torch.randn(4, 32), torch.randn(3, 32)])
 
 

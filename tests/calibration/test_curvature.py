@@ -285,7 +285,7 @@ def test_compress_measures_it_and_resumes_with_it(tmp_path):
     request = {"ratio": 6, "data": data, "methods": ["entropy", "fisher-svd"], "preset": "fast"}
     request["workspace"] = tmp_path / "work"
     done = octavo.compress(small(), curvature="ekfac", **request)
-    assert all(done.calibration.evidence[site.name].curvature is not None for site in done.job.sites)
+    assert all(done.run.calibration.evidence[site.name].curvature is not None for site in done.opened.sites)
     assert {point.method for curve in done.profile.curves for point in curve.points} >= {"entropy", "fisher-svd"}
     first = done.save(tmp_path / "first")
     again = octavo.compress(small(), curvature="ekfac", resume=True, **request).save(tmp_path / "again")

@@ -13,7 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import octavo
 
-FOLDED = "folded into the layer before"
+FOLDED = "folded into the preceding layer"
 
 
 def seasoned(module):
@@ -218,7 +218,7 @@ def test_what_others_read_is_left_alone(kind):
         octavo.calibration.objective.Loss(lambda m, x: m(x)["logits"].square().sum(1)) if kind is Returned else "kl"
     )
     done = octavo.compress(module, ratio=1.2, data=[images()], objective=objective, preset="fast", methods=["keep"])
-    assert not any(FOLDED in note for note in done.job.notes)
+    assert not any(FOLDED in note for note in done.opened.notes)
     assert kind is Returned or done.built.quality < 1e-3
 
 
@@ -272,7 +272,7 @@ def test_quality_is_that_of_the_loaded_module_against_the_original(tmp_path):
     done = octavo.compress(module, ratio=10, data=[data], preset="default")
     report = done.save(tmp_path / "out")
     loaded = octavo.load(tmp_path / "out", into=Net().eval())
-    (held,) = done.job.held_data
+    (held,) = done.opened.held_data
     with torch.no_grad():
         old, new = module(held).log_softmax(1), loaded(held).log_softmax(1)
     # So small a divergence is a sum of terms that cancel: its last digits are those of float32.
@@ -304,7 +304,7 @@ class Hooked(Net):
 @pytest.mark.parametrize("kind", [Apart, Residual, Returned, Detached, Twice, Shared, Branching, Hooked])
 def test_without_data_nothing_is_guessed(kind):
     done = octavo.compress(seasoned(kind()), ratio=1.2, preset="data-free", methods=["keep"])
-    assert not any(FOLDED in note for note in done.job.notes)
+    assert not any(FOLDED in note for note in done.opened.notes)
 
 
 def test_linear_layers_need_data_since_channels_may_be_positions(tmp_path):

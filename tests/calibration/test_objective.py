@@ -248,7 +248,7 @@ def test_loss_objective_follows_the_labels() -> None:
         torch.nn.functional.cross_entropy(model(one), label).backward()
         wanted += model.weight.grad.square()
     assert torch.allclose(total, wanted, rtol=0.15)
-    with pytest.raises(RequestError, match="one number an example"):
+    with pytest.raises(RequestError, match="one number per example"):
         Loss(lambda module, batch: module(batch[0])).outputs(model, (inputs, labels))
 
 

@@ -23,9 +23,9 @@ from octavo.calibration.curvature import kronecker
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.objective import objective
 from octavo.errors import RequestError
-from octavo.integrations.transformers import load_weights
 from octavo.methods import Method, get_method, methods
 from octavo.sources.files import from_path
+from octavo.sources.loading import load_weights
 from octavo.sources.sites import Layout, Site, from_module
 from octavo.system.raw import narrowed
 

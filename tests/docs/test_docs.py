@@ -1,7 +1,13 @@
-"""What the documentation shows is run: its Python as it stands, its command lines as far as their options go."""
+"""The documentation is executed: its Python in full, its command lines as far as their commands and options.
 
+Links, and the pages that are made from the code, are checked too. All Python blocks find the same small model, its
+texts and one artifact of it in their folder, so that no page has to make its own.
+"""
+
+import importlib.util
 import re
 import shlex
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -10,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import typer
 
+import octavo
 import octavo.forms.base
 import octavo.methods.base
 import octavo.recipes.base
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*([\w+-]*).*")
 #: Stands on a line of its own before a Python block that is shown but not run: ``<!-- not run: needs a GPU -->``.
@@ -93,7 +102,8 @@ def unknown_words(root: Any, words: list[str]) -> tuple[list[str], list[str]]:
         elif getattr(command, "commands", None) and not word.startswith("-"):
             if word not in command.commands:
                 return names, [*unknown, word]
-            command, names = command.commands[word], [*names, word]
+            _, command, _ = command.resolve_command(typer.Context(command), [word])
+            names = [*names, word]
     return names, unknown
 
 
@@ -125,9 +135,40 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(octavo.recipes.base, "_RECIPES", dict(octavo.recipes.base._RECIPES))
 
 
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages speak of: ``path/to/model``, texts in two files, and the artifact ``folded``."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("workplace")
+    model = folder / "path" / "to" / "model"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(config).eval().save_pretrained(model)
+    words = [f"word{k}" for k in range(62)]
+    tokenizer = Tokenizer(WordLevel({word: k for k, word in enumerate(["[PAD]", "[UNK]", *words])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(model)
+    for name in ("sentences.txt", "held-out.txt"):
+        drawn = torch.randint(0, len(words), (48, 12)).tolist()
+        (folder / name).write_text("\n".join(" ".join(words[k] for k in row) for row in drawn) + "\n", encoding="utf-8")
+    done = octavo.compress(model, ratio=4, data=folder / "sentences.txt", preset="fast", progress=False)
+    done.save(folder / "folded", progress=False)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::octavo.OctavoWarning")
 @pytest.mark.usefixtures("own_registries")
 @pytest.mark.parametrize("page", python_pages())
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"page_{re.sub(r'[^a-z0-9]', '_', page.stem.lower())}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses and pickle look their module up
@@ -151,6 +192,48 @@ def test_command_lines_name_what_exists(words: list[str]) -> None:
     assert result.exit_code == 0, result.output
 
 
+def targets(text: str) -> Iterator[str]:
+    """Where the links and pictures of a page lead, fenced blocks left out."""
+    fenced = re.sub(r"^( *)(`{3,}|~{3,})[^\n]*\n.*?^ *\2[`~]*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    yield from re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", fenced))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in targets(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.relative_to(ROOT)} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}: no such heading"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for target in targets(index.read_text("utf-8"))}
+    missing = {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - linked - {index}
+    assert not missing, f"docs/README.md does not link to {sorted(page.name for page in missing)}"
+
+
+def test_reference_pages_are_those_of_the_code() -> None:
+    folder = ROOT / "docs" / "reference"
+    spec = importlib.util.spec_from_file_location("reference_generate", folder / "generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    old = [name for name, made in generate.PAGES.items() if (folder / name).read_text(encoding="utf-8") != made()]
+    assert not old, f"{old} in docs/reference are not those of the code; run `make reference`"
+
+
 def test_blocks_are_told_apart() -> None:
     text = (
         "a\n```python\nx = 1\n```\n<!-- not run: slow -->\n\n~~~~ python\n```\n~~~~\n"
@@ -164,6 +247,12 @@ def test_blocks_are_told_apart() -> None:
     ]
     with pytest.raises(AssertionError, match="line 1 is not closed"):
         list(blocks("```python\nx = 1\n"))
+
+
+def test_links_are_found() -> None:
+    text = "# A [b](x.md#the-end) `[c](no)`\n```python\nx[0](1)\n```\n![d](e.svg)\n## The end: 1 − cosine\n"
+    assert list(targets(text)) == ["x.md#the-end", "e.svg"]
+    assert "the-end-1--cosine" in anchors(text)
 
 
 def test_command_lines_are_found() -> None:
@@ -181,7 +270,6 @@ def test_command_lines_are_found() -> None:
 
 
 def test_unknown_words_are_found() -> None:
-    import typer
     from typer.main import get_command
 
     app = typer.Typer()

@@ -189,9 +189,11 @@ def test_an_edited_plan_that_does_not_fit_says_where_and_what_would(measured, tm
     with pytest.raises(octavo.RequestError) as refused:
         octavo.compress(source, plan=file, **request)
     said = str(refused.value)
-    total, budget, excess = map(int, re.search(r"takes (\d+) bytes, its budget is (\d+), (\d+) less", said).groups())
+    total, excess, budget = map(
+        int, re.search(r"takes (\d+) bytes, (\d+) more than its budget of (\d+)", said).groups()
+    )
     assert str(file) in said and total == budget + excess
-    assert re.search(r"'first\.weight' takes \d+ bytes, the plan says \d+", said)
+    assert re.search(r"'first\.weight' takes \d+ bytes, but the plan states \d+", said)
     # What the error says would fit, does.
     edited(file, lambda data: data.update(budget=total))
     done = octavo.compress(source, plan=file, **request)
@@ -221,7 +223,7 @@ def test_a_plan_of_another_source_says_so_and_claims_no_ratio(measured, tmp_path
     done = octavo.compress(other, plan=tmp_path / "plan.yaml", **request)
     assert done.budget.asked == f"size {done.budget.bytes}"
     assert USED * done.budget.bytes <= done.built.counted <= done.budget.bytes
-    assert any("made for another source" in note for note in done.job.notes)
+    assert any("made for another source" in note for note in done.opened.notes)
 
 
 def test_the_three_commands_of_the_guide(measured, tmp_path):

@@ -45,9 +45,9 @@ def test_memory(encoder, tmp_path):
     packed = octavo.verify(tmp_path / "out").packed
     assert 0 < packed.held <= packed.stated
     assert (report["running"]["quality"] is None) == layered
-    assert ("do not run packed" in report["running"]["note"]) == layered
+    assert ("cannot run packed" in report["running"]["note"]) == layered
     if layered:
-        with pytest.raises(octavo.RequestError, match="layers behind its transformer"):
+        with pytest.raises(octavo.RequestError, match="layers after its transformer"):
             octavo.evaluate(tmp_path / "out", against=source, data=TEXTS, packed=True)
     else:
         assert octavo.evaluate(tmp_path / "out", against=source, data=TEXTS, packed=True).mean < 0.1

@@ -99,7 +99,7 @@ def test_nothing_is_left_to_chance(case):
 
 
 def test_the_stated_quality_is_that_of_the_loaded_model(case):
-    objective, held = case.done.job.objective, case.done.job.held_data
+    objective, held = case.done.opened.objective, case.done.opened.held_data
     old, new = (case.kind.from_pretrained(folder).eval() for folder in (case.source, case.out))
     real = float(objective.measure(new, held, objective.reference(old, held)).mean())
     assert 0 < real == pytest.approx(case.report["quality"]["value"], rel=1e-4)
@@ -107,7 +107,7 @@ def test_the_stated_quality_is_that_of_the_loaded_model(case):
 
 
 def test_equal_matrices_are_stored_once(case):
-    artifact, source = octavo.Artifact(case.out), case.done.job.source
+    artifact, source = octavo.Artifact(case.out), case.done.opened.source
     sites = {alias: name for alias, name in artifact.aliases.items() if name in artifact.sites}
     assert len(sites) == case.equal + case.tied and artifact.aliases == source.aliases
     # Original bytes are those of distinct tensors, and the artifact's are so many times fewer.

@@ -62,7 +62,7 @@ def llama(tmp_path_factory):
 def test_every_kind_meets_its_budget(kind, memory, tmp_path):
     source = write(kind, tmp_path / "model")
     done = octavo.compress(source, ratio=3, data=TEXTS, methods=["entropy"], preset="fast", memory=memory)
-    assert done.job.source.is_skeleton == (memory is not None)
+    assert done.opened.source.is_skeleton == (memory is not None)
     data = done.save(tmp_path / "out")
     assert 0.98 * done.budget.bytes <= data["artifact"]["bytes"] <= done.budget.bytes
     assert data["quality"]["metric"] == "KL divergence" and 0 < data["quality"]["value"] < 1
@@ -160,7 +160,9 @@ def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
     tokenizer = Tokenizer(WordLevel({word: index + 40 for index, word in enumerate(["<s>", *WORDS])}, unk_token="<s>"))
     tokenizer.pre_tokenizer = Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<s>").save_pretrained(folder)
-    with pytest.raises(RequestError, match="token 99, and LlamaForCausalLM knows tokens 0 to 59: the tokenizer does"):
+    with pytest.raises(
+        RequestError, match="token 99, but LlamaForCausalLM knows tokens 0 to 59, so the tokenizer belongs"
+    ):
         octavo.compress(folder, ratio=3, data=TEXTS, preset="fast")
 
 
@@ -182,7 +184,7 @@ def test_an_unknown_architecture_is_compressed_as_bare_tensors_and_that_is_said(
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert any("'odd' is not known" in note for note in data["calibration"]["warnings"])
     assert set(octavo.load(tmp_path / "out")) == set(from_path(llama).shapes)
-    with pytest.raises(RequestError, match="without a model, calibration data cannot be used"):
+    with pytest.raises(RequestError, match="so calibration data cannot be used"):
         octavo.compress(folder, ratio=3, data=TEXTS)
 
 
@@ -201,5 +203,5 @@ def test_a_model_that_lacks_weights_is_refused_by_name(llama, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RequestError, match=r"model.layers.1.mlp.up_proj.weight' is not among the weights"):
+    with pytest.raises(RequestError, match=r"model.layers.1.mlp.up_proj.weight' is not in the source's weights"):
         octavo.compress(folder, ratio=3, data=TEXTS, preset="fast", memory=LITTLE)

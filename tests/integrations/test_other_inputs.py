@@ -78,13 +78,13 @@ def write(model, folder, *, tokenizer=True):
 @pytest.mark.parametrize(
     ("model", "tokenizer", "says"),
     [
-        (vit(), False, 'takes pixel_values, and no text.*"pixel_values": tensor'),
-        (vit(), True, 'takes pixel_values, and no text.*"pixel_values": tensor'),
-        (wav2vec2(), False, 'takes input_values, and no text.*"input_values": tensor'),
-        (whisper(), True, 'takes input_features, and no text.*"input_features": tensor'),
-        (T.CLIPModel(CLIP), True, "CLIPModel takes image beside text"),
+        (vit(), False, 'takes pixel_values, not text.*"pixel_values": tensor'),
+        (vit(), True, 'takes pixel_values, not text.*"pixel_values": tensor'),
+        (wav2vec2(), False, 'takes input_values, not text.*"input_values": tensor'),
+        (whisper(), True, 'takes input_features, not text.*"input_features": tensor'),
+        (T.CLIPModel(CLIP), True, "CLIPModel takes image besides text"),
         (T.BertModel(T.BertConfig(**TEXT)), False, 'vocab.txt.*"input_ids": tensor'),
-        (T.LlamaForCausalLM(T.LlamaConfig(**TEXT)), False, "no tokenizer can be loaded"),
+        (T.LlamaForCausalLM(T.LlamaConfig(**TEXT)), False, "its tokenizer cannot be loaded"),
         (T.GPT2LMHeadModel(T.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2)), False, "vocab.json"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
@@ -95,7 +95,7 @@ def test_without_texts_that_serve_nothing_is_run_and_that_is_said(model, tokeniz
     (note,) = source.notes
     assert "compressed without data" in note
     assert re.search(says, note), note
-    with pytest.raises(RequestError, match="texts cannot serve"):
+    with pytest.raises(RequestError, match="texts cannot be used"):
         load_data(source, TEXTS, limit=8)
 
 

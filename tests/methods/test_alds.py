@@ -119,7 +119,10 @@ def test_where_channels_can_be_split(module, accepted):
 @pytest.mark.parametrize(
     ("setting", "word"),
     [
-        ({"groups": 3, "rank": 4, "bits": 6}, "3 groups do not divide the 128 columns.*choose from 1, 2, 4"),
+        (
+            {"groups": 3, "rank": 4, "bits": 6},
+            "groups is 3 in the setting .* does not divide the 128 columns.*choose from 1, 2, 4",
+        ),
         ({"groups": 0, "rank": 4, "bits": 6}, "groups is 0"),
         ({"groups": 2, "rank": 0, "bits": 6}, "rank is 0.*from 1 to 64"),
         ({"groups": 2, "rank": 65, "bits": 6}, "rank is 65.*from 1 to 64"),
@@ -195,15 +198,15 @@ def test_errors_fall_as_the_budget_grows_until_all_is_dense():
 
 
 def test_budgets_and_groups_that_cannot_be():
-    with pytest.raises(RequestError, match=r"20 coefficients are too few.*rank 1 everywhere takes 430"):
+    with pytest.raises(RequestError, match=r"20 coefficients are too few, as rank 1 in all layers takes 430"):
         allocate(layers(), 20)
-    with pytest.raises(RequestError, match="there are no layers"):
+    with pytest.raises(RequestError, match="layers: none are given"):
         allocate({}, 20)
     with pytest.raises(RequestError, match="starts is 0 and rounds is 4; both must be at least 1"):
         allocate(layers(), 10_000, starts=0)
     with pytest.raises(RequestError, match="starts is 15 and rounds is 0"):
         allocate(layers(), 10_000, rounds=0)
-    with pytest.raises(RequestError, match="5 channels do not divide the 108 columns"):
+    with pytest.raises(RequestError, match="channels: 5 do not divide the 108 columns"):
         Layer(kernels()["layer0"][0], 5)
     with pytest.raises(RequestError, match="5 groups do not divide 12 channels"):
         layers()["layer0"].errors(5)

@@ -242,7 +242,7 @@ def test_evidence_that_is_not_finite_is_refused(name, part, matrix, evidence):
 
 
 def test_a_matrix_that_is_not_finite_is_refused():
-    with pytest.raises(RequestError, match="a matrix of 2 x 3 has values that are not finite"):
+    with pytest.raises(RequestError, match="a matrix of 2 x 3 has NaN or Inf"):
         factors.whitened(torch.full((2, 3), math.nan))
 
 

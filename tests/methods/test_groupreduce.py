@@ -217,7 +217,7 @@ def test_only_tables_of_tokens_are_accepted():
         ({"rank": 8, "blocks": 257, "bits": 4}, "blocks is 257.*1 to 256"),
         ({"rank": 8, "blocks": 4, "bits": 17}, "bits is 17"),
         ({"rank": 8, "bits": 4}, "no 'blocks'"),
-        ({"rank": 1, "blocks": 4, "bits": 4}, "4 blocks takes 696 coefficients, rank 1 allows 624"),
+        ({"rank": 1, "blocks": 4, "bits": 4}, "4 blocks takes 696 coefficients, but rank 1 allows 624"),
     ],
 )
 def test_unusable_settings_are_named(setting, word):

@@ -298,7 +298,7 @@ def test_bad_requests_are_told():
         decompose(model, moments[:1], [0.1, 0.1])
     with pytest.raises(RequestError, match="a share to cut is 1"):
         decompose(model, moments, [0.1, 1.0])
-    with pytest.raises(RequestError, match="'heads' is no type of module; choose from mlp"):
+    with pytest.raises(RequestError, match="type 'heads' is not known; choose from mlp"):
         decompose(model, moments, [0.1, 0.1], ["heads"])
     with pytest.raises(RequestError, match=r"must be from 0 to 0\.8"):
         allocate([0.1], 0.9)
@@ -312,5 +312,5 @@ def test_bad_requests_are_told():
     with pytest.raises(RequestError, match=r"model\.layers\.0: the moments of 'neurons' are not finite"):
         observe(model, BATCHES)
     model.model.layers[1].mlp.up_proj = nn.Identity()
-    with pytest.raises(RequestError, match=r"layers\.1: mlp\.up_proj is no nn\.Linear"):
+    with pytest.raises(RequestError, match=r"layers\.1: mlp\.up_proj is not an nn\.Linear"):
         blocks(model)

@@ -193,11 +193,11 @@ def test_unusable_settings_are_named(setting, word, matrix, evidence):
 
 
 def test_modes_that_do_not_hold_the_matrix_are_refused():
-    with pytest.raises(RequestError, match=r"\(4, 4\) x \(4, 4\) do not hold a matrix of 17 x 16"):
+    with pytest.raises(RequestError, match=r"\(4, 4\) x \(4, 4\) do not fit a matrix of 17 x 16"):
         decompose(random(17, 16), (4, 4), (4, 4))
     with pytest.raises(RequestError, match="as many modes for rows as for columns"):
         decompose(random(16, 16), (4, 4), (2, 2, 4))
-    with pytest.raises(RequestError, match="sizes are positive"):
+    with pytest.raises(RequestError, match="give a positive size"):
         modes(0, 2)
 
 

@@ -41,7 +41,7 @@ def test_quick_runs_work(name, tmp_path, monkeypatch):
     assert len(result.arms) >= 3 and result.checks and result.reason
     assert all(arm.bytes >= 0 and len(arm.values) >= 1 for arm in result.arms)
     assert len({arm.name for arm in result.arms}) == len(result.arms)
-    assert record_of(store.Result, json.loads(json.dumps(plain_json(result)))) == result
+    assert record_of(store.RecipeResult, json.loads(json.dumps(plain_json(result)))) == result
 
 
 def test_results_are_saved_whole_and_listed(tmp_path):

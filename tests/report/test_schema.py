@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from octavo.encoding.section import Section
 from octavo.errors import ArtifactError
-from octavo.report import Report, Section, card, told
+from octavo.report import Report, card, told
 
 SPEED = Section(
     "speed",

@@ -50,7 +50,7 @@ def test_a_ratio_that_is_no_number(refused: Refused, bare: Path) -> None:
 def test_what_cannot_be_reached_names_what_can(
     command: Command, refused: Refused, bare: Path, tmp_path: Path, budget: tuple[str, str]
 ) -> None:
-    result = refused(bare, *budget, "--json", code=3, says="Ask for a ratio of at most")
+    result = refused(bare, *budget, "--json", code=3, says="ask for a ratio of at most")
     limit = json.loads(result.out)["limit"]
     assert json.loads(result.out)["error"] == "BudgetError"
     done = command("compress", bare, "--ratio", limit, "--out", tmp_path / "out", "--json")
@@ -78,7 +78,7 @@ def test_the_limit_holds_with_data(bert: Path, texts: Path, ratio: float, option
     ("options", "says"),
     [
         (["--preset", "slow"], "choose from fast, default, best"),
-        (["--methods", "gptq,zip"], "'zip' is no method"),
+        (["--methods", "gptq,zip"], "'zip' is neither a method nor a family"),
         (["--objective", "beauty"], "choose one of cosine, kl, squared"),
         (["--ignore", "third.*"], "matches no site; sites are named like 'first.weight'"),
         (["--keep", "third.*=float16"], "matches no site; sites are named like 'first.weight'"),
@@ -169,7 +169,7 @@ def _no_budget(plan: dict) -> None:
         (_setting(bits="four", group=0), "site 'first.weight': rtn: bits is 'four'"),
         (_setting(), "has no 'bits'"),
         (_no_setting, "not a plan"),
-        (_finer, "its budget is"),
+        (_finer, "its budget of"),
         (_no_budget, "not a plan"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -237,7 +237,15 @@ def test_a_profile_of_another_source(refused: Refused, profile: Path, tmp_path: 
 
 def test_a_profile_brings_its_own_request(refused: Refused, bare: Path, profile: Path) -> None:
     for option in (["--preset", "fast"], ["--methods", "rtn"], ["--seed", "1"], ["--keep", "first*=float16"]):
-        refused(bare, "--ratio", "4", "--profile", profile, *option, says="--profile brings the data, objective")
+        refused(
+            bare,
+            "--ratio",
+            "4",
+            "--profile",
+            profile,
+            *option,
+            says=f"--profile: these options cannot be combined with it: {option[0]}",
+        )
 
 
 def test_a_damaged_profile(command: Command, profile: Path, tmp_path: Path) -> None:
@@ -262,9 +270,9 @@ def test_folders_of_others_are_never_removed(command: Command, bare: Path, tmp_p
     letters.mkdir()
     (letters / "to_mother.txt").write_text("dear mother")
     for resume in (False, True):
-        with pytest.raises(octavo.RequestError, match=r"neither empty nor a folder of Octavo's own work"):
+        with pytest.raises(octavo.RequestError, match=r"neither empty nor a work folder of Octavo"):
             octavo.profile(bare, letters, resume=resume)
-        with pytest.raises(octavo.RequestError, match=r"neither empty nor a folder of Octavo's own work"):
+        with pytest.raises(octavo.RequestError, match=r"neither empty nor a work folder of Octavo"):
             octavo.compress(bare, ratio=4, workspace=letters, resume=resume)
     assert command("profile", bare, "--out", letters, "--overwrite").code == 2
     assert command("profile", bare, "--out", letters).code == 2
@@ -274,7 +282,7 @@ def test_folders_of_others_are_never_removed(command: Command, bare: Path, tmp_p
 def test_evaluate_says_what_it_needs(command: Command, bert: Path, artifact: Path, tmp_path: Path) -> None:
     for words, says in (
         ([artifact, "--metric", "beauty"], "choose one of divergence, spearman"),
-        ([artifact], "give it as --against"),
+        ([artifact], "give the source with --against"),
         ([bert, "--metric", "spearman"], "sentence,sentence,score"),
         ([tmp_path / "missing", "--against", bert], "no such file or folder"),
     ):

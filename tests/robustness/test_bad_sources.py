@@ -22,7 +22,7 @@ def test_a_missing_path(refused: Refused, tmp_path: Path) -> None:
 
 def test_a_text_file(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("weights")
-    refused(tmp_path / "model.txt", "--ratio", "4", says="only .safetensors files, their .index.json and .gguf files")
+    refused(tmp_path / "model.txt", "--ratio", "4", says="give a .safetensors file, its .index.json or a .gguf file")
     (tmp_path / "model.safetensors").write_text("weights, or so this file says" * 9)
     refused(tmp_path / "model.safetensors", "--ratio", "4", says="cannot be read as safetensors")
 
@@ -66,7 +66,7 @@ def test_shards_are_one_source(lab: Any, tmp_path: Path) -> None:
     index = {"weight_map": {"first.weight": "a.safetensors", "third.weight": "b.safetensors"}}
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps(index))
     done = octavo.compress(tmp_path / "x.safetensors.index.json", ratio=4, preset="fast")
-    assert {"first.weight", "third.weight", "steps"} <= set(done.job.source.shapes)
+    assert {"first.weight", "third.weight", "steps"} <= set(done.opened.source.shapes)
 
 
 @pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"model_type": "llama", "hidden_size": "x"}'])
@@ -82,7 +82,7 @@ def test_an_artifact_is_no_source(refused: Refused, artifact: Path) -> None:
 
 def test_a_folder_without_weights(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "--ratio", "4", says="no .safetensors file in this folder")
+    refused(tmp_path / "empty", "--ratio", "4", says="holds no .safetensors file")
 
 
 def test_a_file_without_tensors(refused: Refused, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_texts_that_are_no_file(refused: Refused, bert: Path, tmp_path: Path) ->
 
 
 def test_data_for_a_bare_file(refused: Refused, bare: Path, texts: Path) -> None:
-    refused(bare, "--ratio", "3", "--data", texts, says="without a model, calibration data cannot be used")
+    refused(bare, "--ratio", "3", "--data", texts, says="so calibration data cannot be used")
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_batches_of_any_size_are_divided(lab: Any, tmp_path: Path, size: int) ->
     generator = torch.Generator().manual_seed(0)
     batches = list(torch.randn(16, 3, 8, 8, generator=generator).split(size))
     done = octavo.compress(lab.net(), ratio=2, data=batches, preset="fast")
-    assert sum(map(len, done.job.held_data)) == 4 and sum(map(len, done.job.calibration_data)) == 12
+    assert sum(map(len, done.opened.held_data)) == 4 and sum(map(len, done.opened.calibration_data)) == 12
     result = done.save(tmp_path / "out")
-    assert result["quality"]["data"].startswith("4 held-back examples")
+    assert result["quality"]["data"].startswith("4 held-out examples")
 
 
 def test_outputs_that_are_not_finite(lab: Any) -> None:

@@ -501,7 +501,7 @@ def test_inspect_of_lies(command: Command, artifact: Path, tmp_path: Path, lab: 
 def test_what_is_no_artifact(command: Command, bert: Path, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing", bert, bert / "config.json"):
         result = command("verify", path)
-        assert result.code == 1 and f"{path}: not an artifact, there is no octavo.json in it" in result.said
+        assert result.code == 1 and f"{path}: not an artifact, since it has no octavo.json" in result.said
         with pytest.raises(ArtifactError):
             octavo.load(path)
 

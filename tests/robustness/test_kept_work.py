@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import octavo
-from octavo.calibration.workspace import Workspace
+from octavo.allocation.workspace import Workspace
 
 COUNTED = ("model.safetensors", "octavo.json")
 REQUEST: dict[str, Any] = {"ratio": 3, "methods": ["entropy", "rtn"], "preset": "fast"}
@@ -110,7 +110,7 @@ def test_a_damaged_profile_is_not_solved(bare: Path, tmp_path: Path) -> None:
     octavo.profile(bare, tmp_path / "measured", preset="fast")
     for name, ask in (
         ("profile.json", lambda: octavo.plan(tmp_path / "measured", ratio=4)),
-        ("request.json", lambda: octavo.steps.request_of(tmp_path / "measured")),
+        ("request.json", lambda: octavo.pipeline.saved_choices(tmp_path / "measured")),
     ):
         whole = (tmp_path / "measured" / name).read_bytes()
         for seed in range(8):

@@ -98,7 +98,7 @@ def test_a_run_killed_at_any_site_goes_on_with_the_same_bytes(lab: Any, command:
 
 def test_a_full_disk_is_refused_before_work(refused: Any, bare: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    refused(bare, "--preset", "data-free", "--ratio", "4", says="has 1000 bytes free, the run will take about")
+    refused(bare, "--preset", "data-free", "--ratio", "4", says="the disk has 1000 bytes free, but the run needs about")
 
 
 def test_a_tensor_that_its_shard_lacks_is_named(refused: Any, tmp_path: Path) -> None:
@@ -107,15 +107,15 @@ def test_a_tensor_that_its_shard_lacks_is_named(refused: Any, tmp_path: Path) ->
     data = json.loads(index.read_text())
     data["weight_map"]["layer.07.weight"] = "model-00002-of-00002.safetensors"
     index.write_text(json.dumps(data))
-    refused(source, "--ratio", "4", says="model-00002-of-00002.safetensors: the index says that this shard holds")
+    refused(source, "--ratio", "4", says="model-00002-of-00002.safetensors: this shard lacks tensor")
     data["weight_map"] = {"layer.00.weight": "model-00002-of-00002.safetensors"}
     index.write_text(json.dumps(data))
-    refused(source, "--ratio", "4", says="'layer.00.weight', and it does not")
+    refused(source, "--ratio", "4", says="'layer.00.weight', which the index places in it")
 
 
 def test_work_of_a_call_without_workspace_lasts_until_it_is_saved(bare: Path, tmp_path: Path) -> None:
     done = octavo.compress(bare, ratio=4, preset="data-free")
-    work = done.workspace
+    work = done.run.workspace.path
     assert work.is_dir()
     done.save(tmp_path / "out")
     done.save(tmp_path / "again")

@@ -93,7 +93,7 @@ def in_inference_mode() -> nn.Module:
         (lambda: Failing(lambda x: x / 0), torch.randn(16, 32), "data: batch 0: .* gives NaN or Inf"),
         (lambda: Failing(lambda x: x), torch.full((16, 32), float("inf")), "data: batch 0: .* gives NaN or Inf"),
         (lambda: Failing(lambda x: "none"), torch.randn(16, 32), "data: batch 0: the model returns str"),
-        (in_inference_mode, torch.randn(16, 32), "'layer.weight' was made in inference mode"),
+        (in_inference_mode, torch.randn(16, 32), "'layer.weight' was created in inference mode"),
     ],
     ids=["width", "double", "half", "integers", "nan", "inf", "infinite data", "string", "inference"],
 )

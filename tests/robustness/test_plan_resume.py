@@ -76,4 +76,4 @@ def test_old_work_does_not_make_a_plan_measure_everything(bare: Path, tmp_path: 
     octavo.profile(bare, tmp_path / "work", preset="fast")
     octavo.plan(tmp_path / "work", ratio=5).save(tmp_path / "plan.yaml")
     done = octavo.compress(bare, plan=tmp_path / "plan.yaml", preset="fast", workspace=tmp_path / "work")
-    assert [method.name for method in done.job.methods] == ["keep"]
+    assert [method.name for method in done.opened.methods] == ["keep"]

@@ -100,7 +100,11 @@ def test_what_is_stated_is_what_the_loaded_module_gives(name, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert str(batches) == str(untouched)
     torch.manual_seed(9)
-    loaded, objective, held = octavo.load(tmp_path / "out", into=make()).eval(), done.job.objective, done.job.held_data
+    loaded, objective, held = (
+        octavo.load(tmp_path / "out", into=make()).eval(),
+        done.opened.objective,
+        done.opened.held_data,
+    )
     found = float(objective.measure(loaded, held, objective.reference(module.eval(), held)).mean())
     assert 0 < found < 0.2 and report["quality"]["value"] == pytest.approx(found, rel=1e-3)
 
@@ -122,4 +126,4 @@ def test_a_forward_without_gradients_is_the_cause_that_is_told():
             return self.net(x)
 
     notes = [str(note) for note in octavo.compress(Frozen(), ratio=3, data=floats(), preset="fast").notes]
-    assert len(notes) == 1 and "no gradient goes through Frozen" in notes[0]
+    assert len(notes) == 1 and "no gradient passes through Frozen" in notes[0]

@@ -118,7 +118,7 @@ def test_another_request_is_refused(
     before = lab.tree(tmp_path)
     result = command("compress", bare, *ASKED, "--out", tmp_path / "out", "--resume", *other)
     assert result.code == 2 and f"holds the work of another job (different: {odd})" in result.said, result.err
-    assert "run without --resume to begin anew" in result.said
+    assert "run without --resume to start over" in result.said
     assert lab.tree(tmp_path) == before
 
 

@@ -83,6 +83,7 @@ def test_an_added_configuration_is_told_by_name(name, copy):
         ({"quantization_config": None}, "quantization_config"),
         ({"quantization_config": ["octavo"]}, "quantization_config"),
         ({"quantization_config": {"quant_method": "octavo", "packed": "yes"}}, "packed"),
+        ({"quantization_config": {"quant_method": "octavo", "packed": True}}, "packed=True"),
         ({"attn_implementation": "stranger/kernel"}, "kernel"),
         ({"_attn_implementation": "stranger/kernel:forward"}, "kernel"),
         ({"attn_implementation": {"": "stranger/kernel"}}, "kernel"),
@@ -95,14 +96,14 @@ def test_an_added_configuration_is_told_by_name(name, copy):
         ({"model_type": 3}, "model_type"),
         ({"num_labels": 10**9}, "num_labels"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ({"num_hidden_layers": 10_000}, "fill no more"),
-        ({"num_hidden_layers": 3}, "filled by nothing"),
+        ({"num_hidden_layers": 10_000}, "tensors can fill at most"),
+        ({"num_hidden_layers": 3}, "does not fill"),
         ({"vocab_size": 10**9}, ""),
         ({"max_position_embeddings": 10**10}, ""),
         ({"hidden_size": "32"}, ""),
         ({"hidden_act": "__import__"}, ""),
         ({"num_attention_heads": 0}, ""),
-        ({"add_cross_attention": True, "is_decoder": True}, "filled by nothing"),
+        ({"add_cross_attention": True, "is_decoder": True}, "does not fill"),
     ],
     ids=str,
 )  # fmt: skip
@@ -233,7 +234,7 @@ def test_an_adapter_that_was_not_written_with_it_is_refused(copy):
 
 def test_modules_of_an_encoder_are_those_of_its_library(copy):
     pytest.importorskip("sentence_transformers")
-    from octavo.sources.sentences import load_encoder
+    from octavo.sources.encoders import load_encoder
 
     (copy / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "antigravity.Gift"}]))
     with pytest.raises(ArtifactError, match=r"antigravity\.Gift"):

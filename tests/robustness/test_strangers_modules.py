@@ -63,7 +63,7 @@ def test_modules_bring_no_weights_of_their_own(place, kind, reader, copy, bert):
     (copy / "config_sentence_transformers.json").write_text(json.dumps({"model_type": reader}))
     list_modules(copy, ("", TRANSFORMER), (place.split("/")[0], kind))
     for read in (octavo.load, octavo.verify, trusted):
-        with pytest.raises(ArtifactError, match="no part of this artifact"):
+        with pytest.raises(ArtifactError, match="does not belong to this artifact"):
             read(copy)
 
 
@@ -81,7 +81,7 @@ def test_pipes_in_folders_of_modules_are_refused(place, copy):
 def test_a_list_of_modules_is_short(entry, copy):
     (copy / "modules.json").write_text("[" + ",".join([entry] * (1 << 20)) + "]")
     signed(copy)
-    with pytest.raises(OctavoError, match="are too many"):
+    with pytest.raises(OctavoError, match="too large"):
         octavo.load(copy)
 
 

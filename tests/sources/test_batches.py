@@ -57,14 +57,14 @@ def graphs(count):
 def test_a_loader_with_labels_works_and_says_what_goes_in():
     loader = DataLoader(TensorDataset(torch.randn(96, 64), torch.randint(0, 10, (96,))), 32)
     done = compressed(net(), loader)
-    assert done.job.measurable and sum(map(sequences_in, done.job.held_data)) == 24
-    assert any("the first one goes in" in note for note in done.job.notes)
+    assert done.opened.measurable and sum(map(sequences_in, done.opened.held_data)) == 24
+    assert any("the first one is used" in note for note in done.opened.notes)
 
 
 def test_keys_that_forward_does_not_take_are_left_out():
     data = [{"x": torch.randn(32, 64), "labels": torch.zeros(32), "idx": ["a"] * 32, "extra": None}]
     done = compressed(Keyed(), data)
-    assert any("does not take labels, idx, extra" in note for note in done.job.notes)
+    assert any("does not take labels, idx, extra" in note for note in done.opened.notes)
 
 
 def test_a_forward_of_any_keys_gets_them_all():
@@ -74,7 +74,7 @@ def test_a_forward_of_any_keys_gets_them_all():
             return self.layer(x)
 
     data = [{"x": torch.randn(32, 64), "name": ["a", "b"], "count": 3, "nothing": None}]
-    assert compressed(Open(), data).job.notes == []
+    assert compressed(Open(), data).opened.notes == []
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_forward_of_any_keys_gets_them_all():
 def test_forward_args_decide(forward_args):
     data = [{"image": torch.randn(32, 64), "gain": torch.rand(32, 1), "label": 1}]
     done = compressed(Keyed(), data, forward_args=forward_args)
-    assert done.job.measurable and done.job.notes == []
+    assert done.opened.measurable and done.opened.notes == []
 
 
 def test_objects_of_any_kind_go_through_forward_args():
@@ -95,7 +95,7 @@ def test_objects_of_any_kind_go_through_forward_args():
 
     with pytest.raises(octavo.RequestError, match=r"Item.*forward_args"):
         compressed(net(), [Item()])
-    assert compressed(net(), [Item(), Item()], forward_args=lambda item: item.x).job.measurable
+    assert compressed(net(), [Item(), Item()], forward_args=lambda item: item.x).opened.measurable
     with pytest.raises(octavo.RequestError, match=r"forward_args fails on batch 0.*has no attribute 'y'"):
         compressed(net(), [Item()], forward_args=lambda item: item.y)
     with pytest.raises(octavo.RequestError, match="forward_args gives NoneType for batch 0"):
@@ -112,12 +112,12 @@ def test_profile_takes_forward_args(tmp_path):
 
 @pytest.mark.parametrize("data", [torch.randn(96, 64), {"input": torch.randn(96, 64)}], ids=["tensor", "mapping"])
 def test_one_batch_needs_no_list(data):
-    assert sum(map(sequences_in, compressed(net(), data).job.calibration_data)) == 72
+    assert sum(map(sequences_in, compressed(net(), data).opened.calibration_data)) == 72
 
 
 def test_graphs_are_held_back_whole():
     data = graphs(5)
-    job = compressed(Graph(), data).job
+    job = compressed(Graph(), data).opened
     assert [batch[1].shape for batch in job.held_data] == [(2, 80)]
     assert len(job.calibration_data) == 4
     assert all(any(part[0] is one[0] for one in data) for part in (*job.calibration_data, *job.held_data))
@@ -125,7 +125,7 @@ def test_graphs_are_held_back_whole():
 
 def test_edges_may_come_first_and_by_name():
     data = [{"edges": edges, "x": x} for x, edges in graphs(3)]
-    job = compressed(Graph(), data).job
+    job = compressed(Graph(), data).opened
     assert (len(job.calibration_data), len(job.held_data)) == (2, 1)
     assert sequences_in(data[0]) == 32
 
@@ -136,7 +136,7 @@ def test_a_matrix_of_neighbours_is_not_divided(sparse):
         dense = (torch.rand(32, 32) < 0.1).float()
         return dense.to_sparse() if sparse else dense
 
-    job = compressed(Adjacent(), [(torch.randn(32, 64), matrix()) for _ in range(3)]).job
+    job = compressed(Adjacent(), [(torch.randn(32, 64), matrix()) for _ in range(3)]).opened
     assert (len(job.calibration_data), len(job.held_data)) == (2, 1)
 
 
@@ -160,7 +160,7 @@ def test_what_belongs_to_all_rows_is_shared():
             return (self.layer(x) + places[..., None]) * mask[0][:, None]
 
     data = [(torch.randn(32, 6, 24), torch.ones(6, 6), torch.arange(6))]
-    job = compressed(Masked(), data).job
+    job = compressed(Masked(), data).opened
     assert [len(batch[0]) for batch in (*job.calibration_data, *job.held_data)] == [24, 8]
 
 
@@ -197,7 +197,7 @@ def test_a_loss_gets_the_labels(tmp_path):
     data = DataLoader(TensorDataset(torch.randn(96, 64), torch.randint(0, 10, (96,))), 32)
     done = octavo.compress(net(), ratio=2, data=data, objective=loss, preset="fast")
     done.save(tmp_path / "out")
-    assert done.job.notes == []
+    assert done.opened.notes == []
 
 
 def test_data_that_cannot_be_read_says_where():

@@ -30,7 +30,7 @@ def check_measured(module, loaded, done, report):
     """All was calibrated and measured, and the loaded module is the one that was measured."""
     assert not [note for note in report["calibration"]["warnings"] if "typical" in note]
     module.eval(), loaded.eval()
-    (batch,) = done.job.held_data
+    (batch,) = done.opened.held_data
     with torch.no_grad():
         old, new = module(batch), loaded(batch)
     error = float((old - new).double().square().mean() / old.double().square().mean())
@@ -138,7 +138,7 @@ def test_names_are_those_that_the_class_loads(tmp_path):
 
 def test_what_a_state_dict_leaves_out_is_told(tmp_path):
     *_, done, _ = round_trip(Partial, tmp_path)
-    assert any("leaves out 2 of its tensors (frozen.weight" in note for note in done.job.notes)
+    assert any("leaves out 2 of its tensors (frozen.weight" in note for note in done.opened.notes)
 
 
 class Outside(nn.Module):
@@ -165,8 +165,8 @@ class Outside(nn.Module):
 )
 def test_what_no_state_dict_sees_is_told(place, told, tmp_path):
     *_, done, _ = round_trip(lambda: Outside(place), tmp_path)
-    assert any("parts stand outside of its state dict" in note for note in done.job.notes) is told
-    assert not any("same" in note for note in done.job.notes)
+    assert any("parts are not in its state dict" in note for note in done.opened.notes) is told
+    assert not any("same" in note for note in done.opened.notes)
 
 
 def test_tensors_that_find_no_place_are_an_error(tmp_path):
@@ -233,7 +233,7 @@ def test_plain_extra_state_comes_back(state, tmp_path):
     check_measured(module, loaded, done, report)
     assert loaded.got == state and type(loaded.got) is type(state)
     assert octavo.load(tmp_path / "out")["_extra_state"] == state
-    assert done.job.notes == []
+    assert done.opened.notes == []
 
 
 @pytest.mark.parametrize("state", OTHER, ids=lambda state: type(state).__name__)
@@ -242,7 +242,7 @@ def test_other_extra_state_is_left_out_and_told(state, tmp_path):
     module, loaded, done, report = round_trip(make, tmp_path)
     check_measured(module, loaded, done, report)
     assert loaded.got == "nothing"
-    assert any("_extra_state" in note and "not stored" in note for note in done.job.notes)
+    assert any("_extra_state" in note and "not stored" in note for note in done.opened.notes)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_float8_weights_are_stored_as_they_are(tmp_path):
 
     module, loaded, done, report = round_trip(Eight, tmp_path, ratio=2)
     check_measured(module, loaded, done, report)
-    assert raw_bytes(loaded.weight) == raw_bytes(module.weight) and done.job.left["weight"] == "float8_e4m3fn tensor"
+    assert raw_bytes(loaded.weight) == raw_bytes(module.weight) and done.opened.left["weight"] == "float8_e4m3fn tensor"
 
 
 # Modules without content.

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from octavo.errors import RequestError
-from octavo.integrations.transformers import skeleton
 from octavo.sources.conversions import Conversion
 from octavo.sources.files import from_path
 from octavo.sources.names import names_of
+from octavo.sources.skeletons import skeleton
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 120, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -85,7 +85,7 @@ def case(request, tmp_path_factory):
 
 
 def test_every_tensor_of_the_folder_has_a_place(case):
-    source, stored = case.done.job.source, load_file(case.source / "model.safetensors")
+    source, stored = case.done.opened.source, load_file(case.source / "model.safetensors")
     assert set(stored) == {*source.shapes, *source.aliases}
     assert set(source.parameters) == set(stored) and source.unused == source.unfilled == []
     module = case.kind.from_pretrained(case.source).state_dict(keep_vars=True)
@@ -95,13 +95,13 @@ def test_every_tensor_of_the_folder_has_a_place(case):
 
 
 def test_every_site_has_evidence(case):
-    evidence = case.done.calibration.evidence
-    assert {site.name for site in case.done.job.sites} == set(evidence)
+    evidence = case.done.run.calibration.evidence
+    assert {site.name for site in case.done.opened.sites} == set(evidence)
     assert not [note for note in case.done.notes if "typical" in str(note)]
 
 
 def test_the_stated_quality_is_that_of_its_own_class(case):
-    objective, held = case.done.job.objective, case.done.job.held_data
+    objective, held = case.done.opened.objective, case.done.opened.held_data
     old = case.kind.from_pretrained(case.source).eval()
     new, info = case.kind.from_pretrained(case.out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -111,8 +111,8 @@ def test_the_stated_quality_is_that_of_its_own_class(case):
 
 @pytest.mark.parametrize("case", ["qwen3-moe", "mixtral"], indirect=True)
 def test_experts_are_sites_with_evidence_of_their_own(case):
-    evidence = case.done.calibration.evidence
-    names = [site.name for site in case.done.job.sites if ".experts." in site.name]
+    evidence = case.done.run.calibration.evidence
+    names = [site.name for site in case.done.opened.sites if ".experts." in site.name]
     assert len(names) == 2 * 4 * 3
     one, other = ([evidence[name] for name in names if f".experts.{number}." in name] for number in (0, 1))
     for a, b in zip(one, other, strict=True):
@@ -132,7 +132,7 @@ def test_an_expert_that_no_token_reaches_is_told(tmp_path):
     model.save_pretrained(tmp_path / "source")
     done = octavo.compress(tmp_path / "source", ratio=4, data=[tokens()], preset="fast", methods=["rtn"])
     idle = {name for note in done.notes if "no output" in note.text for name in note.sites}
-    assert idle == {site.name for site in done.job.sites if ".experts.3." in site.name}
+    assert idle == {site.name for site in done.opened.sites if ".experts.3." in site.name}
 
 
 def bound(name, folder):
@@ -224,10 +224,10 @@ def test_what_the_class_has_no_place_for_is_told(change, tmp_path):
     _, info = T.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
     done = octavo.compress(source, ratio=4, data=[tokens()], preset="fast", methods=["rtn"])
     done.save(tmp_path / "out")
-    (note,) = (note for note in done.notes if "LlamaForCausalLM has no place for it" in note.text)
-    sites = {site.name for site in done.job.sites}
+    (note,) = (note for note in done.notes if "LlamaForCausalLM does not use this weight" in note.text)
+    sites = {site.name for site in done.opened.sites}
     assert set(note.sites) == info["unexpected_keys"] & sites and note.sites
-    assert set(done.job.source.unused) == info["unexpected_keys"]
+    assert set(done.opened.source.unused) == info["unexpected_keys"]
     _, again = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert again["unexpected_keys"] == info["unexpected_keys"] and not again["missing_keys"]
 

@@ -55,7 +55,7 @@ def compressed(model, folder, data, **options):
 
 
 def measured(done, old, new):
-    objective, held = done.job.objective, done.job.held_data
+    objective, held = done.opened.objective, done.opened.held_data
     with torch.inference_mode():
         return float(objective.measure(new.eval(), held, objective.reference(old.eval(), held)).mean())
 
@@ -176,7 +176,7 @@ def test_what_was_tied_by_hand_reaches_the_loader(make, tmp_path):
     new, info = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert report["quality"]["value"] == pytest.approx(measured(done, model, new), rel=1e-3)
-    ((alias, name),) = done.job.source.aliases.items()
+    ((alias, name),) = done.opened.source.aliases.items()
     assert torch.equal(new.get_parameter(alias), new.get_parameter(name))
     # It is stored once.
     assert report["source"]["bytes"] == sum(4 * parameter.numel() for parameter in model.parameters())
@@ -279,8 +279,8 @@ def test_models_of_every_dtype_are_verified(dtype, tmp_path):
     batch = {"input_ids": torch.randint(6, 200, (24, 12))}
     done = octavo.compress(model, ratio=3, data=[batch], preset="fast")
     report = done.save(tmp_path / "out")
-    loaded, objective = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype), done.job.objective
-    held = done.job.held_data
+    loaded, objective = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype), done.opened.objective
+    held = done.opened.held_data
     found = float(objective.measure(loaded.eval(), held, objective.reference(model.eval(), held)).mean())
     assert report["quality"]["value"] == pytest.approx(found, rel=1e-3)
     assert octavo.verify(tmp_path / "out").outputs_match is True

@@ -107,7 +107,7 @@ def test_a_layout_is_compressed_and_loads_as_it_did(layout: str, bert: Path, tmp
     weights = sum(file.stat().st_size for file in source.rglob("*.safetensors"))
     assert report["source"]["bytes"] <= weights <= 1.1 * report["source"]["bytes"]
     stated = report["quality"]["value"]
-    held = [text for batch in done.job.held_data for text in texts_of(batch)]
+    held = [text for batch in done.opened.held_data for text in texts_of(batch)]
     assert 0 < stated == pytest.approx(divergence(source, out, held), rel=1e-3)
     assert SentenceTransformer(str(out), device="cpu").prompts["query"] == "w1 "
     octavo.verify(out)
@@ -122,7 +122,7 @@ def test_weights_of_every_folder_are_sites(bert: Path, tmp_path: Path) -> None:
     source = saved("two dense", bert, tmp_path / "source")
     done = octavo.compress(source, ratio=4, preset="data-free")
     done.save(tmp_path / "out")
-    assert {"2_Dense/linear.weight", "3_Dense/linear.weight"} <= {site.name for site in done.job.sites}
+    assert {"2_Dense/linear.weight", "3_Dense/linear.weight"} <= {site.name for site in done.opened.sites}
     artifact = octavo.Artifact(tmp_path / "out")
     assert {"2_Dense/model.safetensors", "3_Dense/model.safetensors"} <= set(artifact.manifest["files"])
     assert divergence(source, tmp_path / "out", TEXTS) < 0.1
@@ -141,7 +141,7 @@ def test_the_first_module_in_a_folder_of_its_own(bert: Path, tmp_path: Path) -> 
     (source / "modules.json").write_text(json.dumps(listed))
     done = octavo.compress(source, ratio=4, data=TEXTS, preset="fast")
     report = done.save(tmp_path / "out")
-    held = [text for batch in done.job.held_data for text in texts_of(batch)]
+    held = [text for batch in done.opened.held_data for text in texts_of(batch)]
     assert report["quality"]["value"] == pytest.approx(divergence(source, tmp_path / "out", held), rel=1e-3)
     octavo.verify(tmp_path / "out")
 
@@ -216,7 +216,7 @@ def test_an_encoder_with_a_prompt_of_its_own_is_measured_with_it(bert: Path, tmp
     encoder.save(str(tmp_path / "source"))
     done = octavo.compress(tmp_path / "source", ratio=6, data=TEXTS, preset="fast", methods=["rtn"])
     report = done.save(tmp_path / "out")
-    held = [text.removeprefix("w1 w2 w3 ") for batch in done.job.held_data for text in texts_of(batch)]
+    held = [text.removeprefix("w1 w2 w3 ") for batch in done.opened.held_data for text in texts_of(batch)]
     assert set(held) <= set(TEXTS)
     assert report["quality"]["value"] == pytest.approx(
         divergence(tmp_path / "source", tmp_path / "out", held), rel=1e-3
@@ -241,7 +241,7 @@ def test_a_sparse_encoder_with_weights_of_its_own(bert: Path, tmp_path: Path) ->
     SparseEncoder(modules=[body, S.Pooling(32), sparse], device="cpu").save_pretrained(str(tmp_path / "source"))
     done = octavo.compress(tmp_path / "source", ratio=4, data=TEXTS, preset="fast")
     report = done.save(tmp_path / "out")
-    held = [text for batch in done.job.held_data for text in texts_of(batch)]
+    held = [text for batch in done.opened.held_data for text in texts_of(batch)]
     one, two = (
         torch.nn.functional.normalize(
             SparseEncoder(str(tmp_path / name), device="cpu").encode(held, convert_to_sparse_tensor=False), dim=1

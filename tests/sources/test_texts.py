@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "one object": ("t.json", json.dumps({"rows": [FINE]}), "holds no list"),
     "bad entry": ("t.json", json.dumps(["fine", {"words": "no"}]), "entry 2 has no string under 'text'"),
     "numbers": ("t.csv", "a,b\n" + "1,2\n" * 12, "no column holds text"),
-    "short row": ("t.csv", "id,text\n1,fine\n2\n", "line 3 has 1 columns, the text is in column 2"),
+    "short row": ("t.csv", "id,text\n1,fine\n2\n", "line 3 has 1 columns, but the text is in column 2"),
     "open quote": ("t.csv", 'id,text\n1,"fine\n' + "2,fine\n" * 12, "cannot be read as a table"),
     "empty": ("t.csv", "", "0 calibration texts"),
     "long cell": ("t.csv", "text\n" + "a" * 200_000, "line 2 cannot be read as a table"),

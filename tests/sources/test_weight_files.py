@@ -100,8 +100,8 @@ def test_whole_shards_need_no_index(tmp_path: Path) -> None:
     tensors = write(tmp_path / "model", max_shard_size="50KB")
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
     done = octavo.compress(tmp_path / "model", ratio=3, preset="fast")
-    assert set(done.job.source.shapes) == set(tensors)
-    assert any("from_pretrained does not find model-00001-of-" in note for note in done.job.notes)
+    assert set(done.opened.source.shapes) == set(tensors)
+    assert any("from_pretrained does not find model-00001-of-" in note for note in done.opened.notes)
     done.save(tmp_path / "out")
     _, info = GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -137,7 +137,7 @@ def test_a_model_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
     assert set(opened(tmp_path).shapes) == set(tensors)
     put(tmp_path / "other.safetensors", {"a": torch.zeros(40, 40)})
-    with pytest.raises(octavo.RequestError, match=r"several files that could be meant \(other\..*weights\."):
+    with pytest.raises(octavo.RequestError, match=r"several possible weight files \(other\..*weights\."):
         opened(tmp_path)
     (tmp_path / "other.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")

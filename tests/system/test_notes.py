@@ -16,7 +16,7 @@ from octavo.cli import app
 from octavo.system.notes import OctavoWarning, by_kind
 
 SITES = [f"layer.{index}.weight" for index in range(12)]
-FEW = "fewer calibration positions than input columns ({seen} for {columns}); more data would serve better"
+FEW = "fewer calibration positions than input columns ({seen} for {columns}); more data would help"
 
 
 def test_notes_that_differ_in_site_and_figures_are_of_one_kind():
@@ -24,7 +24,7 @@ def test_notes_that_differ_in_site_and_figures_are_of_one_kind():
     (note,) = by_kind(texts, SITES)
     assert note.sites == SITES
     assert str(note) == (
-        "12 sites: fewer calibration positions than input columns; more data would serve better, e.g. layer.0.weight"
+        "12 sites: fewer calibration positions than input columns; more data would help, e.g. layer.0.weight"
     )
 
 
@@ -36,14 +36,14 @@ def test_a_note_of_one_site_keeps_its_figures():
 def test_kinds_keep_their_order_and_notes_of_the_whole_stay_whole():
     texts = [
         "folder: stored in 8 bits: rounded again",
-        f"{SITES[0]}: calibration saw no output depend on it",
+        f"{SITES[0]}: no output depended on this weight during calibration",
         f"{SITES[1]}: {FEW.format(seen=3, columns=9)}",
-        f"{SITES[2]}: calibration saw no output depend on it",
-        "nothing.here: calibration saw no output depend on it",
+        f"{SITES[2]}: no output depended on this weight during calibration",
+        "nothing.here: no output depended on this weight during calibration",
     ]
     assert [str(note) for note in by_kind(texts, SITES)] == [
         texts[0],
-        "2 sites: calibration saw no output depend on it, e.g. layer.0.weight",
+        "2 sites: no output depended on this weight during calibration, e.g. layer.0.weight",
         texts[2],
         texts[4],
     ]

@@ -106,8 +106,8 @@ def test_a_plan_that_may_have_been_edited_is_replaced_only_if_asked(measured: Pa
     file.write_text("mine")
     words = ("plan", measured, "--ratio", "4", "--out", file)
     code, said = run(*words)
-    assert code == 2 and "is already there" in said and "--overwrite" in said
-    with pytest.raises(octavo.RequestError, match="is already there"):
+    assert code == 2 and "already exists" in said and "--overwrite" in said
+    with pytest.raises(octavo.RequestError, match="already exists"):
         octavo.plan(measured, ratio=4).save(file)
     assert file.read_text() == "mine"
     assert run(*words, "--overwrite")[0] == 0 and "octavo_plan" in file.read_text()
@@ -118,9 +118,9 @@ def test_nothing_is_exported_into_what_is_read(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     for place in (folder / "model.safetensors", folder / "new.onnx", folder / ".." / "copy" / "model.safetensors"):
-        with pytest.raises(octavo.RequestError, match="which is being read"):
+        with pytest.raises(octavo.RequestError, match="is part of the source"):
             export(folder, place, overwrite=True)
-    with pytest.raises(octavo.RequestError, match="which is being read"):
+    with pytest.raises(octavo.RequestError, match="is part of the source"):
         export(folder / "model.safetensors", folder / "model.safetensors", overwrite=True)
     assert (folder / "model.safetensors").read_bytes() == b"weights"
 

@@ -246,7 +246,7 @@ def test_bad_options_are_named(options, words):
 def test_bad_models_and_targets_are_named():
     with pytest.raises(RequestError, match="no linear layer or embedding with 1000 elements"):
         regimen().begin(nn.Linear(4, 4), 1)
-    with pytest.raises(RequestError, match=r"target of 10 elements; with every rank at 1 there are \d+"):
+    with pytest.raises(RequestError, match=r"target is 10 elements, but with every rank at 1 there are \d+"):
         regimen(target=10).begin(net(), 1)
 
 

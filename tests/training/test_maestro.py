@@ -175,7 +175,7 @@ def test_widths_go_where_they_lower_the_loss_most():
     # Not convex at b: its second column alone is worth little, both together are.
     assert allocated(curves, shapes, 100) == {"a": 2, "b": 3}
     assert allocated(curves, shapes, 120) == {"a": 3, "b": 3}
-    with pytest.raises(RequestError, match="40 weights, more than the 39"):
+    with pytest.raises(RequestError, match="39 weights are too few, as a width of 1 in all layers takes 40"):
         allocated(curves, shapes, 39)
 
 
@@ -196,5 +196,5 @@ def test_bad_requests_are_told():
     regimen.begin(model, 1)
     forms = regimen.forms(model)
     for width in (0, 6):
-        with pytest.raises(RequestError, match=f"5 columns; it cannot be cut to {width}"):
+        with pytest.raises(RequestError, match=f"5 columns and cannot be cut to {width}"):
             truncated(forms, {"0.weight": width})

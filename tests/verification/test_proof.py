@@ -60,7 +60,7 @@ def case(request, tmp_path_factory):
 
 
 def test_the_stated_quality_is_that_of_the_loaded_model(case):
-    objective, held = case.done.job.objective, case.done.job.held_data
+    objective, held = case.done.opened.objective, case.done.opened.held_data
     old, new = (case.kind.from_pretrained(folder).eval() for folder in (case.source, case.out))
     real = objective.measure(new, held, objective.reference(old, held))
     stated = case.report["quality"]
@@ -78,7 +78,7 @@ def test_the_stated_quality_is_that_of_the_loaded_model(case):
 
 
 @pytest.mark.parametrize(
-    ("layers", "says"), [(3, "filled by nothing in the artifact"), (1, "has no place for")], ids=["lacks", "is over"]
+    ("layers", "says"), [(3, "the artifact does not fill"), (1, "the model does not use")], ids=["lacks", "is over"]
 )
 def test_a_part_that_does_not_fit_is_an_error(layers, says, case, tmp_path):
     """Nothing is stated of a model of which a part is random."""
@@ -89,7 +89,7 @@ def test_a_part_that_does_not_fit_is_an_error(layers, says, case, tmp_path):
         config["layer_types"] = config["layer_types"][:layers]
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
     with pytest.raises(ArtifactError, match=rf"{says}.*layers?\.{min(layers, 2) if layers > 1 else 1}\."):
-        prove(case.done.job, Artifact(tmp_path / "out"))
+        prove(case.done.run, Artifact(tmp_path / "out"))
 
 
 CHANGES = {
@@ -138,7 +138,7 @@ def test_other_outputs_are_an_error(change, artifact, tmp_path):
         octavo.verify(tmp_path / "out")
     # Nor does it help to sign the change: what the model gives is recorded as well.
     signed_again(tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"outputs differ from those recorded|filled by nothing"):
+    with pytest.raises(ArtifactError, match=r"outputs differ from those recorded|does not fill"):
         octavo.verify(tmp_path / "out")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 1 and json.loads(result.stdout)["error"] == "ArtifactError"
@@ -182,7 +182,7 @@ def module(folder):
     ("make", "loader", "why"),
     [
         (folder_of_a_model, "BertModel.from_pretrained(path)", "no data were given"),
-        (bare_file, "", "bare tensors have no model that runs"),
+        (bare_file, "", "bare tensors have no model to run"),
         (module, "", "no data were given"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_module_is_measured_and_left_as_it_was(tmp_path):
     done = octavo.compress(model, ratio=3, data=[x], objective="squared", preset="fast")
     report = done.save(tmp_path / "out")
     assert same(seen(model), before)
-    other, objective, held = Keeping().eval(), done.job.objective, done.job.held_data
+    other, objective, held = Keeping().eval(), done.opened.objective, done.opened.held_data
     octavo.load(tmp_path / "out", into=other)
     real = objective.measure(other, held, objective.reference(model.eval(), held)).mean()
     assert report["quality"]["loader"] == "octavo.load(path, into=module)"

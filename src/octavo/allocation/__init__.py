@@ -1,1 +1,1 @@
-"""Curves of sites, and the plan that fits a budget."""
+"""Rate-distortion curves of sites, and plans that fit a budget."""

@@ -1,4 +1,4 @@
-"""The size that was asked for, in bytes."""
+"""The requested size in bytes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from octavo.errors import RequestError
 
-#: What a budget counts: the bytes of the artifact's files, or those that the weights take while the model runs.
-TARGETS = ("disk", "memory")
 #: The share of the budget that must be used, unless more bytes no longer lower the measured loss.
 USED = 0.98
 
@@ -18,25 +16,28 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that the artifact may take.
+    """The largest size that the artifact may have.
 
     Parameters
     ----------
     bytes
-        The most that it may take: of its files, as ``stat`` counts them, or of its weights in memory.
+        The limit: on its files as ``stat`` counts them, or on its weights in memory.
     asked
         The request in the user's words.
     target
-        One of :data:`TARGETS`: what is counted.
+        Name of the target, which says what is counted.
+    unit
+        What is counted, in words: ``bytes in memory``.
     """
 
     bytes: int
     asked: str
     target: str = "disk"
+    unit: str = "bytes"
 
     @property
     def least(self) -> int:
-        """The fewest bytes that count as having used the budget."""
+        """The smallest size that counts as using the budget."""
         return math.ceil(self.bytes * USED)
 
 
@@ -50,7 +51,7 @@ def parse_size(text: str | int | float) -> int:
 
 def _whole(value: float, asked: str) -> int:
     if value >= 2**62:
-        raise RequestError(f"{asked} is more bytes than any disk has")
+        raise RequestError(f"{asked}: more bytes than any disk has; ask for fewer")
     return int(value)
 
 
@@ -62,17 +63,15 @@ def budget(
     size: str | int | None = None,
     bits: float | None = None,
     target: str = "disk",
+    unit: str = "bytes",
 ) -> Budget:
     """The budget from exactly one of ``ratio``, ``size`` and ``bits`` per weight.
 
     Raises
     ------
     RequestError
-        If none or several are given, or the number is not finite and positive, or a ratio is below 1, or the target is
-        not known.
+        If none or several are given, or the number is not finite and positive, or a ratio is below 1.
     """
-    if target not in TARGETS:
-        raise RequestError(f"target {target!r} is not known; choose from {', '.join(TARGETS)}")
     given = {name: value for name, value in (("ratio", ratio), ("size", size), ("bits", bits)) if value is not None}
     if len(given) != 1:
         raise RequestError(f"give exactly one of ratio, size and bits (got {', '.join(given) or 'none of them'})")
@@ -87,8 +86,11 @@ def budget(
         if not math.isfinite(number) or number <= 0:
             raise RequestError(f"{name} {value!r} is not a positive finite number")
         if name == "ratio" and number < 1:
-            raise RequestError(f"ratio {value} is below 1: the artifact would be larger than the source")
+            raise RequestError(
+                f"ratio {value} is below 1: the artifact would be larger than the source; give at least 1; give at "
+                "least 1"
+            )
         asked = f"ratio {number:g}" if name == "ratio" else f"{number:g} bits per weight"
         total = _whole(original_bytes / number if name == "ratio" else weights * number / 8, asked)
-    # A ratio that leaves no bytes is unreachable, not malformed: it is refused with the ratio that can be reached.
-    return Budget(total, asked if target == "disk" else f"{asked} in {target}", target)
+    # A ratio that leaves no bytes is unreachable, not malformed: the error names the largest reachable ratio.
+    return Budget(total, asked + unit.removeprefix("bytes"), target, unit)

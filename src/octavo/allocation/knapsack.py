@@ -1,28 +1,28 @@
-"""Where settings are few: the choice of least loss in a given room, by dynamic programming over that room.
+"""The choice of least loss within a budget when settings are few, by dynamic programming over the budget.
 
-A multiplier (:func:`octavo.allocation.solver.solve`) finds only points on lower hulls. With hundreds of settings a site
-that misses little; with a handful it leaves room in which one large site lowered by a step would let many small ones
-rise.
+A multiplier (:func:`octavo.allocation.solver.solve`) finds only points on lower hulls. With hundreds of settings per
+site that loses little. With a handful, lowering one large site by a step may let many small sites rise.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Sites times steps of room that are looked at, and steps alone. Beyond that steps are larger and costs rounded up.
+#: Limits on sites times budget steps, and on budget steps. Beyond them, steps are larger and costs are rounded up.
 _CELLS, _STEPS = 1 << 24, 1 << 20
 
 
 def knapsack(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
-    """Index of the chosen point of every site, of least loss at a cost of at most ``room`` in sum.
+    """Index of the chosen point of every site: least loss at a total cost of at most ``room``.
 
-    The answer is exact where the costs have a common divisor that is not too small, as those of kernels do. Otherwise
-    costs are rounded up a little.
+    The answer is exact if the costs have a common divisor that is large enough, as kernel sizes do. Otherwise costs are
+    rounded up slightly.
 
     Parameters
     ----------
     costs, losses
-        (sites, points): integers and floats; where a site has fewer points, a cost beyond all and an infinite loss.
+        (sites, points): integers and floats. Missing points of a site have a cost beyond all others and an infinite
+        loss.
     """
     chosen = costs.argmin(1)
     left = room - int(costs.min(1).sum())
@@ -54,7 +54,7 @@ def knapsack(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
 
 
 def _worthwhile(extra: np.ndarray, losses: np.ndarray, left: int) -> list[int]:
-    """Points that fit and that no smaller one equals or beats, smallest first."""
+    """Points that fit and have less loss than every smaller point, smallest first."""
     columns: list[int] = []
     for column in np.lexsort((losses, extra)):
         if extra[column] <= left and (not columns or losses[column] < losses[columns[-1]]):

@@ -1,4 +1,4 @@
-"""Room that a plan leaves: which sites a finer point still fits at."""
+"""Bytes that a plan leaves unused: the sites at which a finer point still fits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from octavo.allocation.profiles import Point, Profile
 def upgrades(
     profile: Profile, points: Mapping[str, Point], left: int, pinned: Collection[str] = ()
 ) -> list[tuple[str, Point]]:
-    """Points of less expected loss that fit into ``left`` bytes together, the best gain a byte first.
+    """Points of less expected loss that together fit into ``left`` bytes, best gain per byte first.
 
-    A site may rise more than once; its last point is then what is meant. Where nothing is returned, no single point of
-    any site fits and lowers the expected loss.
+    A site may be raised more than once; its last point counts. If nothing is returned, no single point fits and lowers
+    the expected loss.
 
     Parameters
     ----------
     points
-        The point of every site.
+        The chosen point of every site.
     pinned
-        Sites that the user chose the form of.
+        Sites whose form the user chose.
     """
     now, found = dict(points), list[tuple[str, Point]]()
     curves = [curve for curve in profile.curves if curve.site not in pinned]
@@ -32,7 +32,7 @@ def upgrades(
             for point in curve.points:
                 more = point.bytes - old.bytes
                 gain = loss - profile.corrected(curve, point.loss)
-                # What is smaller and better as well goes before everything else.
+                # Points that are both smaller and better come first.
                 worth = gain / max(more, 1)
                 if more <= left and gain > 0 and worth > most:
                     best, most = (curve.site, point), worth

@@ -1,4 +1,4 @@
-"""What a user says of single sites: globs of names, and choices written in a line."""
+"""User choices for single sites: globs of names, and choices written on one line."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from octavo.errors import RequestError
-from octavo.methods import Setting, get_method
+from octavo.methods import Setting, get_method, methods
 from octavo.sources.sites import Site
 
 
 def apply_patterns(
     sites: list[Site], left: dict[str, str], ignore: Iterable[str], keep: Mapping[str, str]
 ) -> tuple[list[Site], dict[str, str], dict[str, tuple[str, Setting]]]:
-    """Sites that remain after ``ignore`` globs, reasons for the rest, and the choices pinned by ``keep``.
+    """Sites left after ``ignore`` globs, the reasons for the others, and the choices pinned by ``keep``.
 
     Raises
     ------
@@ -38,8 +38,8 @@ def apply_patterns(
         if pattern not in decided.values():
             later = next(iter({decided[site.name] for site in sites if fnmatchcase(site.name, pattern)}))
             raise RequestError(
-                f"--keep {pattern!r} decides nothing: {later!r}, which is given after it, decides all of its sites; "
-                "leave one of them out, or give the wider one first"
+                f"--keep {pattern!r} has no effect: the later {later!r} matches all of its sites; leave one of them "
+                "out, or give the wider one first"
             )
     return sites, left, pinned
 
@@ -50,16 +50,19 @@ def _example(sites: list[Site]) -> str:
 
 def parse_spec(spec: str) -> tuple[str, Setting]:
     """``float16`` or ``gptq:bits=4,group=64`` as a method and a setting."""
-    if spec in ("float32", "float16", "bfloat16"):
-        return "keep", {"dtype": spec}
+    for name, known in methods().items():
+        if spec in known.words:
+            return name, dict(known.words[spec])
     name, _, knobs = spec.partition(":")
     method, setting = get_method(name), Setting()
     for knob in filter(None, knobs.split(",")):
         key, separator, value = knob.partition("=")
         if not separator:
-            raise RequestError(f"{spec!r}: write a choice like gptq:bits=4,group=64 or float16")
+            raise RequestError(
+                f"{spec!r} names no method and setting; write a choice like gptq:bits=4,group=64 or float16"
+            )
         if key in setting:
-            raise RequestError(f"{spec!r}: says {key} twice; leave one of them out")
+            raise RequestError(f"{spec!r}: {key} is given twice; leave one of them out")
         setting[key] = _number(value)
     method.refuse_unknown(setting)
     return name, setting

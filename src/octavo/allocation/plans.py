@@ -1,4 +1,4 @@
-"""Plans, and the YAML files in which they can be read and edited."""
+"""Plans, and the YAML files in which they are read and edited."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from octavo.system.atomic import write_file
 from octavo.system.paths import checked, checked_output, reason
 from octavo.system.replacing import check_file
 
-#: Labels of plans that do not stand for one setting everywhere.
+#: Labels of plans that do not use one setting everywhere.
 MIXED, ONE_FAMILY, EDITED = "mixed", "one family", "edited"
 #: Version of the files.
 _FORMAT = 1
@@ -37,15 +37,15 @@ class Plan:
     Parameters
     ----------
     points
-        Site name to point. An estimated point's bytes are known exactly only once it is encoded.
+        Site name to point. The exact bytes of an estimated point are known once it is encoded.
     label
-        :data:`MIXED`, :data:`ONE_FAMILY`, :data:`EDITED`, or the uniform choice it stands for.
+        :data:`MIXED`, :data:`ONE_FAMILY`, :data:`EDITED`, or the uniform choice.
     fingerprint
-        That of the source it was made for; empty if that is not known.
+        Fingerprint of the source that the plan was made for; empty if unknown.
     pinned
-        Sites that the user chose the form of.
+        Sites whose form the user chose.
     origin
-        Where it is from, for messages.
+        Where the plan is from, for messages.
     """
 
     budget: Budget
@@ -65,11 +65,11 @@ class Plan:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether it stands for one setting everywhere."""
+        """Whether the plan uses one setting everywhere."""
         return self.label not in (MIXED, ONE_FAMILY, EDITED)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write as YAML that can be read and edited; a file that is there, maybe edited, only with ``overwrite``."""
+        """Write as readable, editable YAML. An existing file may be edited, so only ``overwrite`` replaces it."""
         path = check_file(checked_output(path), overwrite=overwrite)
         sites = {
             name: {"method": p.method, "setting": dict(p.setting), "bytes": p.bytes, "loss": float(f"{p.loss:.4g}")}
@@ -90,31 +90,31 @@ class Plan:
 
 
 def _digest(budget: Budget, points: Mapping[str, Point]) -> str:
-    """What a plan says, in short: a file whose digest is another was edited."""
+    """A digest of a plan's content: a file with another digest was edited."""
     choices = {name: [point.method, point.setting] for name, point in points.items()}
     text = json.dumps([budget.bytes, budget.target, choices], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_plan(path: Path, sites: Iterable[str]) -> Plan:
-    """Read a plan; every one of the ``sites`` must be there, and nothing else.
+    """Read a plan; it must name each of the ``sites`` and nothing else.
 
-    It is labelled :data:`EDITED` if its choices or its budget are not those that were saved. The bytes of what is no
-    site are not in the file.
+    It is labelled :data:`EDITED` if its choices or budget differ from those saved. The bytes of tensors that are not
+    sites are not in the file.
 
     Raises
     ------
     RequestError
-        If the file is no plan, a site is missing or unknown, or a method is not known.
+        If the file is not a plan, or a site is missing or unknown, or a method is unknown.
     """
     try:
         data = yaml.safe_load(checked(path).read_text(encoding="utf-8"))
         if data["octavo_plan"] != _FORMAT:
-            raise ValueError(f"octavo_plan is {data['octavo_plan']!r}, this version reads {_FORMAT}")
+            raise ValueError(f"octavo_plan is {data['octavo_plan']!r}; this version reads {_FORMAT}")
         points = {str(name): _point(entry) for name, entry in data["sites"].items()}
         asked, target = data["asked"], data.get("target", "disk")
         if not isinstance(asked, str) or not isinstance(target, str):
-            raise TypeError("'asked' and 'target' must be words")
+            raise TypeError("'asked' and 'target' must be strings")
         budget = Budget(int(data["budget"]), asked, target)
         label = MIXED if data.get("digest") == _digest(budget, points) else EDITED
         pinned = tuple(str(name) for name in data.get("pinned", ()))
@@ -125,12 +125,12 @@ def read_plan(path: Path, sites: Iterable[str]) -> Plan:
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RequestError(f"{path}: not a plan: {reason(error)}") from error
     except RecursionError as error:
-        raise RequestError(f"{path}: not a plan: its values are nested too deep") from error
+        raise RequestError(f"{path}: not a plan: its values are nested too deeply") from error
     known = set(sites)
     for name in sorted(known ^ set(points)):
         if name in known:
-            raise RequestError(f"{path}: site {name!r} is missing; add it, or leave it alone with --ignore")
-        raise RequestError(f"{path}: site {name!r} is not in the source, or is left alone; remove it")
+            raise RequestError(f"{path}: site {name!r} is missing; add it, or exclude it with --ignore")
+        raise RequestError(f"{path}: site {name!r} is not in the source, or is ignored; remove it")
     for name, point in points.items():
         try:
             get_method(point.method).refuse_unknown(point.setting)

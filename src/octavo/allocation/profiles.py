@@ -1,4 +1,4 @@
-"""Rate-distortion curves of every site: what each method and setting would cost in bytes and in quality."""
+"""Rate-distortion curves of every site: the bytes and expected loss of each method and setting."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from octavo.allocation.counting import Counting
 from octavo.allocation.sampling import Sample, sample_of, table_sample_of
 from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
-from octavo.methods.factorize.factors import is_table
+from octavo.methods.tables import is_table
 from octavo.sources.sites import Site
 from octavo.system.atomic import write_file
 from octavo.system.paths import checked, reason
@@ -28,7 +29,7 @@ from octavo.system.sealed import sealed_json, unsealed_json
 #: A method whose first point loses this many times more than the best known curve at the same bytes is not tried
 #: further at that site.
 SCREEN = 3.0
-#: One that loses less than this many times more is tried further, catching up or not.
+#: A method that loses less than this many times more is always tried further.
 PROMISING = 1.15
 FORMAT = 3
 
@@ -40,9 +41,9 @@ class Point:
     Parameters
     ----------
     method, setting
-        What was done.
+        The method and its setting.
     bytes
-        Stored bytes, from the code that writes the file; for memory those that it takes while it runs.
+        Stored bytes, from the code that writes the file; for the memory target the bytes while running.
     loss
         Expected increase of the whole model's loss (the objective's metric), before correction.
     estimated
@@ -74,12 +75,12 @@ class Curve:
 
 @dataclass
 class Profile:
-    """All curves of a source, with what is needed to solve them for any budget.
+    """All curves of a source, with everything needed to solve them for any budget.
 
     Parameters
     ----------
     fixed_bytes
-        Bytes of everything that is no site, manifest and headers included.
+        Bytes of everything that is not a site, including manifest and headers.
     correction
         Group to (factor, exponent): measured loss = factor * expected ** exponent.
     """
@@ -94,7 +95,7 @@ class Profile:
     options: dict[str, Any] = field(default_factory=dict)
 
     def corrected(self, curve: Curve, loss: float) -> float:
-        """The loss to expect of a point after correction by measured plans."""
+        """The expected loss of a point after correction by measured plans."""
         factor, exponent = self.correction.get(curve.group, (1.0, 1.0))
         return float(factor * loss**exponent) if loss > 0 else 0.0
 
@@ -113,7 +114,7 @@ class Profile:
         try:
             data = unsealed_json(path.parent, path.name, checked(path).read_bytes())
             if data.pop("octavo_profile") != FORMAT:
-                raise ValueError("another format version")
+                raise ValueError("unknown format version")
             curves = [
                 Curve(c["site"], c["kind"], tuple(c["shape"]), [Point(**point) for point in c["points"]])
                 for c in data.pop("curves")
@@ -121,12 +122,14 @@ class Profile:
             correction = {key: (float(a), float(b)) for key, (a, b) in data.pop("correction").items()}
             return cls(curves=curves, correction=correction, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RequestError(f"{path}: not a profile that this version can read: {reason(error)}") from error
+            raise RequestError(
+                f"{path}: not a profile that this version can read: {reason(error)}; run octavo profile again"
+            ) from error
 
 
 @dataclass(frozen=True)
 class Window:
-    """Bits per weight between which points are wanted; settings beyond are not encoded."""
+    """The range of bits per weight in which points are computed; settings outside are not encoded."""
 
     least: float = 0.0
     most: float = float("inf")
@@ -141,7 +144,7 @@ def profile_site(
     methods: Sequence[Method],
     window: Window,
     keep: Callable[[Method, Setting, Any], None] = lambda method, setting, packed: None,
-    target: str = "disk",
+    target: Counting | None = None,
 ) -> Curve:
     """Points of one site from all methods.
 
@@ -150,17 +153,18 @@ def profile_site(
     weight
         The site's matrix (rows, columns), float32.
     methods
-        Those of the cheapest preset go first and set the curve that the others are screened against.
+        The methods of the cheapest preset run first and set the curve that the others are screened against.
     keep
-        Called with every packed form, for callers that want to reuse one. Of large matrices only sizes are known.
+        Called with every packed form, so that callers can reuse it. For large matrices it holds only sizes.
     target
-        What the bytes of a point are: ``disk`` or ``memory``.
+        What the bytes of a point are, and which settings are tried.
 
     Raises
     ------
     RequestError
-        If a method cannot encode the matrix, or none has anything to offer it.
+        If a method cannot encode the matrix, or no method offers a form for it.
     """
+    target = target or Counting()
     curve = Curve(site.name, site.kind, site.shape, [])
     sample = sample_of(weight, evidence)
     # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
@@ -172,29 +176,29 @@ def profile_site(
         try:
             if sample is not None and method.by_rows:
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
-                    packed, loss = sample.packed(form), sample.loss(form)
+                    packed, loss = sample.packed(form, target.resident), sample.loss(form)
                     keep(method, setting, packed)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss, estimated=True))
+                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
-                    packed = pack(form)
+                    packed = pack(form, target.resident)
                     keep(method, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
-                    curve.points.append(Point(method.name, setting, packed.counted(target), loss))
+                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss))
         except RequestError as error:
             raise RequestError(f"site {site.name!r}: {error}") from error
     if not curve.points:
         names = ", ".join(method.name for method in methods)
-        raise RequestError(f"site {site.name!r}: {names} can do nothing with it; add another method, such as entropy")
+        raise RequestError(f"site {site.name!r}: {names} cannot compress it; add another method, such as entropy")
     return curve
 
 
-def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> bool:
-    """Whether a method, tried on a sample as a matrix of its own, is as good as the curve so far.
+def _competitive(method: Method, sample: Sample, curve: Curve, target: Counting) -> bool:
+    """Whether a method is as good as the curve so far, tried on a sample as a separate matrix.
 
-    A method that looks at all rows together takes long on a large matrix, and is a gain on few of them.
+    A method that uses all rows together is slow on a large matrix and rarely an improvement there.
     """
-    settings, reference = method.offered(sample.weight, sample.evidence, target), envelope(curve)
+    settings, reference = target.offers(method, sample.weight, sample.evidence), envelope(curve)
     if reference is None or not settings:
         return bool(settings)
     form = method.encode(sample.weight, settings[len(settings) // 2], sample.evidence)
@@ -203,23 +207,21 @@ def _competitive(method: Method, sample: Sample, curve: Curve, target: str) -> b
 
 
 def _walk(
-    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: str
+    method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: Counting
 ) -> Iterator[tuple[Setting, Any]]:
-    """Settings of a method from the middle outwards, until they leave the window or turn out hopeless.
+    """Settings of a method from the middle outwards, until they leave the window or are screened out.
 
-    For memory there are few of them, and all are tried: a budget is then used by no continuous setting, but by knowing
-    every choice.
+    A target that runs few of them tries all: a budget is then used by knowing every choice.
     """
-    settings = method.offered(weight, evidence, target)
+    settings = list(target.offers(method, weight, evidence))
     if not settings:
         return
     if method.elastic is not None:
         settings = settings[:: window.stride] if len(settings) > 2 else settings
     start = len(settings) // 2
-    # How dense storage compares is no question of settings: all of its few are always there. Nor is it what others have
-    # to be as good as, in fewer bytes.
-    dense = all(get_method(name).family == "keep" for name in {point.method for point in curve.points})
-    reference = None if dense or method.family == "keep" else envelope(curve)
+    # Dense storage has few settings, and all are always tried. Other methods are not screened against it.
+    dense = all(get_method(name).dense for name in {point.method for point in curve.points})
+    reference = None if dense or method.dense else envelope(curve)
     seen: dict[int, Point] = {}
     enough = lossless_bytes(curve)
 
@@ -227,13 +229,13 @@ def _walk(
         return seen[index].bytes * 8 / max(math.prod(curve.shape), 1)
 
     def excess(index: int) -> float:
-        """Loss over that of the best curve so far at the same bytes."""
+        """Loss relative to the best curve so far at the same bytes."""
         if reference is None:
             return 0.0
         return math.inf if needless(index) else seen[index].loss / reference(seen[index].bytes)
 
     def needless(index: int) -> bool:
-        """Whether a smaller point loses nothing."""
+        """Whether a smaller point has no loss."""
         return seen[index].bytes >= enough
 
     def outwards(step: int, wanted: Callable[[int], bool]) -> Iterator[int]:
@@ -247,11 +249,11 @@ def _walk(
                 return  # behind, and not catching up
 
     def order() -> Iterator[int]:
-        if target == "memory":
+        if target.exhaustive:
             yield from range(len(settings))
             return
         yield start
-        # A method may find that a setting it offered does not serve, and give no form for it.
+        # A method may find that a setting it offered is not usable, and return no form.
         if start not in seen:
             return
         if needless(start) or excess(start) <= SCREEN:
@@ -271,8 +273,8 @@ def _walk(
 
 
 def envelope(curve: Curve) -> Callable[[float], float] | None:
-    """Loss as a function of bytes along the measured points, log-linear between them; None if there are too few."""
-    # Points without loss are reached by no logarithm: the curve ends where the first of them is.
+    """Loss as a log-linear function of bytes between the measured points; None if there are too few."""
+    # Points with zero loss have no logarithm: the curve ends at the first of them.
     points = sorted({(point.bytes, point.loss) for point in curve.points if point.loss > 0})
     if len(points) < 2:
         return None
@@ -283,14 +285,15 @@ def envelope(curve: Curve) -> Callable[[float], float] | None:
 
 
 def lossless_bytes(curve: Curve) -> float:
-    """Bytes from which on nothing is lost at a site; infinite if no point says so."""
+    """The fewest bytes with zero loss at a site; infinite if there is no such point."""
     return min((point.bytes for point in curve.points if point.loss == 0), default=math.inf)
 
 
 def densified(curve: Curve, between: int = 7) -> list[Point]:
-    """The points of a curve, with estimated ones between neighbours that differ in a continuous setting alone.
+    """The points of a curve, with estimated points between neighbours that differ only in a continuous setting.
 
-    Octaves, and logarithms of bytes and loss, are close to linear in each other over one gap, so they are interpolated.
+    Within one gap, octaves and the logarithms of bytes and loss are nearly linear in each other, so they are
+    interpolated.
     """
     result = list(curve.points)
     for points in _families(curve).values():
@@ -302,7 +305,7 @@ def densified(curve: Curve, between: int = 7) -> list[Point]:
 
 
 def _families(curve: Curve) -> dict[str, list[Point]]:
-    """Points of methods with a continuous knob, those equal in all else together, from fine to coarse."""
+    """Points of methods with a continuous knob, grouped by all other settings, from fine to coarse."""
     families: dict[str, list[Point]] = {}
     for point in curve.points:
         method = get_method(point.method)
@@ -315,7 +318,7 @@ def _families(curve: Curve) -> dict[str, list[Point]]:
 
 
 def _between(fine: Point, coarse: Point, share: float) -> Point:
-    """The point at a share of the way from one to another."""
+    """The point at a given share of the way between two points."""
     method = get_method(fine.method)
     ends = [
         np.array([method.octaves(p.setting), np.log(max(p.bytes, 1)), np.log(max(p.loss, 1e-300))])
@@ -342,11 +345,11 @@ def interpolate(points: Sequence[Point], octaves: float) -> Point:
 
 
 def slope(curve: Curve, point: Point) -> float:
-    """Bytes that an octave more of a point's continuous knob adds (below zero), from the measured points around it."""
+    """Change in bytes per octave of a point's continuous knob (negative), from the measured points around it."""
     method = get_method(point.method)
     rest = {key: value for key, value in point.setting.items() if key != method.elastic}
     points = _families(curve).get(f"{point.method} {sorted(rest.items())}", [])
-    # At a high rate an octave is a bit a weight.
+    # At a high rate an octave is one bit per weight.
     fallback = -math.prod(curve.shape) / 8
     if len(points) < 2:
         return fallback

@@ -1,4 +1,4 @@
-"""What a mixed plan must beat: one setting for all sites, and plain round-to-nearest."""
+"""Baselines that a mixed plan must beat: one setting for all sites, and the plain method."""
 
 from __future__ import annotations
 
@@ -7,67 +7,66 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from octavo.allocation.budget import Budget
+from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import Plan
-from octavo.allocation.profiles import Point, Profile, envelope
+from octavo.allocation.profiles import Curve, Point, Profile, envelope
 from octavo.allocation.solver import labelled, uniform
-from octavo.calibration.calibrating import Calibration
+from octavo.allocation.tasks import weighed
 from octavo.calibration.evidence_folder import EvidenceFolder
-from octavo.calibration.workspace import Workspace
-from octavo.encoding.job import Job
-from octavo.encoding.tasks import weighed
 from octavo.methods import Setting, get_method
+from octavo.methods.base import dense_names, plain_method
 
-PLAIN = "rtn"
-#: Plain round-to-nearest is not built where every site was measured and it is expected to lose so many times more.
+#: If every site was measured, the plain method is skipped when its expected loss is this many times larger.
 _HOPELESS = 8.0
-#: A coder may save this share of the bits of round-to-nearest's codes.
+#: Entropy coding may save this share of the bits of its codes.
 _CODED = 0.25
 
 
-def best_uniform(job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget) -> list[Plan]:
-    """The plan of least expected loss that uses one setting everywhere; none if no single setting fits.
+def best_uniform(run: Run, profile: Profile, asked: Budget) -> list[Plan]:
+    """The uniform plan (one setting everywhere) of least expected loss; None if no single setting fits.
 
-    A setting that was tried at most of the weights, and screened out at the others, is tried there as well where it
-    could win: a rival is not weakened by what was left untried.
+    A setting that was tried for most weights and screened out for the rest is tried there too if it could win. So
+    screening never weakens a rival.
     """
-    plans = uniform(profile, asked)
-    if job.target == "memory":  # there every setting was tried
+    opened, plans = run.opened, uniform(profile, asked)
+    if opened.target.exhaustive:  # every setting was tried
         return plans[:1]
     limit = plans[0].expected if plans else math.inf
     wanted = [
         (site, method, setting)
-        for method, setting, tried in _settings(job, profile)
-        for site in _gaps(job, profile, tried, asked, limit)
-        if get_method(method).accepts(job.site(site))
+        for method, setting, tried in _settings(opened, profile)
+        for site in _gaps(opened, profile, tried, asked, limit)
+        if get_method(method).accepts(opened.site(site))
     ]
     if not wanted:
         return plans[:1]
-    evidence = calibration.evidence
-    work = ((job.site(site), job.matrix(job.site(site)), evidence[site], *choice) for site, *choice in wanted)
+    evidence = run.calibration.evidence
+    sites, target = {site: opened.site(site) for site, *_ in wanted}, opened.target
+    work = ((sites[site], opened.matrix(sites[site]), evidence[site], *choice, target) for site, *choice in wanted)
     added: dict[str, list[Point]] = {}
-    for (site, method, setting), found in zip(wanted, job.executor.map(weighed, work), strict=True):
+    for (site, method, setting), found in zip(wanted, run.executor.map(weighed, work), strict=True):
         if found is not None:
             packed, loss = found
-            room.save_packed(site, method, setting, packed)
-            added.setdefault(site, []).append(Point(method, setting, packed.counted(job.target), loss))
+            run.workspace.save_packed(site, method, setting, packed)
+            added.setdefault(site, []).append(Point(method, setting, opened.target.bytes(packed), loss))
     curves = [replace(curve, points=[*curve.points, *added.get(curve.site, [])]) for curve in profile.curves]
     return uniform(replace(profile, curves=curves), asked)[:1]
 
 
-def _settings(job: Job, profile: Profile) -> list[tuple[str, Setting, dict[str, Point]]]:
-    """Every method and setting, with the sites at which it was tried."""
+def _settings(opened: Opened, profile: Profile) -> list[tuple[str, Setting, dict[str, Point]]]:
+    """Every method and setting, with the sites where it was tried."""
     found: dict[tuple[str, str], tuple[str, Setting, dict[str, Point]]] = {}
     for curve in profile.curves:
-        for point in curve.points if curve.site not in job.pinned else ():
+        for point in curve.points if curve.site not in opened.pinned else ():
             entry = (point.method, point.setting, dict[str, Point]())
             found.setdefault((point.method, repr(point.setting)), entry)[2][curve.site] = point
-    return [entry for entry in found.values() if get_method(entry[0]).family != "keep"]
+    return [entry for entry in found.values() if not get_method(entry[0]).dense]
 
 
-def _gaps(job: Job, profile: Profile, tried: Mapping[str, Point], asked: Budget, limit: float) -> list[str]:
-    """Sites at which a setting was not tried, if with them it may fit and lose less than ``limit``."""
-    free = [curve for curve in profile.curves if curve.site not in job.pinned]
-    weights = {curve.site: job.site(curve.site).parameters for curve in free}
+def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: Budget, limit: float) -> list[str]:
+    """Sites where a setting was not tried, if with them it may fit and lose less than ``limit``."""
+    free = [curve for curve in profile.curves if curve.site not in opened.pinned]
+    weights = {curve.site: opened.site(curve.site).parameters for curve in free}
     seen, every = sum(weights[site] for site in tried), sum(weights.values())
     if len(tried) == len(free) or 2 * seen < every:
         return []
@@ -76,7 +75,7 @@ def _gaps(job: Job, profile: Profile, tried: Mapping[str, Point], asked: Budget,
         return []
     lost = 0.0
     for curve in free:
-        # It was screened out for losing more than others did at its bytes.
+        # It was screened out because others lost less at the same bytes.
         others = envelope(curve)
         guess = others(share * weights[curve.site]) if others else 0.0
         lost += profile.corrected(curve, tried[curve.site].loss if curve.site in tried else guess)
@@ -84,22 +83,24 @@ def _gaps(job: Job, profile: Profile, tried: Mapping[str, Point], asked: Budget,
 
 
 class Plain:
-    """Plain round-to-nearest with one setting for all sites, the finest that fits.
+    """The plain method with the finest single setting that fits.
 
-    Sites at which the setting does not apply are kept in 16 bits, pinned ones as they are pinned.
+    Sites where the setting does not apply are kept in 16 bits; pinned sites stay pinned.
     """
 
-    def __init__(self, job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget) -> None:
-        self.job, self.profile, self.calibration, self.room, self.asked = job, profile, calibration, room, asked
-        self.free = [curve for curve in profile.curves if curve.site not in job.pinned]
-        weights = sum(job.site(curve.site).parameters for curve in self.free)
-        pinned = sum(curve.points[0].bytes for curve in profile.curves if curve.site in job.pinned)
+    def __init__(self, run: Run, profile: Profile, asked: Budget) -> None:
+        self.run, self.opened, self.profile, self.asked = run, run.opened, profile, asked
+        self.method = plain_method()
+        pinned_sites = self.opened.pinned
+        self.free = [curve for curve in profile.curves if curve.site not in pinned_sites]
+        weights = sum(self.opened.site(curve.site).parameters for curve in self.free)
+        pinned = sum(curve.points[0].bytes for curve in profile.curves if curve.site in pinned_sites)
         self.bits = max(asked.bytes - profile.fixed_bytes - pinned, 0) * 8 / max(weights, 1)
 
     def plans(self, best: float) -> Iterator[Plan]:
-        """Plans that fit, as long as they are worth building beside one that lost ``best``.
+        """Plans that fit, as long as they may beat a plan with the loss ``best``.
 
-        Entries of a manifest differ by a few bytes, so one that should just fit may not.
+        Manifest entries differ by a few bytes, so a plan that should just fit may not.
         """
         limit = _HOPELESS * best if self._measured() else math.inf
         if not self.free or self._guess() > limit:
@@ -113,65 +114,73 @@ class Plain:
 
     def _measured(self) -> bool:
         """Whether calibration saw every site, so that expected losses can be compared."""
-        evidence = self.calibration.evidence
+        evidence = self.run.calibration.evidence
         names = [curve.site for curve in self.free]
         if isinstance(evidence, EvidenceFolder):
             return all(evidence.samples.get(name, 0) for name in names)
         return all(evidence[name].samples for name in names)
 
     def _guess(self) -> float:
-        """The least that it may be expected to lose, from what the profile has; zero if that has too little."""
+        """A lower bound of its expected loss from the profile; zero if the profile has too few points."""
         finest = min(int(self.bits * (1 + _CODED)), 8)
         total = 0.0
         for curve in self.free:
-            points = [point for point in curve.points if point.method == PLAIN]
+            points = self._points(curve)
             if not points:
                 return 0.0
-            nearest = min(points, key=lambda point: abs(point.setting["bits"] - finest))
-            total += self.profile.corrected(curve, nearest.loss * 4.0 ** (nearest.setting["bits"] - finest))
+            nearest = min(points, key=lambda point: abs(self._bits(point.setting) - finest))
+            total += self.profile.corrected(curve, nearest.loss * 4.0 ** (self._bits(nearest.setting) - finest))
         return total
+
+    def _points(self, curve: Curve) -> list[Point]:
+        return [point for point in curve.points if point.method == self.method.name]
+
+    def _bits(self, setting: Setting) -> float:
+        return self.method.fineness(setting)[0]
 
     def _settings(self) -> list[Setting]:
         """Settings that may fit, finest first."""
-        if self.job.target == "memory":
-            points = [point for curve in self.free for point in curve.points if point.method == PLAIN]
+        if self.opened.target.exhaustive:
+            points = [point for curve in self.free for point in self._points(curve)]
+            # Not all are offered everywhere.
             found = {repr(point.setting): point.setting for point in points}
-            # Fewer columns a group is finer, and not offered everywhere.
-            return sorted(found.values(), key=lambda setting: (-setting["bits"], str(setting["group"]).zfill(9)))
-        site = self.job.site(self.free[0].site)
-        settings = get_method(PLAIN).settings(self.job.matrix(site), self.calibration.evidence[site.name])
-        return [setting for setting in settings if setting["bits"] <= self.bits * (1 + _CODED)]
+            return sorted(found.values(), key=self.method.fineness, reverse=True)
+        site = self.opened.site(self.free[0].site)
+        settings = self.method.settings(self.opened.matrix(site), self.run.calibration.evidence[site.name])
+        return [setting for setting in settings if self._bits(setting) <= self.bits * (1 + _CODED)]
 
     def _with(self, setting: Setting) -> Plan | None:
-        """The plan of one setting; None if a site can have neither it nor 16 bits."""
-        points = {curve.site: curve.points[0] for curve in self.profile.curves if curve.site in self.job.pinned}
+        """The plan of one setting; None if a site supports neither it nor 16 bits."""
+        points = {curve.site: curve.points[0] for curve in self.profile.curves if curve.site in self.opened.pinned}
         points |= self._tried(setting)
+        dense = dense_names()
         for curve in self.free:
             if curve.site not in points:
-                half = [p for p in curve.points if p.method == "keep" and p.setting["dtype"] != "float32"]
+                most = 2 * math.prod(curve.shape)
+                half = [p for p in curve.points if p.method in dense and p.bytes <= most]
                 if not half:
                     return None
                 points[curve.site] = min(half, key=lambda point: point.loss)
         expected = sum(self.profile.corrected(curve, points[curve.site].loss) for curve in self.profile.curves)
-        return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(PLAIN, setting))
+        return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(self.method.name, setting))
 
     def _tried(self, setting: Setting) -> dict[str, Point]:
-        """Points of a setting at all sites that it is offered at: those of the profile, and encoded if it has none."""
-        job, evidence = self.job, self.calibration.evidence
-        # For memory every setting was tried, and sizes are exact though losses may be of a sample.
+        """Points of a setting at all sites that offer it, from the profile or else encoded."""
+        opened, evidence = self.opened, self.run.calibration.evidence
+        # Where every setting was tried sizes are exact, though losses may be of a sample.
         found = {
             curve.site: point
             for curve in self.free
-            for point in curve.points
-            if (point.method, point.setting) == (PLAIN, setting) and (not point.estimated or job.target == "memory")
+            for point in self._points(curve)
+            if point.setting == setting and (not point.estimated or opened.target.exhaustive)
         }
-        if job.target == "memory":
+        if opened.target.exhaustive:
             return found
-        sites = [job.site(curve.site) for curve in self.free if curve.site not in found]
-        work = ((site, job.matrix(site), evidence[site.name], PLAIN, setting) for site in sites)
-        for site, made in zip(sites, job.executor.map(weighed, work), strict=True):
+        sites, name = [opened.site(curve.site) for curve in self.free if curve.site not in found], self.method.name
+        work = ((site, opened.matrix(site), evidence[site.name], name, setting, opened.target) for site in sites)
+        for site, made in zip(sites, self.run.executor.map(weighed, work), strict=True):
             if made is not None:
                 packed, loss = made
-                self.room.save_packed(site.name, PLAIN, setting, packed)
-                found[site.name] = Point(PLAIN, setting, packed.counted(job.target), loss)
+                self.run.workspace.save_packed(site.name, name, setting, packed)
+                found[site.name] = Point(name, setting, opened.target.bytes(packed), loss)
         return found

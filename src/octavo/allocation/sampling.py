@@ -1,6 +1,6 @@
-"""Large matrices are judged by a sample of their rows: what a setting costs and saves is a mean over rows.
+"""Estimates for large matrices from a sample of their rows: bytes and loss of a setting are means over rows.
 
-What is estimated here only guides the allocator. A plan is always encoded in full, and its bytes are exact.
+The estimates only guide the allocator. A plan is always encoded in full, and its bytes are exact.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from octavo import coding
 from octavo.artifact import Packed, Sized, pack
+from octavo.artifact.packing import Resident
 from octavo.calibration.curvature import Curvature
 from octavo.calibration.evidence import Evidence
-from octavo.forms import Form, GroupedLowRank, LowRank, RowBlocks, Sum
-from octavo.methods.factorize.factors import is_table, least_of_table
-from octavo.runtimes.packed.kernels import resident_bytes
+from octavo.forms import Form
+from octavo.methods.tables import is_table, least_of_table
 
-#: Larger matrices are sampled, a quarter of their weights within these bounds. Of a 4096 x 4096 matrix bytes are then
-#: estimated within a few parts in a thousand, of a 576 x 576 one within a few in a hundred, and of a whole model, whose
-#: misses cancel, within one.
+#: Larger matrices are sampled: a quarter of their weights, within these bounds. The error of the estimated bytes is a
+#: few parts in a thousand for a 4096 x 4096 matrix and a few percent for 576 x 576. For a whole model errors cancel, to
+#: less than one percent.
 MEDIUM = 1 << 18
 _TAKEN = (1 << 17, 1 << 19)
-#: Fewer rows than these are not taken for a sample.
+#: Smallest number of rows in a sample.
 _ROWS = 16
-#: Elements of the sample of a table at most, which those of up to 2,000 columns do not reach.
+#: Largest number of elements in the sample of a table; tables of up to 2,000 columns do not reach it.
 _TABLE = 1 << 25
-#: Bytes that a coder's tables take at most, besides a class of every column.
+#: Largest size of a coder's tables in bytes, besides one class per column.
 _TABLES = 1 << 12
 
 
@@ -41,11 +41,11 @@ class Sample:
     weight
         (taken, columns) float32.
     evidence
-        That of these rows; without a curvature, which holds for all rows together.
+        Evidence of these rows, without a curvature, since that belongs to all rows together.
     rows
-        Rows of the whole matrix.
+        Number of rows of the whole matrix.
     curvature
-        What an error of these rows alone costs by the curvature of the whole matrix, if it was measured.
+        Cost of an error in these rows alone, by the measured curvature of the whole matrix, if there is one.
     """
 
     weight: Tensor
@@ -55,33 +55,23 @@ class Sample:
 
     @property
     def share(self) -> float:
-        """Rows of the whole for each row taken."""
+        """Rows of the whole matrix per sampled row."""
         return self.rows / len(self.weight)
 
     def loss(self, form: Form) -> float:
-        """Expected loss of the whole matrix in a form that was found for the sample."""
+        """Expected loss of the whole matrix in a form found for the sample."""
         error = form.dense() - self.weight
-        # Points of a sample are compared with points of the whole: both have the same loss.
+        # Points of a sample are compared with points of the whole matrix, so both use the same loss.
         return (self.evidence.loss(error) if self.curvature is None else self.curvature.loss(error)) * self.share
 
     def grown(self, form: Form) -> int:
-        """Bytes that a whole table would take in a form that was found for the sample as a table of its own.
+        """Bytes of a whole table in a form found for the sample as a separate table."""
+        return form.grown(self.share, lambda inner: pack(inner).bytes)
 
-        Left factors grow with the rows; right ones are the columns' and do not.
-        """
-        if isinstance(form, LowRank | GroupedLowRank):
-            return self.grown(form.left) + pack(form.right).bytes
-        if isinstance(form, RowBlocks):
-            return round(len(form.member) * self.share) + sum(map(self.grown, form.blocks))
-        if isinstance(form, Sum):
-            return self.grown(form.base) + self.grown(form.correction)
-        return round(pack(form).bytes * self.share)
+    def packed(self, form: Form, resident: Resident | None = None) -> Packed:
+        """Sizes, without content, of the whole matrix in a form found for the sample.
 
-    def packed(self, form: Form) -> Packed:
-        """What the whole matrix would take in a form that was found for the sample: sizes without content.
-
-        Payloads and escapes grow with the rows; a coder's tables, and parts that belong to columns or to the whole,
-        do not.
+        Payloads and escapes grow with the rows. Coder tables, and parts of columns or of the whole matrix, do not.
         """
         found, parts, end = pack(form), {}, 0
         blob, columns = memoryview(found.blob), self.weight.shape[1]
@@ -91,31 +81,32 @@ class Sample:
                 floats = [floats[0], *(self.rows if size == len(self.weight) else size for size in floats[1:])]
             else:
                 header = coding.describe(blob[start : start + length])
-                # A head of more than its tables can take holds escapes.
+                # A head larger than the largest tables holds escapes.
                 elements, payload = header.elements, max(header.payload, length - columns - _TABLES)
             if elements >= len(self.weight) and elements != columns:
                 length += round(payload * (self.share - 1))
             parts[name] = [end, length, *floats]
             end += length
         codecs = {codec: round(size * end / max(found.bytes, 1)) for codec, size in found.codecs.items()}
-        return Packed(Sized(end), parts, found.meta, codecs, resident_bytes(form, self.rows))
+        running = None if resident is None else resident(form, self.rows)
+        return Packed(Sized(end), parts, found.meta, codecs, running)
 
 
 def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
-    """A sample of a matrix (rows, columns), or None if it is small enough to be looked at as a whole.
+    """A sample of a matrix (rows, columns); None if the matrix is small enough to use as a whole.
 
-    Rows are sorted by what they add to the loss if they are lost, and taken at even distances, so that loud and quiet
-    rows are represented by their numbers.
+    Rows are sorted by the loss of dropping them and taken at even distances, so important and unimportant rows are
+    represented in proportion.
     """
     taken = _usual(weight)
     return None if weight.numel() <= MEDIUM or len(weight) < 2 * taken else _sample(weight, evidence, taken)
 
 
 def table_sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:
-    """A sample of a table that is a table, too; None if the matrix is none, or so wide that a sample is too large."""
+    """A sample of a table as a smaller table; None if the matrix is not a table, or too wide for a sample."""
     rows, columns = weight.shape
     taken = max(least_of_table(columns), _usual(weight))
-    # Even if it takes most rows: with it one setting of a method is tried in the place of all of them.
+    # This pays even if the sample has most rows, since only one setting of a method is then tried instead of all.
     return _sample(weight, evidence, taken) if is_table(rows, columns) and taken * columns <= _TABLE else None
 
 
@@ -129,7 +120,7 @@ def _sample(weight: Tensor, evidence: Evidence, taken: int) -> Sample:
     order = (evidence.rows.sqrt() * torch.linalg.vector_norm(weight, dim=1)).argsort(stable=True)
     places = (torch.arange(taken, dtype=torch.float64) + 0.5) * (rows / taken)
     index = order[places.long()].sort().values
-    # What is cached depends on the columns alone, which are those of the whole.
+    # The cache depends only on the columns, which equal those of the whole matrix.
     terms = tuple((weights[index], moment) for weights, moment in evidence.terms)
     part = Evidence(evidence.rows[index], evidence.columns, evidence.samples, evidence.cache, terms)
     curvature = evidence.curvature and replace(evidence.curvature, outputs=evidence.curvature.outputs[index])

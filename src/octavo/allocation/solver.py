@@ -1,4 +1,4 @@
-"""Choosing a point for every site: one multiplier over all sites and families."""
+"""Choosing a point for every site, with one Lagrange multiplier over all sites and families."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from octavo.allocation.plans import MIXED, Plan
 from octavo.allocation.profiles import Point, Profile, densified, family, interpolate
 from octavo.errors import BudgetError
 from octavo.methods import Setting, get_method
+from octavo.methods.base import dense_names
 
 
 def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
-    """Index of the chosen point of every site, of least loss at a cost of at most ``room`` in sum.
+    """Index of the chosen point of every site: least loss at a total cost of at most ``room``.
 
-    Lagrangian: for one multiplier every site takes its least ``loss + multiplier * cost``, which lies on its lower
-    hull; the multiplier is found by bisection. What room is then left is given, step by step, to the site that
-    gains most per unit, points off the hull included.
+    For a given multiplier every site takes its least ``loss + multiplier * cost``, a point of its lower hull; the
+    multiplier is found by bisection. The remaining budget goes, step by step, to the site that gains most per unit,
+    with points off the hull.
 
     Parameters
     ----------
     costs, losses
-        (sites, points): integers in bytes or whatever is short, and floats; where a site has fewer points, a cost
-        beyond all and a loss of infinity.
+        (sites, points): integers (bytes or another resource) and floats. Missing points of a site have a cost beyond
+        all others and an infinite loss.
     """
     rows = np.arange(len(costs))
     low, high = -80.0, 40.0
@@ -42,7 +43,7 @@ def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
 
 
 def filled(costs: np.ndarray, losses: np.ndarray, chosen: np.ndarray, room: int) -> np.ndarray:
-    """A choice with the room that it leaves given, step by step, to the site that gains most per unit."""
+    """A choice improved by giving the remaining budget, step by step, to the site that gains most per unit."""
     rows, chosen = np.arange(len(costs)), chosen.copy()
     left = room - int(costs[rows, chosen].sum())
     while True:
@@ -58,17 +59,17 @@ def filled(costs: np.ndarray, losses: np.ndarray, chosen: np.ndarray, room: int)
 
 
 class Choices:
-    """All points of all sites as arrays, so that one multiplier is solved for in microseconds."""
+    """All points of all sites as arrays, so that solving for one multiplier takes microseconds."""
 
     def __init__(self, profile: Profile, methods: Iterable[str] | None = None, *, interpolate: bool = True) -> None:
-        allowed = None if methods is None else set(methods)
+        allowed, dense = None if methods is None else set(methods), dense_names()
         self.profile = profile
         self.points: list[list[Point]] = []
         for curve in profile.curves:
             every = densified(curve) if interpolate else curve.points
             points = [p for p in every if allowed is None or p.method in allowed]
             if not points:
-                points = [p for p in curve.points if p.method == "keep"] or list(curve.points)
+                points = [p for p in curve.points if p.method in dense] or list(curve.points)
             self.points.append(points)
         width = max(map(len, self.points), default=0)
         self.bytes = np.full((len(self.points), width), 2**62, dtype=np.int64)
@@ -78,13 +79,13 @@ class Choices:
             self.loss[row, : len(points)] = [profile.corrected(curve, p.loss) for p in points]
 
     def solve(self, room: int, *, thorough: bool = True) -> np.ndarray:
-        """Index of the chosen point of every site, at most ``room`` bytes in sum; by a multiplier alone or better."""
+        """Index of the chosen point of every site, at most ``room`` bytes in total; by a multiplier, or better."""
         chosen = solve(self.bytes, self.loss, room)
         if not thorough or any(
             get_method(name).elastic for name in {point.method for points in self.points for point in points}
         ):
             return chosen
-        # Without a continuous setting nothing closes the gap that a multiplier leaves.
+        # Without a continuous setting nothing fills the gap that a multiplier leaves.
         other = filled(self.bytes, self.loss, knapsack(self.bytes, self.loss, room), room)
         return min(chosen, other, key=self.total)
 
@@ -113,13 +114,13 @@ def allocate(
     Parameters
     ----------
     margin
-        Share of the budget left free, since interpolated points miss their bytes by a little.
+        Share of the budget left free, since the bytes of interpolated points are slightly off.
     methods
-        Names of the only methods to use; all by default.
+        Names of the methods to use; all by default.
     interpolate
         Whether settings between the measured ones may be chosen.
     thorough
-        Whether, where settings are few, more than a multiplier is tried.
+        Whether to try more than a multiplier if settings are few.
 
     Raises
     ------
@@ -135,27 +136,26 @@ def allocate(
 
 
 def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
-    """The error that names what can be reached."""
+    """The error that names the largest reachable ratio."""
     limit = int(original_bytes / smallest * 100) / 100
-    least = "the smallest artifact of this source" if budget.target == "disk" else "in memory this source at least"
     return BudgetError(
-        f"{budget.asked} asks for {budget.bytes} bytes; {least} takes {smallest}. "
-        f"Ask for a ratio of at most {limit:g}.",
+        f"{budget.asked}: this source needs at least {smallest} {budget.unit}, the budget is {budget.bytes}; "
+        f"ask for a ratio of at most {limit:g}",
         limit,
     )
 
 
 def uniform(profile: Profile, budget: Budget) -> list[Plan]:
-    """For every method the best plan that uses one setting everywhere, within the budget; best expected loss first.
+    """The best uniform plan of every method within the budget, best expected loss first.
 
-    Sites at which the method does not apply, or was screened out, are kept in 16 bits, or as finely as the methods that
-    may be used allow.
+    Sites where the method does not apply or was screened out are kept in 16 bits, or as finely as the allowed methods
+    permit.
     """
     plans = []
     names = sorted({point.method for curve in profile.curves for point in curve.points})
     for name in names:
         candidates = _elastic(profile, budget, name) if _one_knob(profile, name) else _settings(profile, name)
-        # Where 16 bits are smaller at every site, nothing of the method is left.
+        # If 16 bits are smaller at every site, the method is not used at all.
         candidates = [plan for plan in candidates if any(point.method == name for point in plan.values())]
         fitting = [plan for plan in candidates if _total(profile, plan) <= budget.bytes]
         if fitting:
@@ -173,6 +173,7 @@ def labelled(method: str, setting: Setting) -> str:
 
 def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
     seen: dict[str, dict[str, Any]] = {}
+    dense = dense_names()
     for curve in profile.curves:
         seen.update({repr(p.setting): p.setting for p in curve.points if p.method == name})
     plans = []
@@ -180,7 +181,7 @@ def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
         points = {}
         for curve in profile.curves:
             exact = [p for p in curve.points if p.method == name and p.setting == setting]
-            kept = [p for p in curve.points if p.method == "keep"]
+            kept = [p for p in curve.points if p.method in dense]
             finest = sorted(curve.points, key=lambda p: p.loss)
             found = (exact or sorted(kept, key=lambda p: p.bytes) or finest)[0]
             # A kernel pads a matrix of few rows until 16 bits are smaller.
@@ -191,14 +192,14 @@ def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
 
 
 def _one_knob(profile: Profile, name: str) -> bool:
-    """Whether a method has points at every site, and its settings are nothing but one continuous knob."""
+    """Whether a method has points at every site, and one continuous knob is its only setting."""
     knob = get_method(name).elastic
     found = [[point.setting for point in curve.points if point.method == name] for curve in profile.curves]
     return knob is not None and all(found) and all(set(setting) == {knob} for settings in found for setting in settings)
 
 
 def _elastic(profile: Profile, budget: Budget, name: str) -> list[dict[str, Point]]:
-    """One step for all sites, the finest that fits; it is in units of loss, so it means the same everywhere."""
+    """The finest step that fits, the same for all sites; it is in units of loss, so it means the same everywhere."""
     families = {curve.site: family(curve, name) for curve in profile.curves}
     low, high = -60.0, 40.0
     for _ in range(60):

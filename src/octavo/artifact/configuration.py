@@ -1,58 +1,52 @@
-"""The configuration files of an artifact, checked before any loader reads them.
+"""Checks of an artifact's configuration files, before any loader reads them.
 
-They are JSON beside the weights, and say which model is built and by which class. The manifest holds their checksums,
-so that a change is told by name. Whoever writes an artifact can sign what he likes: what a loader must not be told at
-all is refused whatever the manifest says.
+They are JSON files that determine which model is built and by which class. The manifest holds their checksums, so a
+changed file is reported by name. But an attacker can write any checksum, so dangerous entries are refused whatever the
+manifest says.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from octavo.artifact.packing import DTYPES, dtype_name
-from octavo.errors import ArtifactError, OctavoError
+from octavo.errors import ArtifactError
+from octavo.sources.counts import check_counts, entries
 from octavo.sources.narrowing import FLOATS
 from octavo.system.strict_json import parse_object, read_plain
 
 CONFIG = "config.json"
-#: Names of the files that decide which model is built, below the artifact's folder or one folder deeper.
+#: Names of the files that determine which model is built, in the artifact's folder or one folder deeper.
 _NAMES = re.compile(
     r"([\w.-]+/)?(config|generation_config|adapter_config|modules|sentence_\w+_config|config_sentence_transformers)\.json",
     re.ASCII,
 )
-#: Bytes that such a file has at most.
+#: Largest size of such a file in bytes.
 _MOST = 16 << 20
-#: Keys that count what is built: layers, heads, experts, labels.
-_COUNTS = re.compile(r"(^|_)(num|n)_|layers?$|depths?$|labels$|^attention_types$")
-_DEEP = re.compile(r"layers?$|depths?$")
-#: Layers that a model may have beside those that have a tensor of their own: some share theirs.
-_LAYERS = 128
-#: More of anything no model has, unless a tensor has as many rows or columns.
-_MANY = 65_536
 _DTYPES = {*DTYPES, *map(dtype_name, FLOATS), "auto"}
 
 
 def is_configuration(name: str) -> bool:
-    """Whether a file at this place below an artifact's folder decides which model is built."""
+    """Whether the file at this relative path determines which model is built."""
     return _NAMES.fullmatch(name) is not None
 
 
 def listed(contents: Mapping[str, bytes]) -> dict[str, list[int]]:
-    """What the manifest says of configuration files: bytes and CRC-32."""
+    """The manifest's record of configuration files: bytes and CRC-32."""
     return {name: [len(content), zlib.crc32(content)] for name, content in sorted(contents.items())}
 
 
 def changes(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
-    """Configuration files that are not as the manifest says, each with what became of it.
+    """Configuration files that differ from the manifest, each with the kind of change.
 
     Raises
     ------
     ArtifactError
-        If one of them is no ordinary file, or too large to be one.
+        If one of them is not a regular file, or is too large.
     """
     present = {
         name: read_plain(file, most=_MOST)
@@ -66,17 +60,17 @@ def changes(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
 
 
 def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, Any]:
-    """The ``config.json`` of an artifact's model, if it says nothing that a loader must not be told.
+    """Read the ``config.json`` of an artifact's model and refuse dangerous entries.
 
     Parameters
     ----------
     shapes
-        Those of the artifact's tensors.
+        Shapes of the artifact's tensors.
 
     Raises
     ------
     ArtifactError
-        If it names other weights, code, or more parts than the tensors can fill, or is malformed.
+        If it is malformed, or names other weights, code, or more parts than the tensors can fill.
     """
     config = parse_object(read_plain(file, most=_MOST), file)
     method = config.get("quantization_config")
@@ -90,87 +84,42 @@ def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, A
             "take the packed bytes for weights, copy the artifact again"
         )
     if not isinstance(method.get("packed", False), bool):
-        raise ArtifactError(f"{file}: packed is {str(method['packed'])[:80]}, not true or false")
+        raise ArtifactError(f"{file}: packed is {str(method['packed'])[:80]}; it must be true or false")
     if "transformers_weights" in config:
         raise ArtifactError(f"{file}: transformers_weights names other weights than the artifact's; remove the entry")
     classes = config.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ArtifactError(f"{file}: architectures is {str(classes)[:80]}, not a list of class names")
+        raise ArtifactError(f"{file}: architectures is {str(classes)[:80]}; it must be a list of class names")
     if not isinstance(config.get("model_type", ""), str):
-        raise ArtifactError(f"{file}: model_type is {str(config['model_type'])[:80]}, not a name")
-    for key, value in _entries(config):
+        raise ArtifactError(f"{file}: model_type is {str(config['model_type'])[:80]}; it must be a name")
+    for key, value in entries(config):
         _check_entry(file, key, value)
     check_counts(file, config, shapes, ArtifactError)
     return config
 
 
 def check_options(file: Path, shapes: Collection[tuple[int, ...]]) -> None:
-    """Refuse options that an encoder's module gives its loader, if they name code, other weights, or too many parts.
+    """Refuse loader options of an encoder module that name code, other weights, or too many parts.
 
     Raises
     ------
     ArtifactError
-        If one does.
+        If an option does.
     """
     options = parse_object(read_plain(file, most=_MOST), file)
-    for key, value in _entries(options):
+    for key, value in entries(options):
         if key in ("transformers_weights", "quantization_config"):
-            raise ArtifactError(f"{file}: {key} would lead the loader to other weights; remove the entry")
+            raise ArtifactError(f"{file}: {key} would make the loader read other weights; remove the entry")
         _check_entry(file, key, value)
     check_counts(file, options, shapes, ArtifactError)
-
-
-def check_counts(
-    file: Path, config: Mapping[str, Any], shapes: Collection[tuple[int, ...]], error: type[OctavoError]
-) -> None:
-    """Refuse a configuration with more layers, labels or heads than any model of its tensors has: they would be built.
-
-    Parameters
-    ----------
-    shapes
-        Those of the tensors.
-    error
-        What is raised.
-    """
-    largest = max((_MANY, *(size for shape in shapes for size in shape)))
-    for key, value in _entries(config):
-        most = _LAYERS + len(shapes) if _DEEP.search(key) else largest
-        numbers = [one for one in _leaves(value) if isinstance(one, int | float)]
-        if _COUNTS.search(key) and not all(number <= most for number in numbers):
-            raise error(f"{file}: {key} is {str(value)[:80]}; {len(shapes)} tensors fill no more than {most} of them")
-        if isinstance(value, list) and len(value) > largest:
-            raise error(f"{file}: {key} has {len(value)} entries; no model of these tensors has more than {largest}")
 
 
 def _check_entry(file: Path, key: str, value: Any) -> None:
     if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
         raise ArtifactError(
-            f"{file}: {key} names the kernel {str(value)[:80]}, which is code from elsewhere; remove the entry"
+            f"{file}: {key} names the kernel {str(value)[:80]}, which would be downloaded code; remove the entry"
         )
-    # Parts of a model may each have their own.
+    # Parts of a model may have separate entries.
     known = value is None or isinstance(value, dict) or (isinstance(value, str) and value in _DTYPES)
     if key in ("dtype", "torch_dtype") and not known:
-        raise ArtifactError(f"{file}: {key} is {str(value)[:80]}, not the name of a dtype of floats")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """A value, or what a list holds, and lists in it."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, list):
-            todo += item
-        else:
-            yield item
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values at every level."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, dict):
-            yield from item.items()
-            todo += item.values()
-        elif isinstance(item, list):
-            todo += [one for one in item if isinstance(one, dict | list)]
+        raise ArtifactError(f"{file}: {key} is {str(value)[:80]}; it must be the name of a floating dtype")

@@ -1,4 +1,4 @@
-"""What lies in an artifact's folder: ordinary files and folders, and no links out of it."""
+"""Check that an artifact's folder holds only regular files and folders, and no links out of it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import stat
 from pathlib import Path
 
 from octavo.errors import ArtifactError
+from octavo.system.paths import is_part
 
-#: Entries in an artifact's folder and in all below it.
+#: Largest number of entries in an artifact's folder, with sub-folders.
 _MOST = 20_000
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder with anything that a loader could read without end, or that lies elsewhere.
+    """Refuse a folder with files that a loader could read forever, or that are stored elsewhere.
 
     Raises
     ------
@@ -30,24 +31,15 @@ def check_folder(path: Path) -> None:
             raise ArtifactError(f"{place}: cannot be read: {error.strerror or error}") from error
         left -= len(entries)
         if left < 0:
-            raise ArtifactError(f"{path}: has more than {_MOST} files; an artifact has few")
+            raise ArtifactError(
+                f"{path}: has more than {_MOST} files, too many for an artifact; name the artifact's folder"
+            )
         for name, mode in entries:
             file = place / name
             if stat.S_ISLNK(mode) and not is_part(file, path):
-                raise ArtifactError(f"{file}: is a link out of the artifact; put the file itself there")
+                raise ArtifactError(f"{file}: is a link out of the artifact; replace it by the file")
             if stat.S_ISDIR(mode):
-                # Hidden folders at the top are those of other tools; no list of modules may name them.
+                # Hidden folders at the top level belong to other tools; a list of modules may not name them.
                 todo += [] if place == path and name.startswith(".") else [file]
             elif not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
-                raise ArtifactError(f"{file}: is no ordinary file; an artifact has none like it, remove it")
-
-
-def is_part(file: Path, folder: Path) -> bool:
-    """Whether what a link leads to is an ordinary file in ``folder``, or one that the hub's cache holds for it."""
-    try:
-        target, folder = file.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError):
-        return False
-    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
-    within = target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs))
-    return within and target.is_file()
+                raise ArtifactError(f"{file}: is not a regular file; artifacts have only regular files, so remove it")

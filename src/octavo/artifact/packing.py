@@ -1,10 +1,10 @@
-"""Forms as bytes and back."""
+"""Converting forms to bytes and back."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,6 @@ from octavo.coding import Allowance
 from octavo.coding.container import MAX_DIMENSIONS
 from octavo.errors import ArtifactError, OctavoError
 from octavo.forms.base import allowance_for
-from octavo.runtimes.packed.kernels import resident_bytes
 from octavo.system.raw import raw_bytes
 
 DTYPES = {
@@ -27,20 +26,23 @@ DTYPES = {
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
 
+#: Bytes that a form takes in memory while it runs, if it has so many rows; None where they are not counted.
+Resident = Callable[[forms.Form, int], int | None]
+
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
+    """The name of a dtype, such as ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes that lie in a file until they are needed.
+    """Bytes that stay in a file until they are needed.
 
     Parameters
     ----------
     path, offset, length
-        Where they lie.
+        Their location.
     crc
         Their CRC-32.
     """
@@ -54,7 +56,7 @@ class Stored:
         return self.length
 
     def read(self) -> bytes:
-        """The bytes; an :class:`OctavoError` if they are not there any more."""
+        """The bytes; raises :class:`OctavoError` if they no longer exist."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
@@ -68,10 +70,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Sized:
-    """Bytes that were only counted or estimated: enough to know what an artifact would take."""
+    """A number of bytes, counted or estimated, without content; enough to compute artifact sizes."""
 
     length: int
-    #: As many digits as a checksum can have.
+    #: A placeholder with as many digits as a checksum can have.
     crc: int = 2**32 - 1
 
     def __len__(self) -> int:
@@ -85,43 +87,38 @@ class Packed:
     Parameters
     ----------
     content
-        All parts, one after another: in memory, or where they are stored, so that a model's worth takes no memory, or
-        their size alone.
+        All parts, concatenated: in memory, in a file (so that a whole model takes no memory), or only their size.
     parts
-        Part name to ``[offset, length]`` for coded integers, or ``[offset, length, dtype, *shape]`` for floats.
+        Maps part names to ``[offset, length]`` for coded integers, or ``[offset, length, dtype, *shape]`` for floats.
     meta
         The form's manifest entry.
     codecs
         Bytes by codec, for the report.
     resident
-        Bytes that the form takes while it runs.
+        Bytes that the form takes while it runs; None where they are not counted.
     """
 
     content: bytes | Stored | Sized
     parts: dict[str, list]
     meta: dict[str, Any]
     codecs: dict[str, int]
-    resident: int
+    resident: int | None = None
 
     @property
     def blob(self) -> bytes:
-        """The content; read at every access if it is stored."""
+        """The content; read on every access if it is stored."""
         return self.read()
 
     def read(self) -> bytes:
         """The content."""
         if isinstance(self.content, Sized):
-            raise ValueError("of this form only the size is known")
+            raise ValueError("only the size of this form is known")
         return self.content.read() if isinstance(self.content, Stored) else self.content
 
     @property
     def bytes(self) -> int:
-        """Stored bytes of the content; its share of manifest and header is counted with the artifact."""
+        """Stored bytes of the content; its manifest entry and header are counted with the artifact."""
         return len(self.content)
-
-    def counted(self, target: str) -> int:
-        """What a budget of disk or memory counts."""
-        return self.resident if target == "memory" else self.bytes
 
     @cached_property
     def crc(self) -> int:
@@ -129,8 +126,14 @@ class Packed:
         return zlib.crc32(self.content) if isinstance(self.content, bytes) else self.content.crc
 
 
-def pack(form: forms.Form) -> Packed:
-    """Code all parts of a form, each integer tensor by whichever codec is smallest."""
+def pack(form: forms.Form, resident: Resident | None = None) -> Packed:
+    """Code all parts of a form, each integer tensor by whichever codec is smallest.
+
+    Parameters
+    ----------
+    resident
+        Tells what the form takes while it runs, where that counts.
+    """
     chunks, parts, codecs, offset = [], {}, dict[str, int](), 0
     for name, tensor in form.tensors().items():
         if tensor.dtype.is_floating_point:
@@ -144,18 +147,19 @@ def pack(form: forms.Form) -> Packed:
         codecs[codec] = codecs.get(codec, 0) + len(chunk)
         chunks.append(chunk)
         offset += len(chunk)
-    return Packed(b"".join(chunks), parts, form.meta(), codecs, resident_bytes(form))
+    running = None if resident is None else resident(form, form.shape[0])
+    return Packed(b"".join(chunks), parts, form.meta(), codecs, running)
 
 
 def unpack(
     blob: memoryview, parts: Any, meta: Any, shape: tuple[int, int], allowance: Allowance | None = None
 ) -> forms.Form:
-    """Inverse of :func:`pack`; anything that does not fit is an :class:`ArtifactError`.
+    """Inverse of :func:`pack`; raises :class:`ArtifactError` for anything inconsistent.
 
     Parameters
     ----------
     allowance
-        Memory that it may take; by default what the shape justifies.
+        Memory that it may take; by default a limit from the shape.
     """
     allowance = allowance or allowance_for(shape)
     tensors = {}
@@ -170,26 +174,28 @@ def unpack(
 
 
 def check_parts(parts: Any, size: int) -> Mapping[str, list]:
-    """Parts lie one after another and leave out no byte of a blob of ``size``: so none can be dropped or read twice."""
+    """Check that parts are contiguous and cover a blob of ``size``, so none can be dropped or read twice."""
     end = 0
     if not isinstance(parts, dict):
-        raise ArtifactError(f"the parts are {parts!r}, not a mapping")
+        raise ArtifactError(f"the parts are {parts!r}; expected a mapping")
     for name, entry in parts.items():
         if not (isinstance(entry, list) and len(entry) >= 2 and naturals(entry[:2]) and entry[0] == end):
-            raise ArtifactError(f"part {name!r} should begin at byte {end} and have a length, it says {entry!r}")
+            raise ArtifactError(
+                f"part {name!r} should begin at byte {end} and have a length, but its entry is {entry!r}"
+            )
         end += entry[1]
     if end != size:
-        raise ArtifactError(f"the parts end at byte {end} of {size}")
+        raise ArtifactError(f"the parts end at byte {end}, expected {size}")
     return parts
 
 
 def naturals(values: Iterable[Any]) -> bool:
-    """Whether all are integers of at least zero that fit 62 bits; JSON's true and false are none."""
+    """Whether all are non-negative integers that fit 62 bits; JSON's true and false are not integers."""
     return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
 def is_shape(values: Any) -> bool:
-    """Whether this is a list of natural numbers, no longer than tensors have dimensions."""
+    """Whether this is a list of natural numbers, at most as long as the dimensions of a tensor."""
     return isinstance(values, list) and len(values) <= MAX_DIMENSIONS and naturals(values)
 
 
@@ -198,12 +204,12 @@ def _floats(name: str, chunk: memoryview, entry: list) -> Tensor:
     if dtype is None or not dtype.is_floating_point:
         raise ArtifactError(f"part {name!r} has unknown dtype {entry[0]!r}")
     if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(chunk):
-        raise ArtifactError(f"part {name!r}: {len(chunk)} bytes do not hold shape {shape} of {entry[0]}")
+        raise ArtifactError(f"part {name!r}: {len(chunk)} bytes do not fit shape {shape} of {entry[0]}")
     return from_bytes(chunk, dtype, shape)
 
 
 def from_bytes(content: memoryview, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
-    """A tensor of its own: bytes in a file need not be aligned, nor may what is read from them be changed."""
+    """Copy into a new tensor: bytes in a file may be unaligned and must not be changed."""
     if not len(content):
         return torch.zeros(tuple(shape), dtype=dtype)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype).reshape(tuple(shape))

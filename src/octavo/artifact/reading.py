@@ -1,19 +1,19 @@
 """Reading artifacts.
 
-An artifact comes from anybody. Reading one therefore trusts nothing: the manifest's and every tensor's checksum are
-verified, names of files may not leave the folder, shapes are bounded by the bytes that are there before memory is
-taken, and nothing is ever executed.
+Artifacts are untrusted. The checksums of the manifest and of every tensor are verified, file names may not leave the
+folder, shapes are checked against the file sizes before memory is allocated, and nothing is ever executed.
 
-Files are read and not mapped: the pages of a mapping stay in memory for as long as it does, and an artifact is verified
-tensor by tensor in less memory than it has bytes.
+Files are read and not mapped, since pages of a mapping stay in memory. An artifact is verified tensor by tensor in less
+memory than its size.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,23 @@ from octavo.artifact.writing import BITS, MANIFEST
 from octavo.coding import Allowance
 from octavo.errors import ArtifactError
 from octavo.forms.base import allowance_for
-from octavo.runtimes.packed import PackedWeight, kernel_for
-from octavo.runtimes.packed.factors import is_factorization
 from octavo.sources.modules import SUPPORTED
 from octavo.sources.narrowing import FLOATS
 from octavo.sources.sites import Layout
 from octavo.system.raw import narrowed
 
-#: Decoded weights may take this many times the bytes of the artifact; no artifact worth loading comes near it.
+#: Decoded weights may take this many times the bytes of the artifact; real artifacts stay far below.
 _LARGEST_RATIO = 2000
-#: What they may take beyond that, and what decoding them may take in addition.
+#: Bytes allowed beyond that, and additional bytes allowed for decoding.
 _SLACK, _WORK = 64 << 20, 80 << 20
-#: That of a float64.
+#: The size of a float64.
 _LARGEST_EXPONENT = 1023
 
-#: Dtypes of tensors that are stored bit for bit.
+#: Dtypes of tensors stored bit for bit.
 _EXACT = {dtype_name(dtype): dtype for dtype in SUPPORTED}
+
+#: Makes a weight of some shape and dtype that runs from its form, which the layout reads it as.
+AsWeight = Callable[[forms.Form, Layout, tuple[int, ...], torch.dtype], Tensor]
 
 
 class Artifact:
@@ -53,7 +54,7 @@ class Artifact:
     Raises
     ------
     ArtifactError
-        If anything about it is damaged, unknown or implausible.
+        If anything in it is damaged, unknown or implausible.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,55 +65,55 @@ class Artifact:
         self.kept: Mapping[str, Any] = _mapping(self.manifest, "kept")
         self.coded: Mapping[str, Any] = _mapping(self.manifest, "coded")
         self.aliases: Mapping[str, Any] = _mapping(self.manifest, "aliases")
-        #: Coded tensors that are not integers: the dtype of their bits, and the one to give back.
+        #: Coded tensors that are not integers: the dtype of their bits, and the dtype to return.
         self.bits: Mapping[str, Any] = _mapping({"bits": {}, **self.manifest}, "bits")
-        #: Plain data that the source kept beside its tensors.
+        #: Plain data that the source stored with its tensors.
         self.extra: Mapping[str, Any] = _mapping({"extra": {}, **self.manifest}, "extra")
-        #: Bytes and checksums of the configuration files, by their place in the folder.
+        #: Bytes and checksums of the configuration files, by relative path.
         self.configurations: Mapping[str, Any] = _mapping({"configurations": {}, **self.manifest}, "configurations")
         for name, entry in self.configurations.items():
             if not (is_configuration(name) and isinstance(entry, list) and len(entry) == 2 and naturals(entry)):
                 raise ArtifactError(f"{self.path}: the manifest's entry of the configuration {name!r} is malformed")
-        #: Names of the model that no tensor fills, in the source as here; None if that was not recorded.
+        #: Parameter names that neither the source nor the artifact fills; None if not recorded.
         self.unfilled: list[str] | None = self.manifest.get("unfilled")
         if self.unfilled is not None and not _are_words(self.unfilled):
-            raise ArtifactError(f"{self.path}: the manifest's 'unfilled' is no list of names")
-        #: Aliases that stand in the files under their own name.
+            raise ArtifactError(f"{self.path}: the manifest's 'unfilled' is not a list of names")
+        #: Aliases that also appear in the files under their own name.
         self.named = self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
         if set(named) != set(self._tensors) or len(named) != len(self._tensors):
             odd = sorted(set(named) ^ set(self._tensors))[:3]
-            raise ArtifactError(f"{self.path}: manifest and files do not name the same tensors once: {', '.join(odd)}")
+            raise ArtifactError(f"{self.path}: manifest and files name different tensors: {', '.join(odd)}")
         for alias, name in self.aliases.items():
             if not isinstance(name, str) or name not in self._tensors or alias in self._tensors:
                 raise ArtifactError(f"{self.path}: {alias!r} cannot be tied to {name!r}")
-        #: Bytes that decoding may take beside the decoded tensors.
+        #: Bytes that decoding may take besides the decoded tensors.
         self._work = _LARGEST_RATIO * self.bytes + _SLACK + _WORK - self._check_entries()
 
     @property
     def bytes(self) -> int:
-        """Bytes of every file needed to restore the weights, by ``stat``."""
+        """Bytes of all files needed to restore the weights, by ``stat``."""
         return sum(file.stat().st_size for file in self.files())
 
     @property
     def resident(self) -> int | None:
-        """Bytes that the manifest says all tensors take while the model runs packed; None if it was made for disk."""
+        """Bytes of all tensors while the model runs packed, from the manifest; None if it was made for disk."""
         return self.manifest.get("resident")
 
     def files(self) -> list[Path]:
-        """The files that count."""
+        """The files that count as artifact bytes."""
         return [self.path / name for name in (MANIFEST, *self.manifest["files"])]
 
     def changed(self) -> list[str]:
-        """Configuration files that are not as they were written, each with what became of it."""
+        """Configuration files that were changed since writing, each with the kind of change."""
         return changes(self.path, self.configurations) if "configurations" in self.manifest else []
 
     def names(self) -> list[str]:
-        """Names of all stored tensors, tied ones under one name."""
+        """Names of all stored tensors; tied tensors have one name."""
         return list(self._tensors)
 
     def content(self, name: str) -> memoryview:
-        """The bytes of a stored tensor as they are in the file, checksum verified."""
+        """The raw bytes of a stored tensor, with verified checksum."""
         crc = self.sites[name].get("crc") if name in self.sites else (self.coded.get(name) or self.kept[name])[0]
         content = memoryview(self._tensors[name].content().numpy())  # type: ignore[arg-type]
         if zlib.crc32(content) != crc:
@@ -120,7 +121,7 @@ class Artifact:
         return content
 
     def form(self, name: str) -> forms.Form:
-        """The form of a site, checksum verified."""
+        """The form of a site, with verified checksum."""
         entry = self.sites[name]
         matrix = self.layout(name).matrix_shape(_shape(name, entry))
         content = self.content(name)
@@ -130,28 +131,22 @@ class Artifact:
             raise ArtifactError(f"{self.path}: site {name!r}: {error}") from error
 
     def layout(self, name: str) -> Layout:
-        """How the weight of a site is read as the matrix of its form."""
+        """The layout that maps the weight of a site to the matrix of its form."""
         return _layout(name, self.sites[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a site had in the source, to which its weight is rounded."""
+        """The dtype of a site in the source, to which its weight is rounded."""
         return _dtype(name, self.sites[name].get("dtype"))
 
-    def factorizations(self) -> list[str]:
-        """Names of the sites whose forms are made of factors. Those of a scaled matrix are not the weight's."""
-        sites = self.sites.items()
-        return [name for name, entry in sites if is_factorization(entry["form"]) and not self.layout(name).exponent]
-
-    def packed(self, name: str) -> Tensor:
-        """A site as a weight that runs from its codes; any other tensor, and a scaled weight, as the source had it."""
+    def weight(self, name: str, as_weight: AsWeight) -> Tensor:
+        """A site as a weight that runs from its form; other tensors and scaled weights as in the source."""
         if name not in self.sites or self.layout(name).exponent:
             return self.tensor(name)
         entry = self.sites[name]
-        shape, dtype = _shape(name, entry), _dtype(name, entry.get("dtype"))
-        return PackedWeight(kernel_for(self.form(name)), self.layout(name), shape, dtype)
+        return as_weight(self.form(name), self.layout(name), _shape(name, entry), _dtype(name, entry.get("dtype")))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as the source had it: shape, dtype and name."""
+        """A tensor as in the source: shape, dtype and name."""
         if name in self.sites:
             entry = self.sites[name]
             matrix = self.form(name).dense()
@@ -170,27 +165,33 @@ class Artifact:
         count, bits = math.prod(shape), self._decoded(name)
         return (bits.view(stored).reshape(shape) if count else torch.zeros(shape, dtype=stored)).to(dtype)
 
-    def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
-        """All tensors, tied ones as one tensor under each of their names. Sites are decoded in parallel.
+    def state(self, names: Iterable[str] | None = None, *, as_weight: AsWeight | None = None) -> dict[str, Tensor]:
+        """All tensors; tied names share one tensor. Sites are decoded in parallel.
 
-        With ``packed`` sites are weights that run from their codes (:class:`octavo.runtimes.packed.PackedWeight`).
+        Parameters
+        ----------
+        names
+            Those that are wanted; all by default.
+        as_weight
+            What sites are, such as :func:`octavo.runtimes.packed.packed_weight`; decoded by default.
         """
-        # Largest first, so that no thread is left alone with the largest at the end.
+        read = self.tensor if as_weight is None else partial(self.weight, as_weight=as_weight)
+        # Largest first, so that the largest is not decoded alone at the end.
         order = sorted(self._tensors if names is None else names, key=lambda name: -self._tensors[name].length)
         threads = self._threads(order)
         before = torch.get_num_threads()
-        # One thread a site: operations that split themselves over threads again would wait for each other.
+        # One thread per site: operations that use several threads would wait for each other.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tensors = dict(zip(order, pool.map(self.packed if packed else self.tensor, order), strict=True))
+            tensors = dict(zip(order, pool.map(read, order), strict=True))
         torch.set_num_threads(before)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
 
     def _allowance(self, matrix: tuple[int, int]) -> Allowance:
-        """Memory that decoding a site may take: what its shape justifies, and no more than the artifact's size does."""
+        """Memory that decoding a site may take: limited by its shape and by the artifact's size."""
         return Allowance(min(allowance_for(matrix).bytes, self._work))
 
     def _threads(self, names: Iterable[str]) -> int:
-        """How many sites are decoded at a time: all together take no more memory than the artifact justifies."""
+        """How many sites are decoded at a time, limited by the memory that the artifact justifies."""
         shapes = (
             self.layout(name).matrix_shape(_shape(name, self.sites[name])) for name in names if name in self.sites
         )
@@ -198,18 +199,18 @@ class Artifact:
         return max(1, min(torch.get_num_threads(), self._work // largest))
 
     def _decoded(self, name: str) -> Tensor:
-        """The integers of a coded tensor, or those that its bits are."""
+        """The integers of a coded tensor, or its bits as integers."""
         return coding.decode(self.content(name), allowance=Allowance(self._work))
 
     def loadable_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors that a loader finds in the files, as they are once decoded."""
+        """Decoded shapes of all tensors that a loader finds in the files."""
         shapes = {name: tuple(entry["shape"]) for name, entry in self.sites.items()}
         shapes.update((name, tuple(entry[1:])) for name, entry in self.coded.items())
         shapes.update((name, self._tensors[name].shape) for name in self.kept)
         return {**shapes, **{alias: shapes[self.aliases[alias]] for alias in self.named}}
 
     def _take_named(self) -> list[str]:
-        """Take out the aliases that stand in the files without content, for the sake of other loaders."""
+        """Remove the aliases that appear in the files without content, for other loaders."""
         places = {alias: self._tensors.get(alias) for alias in self.aliases}
         named = [
             alias for alias, place in places.items() if place and (place.dtype, place.shape) == (torch.uint8, (0,))
@@ -219,22 +220,22 @@ class Artifact:
         return named
 
     def _check_entries(self) -> int:
-        """Refuse what is malformed, or implausibly larger than the artifact, before any memory is taken.
+        """Refuse malformed entries and implausible sizes before any memory is allocated.
 
-        Returns the bytes of all tensors once they are decoded.
+        Returns the bytes of all decoded tensors.
         """
         source = _mapping(self.manifest, "source")
         sizes = [source.get(key) for key in ("bytes", "weights")]
         words = [self.manifest.get("octavo"), *(source.get(key) for key in ("title", "fingerprint"))]
         resident = [] if self.resident is None else [self.resident]
         if not (naturals([*sizes, *resident]) and all(sizes)) or not all(isinstance(word, str) for word in words):
-            raise ArtifactError(f"{self.path}: the manifest does not say what was compressed, and with which version")
+            raise ArtifactError(f"{self.path}: the manifest lacks the source or the version of Octavo")
         total = 0
         for name, entry in self.sites.items():
             shape = _shape(name, entry)
             _layout(name, entry)
             if not _dtype(name, entry.get("dtype")).is_floating_point:
-                raise ArtifactError(f"{self.path}: site {name!r} has dtype {entry['dtype']}; weights are floats")
+                raise ArtifactError(f"{self.path}: site {name!r} has dtype {entry['dtype']}; expected floats")
             kind = entry["form"].get("form") if isinstance(entry.get("form"), dict) else None
             if not isinstance(kind, str) or kind not in forms.form_names():
                 raise ArtifactError(f"{self.path}: site {name!r} has the unknown form {kind!r}")
@@ -247,26 +248,26 @@ class Artifact:
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
             self._check_pair(name, self._tensors[name].dtype, entry[1])
-            # Other loaders read these tensors as they are, and check nothing.
+            # Other loaders read these tensors directly and check nothing.
             self.content(name)
             total += math.prod(self._tensors[name].shape) * _EXACT[entry[1]].itemsize
         for name, entry in self.bits.items():
             words = entry if isinstance(entry, list) and len(entry) == 2 else [None, None]
             if name not in self.coded or not isinstance(words[0], str) or words[0] not in _EXACT:
-                raise ArtifactError(f"{self.path}: the bits of {name!r} are of dtype {words[0]!r}")
+                raise ArtifactError(f"{self.path}: the bits of {name!r} have dtype {words[0]!r}")
             self._check_pair(name, _EXACT[words[0]], words[1])
         total += sum(self._check_coded(name, entry) for name, entry in self.coded.items())
         if set(self.extra) & {*self._tensors, *self.aliases}:
-            raise ArtifactError(f"{self.path}: the manifest has data under the name of a tensor")
+            raise ArtifactError(f"{self.path}: the manifest stores data under the name of a tensor")
         if total > _LARGEST_RATIO * self.bytes + _SLACK:
             raise ArtifactError(
-                f"{self.path}: claims {total} bytes of weights in {self.bytes} bytes of files; refused, since no "
-                f"artifact compresses {_LARGEST_RATIO} times"
+                f"{self.path}: refused, as it claims {total} bytes of weights in {self.bytes} bytes of files, more "
+                f"than {_LARGEST_RATIO} times compressed"
             )
         return total
 
     def _check_coded(self, name: str, entry: Any) -> int:
-        """The bytes of a coded tensor and of the integers it is made from; its head must be as the manifest says."""
+        """The bytes of a coded tensor and of its integers; its head must match the manifest."""
         if not (isinstance(entry, list) and entry and naturals(entry[:1]) and is_shape(entry[1:])):
             raise ArtifactError(f"{self.path}: the manifest entry of {name!r} is malformed")
         head, shape, given = coding.describe(self.content(name)), tuple(entry[1:]), 0
@@ -277,15 +278,16 @@ class Artifact:
             shape = (math.prod(shape) * stored.itemsize // dtype.itemsize,)
         if (head.dtype, head.shape) != (dtype, shape):
             raise ArtifactError(
-                f"{self.path}: {name!r} decodes to {list(head.shape)} of {head.dtype}, not to {list(shape)} of {dtype}"
+                f"{self.path}: {name!r} decodes to {list(head.shape)} of {head.dtype}, expected {list(shape)} of "
+                f"{dtype}"
             )
         return head.elements * dtype.itemsize + given
 
     def _check_pair(self, name: str, stored: torch.dtype, given: Any) -> None:
-        """Floats may be stored in another precision; every other dtype is given back as it is stored."""
+        """Floats may be stored in another precision; other dtypes are returned as stored."""
         dtype = _EXACT.get(given) if isinstance(given, str) else None
         if dtype is None or (dtype != stored and not {dtype, stored} <= {*FLOATS}):
-            raise ArtifactError(f"{self.path}: {name!r} has dtype {given!r}, and is stored as {dtype_name(stored)}")
+            raise ArtifactError(f"{self.path}: {name!r} has dtype {given!r}, but is stored as {dtype_name(stored)}")
 
 
 def _are_words(values: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Writing artifacts: sizes first, without any content, then the content, one tensor in memory at a time.
+"""Writing artifacts: first the sizes, then the content with one tensor in memory at a time.
 
-What a file's header and the manifest say depends on names, shapes, lengths and checksums alone. So the exact bytes of
-an artifact are known before it is written, and its files are written from front to back.
+Headers and the manifest depend only on names, shapes, lengths and checksums. So the exact bytes of an artifact are
+known before it is written, and files are written from front to back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,36 +24,35 @@ from octavo import coding
 from octavo.artifact.configuration import listed
 from octavo.artifact.packing import Packed, dtype_name
 from octavo.coding.container import DTYPES as INTEGERS
+from octavo.sources.sentences import split_name
 from octavo.sources.sites import Layout
 from octavo.system.raw import raw_bytes
+from octavo.system.replacing import MANIFEST
+from octavo.system.version import __version__
 
 FORMAT_VERSION = 1
-MANIFEST = "octavo.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-#: Larger artifacts are split into shards of at most this size.
+#: Larger artifacts are split into shards up to this size.
 SHARD_BYTES = 4_000_000_000
 
-#: Sub-folders that may hold weights, such as ``2_Dense``.
-SUBFOLDER = re.compile(r"\d{1,3}_\w{1,64}", re.ASCII)
-
-#: What safetensors calls the dtypes that artifacts hold, in the order in which it writes them: so all are aligned.
+#: The safetensors names of the dtypes in artifacts, in its order of writing, which keeps all aligned.
 _CODES = {
     torch.uint64: "U64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32", torch.uint32: "U32",
     torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8",
 }  # fmt: skip
-#: A float tensor of which all elements are equal is coded if it has more bytes than this; a coded one has about 30.
+#: A constant float tensor is coded if it has more bytes than this; a coded one has about 30.
 _CONSTANT_BYTES = 40
-#: Integers as which the bits of other tensors are coded.
+#: Integer dtypes as which the bits of other tensors are coded.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-#: The name that safetensors files keep for themselves.
+#: The reserved name of safetensors files.
 _RESERVED = "__metadata__"
 
 
 @dataclass
 class Entry:
-    """A site's packed form and how to turn its matrix back into a tensor."""
+    """A site's packed form, and the layout that turns its matrix back into a tensor."""
 
     packed: Packed
     shape: tuple[int, ...]
@@ -78,20 +76,20 @@ class Entry:
 
 @dataclass
 class Kept:
-    """A tensor that is no site.
+    """A tensor that is not a site.
 
     Parameters
     ----------
     read
-        Gives the tensor as it is in the source.
+        Returns the tensor as in the source.
     shape
         Its shape.
     stored
-        The dtype to store it in.
+        The dtype to store.
     dtype
-        The dtype to give back, which is that of the source.
+        The dtype to restore, that of the source.
     coded
-        Whether its bits are coded as integers, as those of dtypes that files have no name for always are.
+        Whether its bits are coded as integers. This is always so for dtypes without a name in files.
     """
 
     read: Callable[[], Tensor]
@@ -102,24 +100,24 @@ class Kept:
 
     @property
     def is_integer(self) -> bool:
-        """Whether it is coded as the integers that it holds."""
+        """Whether it is an integer tensor and coded as such."""
         return self.stored in INTEGERS
 
     @property
     def is_raw(self) -> bool:
-        """Whether it stands in the file as itself."""
+        """Whether it is stored uncoded."""
         return not self.is_integer and not self.coded and self.stored in _CODES
 
     def tensor(self) -> Tensor:
-        """The tensor in the dtype that it is stored in."""
+        """The tensor in its stored dtype."""
         return self.read().detach().cpu().to(self.stored)
 
     def given(self) -> Tensor:
-        """The tensor as the artifact gives it back."""
+        """The tensor as restored from the artifact."""
         return self.tensor().to(self.dtype)
 
     def content(self) -> bytes | memoryview:
-        """What is stored: floating numbers as they are, integers and bits coded."""
+        """The stored bytes: floats raw, integers and bits coded."""
         tensor = self.tensor()
         if self.is_raw:
             return raw_bytes(tensor)
@@ -133,7 +131,7 @@ class Kept:
 
 
 def is_constant(tensor: Tensor) -> bool:
-    """Whether all elements of a float tensor have the same bits, and are so many that one of them is smaller."""
+    """Whether all elements of a float tensor have the same bits, and coding them saves bytes."""
     if tensor.nbytes <= _CONSTANT_BYTES or not tensor.is_floating_point() or tensor.itemsize not in BITS:
         return False
     low, high = torch.aminmax(bits_of(tensor))
@@ -142,7 +140,7 @@ def is_constant(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor of a safetensors file: its entry in the header, and where its bytes come from."""
+    """A tensor of a safetensors file: its header entry and the source of its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -155,7 +153,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of which all bytes are known: those of its head, and then the pieces, one after another."""
+    """A file to write: the bytes of its head, followed by the pieces."""
 
     head: bytes
     pieces: tuple[_Piece, ...] = ()
@@ -176,21 +174,20 @@ class Contents:
     entries
         Sites by name.
     kept
-        Tensors that are no sites, by name.
+        Tensors that are not sites, by name.
     aliases
-        Further names of tensors to the names under which they are stored.
+        Maps further names of tensors to the names under which they are stored.
     named
-        Aliases that stand in the files under their own name too, without content: a loader that does not tie them
-        itself learns of them there.
+        Aliases that also appear in the files without content, for loaders that do not tie them.
     resident
-        Bytes that all tensors take while the model runs packed, if that was the budget.
+        Bytes of all tensors while the model runs packed, if that was the budget.
     extra
-        Plain data by name that the source keeps beside its tensors.
+        Plain data by name that the source stores with its tensors.
     configurations
-        Contents of the configuration files that will lie beside the tensors, by their place in the folder. They are
-        written with the other companions; the manifest holds their checksums.
+        Contents of the configuration files by relative path. They are written with the other companions; the manifest
+        holds their checksums.
     unfilled
-        Names of the source's model that no tensor fills; None if it has no model that is known.
+        Parameter names of the source's model that no tensor fills; None if its model is unknown.
     """
 
     source: dict[str, Any]
@@ -208,13 +205,8 @@ class Contents:
         """Artifact bytes, exactly."""
         return sum(file.bytes for file in self._files().values())
 
-    @property
-    def counted(self) -> int:
-        """What the budget counts: artifact bytes, or those in memory if it was made for memory."""
-        return self.bytes if self.resident is None else self.resident
-
     def write(self, folder: Path, progress: Callable[[int, int], Any] = lambda done, total: None) -> None:
-        """Write every file that counts, flushed to the disk.
+        """Write every file that counts, and flush it to disk.
 
         Parameters
         ----------
@@ -235,8 +227,6 @@ class Contents:
                 os.fsync(out.fileno())
 
     def _files(self) -> dict[str, _File]:
-        from octavo import __version__
-
         manifest: dict[str, Any] = {
             "format": "octavo", "version": FORMAT_VERSION, "octavo": __version__, "source": self.source,
             "aliases": self.aliases, "files": {}, "sites": {}, "kept": {}, "coded": {},
@@ -274,7 +264,7 @@ class Contents:
 
 
 def _by_folder(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
-    """Files of all tensors; those named after a sub-folder lie in it, under the rest of their name."""
+    """Files of all tensors; names that start with a sub-folder are stored there under the rest of the name."""
     folders: dict[str, dict[str, _Piece]] = {"": {}}
     for name, piece in pieces.items():
         folder, inner = split_name(name)
@@ -286,20 +276,14 @@ def _by_folder(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
     return result
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """The sub-folder that a tensor lies in, with its slash, and its name there."""
-    folder, slash, inner = name.partition("/")
-    return (f"{folder}/", inner) if slash and SUBFOLDER.fullmatch(folder) and inner else ("", name)
-
-
 def bits_of(tensor: Tensor) -> Tensor:
-    """The bits of a tensor's elements in row-major order, as integers of one dimension."""
+    """The bits of a tensor's elements in row-major order, as a 1-d integer tensor."""
     plain = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
     return plain.view(BITS.get(tensor.dtype.itemsize, torch.int64))
 
 
 def escaped(name: str) -> str:
-    """The name of a tensor in a safetensors file, which is another where the format keeps the name for itself."""
+    """The name of a tensor in a safetensors file, changed if the format reserves the name."""
     return f"{name}." if name.rstrip(".") == _RESERVED else name
 
 
@@ -327,7 +311,7 @@ def _shards(pieces: Mapping[str, _Piece]) -> dict[str, _File]:
 
 
 def _safetensors(pieces: Mapping[str, _Piece]) -> _File:
-    """The same bytes as the library's, which can only write what is all in memory."""
+    """Same bytes as from the safetensors library, which needs all tensors in memory."""
     order = sorted(pieces, key=lambda name: (list(_CODES).index(pieces[name].dtype), escaped(name).encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0

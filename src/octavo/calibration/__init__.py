@@ -1,1 +1,1 @@
-"""What calibration sees: objectives, watches, curvature, models whole or block by block."""
+"""Calibration: objectives, watches, curvature, and models run whole or block by block."""

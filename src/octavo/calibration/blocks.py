@@ -1,9 +1,9 @@
-"""Models as a chain of like blocks: a prelude (embeddings), blocks one after another, and a postlude (norm, head).
+"""Models as a chain of equal blocks: a prelude (embeddings), the blocks in sequence, and a postlude (norm, head).
 
-Nothing is known here about architectures. The blocks are the members of the list of like modules that holds most
-weights, and what a model does around them is done by the model's own forward pass, in which every block is replaced
-by a stub. The prelude's stubs record what else a block is called with (masks, rotary tables, which differ between the
-layers of some models); the postlude's hand in hidden states that were worked out block by block.
+This code knows no architectures. The blocks are the list of modules of one class that holds most weights. Everything
+around them is computed by the model's own forward pass, with every block replaced by a stub. The stubs of the prelude
+record the other arguments of a block (masks, rotary tables, which may differ between layers). The stubs of the postlude
+return hidden states that were computed block by block.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from octavo.sources.batches import Batch
 from octavo.sources.conversions import Conversion
 from octavo.sources.sites import Source
 
-#: The part of a model that is around its blocks; the others are numbered.
+#: The part of a model around its blocks; the blocks are numbered.
 AROUND = -1
 
 
 class _Stop(BaseException):
-    """Ends a forward pass in which everything of interest was seen; no error, which would be told as one."""
+    """Ends a forward pass early. It is not an Exception, so that no handler reports it."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was called with besides its hidden states."""
+    """The arguments of a block besides its hidden states."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -41,7 +41,7 @@ class Call:
 
     @classmethod
     def split(cls, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
-        """Hidden states of a call, and the rest of it."""
+        """The hidden states of a call, and its other arguments."""
         if args and isinstance(args[0], Tensor):
             return args[0], cls(args[1:], dict(kwargs), None)
         if isinstance(kwargs.get("hidden_states"), Tensor):
@@ -70,14 +70,14 @@ class Blocks:
     def __init__(self, module: nn.Module, prefix: str) -> None:
         self.module, self.prefix = module, prefix
         self.list = list(module.get_submodule(prefix).children())
-        #: How many elements a block returns as a tuple, 0 if it returns its hidden states as they are.
+        #: Number of elements in the tuple that a block returns; 0 if it returns bare hidden states.
         self._returned = 0
-        #: Whether :meth:`check` was passed.
+        #: Whether :meth:`check` succeeded.
         self.checked = False
 
     @classmethod
     def find(cls, module: nn.Module) -> Blocks | None:
-        """The blocks of a module: the list of two or more of one class with most weights; None if there is none."""
+        """Find the blocks of a module: the list of at least two modules of one class with most weights, or None."""
         best, most = None, 0
         for name, child in module.named_modules():
             members = list(child.children())
@@ -88,18 +88,18 @@ class Blocks:
         return None if best is None else cls(module, best)
 
     def part_of(self, name: str) -> int:
-        """The number of the block to which a parameter or module of that name belongs, or :data:`AROUND`."""
+        """The number of the block that contains the parameter or module of that name, or :data:`AROUND`."""
         if not name.startswith(f"{self.prefix}."):
             return AROUND
         return int(name[len(self.prefix) + 1 :].partition(".")[0])
 
     def check(self, objective: Objective, batch: Batch) -> None:
-        """See on one batch that the blocks are a chain; the weights of block 0 and those around must be there.
+        """Check on one batch that the blocks form a chain; needs the weights of block 0 and around the blocks.
 
         Raises
         ------
         RequestError
-            If a block takes anything but the hidden states of the block before it that depends on weights.
+            If a block takes an input that depends on weights, other than the hidden states of the preceding block.
         """
         wanted = {parameter: parameter.requires_grad for parameter in self.module.parameters()}
         own = self.list[0].forward
@@ -130,15 +130,15 @@ class Blocks:
             self.checked = True
         except RequestError as error:
             raise RequestError(
-                f"{type(self.module).__name__} cannot be run block by block: {error}; give it the memory to be loaded "
-                "whole, or leave data out with --preset data-free"
+                f"{type(self.module).__name__}: cannot be run block by block: {error}; allow enough --memory to load "
+                "it whole, or compress without data (--preset data-free)"
             ) from error
         finally:
             for parameter, flag in wanted.items():
                 parameter.requires_grad_(flag)
 
     def prelude(self, objective: Objective, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Hidden states before the first block, with their gradient if enabled, and what else every block takes."""
+        """Hidden states before the first block, with gradients if enabled, and the other arguments of every block."""
         calls: list[Call] = []
         shared: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -146,7 +146,7 @@ class Blocks:
             if isinstance(value, tuple | list):
                 return type(value)(map(detached, value))
             if isinstance(value, Tensor):
-                # One mask serves all blocks: it is kept once, beside the original, so that its address stays its own.
+                # One mask serves all blocks: it is kept once, with the original, so that its address is not reused.
                 return shared.setdefault(id(value), (value, value.detach()))[1]
             return value
 
@@ -160,7 +160,7 @@ class Blocks:
     def _prelude(
         self, objective: Objective, batch: Batch, record: Callable[[tuple, Mapping[str, Any]], None]
     ) -> Tensor:
-        """Run the model up to its last block, whose states pass through; returns the states before the first."""
+        """Run the model with blocks passing states through; returns the states before the first block."""
         passed: list[Tensor] = []
         seen: list[int] = []
 
@@ -190,7 +190,7 @@ class Blocks:
         return result[0] if isinstance(result, tuple) else result
 
     def postlude(self, objective: Objective, batch: Batch, states: Tensor) -> Tensor:
-        """What the objective compares, from the hidden states after the last block."""
+        """The outputs that the objective compares, from the hidden states after the last block."""
         with self._stubs([lambda *args, **kwargs: self._returning(states)] * len(self.list)):
             return objective.outputs(self.module, batch)
 
@@ -199,7 +199,7 @@ class Blocks:
 
     @contextmanager
     def _stubs(self, functions: list[Callable]) -> Iterator[None]:
-        """Let other functions run in place of the blocks, whose attributes models still read."""
+        """Replace the forward functions of the blocks; models can still read the blocks' attributes."""
         own = [block.__dict__.get("forward") for block in self.list]
         try:
             for block, function in zip(self.list, functions, strict=True):
@@ -213,12 +213,12 @@ class Blocks:
 
 
 class Loader:
-    """Puts the weights of one part of a skeleton in memory at a time, in float32.
+    """Loads the weights of one part of a skeleton at a time, in float32.
 
     Parameters
     ----------
     source
-        Its module's parameters are on the ``meta`` device, without content.
+        The source; the parameters of its module are on the ``meta`` device, without content.
 
     Raises
     ------
@@ -230,7 +230,7 @@ class Loader:
         assert source.module is not None
         self.source = source
         state = source.module.state_dict(keep_vars=True)
-        # Tied parameters are one object under several names, of which one at least is in the source.
+        # Tied parameters are one object under several names; at least one of the names is in the source.
         known: dict[int, str | Conversion] = {id(state[target]): name for name, target in source.direct.items()}
         self._targets: dict[int, str] = {}
         for conversion in source.conversions:
@@ -243,7 +243,8 @@ class Loader:
             if found is None:
                 if isinstance(tensor, nn.Parameter):
                     raise RequestError(
-                        f"{source.title}: the model's {parameter!r} is not among the weights of the source"
+                        f"{source.title}: the model's {parameter!r} is not in the source's weights; add the missing "
+                        "weights, or give a memory limit that fits the whole model"
                     )
                 continue
             owner, _, leaf = parameter.rpartition(".")
@@ -254,12 +255,12 @@ class Loader:
                 self._conversions[part].append(found)
 
     def read(self, part: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a part, by name in the source or, of converted ones, in the module.
+        """The tensors of a part by name: in the source or, for converted tensors, in the module.
 
         Parameters
         ----------
         weights
-            Tensors in place of the source's.
+            Tensors that replace the source's.
         """
 
         def tensor(name: str) -> Tensor:
@@ -275,7 +276,7 @@ class Loader:
 
     @contextmanager
     def placed(self, part: int, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """A context in which a part of the module has the weights that :meth:`read` gave."""
+        """A context in which a part of the module has the weights returned by :meth:`read`."""
         before: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for name, places in self._places.get(part, {}).items():

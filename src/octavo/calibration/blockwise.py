@@ -1,10 +1,10 @@
 """Evidence and measurements of a model that does not fit in memory, one block's weights at a time.
 
-Both are what they are for a model in memory (:mod:`octavo.calibration.calibrating`,
-:class:`octavo.calibration.objective.Objective`), worked out in another order: all batches go through a block before the
-next block is loaded. Hidden states between blocks lie on the disk. For evidence they are kept at every boundary; going
-back, a block is loaded again, its outputs are worked out anew from its inputs, and the gradient at its outputs becomes
-that at its inputs.
+Both equal those of a model in memory (:mod:`octavo.calibration.calibrating`,
+:class:`octavo.calibration.objective.Objective`), computed in another order: all batches go through a block before the
+next block is loaded. Hidden states between blocks are stored on disk. For evidence they are kept at every boundary. In
+the backward pass a block is loaded again, its outputs are recomputed from its inputs, and the gradient at its outputs
+is propagated to its inputs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from octavo.calibration.calibrating import Calibration, check_outputs, count_seq
 from octavo.calibration.evidence import combined
 from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.calibration.objective import Objective
+from octavo.calibration.runner import Runner
 from octavo.calibration.watches import Watches
-from octavo.calibration.workspace import SCRATCH, Workspace
+from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import OctavoError, RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Site, Source
@@ -38,7 +39,7 @@ _PROGRESS = "blocks.json"
 
 
 class States:
-    """Tensors of every batch at the boundaries of blocks, on the disk."""
+    """Tensors of every batch at block boundaries, stored on disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,24 +72,24 @@ class States:
         return f"{place_in(self.folder.parent, self.folder.name)} {key[0]} {key[1]}"
 
     def drop(self, boundary: str) -> None:
-        """Remove the tensors of a boundary that is not needed any more."""
+        """Remove the tensors of a boundary that is no longer needed."""
         shutil.rmtree(self.folder / boundary, ignore_errors=True)
 
 
-class Blockwise:
-    """A transformers model that is run with one block's weights in memory.
+class Blockwise(Runner):
+    """A transformers model run with one block's weights in memory.
 
     Parameters
     ----------
     source
-        Its module is a skeleton, with parameters on the ``meta`` device.
+        The source; its module is a skeleton with parameters on the ``meta`` device.
     scratch
-        The folder in which hidden states lie while plans are measured; that for temporary files if not given.
+        The folder for hidden states while plans are measured; the folder for temporary files by default.
 
     Raises
     ------
     RequestError
-        If the model has no list of like blocks, or is more than a chain of them.
+        If the model has no list of equal blocks, or is not a chain of them.
     """
 
     def __init__(self, source: Source, scratch: Path | None = None) -> None:
@@ -96,8 +97,8 @@ class Blockwise:
         found = Blocks.find(source.module)
         if found is None:
             raise RequestError(
-                f"{source.title}: {type(source.module).__name__} has no list of like blocks to be run one by one; give "
-                "it the memory to be loaded whole, or leave data out with --preset data-free"
+                f"{source.title}: {type(source.module).__name__} has no list of equal blocks, so it cannot be run "
+                "block by block; allow enough --memory to load it whole, or compress without data (--preset data-free)"
             )
         self.source, self.blocks, self.loader = source, found, Loader(source, found)
         self.scratch = scratch
@@ -110,22 +111,22 @@ class Blockwise:
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         *,
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
-        """Evidence of all sites, written to the workspace block by block; a killed run goes on where it was.
+        """Evidence of all sites, kept in a folder of work block by block; a killed run goes on where it was.
 
-        Parameters and errors are those of :func:`octavo.calibration.calibrating.calibrate`, but for ``curvature``,
-        which must be ``kfac``.
+        Parameters and errors as in :func:`octavo.calibration.calibrating.calibrate`, except that ``curvature`` must be
+        ``kfac``.
         """
         if curvature != "kfac":
             raise RequestError(
-                f"{self.source.title}: is run block by block, since it does not fit in memory, and curvature "
-                f"{curvature!r} takes two passes through the whole model; allow more --memory, or leave it at 'kfac'"
+                f"{self.source.title}: the model does not fit in memory and is run block by block, but curvature "
+                f"{curvature!r} needs two passes through the whole model; allow more --memory, or use curvature 'kfac'"
             )
         return _Evidence(self, sites, batches, objective, room, seed, text, progress).gather()
 
@@ -136,7 +137,7 @@ class Blockwise:
         Parameters
         ----------
         weights
-            By name in the source. Each is asked for when the part of the model to which it belongs is run.
+            Replacements by name in the source. Each is read when its part of the model runs.
         """
         if self._reference is None:
             self._scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.scratch)
@@ -160,7 +161,7 @@ class Blockwise:
     def judge(
         self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
     ) -> Tensor:
-        """Divergence of every example from the source, with another module in its place."""
+        """Divergence of every example from the source, for another module."""
         losses = []
         with torch.inference_mode():
             for batch, outputs in zip(batches, self.outputs(batches, objective), strict=True):
@@ -168,7 +169,7 @@ class Blockwise:
         return torch.cat(losses)
 
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
-        """What the objective compares, batch by batch."""
+        """The outputs that the objective compares, batch by batch."""
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.scratch) as folder:
             states = States(Path(folder))
             self._final_states(batches, objective, {}, states, "final")
@@ -197,7 +198,7 @@ class Blockwise:
         name: str,
         weights: Mapping[str, Tensor] | None = None,
     ) -> list[list[Call]]:
-        """Store the states before the first block; returns, by batch and block, what else blocks are called with."""
+        """Store the states before the first block; returns the other arguments of blocks, by batch and block."""
         self._check(batches[0], objective)
         calls = []
         with torch.no_grad(), self.part(AROUND, weights):
@@ -219,7 +220,7 @@ class Blockwise:
 
 
 class _Evidence:
-    """One pass forward and one back; every step leaves files from which the next one starts."""
+    """One forward and one backward pass; every step writes files from which the next step starts."""
 
     def __init__(
         self,
@@ -227,7 +228,7 @@ class _Evidence:
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         seed: int,
         text: str,
         progress: Callable[[int, int], Any],
@@ -236,13 +237,13 @@ class _Evidence:
         self.sites, self.room, self.seed, self.text, self.progress = sites, room, seed, text, progress
         self.sequences = count_sequences(batches)
         self.states = States(room.path / "states")
-        #: Evidence of one role of tensors around the blocks, which may have another.
+        #: Evidence of one role of tensors around the blocks; they may have a second role.
         self.roles = EvidenceFolder(room.path / "roles")
         self.evidence = room.evidence
         self.depth, self.steps = len(self.blocks.list), 0
         self.parts = {module: self.blocks.part_of(name) for name, module in self._module.named_modules()}
         self.site_parts = self._parts_of_sites()
-        #: Modules around the blocks that are called before them.
+        #: Modules outside of the blocks that are called before them.
         self.early: set[nn.Module] = set()
 
     @property
@@ -263,7 +264,7 @@ class _Evidence:
         return found
 
     def gather(self) -> Calibration:
-        """Do what is not done yet."""
+        """Run the remaining steps."""
         done = self.room.read_json(_PROGRESS) or {"forward": 0, "backward": self.depth + 1}
         calls = self._start()
         self._count()
@@ -298,7 +299,7 @@ class _Evidence:
         self.progress(self.steps, 2 * self.depth + 3)
 
     def _start(self) -> list[list[Call]]:
-        """Hidden states before the first block, what else blocks are called with, and which modules come first."""
+        """Hidden states before the first block, the other arguments of blocks, and the modules called before them."""
         around = [module for module, part in self.parts.items() if part == AROUND]
         handles = [module.register_forward_pre_hook(lambda m, _: self.early.add(m)) for module in around]
         try:
@@ -349,7 +350,7 @@ class _Evidence:
     def _watched(
         self, stage: str, part: int, wanted: Callable[[nn.Module], bool] = lambda module: True
     ) -> Iterator[Callable[[Batch], None]]:
-        """A context in which a part is in memory and its sites are watched; at its end their evidence is written."""
+        """A context in which a part is loaded and its sites are watched; their evidence is written at the end."""
         sites = [site for site in self.sites if part in self.site_parts.get(site.name, ())]
         with self.model.part(part):
             watches = Watches(
@@ -362,7 +363,7 @@ class _Evidence:
                 yield watches.begin
         whole, roles = {}, {}
         for site, found in watches.evidence(self.sequences).items():
-            # What is around the blocks is used before them, after them, or both.
+            # Parts around the blocks are used before them, after them, or both.
             if self.site_parts[site] == {part} and part != AROUND:
                 whole[site] = combined(found)
             else:
@@ -371,7 +372,7 @@ class _Evidence:
         self.roles.write(stage, roles)
 
     def _combine(self) -> Calibration:
-        """Evidence of tensors with several roles, in the order in which the model uses them, and of those unseen."""
+        """Evidence of tensors with several roles, in the order of use, and of tensors never seen."""
         stages = ("prelude", *(f"{block:05d}" for block in range(self.depth)), "postlude")
         several = {}
         for site in self.sites:

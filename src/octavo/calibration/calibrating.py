@@ -1,4 +1,4 @@
-"""Calibration: evidence from one forward and one backward pass over the data, or without any."""
+"""Calibration: evidence from one forward and one backward pass over the data, or without data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from octavo.sources.sites import Site, Source
 from octavo.system.ahead import in_order
 
 MINIMUM_SEQUENCES = 8
-#: Gradients of weights are taken from at least so many passes, if there are as many examples.
+#: Gradients of weights are averaged over at least this many passes, if there are enough examples.
 _PASSES = 64
 CURVATURES = ("kfac", "ekfac")
 
 
 @dataclass
 class Calibration:
-    """Evidence of all sites and what it was gathered from."""
+    """Evidence of all sites, and a description of the data."""
 
     evidence: Mapping[str, Evidence]
     sequences: int = 0
@@ -52,10 +52,10 @@ def calibrate(
     Parameters
     ----------
     batches
-        What ``source.module`` takes. Padding is left out by ``attention_mask``.
+        Inputs of ``source.module``. Padding is excluded by ``attention_mask``.
     curvature
-        ``kfac``, or ``ekfac`` for a second pass that gives layers a curvature of their own
-        (:mod:`octavo.calibration.curvature`, which says what memory it takes).
+        ``kfac``, or ``ekfac`` for a second pass that measures the curvature of each layer
+        (:mod:`octavo.calibration.curvature`, which states its memory).
     progress
         Called with the number of batches done and their total.
 
@@ -89,11 +89,11 @@ def calibrate(
     positions = watches.positions
     evidence = {name: combined(roles) for name, roles in watches.evidence(sequences).items()}
     if passes == 2 and not notes:
-        # Labels are drawn again, so that no basis is judged by the samples that it was made from.
+        # Labels are drawn again, so that a basis is not evaluated on the samples that defined it.
         corrections = Corrections(sites, source, evidence)
         go_through(corrections, len(batches))
         evidence |= corrections.corrected(sequences)
-    # Where no gradient goes through the model, that is why no site has any, and it has been said.
+    # If no gradient passes through the model, no site has one, and a note already says so.
     judged = [] if notes else sites
     result = described(judged, {name: found.samples for name, found in evidence.items()}, sequences, text, source)
     result.tokens = positions or sequences
@@ -105,9 +105,9 @@ def calibrate(
 def _reads_gradients(
     source: Source, sites: Sequence[Site], batch: Batch, objective: Objective, notes: list[str]
 ) -> bool:
-    """Whether a site gets gradients from a use outside of layers; learned from a few examples.
+    """Whether a site gets gradients from uses outside of layers, tested on a few examples.
 
-    A model through which no gradient can go is noted: it is weighed without.
+    If no gradient can pass through the model, a note says so and typical weights are used.
     """
     assert source.module is not None
     few = select(batch, slice(0, min(4, sequences_in(batch))))
@@ -124,13 +124,16 @@ def _reads_gradients(
                 said = str(error).splitlines()[0]
         if said:
             name = type(source.module).__name__
-            notes.append(f"{source.title}: no gradient goes through {name} ({said}); its sites were weighed as typical")
+            notes.append(
+                f"{source.title}: no gradient passes through {name} ({said}); a typical importance was assumed for its "
+                "weights"
+            )
             return False
     return bool(watches.gradients.seen())
 
 
 def _smaller(batches: Sequence[Batch], sequences: int) -> list[Batch]:
-    """Batches of so few examples that there are :data:`_PASSES` of them, since each gives one gradient."""
+    """Batches small enough that there are :data:`_PASSES` of them, since each gives one gradient."""
     size = max(1, sequences // _PASSES)
     result = []
     for batch in batches:
@@ -139,17 +142,17 @@ def _smaller(batches: Sequence[Batch], sequences: int) -> list[Batch]:
 
 
 def count_sequences(batches: Sequence[Batch]) -> int:
-    """Number of examples in all batches; too few are refused."""
+    """Number of examples in all batches; raises if there are too few."""
     total = sum(sequences_in(batch) for batch in batches)
     if total < MINIMUM_SEQUENCES:
         raise RequestError(
-            f"calibration has {total} sequences, at least {MINIMUM_SEQUENCES} are needed; give more data"
+            f"data: {total} sequences for calibration; at least {MINIMUM_SEQUENCES} are needed, so give more"
         )
     return total
 
 
 def tokens_in(batch: Batch) -> int:
-    """Tokens of a batch that are no padding; examples where it holds no tokens."""
+    """Number of tokens without padding in a batch, or of examples if it has no tokens."""
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(tokens, Tensor):
         return sequences_in(batch)
@@ -158,14 +161,16 @@ def tokens_in(batch: Batch) -> int:
 
 
 def check_outputs(outputs: Tensor, number: int) -> None:
-    """Raise :class:`RequestError` if a batch has outputs that are not finite."""
+    """Raise :class:`RequestError` if an output of the batch is not finite."""
     if not bool(torch.isfinite(outputs).all()):
-        raise RequestError(f"the model's outputs on calibration batch {number} are not finite; check the data")
+        raise RequestError(
+            f"data: the model's outputs on calibration batch {number} are not finite; check the data and the model"
+        )
 
 
 @contextmanager
 def _differentiating(module: nn.Module) -> Iterator[None]:
-    """A context in which a module is in evaluation mode and no parameter asks for a gradient."""
+    """A context in which a module is in evaluation mode and no parameter requires a gradient."""
     training = {submodule: submodule.training for submodule in module.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
     module.eval().requires_grad_(False)
@@ -181,31 +186,31 @@ def _differentiating(module: nn.Module) -> Iterator[None]:
 def described(
     sites: Sequence[Site], samples: Mapping[str, int], sequences: int, text: str, source: Source
 ) -> Calibration:
-    """A calibration without its evidence: what was seen, given the positions seen at every site."""
+    """A calibration without its evidence, from the number of positions seen at every site."""
     result = Calibration({}, sequences, max(samples.values(), default=0), text)
     unused = set(source.unused)
     for site in sites:
         seen = samples.get(site.name, 0)
         if site.name in unused:
             result.warnings.append(
-                f"{site.name}: {type(source.module).__name__} has no place for it, so its loss is in no measured "
-                "quality; it was weighed as a typical site"
+                f"{site.name}: {type(source.module).__name__} does not use this weight, so no measurement includes its "
+                "loss; a typical importance was assumed"
             )
         elif not seen:
             result.warnings.append(
-                f"{site.name}: no gradient reaches it, since no output on the calibration data depends on it or the "
-                "module reads it under torch.no_grad; it was weighed as a typical site"
+                f"{site.name}: no output depended on this weight during calibration, or the module uses it under "
+                "torch.no_grad; a typical importance was assumed"
             )
         elif seen < site.columns and site.kind != "embedding":
             result.warnings.append(
-                f"{site.name}: fewer calibration positions than input columns ({seen} for {site.columns}); "
-                f"the moments were damped by {DAMPING:g} of their mean, more data would serve better"
+                f"{site.name}: fewer calibration positions than input columns ({seen} for {site.columns}); the moments "
+                f"were damped by {DAMPING:g} of their mean, and more data would help"
             )
     return result
 
 
 def typical(source: Source, sites: Sequence[Site], seen: Mapping[str, Evidence]) -> dict[str, Evidence]:
-    """Evidence of sites without any, so that a given relative error costs what it costs at a typical site."""
+    """Evidence for sites that have none: a relative error costs as much as at a typical site."""
     unseen = [site for site in sites if site.name not in seen]
     if not unseen:
         return {}
@@ -221,7 +226,7 @@ def typical(source: Source, sites: Sequence[Site], seen: Mapping[str, Evidence])
 
 
 def _power(source: Source, site: Site) -> float:
-    """Sum of the squares of a site's matrix."""
+    """Sum of squares of a site's matrix."""
     weight = source.read(site.name)
     weight = weight.float() if not site.layout.exponent else site.layout.to_matrix(weight)
     return float(weight.square().sum())

@@ -8,12 +8,11 @@ sum g a^T`` (rows, columns), the Fisher matrix of its weights is ``F = E[vec(G) 
     F ~ (Q_S x Q_A) diag(Lam) (Q_S x Q_A)^T
 
 K-FAC (Martens & Grosse, 2015) takes ``Lam[i, j] = sigma[i] alpha[j]``, which is right where ``g`` and ``a`` are
-independent. EK-FAC (George et al., 2018, arXiv 1806.03884) measures ``Lam[i, j] = E[(Q_S^T G Q_A)[i, j]^2]``: of all
-diagonals in that basis the nearest to ``F``. Labels are drawn from the model itself
-(:mod:`octavo.calibration.objective`), so ``F`` is the Gauss-Newton matrix; with true labels it would be the empirical
-Fisher matrix.
+independent. EK-FAC (George et al., 2018, arXiv 1806.03884) measures ``Lam[i, j] = E[(Q_S^T G Q_A)[i, j]^2]``, the
+diagonal nearest to ``F`` in that basis. Labels are drawn from the model itself (:mod:`octavo.calibration.objective`),
+so ``F`` is the Gauss-Newton matrix; with true labels it would be the empirical Fisher matrix.
 
-A site of ``r`` rows and ``c`` columns takes ``4 (r^2 + c^2 + r c)`` bytes of it, and twice the first two terms while
+For a site of ``r`` rows and ``c`` columns it takes ``4 (r^2 + c^2 + r c)`` bytes, and twice the first two terms while
 it is gathered.
 """
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from octavo.errors import RequestError
 
-#: What is added to the eigenvalues before they are inverted, as a share of their mean.
+#: Damping added to the eigenvalues before inversion, as a share of their mean.
 _DAMPING = 0.1
 
 
@@ -37,8 +36,8 @@ class Curvature:
     Parameters
     ----------
     outputs, inputs
-        The bases ``Q_S`` (rows, rows) and ``Q_A`` (columns, columns), eigenvectors in columns. Some rows of ``Q_S``
-        give the losses of errors in these rows alone.
+        The bases ``Q_S`` (rows, rows) and ``Q_A`` (columns, columns), eigenvectors in columns. A subset of the rows of
+        ``Q_S`` gives the loss of errors in these rows alone.
     output_values, input_values
         Eigenvalues ``sigma`` (rows,) and ``alpha`` (columns,) of the two moments.
     values
@@ -70,12 +69,12 @@ class Curvature:
     def solve(self, matrix: Tensor, damping: float | None = None) -> Tensor:
         """``(F + damping)^-1 vec(V)`` as a matrix: ``Q_S [(Q_S^T V Q_A) / (Lam + damping)] Q_A^T``.
 
-        ``damping`` is a tenth of the mean of ``Lam`` if not given. 0 is for a curvature without zeros.
+        ``damping`` is a tenth of the mean of ``Lam`` by default. 0 needs a curvature without zeros.
         """
         return self.back(self.rotated(matrix) / self._damped(damping).to(matrix))
 
     def inverse_diagonal(self, damping: float | None = None) -> Tensor:
-        """The diagonal of ``(F + damping)^-1`` (rows, columns): ``w^2 / (2 d)`` is what pruning ``w`` alone costs.
+        """The diagonal ``d`` of ``(F + damping)^-1`` (rows, columns): pruning ``w`` alone costs ``w^2 / (2 d)``.
 
         ``damping`` is as in :meth:`solve`.
         """
@@ -85,13 +84,13 @@ class Curvature:
         damped = self.values + (_DAMPING * self.values.mean() if damping is None else damping)
         if not bool((damped > 0).all()):
             raise RequestError(
-                f"a curvature of shape {tuple(self.values.shape)} has no inverse, since some eigenvalues are zero: "
+                f"a curvature of shape {tuple(self.values.shape)} has no inverse, since some eigenvalues are zero; "
                 "give a damping above 0"
             )
         return damped
 
     def corrected(self, gradients: Tensor) -> Curvature:
-        """The same bases with ``Lam`` measured on gradients (examples, rows, columns)."""
+        """A curvature with these bases and ``Lam`` measured on gradients (examples, rows, columns)."""
         return replace(self, values=self.rotated(gradients).square().mean(0))
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -100,15 +99,15 @@ class Curvature:
         return outputs, (self.inputs * self.input_values) @ self.inputs.t()
 
     def nearest(self) -> tuple[Tensor, Tensor]:
-        """Row weights (rows,) and column moment (columns, columns), whose product is nearest in relative entropy.
+        """Row weights (rows,) and column moment (columns, columns) whose product is nearest in relative entropy.
 
-        It is the one with the same marginals, as in :func:`octavo.calibration.evidence.combined`: ``rows`` is what
-        every row's weights have of the trace, ``columns`` what all rows have together, over the trace.
+        It has the same marginals, as in :func:`octavo.calibration.evidence.combined`: ``rows`` is each row's part of
+        the trace, ``columns`` the sum over rows divided by the trace.
         """
         values = self.values.double()
         rows = self.outputs.double().square() @ values.sum(1)
         basis, total = self.inputs.double(), values.sum()
-        # Of a curvature of zeros all columns have as much.
+        # For a curvature of zeros all columns are equal.
         shares = values.sum(0) / total if bool(total > 0) else torch.ones_like(values[0]) / values.shape[1]
         columns = (basis * shares) @ basis.t()
         return rows.float(), ((columns + columns.t()) / 2).float()
@@ -121,6 +120,6 @@ def kronecker(outputs: Tensor, inputs: Tensor) -> Curvature:
 
 
 def eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none of them negative, and eigenvectors of a second moment, worked out in float64."""
+    """Eigenvalues, clipped at zero, and eigenvectors of a second moment, computed in float64."""
     values, vectors = torch.linalg.eigh(moment.double())
     return values.clamp_min(0).to(moment.dtype), vectors.to(moment.dtype).contiguous()

@@ -1,20 +1,20 @@
-"""Evidence: what calibration saw at each site.
+"""Evidence: the statistics that calibration gathers at each site.
 
-One forward and one backward pass over the calibration data give, for every site, what it takes to tell how much an
-error ``E`` in its matrix costs the whole model, to second order:
+One forward and one backward pass over the calibration data give, for every site, the second-order cost of an error
+``E`` in its matrix for the whole model:
 
     expected loss = 1/2 * sum_i rows[i] * E[i] @ columns @ E[i].T
 
 For a layer ``columns`` is the second moment of its inputs and ``rows`` that of the gradients at its outputs; for an
-embedding ``columns`` is the second moment of the gradients at its output and ``rows`` says how often a token is met.
-This is the Gauss-Newton matrix of the model's own divergence, with the usual independence of inputs and output
-gradients (K-FAC; Martens & Grosse, 2015), so all sites and all families of methods are told apart in one currency.
+embedding ``columns`` is the second moment of the gradients at its output and ``rows`` the frequency of each token. This
+is the Gauss-Newton matrix of the model's own divergence, with the usual independence of inputs and output gradients
+(K-FAC; Martens & Grosse, 2015), so all sites and all families of methods are compared in one currency.
 
-A tensor that plays two roles, such as an embedding that is also the head, has such a term for each; their sum is the
-expected loss (:func:`combined`).
+A tensor with two roles, such as an embedding that is also the head, has one term per role; their sum is the expected
+loss (:func:`combined`).
 
-Without that independence a layer may have a curvature of its own (EK-FAC; :mod:`octavo.calibration.curvature`), which
-then gives the expected loss; ``rows`` and ``columns`` are the product nearest to it.
+Without that assumption a layer may have a measured curvature (EK-FAC; :mod:`octavo.calibration.curvature`), which then
+gives the expected loss; ``rows`` and ``columns`` are the product nearest to it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from octavo.errors import RequestError
 
 @dataclass
 class Evidence:
-    """What is known about the inputs and outputs of one site.
+    """Statistics of the inputs and outputs of one site.
 
     Parameters
     ----------
@@ -43,22 +43,21 @@ class Evidence:
     samples
         Number of positions seen (0: data-free).
     terms
-        Rows and columns of every role of a tensor that has several; ``rows`` and ``columns`` are then the one pair that
-        stands for all of them.
+        Rows and columns of every role of a tensor with several; ``rows`` and ``columns`` then approximate all of them.
     curvature
-        That of the whole matrix, damped, if it was measured.
+        Damped curvature of the whole matrix, if it was measured.
     """
 
     rows: Tensor
     columns: Tensor | None
     samples: int = 0
-    #: Results that depend on the moments alone and are needed more than once.
+    #: Cache of results that depend only on the moments.
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     terms: tuple[tuple[Tensor, Tensor], ...] = ()
     curvature: Curvature | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Whoever works on a copy of it elsewhere makes what it needs faster than it is sent.
+        # The cache is not sent to workers: computing it again is faster.
         return {**self.__dict__, "cache": {}}
 
     def loss(self, error: Tensor) -> float:
@@ -75,11 +74,11 @@ class Evidence:
 
 
 def require_finite(moment: Tensor) -> None:
-    """Refuse weights or a second moment of evidence with values that are not finite."""
+    """Raise if row weights or a second moment are not finite."""
     if not bool(torch.isfinite(moment).all()):
         raise RequestError(
-            f"evidence of shape {tuple(moment.shape)} has values that are not finite; calibrate with data on which the "
-            "model's outputs and gradients are finite"
+            f"evidence of shape {tuple(moment.shape)} is not finite; calibrate with data for which the model's outputs "
+            "and gradients are finite"
         )
 
 
@@ -89,11 +88,11 @@ def _quadratic(error: Tensor, rows: Tensor, columns: Tensor | None) -> float:
 
 
 def combined(roles: Sequence[Evidence]) -> Evidence:
-    """Evidence of a tensor from that of each of its roles.
+    """Combine the evidence of all roles of a tensor.
 
     The loss is the sum over roles of ``rows[i] * columns[j, k]``. Methods need one product: the one with the same
     marginals, ``rows = sum_t trace(C_t) r_t`` and ``columns = sum_t sum(r_t) C_t / sum_t sum(r_t) trace(C_t)``, which
-    of all products is nearest to the sum in relative entropy.
+    is nearest to the sum in relative entropy.
     """
     if len(roles) == 1:
         return roles[0]

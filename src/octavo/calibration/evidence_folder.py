@@ -1,6 +1,6 @@
-"""Evidence on disk: written part by part, and read site by site when it is needed.
+"""Evidence on disk: written part by part, and read site by site on demand.
 
-Evidence of a large model does not fit in memory: a moment of 11,008 inputs alone takes half a gigabyte, its
+Evidence of a large model does not fit in memory: one moment of 11,008 inputs takes half a gigabyte, and its
 factorisation as much again.
 """
 
@@ -24,25 +24,25 @@ from octavo.system.atomic import writing
 from octavo.system.raw import raw_bytes
 from octavo.system.sealed import digest, place_in
 
-#: Moments with their factorisations are kept in memory up to so many bytes, so that sites that share one, and the
-#: settings of a site, do not read and factor it again.
+#: Bytes of moments with factorisations cached in memory. So sites that share one, and the settings of a site, do not
+#: read and factor it again.
 _CACHE_BYTES = 1 << 29
 _CURVATURE = [field.name for field in fields(Curvature)]
 
 
 class EvidenceFolder(Mapping[str, Evidence]):
-    """The evidence of sites, each read when it is asked for.
+    """The evidence of all sites; each is read on demand.
 
     Parameters
     ----------
     path
-        A folder of one ``.safetensors`` file a part, each with an index of its sites in its header.
+        A folder with one ``.safetensors`` file per part, each with an index of its sites in its header.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._place = place_in(path.parent, path.name)
-        #: By file, the checksums of its tensors.
+        #: Checksums of tensors, by file.
         self._digests: dict[Path, dict[str, str]] = {}
         self._index: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._moments: OrderedDict[tuple[Path, str], tuple[Tensor, dict[str, Any]]] = OrderedDict()
@@ -60,13 +60,13 @@ class EvidenceFolder(Mapping[str, Evidence]):
         return {site: entry["samples"] for site, (_, entry) in self._index.items()}
 
     def without(self, part: str) -> None:
-        """Remove a part, if it is there."""
+        """Remove a part if it exists."""
         file = self.path / f"{part}.safetensors"
         file.unlink(missing_ok=True)
         self._index = {site: place for site, place in self._index.items() if place[0] != file}
 
     def write(self, part: str, evidence: Mapping[str, Evidence]) -> None:
-        """Write the evidence of some sites, whole or not at all; tensors that they share are written once."""
+        """Write the evidence of some sites atomically; shared tensors are written once."""
         tensors: dict[str, Tensor] = {}
         names: dict[int, str] = {}
         digests: dict[str, str] = {}
@@ -107,10 +107,10 @@ class EvidenceFolder(Mapping[str, Evidence]):
         return json.loads(head["index"]), json.loads(head["digests"])
 
     def _tensor(self, file: Path, name: str, handle: Any) -> Tensor:
-        # Copied out of the mapping, whose pages would count as this process's memory for as long as it lives.
+        # Copied out of the mapping, whose pages would otherwise count as this process's memory.
         tensor = handle.get_tensor(name).clone()
         if _digest(tensor) != self._digests[file][name]:
-            raise ValueError(f"checksum mismatch of tensor {name}")
+            raise ValueError(f"checksum mismatch in tensor {name}")
         return tensor
 
     def __getitem__(self, site: str) -> Evidence:
@@ -132,7 +132,7 @@ class EvidenceFolder(Mapping[str, Evidence]):
         if key not in self._moments:
             self._moments[key] = (self._tensor(file, name, handle), {})
         self._moments.move_to_end(key)
-        # Three times the moment: itself, its factor, and what other methods keep.
+        # Three times the moment: itself, its factor, and the results cached by other methods.
         while len(self._moments) > 1 and 3 * sum(moment.nbytes for moment, _ in self._moments.values()) > _CACHE_BYTES:
             self._moments.popitem(last=False)
         return self._moments[key]

@@ -1,12 +1,11 @@
-"""Batch normalisation folded into the layer before it.
+"""Folding batch normalisation into the preceding layer.
 
-In evaluation a batch normalisation scales and shifts every channel of its input by constants. Where that input is the
-output of a convolution or a linear layer, and nothing else reads it, the scales can go into the layer's rows: five
-vectors become one and four constants, and errors of the weights are no longer blown up by the scales (Jacob et al.,
-2018, arXiv 1712.05877, section 3.2). The module keeps its structure: the normalisation stays, and does nothing but add
-its bias.
+In evaluation mode, batch normalisation scales and shifts every channel by constants. If its input is the output of a
+convolution or linear layer, and nothing else reads that output, the scales can move into the layer's rows. Five vectors
+become one vector and four constants, and the scales no longer amplify errors of the weights (Jacob et al., 2018, arXiv
+1712.05877, section 3.2). The module keeps its structure: the normalisation stays and only adds its bias.
 
-What follows what is told neither from names nor from order. With data it is read from the autograd graph of one batch,
+Names and order do not determine which layers are adjacent. With data this is read from the autograd graph of one batch,
 and the outputs are compared after folding. Without data ``torch.fx`` must be able to trace the module.
 """
 
@@ -25,10 +24,10 @@ from octavo.calibration.objective import Objective
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Layout, Source
 
-#: Outputs may move by this share of the largest of them, or by one rounding of the dtype that tensors are stored in.
+#: Tolerated change of outputs, as a share of the largest output, or one rounding of the stored dtype.
 _TOLERANCE = 1e-4
-#: Layers that a normalisation may follow in a traced graph. Without data there is nothing that tells whether the
-#: channels of a linear layer, or of a convolution over one dimension, are those that are normalised.
+#: Layers that a normalisation may follow in a traced graph. Without data it is unknown whether the channels of a linear
+#: layer or a 1-d convolution are the normalised ones.
 _TRACED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: nn.BatchNorm2d, nn.ConvTranspose2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d, nn.ConvTranspose3d: nn.BatchNorm3d,
@@ -37,7 +36,7 @@ _TRACED: dict[type[nn.Module], type[nn.Module]] = {
 
 @dataclass(frozen=True)
 class _Pair:
-    """A normalisation and the layer that alone feeds it."""
+    """A normalisation and the only layer that feeds it."""
 
     norm: nn.Module
     weight: Tensor
@@ -48,18 +47,18 @@ class _Pair:
 def fold(
     source: Source, module: nn.Module | None, batch: Batch, objective: Objective, untouched: Collection[str]
 ) -> Source:
-    """A source whose tensors have its batch normalisations folded, as far as its graph allows.
+    """A source with batch normalisations folded into other tensors, as far as its graph allows.
 
-    The module stays as it is, and so do the digests of the source: quality is measured against the original.
+    The module and the digests of the source are unchanged: quality is measured against the original.
 
     Parameters
     ----------
     module
-        That of the source, with its weights if there is a batch.
+        The source's module, with weights if there is a batch.
     batch
-        What to run it on; None to trace it without data.
+        A batch to run it on; None to trace it without data.
     untouched
-        Names of tensors that must stay as they are.
+        Names of tensors that must not change.
     """
     if module is None or not has_norms(module):
         return source
@@ -85,19 +84,19 @@ def fold(
         folded=found,
         notes=[
             *source.notes,
-            f"{count} batch normalisation{'s were' if count > 1 else ' was'} folded into the layer before: the module "
-            "computes the same from other weights",
+            f"{count} batch normalisation{'s were' if count > 1 else ' was'} folded into the preceding layer: the "
+            "module computes the same outputs from other weights",
         ],
     )
 
 
 def has_norms(module: nn.Module) -> bool:
-    """Whether there is anything that may be folded."""
+    """Whether anything may be folded."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def _folded(pair: _Pair, source: Source, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """New values of the tensors of a pair, by name in the source; none if one of them is not there."""
+    """New values of the tensors of a pair, by name in the source; empty if a tensor is missing."""
     norm = pair.norm
     held = [pair.weight, pair.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
     given = [names.get(id(tensor), "") if isinstance(tensor, Tensor) else None for tensor in held]
@@ -112,7 +111,7 @@ def _folded(pair: _Pair, source: Source, names: Mapping[int, str]) -> dict[str, 
 
     eps = float(norm.eps)  # type: ignore[arg-type]
     scale = wide(gain, 1.0) / (wide(variance, 1.0) + eps).sqrt()
-    # The division that remains is by 1, or by what is nearest to it in the dtype of the variance.
+    # The remaining division is by 1, or by the nearest number in the dtype of the variance.
     unit = torch.full_like(old[variance], 1 - eps)
     remaining = (unit.double() + eps).sqrt()
     offset = (wide(bias, 0.0) - wide(mean, 0.0)) * scale
@@ -158,7 +157,7 @@ def _differentiated(module: nn.Module, batch: Batch, objective: Objective) -> It
 
 
 def _uses(outputs: list[Tensor]) -> Counter[Any]:
-    """How often every node of a graph is read, outputs of the graph included."""
+    """How often every node of a graph is read, including outputs of the graph."""
     uses = Counter(tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None)
     waiting = list(uses)
     while waiting:
@@ -171,7 +170,7 @@ def _uses(outputs: list[Tensor]) -> Counter[Any]:
 
 
 def _leaves(node: Any) -> list[Any]:
-    """The nodes that stand for weight and bias of a layer's node; the weight's transposition is one, too."""
+    """The nodes for weight and bias of a layer's node, including the weight's transposition."""
     edges = [edge for edge, _ in node.next_functions]
     if node.name() == "ConvolutionBackward0":
         return edges[1:]
@@ -184,7 +183,7 @@ def _leaves(node: Any) -> list[Any]:
 
 
 def _layer(node: Any) -> tuple[Tensor, Tensor | None, Layout] | None:
-    """Weight, bias and layout of the layer whose node it is; None for a node of another kind."""
+    """Weight, bias and layout of the layer of a node; None for a node of another kind."""
     name = node.name()
     if name == "ConvolutionBackward0":
         weight, bias = _leaves(node)
@@ -202,12 +201,12 @@ def _layer(node: Any) -> tuple[Tensor, Tensor | None, Layout] | None:
 
 
 def _traced(module: nn.Module) -> Iterator[_Pair]:
-    """Pairs in the graph that ``torch.fx`` makes of a module; none if it cannot."""
+    """Pairs in the ``torch.fx`` graph of a module; empty if it cannot be traced."""
     try:
         with replaced(module, {}):
             graph = fx.Tracer().trace(module)
     except Exception:
-        # The module's own code runs on stand-ins for tensors, and fails in whatever way it likes.
+        # The module's code runs on proxies for tensors and may raise any exception.
         return
     parts = dict(module.named_modules(remove_duplicate=False))
     calls = Counter(id(parts[node.target]) for node in graph.nodes if node.op == "call_module")
@@ -231,7 +230,7 @@ def _hooked(part: nn.Module) -> bool:
 def _agree(
     module: nn.Module, batch: Batch, objective: Objective, source: Source, tensors: Mapping[str, Tensor]
 ) -> bool:
-    """Whether a module's outputs are the same with other tensors of its source."""
+    """Whether a module's outputs stay equal when tensors of its source are replaced."""
     coarse = max(torch.finfo(tensor.dtype).eps for tensor in tensors.values())
     found = []
     for new in ({}, source.placed(tensors)):
@@ -245,7 +244,7 @@ def _agree(
 
 
 def _outputs(module: nn.Module, batch: Batch, objective: Objective) -> list[Tensor]:
-    """All floating tensors that a module returns, and what the objective makes of them."""
+    """All floating tensors that a module returns, and the outputs of the objective."""
     seen: list[Any] = []
     handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
     try:

@@ -1,11 +1,11 @@
-"""Curvature of weights from their own gradients, wherever a model uses them.
+"""Curvature of weights from their own gradients, for every use in a model.
 
 Modules that multiply their input by their weight are watched (:mod:`octavo.calibration.watches`), since inputs and
-output gradients tell most. Others read their weights as they like: recurrent layers through time, attention with one
-matrix for three projections, experts in one tensor, a table that is also a head. For every such use the gradient ``G``
-(rows, columns) of the weight itself is taken, batch by batch. Labels are drawn independently for every example
-(:mod:`octavo.calibration.objective`), so the mean of ``vec(G) vec(G)^T`` over batches is the Fisher matrix. Of all
-products of row weights and a column moment, the one with the same marginals is nearest to it in relative entropy:
+output gradients give most information. Others use their weights in different ways: recurrent layers through time,
+attention with one matrix for three projections, experts in one tensor, a table that is also a head. For every such use
+the gradient ``G`` (rows, columns) of the weight itself is taken, batch by batch. Labels are drawn independently for
+every example (:mod:`octavo.calibration.objective`), so the mean of ``vec(G) vec(G)^T`` over batches is the Fisher
+matrix. The product of row weights and a column moment with the same marginals is nearest to it in relative entropy:
 
     rows[i] = E[sum_j G[i, j]^2],    columns = E[G^T G] / sum_i rows[i]
 """
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from octavo.sources.conversions import Conversion
 from octavo.sources.sites import Site, Source
 
-#: Sites with more columns have row weights alone.
+#: Sites with more columns only have row weights.
 _WIDEST = 8192
-#: Sites of one conversion share their column moment if all of theirs would take more bytes.
+#: Sites of one conversion share their column moment if separate ones would take more bytes.
 _MOMENTS_BYTES = 1 << 28
 
 
 @dataclass
 class _Use:
-    """A place in the module from which gradients come, and the sites that they belong to."""
+    """A parameter that gives gradients, and the sites they belong to."""
 
     names: tuple[str, ...]
     places: dict[str, tuple[nn.Module, str]]
@@ -38,7 +38,7 @@ class _Use:
 
 
 class _Moment:
-    """A column moment, of one site or of several."""
+    """A column moment of one site or several."""
 
     def __init__(self, columns: int) -> None:
         self.sum = torch.zeros(columns, columns, dtype=torch.float64) if columns <= _WIDEST else None
@@ -52,14 +52,14 @@ class _Moment:
 
 @dataclass
 class Seen:
-    """What the gradients of one site's weight showed, summed over batches.
+    """Statistics of the gradients of one site's weight, summed over batches.
 
     Parameters
     ----------
     rows
         Squared gradients (rows,).
     columns
-        Their column moment (columns, columns), of trace one; None for very wide sites.
+        Column moment (columns, columns) with trace one; None for very wide sites.
     passes
         Number of gradients.
     """
@@ -70,16 +70,16 @@ class Seen:
 
 
 class Gradients:
-    """Accumulates the moments of sites' own gradients while batches go through the model.
+    """Accumulates the moments of weight gradients while batches pass through the model.
 
     Parameters
     ----------
     sites
-        Sites to look at.
+        Sites to observe.
     source
-        Says where the module holds them.
+        The source, which knows where the module holds them.
     only
-        Which modules are looked at.
+        Modules to observe.
     """
 
     def __init__(self, sites: Sequence[Site], source: Source, only: Callable[[nn.Module], bool]) -> None:
@@ -95,7 +95,7 @@ class Gradients:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """A context in which gradients are looked at as they come, and not kept."""
+        """A context in which gradients are processed as they arrive and not kept."""
         handles, before = [], []
         done: set[int] = set()
         try:
@@ -119,13 +119,13 @@ class Gradients:
                 tensor.grad = gradient
 
     def finish(self) -> None:
-        """Take what waits for gradients that did not come with this batch."""
+        """Process uses whose remaining gradients did not arrive with this batch."""
         for number, gradients in self._waiting.items():
             self._convert(self._uses[number], gradients)
         self._waiting.clear()
 
     def seen(self) -> dict[str, Seen]:
-        """What every site's gradients showed; sites without any are left out."""
+        """The statistics of every site; sites without gradients are left out."""
         result = {}
         for name, rows in self.rows.items():
             if bool(rows.any()):
@@ -156,7 +156,7 @@ class Gradients:
         names = [self._stored.get(name, name) for name in use.names]
         found = use.conversion.back(gradients, [self._shapes[name] for name in names])
         sites = [self._sites[name] for name in names if name in self._sites]
-        # The experts of a layer read the same states: where each one's moment would take too much, they share it.
+        # The experts of a layer read the same states: if separate moments are too large, they share one.
         bytes_of_moments = sum(8 * site.columns**2 for site in sites)
         shared = bytes_of_moments > _MOMENTS_BYTES and len({site.columns for site in sites}) == 1
         for name, gradient in zip(names, found, strict=True):
@@ -167,7 +167,7 @@ class Gradients:
         site = self._sites.get(self._stored.get(name, name))
         if site is None or not bool(torch.isfinite(gradient).all()):
             return
-        # The gradient of the matrix is that of the weight times the scale between them.
+        # The gradient of the matrix is the gradient of the weight times the scale between them.
         matrix = replace(site.layout, exponent=-site.layout.exponent).to_matrix(gradient.float())
         squares = matrix.square().sum(1).double().cpu()
         self.rows[site.name] = self.rows[site.name] + squares if site.name in self.rows else squares

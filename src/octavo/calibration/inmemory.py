@@ -1,4 +1,4 @@
-"""Evidence and measurements of a module that is in memory as a whole."""
+"""Evidence and measurements of a module that is fully in memory."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch import Tensor, nn
 from octavo.calibration.blocks import Blocks
 from octavo.calibration.calibrating import Calibration, calibrate
 from octavo.calibration.objective import Objective
-from octavo.calibration.workspace import Workspace
+from octavo.calibration.runner import Runner
+from octavo.calibration.work_folder import WorkFolder
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.modules import own_tensors
 from octavo.sources.sites import Site, Source
 from octavo.system.matmul import fast_matmul
 
-#: The source's outputs on all data are kept if they take no more; otherwise they are worked out again from the hidden
-#: states after the last block, which are smaller by vocabulary over width.
+#: The source's outputs on all data are kept up to this size. Otherwise they are recomputed from the hidden states after
+#: the last block, which are smaller by vocabulary over width.
 _REFERENCE_BYTES = 1 << 28
 
 
-class InMemory:
-    """A module that is run as it is."""
+class InMemory(Runner):
+    """A module that is run unchanged."""
 
     def __init__(self, source: Source) -> None:
         assert source.module is not None
         self.source, self.module = source, source.module
-        #: What stands in the module whenever tensors of the source are replaced, or evidence of them is gathered.
+        #: The module's tensors while tensors of the source are replaced or evidence is gathered.
         self.folded = source.placed(source.folded)
         self._reference: _Outputs | _LastStates | None = None
 
@@ -40,14 +41,14 @@ class InMemory:
         sites: Sequence[Site],
         batches: Sequence[Batch],
         objective: Objective,
-        room: Workspace,
+        room: WorkFolder,
         *,
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
-        """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), written to the workspace."""
+        """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), kept in a folder of work."""
         with replaced(self.module, self.folded):
             found = calibrate(
                 self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress
@@ -57,7 +58,7 @@ class InMemory:
 
     @fast_matmul()
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
-        """Divergence of every example from the source, with some of its tensors, by name in the source, replaced."""
+        """Divergence of every example from the source, with some tensors replaced, by name in the source."""
         self._reference = self._reference or self._refer(batches, objective)
         new = {**self.folded, **self.source.placed(weights)}
         losses = []
@@ -71,12 +72,12 @@ class InMemory:
     def judge(
         self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
     ) -> Tensor:
-        """Divergence of every example from the source, with another module in its place.
+        """Divergence of every example from the source, for another module.
 
         Parameters
         ----------
         old
-            Values of the source's own module, by name, if they were changed since it was measured.
+            Values of the source's module by name, if they were changed since it was measured.
         """
         self._reference = self._reference or self._refer(batches, objective)
         losses = []
@@ -91,7 +92,7 @@ class InMemory:
             return _reference(self.module, batches, objective)
 
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
-        """What the objective compares, batch by batch."""
+        """The outputs that the objective compares, batch by batch."""
         for batch in batches:
             with replaced(self.module, {}), torch.inference_mode():
                 outputs = objective.outputs(self.module, batch)
@@ -100,9 +101,9 @@ class InMemory:
 
 @contextmanager
 def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A context in which a module's tensors may be written to; at its end all values are what they were.
+    """A context in which a module's tensors may be changed; all values are restored at its end.
 
-    It gives the values before, by name.
+    It yields the original values by name.
     """
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     before = {key: tensor.data for key, tensor in tensors.items()}
@@ -110,7 +111,7 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     training = [submodule for submodule in module.modules() if submodule.training]
     extra = _extra_state(module)
     try:
-        # Views of one storage stay so, since writing to one of them is writing to all.
+        # Views of one storage stay views, since writing to one changes all.
         storages: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors.values():
             tensor.data = _elsewhere(tensor.data, storages)
@@ -123,13 +124,13 @@ def scratch(module: nn.Module) -> Iterator[dict[str, Tensor]]:
             buffers[name] = buffer
         for submodule in training:
             submodule.training = True
-        # Last, since this is code of the user's and may fail.
+        # Last, since this runs user code, which may fail.
         for submodule, state in extra:
             submodule.set_extra_state(state)
 
 
 def _elsewhere(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
-    """A copy of a tensor, in the copy of its storage if there is one already."""
+    """A copy of a tensor, inside the copy of its storage if that exists."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return tensor.clone()
     storage = tensor.untyped_storage()
@@ -140,7 +141,7 @@ def _elsewhere(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Ten
 
 
 class _Written:
-    """What a forward may write to: buffers, such as counters, and tables of bounded norm."""
+    """The tensors that a forward pass may change: buffers such as counters, and tables of bounded norm."""
 
     def __init__(self, module: nn.Module) -> None:
         self._held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
@@ -159,13 +160,13 @@ class _Written:
 
 
 def _extra_state(module: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """What modules keep beside tensors, of those that can take it back."""
+    """The extra state of modules that can restore it."""
     own = nn.Module.set_extra_state
     return [(part, part.get_extra_state()) for part in module.modules() if type(part).set_extra_state is not own]
 
 
 class _Outputs:
-    """The source's outputs, kept."""
+    """The source's outputs, kept in memory."""
 
     def __init__(self, outputs: list[Tensor]) -> None:
         self.outputs = outputs
@@ -175,7 +176,7 @@ class _Outputs:
 
 
 class _LastStates:
-    """The source's hidden states after its last block, from which its outputs are worked out again."""
+    """The source's hidden states after its last block, from which its outputs are recomputed."""
 
     def __init__(self, blocks: Blocks, objective: Objective, states: list[Tensor]) -> None:
         self.blocks, self.objective, self.states = blocks, objective, states
@@ -202,7 +203,7 @@ def _reference(module: nn.Module, batches: Sequence[Batch], objective: Objective
         for batch in batches:
             objective.outputs(module, batch)
     except RequestError:
-        # More than a chain: there is no way around keeping all outputs.
+        # Not a chain: all outputs must be kept.
         return _Outputs([objective.outputs(module, batch) for batch in batches])
     finally:
         handle.remove()
@@ -212,12 +213,12 @@ def _reference(module: nn.Module, batches: Sequence[Batch], objective: Objective
 class replaced:
     """A context in which a module is in evaluation mode and some of its tensors have other values.
 
-    At its end everything is as it was, the mode of every submodule included.
+    At its end everything is restored, including the mode of every submodule.
 
     Attributes
     ----------
     old : dict of str to Tensor
-        The values in whose place the others are.
+        The replaced values.
     """
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:

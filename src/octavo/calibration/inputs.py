@@ -1,4 +1,4 @@
-"""What a user gives: a source, data for it, and an objective."""
+"""The user's inputs: a source, its data, and an objective."""
 
 from __future__ import annotations
 
@@ -13,42 +13,52 @@ from octavo.calibration.blockwise import Blockwise
 from octavo.calibration.calibrating import MINIMUM_SEQUENCES
 from octavo.calibration.inmemory import InMemory
 from octavo.calibration.objective import Loss, Objective, fitting, objective
+from octavo.calibration.purposes import default_objective
+from octavo.calibration.runner import Runner
 from octavo.calibration.trying import returned, rows_are_examples, try_batches
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, converted, described, has_rows, left_out, select, sequences_in, whole
+from octavo.sources.encoders import SentenceEncoder
 from octavo.sources.files import from_path
+from octavo.sources.loading import load_weights
 from octavo.sources.modules import unwrapped
 from octavo.sources.pretrained import adopt, is_pretrained
-from octavo.sources.sentences import SentenceEncoder, transformer_folder
+from octavo.sources.sentences import transformer_folder
 from octavo.sources.sites import Source, examine, from_module
 from octavo.sources.texts import builtin_texts, check_texts, cleaned, read_texts
+from octavo.sources.tokens import (
+    check_tokens,
+    context_of,
+    is_causal,
+    missing_for_texts,
+    text_batches,
+    window_batches,
+)
 from octavo.system.progress import Progress, silent
 
-#: Every fourth sequence is held back from calibration to measure plans on, but no more than this many.
+#: Every fourth sequence is held out to measure plans on, up to this many.
 _HELD = 96
-#: Tokens of a language model that are read in place of one text.
+#: Tokens that count as one text for a language model.
 TOKENS_PER_TEXT = 64
-#: Texts beyond these do not make the calibration of a language model better by what they take of time.
+#: More texts do not improve the calibration of a language model enough to justify their time.
 MOST_TEXTS = 1024
-#: Texts of a language model are joined and cut into windows of this many tokens, or of its context if shorter.
+#: Texts for a language model are joined and split into windows of this many tokens, or of its context if shorter.
 WINDOW = 256
 
 
-def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> InMemory | Blockwise:
-    """The model of a source, to be run; that of a folder is loaded now, or block by block whenever it is run."""
+def model_of(source: Source, *, blockwise: bool, scratch: Path | None = None) -> Runner:
+    """The runnable model of a source; a folder's model is loaded now, or block by block when it runs."""
     if source.is_skeleton:
         if blockwise:
             return Blockwise(source, scratch)
-        from octavo.integrations.transformers import load_weights
-
         load_weights(source)
     return InMemory(source)
 
 
 def open_source(source: str | Path | nn.Module | Source, *, module: bool = True, progress: Progress = silent) -> Source:
-    """A source from a path or a module; NaN and Inf in it are refused.
+    """Open a source from a path or a module; NaN and Inf are refused.
 
-    ``module`` says whether a folder's model will be run; if not, it is never loaded.
+    ``module`` is whether a folder's model will be run; if not, it is never loaded.
     """
 
     def examined(done: int, total: int) -> None:
@@ -70,7 +80,7 @@ def open_source(source: str | Path | nn.Module | Source, *, module: bool = True,
 def load_data(
     source: Source, data: Any, *, limit: int | None, forward_args: Callable[[Batch], Any] | None = None
 ) -> tuple[list[Batch], str]:
-    """Batches from what the user gave, and what to call them in the report.
+    """Batches from the user's data, and their description for the report.
 
     ``data`` is a file of texts, a list of texts, one batch as a tensor or mapping, or an iterable of batches; None
     takes the built-in text for a text model.
@@ -78,13 +88,15 @@ def load_data(
     folder = source.folder
     if source.module is None:
         if data is not None:
-            raise RequestError(f"{source.title}: without a model, calibration data cannot be used; leave it out")
+            raise RequestError(
+                f"{source.title}: has no model to run, so calibration data cannot be used; leave the data out"
+            )
         return [], "none (data-free)"
     if isinstance(data, Iterable) and not isinstance(data, str | Tensor | Mapping):
         data = list(_read(data))
     if forward_args is not None and (data is None or isinstance(data, str | Path)):
         raise RequestError(
-            "forward_args says what goes in of a batch, and no batches are given; leave it out, or give data"
+            "forward_args selects the inputs of a batch, but no batches are given; leave it out, or give data"
         )
     is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
     if data is None or isinstance(data, str | Path) or is_texts:
@@ -97,14 +109,6 @@ def load_data(
             raise RequestError(
                 f"{source.title}: texts need a transformers folder with a tokenizer; give batches instead"
             )
-        from octavo.sources.tokens import (
-            context_of,
-            is_causal,
-            missing_for_texts,
-            text_batches,
-            window_batches,
-        )
-
         folder = transformer_folder(folder)
         missing = missing_for_texts(source.module, folder)
         if missing:
@@ -112,8 +116,8 @@ def load_data(
             give = give if isinstance(give, str) else give[0]
             mend = f'give batches that it takes, such as data=[{{"{give}": tensor}}] with examples first'
             if data is not None:
-                raise RequestError(f"{source.title}: texts cannot serve: {missing}; {mend}")
-            source.notes.append(f"compressed without data: {missing}; to calibrate and to measure, {mend}")
+                raise RequestError(f"{source.title}: texts cannot be used: {missing}; {mend}")
+            source.notes.append(f"compressed without data: {missing}; to calibrate and measure, {mend}")
             return [], "none (data-free)"
         texts, label = texts_of(data)
         if is_causal(source.module):
@@ -130,8 +134,8 @@ def load_data(
     if not total:
         first = f" (the first is {described(batches[0])})" if batches else ""
         raise RequestError(
-            f"data: no examples in {len(batches)} batches{first}; a batch is a tensor, or a tuple or mapping of "
-            "tensors, examples first, or what forward_args= makes such a one of"
+            f"data: no examples in {len(batches)} batches{first}; give tensors, or tuples or mappings of tensors, with "
+            "examples first, or convert batches with forward_args="
         )
     return batches, f"{total} examples given"
 
@@ -145,24 +149,21 @@ def _read(batches: Iterable[Batch]) -> Iterator[Batch]:
         except StopIteration:
             return
         except Exception as error:
-            # What reads a user's data is code of the user's, and raises what it likes.
+            # A user's iterable is user code and may raise any exception.
             raise RequestError(f"data: batch {number} cannot be read: {type(error).__name__}: {error}") from error
         number += 1
 
 
 def prepared(source: Source, wanted: Objective, batches: Sequence[Batch]) -> list[Batch]:
-    """Batches that a model can take, cut so that the outputs of each fit in memory.
+    """Batches that the model accepts, split so that the outputs of each fit in memory.
 
     Raises
     ------
     RequestError
-        If they hold tokens that the model does not know, are longer than it takes, or if a module in memory fails on
-        one of them.
+        If they hold tokens that the model does not know or are too long, or if a module in memory fails on one.
     """
     assert source.module is not None
     if source.is_transformers:
-        from octavo.sources.tokens import check_tokens
-
         check_tokens(source.module, batches)
     if not source.is_skeleton:
         try_batches(wanted, source.module, batches)
@@ -170,7 +171,7 @@ def prepared(source: Source, wanted: Objective, batches: Sequence[Batch]) -> lis
 
 
 def notes_on(source: Source, wanted: Objective, batches: Sequence[Batch]) -> list[str]:
-    """What the module leaves out of its batches. A loss of the user's own takes what it likes of them."""
+    """The batch keys that the module does not use. A user's loss may use any of them."""
     if source.module is None or not batches or isinstance(wanted, Loss):
         return []
     note = left_out(source.module, batches[0])
@@ -178,14 +179,14 @@ def notes_on(source: Source, wanted: Objective, batches: Sequence[Batch]) -> lis
 
 
 def divisible(source: Source, wanted: Objective, batches: Sequence[Batch]) -> bool:
-    """Whether the rows of batches are examples of their own, so that a batch can be divided."""
+    """Whether the rows of batches are independent examples, so that a batch can be divided."""
     if source.module is None or source.is_skeleton:
         return all(map(has_rows, batches))
     return rows_are_examples(wanted, source.module, batches)
 
 
 def texts_of(data: Any) -> tuple[list[str], str]:
-    """Texts of a file or a list, or the built-in ones, and what to call them."""
+    """Texts of a file or a list, or the built-in texts, and their description."""
     if data is None:
         return builtin_texts(), "built-in English text"
     if isinstance(data, list):
@@ -195,12 +196,12 @@ def texts_of(data: Any) -> tuple[list[str], str]:
 
 
 def split(batches: Sequence[Batch], *, rows: bool = True) -> tuple[list[Batch], list[Batch]]:
-    """Calibration and held-back parts: of every four sequences, one is held back, up to 96.
+    """Calibration and held-out parts: of every four sequences one is held out, up to 96.
 
     Parameters
     ----------
     rows
-        Whether batches can be divided. Otherwise one of every four batches is held back, and one at least.
+        Whether batches can be divided. Otherwise one of every four batches is held out, at least one.
 
     Raises
     ------
@@ -211,8 +212,8 @@ def split(batches: Sequence[Batch], *, rows: bool = True) -> tuple[list[Batch], 
     left, count = (sum(map(sequences_in, part)) for part in (calibration, held))
     if batches and left < MINIMUM_SEQUENCES:
         raise RequestError(
-            f"data: of {left + count} sequences {count} are held back to measure on, and {left} left to calibrate on; "
-            f"at least {MINIMUM_SEQUENCES} are needed, so give 10 or more (256 serve well)"
+            f"data: of {left + count} sequences {count} are held out for measuring, which leaves {left} for "
+            f"calibration; at least {MINIMUM_SEQUENCES} are needed, so give 10 or more (256 work well)"
         )
     return calibration, held
 
@@ -222,7 +223,7 @@ def _by_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     for batch in batches:
         size = sequences_in(batch)
         keep = torch.ones(size, dtype=torch.bool)
-        # Counted over all batches, so that batches of one sequence are divided as well.
+        # Counted over all batches, so that batches of one sequence are divided too.
         keep[3 - seen % 4 :: 4][: _HELD - count] = False
         seen, count = seen + size, count + int((~keep).sum())
         if bool(keep.any()):
@@ -235,9 +236,9 @@ def _by_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 def _by_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     if len(batches) < 2:
         raise RequestError(
-            f"data: the one batch of {described(batches[0])} cannot be divided by rows, as some point to others or "
-            "the module takes no fewer, so that none would be held back to measure on; give at least 2 batches (10 "
-            "serve well)"
+            f"data: the only batch ({described(batches[0])}) cannot be divided by rows, since rows depend on each "
+            "other or the module needs all, so none can be held out for measuring; give at least 2 batches (10 work "
+            "well)"
         )
     held = set(list(range(len(batches)))[3::4][:_HELD] or [len(batches) - 1])
     return (
@@ -247,13 +248,11 @@ def _by_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def choose_objective(source: Source, wanted: str | Objective | None, batches: Sequence[Batch] = ()) -> Objective:
-    """The objective asked for, or the one that fits the source: by its class, or by what it returns on a batch."""
+    """The requested objective, or the one that fits the source: by its class, or by its result on a batch."""
     if wanted is not None:
         return objective(wanted)
     known = source.module is not None and is_pretrained(source.module)
     if source.is_transformers or source.is_encoder or known:
-        from octavo.integrations.tasks import default_objective
-
         return default_objective(source, source.folder)
     if source.module is None or not batches:
         return objective("kl")

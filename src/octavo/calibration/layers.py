@@ -1,4 +1,4 @@
-"""Modules whose outputs are their inputs times their weight, which input moments describe."""
+"""Modules whose output is their input times their weight, so that input moments describe them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CLASSES: tuple[type[nn.Module], ...] = (
 
 
 def is_layer(module: nn.Module, leaf: str) -> bool:
-    """Whether a module multiplies its input by the tensor that it holds under ``leaf``, and does nothing else with it.
+    """Whether a module only multiplies its input by its tensor ``leaf``.
 
-    A class that has a ``forward`` of its own may do anything. Embeddings are the exception: many scale their rows, and
-    whether one does that and no more is seen when it runs (:func:`scale_of_table`).
+    A class with its own ``forward`` may do anything. Embeddings are the exception: many scale their rows, which is
+    tested when they run (:func:`scale_of_table`).
     """
     if leaf != "weight" or "weight" not in {**module._parameters, **module._buffers} or "forward" in module.__dict__:
         return False
@@ -26,10 +26,10 @@ def is_layer(module: nn.Module, leaf: str) -> bool:
 
 
 def scale_of_table(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> float | None:
-    """The number by which an embedding multiplies the rows that its tokens name; None if it does anything else.
+    """The factor by which an embedding scales the looked-up rows; None if it does anything else.
 
-    The module is called once without gradients. Learned positions take a mask or a length as their first argument,
-    for example, and are no table of tokens.
+    The module is called once without gradients. For example, learned positions take a mask or a length as first
+    argument and are not a table of tokens.
     """
     tokens = args[0] if args else next(iter(kwargs.values()), None)
     weight = module.weight

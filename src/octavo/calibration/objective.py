@@ -1,4 +1,4 @@
-"""What quality means for a source: how far its outputs move from what they were."""
+"""Measures of quality: how far outputs move from those of the source."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from octavo.errors import RequestError
 from octavo.sources.batches import Batch, copied, mask_of, repeatable, run, select, sequences_in  # noqa: F401  (for recipes)
 from octavo.system.matmul import fast_matmul
 
-#: Logits of one batch take no more, so that some copies of them do not matter beside a model.
+#: Limit on the logits of one batch, so that a few copies are small compared to a model.
 _LOGITS_BYTES = 1 << 28
-#: The tokens at which a model gives a distribution: those of its decoder, if it has one beside an encoder.
+#: The tokens for which a model gives a distribution: those of the decoder if there is an encoder too.
 _TOKENS = ("decoder_input_ids", "input_ids")
-#: Outputs that hold one vector an example, or one a token; the first that is there is taken.
+#: Outputs with one vector per example or per token; the first that exists is used.
 _VECTORS = ("sentence_embedding", "last_hidden_state", "pooler_output")
-#: Where an answer starts and ends, as distributions over tokens.
+#: Distributions over tokens of the start and end of an answer.
 _ENDS = ("start_logits", "end_logits")
-#: The logarithm of a probability of zero, as a finite number.
+#: A finite number for the logarithm of a zero probability.
 _NEVER = -1e4
 
 
 def _vocabulary(module: nn.Module) -> int:
-    """Classes of the distribution that a language model gives at every position; 0 if it is none."""
+    """Number of classes that a language model predicts at every position; 0 for other models."""
     try:
         head = getattr(module, "get_output_embeddings", lambda: None)()
     except NotImplementedError:
-        # Models without a table of tokens, such as those of sound, do not say that they have no head either.
+        # Models without a token table, such as audio models, do not state that they have no head.
         return 0
     return 0 if head is None else len(head.weight)
 
@@ -40,15 +40,15 @@ def _vocabulary(module: nn.Module) -> int:
 class Objective(ABC):
     """A divergence between the outputs of the source and those of its compressed copy.
 
-    Zero for equal outputs, and a mean over examples, so that it can be compared between data of different size.
+    It is zero for equal outputs and a mean over examples, so it can be compared between data sets of different size.
     """
 
-    #: What users see.
+    #: Name shown to users.
     metric: str = "divergence"
 
     @abstractmethod
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:
-        """What is compared, as (examples, features)."""
+        """The compared values, as (examples, features)."""
 
     @abstractmethod
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
@@ -58,17 +58,17 @@ class Objective(ABC):
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """A scalar whose gradient is a random sample of the divergence's curvature.
 
-        Averaged over samples the outer product of its gradient equals the Gauss-Newton matrix of the summed
-        divergence at zero, where the divergence itself has no gradient.
+        Averaged over samples, the outer product of its gradient is the Gauss-Newton matrix of the summed divergence at
+        zero, where the divergence has no gradient.
         """
 
     def compared(self, reference: Tensor, outputs: Tensor) -> Tensor:
-        """Per-example divergence of results that may be of two models.
+        """Per-example divergence of results that may come from two models.
 
         Raises
         ------
         RequestError
-            If they have other shapes.
+            If their shapes differ.
         """
         if reference.shape != outputs.shape:
             raise RequestError(
@@ -78,12 +78,12 @@ class Objective(ABC):
         return self.divergence(reference, outputs)
 
     def pieces(self, module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches, cut so that the outputs of each fit in memory."""
+        """The batches, split so that the outputs of each fit in memory."""
         return list(batches)
 
     @fast_matmul()
     def reference(self, module: nn.Module, batches: Iterable[Batch]) -> list[Tensor]:
-        """Outputs of the uncompressed module, one tensor a batch."""
+        """Outputs of the uncompressed module, one tensor per batch."""
         with torch.inference_mode():
             return [self.outputs(module, batch) for batch in batches]
 
@@ -98,12 +98,12 @@ class Objective(ABC):
 class OfOutputs(Objective):
     """An objective that reads what the module returns."""
 
-    #: What :meth:`read` looks for, for messages.
+    #: Description of the outputs that :meth:`read` needs, for messages.
     needs: str
 
     @abstractmethod
     def read(self, result: Any, module: nn.Module, batch: Batch) -> Tensor | None:
-        """What is compared, as (examples, features); None if the result has nothing of the kind."""
+        """The compared values, as (examples, features); None if the result has none."""
 
     def outputs(self, module: nn.Module, batch: Batch) -> Tensor:  # noqa: D102
         result = run(module, batch)
@@ -112,24 +112,24 @@ class OfOutputs(Objective):
             fitting = [name for name, kind in OBJECTIVES.items() if kind().read(result, module, batch) is not None]
             raise RequestError(
                 f"the model returns {described(result)}: {self.needs}; "
-                + (f"fits: {', '.join(fitting)}" if fitting else "give an objective with an `outputs` of its own")
+                + (f"fits: {', '.join(fitting)}" if fitting else "give an objective that implements `outputs`")
             )
         return found
 
 
 class Cosine(OfOutputs):
-    """``1 - cosine`` of one vector an example.
+    """``1 - cosine`` of one vector per example.
 
-    That is the ``sentence_embedding``, or the embeddings of a model with a side for every kind of input (text, image,
-    sound), each of unit length and concatenated, or the last hidden states, pooled over the tokens that are no padding.
+    The vector is the ``sentence_embedding``, or the concatenated unit embeddings of a model with several kinds of input
+    (text, image, sound), or the last hidden states pooled over tokens without padding.
 
     Parameters
     ----------
     pooling
         How states are pooled: a mode of :data:`octavo.calibration.pooling.MODES`, or several whose vectors are
-        concatenated (``cls+mean``). Modules that return a plain (examples, features) tensor need none.
+        concatenated (``cls+mean``). Not needed for modules that return a plain (examples, features) tensor.
     prompt
-        Tokens at the beginning of every text that are not pooled.
+        Number of tokens at the start of every text that are not pooled.
     """
 
     metric = "1 - cosine"
@@ -153,7 +153,7 @@ class Cosine(OfOutputs):
         return nn.functional.normalize(states.flatten(1).float(), dim=1)
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
-        # Half the squared distance equals 1 - cosine for unit vectors, without its cancellation near zero.
+        # For unit vectors, half the squared distance equals 1 - cosine and avoids its cancellation near zero.
         return (reference - outputs).double().square().sum(1) / 2
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
@@ -161,18 +161,18 @@ class Cosine(OfOutputs):
 
 
 class KL(OfOutputs):
-    """``KL(source || compressed)`` of the class or next-token distribution, mean over the positions of an example.
+    """``KL(source || compressed)`` of the class or next-token distribution, averaged over the positions of an example.
 
-    Logits are (examples, ..., classes); those of four and more dimensions are images, with the classes in dimension 1.
-    The start and end of an answer are two distributions over tokens. Where a model has several heads, every position of
-    each counts alike.
+    Logits are (examples, ..., classes); with four or more dimensions they are images, with the classes in dimension 1.
+    The start and end of an answer are two distributions over tokens. If a model has several heads, every position of
+    each counts equally.
     """
 
     metric = "KL divergence"
     needs = "KL needs logits of shape (examples, ..., classes), of two classes or more"
 
     def pieces(self, module: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-        """Batches of so few sequences that their logits over the whole vocabulary take 256 MB, if one does."""
+        """Batches small enough that their logits over the whole vocabulary take 256 MB, if a sequence fits."""
         vocabulary = _vocabulary(module)
         result: list[Batch] = []
         for batch in batches:
@@ -188,7 +188,7 @@ class KL(OfOutputs):
             mask = mask_for(name, logits, module, batch) if logits.ndim < 4 else None
             found = logits.float().movedim(1, -1).flatten(1, -2) if logits.ndim > 3 else logits.float()
             if name in _ENDS:
-                # Tokens are the classes, and padding is none that can be chosen.
+                # Tokens are the classes, and padding cannot be chosen.
                 found = found if mask is None else found.masked_fill(mask == 0, _NEVER)
                 found, mask = found[:, None], None
             found = found.log_softmax(-1)
@@ -216,24 +216,24 @@ class KL(OfOutputs):
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         flat = outputs.reshape(-1, outputs.shape[-1])
         live = (flat != 0).any(-1)
-        # By the inverse of the distribution function: one random number a position, not one a class.
+        # By inverting the distribution function: one random number per position, not per class.
         reached = flat.detach().exp().cumsum(-1)
         drawn = torch.rand(len(flat), 1, generator=generator).to(reached) * reached[:, -1:]
         labels = torch.searchsorted(reached, drawn)[:, 0].clamp_max(flat.shape[-1] - 1)
         picked = flat.gather(1, labels[:, None])[:, 0] * live
-        # The divergence is a mean over positions, so each position's sample counts by the root of its share.
+        # The divergence is a mean over positions, so each sample is weighted by the square root of its share.
         positions = live.reshape(len(outputs), -1).sum(1).clamp_min(1).to(flat.dtype)
         return (picked.reshape(len(outputs), -1).sum(1) / positions.sqrt()).sum()
 
 
 def _sides(result: Any) -> list[Tensor]:
-    """The embeddings of every kind of input that a contrastive model takes, if all examples have them."""
+    """The embeddings of every kind of input of a contrastive model, if all examples have them."""
     found = [value for name, value in parts(result).items() if name.endswith("_embeds") and isinstance(value, Tensor)]
     return found if all(side.ndim > 1 for side in found) and len({len(side) for side in found}) == 1 else []
 
 
 def _heads(result: Any) -> dict[str, Tensor]:
-    """The logits that a model returns, by name: the only ones, or those of its several heads."""
+    """The logits that a model returns, by name of the head."""
     if isinstance(result, Tensor):
         found = {"": result}
     elif isinstance(part(result, "logits"), Tensor):
@@ -250,20 +250,20 @@ def _heads(result: Any) -> dict[str, Tensor]:
 
 
 def _widened(logs: Tensor, classes: int) -> Tensor:
-    """Distributions of one head as (examples, positions, classes), where the classes that it lacks have no chance."""
+    """Distributions of one head as (examples, positions, classes); classes that it lacks have zero probability."""
     logs = logs[:, None] if logs.ndim == 2 else logs.flatten(1, -2)
     return nn.functional.pad(logs, (0, classes - logs.shape[-1]), value=_NEVER)
 
 
 class Squared(OfOutputs):
-    """Squared error of the outputs relative to their mean square: for regressors and anything else with tensors.
+    """Squared error of the outputs relative to their mean square, for regressors and any other tensors.
 
-    All floating tensors that have an entry an example are compared, each relative to itself, and their errors averaged.
-    Caches are left out, and so are single numbers, such as a loss.
+    All floating tensors with one entry per example are compared, each relative to itself, and their errors are
+    averaged. Caches and single numbers, such as a loss, are left out.
     """
 
     metric = "relative squared error"
-    needs = "squared needs floating tensors with an entry an example"
+    needs = "squared needs floating tensors with one entry per example"
 
     def read(self, result: Any, module: nn.Module, batch: Batch) -> Tensor | None:  # noqa: D102
         found = {"": result} if isinstance(result, Tensor) else leaves(result, sequences_in(batch))
@@ -284,7 +284,7 @@ class Squared(OfOutputs):
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
         error = (reference - outputs).double().square()
         if error.ndim == 3:
-            # Tensors of unequal size lie beside each other, filled up with zeros: sums are relative, means are not.
+            # Tensors of unequal size are concatenated and padded with zeros: sums are relative, means are not.
             return (error.sum(2) / reference.double().square().sum(2).mean(0).clamp_min(1e-30)).mean(1)
         return error.mean(1) / reference.double().square().mean().clamp_min(1e-30)
 
@@ -299,15 +299,15 @@ class Squared(OfOutputs):
 
 
 class Loss(Objective):
-    """The increase of a loss of the user's own, such as the cross entropy of true labels.
+    """The increase of a user's loss, such as the cross entropy of true labels.
 
-    Its curvature is taken from per-example gradients (the empirical Fisher matrix), which is near the truth for a model
-    that fits its data; the other objectives need no such assumption.
+    Its curvature comes from per-example gradients (the empirical Fisher matrix), which is accurate for a model that
+    fits its data. The other objectives need no such assumption.
 
     Parameters
     ----------
     function
-        Takes the module and a batch, and returns one loss an example, shape (examples,).
+        Takes the module and a batch, and returns one loss per example, shape (examples,).
     """
 
     metric = "increase of the loss"
@@ -319,14 +319,14 @@ class Loss(Objective):
         with repeatable():
             losses = self.function(module, copied(batch))
         if losses.ndim != 1:
-            raise RequestError(f"the loss has shape {tuple(losses.shape)}; return one number an example, (examples,)")
+            raise RequestError(f"the loss has shape {tuple(losses.shape)}; return one number per example, (examples,)")
         return losses.float()[:, None]
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
         return (outputs - reference).double()[:, 0]
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
-        # Random signs: the square of the sum is then, on average, the sum of the examples' squares.
+        # With random signs the expected square of the sum is the sum of the examples' squares.
         signs = torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1
         return (outputs * signs.to(outputs.device, outputs.dtype)).sum()
 
@@ -335,7 +335,7 @@ OBJECTIVES: dict[str, type[OfOutputs]] = {"cosine": Cosine, "kl": KL, "squared":
 
 
 def objective(name: str | Objective) -> Objective:
-    """The objective of that name, or the one given."""
+    """The objective with that name, or the given objective."""
     if isinstance(name, Objective):
         return name
     if not isinstance(name, str) or name not in OBJECTIVES:
@@ -344,7 +344,7 @@ def objective(name: str | Objective) -> Objective:
 
 
 def fitting(result: Any, module: nn.Module, batch: Batch) -> Objective:
-    """The objective that fits what a module returned on a batch.
+    """The objective that fits a module's result on a batch.
 
     KL for logits, cosine for named states and embeddings, squared error for images, single numbers and all else.
     """

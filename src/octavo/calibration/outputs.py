@@ -1,4 +1,4 @@
-"""What a module returned: a tree of tensors, of which some have a mask that tells positions from padding."""
+"""The result of a module: a tree of tensors, some with a mask that separates positions from padding."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: What models hand on to their next call, and what they only show of their inside.
+from octavo.sources.model_kinds import is_paired, takes_tokens
+
+#: Caches for the next call, and outputs that only show internals.
 _NOT_COMPARED = {
     "past_key_values", "encoder_past_key_values", "decoder_past_key_values", "cache_params", "state", "mems",
     "hidden_states", "encoder_hidden_states", "decoder_hidden_states",
 }  # fmt: skip
-#: Outputs of parts that see pixels or sound, whose positions no mask of tokens tells.
+#: Outputs of image or sound parts, to which the token mask does not apply.
 OTHER_SENSES = ("vision", "visual", "image", "audio", "speech", "pixel")
 #: The label of a position that does not count.
 _IGNORED = -100
 
 
 def part(result: Any, name: str) -> Any:
-    """A named part of what a module returned, None if there is none."""
+    """A named part of a module's result, or None."""
     if isinstance(result, Tensor):
         return None
     return result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
 
 
 def parts(result: Any) -> dict[str, Any]:
-    """All parts by name; those of a tuple or a list by number."""
+    """All parts by name; those of a tuple or list by number."""
     if isinstance(result, Mapping):
         return {str(name): value for name, value in result.items()}
     if isinstance(result, tuple | list):
@@ -40,7 +42,7 @@ def parts(result: Any) -> dict[str, Any]:
 
 
 def leaves(result: Any, examples: int) -> dict[str, Tensor]:
-    """The floating tensors that have one entry an example, by their path; caches are left out."""
+    """The floating tensors with one entry per example, by path; caches are left out."""
     return {
         name: tensor
         for name, tensor in _walk("", result)
@@ -58,21 +60,21 @@ def _walk(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def described(result: Any) -> str:
-    """A result's type and the names in it, for messages."""
+    """A result's type and names, for messages."""
     names = [name for name, value in parts(result).items() if value is not None]
     return f"{type(result).__name__} ({', '.join(names)})" if names else type(result).__name__
 
 
 def mask_for(name: str, tensor: Tensor, module: nn.Module, batch: Any) -> Tensor | None:
-    """The (examples, positions) mask of an output, if the batch has one that is surely its own.
+    """The (examples, positions) mask of an output, if the batch has one that certainly belongs to it.
 
-    An encoder's mask is not that of its decoder's positions, nor that of samples one of frames, even where their
-    lengths are equal by chance.
+    An encoder's mask does not apply to decoder positions, nor a mask of samples to frames, even if the lengths agree by
+    chance.
 
     Parameters
     ----------
     name
-        Path of the output in what the module returned, empty for a tensor by itself.
+        Path of the output in the module's result; empty for a bare tensor.
     """
     if not isinstance(batch, Mapping) or any(word in name for word in OTHER_SENSES):
         return None
@@ -84,16 +86,3 @@ def mask_for(name: str, tensor: Tensor, module: nn.Module, batch: Any) -> Tensor
     elif takes_tokens(module):
         mask = batch.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == tensor.shape[:2] else None
-
-
-def is_paired(module: nn.Module, batch: Any = None) -> bool:
-    """Whether a module has an encoder and a decoder, so that its outputs are those of the decoder."""
-    config = getattr(module, "config", None)
-    named = isinstance(batch, Mapping) and any(str(key).startswith("decoder_") for key in batch)
-    return named or bool(getattr(config, "is_encoder_decoder", False))
-
-
-def takes_tokens(module: nn.Module | None) -> bool:
-    """Whether the first input of a model is tokens; any module that does not say so is believed to take them."""
-    main = getattr(module, "main_input_name", "input_ids")
-    return main == "input_ids"

@@ -1,4 +1,4 @@
-"""Vectors of sequences from the states of their tokens, as the pooling of ``sentence-transformers`` makes them."""
+"""Sequence vectors pooled from token states, as in ``sentence-transformers``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def modes_of(pooling: str) -> tuple[str, ...]:
     Raises
     ------
     RequestError
-        Naming a mode that is not known.
+        If a mode is not known; the error names it.
     """
     modes = tuple(pooling.split("+"))
     for mode in modes:
@@ -36,7 +36,7 @@ def pooled(states: Tensor, mask: Tensor | None, modes: tuple[str, ...], prompt: 
     states
         (sequences, tokens, width).
     mask
-        (sequences, tokens), which tells tokens from padding; without one there is no padding.
+        (sequences, tokens), separates tokens from padding; None if there is no padding.
     prompt
         Tokens at the beginning of every sequence that are left out.
     """
@@ -52,7 +52,7 @@ def _pooled(states: Tensor, mask: Tensor, given: Tensor, mode: str) -> Tensor:
     if mode == "max":
         return states.masked_fill(mask[..., None] == 0, float("-inf")).amax(1)
     if mode == "lasttoken":
-        # Where nothing is kept the first token is taken, times a mask of zero.
+        # If no token is kept, the first is used, times a mask of zero.
         last = (length - 1 - mask.int().flip(1).argmax(1)) * mask.any(1)
         return (states * mask[..., None].to(states.dtype))[rows, last]
     wide = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
@@ -66,6 +66,6 @@ def _pooled(states: Tensor, mask: Tensor, given: Tensor, mode: str) -> Tensor:
 
 
 def _without_prompt(mask: Tensor, prompt: int) -> Tensor:
-    """The mask without the first tokens of every sequence, wherever its padding is."""
+    """The mask without the first tokens of every sequence, for any side of padding."""
     first = mask.int().argmax(1)[:, None]
     return mask.masked_fill(torch.arange(mask.shape[1], device=mask.device)[None] < first + prompt, 0)

@@ -1,4 +1,4 @@
-"""Which mask belongs to which part of a model: that of the encoder's tokens, of the decoder's, or none."""
+"""Which mask applies to which part of a model: that of the encoder's tokens, of the decoder's, or none."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from octavo.calibration.outputs import OTHER_SENSES, is_paired
+from octavo.calibration.outputs import OTHER_SENSES
 from octavo.sources.batches import Batch, mask_of
+from octavo.sources.model_kinds import is_paired
 
-#: Attention of a decoder to the states of its encoder, by what models call it, and the layers of it that read these.
+#: Names that models use for cross-attention, and for its layers that read the encoder's states.
 _CROSS = ("cross", "encoder_attn", "EncDecAttention", "encoder_decoder")
 _READING = ("k_proj", "v_proj", "k", "v", "key", "value", "kv_proj")
 
 
 def sides_of(module: nn.Module | None) -> dict[nn.Module, str]:
-    """``encoder``, ``decoder``, ``both`` or ``none`` for the modules to which the tokens' mask may not belong.
+    """``encoder``, ``decoder``, ``both`` or ``none`` for the modules to which the token mask may not apply.
 
     Modules that are left out read the tokens of the mask.
     """
@@ -49,12 +50,12 @@ class Masks:
 
     @classmethod
     def of_batch(cls, batch: Batch) -> Masks:
-        """Those that a batch brings."""
+        """Read the masks of a batch."""
         decoder = batch.get("decoder_attention_mask") if isinstance(batch, Mapping) else None
         return cls(mask_of(batch), decoder)
 
     def of(self, side: str) -> Tensor | None:
-        """The mask for a module of that side, or None if there is none that is surely its own."""
+        """The mask for a module of that side, or None if no mask certainly applies."""
         if side in ("none", "both"):
             return None
         return self.decoder if side == "decoder" else self.tokens

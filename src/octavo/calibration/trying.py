@@ -1,4 +1,4 @@
-"""Trying a module on its batches before anything is computed with them."""
+"""Trial runs of a module on its batches, before any other work."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from octavo.calibration.objective import Objective
 from octavo.errors import OctavoError, RequestError
 from octavo.sources.batches import Batch, described, failure, has_rows, run, select, sequences_in
 
-#: Outputs of some rows may differ by so much of their size from those of the same rows among others: rounding.
+#: Relative tolerance (rounding) between outputs of some rows alone and of the same rows in a larger batch.
 _ROUNDING = 1e-3
 
 
 def try_batches(objective: Objective, module: nn.Module, batches: Sequence[Batch]) -> None:
-    """Run every batch once, so that one that the module fails on is named before any work is done.
+    """Run every batch once, so that a failing batch is named before any work is done.
 
     Raises
     ------
@@ -33,28 +33,28 @@ def try_batches(objective: Objective, module: nn.Module, batches: Sequence[Batch
                 for piece in objective.pieces(module, [batch]):
                     if not bool(objective.outputs(module, piece).isfinite().all()):
                         raise RequestError(
-                            f"{type(module).__name__} gives NaN or Inf on a batch of {described(batch)}; "
-                            "check the data and the module"
+                            f"data: {type(module).__name__} gives NaN or Inf on a batch of {described(batch)}; check "
+                            "the data and the module"
                         )
             except OctavoError as error:
                 raise RequestError(f"data: batch {number}: {error}") from error
             except Exception as error:
-                # A loss of the user's own calls the module itself.
+                # A user's loss calls the module itself.
                 raise RequestError(f"data: {failure(module, batch, error, f'batch {number}')}") from error
 
 
 def _refuse_inference(module: nn.Module) -> None:
-    """Refuse a module through which no gradient can go."""
+    """Refuse a module through which no gradient can pass."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_inference():
             raise RequestError(
-                f"{type(module).__name__}: {name!r} was made in inference mode, and no gradient goes through it; make "
-                "or load the module outside of torch.inference_mode()"
+                f"{type(module).__name__}: {name!r} was created in inference mode, so no gradient passes through it; "
+                "create or load the module outside of torch.inference_mode()"
             )
 
 
 def returned(module: nn.Module, batch: Batch) -> Any:
-    """What a module gives for a batch.
+    """Run a module on a batch.
 
     Raises
     ------
@@ -71,9 +71,9 @@ def returned(module: nn.Module, batch: Batch) -> Any:
 
 
 def rows_are_examples(objective: Objective, module: nn.Module, batches: Sequence[Batch]) -> bool:
-    """Whether a module runs on some rows of a batch as it does on all of them.
+    """Whether a module gives the same results on some rows of a batch as on all rows.
 
-    It does not on graphs, whose edges point to rows, nor where it is built for batches of one size.
+    It does not for graphs, whose edges point to rows, nor for modules built for one batch size.
     """
     batch = next((batch for batch in batches if sequences_in(batch) > 1), None)
     if batch is None:
@@ -96,9 +96,9 @@ def _equal(outputs: Tensor, others: Tensor) -> bool:
 
 @contextmanager
 def _idle(module: nn.Module) -> Iterator[None]:
-    """A context in which a module can be run and nothing of it, nor of the random numbers to come, changes.
+    """A context in which a module can be run without changing its state or the random number generator.
 
-    Not in inference mode: what a module keeps of a call must be fit for gradients later.
+    Not in inference mode: tensors that a module keeps from a call must allow gradients later.
     """
     with replaced(module, {}), torch.random.fork_rng(devices=[]), torch.no_grad():
         yield

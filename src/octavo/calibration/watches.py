@@ -1,4 +1,4 @@
-"""Watches on the modules of a model: moments of what goes in and of the gradients that come back."""
+"""Watches on the modules of a model: moments of inputs and of output gradients."""
 
 from __future__ import annotations
 
@@ -21,43 +21,42 @@ from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.sites import Site, Source
 from octavo.system.raw import raw_bytes
 
-#: Calibration moments overfit: a share of their mean is added to every direction. Measured on MiniLM with 256
+#: Calibration moments overfit, so a share of their mean is added to every direction. Measured on MiniLM with 256
 #: sentences, 0.1 was the best of 0.01, 0.03, 0.1, 0.3 and 1 on held-out text, from 2 to 4 bits (docs/decisions.md).
 DAMPING = 0.1
-#: Token frequencies are raised to this power. The quadratic model overrates how little a rare token's error matters:
-#: one garbled word ruins its sentence. 1/2 beat 0 and 1 on held-out text (docs/decisions.md).
+#: Token frequencies are raised to this power. The quadratic model underestimates errors of rare tokens: one garbled
+#: word ruins its sentence. 1/2 beat 0 and 1 on held-out text (docs/decisions.md).
 FREQUENCY_POWER = 0.5
-#: Positions of a convolution that are read per batch; more of them are neighbours that say the same.
+#: Positions of a convolution read per batch; more would be redundant neighbours.
 _PATCHES = 8192
-#: Sites with more rows or columns have no curvature of their own: their bases would outweigh the model.
+#: Sites with more rows or columns get no measured curvature: their bases would be larger than the model.
 _WIDEST = 8192
-#: Elements of the gradients of single examples that are held at once.
+#: Elements of per-example gradients held at once.
 _GRADIENTS = 1 << 23
 
 
 class _Watch:
-    """Accumulates the moments of one site while batches go through a layer that holds it.
+    """Accumulates the moments of one site while batches pass through a layer that holds it.
 
-    While the layer runs it reads a copy of its weight that shares the memory and asks for no gradient. So the gradient
-    of the weight itself comes from uses elsewhere alone, and nothing is counted twice
-    (:mod:`octavo.calibration.gradients`).
+    While the layer runs it uses a copy of its weight that shares the memory and requires no gradient. So the weight's
+    own gradient only comes from other uses, and nothing is counted twice (:mod:`octavo.calibration.gradients`).
     """
 
     def __init__(self, site: Site, module: nn.Module, leaf: str, shared: dict[Any, Any], side: str = "") -> None:
         self.site, self.module, self.leaf, self.shared, self.side = site, module, leaf, shared, side
         self.embedding = isinstance(module, nn.Embedding)
-        #: What an embedding multiplies its rows by; None if it is no table of tokens.
+        #: The factor by which an embedding scales its rows; None if it is not a table of tokens.
         self.scale: float | None = 1.0
         self._checked = not self.embedding or type(module).forward is nn.Embedding.forward
         self._own: Tensor | None = None
         self.rows = torch.zeros(site.rows, dtype=torch.float64)
         self.columns: Tensor | None = None
-        #: The whole moment of the gradients at the outputs, where it is wanted.
+        #: The full moment of the output gradients, if requested.
         self.outputs: Tensor | None = None
         self.samples = 0
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Put the copy in place, and let gradients begin here if they have not before."""
+        """Install the copy, and start gradients here if they have not started."""
         if not self._checked:
             self.scale, self._checked = scale_of_table(module, args, kwargs), True
         if self.scale is None:
@@ -74,7 +73,7 @@ class _Watch:
         return None
 
     def restore(self) -> None:
-        """Put the weight itself back."""
+        """Restore the weight."""
         if self._own is not None:
             held: dict[str, Any] = self.module._parameters
             (held if self.leaf in held else self.module._buffers)[self.leaf] = self._own
@@ -92,17 +91,17 @@ class _Watch:
             return None
         convolution = self.site.kind == "convolution"
         backward = self._layer(inputs, output, None if convolution else _live(inputs, mask))
-        # Hooks of a view are lost when models go on in place, as with ReLU(inplace=True); those of a copy are not.
+        # Hooks of a view are lost under in-place operations such as ReLU(inplace=True); those of a copy are not.
         output = output.clone() if output._is_view() else output
         output.register_hook(backward)
         return output
 
     def _layer(self, inputs: Tensor, output: Tensor, keep: Tensor | None) -> Callable[[Tensor], None]:
-        """Look at the inputs of a layer; returns what looks at the gradient of its outputs."""
+        """Observe the inputs of a layer; returns the function that observes the gradient of its outputs."""
         moment, count = self._input_moment(inputs, keep)
         self._add(moment)
         if self.site.layout.kind == "transposed":
-            # An element of the kernel meets every input once: the mean is one over outputs, of which there are more.
+            # Each kernel element is applied to every input once: the mean is over outputs, of which there are more.
             count = output.numel() // self.site.rows * self.site.layout.groups
         self.samples += count
 
@@ -122,7 +121,7 @@ class _Watch:
         return 1 if convolution or self.site.layout.kind == "transposed" else -1
 
     def _add(self, moment: Tensor) -> None:
-        # In place, since the moments of wide layers are large; the first is a copy, since sites share moments.
+        # In place, since the moments of wide layers are large. The first is a copy, since sites share moments.
         if self.columns is None:
             self.columns = moment.clone()
         else:
@@ -131,7 +130,7 @@ class _Watch:
     def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
         if live is not None and live.numel() == tokens.numel():
-            # Answers to one question are sequences of their own to the model; some models put positions first.
+            # Multiple-choice answers are separate sequences; some models put positions first.
             turned = live.ndim == 2 and live.shape != tokens.shape and live.shape == tokens.shape[::-1]
             live = live.t() if turned else live.reshape(tokens.shape)
         shown = tokens if live is None else tokens.expand(live.shape)[live]
@@ -145,13 +144,13 @@ class _Watch:
             self._add((flat.t() @ flat).double().cpu() * scale**2)
 
         if output.is_leaf:
-            # A copy, since models may go on in place, which a leaf does not allow.
+            # A copy, since models may operate in place, which a leaf does not allow.
             output = output.detach().requires_grad_(True).clone()
         output.register_hook(backward)
         return output
 
     def _input_moment(self, inputs: Tensor, keep: Tensor | None) -> tuple[Tensor, int]:
-        # Query, key and value read the same tensor: its moment is taken once. Keyed by identity while it is alive.
+        # Query, key and value read the same tensor: its moment is computed once, keyed by identity while it is alive.
         key = (id(inputs), inputs._version, self.site.columns, _geometry(self.module))
         if key not in self.shared:
             flat = _columns_of(self.module, self.site, inputs.detach() if keep is None else inputs.detach()[keep])
@@ -167,7 +166,7 @@ class _Watch:
 
     @property
     def seen(self) -> bool:
-        """Whether any output was seen to depend on the site."""
+        """Whether any output was found to depend on the site."""
         return self.columns is not None and self.samples > 0 and bool(self.columns.any()) and bool(self.rows.any())
 
     def evidence(self, sequences: int, moments: dict[tuple, tuple[Tensor, dict[str, Any]]]) -> Evidence:
@@ -175,11 +174,11 @@ class _Watch:
         assert self.columns is not None
         columns = self.columns / self.samples
         self.columns = None
-        # Of an embedding, the mean squared gradient over tokens times their number in a sequence is loss a sequence.
+        # For an embedding, the mean squared gradient per token times the tokens per sequence is the loss per sequence.
         rows = _frequencies(self.rows) * self.samples if self.embedding else self.rows
         rows = rows / sequences
         rows = rows + DAMPING * rows.mean()
-        # Sites that read the same inputs have equal moments: one copy serves them all, and one factorisation.
+        # Sites that read the same inputs have equal moments: they share one copy and one factorisation.
         key = (self.embedding, columns.shape, hashlib.sha256(raw_bytes(columns)).digest())
         if key not in moments:
             columns.diagonal().add_(DAMPING * columns.diagonal().mean())
@@ -195,7 +194,7 @@ class _Watch:
 
 
 class _Correction(_Watch):
-    """Accumulates the squares of the gradients of single examples in the basis of a site's curvature."""
+    """Accumulates squared per-example gradients in the basis of a site's curvature."""
 
     def __init__(
         self, site: Site, module: nn.Module, leaf: str, shared: dict[Any, Any], side: str, evidence: Evidence
@@ -207,10 +206,10 @@ class _Correction(_Watch):
 
     def _layer(self, inputs: Tensor, output: Tensor, keep: Tensor | None) -> Callable[[Tensor], None]:
         flat = _columns_of(self.module, self.site, inputs.detach())
-        # Layers that see tokens without their sequences see each as an example.
+        # Layers that receive tokens without a sequence dimension treat each as an example.
         examples = self.shared["sequences"] if len(flat) % self.shared["sequences"] == 0 else len(flat)
         columns = flat.view(examples, -1, self.site.columns)
-        # Few positions are rotated before they are multiplied, many after.
+        # If positions are few, they are rotated before the product, otherwise after.
         height, width = self.values.shape
         first = columns.shape[1] * (height**2 + width**2) < height * width * (height + width)
 
@@ -230,7 +229,7 @@ class _Correction(_Watch):
         return backward
 
     def corrected(self, sequences: int) -> Evidence:
-        """The evidence of the first pass with the values seen now, damped, and the product nearest to them."""
+        """The evidence of the first pass with the new, damped eigenvalues and the product nearest to them."""
         values = self.values / sequences
         if not bool(values.any()):
             return replace(self.found, curvature=None)
@@ -241,7 +240,7 @@ class _Correction(_Watch):
 
 
 def _basis(found: Evidence) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and basis of a column moment, worked out once for all sites that share it."""
+    """Eigenvalues and basis of a column moment, computed once for all sites that share it."""
     if "basis" not in found.cache:
         assert found.columns is not None
         found.cache["basis"] = eigen(found.columns)
@@ -254,13 +253,13 @@ def _live(inputs: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def _geometry(module: nn.Module) -> str:
-    """What else than its input decides which patches a convolution sees; nothing for other layers."""
+    """Settings that determine the patches of a convolution; empty for other layers."""
     parts = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "groups")
     return " ".join(str(getattr(module, part, "")) for part in parts)
 
 
 def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
-    """Input vectors of a site as (samples, columns); of grouped layers, those of all groups, one after another."""
+    """Input vectors of a site as (samples, columns); for grouped layers, all groups concatenated."""
     inputs = inputs.float()
     if site.layout.kind == "transposed":
         channels = inputs.movedim(1, -1).reshape(-1, inputs.shape[1] // site.layout.groups)
@@ -279,19 +278,19 @@ def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
 
 
 class Watches:
-    """The watches of some sites: one for every layer that holds a site's tensor, and one on all other uses of it.
+    """The watches of sites: one for every layer that holds a site's tensor, and one for all other uses.
 
     Parameters
     ----------
     source
-        Says which modules hold a site.
+        The source, which knows the modules that hold a site.
     curvature
-        Whether the evidence of layers gets a curvature, which is that of K-FAC until it is corrected. Embeddings,
-        grouped and transposed convolutions, tensors with several roles and very wide ones get none.
+        Whether the evidence of layers gets a curvature: that of K-FAC until it is corrected. Embeddings, grouped and
+        transposed convolutions, tensors with several roles and very wide ones get none.
     only
-        Which layers are watched.
+        Layers to watch.
     uses
-        The modules whose weights' own gradients are watched; those of ``only`` by default.
+        Modules whose weight gradients are watched; those of ``only`` by default.
     """
 
     def __init__(
@@ -337,18 +336,18 @@ class Watches:
                 watch.restore()
 
     def begin(self, batch: Batch) -> None:
-        """Say which batch comes next, and let go of what the last one left."""
+        """Announce the next batch and release the state of the last one."""
         self.gradients.finish()
         self._shared.clear()
         self._shared["masks"], self._shared["sequences"] = Masks.of_batch(batch), sequences_in(batch)
 
     @property
     def positions(self) -> int:
-        """The most positions that any layer has seen."""
+        """The largest number of positions that any layer has seen."""
         return max((watch.samples for watches in self.watches.values() for watch in watches), default=0)
 
     def evidence(self, sequences: int) -> dict[str, list[Evidence]]:
-        """What every site's watches have seen, without those that saw nothing; the moments are given up for it."""
+        """The evidence of every site whose watches saw anything; this consumes the moments."""
         self.gradients.finish()
         self._shared.clear()
         moments: dict[tuple, tuple[Tensor, dict[str, Any]]] = {}
@@ -370,17 +369,17 @@ def _of_gradients(seen: Seen, sequences: int) -> Evidence:
         columns = columns.clone()
         columns.diagonal().add_(DAMPING * columns.diagonal().mean())
         columns = columns.float()
-    # Every row of every gradient is a sample of the column moment.
+    # Each row of each gradient is a sample of the column moment.
     return Evidence(rows.float(), columns, seen.passes * len(rows))
 
 
 class Corrections(Watches):
-    """The second pass of EK-FAC: the eigenvalues of curvatures as single examples show them.
+    """The second pass of EK-FAC: eigenvalues of curvatures measured on single examples.
 
     Parameters
     ----------
     evidence
-        That of the first pass.
+        The evidence of the first pass.
     """
 
     def __init__(self, sites: Sequence[Site], source: Source, evidence: Mapping[str, Evidence]) -> None:
@@ -401,7 +400,7 @@ class Corrections(Watches):
 
 
 def _is_plain(watch: _Watch) -> bool:
-    """Whether every output of a layer depends on every input by one weight of the matrix."""
+    """Whether one weight of the matrix connects every input of a layer to every output."""
     site, groups = watch.site, getattr(watch.module, "groups", 1)
     return (
         not watch.embedding

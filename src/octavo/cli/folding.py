@@ -6,22 +6,27 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-import octavo
-from octavo import report
-from octavo.calibration.workspace import forget, holds_work
-from octavo.cli import command, console, errors, options, show_json
-from octavo.request import OF_PROFILE, check_target
-from octavo.saving import check_writable
-from octavo.steps import request_of
+from octavo import pipeline, report
+from octavo.allocation.workspace import forget, holds_work
+from octavo.cli import options
+from octavo.cli.frame import command, console, errors, show_json
+from octavo.errors import BudgetError, RequestError
+from octavo.request import Request, Role, flagged, names
+from octavo.saving import check_writable, save
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
+from octavo.targets import get_target
 from octavo.verification.recorded import REPORT
+
+#: Lists in a report that are for pages, not for a terminal's JSON.
+_LONG = ("sites", "kept", "curve", "code_lengths")
 
 
 @contextmanager
@@ -30,7 +35,7 @@ def _work(folder: Path, then: str, *, remove: bool) -> Iterator[None]:
     own = remove and not holds_work(folder)
     try:
         yield
-    except (octavo.RequestError, octavo.BudgetError):
+    except (RequestError, BudgetError):
         # Going on from here would end here again. What was there before is another run's.
         if own:
             forget(folder)
@@ -46,83 +51,44 @@ def _progress(quiet: bool) -> bool | None:
 
 
 @command
+@options.asking(Request)
 def compress(
     context: typer.Context,
-    source: options.SOURCE,
+    request: Request,
     out: options.OUT,
-    ratio: options.RATIO = None,
-    size: options.SIZE = None,
-    bits: options.BITS = None,
-    target: options.TARGET = "disk",
-    speedup: options.SPEEDUP = None,
-    latency: options.LATENCY = None,
-    shape: options.SHAPE = None,
-    data: options.DATA = None,
-    objective: options.OBJECTIVE = None,
-    curvature: options.CURVATURE = "kfac",
-    methods: options.METHODS = None,
-    preset: options.PRESET = "default",
-    ignore: options.IGNORE = None,
-    keep: options.KEEP = None,
     profile: Annotated[
         Path | None, typer.Option(parser=options.path, help="A saved profile to solve, in place of measuring again.")
     ] = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            parser=options.path,
-            help="A plan to carry out: to its budget as 'octavo plan' wrote it, to the letter if edited.",
-        ),
-    ] = None,
-    resume: options.RESUME = False,
     overwrite: options.OVERWRITE = False,
-    seed: options.SEED = 0,
-    memory: options.MEMORY = None,
-    executor: options.EXECUTOR = None,
     json_output: options.JSON = False,
 ) -> None:
     """Compress SOURCE to a size, and write artifact and report to --out.
 
     Example: octavo compress all-MiniLM-L6-v2 --ratio 8 --out folded
     """
-    said = options.given(context)
-    check_target(target, said)
-    request: dict[str, Any] = {
-        "data": data,
-        "objective": objective,
-        "curvature": curvature,
-        "methods": options.listed(methods),
-        "preset": preset,
-        "ignore": ignore or [],
-        "keep": options.pairs(keep),
-        "seed": seed,
-        "target": target,
-    }
+    get_target(request.target).refuse_named(Request, options.given(context, Request))
     out = checked_output(out)
     # Beside the output, so that it is on the same disk, and found again by --resume.
     workspace = profile or out.resolve().parent / f".{out.resolve().name}.octavo-work"
     if profile is not None:
-        if said & set(OF_PROFILE):
-            raise octavo.RequestError(
-                "--profile brings the data, objective, curvature, methods, preset, ignore, keep, seed and --for that "
-                "it was made with: leave these out, or leave --profile out to measure again"
+        odd = options.given(context, Request, Role.MEASURED)
+        if odd:
+            raise RequestError(
+                f"--profile: these options cannot be combined with it: {flagged(Request, odd)}; leave "
+                "them out, since it brings those that it was made with, or measure again without --profile"
             )
-        request = request_of(profile)
+        request = request.restored(pipeline.saved_choices(profile))
+    request = replace(request, workspace=workspace, resume=request.resume or profile is not None)
     with Lock(out):
-        check_writable(out, overwrite=overwrite, source=source, others=[data, plan, profile])
-        with _work(workspace, "--resume continues it", remove=profile is None and not resume):
-            done = octavo.compress(
-                source, ratio=ratio, size=size, bits=bits, speedup=speedup, latency=latency,
-                shape=shape, plan=plan, workspace=workspace, resume=resume or profile is not None, memory=memory,
-                executor=executor, progress=_progress(json_output), **request,
-            )  # fmt: skip
-            done.command = shlex.join(["octavo", *sys.argv[1:]])
-            result = done.save(out, overwrite=overwrite)
+        others = [request.data, request.plan, profile]
+        check_writable(out, overwrite=overwrite, source=request.source, others=others)
+        with _work(workspace, "--resume continues it", remove=not request.resume):
+            done = pipeline.compress(request, progress=_progress(json_output))
+            result = save(done, out, overwrite=overwrite, command=shlex.join(["octavo", *sys.argv[1:]]))
         if profile is None:
             done.forget_workspace()
     if json_output:
-        long = ("sites", "kept", "curve", "code_lengths")
-        show_json({key: value for key, value in result.to_json().items() if key not in long})
+        show_json({key: value for key, value in result.to_json().items() if key not in _LONG})
         return
     console.print(report.table(result))
     for part in report.told(result):
@@ -136,36 +102,18 @@ def compress(
 
 
 @command
+@options.asking(Request, without=(*names(Request, Role.BUDGET), "plan"))
 def profile_(
-    source: options.SOURCE,
-    out: options.OUT,
-    target: options.TARGET = "disk",
-    data: options.DATA = None,
-    objective: options.OBJECTIVE = None,
-    curvature: options.CURVATURE = "kfac",
-    methods: options.METHODS = None,
-    preset: options.PRESET = "default",
-    ignore: options.IGNORE = None,
-    keep: options.KEEP = None,
-    resume: options.RESUME = False,
-    overwrite: options.OVERWRITE = False,
-    seed: options.SEED = 0,
-    memory: options.MEMORY = None,
-    executor: options.EXECUTOR = None,
-    json_output: options.JSON = False,
+    request: Request, out: options.OUT, overwrite: options.OVERWRITE = False, json_output: options.JSON = False
 ) -> None:
     """Measure SOURCE once over all sizes; 'octavo plan' and 'octavo compress --profile' then solve it for any.
 
     Example: octavo profile all-MiniLM-L6-v2 --out measured
     """
     with Lock(out):
-        check_writable(out, overwrite=overwrite or resume)
-        with _work(out, "--resume continues it", remove=not resume):
-            result = octavo.profile(
-                source, out, data=data, objective=objective, curvature=curvature, methods=options.listed(methods),
-                preset=preset, ignore=ignore or [], keep=options.pairs(keep), resume=resume, seed=seed, target=target,
-                memory=memory, executor=executor, progress=_progress(json_output),
-            )  # fmt: skip
+        check_writable(out, overwrite=overwrite or request.resume)
+        with _work(out, "--resume continues it", remove=not request.resume):
+            result = pipeline.profile(request, out, progress=_progress(json_output))
     points = sum(len(curve.points) for curve in result.curves)
     summary = {"profile": str(out), "sites": len(result.curves), "points": points, "smallest_bytes": result.smallest}
     summary["largest_ratio"] = round(result.original_bytes / result.smallest, 2)
@@ -177,11 +125,10 @@ def profile_(
 
 
 @command
+@options.asking(Request, only=("ratio", "size", "bits"))
 def plan_(
+    request: Request,
     profile: Annotated[Path, typer.Argument(parser=options.path, help="Folder of a saved profile.")],
-    ratio: options.RATIO = None,
-    size: options.SIZE = None,
-    bits: options.BITS = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", parser=options.path, help="YAML file to write; default: PROFILE/plan.yaml."),
@@ -194,7 +141,7 @@ def plan_(
     Example: octavo plan measured --ratio 12
     """
     file = out or profile / "plan.yaml"
-    result = octavo.plan(profile, ratio=ratio, size=size, bits=bits)
+    result = pipeline.plan(profile, **request.made(Role.BUDGET))
     result.save(file, overwrite=overwrite)
     if json_output:
         show_json(
@@ -209,47 +156,59 @@ def plan_(
 
 
 @command
+@options.asking(Request, without=(*(set(names(Request, Role.BUDGET)) - {"shape"}), "plan", "resume"))
 def frontier(
-    source: options.SOURCE,
+    request: Request,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", parser=options.path, help="Folder for the profile, used again if it is there."),
     ],
-    ratios: Annotated[str, typer.Option(help="Comma-separated ratios.")] = "4,6,8,12,16",
+    ratios: Annotated[str | None, typer.Option(help="Comma-separated ratios.", show_default="4,6,8,12,16")] = None,
+    speedups: Annotated[str | None, typer.Option(help="For speed: comma-separated speedups.")] = None,
     families: Annotated[
         bool, typer.Option("--families", help="Also give the best plan of every single family.")
     ] = False,
-    target: options.TARGET = "disk",
-    data: options.DATA = None,
-    objective: options.OBJECTIVE = None,
-    curvature: options.CURVATURE = "kfac",
-    methods: options.METHODS = None,
-    preset: options.PRESET = "default",
-    seed: options.SEED = 0,
     json_output: options.JSON = False,
 ) -> None:
     """Build SOURCE at several ratios and measure each, next to the best uniform plan of the same bytes.
 
     Example: octavo frontier all-MiniLM-L6-v2 --ratios 4,8,16 --out measured
     """
-    try:
-        wanted = [float(part) for part in ratios.split(",")]
-    except ValueError as error:
-        raise octavo.RequestError(f"--ratios {ratios!r}: write numbers with commas, such as 4,8,16") from error
+    axis = get_target(request.target).budget[0]
+    wanted = _budgets(axis, {"ratio": ratios, "speedup": speedups})
+    request = replace(request, workspace=out)
     with _work(out, "the same command continues it", remove=False):
-        rows = octavo.frontier(
-            source, wanted, workspace=out, families=families, progress=_progress(json_output), data=data,
-            objective=objective, curvature=curvature, methods=options.listed(methods), preset=preset, seed=seed,
-            target=target,
-        )  # fmt: skip
+        rows = pipeline.frontier(request, wanted, families=families, progress=_progress(json_output))
     if json_output:
-        show_json(rows)
+        show_json([asdict(row) for row in rows])
         return
-    table = Table("asked", "ratio", "bytes", "of budget", "quality", "uniform", "winner")
+    more = sorted({key for row in rows for key, value in row.more.items() if isinstance(value, float)})
+    table = Table("asked", "ratio", "bytes", "of budget", "quality", "uniform", "winner", *more)
     for row in rows:
-        other = "-" if row["uniform"] is None else f"{row['uniform']:.4g}"
+        if row.error is not None:
+            table.add_row(f"{row.asked:g}", f"at most {row.limit:g}", *["-"] * (5 + len(more)))
+            continue
+        other = "-" if row.uniform is None else f"{row.uniform:.4g}"
         table.add_row(
-            f"{row['asked']:g}", f"{row['ratio']:.3f}", f"{row['bytes']:,}", f"{row['used']:.2%}",
-            f"{row['quality']:.4g}", other, row["winner"],
+            f"{row.asked:g}", f"{row.ratio:.3f}", f"{row.bytes:,}", f"{row.used:.2%}", f"{row.quality:.4g}", other,
+            row.winner, *(f"{row.more[key]:.4g}" for key in more),
         )  # fmt: skip
     console.print(table)
+
+
+def _budgets(axis: str, given: dict[str, str | None]) -> list[float]:
+    """The budgets of a frontier along a target's axis.
+
+    Raises
+    ------
+    RequestError
+        If others are given, none are where a default is missing, or one is no number.
+    """
+    odd = [name for name, text in given.items() if text is not None and name != axis]
+    if odd:
+        raise RequestError(f"--{odd[0]}s: this target's budget is a {axis}; give --{axis}s in its place")
+    text = given.get(axis) or ("4,6,8,12,16" if axis == "ratio" else "")
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RequestError(f"--{axis}s {text!r}: write numbers with commas, such as 4,8,16") from error

@@ -1,4 +1,4 @@
-"""Commands that look at something: inspect, verify, evaluate, methods."""
+"""Commands that inspect something: inspect, verify, evaluate, methods."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-import octavo
 from octavo import report
-from octavo.cli import command, console, options, show_json
+from octavo.cli import options
+from octavo.cli.frame import command, console, show_json
 from octavo.methods import methods as known_methods
 from octavo.system.paths import checked
+from octavo.verification import evaluating, verifying
 from octavo.verification.inspecting import inspected
 
 ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
@@ -21,7 +22,7 @@ ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of a
 
 @command
 def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
-    """Show what an artifact holds, from its manifest alone; nothing is decoded.
+    """Show the content of an artifact from its manifest, without decoding.
 
     Example: octavo inspect folded
     """
@@ -49,13 +50,13 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo verify folded
     """
-    result = octavo.verify(checked(artifact))
+    result = verifying.verify(checked(artifact))
     if json_output:
         show_json(result)
         return
     packed = result.packed
     if packed is not None:
-        off = "there is no model, or none that takes a known input, to compare outputs of"
+        off = "not compared, since there is no model with a known input"
         if packed.error is not None:
             off = f"outputs are off by {packed.error:.2g} (at most {packed.allowed:.2g})"
         console.print(f"packed: {packed.held:,} bytes in memory, {packed.stated:,} stated; {off}")
@@ -76,7 +77,7 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 def evaluate(
     model: Annotated[Path, typer.Argument(parser=options.path, help="A model folder or an artifact.")],
     data: Annotated[
-        Path | None, typer.Option(parser=options.path, help="Texts, or for spearman a CSV of sentence,sentence,score.")
+        Path | None, typer.Option(parser=options.path, help="Texts; for spearman a CSV of sentence,sentence,score.")
     ] = None,
     against: Annotated[
         Path | None, typer.Option(parser=options.path, help="The source to compare with, for divergence.")
@@ -92,7 +93,7 @@ def evaluate(
 
     Example: octavo evaluate folded --metric perplexity --data book.txt
     """
-    result = octavo.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
+    result = evaluating.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
     if json_output:
         show_json(result)
         return

@@ -1,13 +1,17 @@
-"""Options that several commands share, with the words that ``--help`` teaches."""
+"""Options of the commands: those of a request, made from its fields, and the few that several commands share."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from octavo.errors import RequestError
+from octavo.request import Option, Request, Role, default_of, options
 
 
 def path(text: str) -> Path:
@@ -17,88 +21,71 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-SOURCE = Annotated[str, typer.Argument(help="A transformers folder, a .safetensors file, or a sharded index.")]
 OUT = Annotated[Path, typer.Option("--out", "-o", parser=path, help="Folder to write. It must be empty or not exist.")]
-RATIO = Annotated[float | None, typer.Option(help="How many times smaller than the original, such as 8.")]
-SIZE = Annotated[str | None, typer.Option(help="The size itself, such as 11MB.")]
-BITS = Annotated[float | None, typer.Option(help="Bits per weight of the whole model, such as 3.5.")]
-TARGET = Annotated[
-    str,
-    typer.Option(
-        "--for",
-        help="What the budget counts: disk (bytes of the files), memory (of the weights while it runs), or speed.",
-    ),
-]
-SPEEDUP = Annotated[float | None, typer.Option(help="For speed: times as fast as PyTorch in float32, such as 2.5.")]
-LATENCY = Annotated[str | None, typer.Option(help="For speed: the time that one call may take, such as 5ms.")]
-SHAPE = Annotated[str | None, typer.Option(help="Sequences x tokens at which speed counts.", show_default="1x32")]
-DATA = Annotated[
-    Path | None,
-    typer.Option(
-        parser=path,
-        help="Calibration texts: one a line, .jsonl or .json with 'text', or a .csv or .tsv with a header. "
-        "Default: a built-in English text.",
-    ),
-]
-OBJECTIVE = Annotated[
-    str | None, typer.Option(help="What to keep: cosine, kl or squared. Default: what fits the model.")
-]
-CURVATURE = Annotated[
-    str,
-    typer.Option(
-        help="How errors are weighed: kfac, by inputs and outputs apart, or ekfac, which measures both together in a "
-        "second pass over the data. More exact, for more memory; the model must fit in it."
-    ),
-]
-METHODS = Annotated[
-    str | None, typer.Option(help="Comma-separated methods or families to choose from; see 'octavo methods'.")
-]
-PRESET = Annotated[str, typer.Option(help="fast, default or best: how much is tried; or data-free.")]
-IGNORE = Annotated[list[str] | None, typer.Option(help="Glob of sites to leave as they are. Repeatable.")]
-KEEP = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="GLOB=SPEC: a choice for some sites, such as 'embeddings.*=float16' or '*=gptq:bits=4,group=64'."
-    ),
-]
-SEED = Annotated[int, typer.Option(help="Same seed, same bytes.")]
-MEMORY = Annotated[
-    str | None,
-    typer.Option(help="The most memory to take, such as 6GB; a model that does not fit is run block by block."),
-]
-EXECUTOR = Annotated[
-    str | None,
-    typer.Option(
-        help="Where sites are worked on: local threads, ray, or ray://host:port of a cluster; same bytes.",
-        show_default="local",
-    ),
-]
-RESUME = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of the same command.")]
+DATA = Annotated[Path | None, typer.Option(parser=path, help=options(Request)["data"][1].help)]
+OBJECTIVE = Annotated[str | None, typer.Option(help=options(Request)["objective"][1].help)]
 OVERWRITE = Annotated[
     bool, typer.Option("--overwrite", help="Replace the file, or the folder that Octavo wrote, at the output's place.")
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines, and no progress.")]
 
 
-def given(context: typer.Context) -> set[str]:
-    """Names of the options that stand on the command line, those with their usual value too."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
+def asking(
+    kind: type[Request], *, only: Collection[str] | None = None, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function that takes a ``request``: each of its fields becomes an option.
+
+    Parameters
+    ----------
+    only, without
+        Names of the fields that are offered, or left out. A field without a help text is never offered.
+    """
+    offered = {
+        name: (item, how)
+        for name, (item, how) in options(kind).items()
+        if how.help and name not in without and (only is None or name in only)
+    }
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def asked(**given: Any) -> None:
+            values = {name: how.read(given.pop(name)) for name, (_, how) in offered.items()}
+            function(request=kind(**{"source": None, **values}), **given)
+
+        own = inspect.signature(function, eval_str=True).parameters
+        made = [_parameter(name, item, how) for name, (item, how) in offered.items()]
+        source = [parameter for parameter in made if parameter.default is inspect.Parameter.empty]
+        first = [p for p in own.values() if p.name != "request" and p.default is inspect.Parameter.empty]
+        rest = [p for p in own.values() if p.default is not inspect.Parameter.empty]
+        parameters = [*source, *first, *(p for p in made if p not in source), *rest]
+        asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        asked.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return asked
+
+    return decorate
+
+
+def _parameter(name: str, item: Any, how: Option) -> inspect.Parameter:
+    """The parameter of a command that a field of a request becomes."""
+    default = default_of(item)
+    if default is MISSING:
+        annotation: Any = Annotated[str, typer.Argument(help=how.help)]
+        return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+    flags = [f"--{how.flag or name.replace('_', '-')}"]
+    spelled: dict[str, Any] = {"help": how.help}
+    if how.shown is not None:
+        spelled["show_default"] = how.shown
+    if how.kind is Path:
+        spelled["parser"] = path
+    kind = list[str] if how.kind is list else how.kind
+    empty = how.kind is list or default is None
+    annotation = Annotated[kind | None if empty else kind, typer.Option(*flags, **spelled)]
+    return inspect.Parameter(
+        name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation, default=None if empty else default
+    )
+
+
+def given(context: typer.Context, kind: type[Request], *roles: Role) -> set[str]:
+    """Names of the request's options that stand on the command line, those with their usual value too."""
+    sources = {name: context.get_parameter_source(name) for name in options(kind, *roles) if name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def listed(text: str | None) -> list[str] | None:
-    """``a,b`` as a list."""
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def pairs(items: list[str] | None) -> dict[str, str]:
-    """``GLOB=SPEC`` items as a mapping; the first ``=`` separates."""
-    result = {}
-    for item in items or []:
-        glob, separator, spec = item.partition("=")
-        if not separator or not glob or not spec:
-            raise RequestError(f"--keep {item!r}: write GLOB=SPEC, such as 'embeddings.*=float16'")
-        if glob in result:
-            raise RequestError(f"--keep {glob!r} is given twice; leave one of them out")
-        result[glob] = spec
-    return result

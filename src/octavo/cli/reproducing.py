@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from octavo.cli import command, console, errors, options, show_json
+from octavo.cli import options
+from octavo.cli.frame import command, console, errors, show_json
 from octavo.errors import OctavoError, RequestError
+from octavo.recipes import Trial, get_recipe, recipes
+from octavo.recipes import results as store
 from octavo.system.paths import checked, checked_output
 from octavo.system.replacing import check_kind
 from octavo.system.visible import visible
-
-if TYPE_CHECKING:
-    from octavo.recipes.results import Listed, Result
 
 
 @command
 def reproduce(
     name: Annotated[str | None, typer.Argument(help="A recipe; see --list.")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Show every system, its claim, and its last result.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="Run every recipe, one after another (hours).")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Show every system with its claim and last result.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Run all recipes one by one (hours).")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A miniature in under a minute, which proves nothing.")
+        bool, typer.Option("--quick", help="Run a miniature in under a minute, which proves nothing.")
     ] = False,
     seed: Annotated[int, typer.Option(help="The first of the three seeds.")] = 0,
     results: Annotated[
@@ -34,7 +34,7 @@ def reproduce(
         typer.Option(parser=options.path, help="Folder of results. Default: docs/results. Quick ones are never saved."),
     ] = None,
     page: Annotated[
-        bool, typer.Option("--page", help="Make docs/recipes.md anew from all results; beside them, with --results.")
+        bool, typer.Option("--page", help="Write docs/recipes.md from all results; with --results next to them.")
     ] = False,
     json_output: options.JSON = False,
 ) -> None:
@@ -42,13 +42,8 @@ def reproduce(
 
     Example: octavo reproduce alds --quick
     """
-    from octavo.recipes import get_recipe, recipes
-    from octavo.recipes import results as store
-
     if sum([name is not None, listed, every, page]) != 1:
-        raise RequestError(
-            "give the name of one recipe, or --list, --all or --page; octavo reproduce --list shows them"
-        )
+        raise RequestError("recipe: none is given; name one, or give --list, --all or --page")
     _check(results, page=page, listed=listed, quick=quick, seed=seed)
     if listed:
         _list(store.listing(results), json_output)
@@ -73,7 +68,7 @@ def reproduce(
         except OctavoError as error:
             if not every:
                 raise
-            # The others have nothing to do with it.
+            # Other recipes are independent of it.
             failed[recipe.name] = error
             errors.print(f"{recipe.name}: {error}", style="red")
             continue
@@ -87,55 +82,50 @@ def reproduce(
 
 
 def _check(results: Path | None, *, page: bool, listed: bool, quick: bool, seed: int) -> None:
-    """Refuse options that would not be read."""
+    """Refuse options that would have no effect."""
     if (listed or page) and (quick or seed):
-        raise RequestError("--quick and --seed are for recipes that are run; leave them out")
+        raise RequestError("--quick and --seed only apply when recipes run; leave them out")
     if not -(2**31) <= seed < 2**31:
         raise RequestError(f"--seed {seed} does not fit 32 bits; choose a smaller one")
     if results is None:
         return
     if quick:
-        raise RequestError("--results is where full results are kept, and quick ones are never saved; leave it out")
+        raise RequestError("--results is for full results, but quick ones are never saved; leave --results out")
     if (listed or page) and not checked(results).is_dir():
-        raise RequestError(f"--results {results}: no such folder; name one that holds results")
+        raise RequestError(f"--results {results}: no such folder; name a folder with results")
     checked_output(results)
 
 
-def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> Result:
-    from octavo.recipes import Trial
-    from octavo.recipes.results import reproduce as run
-
+def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> store.RecipeResult:
     if not json_output:
         console.print(f"{recipe.system}: {recipe.source}")
         console.print(f"claim: {recipe.claim}")
     with errors.status(Text(f"{recipe.name} ...")) if errors.is_terminal else _Silent() as status:
-        result = run(recipe, Trial(quick, seed, lambda text: status.update(Text(visible(f"{recipe.name}: {text}")))))
+        result = store.reproduce(
+            recipe, Trial(quick, seed, lambda text: status.update(Text(visible(f"{recipe.name}: {text}"))))
+        )
     if not json_output:
         _show(result)
     return result
 
 
-def _show(result: Result) -> None:
-    from octavo.recipes.results import figure
-
+def _show(result: store.RecipeResult) -> None:
     also = list(dict.fromkeys(key for arm in result.arms for key in arm.also))
     table = Table("arm", "bytes", result.metric, "spread", *also)
     for arm in result.arms:
-        spread = "-" if arm.spread is None else figure(arm.spread)
-        others = [figure(arm.also[key]) if key in arm.also else "-" for key in also]
-        table.add_row(arm.name, f"{arm.bytes:,}" if arm.bytes else "-", figure(arm.mean), spread, *others)
+        spread = "-" if arm.spread is None else store.figure(arm.spread)
+        others = [store.figure(arm.also[key]) if key in arm.also else "-" for key in also]
+        table.add_row(arm.name, f"{arm.bytes:,}" if arm.bytes else "-", store.figure(arm.mean), spread, *others)
     console.print(table)
     for check in result.checks:
         console.print(f"{'holds' if check.holds else 'fails'}: {check.statement} {check.figures}")
     console.print("holds" if result.holds else "does not hold at this scale", end=": ", style="bold")
     console.print(result.reason)
     if result.quick:
-        console.print("This was a quick run: a miniature that shows that the code works, and nothing else.")
+        console.print("This was a quick run: a miniature that only shows that the code works.")
 
 
-def _list(found: Sequence[Listed], json_output: bool) -> None:
-    from octavo.recipes.results import outdated
-
+def _list(found: Sequence[store.ListedRecipe], json_output: bool) -> None:
     if json_output:
         show_json(found)
         return
@@ -143,13 +133,13 @@ def _list(found: Sequence[Listed], json_output: bool) -> None:
     for entry in found:
         result = entry.result
         verdict = "none" if result is None else "holds" if result.holds else "does not hold at this scale"
-        when = "" if result is None else f" ({result.date}{', before a change' * outdated(result)})"
+        when = "" if result is None else f" ({result.date}{', before a change' * store.outdated(result)})"
         table.add_row(entry.name, entry.system, entry.source, entry.claim, verdict + when)
     console.print(table)
 
 
 class _Silent:
-    """A status line where there is no terminal."""
+    """A status line for outputs other than terminals."""
 
     def __enter__(self) -> _Silent:
         return self
@@ -158,4 +148,4 @@ class _Silent:
         return None
 
     def update(self, text: object) -> None:
-        """Tell nobody."""
+        """Discard the status."""

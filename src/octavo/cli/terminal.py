@@ -1,4 +1,4 @@
-"""The terminal: every string that a command prints is shown as it is, and obeyed by nobody."""
+"""Terminal output: every printed string is shown literally and never interpreted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typer.core import TyperGroup
 
 from octavo.system.visible import visible
 
-#: What is wrong with the words of a command line. Typer brings its own copy of click, or uses click's.
+#: Errors of the command line's syntax. Typer has its own copy of click, or uses click's.
 UsageError: Any = typer.BadParameter.__base__
 
 
 class Terminal(Console):
-    """A console to which ``[red]`` is text, and so is an escape sequence.
+    """A console that prints ``[red]`` and escape sequences as text.
 
     Strings reach it as lines, as cells and titles of tables, and as headers: all of them through :meth:`render_str`.
 
@@ -30,22 +30,22 @@ class Terminal(Console):
         super().__init__(stderr=stderr, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        """The text with what is not visible written out."""
+        """The text with invisible characters as escapes."""
         return super().render_str(visible(text), **options)
 
 
 class Commands(TyperGroup):
-    """The commands; what is wrong with the words of a command line is shown as text too."""
+    """The command group; syntax errors of the command line are shown as text too."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        """Read the words before the command's name."""
+        """Parse the arguments before the command's name."""
         try:
             return super().make_context(*args, **options)
         except UsageError as error:
             raise _shown(error) from error
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named."""
+        """Run the named command."""
         try:
             return super().invoke(ctx)
         except UsageError as error:

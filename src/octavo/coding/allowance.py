@@ -1,38 +1,38 @@
-"""How much memory may be taken for what a file asks for, agreed before any is taken."""
+"""The memory that reading a file may allocate, checked before anything is allocated."""
 
 from octavo.errors import ArtifactError
 
 
 class Allowance:
-    """Bytes of memory that reading something may take.
+    """A limit on the bytes of memory that reading may allocate.
 
     Parameters
     ----------
     bytes
-        How many there are at the start.
+        The limit.
     """
 
     def __init__(self, bytes: int) -> None:
         self.bytes = self._left = bytes
-        #: The most that was taken at a time, as far as it was stated.
+        #: The peak of the bytes that callers stated.
         self.stated = 0
 
     def take(self, count: int, what: str) -> None:
-        """Count bytes that stay taken.
+        """Count bytes that stay allocated.
 
         Raises
         ------
         ArtifactError
-            If so many are not left.
+            If fewer bytes are left.
         """
         self.check(count, what)
         self._left -= count
 
     def check(self, count: int, what: str) -> None:
-        """Refuse what needs more bytes for a while than are left; they are not counted."""
+        """Refuse a temporary allocation that is larger than what is left; it is not counted."""
         if not 0 <= count <= self._left:
             raise ArtifactError(
-                f"{what} takes {count} bytes of memory, and {self._left} are left of the {self.bytes} that the shapes "
-                "and the size of the files justify; refused before any was taken"
+                f"{what} needs {count} bytes of memory, but {self._left} are left of the {self.bytes} that its shapes "
+                "and file sizes justify; nothing was allocated. The file is damaged or was not written by Octavo"
             )
         self.stated = max(self.stated, self.bytes - self._left + count)

@@ -1,4 +1,4 @@
-"""Asymmetric numeral systems: within a fraction of a percent of the entropy, but slower to decode.
+"""Asymmetric numeral systems (ANS): within a fraction of a percent of the entropy, but slower to decode.
 
 The model of a byte of several digits is the product of the models of its digits, so the stored
 table has one entry a digit while one decoding step yields several symbols.
@@ -10,19 +10,19 @@ import numpy as np
 from octavo.coding.radix import digits_of
 from octavo.errors import ArtifactError
 
-# round(256 * 2 ** (j / 8)): written out because powers may differ by a bit between machines, and
-# decoding needs the very same numbers. All weights are integers below 2 ** 53, exact as doubles.
+# round(256 * 2 ** (j / 8)): written out because powers may differ by a bit between machines, and decoding needs the
+# same numbers. All weights are integers below 2 ** 53, exact as doubles.
 _STEPS = np.array([256, 279, 304, 332, 362, 395, 431, 470], np.float64)
 
 
 def quantize(weights: np.ndarray) -> np.ndarray:
-    """Return one byte per count, its logarithm to base two in steps of an eighth."""
+    """Return one byte per count: its base-2 logarithm in steps of an eighth."""
     share = np.maximum(weights, 0.25) / max(float(weights.max()), 0.25)
     return np.clip(np.rint(8 * np.log2(share)) + 255, 0, 255).astype(np.uint8)
 
 
 def _model(table: np.ndarray) -> constriction.stream.model.Categorical:
-    """Return the model of a byte for what `quantize` returned."""
+    """Return the model of a byte for the output of `quantize`."""
     letters = np.ldexp(_STEPS[table & 7], (table >> 3).astype(np.int32))
     # The sum of integers is exact in any order; products and quotients are correctly rounded.
     letters /= letters.sum()
@@ -42,7 +42,7 @@ def compress(joined: np.ndarray, table: np.ndarray) -> bytes:
 def decompress(data: memoryview, count: int, table: np.ndarray) -> np.ndarray:
     """Return `count` bytes."""
     if len(data) % 4:
-        raise ArtifactError(f"coded tensor: ANS chunk of {len(data)} bytes is not made of 32-bit words")
+        raise ArtifactError(f"coded tensor: ANS chunk of {len(data)} bytes is not a whole number of 32-bit words")
     words = np.frombuffer(data, "<u4").astype(np.uint32)
     if len(words) and words[-1] == 0:
         raise ArtifactError("coded tensor: ANS chunk ends in a zero word")
@@ -50,6 +50,6 @@ def decompress(data: memoryview, count: int, table: np.ndarray) -> np.ndarray:
 
 
 def cost(weights: np.ndarray, digits: int) -> float:
-    """Estimate the bits taken by symbols of these counts; how many share a byte does not matter."""
+    """Estimate the bits of symbols with these counts; how many share a byte does not matter."""
     shares = weights[weights > 0] / weights.sum()
     return float(-weights.sum() * (shares * np.log2(shares)).sum()) + 8 * len(weights) + 64

@@ -35,9 +35,9 @@ def pack(values: np.ndarray, low: int, width: int) -> bytes:
 
 
 def unpack(data: memoryview, low: int, width: int, out: np.ndarray) -> None:
-    """Fill `out` with what `pack` stored in `data`."""
+    """Fill `out` with the values that `pack` stored in `data`."""
     if len(data) != packed_bytes(len(out), width):
-        raise ArtifactError(f"coded tensor: {len(data)} bytes for {len(out)} values of {width} bits")
+        raise ArtifactError(f"coded tensor: {len(data)} bytes cannot hold {len(out)} values of {width} bits")
     if width == 0:
         out[:] = low
         return

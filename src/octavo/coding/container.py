@@ -1,7 +1,7 @@
 """The frame around every coded tensor: fixed header, shape, chunk table, parameters, chunks.
 
-All that precedes the first chunk is the *head*. One checksum covers the head, and the head holds
-a checksum of every chunk, so that each byte of a blob is covered exactly once.
+Everything before the first chunk is the *head*. One checksum covers the head, and the head holds a checksum of every
+chunk. So each byte of a blob is covered exactly once.
 """
 
 import math
@@ -19,7 +19,7 @@ from octavo.errors import ArtifactError
 VERSION = 1
 CODECS = ("raw", "bits", "huffman", "ans")
 DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# What a tensor of DTYPES is handled as; a bool is a byte that is 0 or 1.
+# The NumPy type for each of DTYPES; a bool is a byte that is 0 or 1.
 STORAGE = tuple(np.dtype(name) for name in ("u1", "u1", "i1", "<i2", "<i4", "<i8"))
 NARROW = STORAGE[1:]
 
@@ -27,18 +27,18 @@ NARROW = STORAGE[1:]
 # and 8 so that no byte of mixed-radix digits straddles two chunks, and of the bit packer's block.
 CHUNK = 120 << 14
 
-# Vectors of classes and escapes are blobs within the blob, and have escapes of their own.
+# Vectors of classes and escapes are blobs inside the blob and have their own escapes.
 MAX_DEPTH = 2
 
 _FIXED = struct.Struct("<BBBBII")
 _CRC_AT = 8
-#: More dimensions than this no tensor is read with.
+#: Tensors with more dimensions are refused.
 MAX_DIMENSIONS = 32
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a blob says about itself.
+    """The header of a blob.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A blob taken apart: `storage` is the type of the values, `tables` the codec's parameters."""
+    """The parts of a blob: `storage` is the type of the values, `tables` the codec's parameters."""
 
     header: Header
     storage: np.dtype
@@ -74,9 +74,9 @@ class Parsed:
     checksums: list[int]
 
     def chunk(self, index: int) -> memoryview:
-        """Return a chunk after its checksum was verified."""
+        """Return a chunk after verifying its checksum."""
         if zlib.crc32(self.chunks[index]) != self.checksums[index]:
-            raise ArtifactError(f"coded tensor: checksum of chunk {index} of {len(self.chunks)} does not match")
+            raise ArtifactError(f"coded tensor: checksum mismatch in chunk {index} of {len(self.chunks)}")
         return self.chunks[index]
 
 
@@ -105,37 +105,37 @@ def assemble(
 
 
 def parse(blob: bytes | memoryview | np.ndarray, max_elements: int | None = None) -> Parsed:
-    """Take a blob apart and verify all that can be verified without decoding a chunk.
+    """Parse a blob and verify everything that needs no decoded chunk.
 
     Parameters
     ----------
     blob : bytes, memoryview or numpy.ndarray
-        What `assemble` returned.
+        The output of `assemble`.
     max_elements : int, optional
         Largest number of elements to accept.
 
     Raises
     ------
     ArtifactError
-        If the blob is damaged or not one at all, or holds more than `max_elements`.
+        If this is not a blob, or it is damaged or holds more than `max_elements`.
     """
     data = _as_bytes(blob)
     if len(data) < _FIXED.size:
         raise ArtifactError(f"coded tensor: {len(data)} bytes are too few for a header")
     version, codec, types, dimensions, head_bytes, checksum = _FIXED.unpack(data[: _FIXED.size])
     if version != VERSION:
-        raise ArtifactError(f"coded tensor: version {version} is not known (this is version {VERSION})")
+        raise ArtifactError(f"coded tensor: unknown version {version} (this Octavo reads version {VERSION})")
     if not _FIXED.size <= head_bytes <= len(data):
-        raise ArtifactError(f"coded tensor: head of {head_bytes} bytes in a blob of {len(data)} bytes")
+        raise ArtifactError(f"coded tensor: a head of {head_bytes} bytes does not fit a blob of {len(data)} bytes")
     if zlib.crc32(data[_FIXED.size : head_bytes], zlib.crc32(data[:_CRC_AT])) != checksum:
-        raise ArtifactError("coded tensor: checksum of the head does not match")
+        raise ArtifactError("coded tensor: checksum mismatch in the head")
     if codec >= len(CODECS) or types & 15 >= len(DTYPES) or types >> 4 >= len(NARROW):
         raise ArtifactError(f"coded tensor: unknown codec {codec} or data types {types}")
     storage = NARROW[types >> 4]
     if not np.can_cast(storage, STORAGE[types & 15], "safe"):
-        raise ArtifactError(f"coded tensor: {storage} values in a {DTYPES[types & 15]} tensor")
+        raise ArtifactError(f"coded tensor: {storage} values do not fit a {DTYPES[types & 15]} tensor")
     if dimensions > MAX_DIMENSIONS:
-        raise ArtifactError(f"coded tensor: {dimensions} dimensions, at most {MAX_DIMENSIONS} are read")
+        raise ArtifactError(f"coded tensor: {dimensions} dimensions; at most {MAX_DIMENSIONS} are supported")
 
     reader = Reader(data[_FIXED.size : head_bytes])
     shape = tuple(reader.unsigned() for _ in range(dimensions))
@@ -147,7 +147,7 @@ def parse(blob: bytes | memoryview | np.ndarray, max_elements: int | None = None
     header = Header(CODECS[codec], DTYPES[types & 15], shape, sum(lengths))
     if header.payload != len(data) - head_bytes:
         raise ArtifactError(f"coded tensor: {header.payload} bytes of chunks declared, {len(data) - head_bytes} found")
-    # Before anything of that size is allocated: no chunk holds more than CHUNK elements.
+    # Checked before anything of that size is allocated: no chunk holds more than CHUNK elements.
     if header.elements > len(lengths) * CHUNK or math.prod(max(length, 1) for length in shape) >= 1 << 58:
         raise ArtifactError(f"coded tensor: shape {shape} does not fit {len(lengths)} chunks")
     if max_elements is not None and header.elements > max_elements:

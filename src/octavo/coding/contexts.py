@@ -1,4 +1,4 @@
-"""Choice of the context classes of a matrix."""
+"""Choosing the context classes of a matrix."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ _VECTOR_BITS = 300
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout (none: one stream) and the bits that its streams and classes are expected to take."""
+    """A layout (None: one stream) and the expected bits of its streams and classes."""
 
     layout: Layout | None
     bits: float
@@ -63,10 +63,10 @@ def plan(matrix: np.ndarray, middle: int) -> list[Plan]:
 
 
 def _letters() -> tuple[np.ndarray, np.ndarray]:
-    """Return the letter of every 16-bit integer, and the bits that each letter hides.
+    """Return the letter of every 16-bit integer, and the number of bits that each letter leaves out.
 
-    Exact up to 8, then four letters an octave: entropies of letters plus the hidden bits are close
-    to those of the values, at a fraction of the counts.
+    Letters are exact up to 8, then there are four an octave. The entropy of letters plus the bits left out is close to
+    that of the values, with far fewer counts.
     """
     magnitudes = np.arange(1 << 15)
     shifts = np.maximum(np.frexp(magnitudes)[1] - 3, 0)

@@ -1,4 +1,4 @@
-"""Decoding of any blob."""
+"""Decoding blobs."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, STORAGE, Header, P
 from octavo.coding.parallel import run
 from octavo.errors import ArtifactError
 
-#: Bytes that decoding takes for every element of a chunk, of the few chunks that are decoded at a time.
+#: Bytes that decoding needs per element of the few chunks that are decoded at a time.
 _CHUNK_BYTES = 16
 
 
@@ -21,16 +21,16 @@ def decode(
     Parameters
     ----------
     blob : bytes, memoryview or numpy.ndarray
-        A blob, not necessarily a trusted one.
+        A blob; it need not be trusted.
     max_elements : int, optional
         Largest number of elements to accept.
     allowance : Allowance, optional
-        Memory that may be taken; the decoded tensor is counted there.
+        Limit on memory; the decoded tensor is counted in it.
 
     Raises
     ------
     ArtifactError
-        If the blob is damaged or not one at all, or holds more than `max_elements`, or takes more memory than allowed.
+        If this is not a blob, or it is damaged, holds more than `max_elements` or needs more memory than allowed.
     """
     return _decode(blob, max_elements, allowance, 0)
 
@@ -41,7 +41,7 @@ def describe(blob: bytes | memoryview | np.ndarray, *, max_elements: int | None 
     Parameters
     ----------
     blob : bytes, memoryview or numpy.ndarray
-        A blob, not necessarily a trusted one.
+        A blob; it need not be trusted.
     max_elements : int, optional
         Largest number of elements to accept.
 
@@ -69,13 +69,13 @@ def _decode(
     values = values.reshape(parsed.header.shape)
     if dtype == torch.bool:
         if values.size and values.max() > 1:
-            raise ArtifactError("coded tensor: a truth value is neither 0 nor 1")
+            raise ArtifactError("coded tensor: a bool is neither 0 nor 1")
         return torch.from_numpy(values.view(np.bool_))
     return torch.from_numpy(values.astype(STORAGE[DTYPES.index(dtype)], copy=False))
 
 
 def _count(parsed: Parsed, allowance: Allowance) -> None:
-    """Count the decoded tensor, and refuse what decoding takes besides it."""
+    """Count the decoded tensor, and check that the temporary memory of decoding fits as well."""
     elements, kept = parsed.header.elements, STORAGE[DTYPES.index(parsed.header.dtype)].itemsize
     what = f"a coded tensor of shape {list(parsed.header.shape)}"
     allowance.take(elements * kept, what)
@@ -88,16 +88,16 @@ def _decode_fixed(parsed: Parsed) -> np.ndarray:
     """Decode ``raw`` and ``bits``."""
     elements, storage = parsed.header.elements, parsed.storage
     if len(parsed.chunks) != -(-elements // CHUNK):
-        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks for {elements} elements")
+        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks do not fit {elements} elements")
     low = width = 0
     if parsed.header.codec == "bits":
         low = int.from_bytes(parsed.tables.take(8), "little", signed=True)
         width = parsed.tables.take(1)[0]
         limits = np.iinfo(storage)
         if width > 64 or not limits.min <= low <= limits.max:
-            raise ArtifactError(f"coded tensor: {width} bits from {low} on for {storage} values")
+            raise ArtifactError(f"coded tensor: values of {width} bits starting at {low} do not fit {storage}")
     if parsed.tables.data:
-        raise ArtifactError(f"coded tensor: {len(parsed.tables.data)} bytes too many in the head")
+        raise ArtifactError(f"coded tensor: {len(parsed.tables.data)} unread bytes in the head")
     values = np.empty(elements, storage)
 
     def decode_piece(index: int) -> None:

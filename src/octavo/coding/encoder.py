@@ -1,4 +1,4 @@
-"""Encoding with whatever codec is smallest."""
+"""Encoding with the codec that gives the fewest bytes."""
 
 import math
 from functools import partial
@@ -12,8 +12,8 @@ from octavo.coding.contexts import Plan, plan
 from octavo.coding.parallel import run
 from octavo.errors import RequestError
 
-# ANS decodes several times slower than Huffman codes and holds the interpreter lock, so a large
-# tensor must become this much smaller to be worth it. For a small one only its size matters.
+# ANS decodes several times slower than Huffman codes and holds the interpreter lock, so a large tensor must become this
+# much smaller to justify it. For a small one only its size matters.
 ANS_GAIN = 0.04
 SMALL = 65536
 # Below this, classes cost more than they save.
@@ -43,7 +43,10 @@ def encode(tensor: torch.Tensor) -> bytes:
 
 def _encode(tensor: torch.Tensor, depth: int) -> bytes:
     if tensor.dtype not in DTYPES:
-        raise RequestError(f"only integers can be coded, not {tensor.dtype} of shape {tuple(tensor.shape)}")
+        raise RequestError(
+            f"only bools and integers of up to 64 bits can be coded, not {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}; convert the tensor first"
+        )
     array = tensor.detach().cpu().contiguous().numpy()
     if not array.size:
         return assemble("raw", tensor.dtype, tensor.shape, STORAGE[DTYPES.index(tensor.dtype)], b"", [])
@@ -75,7 +78,7 @@ def _fixed(values: np.ndarray, low: int, width: int, raw: bool) -> tuple[str, by
 def _packed(
     values: np.ndarray, low: int, high: int, fixed_bytes: int, depth: int
 ) -> list[tuple[str, bytes, list[bytes]]]:
-    """Return what is worth comparing of ``huffman`` and ``ans``: codec, tables and chunks."""
+    """Return the ``huffman`` and ``ans`` candidates: codec, tables and chunks."""
     if depth == MAX_DEPTH and high - low > 255:
         return []
     flat = values.reshape(-1)
@@ -111,7 +114,7 @@ def _size(candidate: tuple[str, bytes, list[bytes]]) -> int:
 
 
 def _narrowest(dtype: np.dtype, low: int, high: int) -> np.dtype:
-    """Return the first type that holds the range and is within the tensor's own."""
+    """Return the narrowest type that holds the range and is no wider than the tensor's own."""
     for candidate in NARROW:
         limits = np.iinfo(candidate)
         if np.can_cast(candidate, dtype, "safe") and limits.min <= low and high <= limits.max:

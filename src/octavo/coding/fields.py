@@ -1,4 +1,4 @@
-"""Integers and blocks of bytes of variable length, as the head of a blob holds them."""
+"""Integers and byte blocks of variable length, as stored in the head of a blob."""
 
 from octavo.errors import ArtifactError
 
@@ -35,7 +35,7 @@ class Reader:
     def take(self, count: int) -> memoryview:
         """Return the next `count` bytes."""
         if count > len(self.data):
-            raise ArtifactError(f"coded tensor: head ends {count - len(self.data)} bytes too early")
+            raise ArtifactError(f"coded tensor: the head is {count - len(self.data)} bytes too short")
         taken, self.data = self.data[:count], self.data[count:]
         return taken
 

@@ -12,7 +12,7 @@ from octavo.errors import ArtifactError
 
 
 def _parameters(**changes: int) -> zstandard.ZstdCompressionParameters:
-    """Settings common to both ways of coding; the frame leaves out what the container has."""
+    """Settings common to both ways of coding; the frame leaves out what the container stores."""
     return zstandard.ZstdCompressionParameters(
         format=zstandard.FORMAT_ZSTD1_MAGICLESS,
         window_log=21,
@@ -26,8 +26,8 @@ def _parameters(**changes: int) -> zstandard.ZstdCompressionParameters:
     )
 
 
-# A hash table of 64 entries, the smallest: the fewer matches are found among random bytes, the
-# better. A target length would turn the literal coder off altogether.
+# The smallest hash table (64 entries), since matches among random bytes only cost. A target length would turn the
+# literal coder off.
 _FAST = _parameters(strategy=zstandard.STRATEGY_FAST, min_match=7, target_length=0)
 # Where a byte holds little information, long matches abound and the fast matcher takes them all,
 # at a loss of up to a fifth. This one weighs them against literals, at a twentieth of the speed.
@@ -46,12 +46,12 @@ def compress(joined: np.ndarray) -> bytes:
 
 
 def decompress(data: memoryview, count: int) -> np.ndarray:
-    """Return exactly `count` bytes, without ever holding more."""
+    """Return exactly `count` bytes and never hold more."""
     try:
         # A frame that states its size would make Zstandard allocate it, whatever the limit below.
         stated = zstandard.get_frame_parameters(data, format=zstandard.FORMAT_ZSTD1_MAGICLESS).content_size
         if stated != zstandard.CONTENTSIZE_UNKNOWN:
-            raise ArtifactError("coded tensor: a frame states a size of its own")
+            raise ArtifactError("coded tensor: a Huffman frame states its own size")
         decompressor = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
         plain = decompressor.decompress(data, max_output_size=count, allow_extra_data=False)
     except zstandard.ZstdError as error:

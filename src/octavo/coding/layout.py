@@ -1,8 +1,8 @@
 """Context classes: elements of similar magnitude share one stream, hence one table.
 
-Rows and columns have a class each, a logarithm of their magnitude. An element's class is a coarser
-step of the sum of both. Sorted by class, the rows and columns form rectangles; a stream is the
-concatenation of the rectangles of one class.
+Rows and columns have a class each, a logarithm of their magnitude. An element's class is the sum of both, rounded to
+coarser steps. Sorted by class, the rows and columns form rectangles; a stream is the concatenation of the rectangles of
+one class.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every element of a matrix goes.
+    """The place of every element of a matrix.
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ class Layout:
         return joined
 
     def scatter(self, joined: np.ndarray) -> np.ndarray:
-        """Return the matrix that `gather` took apart."""
+        """Inverse of `gather`."""
         matrix = np.empty((len(self.rows), len(self.columns)), joined.dtype)
         back = np.argsort(self.column_order)
         for rows, parts in self._placed():

@@ -1,4 +1,4 @@
-"""Encoding as ``huffman`` or ``ans``: context classes, windows and escapes around either coder."""
+"""Encoding as ``huffman`` or ``ans``: context classes, windows and escapes, shared by both coders."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,8 +1,8 @@
 """Several small symbols in one byte, as the digits of a number.
 
-A `Window` of `span` consecutive values is coded as digits ``0..span-1``; ``digits`` of them make
-one byte. Values outside the window are *escapes*: their digit is a placeholder, and position and
-value are stored elsewhere, so that one outlier does not widen the alphabet of all the others.
+A `Window` of `span` consecutive values is coded as digits ``0..span-1``; ``digits`` of them make one byte. Values
+outside the window are *escapes*: their digit is a placeholder, and position and value are stored elsewhere. So one
+outlier does not widen the alphabet of the other values.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def digits_of(span: int) -> int:
 
 @dataclass(frozen=True)
 class Window:
-    """The values ``low..low+span-1``, `filler` being the digit that stands in for escapes."""
+    """The values ``low..low+span-1``; `filler` is the digit that replaces escapes."""
 
     low: int
     span: int
@@ -34,10 +34,12 @@ class Window:
         return digits_of(self.span)
 
     def check(self, storage: np.dtype) -> None:
-        """Raise unless the window is one that `storage` can hold."""
+        """Raise unless `storage` can hold every value of the window."""
         limits = np.iinfo(storage)
         if not (2 <= self.span <= 256 and limits.min <= self.low and self.low + self.span - 1 <= limits.max):
-            raise ArtifactError(f"coded tensor: window of {self.span} values from {self.low} in {storage}")
+            raise ArtifactError(
+                f"coded tensor: a window of {self.span} values starting at {self.low} does not fit {storage}"
+            )
 
     def digitize(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the digit of every value and the positions of the escapes."""
@@ -51,7 +53,7 @@ class Window:
         return digits, escapes
 
     def join(self, digits: np.ndarray) -> np.ndarray:
-        """Combine digits to bytes, the first one of each group weighing most."""
+        """Combine digits to bytes; the first digit of each group is the most significant."""
         per_byte, span = self.digits, np.uint8(self.span & 255)
         if per_byte == 1:
             return digits

@@ -1,4 +1,4 @@
-"""Decoding of ``huffman`` and ``ans``: everything `packed` wrote, none of it trusted."""
+"""Decoding of ``huffman`` and ``ans``: the inverse of `packed`; no input is trusted."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from octavo.coding.parallel import run
 from octavo.coding.radix import Window
 from octavo.errors import ArtifactError
 
-# Decodes a vector that belongs to the tables, of at most so many elements.
+# Decodes a vector of the tables, with at most the given number of elements.
 Nested = Callable[[memoryview, int], torch.Tensor]
 
 
@@ -23,7 +23,7 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
     """Return the values, flat or as a matrix, of blobs of either codec."""
     header, tables = parsed.header, parsed.tables
     if not header.elements:
-        raise ArtifactError(f"coded tensor: codec {header.codec} for no elements")
+        raise ArtifactError(f"coded tensor: codec {header.codec} cannot hold zero elements")
     layout = _read_layout(tables, header.shape, nested)
     streams, start = [], 0
     for size in layout.sizes if layout else [header.elements]:
@@ -32,10 +32,10 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
             start += size
     positions, escaped = _read_escapes(parsed, nested, allowance)
     if tables.data:
-        raise ArtifactError(f"coded tensor: {len(tables.data)} bytes too many in the head")
+        raise ArtifactError(f"coded tensor: {len(tables.data)} unread bytes in the head")
     jobs = [(stream, piece) for stream in streams for piece in stream.pieces()]
     if len(jobs) != len(parsed.chunks):
-        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks instead of {len(jobs)}")
+        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks, expected {len(jobs)}")
 
     values = np.empty(header.elements, parsed.storage)
 
@@ -56,7 +56,7 @@ def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> Layo
         return None
     merge, base = tables.unsigned(), tables.unsigned()
     if streams > 2 * MAX_CLASSES or not 1 <= merge <= MAX_CLASSES or base > 2 * MAX_CLASSES or len(shape) < 2:
-        raise ArtifactError(f"coded tensor: context classes {streams}, {merge}, {base} for shape {shape}")
+        raise ArtifactError(f"coded tensor: context classes {streams}, {merge}, {base} do not fit shape {shape}")
     height, width = shape[0], math.prod(shape[1:])
     vectors = []
     for length in (height, width):
@@ -82,11 +82,11 @@ def _read_escapes(parsed: Parsed, nested: Nested, allowance: Allowance | None) -
     if count > elements:
         raise ArtifactError(f"coded tensor: {count} escapes among {elements} elements")
     if allowance is not None:
-        # Positions as well as the gaps that they are added up from.
+        # Both the positions and the gaps that are summed to them.
         allowance.check(count * 3 * 8, f"a coded tensor with {count} escapes")
     gaps, escaped = (nested(parsed.tables.block(), count).numpy() for _ in range(2))
     if gaps.shape != (count,) or escaped.shape != (count,) or gaps.dtype != np.int64 or escaped.dtype != parsed.storage:
-        raise ArtifactError(f"coded tensor: positions and values of {count} escapes have other shapes or types")
+        raise ArtifactError(f"coded tensor: positions and values of {count} escapes have the wrong shape or type")
     # Gaps below the number of elements cannot overflow before a position is out of range.
     if gaps.min() < 0 or gaps.max() >= elements:
         raise ArtifactError("coded tensor: gap between escapes out of range")

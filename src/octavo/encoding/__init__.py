@@ -1,1 +1,1 @@
-"""A plan as forms that use the budget exactly."""
+"""Turning a plan into forms that use the budget exactly."""

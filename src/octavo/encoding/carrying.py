@@ -1,4 +1,4 @@
-"""Carrying a plan out: to its budget exactly, or to the letter if it was edited."""
+"""Encoding a plan from a file: to its exact budget, or unchanged if it was edited."""
 
 from __future__ import annotations
 
@@ -8,96 +8,97 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from octavo.allocation.budget import Budget
+from octavo.allocation.encoded import encode_all, form_of
+from octavo.allocation.opened import Run
 from octavo.allocation.plans import EDITED, Plan
 from octavo.allocation.profiles import Curve, Point, Profile
 from octavo.allocation.solver import labelled, unreachable
-from octavo.artifact import Contents, Packed, unpack
-from octavo.calibration.calibrating import Calibration
-from octavo.calibration.workspace import Workspace
+from octavo.allocation.tasks import weighed
+from octavo.artifact import Contents, Packed
 from octavo.encoding.finish import Built, encode_plan, measured, topped
-from octavo.encoding.job import Job
-from octavo.encoding.tasks import weighed
 from octavo.errors import RequestError
 from octavo.methods import Setting, get_method
 
-#: Octaves by which a continuous setting is made coarser; sizes have jumps, so that less than one may free nothing.
+#: Octaves by which a continuous setting is made coarser; sizes have jumps, so less than one octave may free nothing.
 _OCTAVES = (0.03, 0.1, 0.3, 1.0, 2.0)
-#: Coarser settings of a site that are tried to free some bytes, and how often all sites are gone through.
+#: Coarser settings of a site tried to free bytes, and the number of passes over all sites.
 _RUNGS, _PASSES = len(_OCTAVES), 8
-#: Finer settings of a site that are tried to spend what is left.
+#: Finer settings of a site tried to spend the remaining bytes.
 _FINER = 2
-#: Points of one method that are closer than this many octaves tell no slope, since sizes have jumps.
+#: Points of one method closer than this many octaves give no slope, since sizes have jumps.
 _APART = 0.02
-#: Sites that an error names, and those that are searched for coarser settings that it can name.
+#: Number of sites named in an error, and of sites searched for coarser settings to suggest.
 _SHOWN, _SEARCHED = 3, 8
 
 
-def carry_out(
-    job: Job, profile: Profile, calibration: Calibration, room: Workspace, plan: Plan
-) -> tuple[Built, Profile]:
-    """Encode a plan of a file; returns it, and the profile with what was learned of it on the way.
+def pinned_by(run: Run, plan: Plan) -> Run:
+    """The run with what the user chose when a plan was made: nothing moves it."""
+    chosen = {name: plan.points[name] for name in plan.pinned if name in plan.points}
+    pinned = {**run.opened.pinned, **{name: (point.method, point.setting) for name, point in chosen.items()}}
+    return replace(run, opened=replace(run.opened, pinned=pinned))
 
-    Its sizes are estimates. As it was written its continuous settings are moved until the artifact uses the budget; if
-    they cannot be moved far enough, a few sites get the next coarser setting of their method, or what is left is spent
-    on finer ones. An edited plan is kept as it is.
+
+def carry_out(run: Run, profile: Profile, plan: Plan) -> tuple[Built, Profile]:
+    """Encode a plan from a file; returns the built plan and the profile with the points measured on the way.
+
+    The sizes in the file are estimates. Continuous settings of an unedited plan are moved until the artifact uses the
+    budget. If that is not enough, a few sites get the next coarser setting of their method, or the remaining bytes are
+    spent on finer ones. An edited plan is kept unchanged.
 
     Raises
     ------
     RequestError
-        If an edited plan exceeds its budget, with the sites that take more than the plan says, and what would fit.
+        If an edited plan exceeds its budget; names the sites that exceed the plan, and settings that would fit.
     BudgetError
         If no coarser settings are left.
     """
-    # Nothing moves what the user chose when the plan was made.
-    chosen = {name: plan.points[name] for name in plan.pinned if name in plan.points}
-    job.pinned = {**job.pinned, **{name: (point.method, point.setting) for name, point in chosen.items()}}
-    asked = plan.budget
-    carried, stated = _Carried.of(job, profile, calibration, room, plan), plan.points
+    asked, count = plan.budget, run.opened.target.total
+    carried, stated = _Carried.of(run, profile, plan), plan.points
     edited = plan.label == EDITED
     plan, packed, contents = carried.encoded(plan, None if edited else asked)
-    if edited and contents.counted > asked.bytes:
-        raise carried.too_large(plan, stated, contents.counted)
+    total = count(contents)
+    if edited and total > asked.bytes:
+        raise carried.too_large(plan, stated, total)
     for _ in range(_PASSES):
-        excess = contents.counted - asked.bytes
+        excess = total - asked.bytes
         if excess <= 0:
-            built = measured(job, carried.profile, plan, packed, contents)
-            if not edited and contents.counted < asked.least:
-                built = topped(job, carried.with_finer(plan), calibration, room, built, asked)
+            built = measured(run, carried.profile, plan, packed, contents)
+            if not edited and total < asked.least:
+                built = topped(run, carried.with_finer(plan), built, asked)
             return built, carried.profile
-        # A step coarser multiplies what a site loses by about four at most: it costs least where little is lost.
+        # One step coarser multiplies a site's loss by at most about four: it costs least where the loss is small.
         order = sorted(plan.points, key=lambda name: plan.points[name].loss)
         coarser = carried.coarser(plan.points, order, excess)
         if not coarser:
             break
         plan, packed, contents = carried.encoded(replace(plan, points={**plan.points, **coarser}), None)
-    raise unreachable(asked, profile.original_bytes, contents.counted)
+        total = count(contents)
+    raise unreachable(asked, profile.original_bytes, total)
 
 
 @dataclass(frozen=True)
 class _Carried:
-    """What encoding the sites of a plan needs.
+    """Everything needed to encode the sites of a plan.
 
     Parameters
     ----------
     unprofiled
-        Curves of sites that were not profiled by the plan's method, so that what is seen of them has to tell how their
-        bytes depend on its settings.
+        Curves of sites that were not profiled with the plan's method: points encoded here show how their bytes depend
+        on its settings.
     """
 
-    job: Job
+    run: Run
     profile: Profile
-    calibration: Calibration
-    room: Workspace
     unprofiled: dict[str, Curve]
 
     @classmethod
-    def of(cls, job: Job, profile: Profile, calibration: Calibration, room: Workspace, plan: Plan) -> _Carried:
+    def of(cls, run: Run, profile: Profile, plan: Plan) -> _Carried:
         curves = {curve.site: replace(curve, points=list(curve.points)) for curve in profile.curves}
         unprofiled = {name: curve for name, curve in curves.items() if not _profiled(curve, plan.points[name])}
-        return cls(job, replace(profile, curves=list(curves.values())), calibration, room, unprofiled)
+        return cls(run, replace(profile, curves=list(curves.values())), unprofiled)
 
     def encoded(self, plan: Plan, asked: Budget | None) -> tuple[Plan, dict[str, Packed], Contents]:
-        """A plan with the exact bytes of its points; with a budget, its continuous settings are moved to it."""
+        """A plan with the exact bytes of its points; with a budget, its continuous settings are moved to meet it."""
 
         def seen(name: str, point: Point) -> None:
             if name not in self.unprofiled or get_method(point.method).elastic is None:
@@ -107,18 +108,18 @@ class _Carried:
             if all(abs(octaves(other.setting) - octaves(point.setting)) > _APART for other in same):
                 known.append(point)
 
-        found = encode_plan(self.job, self.profile, self.calibration, self.room, plan, asked, seen)
+        found = encode_plan(self.run, self.profile, plan, asked, seen)
         points, packed, contents = found
         return replace(plan, points=points), packed, contents
 
     def coarser(self, points: Mapping[str, Point], order: Sequence[str], excess: int) -> dict[str, Point]:
-        """Coarser points that free ``excess`` bytes: of the first site that can alone, or of several in their order.
+        """Coarser points that free ``excess`` bytes: of the first site that suffices alone, or of several in order.
 
-        What is returned may free less, and is empty if nothing can be freed.
+        The result may free less, and is empty if nothing can be freed.
         """
         found: dict[str, Point] = {}
         for name in order:
-            if name in self.job.pinned:
+            if name in self.run.opened.pinned:
                 continue
             for point in islice(self._rungs(name, points[name]), _RUNGS):
                 if points[name].bytes - point.bytes >= excess:
@@ -134,22 +135,23 @@ class _Carried:
         return taken
 
     def with_finer(self, plan: Plan) -> Profile:
-        """The profile, with finer settings of sites that were not profiled, and no methods there but the plan's."""
+        """The profile with finer settings of unprofiled sites, where only the plan's methods are used."""
         wanted = [
-            (self.job.site(name), get_method(point.method), setting)
+            (self.run.opened.site(name), get_method(point.method), setting)
             for name, point in plan.points.items()
-            if name in self.unprofiled and name not in self.job.pinned
+            if name in self.unprofiled and name not in self.run.opened.pinned
             for setting in self._finer(name, point)
         ]
-        evidence = self.calibration.evidence
+        evidence = self.run.calibration.evidence
         work = (
-            (site, self.job.matrix(site), evidence[site.name], method.name, setting) for site, method, setting in wanted
+            (site, self.run.opened.matrix(site), evidence[site.name], method.name, setting, self.run.opened.target)
+            for site, method, setting in wanted
         )
-        for (site, method, setting), found in zip(wanted, self.job.executor.map(weighed, work), strict=True):
+        for (site, method, setting), found in zip(wanted, self.run.executor.map(weighed, work), strict=True):
             if found is not None:
                 packed, loss = found
-                self.room.save_packed(site.name, method.name, setting, packed)
-                point = Point(method.name, setting, packed.counted(self.job.target), loss)
+                self.run.workspace.save_packed(site.name, method.name, setting, packed)
+                point = Point(method.name, setting, self.run.opened.target.bytes(packed), loss)
                 self.unprofiled[site.name].points.append(point)
         used = {point.method for point in plan.points.values()}
 
@@ -161,16 +163,16 @@ class _Carried:
 
     def _rungs(self, name: str, point: Point) -> Iterator[Point]:
         """Coarser points of a site, by the same method, with their exact bytes and their loss."""
-        site, evidence = self.job.site(name), self.calibration.evidence[name]
+        site, evidence = self.run.opened.site(name), self.run.calibration.evidence[name]
         for setting in self._settings(name, point):
             wanted = replace(point, setting=setting)
             try:
-                ((_, packed),) = self.job.encode_all({name: wanted}, self.calibration, self.room)
+                ((_, packed),) = encode_all(self.run, {name: wanted})
             except RequestError:
-                continue  # a method may find that a setting does not serve here
-            form = unpack(memoryview(packed.blob), packed.parts, packed.meta, (site.rows, site.columns))
-            loss = evidence.loss(form.dense() - self.job.matrix(site))
-            yield Point(point.method, setting, packed.counted(self.job.target), loss)
+                continue  # a method may find that a setting is not usable here
+            form = form_of(site, packed)
+            loss = evidence.loss(form.dense() - self.run.opened.matrix(site))
+            yield Point(point.method, setting, self.run.opened.target.bytes(packed), loss)
 
     def _settings(self, name: str, point: Point) -> Iterator[Setting]:
         method = get_method(point.method)
@@ -192,17 +194,19 @@ class _Carried:
         return offered[-_FINER:]
 
     def _offered(self, name: str, point: Point) -> list[Setting]:
-        site = self.job.site(name)
+        site = self.run.opened.site(name)
         method = get_method(point.method).at_site(site)
-        return method.offered(self.job.matrix(site), self.calibration.evidence[name], self.job.target)
+        return list(
+            self.run.opened.target.offers(method, self.run.opened.matrix(site), self.run.calibration.evidence[name])
+        )
 
     def too_large(self, plan: Plan, stated: Mapping[str, Point], total: int) -> RequestError:
-        """By how much an edited plan exceeds its budget, where, and what would fit."""
+        """The error for an edited plan over its budget: the excess, the sites, and settings that would fit."""
         excess = total - plan.budget.bytes
         over = {name: point.bytes - stated[name].bytes for name, point in plan.points.items()}
         order = sorted(over, key=lambda name: -over[name])
         sites = [
-            f"{name!r} takes {plan.points[name].bytes} bytes, the plan says {stated[name].bytes}"
+            f"{name!r} takes {plan.points[name].bytes} bytes, but the plan states {stated[name].bytes}"
             for name in order[:_SHOWN]
             if over[name] > 0
         ]
@@ -213,7 +217,7 @@ class _Carried:
         ]
         ratio = math.floor(self.profile.original_bytes / total * 100) / 100
         return RequestError(
-            f"{plan.origin}: was edited and takes {total} bytes, its budget is {plan.budget.bytes}, {excess} less"
+            f"{plan.origin}: the edited plan takes {total} bytes, {excess} more than its budget of {plan.budget.bytes}"
             + "".join(f"; {site}" for site in sites)
             + (f"; {' and '.join(choices)} would fit" if freed >= excess else "")
             + f"; choose coarser settings, or a budget of {total} (ratio {ratio:g})"
@@ -221,12 +225,12 @@ class _Carried:
 
 
 def _profiled(curve: Curve, point: Point) -> bool:
-    """Whether a curve has points of a point's method, and where that has a continuous setting, tells its slope."""
+    """Whether a curve has points of the point's method and, for a continuous setting, determines its slope."""
     if get_method(point.method).elastic is None:
         return any(other.method == point.method for other in curve.points)
     return sum(_kind(other) == _kind(point) for other in curve.points) > 1
 
 
 def _kind(point: Point) -> tuple[str, Setting]:
-    """What points have in common that differ in a continuous setting alone."""
+    """The key shared by points that differ only in a continuous setting."""
     return point.method, {**point.setting, get_method(point.method).elastic or "": 0}

@@ -1,4 +1,4 @@
-"""Encoding a plan so that its artifact uses the budget exactly, and the plans that it must beat."""
+"""Encoding a plan so that its artifact uses the budget exactly, and the baselines that it must beat."""
 
 from __future__ import annotations
 
@@ -9,67 +9,56 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from octavo.allocation.budget import Budget
+from octavo.allocation.counting import MARGIN
+from octavo.allocation.encoded import as_weights, encode_all, seal
 from octavo.allocation.leftover import upgrades
+from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import MIXED, ONE_FAMILY, Plan
 from octavo.allocation.profiles import Point, Profile, slope
 from octavo.allocation.rivals import Plain, best_uniform
 from octavo.allocation.solver import allocate, unreachable
 from octavo.artifact import Contents, Packed
-from octavo.calibration.calibrating import Calibration
-from octavo.calibration.workspace import Workspace
-from octavo.encoding.job import Job
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.methods import Setting, get_method
+from octavo.methods.base import dense_names
 from octavo.sources.narrowing import Narrowing
 from octavo.system.raw import Lazily
 
-#: Interpolated points miss their bytes by a little: plans aim this share below the budget and are finished exactly.
-MARGIN = 0.004
 _ROUNDS = 8
 _RETREATS = 3
-#: Plans that are built and measured to spend what the best of them leaves.
+#: Number of plans built and measured to spend the bytes that the best plan leaves.
 _TRIES = 10
-#: Share of its bytes that a site may gain or lose to close a small gap.
+#: Share of a site's bytes that may change to close a small gap.
 _SHARE = 0.04
-
-
-def margin_of(target: str) -> float:
-    """The share that plans leave free: none for memory, where every setting's bytes are known exactly."""
-    return MARGIN if target == "disk" else 0.0
 
 
 @dataclass
 class Built:
-    """A plan that was encoded: its exact contents and what it lost on held-back data.
+    """An encoded plan: its exact contents and its loss on held-out data.
 
-    Of a rival that nothing can be measured of, ``packed`` and ``contents`` are empty, and the figures are the plan's.
+    Where nothing can be measured of a rival, ``packed`` and ``contents`` are empty, and the figures are the plan's.
+
+    Parameters
+    ----------
+    bytes
+        Bytes of the artifact's files.
+    counted
+        What the budget counts: these bytes, or those in memory if it was made for memory.
+    refused
+        Sites where finer settings still fit, but did not lower the measured loss.
     """
 
     plan: Plan
     packed: dict[str, Packed]
     contents: Contents
     bytes: int
+    counted: int
     quality: float
     p95: float | None = None
-    #: Sites at which finer settings would still fit, but were built and did not lower the loss.
     refused: int = 0
 
-    @property
-    def counted(self) -> int:
-        """What the budget counts: artifact bytes, or those in memory if it was made for memory."""
-        return self.bytes if self.contents.resident is None else self.contents.resident
 
-
-def finish(
-    job: Job,
-    profile: Profile,
-    calibration: Calibration,
-    room: Workspace,
-    plan: Plan,
-    asked: Budget,
-    *,
-    exact: bool = True,
-) -> Built:
+def finish(run: Run, profile: Profile, plan: Plan, asked: Budget, *, exact: bool = True) -> Built:
     """Encode a plan and, if ``exact``, move continuous settings until the artifact uses the budget.
 
     Raises
@@ -77,67 +66,68 @@ def finish(
     RequestError
         If a plan that must not be moved exceeds the budget.
     """
-    points, packed, contents = encode_plan(job, profile, calibration, room, plan, asked if exact else None)
-    total, label = contents.counted, plan.label
+    count = run.opened.target.total
+    points, packed, contents = encode_plan(run, profile, plan, asked if exact else None)
+    total, label = count(contents), plan.label
     aim = asked.bytes
     for _ in range(_RETREATS if exact else 0):
         if total <= asked.bytes:
             break
-        # Continuous settings could not be moved close enough: points of known bytes never exceed the budget, and those
-        # that were measured on a sample do so by little, which the next attempt leaves free.
+        # Continuous settings could not be moved close enough. Points of known bytes never exceed the budget; sampled
+        # points exceed it slightly, and the next attempt leaves that much free.
         known = allocate(profile, replace(asked, bytes=aim), margin=2 * MARGIN, interpolate=False)
-        points, packed, contents = encode_plan(job, profile, calibration, room, known, None)
-        total, label = contents.counted, known.label
+        points, packed, contents = encode_plan(run, profile, known, None)
+        total, label = count(contents), known.label
         aim -= max(total - asked.bytes, 0)
     if total > asked.bytes and exact:
         raise unreachable(asked, profile.original_bytes, total)
     if total > asked.bytes:
         raise RequestError(
-            f"the plan takes {total} bytes, its budget is {asked.bytes}; choose coarser settings for some sites"
+            f"the plan takes {total} bytes, but its budget is {asked.bytes}; choose coarser settings for some sites"
         )
-    return measured(job, profile, replace(plan, points=points, label=label), packed, contents)
+    return measured(run, profile, replace(plan, points=points, label=label), packed, contents)
 
 
-def measured(job: Job, profile: Profile, plan: Plan, packed: dict[str, Packed], contents: Contents) -> Built:
-    """An encoded plan with what it takes, and what it loses on held-back data."""
-    total = contents.counted
+def measured(run: Run, profile: Profile, plan: Plan, packed: dict[str, Packed], contents: Contents) -> Built:
+    """An encoded plan with its bytes and its loss on held-out data."""
+    opened, target = run.opened, run.opened.target
+    total = target.total(contents)
     expected = sum(profile.corrected(curve, plan.points[curve.site].loss) for curve in profile.curves)
-    fixed = total - sum(item.counted(job.target) for item in packed.values())
-    size = contents.bytes if job.target == "memory" else total
+    fixed = total - sum(map(target.bytes, packed.values()))
     done = Plan(plan.budget, plan.points, expected, fixed, plan.label, plan.notes)
-    if not job.measurable:
-        return Built(done, packed, contents, size, expected)
+    if not opened.measurable:
+        return Built(done, packed, contents, contents.bytes, total, expected)
     stored = {name: kept.given for name, kept in contents.kept.items()}
-    losses = job.measure(Lazily({**job.weights(packed).made, **stored})).numpy()
-    return Built(done, packed, contents, size, float(losses.mean()), float(np.quantile(losses, 0.95)))
+    losses = run.measure(Lazily({**as_weights(opened, packed).made, **stored})).numpy()
+    return Built(done, packed, contents, contents.bytes, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
 
 
 def encode_plan(
-    job: Job,
+    run: Run,
     profile: Profile,
-    calibration: Calibration,
-    room: Workspace,
     plan: Plan,
     asked: Budget | None,
     seen: Callable[[str, Point], None] = lambda name, point: None,
 ) -> tuple[dict[str, Point], dict[str, Packed], Contents]:
-    """Encode a plan; with a budget, move its continuous settings until the bytes fit, if they can be made to.
+    """Encode a plan; with a budget, move its continuous settings until the bytes fit, if possible.
 
-    ``seen`` is called with the name of every site that was encoded, and its point.
+    ``seen`` is called with the name and the point of every encoded site.
     """
+    opened, target = run.opened, run.opened.target
     points, packed = dict(plan.points), dict[str, Packed]()
     moved = points
     signs: set[bool] = set()
     for attempt in range(_ROUNDS):
-        for done, (name, found) in enumerate(job.encode_all(moved, calibration, room)):
-            points[name], packed[name] = replace(moved[name], bytes=found.counted(job.target), estimated=False), found
+        for done, (name, found) in enumerate(encode_all(run, moved)):
+            points[name], packed[name] = replace(moved[name], bytes=target.bytes(found), estimated=False), found
             seen(name, points[name])
-            job.progress("encode", done + 1, len(moved))
-        contents = job.contents(packed, _kept(job, profile, points))
-        if asked is None or attempt == _ROUNDS - 1 or _fits(contents.counted, asked):
+            run.progress("encode", done + 1, len(moved))
+        contents = seal(opened, packed, _kept(opened, profile, points))
+        total = target.total(contents)
+        if asked is None or attempt == _ROUNDS - 1 or _fits(total, asked):
             break
-        free = {name: point for name, point in points.items() if name not in job.pinned}
-        missing = int(asked.bytes * (1 - MARGIN / 2)) - contents.counted
+        free = {name: point for name, point in points.items() if name not in opened.pinned}
+        missing = int(asked.bytes * (1 - MARGIN / 2)) - total
         signs.add(missing > 0)
         moved = _move(profile, free, missing, alone=len(signs) > 1)
         if not moved:
@@ -145,9 +135,9 @@ def encode_plan(
     return points, packed, contents
 
 
-def _kept(job: Job, profile: Profile, points: Mapping[str, Point]) -> Narrowing:
-    # Where no site loses anything, what is no site shall lose nothing either.
-    lossless = not job.pinned and all(point.loss == 0 for point in points.values())
+def _kept(opened: Opened, profile: Profile, points: Mapping[str, Point]) -> Narrowing:
+    # If no site loses anything, other tensors must not lose anything either.
+    lossless = not opened.pinned and all(point.loss == 0 for point in points.values())
     return Narrowing.EXACT if lossless else Narrowing(profile.options["kept"])
 
 
@@ -156,12 +146,11 @@ def _fits(total: int, asked: Budget) -> bool:
 
 
 def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone: bool) -> dict[str, Point]:
-    """New points of continuous settings that change the bytes by about ``missing``.
+    """New points with other continuous settings that change the bytes by about ``missing``.
 
-    A small gap is closed at the largest such sites alone, as few as close it with a small share of their bytes, so that
-    little has to be encoded again; a large one by moving all of them together, which keeps them at one slope. Once that
-    has overshot (a coder's sizes have jumps) only the largest is moved, so that sites may end on different sides of a
-    jump.
+    A small gap is closed at the largest such sites only: as few as a small share of their bytes allows, so that little
+    is encoded again. A large gap is closed by moving all of them together, which keeps them at one slope. After an
+    overshoot (coded sizes have jumps) only the largest is moved, so that sites may end on different sides of a jump.
     """
     elastic = {name: point for name, point in points.items() if get_method(point.method).elastic}
     if not elastic:
@@ -183,70 +172,62 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone:
 
 
 def contest(
-    job: Job,
-    profile: Profile,
-    calibration: Calibration,
-    room: Workspace,
-    mixed: Plan,
-    asked: Budget,
-    *,
-    plain: bool = False,
+    run: Run, profile: Profile, mixed: Plan, asked: Budget, *, plain: bool = False
 ) -> tuple[Built, Built | None]:
-    """Build the mixed plan and what it must beat; returns the winner, and the best uniform plan that was built.
+    """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
     The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
-    round-to-nearest. Where plans can be measured all are built, and the best wins. Where they cannot, the best expected
-    one is, and the figures of the others are expectations: encoding them would tell nothing more. What room the winner
-    leaves is then spent, if that lowers its loss.
+    the plain method. If plans can be measured, all are built and the best wins. If not, only the plan of least expected
+    loss is built, and the figures of the others are expectations. The bytes that the winner leaves are then spent if
+    that lowers its loss.
     """
-    aim = replace(asked, bytes=int(asked.bytes * (1 - margin_of(job.target))))
-    rivals = [*best_uniform(job, profile, calibration, room, aim), *single_families(profile, asked)[:1]]
-    plans = [mixed, *rivals] if job.measurable else sorted([mixed, *rivals], key=lambda plan: plan.expected)
-    built = [finish(job, profile, calibration, room, plans[0], asked)]
+    opened = run.opened
+    aim = replace(asked, bytes=int(asked.bytes * (1 - opened.target.margin)))
+    rivals = [*best_uniform(run, profile, aim), *single_families(profile, asked)[:1]]
+    plans = [mixed, *rivals] if opened.measurable else sorted([mixed, *rivals], key=lambda plan: plan.expected)
+    built = [finish(run, profile, plans[0], asked)]
     for plan in plans[1:]:
         if (known := _among(built, plan)) is not None:
             if plan.is_uniform and not known.plan.is_uniform and _alike(plan, known.plan):
-                known.plan.label = plan.label  # choosing site by site came to one setting for all
+                known.plan.label = plan.label  # choosing site by site gave one setting for all
             continue
-        if not job.measurable:
-            built.append(Built(plan, {}, Contents({}), plan.bytes, plan.expected))
+        if not opened.measurable:
+            built.append(Built(plan, {}, Contents({}), plan.bytes, plan.bytes, plan.expected))
             continue
         try:
-            built.append(finish(job, profile, calibration, room, plan, asked))
+            built.append(finish(run, profile, plan, asked))
         except OctavoError as error:
-            job.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
-    if plain and job.measurable:
-        built += _plain(job, profile, calibration, room, asked, built)
-    best = min(built, key=lambda other: other.quality) if job.measurable else built[0]
+            opened.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
+    if plain and opened.measurable:
+        built += _plain(run, profile, asked, built)
+    best = min(built, key=lambda other: other.quality) if opened.measurable else built[0]
     even = min((other for other in built if other.plan.is_uniform), key=lambda other: other.quality, default=None)
-    return topped(job, profile, calibration, room, best, asked), even
+    return topped(run, profile, best, asked), even
 
 
-def _plain(
-    job: Job, profile: Profile, calibration: Calibration, room: Workspace, asked: Budget, built: Sequence[Built]
-) -> list[Built]:
-    """Plain round-to-nearest at the same bytes, if it is worth building and not among the built."""
-    for plan in Plain(job, profile, calibration, room, asked).plans(min(other.quality for other in built)):
+def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) -> list[Built]:
+    """Plain round-to-nearest at the same bytes, if it may win and was not built yet."""
+    for plan in Plain(run, profile, asked).plans(min(other.quality for other in built)):
         if _among(built, plan) is not None:
             break
         try:
-            return [finish(job, profile, calibration, room, plan, asked, exact=False)]
+            return [finish(run, profile, plan, asked, exact=False)]
         except RequestError:
             continue
     return []
 
 
-def topped(job: Job, profile: Profile, calibration: Calibration, room: Workspace, best: Built, asked: Budget) -> Built:
-    """A built plan with the room that it leaves spent on finer settings, as far as that lowers its loss.
+def topped(run: Run, profile: Profile, best: Built, asked: Budget) -> Built:
+    """A built plan with its remaining bytes spent on finer settings, as far as that lowers its loss.
 
-    Where continuous settings use the budget there is nothing left to spend. All sites that may rise do so together;
-    if that does not help, both halves of them are tried, and halves of these.
+    Continuous settings use the budget up, so this applies only without them. All sites that can be finer are changed
+    together; if that does not help, each half is tried, then halves of these.
     """
-    if job.target == "disk" and best.counted >= asked.least:
+    if not run.opened.target.exhaustive and best.counted >= asked.least:
         return best
 
     def finer() -> list[dict[str, Point]]:
-        found = dict(upgrades(profile, best.plan.points, asked.bytes - best.counted, job.pinned))
+        found = dict(upgrades(profile, best.plan.points, asked.bytes - best.counted, run.opened.pinned))
         return [found] if found else []
 
     waiting, refused = finer(), set[str]()
@@ -256,9 +237,9 @@ def topped(job: Job, profile: Profile, calibration: Calibration, room: Workspace
         sites = waiting.pop(0)
         plan = replace(best.plan, points={**best.plan.points, **sites}, label=MIXED)
         try:
-            built = finish(job, profile, calibration, room, plan, asked, exact=False)
+            built = finish(run, profile, plan, asked, exact=False)
         except RequestError:
-            built = None  # sizes of large matrices are estimates, and these were too low
+            built = None  # sizes of large matrices are estimates, and these were too small
         if built is not None and built.quality < best.quality:
             best, refused = built, set()
             waiting = finer()
@@ -272,12 +253,12 @@ def topped(job: Job, profile: Profile, calibration: Calibration, room: Workspace
 
 
 def _among(built: Sequence[Built], plan: Plan) -> Built | None:
-    """The one of the built plans that is the same as a plan."""
+    """The built plan that equals a given plan."""
     return next((other for other in built if _same(plan, other.plan)), None)
 
 
 def _alike(one: Plan, other: Plan) -> bool:
-    """Whether all settings are the same but for continuous ones."""
+    """Whether all settings except continuous ones are equal."""
 
     def fixed(point: Point) -> Setting:
         return {**point.setting, get_method(point.method).elastic or "": 0}
@@ -286,7 +267,7 @@ def _alike(one: Plan, other: Plan) -> bool:
 
 
 def _same(one: Plan, other: Plan) -> bool:
-    """Whether two plans differ by no more than the finishing of their continuous settings."""
+    """Whether two plans differ only by the final adjustment of their continuous settings."""
     if {name: point.method for name, point in one.points.items()} != {n: p.method for n, p in other.points.items()}:
         return False
     return all(
@@ -295,16 +276,16 @@ def _same(one: Plan, other: Plan) -> bool:
 
 
 def single_families(profile: Profile, asked: Budget) -> list[Plan]:
-    """The best plan of every family on its own, best expected loss first. Dense storage belongs to every family."""
-    used = {point.method for curve in profile.curves for point in curve.points}
+    """The best plan of every single family, best expected loss first. Dense storage belongs to every family."""
+    used, dense = {point.method for curve in profile.curves for point in curve.points}, dense_names()
     families: dict[str, list[str]] = {}
-    for name in sorted(used - {"keep"}):
+    for name in sorted(used - dense):
         families.setdefault(get_method(name).family, []).append(name)
     plans = []
     for family, names in families.items():
         try:
-            # Expected losses are no more than that: where settings are few, this is a second opinion on them as well.
-            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, "keep"], thorough=False)
+            # Losses are only expectations: if settings are few, these plans are also a second opinion on them.
+            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, *dense], thorough=False)
         except BudgetError:
             continue
         plan.label, plan.notes = ONE_FAMILY, [family]

@@ -1,10 +1,10 @@
-"""Reconstruction: what rounding did to a model's outputs is mended where mending is free or nearly so.
+"""Reconstruction: correcting the effect of rounding on a model's outputs with parameters that cost almost no bytes.
 
-Codes stay as they are. What is stored as floats anyway (norms, biases) and one small factor a row of every linear
-layer are fitted to the source's own outputs, by gradient, over the calibration data. This is the learned part of
-norm tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118,
-section 3.3), against the objective that is measured and not block by block. The outcome is taken only if it is better
-on held-back data.
+Codes are not changed. Tensors stored as floats anyway (norms, biases) and one small factor per row of every linear
+layer are fitted to the source's outputs by gradient descent on the calibration data. This is the learned part of norm
+tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118, section
+3.3). It optimizes the measured objective and not single blocks. The result is kept only if it is better on held-out
+data.
 """
 
 from __future__ import annotations
@@ -18,92 +18,93 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.artifact import Packed, pack, unpack
-from octavo.calibration.calibrating import Calibration
+from octavo.allocation.encoded import as_weights, form_of
+from octavo.allocation.opened import Opened, Run
+from octavo.artifact import Packed, pack
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Loss
 from octavo.encoding.finish import Built
-from octavo.encoding.job import Job
-from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
+from octavo.forms import row_scaled
 from octavo.sources.batches import Batch, Whole, select, sequences_in
 from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
 from octavo.system.raw import Lazily
 
-#: Positions of the calibration data to learn from, repeats counted.
+#: Positions of the calibration data to learn from, including repeats.
 POSITIONS = {"default": 1 << 14, "best": 1 << 16}
 #: Positions in one step, within these numbers of examples.
 _STEP, _FEWEST, _MOST = 512, 4, 32
-#: Relative change a step (docs/decisions.md).
+#: Relative change per step (docs/decisions.md).
 _RATE = 3e-3
-#: Below this loss bfloat16's own noise (near 6e-4 in KL) would be learned from.
+#: Below this loss the fit would learn bfloat16 noise (near 6e-4 in KL).
 _COARSE = 0.01
-#: Bytes a row that gains take at most, and bytes a site: manifest entry and coded head.
+#: Largest overhead of gains: bytes per row, and bytes per site (manifest entry and coded head).
 _ROW_BYTES, _SITE_BYTES = 0.5, 120
-#: Gains that take more than this share of the budget are not worth it.
+#: Gains that take more than this share of the budget are not used.
 _LARGEST_SHARE = 0.006
 
 
-def reserve(job: Job, budget: int, preset: str) -> int:
+def reserve(opened: Opened, budget: int) -> int:
     """Bytes to leave free for gains, 0 if there will be none."""
-    if preset not in POSITIONS or not _possible(job):
+    if opened.request.preset not in POSITIONS or not _possible(opened):
         return 0
-    sites = [job.site(name) for name in _linear(job)]
+    sites = [opened.site(name) for name in _linear(opened)]
     wanted = math.ceil(sum(_ROW_BYTES * site.rows + _SITE_BYTES for site in sites))
     return wanted if wanted <= _LARGEST_SHARE * budget else 0
 
 
-def reconstruct(job: Job, calibration: Calibration, built: Built, budget: int, preset: str) -> Built:
-    """A built plan with its norms, biases and row gains fitted; the plan as it was if that is not better.
+def reconstruct(run: Run, built: Built, budget: int) -> Built:
+    """A built plan with fitted norms, biases and row gains; the original plan if that is not better.
 
     Parameters
     ----------
     budget
-        Bytes that the artifact may take. Gains are left out if they do not fit.
-    preset
-        Tells how long to learn; ``fast`` does not learn.
+        Largest size of the artifact in bytes. Gains are left out if they do not fit.
     """
-    if preset not in POSITIONS or not _possible(job) or not built.quality > 0:
+    preset = run.opened.request.preset
+    if preset not in POSITIONS or not _possible(run.opened) or not built.quality > 0:
         return built
-    fit = _Fit(job, calibration, built)
+    fit = _Fit(run, built)
     fit.learn(POSITIONS[preset])
     for gains in (True, False):
         found = fit.built(gains=gains)
         if found.bytes <= budget and found.quality < built.quality:
             return found
-    job.notes.append("reconstruction of norms, biases and row gains did not help on held-back data and was left out")
+    run.opened.notes.append(
+        "reconstruction of norms, biases and row gains did not lower the loss on held-out data and was skipped"
+    )
     return built
 
 
-def _possible(job: Job) -> bool:
-    # A loss with labels of its own is no distance from the source: to lower it further would be training.
-    # A model that does not fit in memory has no gradients from end to end.
-    # A kernel that runs packed codes has no place for gains.
-    whole = job.measurable and not job.source.is_skeleton and job.target == "disk"
-    return whole and bool(job.calibration_data) and not isinstance(job.objective, Loss)
+def _possible(opened: Opened) -> bool:
+    # A loss with labels is not a distance from the source: lowering it further would be training. A model that does not
+    # fit in memory has no end-to-end gradients. A kernel that runs packed codes has no place for gains.
+    whole = opened.measurable and not opened.source.is_skeleton and opened.target.tunable
+    return whole and bool(opened.calibration_data) and not isinstance(opened.objective, Loss)
 
 
-def _linear(job: Job) -> dict[str, nn.Module]:
+def _linear(opened: Opened) -> dict[str, nn.Module]:
     """Sites whose rows are outputs of a linear layer, with their modules."""
     found: dict[str, nn.Module] = {}
-    for site in job.sites:
-        owner = job.source.owner(site.name)
+    for site in opened.sites:
+        owner = opened.source.owner(site.name)
         turns = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"
-        if owner is not None and turns and site.kind == "linear" and site.name not in job.pinned:
+        if owner is not None and turns and site.kind == "linear" and site.name not in opened.pinned:
             found[site.name] = owner
     return found
 
 
 class _Fit:
-    """What is learned: relative changes of kept tensors and of rows, all zero at first."""
+    """The fitted parameters: relative changes of kept tensors and of rows, initially zero."""
 
-    def __init__(self, job: Job, calibration: Calibration, built: Built) -> None:
-        self.job, self.old = job, built
-        assert job.source.module is not None
-        self.module = job.source.module
-        self.parameters = job.source.direct
-        self.weights = {**job.source.folded, **job.weights(built.packed)}
-        self.examples = max(sum(map(sequences_in, job.calibration_data)), 1)
+    def __init__(self, run: Run, built: Built) -> None:
+        opened, calibration = run.opened, run.calibration
+        self.run, self.opened, self.old = run, opened, built
+        assert opened.source.module is not None
+        self.module = opened.source.module
+        self.parameters = opened.source.direct
+        self.weights = {**opened.source.folded, **as_weights(opened, built.packed)}
+        self.examples = max(sum(map(sequences_in, opened.calibration_data)), 1)
         self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
         state = own_tensors(self.module)
         self.start: dict[str, Tensor] = {}
@@ -113,50 +114,45 @@ class _Fit:
                 continue
             weight = kept.tensor().float()
             learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
-            # What is coded as bits would take bytes that nobody planned for.
-            learnable = learnable and not kept.coded and not job.left[name].startswith("ignored")
+            # Changing a tensor that is coded as bits would take unplanned bytes.
+            learnable = learnable and not kept.coded and not opened.left[name].startswith("ignored")
             if learnable and weight.any() and weight.isfinite().all():
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
                 self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
         self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
-        self.owners = {name: owner for name, owner in _linear(job).items() if name in built.packed}
-        self.rows = {name: torch.zeros(job.site(name).rows) for name in self.owners}
+        self.owners = {name: owner for name, owner in _linear(opened).items() if name in built.packed}
+        self.rows = {name: torch.zeros(opened.site(name).rows) for name in self.owners}
 
     def kept(self) -> dict[str, Tensor]:
-        """Kept tensors as they are now."""
+        """The current values of kept tensors."""
         return {name: self.start[name] + self.units[name] * self.changes[name] for name in self.start}
 
-    def gains(self) -> dict[str, Tensor]:
-        """Row gains as they are stored."""
-        exponents = {name: (torch.log2(1 + change) * GAIN_DIVISIONS).round() for name, change in self.rows.items()}
-        return {name: e.clamp(-LARGEST_GAIN, LARGEST_GAIN).to(torch.int16) for name, e in exponents.items()}
-
     def learn(self, positions: int) -> None:
-        """Adam with a cosine schedule over as many positions, the data repeated as often as that takes."""
+        """Adam with a cosine schedule over that many positions, repeating the data as needed."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
-        batches = [piece for batch in self.job.calibration_data for piece in _pieces(batch, size)]
+        batches = [piece for batch in self.opened.calibration_data for piece in _pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.rows.values()]
         optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
         )
-        for step, batch in enumerate(_repeated(batches, steps, self.job.seed)):
+        for step, batch in enumerate(_repeated(batches, steps, self.opened.request.seed)):
             self._gradients(batch)
             optimizer.step()
             schedule.step()
-            self.job.progress("reconstruct", step + 1, steps)
+            self.run.progress("reconstruct", step + 1, steps)
 
     def _gradients(self, batch: Batch) -> None:
         """Set the gradient of every change to that of the mean divergence of a batch."""
-        objective, kept = self.job.objective, self.kept()
+        objective, kept = self.opened.objective, self.kept()
         device = next(self.module.parameters()).device.type
         coarse = self.old.quality > _COARSE
         state = own_tensors(self.module)
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.module, {}):
                 reference = objective.outputs(self.module, batch)
-            new = self.job.source.placed({**self.weights, **kept})
+            new = self.opened.source.placed({**self.weights, **kept})
             learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
             rows = {name: change.requires_grad_(True) for name, change in self.rows.items()}
             with replaced(self.module, new), _scaled(self.owners, rows):
@@ -170,8 +166,8 @@ class _Fit:
             change.grad = None if gradient is None else (gradient.float() * unit).to(change.device)
 
     def built(self, *, gains: bool) -> Built:
-        """The plan with what was learned, as it will be stored, measured on held-back data."""
-        job, old = self.job, self.old
+        """The plan with the fitted values as stored, measured on held-out data."""
+        opened, old = self.opened, self.old
         packed = {**old.packed, **(self._scaled_forms() if gains else {})}
         kept = dict(old.contents.kept)
         for name, tensor in self.kept().items():
@@ -182,21 +178,29 @@ class _Fit:
         total = contents.bytes
         plan = replace(old.plan, points=points, fixed_bytes=total - sum(item.bytes for item in packed.values()))
         stored = {name: item.given for name, item in kept.items()}
-        losses = job.measure(Lazily({**job.weights(packed).made, **stored})).double()
-        return Built(plan, packed, contents, total, float(losses.mean()), float(losses.quantile(0.95)))
+        losses = self.run.measure(Lazily({**as_weights(opened, packed).made, **stored})).double()
+        return Built(
+            plan,
+            packed,
+            contents,
+            total,
+            opened.target.total(contents),
+            float(losses.mean()),
+            float(losses.quantile(0.95)),
+        )
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}
-        for name, gains in self.gains().items():
-            if bool(gains.any()):
-                item, site = self.old.packed[name], self.job.site(name)
-                base = unpack(memoryview(item.blob), item.parts, item.meta, (site.rows, site.columns))
-                result[name] = pack(Scaled(base, gains))
+        for name, change in self.rows.items():
+            base = form_of(self.opened.site(name), self.old.packed[name])
+            form = row_scaled(base, 1 + change)
+            if form is not base:
+                result[name] = pack(form)
         return result
 
 
 class _Value:
-    """A tensor that is read where others are read from the source."""
+    """A tensor that takes the place of one read from the source."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -215,7 +219,7 @@ def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def _repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
-    """So many batches, in a new random order every time round."""
+    """The given number of batches, in a new random order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
@@ -225,7 +229,7 @@ def _repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients; at the end each is as it was."""
+    """A context in which no parameter requires gradients; afterwards each is restored."""
     wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
     module.requires_grad_(False)
     try:

@@ -1,4 +1,4 @@
-"""What a form is: how the content of a site is stored, restored and run."""
+"""The base class of forms: how the content of a site is stored, restored and run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from octavo.coding.allowance import Allowance
 from octavo.errors import ArtifactError
 
-#: Where :func:`restore` tells :func:`child` how deep it is, among what the manifest says.
+#: The key of the manifest entry under which :func:`restore` passes the nesting depth to :func:`child`.
 _WITHIN = "_within"
 _FORMS: dict[str, type[Form]] = {}
 
-#: Forms nest (``Sum(Grid, LowRank(Grid, Grid))``); a stranger's manifest may not nest deeper than this.
+#: Forms nest (``Sum(Grid, LowRank(Grid, Grid))``); an untrusted manifest may not nest deeper than this.
 MAX_DEPTH = 6
-#: Bytes of memory that a form may take for every weight: 48 times those of a float32.
+#: Bytes of memory that a form may take per weight: 48 times those of a float32.
 _MOST = 192
-#: What a form may take whatever its size: 4 MB.
+#: Bytes that a form may take regardless of its size: 4 MB.
 _LEAST = 4 << 20
 #: Weights that are decoded at once while running: 4 MB of them.
 _AT_ONCE = 1 << 20
@@ -37,6 +37,8 @@ class Form(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether it is made of factors that can be applied one after another.
+    factored: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -45,7 +47,7 @@ class Form(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to store, by part name. Parts of a nested form are prefixed ``child/``."""
+        """The tensors to store, by part name. Parts of a nested form have the prefix ``child/``."""
 
     @abstractmethod
     def meta(self) -> dict[str, Any]:
@@ -59,15 +61,15 @@ class Form(ABC):
     @classmethod
     @abstractmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:
-        """Bytes of memory that :meth:`restore` and :meth:`dense` take at most, intermediates and the result included.
+        """Largest memory of :meth:`restore` and :meth:`dense` in bytes, with intermediates and the result.
 
-        Stored parts and nested forms are counted by themselves. It is asked before anything is restored, so ``meta``
-        is not checked yet; too much is refused (:func:`allowance_for`).
+        Stored parts and nested forms are counted separately. This is called before anything is restored, so ``meta`` is
+        not checked yet. A form that needs too much is refused (:func:`allowance_for`).
         """
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The float32 matrix it stands for."""
+        """The float32 matrix that the form represents."""
 
     def lookup(self, index: Tensor) -> Tensor:
         """``dense()[index]`` for ``index`` (n,), without the rest of the matrix where that can be avoided."""
@@ -77,8 +79,20 @@ class Form(ABC):
         """``x @ dense().T`` for ``x`` of shape (..., columns), without the dense matrix where that is cheaper."""
         return x @ self.dense().to(x.dtype).t()
 
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:
+        """Bytes that it would take with so many times the rows.
+
+        Parameters
+        ----------
+        share
+            Rows then for each row now.
+        stored
+            Bytes that a form takes as it is.
+        """
+        return round(stored(self) * share)
+
     def held(self) -> list[Tensor]:
-        """The tensors that it holds in memory; those that are stored may be others."""
+        """The tensors that the form holds in memory; the stored ones may differ."""
         parts: list[Tensor] = []
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -91,7 +105,7 @@ class Form(ABC):
 
 
 def apply_by_rows(form: Form, x: Tensor) -> Tensor:
-    """``x @ dense().T`` that never holds more than a few rows of the matrix."""
+    """``x @ dense().T`` with only a few rows of the matrix in memory at a time."""
     rows, columns = form.shape
     step = max(1, _AT_ONCE // max(columns, 1))
     parts = (form.lookup(torch.arange(start, min(start + step, rows))) for start in range(0, rows, step))
@@ -99,7 +113,7 @@ def apply_by_rows(form: Form, x: Tensor) -> Tensor:
 
 
 def form(name: str) -> Callable[[type[Form]], type[Form]]:
-    """Register a form class under the name that stands in manifests."""
+    """Register a form class under the name used in manifests."""
 
     def register(cls: type[Form]) -> type[Form]:
         if name in _FORMS:
@@ -116,14 +130,19 @@ def form_names() -> list[str]:
     return sorted(_FORMS)
 
 
+def form_class(name: object) -> type[Form] | None:
+    """The class of a form by its name; None if there is none."""
+    return _FORMS.get(name) if isinstance(name, str) else None
+
+
 def allowance_for(shape: tuple[int, int]) -> Allowance:
-    """The memory that any form of a matrix of this shape may take while it is restored and made dense."""
+    """The memory that any form of a matrix of this shape may take while being restored and made dense."""
     return Allowance(_MOST * elements(shape) + _LEAST)
 
 
 @dataclass(frozen=True)
 class _Within:
-    """Where a form is nested, and the memory that is left for it."""
+    """The depth at which a form is nested, and the memory left for it."""
 
     depth: int
     allowance: Allowance
@@ -137,12 +156,12 @@ def restore(
     depth: int = 0,
     allowance: Allowance | None = None,
 ) -> Form:
-    """Rebuild a form of ``shape`` from stored parts; anything inconsistent is an :class:`ArtifactError`.
+    """Rebuild a form of ``shape`` from stored parts; anything inconsistent raises :class:`ArtifactError`.
 
     Parameters
     ----------
     allowance
-        Memory that the form may take, that of making it dense included; by default that of :func:`allowance_for`.
+        Memory that the form may take, including making it dense; :func:`allowance_for` by default.
     """
     allowance = allowance or allowance_for(shape)
     if depth > MAX_DEPTH:
@@ -158,16 +177,18 @@ def restore(
         raise
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error):
-            raise ArtifactError(f"a {kind} form of shape {shape} takes more memory than there is: {error}") from error
+            raise ArtifactError(
+                f"a {kind} form of shape {shape} needs more memory than is available: {error}"
+            ) from error
         raise ArtifactError(f"the parts of a {kind} form of shape {shape} do not fit together: {error}") from error
-    # What a form did not read, or read as something else ("24" as two modes, 4.7 groups as 4), Octavo did not write.
+    # Octavo did not write a value that the form did not read or read differently ("24" as two modes, 4.7 groups as 4).
     odd = sorted(str(key) for key in {*meta, *own} if key not in meta or key not in own or meta[key] != own[key])
-    expect(not odd, f"a {kind} form of shape {shape} is described by {', '.join(odd)[:200]} otherwise than Octavo does")
+    expect(not odd, f"a {kind} form of shape {shape} has entries that Octavo does not write ({', '.join(odd)[:200]})")
     return made
 
 
 def child(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str, shape: tuple[int, int]) -> Form:
-    """Restore the nested form called ``name`` of a form that is itself being restored."""
+    """Restore the nested form ``name`` of a form that is being restored."""
     prefix = f"{name}/"
     parts = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
     within: _Within = meta[_WITHIN]
@@ -180,9 +201,9 @@ def nest(**children: Form) -> dict[str, Tensor]:
 
 
 def with_leaves(form: Form, change: Callable[[Form], Form]) -> Form:
-    """The same nest of forms, with every form that holds no other replaced by what ``change`` makes of it.
+    """A copy of nested forms in which ``change`` replaced every form that holds no other form.
 
-    So factors are quantized after they were found, or trained in the form in which they will be stored.
+    With it, factors are quantized after they were found, or trained in the form in which they will be stored.
     """
     changes: dict[str, Any] = {}
     for field in fields(form):  # type: ignore[arg-type]
@@ -195,23 +216,24 @@ def with_leaves(form: Form, change: Callable[[Form], Form]) -> Form:
 
 
 def expect(condition: bool, message: str) -> None:
-    """Raise :class:`ArtifactError` unless ``condition`` holds: the check of everything read from a file."""
+    """Raise :class:`ArtifactError` unless ``condition`` is true; every value read from a file is checked with this."""
     if not condition:
         raise ArtifactError(message)
 
 
 def expect_integers(tensor: Tensor, shape: tuple[int, ...], part: str) -> Tensor:
     """Check dtype and shape of an integer part."""
-    expect(not tensor.dtype.is_floating_point, f"part {part!r} should hold integers, it holds {tensor.dtype}")
+    expect(not tensor.dtype.is_floating_point, f"part {part!r} has dtype {tensor.dtype}, expected integers")
     expect(tuple(tensor.shape) == shape, f"part {part!r} has shape {tuple(tensor.shape)}, expected {shape}")
     return tensor
 
 
 def expect_floats(tensor: Tensor, part: str, *, elements: int | None = None) -> Tensor:
     """Check that a floating part is floating, finite and, if given, has ``elements`` elements."""
-    expect(tensor.dtype.is_floating_point, f"part {part!r} should hold floats, it holds {tensor.dtype}")
+    expect(tensor.dtype.is_floating_point, f"part {part!r} has dtype {tensor.dtype}, expected floats")
     expect(
-        elements is None or tensor.numel() == elements, f"part {part!r} has {tensor.numel()} elements, not {elements}"
+        elements is None or tensor.numel() == elements,
+        f"part {part!r} has {tensor.numel()} elements, expected {elements}",
     )
     expect(bool(torch.isfinite(tensor).all()), f"part {part!r} holds NaN or Inf")
     return tensor

@@ -1,4 +1,4 @@
-"""A matrix without the rows and columns that were cut away."""
+"""A matrix without the rows and columns that were removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octavo.forms.base import Form, child, elements, expect, expect_integers, fo
 class Cut(Form):
     """``weight[i, j]`` is the next element of ``inner`` where row ``i`` and column ``j`` are kept, and 0 elsewhere.
 
-    Neurons, heads and channels that were cut cost one bit each here, and the module keeps its shapes.
+    Each removed neuron, head or channel costs one bit, and the module keeps its shapes.
 
     Parameters
     ----------

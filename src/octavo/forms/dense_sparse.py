@@ -11,11 +11,11 @@ from torch import Tensor
 
 from octavo.forms.base import Form, child, expect, expect_integers, form, nest
 
-#: Inputs for which products with atoms are gathered; for more of them that takes more than the dense product.
+#: Largest number of inputs for which products with atoms are gathered; beyond it the dense product is cheaper.
 _FEW = 4
-#: Atoms for every column of a block from which on rows are put together atom by atom.
+#: From this many atoms per column of a block, rows are assembled atom by atom.
 _MANY = 16
-#: Coefficients, zeros included, that are held at once.
+#: Coefficients, including zeros, held at once.
 _AT_ONCE = 1 << 22
 
 
@@ -24,8 +24,8 @@ _AT_ONCE = 1 << 22
 class DenseSparse(Form):
     """``weight = [S_1 D_1, S_2 D_2, ...]``: blocks of ``b`` columns, in each a dense dictionary ``D`` of ``m`` atoms.
 
-    Every row takes exactly ``k`` atoms of each dictionary. The last block may be cut where the columns end. Atoms in
-    rising order are stored as the gaps between them, which take fewer bits.
+    Every row uses exactly ``k`` atoms of each dictionary. The last block may be narrower. Atoms in rising order are
+    stored as the gaps between them, which need fewer bits.
 
     Parameters
     ----------
@@ -68,20 +68,22 @@ class DenseSparse(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> DenseSparse:  # noqa: D102
         nonzeros, atoms, width = (int(meta[key]) for key in ("nonzeros", "atoms", "width"))
-        expect(meta["columns"] == shape[1], f"{meta['columns']} columns for a matrix of shape {shape}")
-        expect(0 < width <= shape[1], f"blocks of {width} columns for a matrix of shape {shape}")
-        expect(0 < nonzeros <= atoms <= max(shape[0], width), f"{nonzeros} of {atoms} atoms for shape {shape}")
+        expect(meta["columns"] == shape[1], f"{meta['columns']} columns do not fit a matrix of shape {shape}")
+        expect(0 < width <= shape[1], f"blocks of {width} columns do not fit a matrix of shape {shape}")
+        expect(0 < nonzeros <= atoms <= max(shape[0], width), f"{nonzeros} of {atoms} atoms do not fit shape {shape}")
         blocks = -(-shape[1] // width)
-        expect(not {"gaps", "index"} <= set(tensors), "atoms are given twice, as gaps and as an index")
+        expect(not {"gaps", "index"} <= set(tensors), "atoms are stored twice, as gaps and as an index")
         part = "gaps" if "gaps" in tensors else "index"
         index = expect_integers(tensors[part], (shape[0], blocks * nonzeros), part)
         if part == "gaps":
             expect(not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, "a gap is out of range")
             places = (index.long() + 1).unflatten(1, (blocks, nonzeros)).cumsum(2) - 1
-            expect(not places.numel() or int(places.max()) < atoms, f"gaps lead beyond {atoms} atoms")
+            expect(not places.numel() or int(places.max()) < atoms, f"gaps point beyond {atoms} atoms")
             fits = not places.numel() or int(places.max()) <= torch.iinfo(index.dtype).max
             index = places.flatten(1).to(index.dtype if fits else torch.int32)
-        expect(not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, f"an atom is none of {atoms}")
+        expect(
+            not index.numel() or 0 <= int(index.min()) <= int(index.max()) < atoms, f"an atom number exceeds {atoms}"
+        )
         values = child(tensors, meta, "values", (shape[0], blocks * nonzeros))
         return cls(values, index, child(tensors, meta, "dictionary", (blocks * atoms, width)), nonzeros, shape[1])
 
@@ -116,7 +118,7 @@ class DenseSparse(Form):
         return self.dictionary.dense().unflatten(0, (self.values.shape[1] // self.nonzeros, -1))
 
     def _flat(self, index: Tensor) -> Tensor:
-        """Atoms counted through all blocks, (rows, blocks * k)."""
+        """Atoms numbered across all blocks, (rows, blocks * k)."""
         blocks = self.values.shape[1] // self.nonzeros
         starts = torch.arange(blocks).repeat_interleave(self.nonzeros) * (self.dictionary.shape[0] // blocks)
         return index.long() + starts.to(index.device)

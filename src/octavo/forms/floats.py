@@ -1,8 +1,8 @@
-"""Matrices of floats as small integers that entropy-code well, without loss.
+"""Lossless storage of float matrices as small integers that entropy-code well.
 
-Steps and offsets of groups, read as the integers that their IEEE patterns are, are logarithms (piecewise linear ones).
-Their trailing zeros are dropped (float16 and bfloat16 values in float32 have many), rows and columns are taken off, and
-what is left is split: high digits, which are entropy-coded, and low ones, which are as good as random.
+The IEEE bit patterns of scales and offsets, read as integers, are piecewise linear logarithms. Their trailing zeros are
+dropped (float16 and bfloat16 values in float32 have many), and row and column means are subtracted. The remainder is
+split into high digits, which are entropy-coded, and low digits, which are almost random.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from octavo.forms.base import expect, expect_integers
 
-#: Elements from which the number of low digits is chosen.
+#: Elements sampled to choose the number of low digits.
 _SAMPLE = 1 << 16
 _INFINITY = 0x7F800000
 
 
 def split(values: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Integer parts and the few numbers that :func:`join` needs besides them.
+    """Integer parts and the few numbers that :func:`join` also needs.
 
     Parameters
     ----------
@@ -50,12 +50,12 @@ def join(parts: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int,
     """Exact inverse of :func:`split`; everything is checked."""
     shift, low, base = (meta[key] for key in ("shift", "low", "base"))
     expect(all(type(value) is int for value in (shift, low, base)), f"{dict(meta)} are not integers")
-    expect(0 <= shift < 32 and 0 <= low < 32 and 0 <= base < 1 << 31, f"{dict(meta)} describe no float32")
+    expect(0 <= shift < 32 and 0 <= low < 32 and 0 <= base < 1 << 31, f"{dict(meta)} do not describe float32 values")
     digits = {
         name: expect_integers(parts[name], size, name).long()
         for name, size in (("rows", shape[:1]), ("columns", shape[1:]), ("high", shape))
     }
-    # Sums of what a file says may not leave 64 bits.
+    # Sums of numbers from a file must not overflow 64 bits.
     expect(all(bool((part.abs() < 1 << 31).all()) for part in digits.values()), "digits of floats are out of range")
     patterns = digits["high"] << low
     if low:
@@ -63,7 +63,10 @@ def join(parts: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int,
         expect(bool(((rest >= 0) & (rest < 1 << low)).all()), f"low digits exceed {low} bits")
         patterns |= rest
     patterns += digits["rows"][:, None] + digits["columns"] + base
-    expect(bool(((patterns >= 0) & (patterns < _INFINITY >> shift)).all()), "a float is not finite, or has two signs")
+    expect(
+        bool(((patterns >= 0) & (patterns < _INFINITY >> shift)).all()),
+        "a float is not finite, or its sign is inconsistent",
+    )
     values = (patterns << shift).int().view(torch.float32)
     if "negative" not in parts:
         return values
@@ -71,7 +74,7 @@ def join(parts: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int,
 
 
 def _trailing_zeros(bits: Tensor) -> int:
-    """Bits at the end that are zero in all patterns; at most 23, so that something is left."""
+    """Number of trailing bits that are zero in all patterns, at most 23."""
     shift = 23
     while shift and bool((bits & ((1 << shift) - 1)).any()):
         shift -= 1
@@ -79,7 +82,7 @@ def _trailing_zeros(bits: Tensor) -> int:
 
 
 def _low_digits(patterns: Tensor) -> int:
-    """How many of the low digits cost least stored as they are, a symbol of the high ones' table taken as a byte."""
+    """The number of low digits to store raw for the fewest bytes; each table symbol is counted as one byte."""
     sample = patterns.reshape(-1)[:: -(-patterns.numel() // _SAMPLE)]
 
     def cost(low: int) -> float:

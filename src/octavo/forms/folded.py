@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.forms.base import Form, child, elements, expect, form, nest
 
 #: Filters ``n``, channels ``c``, height ``h`` and width ``w`` in the order of the folded matrix, and how many of them
-#: make its rows. The fold that needs no form, ``n x (c h w)``, is called channel in the literature.
+#: make its rows. The fold ``n x (c h w)`` needs no form; the literature calls it channel.
 FOLDS: dict[str, tuple[tuple[int, int, int, int], int]] = {
     "spatial": ((1, 2, 0, 3), 2),  # (c h) x (n w): h x 1 filters, then 1 x w
     "filter": ((2, 3, 0, 1), 2),  # (h w) x (n c): with n groups of columns every filter is factored alone
@@ -52,8 +52,8 @@ class Folded(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Folded:  # noqa: D102
         which, (c, h, w) = meta["fold"], map(int, meta["kernel"])
-        expect(which in FOLDS, f"fold {which!r} is none of {', '.join(FOLDS)}")
-        expect(min(c, h, w) > 0 and c * h * w == shape[1], f"a kernel of {(c, h, w)} has not {shape[1]} elements")
+        expect(which in FOLDS, f"unknown fold {which!r}; choose from {', '.join(FOLDS)}")
+        expect(min(c, h, w) > 0 and c * h * w == shape[1], f"a kernel of {(c, h, w)} does not have {shape[1]} elements")
         return cls(child(tensors, meta, "inner", folded_shape(which, shape[0], (c, h, w))), which, (c, h, w))
 
     @classmethod

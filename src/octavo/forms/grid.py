@@ -11,8 +11,8 @@ from torch import Tensor
 
 from octavo.forms.base import Form, apply_by_rows, elements, expect, expect_floats, expect_integers, form
 
-#: Row and column steps are powers of two with this many divisions an octave: 9% apart, so that choosing the nearest
-#: costs next to nothing, while the exponents, being small integers, are entropy-coded to a few bits each.
+#: Row and column steps are powers of two with this many divisions per octave, so 9% apart. Rounding to the nearest
+#: costs almost nothing, and the exponents are small integers that entropy-code to a few bits each.
 DIVISIONS = 8
 # Exact constants, not exp2(), so that every machine restores the same bits.
 _FRACTIONS = torch.tensor([2.0 ** (k / DIVISIONS) for k in range(DIVISIONS)], dtype=torch.float64).float()
@@ -78,7 +78,7 @@ class Grid(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         scale, n = tensors["scale"], elements(shape)
-        # Codes as floats; steps and zero points by column where they are by group.
+        # Codes as floats; scales and zero points per column where they are stored per group.
         spread = 4 * n if scale.shape[-1] > 1 else 0
         return 4 * n + 3 * spread + 32 * (scale.numel() + sum(shape))
 

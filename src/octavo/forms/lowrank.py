@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class LowRank(Form):
         Form of shape (rank, columns).
     """
 
+    factored = True
+
     left: Form
     right: Form
 
@@ -41,12 +43,16 @@ class LowRank(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> LowRank:  # noqa: D102
         rank = int(meta["rank"])
-        expect(0 < rank <= max(shape), f"rank {rank} for a matrix of shape {shape}")
+        expect(0 < rank <= max(shape), f"rank {rank} does not fit a matrix of shape {shape}")
         return cls(child(tensors, meta, "left", (shape[0], rank)), child(tensors, meta, "right", (rank, shape[1])))
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         return 4 * elements(shape)
+
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:  # noqa: D102
+        # The right factor belongs to the columns.
+        return self.left.grown(share, stored) + stored(self.right)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.left.dense() @ self.right.dense()

@@ -1,8 +1,8 @@
-"""Rows that are dealt to blocks, each with a form of its own."""
+"""Rows assigned to blocks, each block with its own form."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,15 +21,18 @@ MOST_BLOCKS = 256
 class RowBlocks(Form):
     """A matrix whose row ``i`` is the next unread row of block ``member[i]``.
 
-    With a :class:`octavo.forms.LowRank` of its own rank in every block this is the block low rank of GroupReduce.
+    With a :class:`octavo.forms.LowRank` in every block, each of its own rank, this is the block low-rank form of
+    GroupReduce.
 
     Parameters
     ----------
     member
         (rows,) uint8, the block of every row.
     blocks
-        A form for each block, with as many rows as are its members, at least one.
+        A form for each block, with one row for each of its members; at least one block.
     """
+
+    factored = True
 
     member: Tensor
     blocks: tuple[Form, ...]
@@ -48,18 +51,21 @@ class RowBlocks(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> RowBlocks:  # noqa: D102
         count = int(meta["blocks"])
-        expect(0 < count <= MOST_BLOCKS, f"{count} blocks; there are 1 to {MOST_BLOCKS}")
+        expect(0 < count <= MOST_BLOCKS, f"{count} blocks; expected 1 to {MOST_BLOCKS}")
         member = expect_integers(tensors["member"], (shape[0],), "member")
-        # Before they are counted: counting takes memory for every number up to the largest.
-        expect(0 <= int(member.min()) <= int(member.max()) < count, f"a row is in none of the {count} blocks")
+        # Checked before counting, which allocates memory for every number up to the largest.
+        expect(0 <= int(member.min()) <= int(member.max()) < count, f"a row belongs to none of the {count} blocks")
         sizes = member.long().bincount(minlength=count).tolist()
-        expect(min(sizes) > 0, f"some of the {count} blocks have no row")
+        expect(min(sizes) > 0, f"some of the {count} blocks have no rows")
         blocks = [child(tensors, meta, f"block{number}", (size, shape[1])) for number, size in enumerate(sizes)]
         return cls(member.to(torch.uint8), tuple(blocks))
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         return 8 * elements(shape) + 64 * shape[0]
+
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:  # noqa: D102
+        return round(len(self.member) * share) + sum(block.grown(share, stored) for block in self.blocks)
 
     def dense(self) -> Tensor:  # noqa: D102
         return torch.cat([block.dense() for block in self.blocks])[self._places]
@@ -85,5 +91,5 @@ class RowBlocks(Form):
 
     @cached_property
     def _places(self) -> Tensor:
-        """Where every row is when the blocks stand one below the other."""
+        """The position of every row when the blocks are stacked."""
         return self.member.argsort(stable=True).argsort().int()

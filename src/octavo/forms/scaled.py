@@ -1,4 +1,4 @@
-"""Another form with its rows scaled a little, by factors too fine for the steps of a grid."""
+"""A form whose rows are scaled slightly, by factors finer than the steps of a grid."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from octavo.forms.base import Form, child, elements, expect, expect_integers, form, nest
 
-#: Gains are powers of two with this many divisions an octave: 0.5% apart.
+#: Gains are powers of two with this many divisions per octave: 0.5% apart.
 GAIN_DIVISIONS = 128
-#: Up to an octave either way: what is corrected is what rounding did to a row, which is a few percent.
+#: Up to an octave either way; the rounding error of a row that gains correct is a few percent.
 LARGEST_GAIN = GAIN_DIVISIONS
-# Python's own power of exact doubles, not a vectorised one, so that every machine restores the same bits.
+# Python's own power of exact doubles, not a vectorised one: every machine restores the same bits.
 _FACTORS = torch.tensor([2.0 ** (k / GAIN_DIVISIONS) for k in range(-LARGEST_GAIN, LARGEST_GAIN + 1)]).float()
 
 
@@ -54,7 +54,7 @@ class Scaled(Form):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Scaled:  # noqa: D102
         gains = expect_integers(tensors["gains"], (shape[0],), "gains")
         within = (gains >= -LARGEST_GAIN) & (gains <= LARGEST_GAIN)
-        expect(bool(within.all()), f"a gain is not within {LARGEST_GAIN} of zero")
+        expect(bool(within.all()), f"a gain is outside of -{LARGEST_GAIN}..{LARGEST_GAIN}")
         return cls(child(tensors, meta, "base", shape), gains)
 
     @classmethod
@@ -66,3 +66,12 @@ class Scaled(Form):
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.base.apply(x) * self.factors.to(x.dtype)
+
+
+def row_scaled(form: Form, factors: Tensor) -> Form:
+    """A form with its rows multiplied by factors (rows,), each rounded to the nearest gain that can be stored.
+
+    It is the form itself if none of them is worth a gain.
+    """
+    gains = (torch.log2(factors) * GAIN_DIVISIONS).round().clamp(-LARGEST_GAIN, LARGEST_GAIN).to(torch.int16)
+    return Scaled(form, gains) if bool(gains.any()) else form

@@ -1,10 +1,10 @@
-"""How the steps and offsets of groups are stored: as what they were once computed from, where that is smaller.
+"""How the scales and offsets of groups are stored: as the values they were computed from, where that is smaller.
 
 Quantizers fit a group's grid to its extremes and round the step to float16, ``step = float16((top - low) / levels)``.
-The extremes are weights of the original model. If that was bfloat16, they hold 8 bits each where the step holds 11, so
-the extreme is stored and the step computed again (``reach``). Quantizers of two levels give each block of groups one
-float16, and each group a small integer that multiplies it (``product``). Anything else is stored as it is (``plain``).
-All three restore the same bits: they use nothing but IEEE operations that are rounded correctly everywhere.
+The extremes are weights of the original model. In bfloat16 they hold 8 bits each while the step holds 11, so the
+extreme is stored and the step recomputed (``reach``). Two-level quantizers give each block of groups one float16, and
+each group a small integer that multiplies it (``product``). Anything else is stored unchanged (``plain``). All three
+restore the same bits, because they only use IEEE operations, which are rounded correctly everywhere.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch import Tensor
 from octavo.forms import floats
 from octavo.forms.base import expect, expect_integers
 
-#: Groups that may share one factor: those of 16 and of 32 columns in the blocks of 256 of GGUF's K-quants.
+#: Numbers of groups that may share one factor, as in GGUF's K-quants: blocks of 256 with groups of 16 or 32 columns.
 _BLOCKS = (16, 8)
-#: Largest integer that multiplies a shared factor: 7 bits, and a group whose codes are all even or threefold.
+#: Largest integer that multiplies a shared factor: 7 bits, and a margin for groups whose codes are all even or
+#: multiples of three.
 _RATIO = 384
 #: Mantissa bits that bfloat16 does not have.
 _BFLOAT16 = 16
 
 
 def store(values: Tensor, levels: int, low: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Parts and numbers from which :func:`load` gives ``values`` again.
+    """Parts and numbers from which :func:`load` restores ``values``.
 
     Parameters
     ----------
@@ -36,7 +37,7 @@ def store(values: Tensor, levels: int, low: Tensor | None = None) -> tuple[dict[
     levels
         Largest magnitude of the codes that these steps multiply.
     low
-        What code 0 stands for, (rows, groups); None for zero.
+        The value of code 0, (rows, groups); None for zero.
     """
     reach = _reach(values, levels, low)
     if reach is not None:
@@ -60,11 +61,14 @@ def load(
         return floats.join(parts, meta, shape)
     if kind == "reach":
         levels = meta["levels"]
-        expect(type(levels) is int and 0 < levels < 1 << 24, f"steps of {levels!r} levels")
+        expect(type(levels) is int and 0 < levels < 1 << 24, f"{levels!r} is not a valid number of levels")
         return _steps(floats.join(parts, meta, shape), levels, low)
     expect(kind == "product", f"steps are stored as {kind!r}; this version knows plain, reach and product")
     block = meta["block"]
-    expect(type(block) is int and block > 0 and shape[1] % block == 0, f"{shape[1]} groups in blocks of {block!r}")
+    expect(
+        type(block) is int and block > 0 and shape[1] % block == 0,
+        f"{shape[1]} groups cannot be divided into blocks of {block!r}",
+    )
     shared = floats.join(parts, meta, (shape[0], shape[1] // block))
     ratio = expect_integers(parts["ratio"], shape, "ratio")
     return shared.repeat_interleave(block, 1) * ratio.float()
@@ -75,7 +79,7 @@ def _steps(reach: Tensor, levels: int, low: Tensor | None) -> Tensor:
 
 
 def _reach(steps: Tensor, levels: int, low: Tensor | None) -> Tensor | None:
-    """Extremes in bfloat16 that give all of these steps, or None."""
+    """bfloat16 extremes that reproduce all of these steps, or None."""
     if levels == 0 or not _is_half(steps):
         return None
     estimate = steps * levels if low is None else steps * levels + low
@@ -93,7 +97,7 @@ def _is_half(values: Tensor) -> bool:
 
 
 def _product(values: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Shared float16 factors (rows, blocks) and integers (rows, groups) whose products these values are, or None."""
+    """Shared float16 factors (rows, blocks) and integers (rows, groups) whose products are these values, or None."""
     for block in _BLOCKS:
         if values.shape[1] % block:
             continue

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.forms.base import Form, child, elements, expect, form, nest
 
-#: Products of channels and height that are held at once.
+#: Products of channels and height held at once.
 _AT_ONCE = 1 << 24
 
 
@@ -20,7 +20,7 @@ _AT_ONCE = 1 << 24
 class Separable(Form):
     """``weight[n, (c, y, x)] = sum_t channel[t, n, c] vertical[t, n, y] horizontal[t, n, x]``.
 
-    A convolution that is the sum of ``T`` terms of one-way filters: over the channels, then down, then across.
+    A convolution as the sum of ``T`` terms of one-way filters: over channels, then vertical, then horizontal.
 
     Parameters
     ----------
@@ -29,6 +29,8 @@ class Separable(Form):
     terms
         ``T``.
     """
+
+    factored = True
 
     channel: Form
     vertical: Form
@@ -51,8 +53,8 @@ class Separable(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Separable:  # noqa: D102
         terms, (c, h, w) = int(meta["terms"]), map(int, meta["kernel"])
-        expect(min(c, h, w) > 0 and c * h * w == shape[1], f"a kernel of {(c, h, w)} has not {shape[1]} elements")
-        expect(0 < terms <= min(c * h, c * w, h * w), f"{terms} terms for a kernel of {(c, h, w)}")
+        expect(min(c, h, w) > 0 and c * h * w == shape[1], f"a kernel of {(c, h, w)} does not have {shape[1]} elements")
+        expect(0 < terms <= min(c * h, c * w, h * w), f"{terms} terms do not fit a kernel of {(c, h, w)}")
         a, b, d = (
             child(tensors, meta, name, (terms * shape[0], size))
             for name, size in (("channel", c), ("vertical", h), ("horizontal", w))

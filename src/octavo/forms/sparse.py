@@ -1,4 +1,4 @@
-"""Positions of the survivors, and their values in any other form."""
+"""Positions of the kept weights, and their values in any other form."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo import coding
 from octavo.forms.base import Form, child, elements, expect, expect_integers, form, nest
 
 
@@ -26,8 +27,8 @@ def _patterns(keep: int, group: int) -> Tensor:
 class Sparse(Form):
     """A mask and the kept values, as a 1 x kept matrix in row-major order, in a nested form.
 
-    The mask is stored in whichever of three ways the coder makes smallest: one bit a weight, gaps between survivors,
-    or, for n:m sparsity, one pattern number per group of ``m`` columns.
+    The mask is stored in the smallest of three ways: one bit per weight, gaps between kept weights, or (n:m sparsity)
+    one pattern number per group of ``m`` columns.
 
     Parameters
     ----------
@@ -48,8 +49,6 @@ class Sparse(Form):
         return (self.mask.shape[0], self.mask.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        from octavo import coding
-
         if self.pattern is not None:
             keep, group = self.pattern
             powers = 2 ** torch.arange(group)
@@ -73,11 +72,14 @@ class Sparse(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Sparse:  # noqa: D102
         total, kept = shape[0] * shape[1], int(meta["kept"])
-        expect(0 <= kept <= total, f"{kept} survivors in a matrix of {total} weights")
+        expect(0 <= kept <= total, f"{kept} kept weights in a matrix of {total} weights")
         pattern = None
         if "pattern" in meta:
             keep, group = (int(value) for value in meta["pattern"])
-            expect(0 < keep <= group <= 8 and shape[1] % group == 0, f"pattern {keep}:{group} for {shape[1]} columns")
+            expect(
+                0 < keep <= group <= 8 and shape[1] % group == 0,
+                f"pattern {keep}:{group} does not fit {shape[1]} columns",
+            )
             pattern, table = (keep, group), _patterns(keep, group)
             index = expect_integers(tensors["patterns"], (total // group,), "patterns").long()
             expect(
@@ -89,13 +91,13 @@ class Sparse(Form):
             gaps = expect_integers(tensors["gaps"], (kept,), "gaps").long()
             expect(kept == 0 or (int(gaps.min()) >= 0 and int(gaps.max()) < total), "a gap is out of range")
             positions = (gaps + 1).cumsum(0) - 1
-            expect(kept == 0 or int(positions[-1]) < total, "gaps lead beyond the matrix")
+            expect(kept == 0 or int(positions[-1]) < total, "gaps point beyond the matrix")
             mask = torch.zeros(total, dtype=torch.bool)
             mask[positions] = True
             mask = mask.view(shape)
         else:
             mask = expect_integers(tensors["mask"], shape, "mask").bool()
-        # Summing would make integers of 64 bits of all bits first.
+        # Summing would first convert every bit to a 64-bit integer.
         found = int(mask.count_nonzero())
         expect(found == kept, f"the mask keeps {found} weights, the manifest says {kept}")
         return cls(mask, child(tensors, meta, "values", (1, kept)), pattern)
@@ -103,7 +105,7 @@ class Sparse(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         n, group = elements(shape), int(meta["pattern"][1]) if "pattern" in meta else 0
-        # Places as 64-bit numbers: those of the survivors, several times if they are made from gaps, and of patterns.
+        # Positions as 64-bit numbers: those of kept weights (several times if they come from gaps) and of patterns.
         kept = (40 if "gaps" in tensors else 20) * int(meta["kept"])
         return 6 * n + kept + (8 * n // group if group else 0)
 

@@ -1,9 +1,9 @@
-"""Codes in streams of like distribution, told apart by what the steps and offsets of their groups already say.
+"""Codes split into streams of similar distribution, which the scales and offsets of their groups determine.
 
-How the codes of a group are distributed follows from where zero lies among them, ``-offset / step``, and from how fine
-the step is beside the weights that are usual in the row and in the column. Both are known before the codes are read, so
-nothing is spent on them. Codes of one *cell* (place of zero, fineness) go together, and cells whose distributions are
-close enough share a stream, and with it a table.
+The distribution of a group's codes follows from the position of zero among them, ``-offset / step``, and from how fine
+the step is compared to the usual weights of the row and column. Both are known before the codes are read, so they cost
+nothing. Codes of one *cell* (position of zero, fineness) stay together, and cells with similar distributions share a
+stream, and with it a table.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from torch import Tensor
 
 from octavo.forms.base import expect, expect_integers
 
-#: Streams at most, and the bits that one more costs: its table, its frame and its entry in the manifest.
+#: Largest number of streams, and the overhead of a stream in bits: its table, frame and manifest entry.
 _STREAMS, _STREAM_BITS = 24, 1200
-#: Cells are told apart in quarters of an octave of fineness, at most this many, and in whole levels of zero.
+#: Cells differ by a quarter octave of fineness (at most this many steps) or by a whole level of zero.
 _FINENESS, _ZEROS = 24, 16
-#: Wider alphabets have tables that no stream pays for.
+#: The tables of wider alphabets cost more than streams save.
 _LEVELS = 1024
-#: Columns are told apart if that saves this share of the codes: reading them back is slower then.
+#: Columns are distinguished if that saves this share of the codes, since it makes reading slower.
 _WORTHWHILE = 0.004
-#: Codes that are taken apart at a time, and codes from which cells are chosen.
+#: Codes split at a time, and codes from which cells are chosen.
 _ROWS, _SAMPLE = 1 << 20, 1 << 22
 
 
 def at_once(shape: tuple[int, int]) -> int:
-    """Codes of a matrix that are taken apart at a time."""
+    """Codes of a matrix that are split at a time."""
     return min(shape[0] * shape[1], max(_ROWS, shape[1]))
 
 
 class Cells:
-    """The cell of every code: computed from steps, offsets and one small integer a column.
+    """The cell of every code, computed from steps, offsets and one small integer per column.
 
     Parameters
     ----------
     step, offset
         (rows, groups) float32; offset may be None.
     columns
-        (columns,) usual magnitude of a column beside others, in sixteenths of an octave.
+        (columns,) usual magnitude of a column relative to others, in sixteenths of an octave.
     lowest
         Fineness of the first cell.
     count
-        Number of steps of fineness that are told apart; what lies outside joins the nearest.
+        Number of distinct steps of fineness; values outside join the nearest.
     levels
-        Largest code, where codes begin at zero.
+        Largest code; codes begin at zero.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Cells:
         return self._count * _ZEROS
 
     def mirror(self, codes: Tensor, start: int, stop: int) -> Tensor:
-        """Codes (rows, groups, width) of some rows, those of mirrored groups counted from the other end."""
+        """Codes (rows, groups, width) of some rows; those of mirrored groups are counted from the other end."""
         return torch.where(self.mirrored[start:stop, :, None], self.levels - codes, codes)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
@@ -102,12 +102,12 @@ class Cells:
 
 
 def split(codes: Tensor, step: Tensor, offset: Tensor | None) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Streams of codes, and what :func:`join` needs besides steps and offsets.
+    """Streams of codes, and the numbers that :func:`join` needs besides steps and offsets.
 
     Parameters
     ----------
     codes
-        (rows, columns) int16, not negative where there are offsets.
+        (rows, columns) int16; not negative if there are offsets.
     """
     low, levels = int(codes.min()), int(codes.max())
     if not 0 < levels - low < _LEVELS:
@@ -127,7 +127,7 @@ def split(codes: Tensor, step: Tensor, offset: Tensor | None) -> tuple[dict[str,
         which = torch.from_numpy(table)[cells.rows(start, stop).int()]
         piece = cells.mirror(codes[start:stop].reshape(stop - start, -1, cells.width), start, stop)
         for number, stream in enumerate(streams):
-            # Whole groups where they are in one cell: many times faster, and the order is the same.
+            # Groups in one cell are handled as a whole: many times faster, in the same order.
             stream.append(piece[which[..., 0] == number].flatten() if cells.of_groups else piece[which == number])
     parts = {"columns": columns, "cells": torch.from_numpy(table)}
     parts.update({f"codes/{number}": _narrow(torch.cat(stream)) for number, stream in enumerate(streams)})
@@ -139,19 +139,19 @@ def join(
 ) -> Tensor:
     """Exact inverse of :func:`split`; everything is checked."""
     number = meta["streams"]
-    expect(type(number) is int and 0 <= number <= _STREAMS, f"codes in {number!r} streams")
+    expect(type(number) is int and 0 <= number <= _STREAMS, f"{number!r} is not a valid number of streams")
     if not number:
         return _widened(expect_integers(parts["codes"], shape, "codes"))
     lowest, count, levels = (meta[key] for key in ("lowest", "fineness", "levels"))
     fits = all(type(value) is int for value in (lowest, count, levels)) and 0 < count <= _FINENESS
-    expect(fits and abs(lowest) < 1 << 14 and abs(levels) < 1 << 14, f"{dict(meta)} describe no cells")
+    expect(fits and abs(lowest) < 1 << 14 and abs(levels) < 1 << 14, f"{dict(meta)} do not describe cells")
     columns = expect_integers(parts["columns"], (shape[1],), "columns")
     expect(bool((columns.long().abs() < 1 << 8).all()), "the usual magnitude of a column is out of range")
     cells = Cells(step, offset, columns, lowest, count, levels)
     table = expect_integers(parts["cells"], (cells.count,), "cells")
     expect(bool(((table >= 0) & (table < number)).all()), f"a cell belongs to none of {number} streams")
     streams = [_widened(parts[f"codes/{k}"]) for k in range(number)]
-    expect(all(stream.ndim == 1 for stream in streams), "a stream of codes is no vector")
+    expect(all(stream.ndim == 1 for stream in streams), "a stream of codes is not a vector")
     codes, at = torch.empty(shape, dtype=torch.int16), [0] * number
     for start, stop in cells.chunks():
         which = table[cells.rows(start, stop).int()]
@@ -168,7 +168,7 @@ def join(
 
 
 def _usual(codes: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
-    """Magnitude of every column beside others, in sixteenths of an octave."""
+    """Magnitude of every column relative to others, in sixteenths of an octave."""
     rows = codes[:: -(-codes.numel() // _SAMPLE)]
     steps, low = (None if part is None else part[:: -(-codes.numel() // _SAMPLE), :, None] for part in (step, offset))
     assert steps is not None
@@ -179,7 +179,7 @@ def _usual(codes: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def _range(step: Tensor, columns: Tensor) -> tuple[int, int]:
-    """Lowest fineness and number of its steps, a thousandth left out at either end."""
+    """Lowest fineness and number of its steps, without a thousandth of the values at either end."""
     every = Cells(step, None, columns, -(1 << 12), 1 << 13, 0)
     sample = every.rows(0, len(step)) if every.of_groups else every.rows(0, max(1, _SAMPLE // len(columns)))
     low, high = np.quantile(sample.flatten()[:: -(-sample.numel() // _SAMPLE)].numpy(), (0.001, 0.999)).astype(int)
@@ -187,7 +187,7 @@ def _range(step: Tensor, columns: Tensor) -> tuple[int, int]:
 
 
 def _counts(codes: Tensor, cells: Cells, low: int, levels: int) -> np.ndarray:
-    """How often each code is met in each cell, (cells, alphabet), scaled up from a sample of pieces."""
+    """Count of each code in each cell, (cells, alphabet), scaled up from a sample of pieces."""
     alphabet = 2 * max(abs(low), levels) + 1
     counts = np.zeros(cells.count * alphabet, np.int64)
     pieces = list(cells.chunks())
@@ -199,7 +199,7 @@ def _counts(codes: Tensor, cells: Cells, low: int, levels: int) -> np.ndarray:
 
 
 def _merged(counts: np.ndarray) -> tuple[np.ndarray, float]:
-    """The stream of every cell, and the bits of all: the pair that loses least is joined while a stream is dearer."""
+    """The stream of every cell, and the total bits. Similar cells are merged while that saves bits."""
     used = np.flatnonzero(counts.sum(1))
     merged = counts[used][:, counts.any(0)]
     bits, owner, alive = _bits(merged), np.arange(len(used)), np.ones(len(used), bool)
@@ -217,7 +217,7 @@ def _merged(counts: np.ndarray) -> tuple[np.ndarray, float]:
         low, high = np.minimum(others, first), np.maximum(others, first)
         loss[low, high] = _bits(merged[first] + merged[others]) - bits[first] - bits[others]
     numbers = np.searchsorted(np.flatnonzero(alive), owner)
-    # A cell that the sample did not meet joins the next one that it did.
+    # A cell that is not in the sample joins the next one that is.
     nearest = np.clip(np.searchsorted(used, np.arange(len(counts))), 0, len(used) - 1)
     return numbers[nearest].astype(np.uint8), float(bits[alive].sum()) + _STREAM_BITS * int(alive.sum())
 

@@ -1,4 +1,4 @@
-"""Chains of small cores: tensor trains, which physicists call matrix product operators."""
+"""Chains of small cores: tensor trains, called matrix product operators in physics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from octavo.forms.base import Form, child, elements, expect, form, nest
 
-#: More cores than this no layer has use for.
+#: No layer needs more cores than this.
 MOST_CORES = 16
-#: Elements between two cores that are held at once: 16 MB of them.
+#: Elements between two cores held at once: 16 MB.
 _AT_ONCE = 1 << 22
-#: From this share of all rows on it is cheaper to multiply the cores out than to look rows up.
+#: From this share of all rows, multiplying the cores out is cheaper than looking rows up.
 _SHARE = 1 / 32
 
 
@@ -26,18 +26,20 @@ class TensorTrain(Form):
     """``weight[(o_1 .. o_N), (i_1 .. i_N)] = G_1[o_1, i_1] G_2[o_2, i_2] ... G_N[o_N, i_N]``.
 
     Rows and columns are written in mixed radix; each core ``G_k[o, i]`` is a matrix of ``chi_(k-1) x chi_k``, and
-    ``chi_0 = chi_N = 1``. With modes of rows 1 in the first cores and modes of columns 1 in the last, this is the
-    tensor train over inputs, then outputs, of the tensorized layers that are trained from scratch.
+    ``chi_0 = chi_N = 1``. If the row modes of the first cores and the column modes of the last are 1, this is a train
+    over inputs, then outputs. Tensorized layers trained from scratch have that form.
 
     Parameters
     ----------
     cores
         Forms of shape (chi_(k-1) * o_k * i_k, chi_k).
     row_modes, column_modes
-        ``o_k`` and ``i_k``. Their products may exceed rows and columns: what is beyond them is cut.
+        ``o_k`` and ``i_k``. Their products may exceed rows and columns; the excess is cut off.
     rows, columns
         Of the matrix.
     """
+
+    factored = True
 
     cores: tuple[Form, ...]
     row_modes: tuple[int, ...]
@@ -65,11 +67,13 @@ class TensorTrain(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> TensorTrain:  # noqa: D102
         rows, columns, ranks = ([int(n) for n in meta[key]] for key in ("rows", "columns", "ranks"))
-        expect(meta["shape"] == list(shape), f"a tensor train of shape {meta['shape']} for a matrix of {shape}")
+        expect(
+            meta["shape"] == list(shape), f"a tensor train of shape {meta['shape']} does not fit a matrix of {shape}"
+        )
         check_modes(rows, shape[0], "row")
         check_modes(columns, shape[1], "column")
-        expect(len(rows) == len(columns) == len(ranks) - 1 <= MOST_CORES, "modes and ranks do not match in number")
-        expect(min(ranks) > 0 and ranks[0] == ranks[-1] == 1, f"ranks {ranks} should begin and end with 1")
+        expect(len(rows) == len(columns) == len(ranks) - 1 <= MOST_CORES, "the numbers of modes and ranks do not match")
+        expect(min(ranks) > 0 and ranks[0] == ranks[-1] == 1, f"ranks {ranks} must begin and end with 1")
         full = full_ranks(rows, columns)
         expect(all(rank <= most for rank, most in zip(ranks, full, strict=True)), f"ranks {ranks} exceed {full}")
         cores = [
@@ -80,10 +84,10 @@ class TensorTrain(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         rows, columns, ranks = ([int(n) for n in meta[key]] for key in ("rows", "columns", "ranks"))
-        expect(len(rows) == len(columns) == len(ranks) - 1 <= MOST_CORES, "modes and ranks do not match in number")
+        expect(len(rows) == len(columns) == len(ranks) - 1 <= MOST_CORES, "the numbers of modes and ranks do not match")
         steps = [a * r * c * b for a, r, c, b in zip(ranks, rows, columns, ranks[1:], strict=False)]
         wholes = [math.prod(rows[:k]) * math.prod(columns[:k]) * ranks[k] for k in range(len(ranks))]
-        # Every product is written in one order and copied to another, and so are its factors.
+        # Every product and its factors are written in one order and copied to another.
         return max(4 * (2 * wholes[k] + 2 * core + 2 * wholes[k + 1]) for k, core in enumerate(steps)) + 4 * elements(
             shape
         )
@@ -156,15 +160,15 @@ class TensorTrain(Form):
 
 
 def check_modes(modes: Sequence[int], size: int, what: str) -> None:
-    """Raise :class:`ArtifactError` unless the product of ``modes`` is ``size``, or a little more to be cut."""
+    """Raise :class:`ArtifactError` unless the product of ``modes`` is ``size`` or slightly more."""
     product = math.prod(modes)
     expect(
         0 < len(modes) <= MOST_CORES and min(modes) > 0 and size <= product < 2 * size + 2,
-        f"{what} modes {list(modes)} multiply to {product}, which is not {size} or at most twice that",
+        f"{what} modes {list(modes)} multiply to {product}; expected {size} to twice that",
     )
 
 
 def full_ranks(row_modes: Sequence[int], column_modes: Sequence[int]) -> list[int]:
-    """The ranks ``chi_0 .. chi_N`` at which nothing is lost."""
+    """The ranks ``chi_0 .. chi_N`` of an exact decomposition."""
     sizes = [o * i for o, i in zip(row_modes, column_modes, strict=True)]
     return [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(sizes) + 1)]

@@ -1,4 +1,4 @@
-"""Integer codes on a grid, each read by one of two quantizers that the codes before it choose."""
+"""Integer codes on a grid; the preceding codes choose which of two quantizers reads each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from octavo.errors import ArtifactError
 from octavo.forms.base import Form, child, elements, expect, form, nest
 from octavo.forms.grid import Grid
 
-#: Rows of one column are dealt out to so many trellises in turn, so that an encoder advances all of them at once.
+#: Rows of one column are distributed to this many trellises in turn, so that an encoder advances all of them at once.
 LANES = 4
 #: Ungerboeck's code of 16 states, ``h0 = 1 + D + D^4`` and ``h1 = D^2``: the delays at which earlier quantizers and
-#: earlier parities enter the choice of the next quantizer.
+#: parities determine the next quantizer.
 QUANTIZER_TAPS = (1, 4)
 PARITY_TAPS = (2,)
 
@@ -27,11 +27,11 @@ PARITY_TAPS = (2,)
 class Trellis(Form):
     """A grid with the codes ``2 * codes + quantizer``, where ``quantizer`` (0 or 1) is not stored.
 
-    With ``p = codes & 1`` and all that precedes the first row being zero,
+    With ``p = codes & 1``, and zeros before the first row,
 
         quantizer[i, j] = quantizer[i - 4, j] ^ quantizer[i - 16, j] ^ p[i - 8, j]
 
-    Addition without carry makes this linear, so that all rows are worked out together.
+    Addition without carry makes this linear, so all rows are computed together.
 
     Parameters
     ----------
@@ -55,13 +55,13 @@ class Trellis(Form):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Trellis:  # noqa: D102
         grid = child(tensors, meta, "grid", shape)
         if not isinstance(grid, Grid):
-            raise ArtifactError(f"a trellis reads the codes of a grid, not of a form {grid.name!r}")
+            raise ArtifactError(f"a trellis needs a grid, not a form {grid.name!r}")
         expect(grid.zero is None, "the grid of a trellis has zero points")
         return cls(grid)
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
-        # The levels, of two bytes or of eight, and bits of the quantizers.
+        # The levels (two or eight bytes each) and the bits of the quantizers.
         return elements(shape) * (6 if tensors["grid/codes"].dtype == torch.int8 else 20)
 
     def dense(self) -> Tensor:  # noqa: D102

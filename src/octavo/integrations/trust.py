@@ -1,9 +1,8 @@
-"""Artifacts before a loader of another library reads them: what could lead it elsewhere is refused."""
+"""Checks of artifacts before another library loads them: dangerous entries are refused."""
 
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,26 +13,26 @@ from typing import Any
 from octavo.artifact import MANIFEST, Artifact
 from octavo.artifact.configuration import CONFIG, check_config, check_options
 from octavo.errors import ArtifactError, OctavoError
-from octavo.sources.bounded import bounded
+from octavo.sources.bounded import bounded_by
 from octavo.sources.sentences import check_members, listed, transformer_folder
 from octavo.sources.weight_files import is_weights
 from octavo.system.notes import OctavoWarning
 
 _ADAPTER = "adapter_config.json"
-#: Letters of another library's error that are shown.
+#: Largest number of characters shown of another library's error.
 _SHOWN = 600
-#: Modules of an encoder, at most.
+#: Largest number of modules of an encoder.
 _MODULES = 64
 
 
-#: An artifact that need not be checked again, since that was just done.
+#: An artifact that was just checked.
 _KNOWN: ContextVar[Path | None] = ContextVar("known", default=None)
 
 
 def root_of(folder: Path) -> Path | None:
-    """The artifact that a model's folder is, or is a module of; None if it is neither.
+    """The artifact in a model's folder, or the artifact of which the folder is a module; None if neither.
 
-    A model of its own may lie in an artifact's folder, and a name at a hub may be looked for there.
+    An artifact's folder may contain a separate model, and a hub name may be looked up there.
     """
     if (folder / MANIFEST).exists():
         return folder
@@ -44,12 +43,12 @@ def root_of(folder: Path) -> Path | None:
 
 
 def trusted(path: Path) -> Artifact:
-    """An artifact whose configuration names no code and no other weights, with a warning if it was changed.
+    """Open an artifact whose configuration names no code and no other weights; warns if it was changed.
 
     Raises
     ------
     ArtifactError
-        If it is damaged, or does.
+        If it is damaged, or names code or other weights.
     """
     artifact = Artifact(path)
     folder = transformer_folder(path)
@@ -59,17 +58,19 @@ def trusted(path: Path) -> Artifact:
     adapter = (folder / _ADAPTER).relative_to(path).as_posix()
     if (folder / _ADAPTER).exists() and (adapter not in artifact.configurations or f"{adapter} was changed" in changed):
         raise ArtifactError(
-            f"{folder / _ADAPTER}: was not written with this artifact, and names a model that loaders would take "
-            "in its place; remove it"
+            f"{folder / _ADAPTER}: was not written with this artifact, and names a model that loaders would load "
+            "instead; remove it"
         )
     modules = listed(path)
     if len(modules) > _MODULES:
-        raise ArtifactError(f"{path}: modules.json lists {len(modules)} modules; encoders have few")
+        raise ArtifactError(
+            f"{path}: modules.json lists {len(modules)} modules, too many for an encoder; copy the artifact again"
+        )
     for member in modules:
         _check_module(artifact, member.path)
     if changed:
         warnings.warn(
-            f"{path}: {', '.join(changed)} since the artifact was written; the model may be another one",
+            f"{path}: {', '.join(changed)} since the artifact was written; the model may be a different one",
             OctavoWarning,
             stacklevel=3,
         )
@@ -77,7 +78,7 @@ def trusted(path: Path) -> Artifact:
 
 
 def _check_module(artifact: Artifact, name: str) -> None:
-    """Refuse a module's folder whose loader would take other weights than the artifact's, or code."""
+    """Refuse a module's folder whose loader would read code or weights outside of the artifact."""
     own, folder = artifact.manifest["files"], artifact.path / name
     pattern = "sentence_*_config.json"
     for file in folder.rglob(pattern) if name else folder.glob(pattern):
@@ -85,12 +86,12 @@ def _check_module(artifact: Artifact, name: str) -> None:
     for file in folder.rglob("*") if name else ():
         place = file.relative_to(artifact.path).as_posix()
         if is_weights(file.name) and place not in own:
-            raise ArtifactError(f"{file}: is no part of this artifact, and loaders might read it; remove it")
+            raise ArtifactError(f"{file}: does not belong to this artifact, and loaders might read it; remove it")
 
 
 @contextmanager
 def known(artifact: Artifact) -> Iterator[None]:
-    """A context in which a trusted artifact is not checked again by :func:`guard_configurations`."""
+    """A context in which :func:`guard_configurations` does not check a trusted artifact again."""
     token = _KNOWN.set(artifact.path.resolve())
     try:
         yield
@@ -99,8 +100,8 @@ def known(artifact: Artifact) -> Iterator[None]:
 
 
 def _asked_for(path: Any) -> Path | None:
-    """The artifact that a library is about to open, if it is one that was not checked yet."""
-    # What is no path may be a name at a hub, and none of ours.
+    """The artifact that a library is about to open, if it was not checked yet."""
+    # A string that is not a path may be a hub name.
     with suppress(OSError, TypeError, ValueError):
         root = root_of(Path(path))
         return root if root is not None and root.resolve() != _KNOWN.get() else None
@@ -108,9 +109,9 @@ def _asked_for(path: Any) -> Path | None:
 
 
 def guard_configurations(module: Any) -> None:
-    """Let ``transformers`` read the configuration of an artifact only if that may be trusted.
+    """Make ``transformers`` read the configuration of an artifact only if it can be trusted.
 
-    Whoever calls ``from_pretrained`` himself asks Octavo for the weights alone, when the model is built already.
+    Direct calls of ``from_pretrained`` use Octavo only for the weights, after the model is built.
 
     Parameters
     ----------
@@ -130,7 +131,7 @@ def guard_configurations(module: Any) -> None:
 
 
 def guard_encoders(module: Any) -> None:
-    """The same for the encoders of ``sentence-transformers``, which read the list of their modules first.
+    """Guard the encoders of ``sentence-transformers``, which read the list of their modules first.
 
     Parameters
     ----------
@@ -147,14 +148,13 @@ def guard_encoders(module: Any) -> None:
             return
         artifact = trusted(root)
         check_members(root)
-        shapes = artifact.loadable_shapes().values()
         try:
-            with known(artifact), bounded(len(shapes), sum(map(math.prod, shapes))):
+            with known(artifact), bounded_by(artifact.loadable_shapes().values()):
                 usual(self, model_name_or_path, *args, **kwargs)
         except OctavoError:
             raise
         except Exception as error:
-            # Its files can be wrong in as many ways as there are modules, and each raises what it likes.
+            # A module may raise any exception for invalid files.
             raise ArtifactError(
                 f"{root}: {type(self).__name__} cannot open it ({type(error).__name__}): {str(error)[:_SHOWN]}"
             ) from error

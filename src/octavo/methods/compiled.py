@@ -1,4 +1,4 @@
-"""Loops that PyTorch has no operation for, compiled by numba where that is installed (the extra ``numba``)."""
+"""Loops without a PyTorch operation, compiled by numba if it is installed (the extra ``numba``)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The function as machine code that does not hold the interpreter's lock; None where numba is not installed.
+    """The function compiled to release the interpreter lock; None if numba is not installed.
 
-    The code is kept beside the module, or in the user's cache, so that it is compiled once.
+    The code is cached next to the module or in the user's cache, so that it is compiled once.
     """
     try:
         from numba import njit
@@ -19,5 +19,5 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
         return None
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # there is no folder that it could be kept in
+    except RuntimeError:  # there is no writable cache folder
         return njit(nogil=True)(function)

@@ -1,14 +1,14 @@
-"""Error feedback over the columns of a matrix: the loop that GPTQ, SparseGPT and entropy-constrained rounding share.
+"""Error feedback over the columns of a matrix: the loop shared by GPTQ, SparseGPT and entropy-constrained rounding.
 
 For ``loss = tr(E C E^T)`` there are ``d > 0`` and a unit upper triangular ``V`` (in the
 order of processing, from the Cholesky factor of the reversed ``C``) with
 
     loss = sum_j d[j] * |F[:, j]|^2,     F = E V
 
-``F[:, j]`` is what column ``j`` misses of its target, which is its weight plus what the errors of the columns before
-it ask for: ``target[:, j] = W[:, j] - sum_{k before j} F[:, k] * inverse(V)[k, j]``. Rounding the target to its
-nearest value minimises the term of column ``j``. This is GPTQ's update (Frantar et al., 2022, arXiv 2210.17323)
-written without inverting ``C``.
+``F[:, j]`` is the deviation of column ``j`` from its target, which is its weight plus the feedback of the preceding
+columns: ``target[:, j] = W[:, j] - sum_{k before j} F[:, k] * inverse(V)[k, j]``. Rounding the target to the nearest
+value minimises the term of column ``j``. This is GPTQ's update (Frantar et al., 2022, arXiv 2210.17323) written without
+inverting ``C``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence, require_finite
 
 Sweep = Callable[[int, Tensor, Tensor, Tensor], None]
-#: Columns whose feedback is applied one by one before it is applied to the rest by one matrix product.
+#: Columns whose feedback is applied one by one; then one matrix product applies it to the remaining columns.
 _BLOCK = 64
 
 
@@ -45,7 +45,7 @@ def important_first(columns: Tensor) -> Tensor:
 
 
 def factored(evidence: Evidence, *, ordered: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of processing and the two results of :func:`factor`, worked out once for all settings of a site."""
+    """Order of processing and the two results of :func:`factor`, computed once for all settings of a site."""
     key = f"factored {ordered}"
     if key not in evidence.cache:
         columns = evidence.columns
@@ -86,7 +86,7 @@ def round_columns(targets: Tensor, feedback: Tensor, quantize: Callable[[int, Te
 
 
 def round_blocks(targets: Tensor, feedback: Tensor, sweep: Sweep) -> Tensor:
-    """The same for what rounds a whole block of columns, as compiled code does.
+    """Round blocks of columns, for compiled code that handles a whole block.
 
     Parameters
     ----------

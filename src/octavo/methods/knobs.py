@@ -1,4 +1,4 @@
-"""Reading a setting's values: whoever edits a plan by hand is told which value of which method cannot be used."""
+"""Reading a setting's values, with errors that name the method and the invalid value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from octavo.errors import RequestError
 from octavo.methods.base import Setting
 
-#: Where the numbers of float32 end, in which weights are encoded.
+#: The limit of float32, in which weights are encoded.
 _LARGEST = 3e38
 
 
@@ -31,7 +31,7 @@ def real(method: str, setting: Setting, knob: str, low: float, high: float = _LA
 
 
 def flag(method: str, setting: Setting, knob: str, usual: bool = False) -> bool:
-    """Whether ``knob`` is set, which ``true`` and ``1`` say; ``usual`` if the setting says nothing of it."""
+    """Whether ``knob`` is set (``true`` or ``1``); ``usual`` if the setting does not have it."""
     value = setting.get(knob, usual)
     known = {True: True, False: False, "true": True, "false": False}
     if not isinstance(value, bool | int | str) or value not in known:
@@ -49,5 +49,5 @@ def choice(method: str, setting: Setting, knob: str, known: Sequence[str]) -> st
 
 def _given(method: str, setting: Setting, knob: str) -> Any:
     if knob not in setting:
-        raise RequestError(f"{method}: the setting {setting} has no {knob!r}")
+        raise RequestError(f"{method}: the setting {setting} has no {knob!r}; add it")
     return setting[knob]

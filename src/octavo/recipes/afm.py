@@ -95,7 +95,7 @@ class _Figures:
         self.values.setdefault(name, []).append(auc(stored.load(copy.deepcopy(model)), clicks.test))
 
     def gain(self, ours: str, theirs: str) -> Difference:
-        """How much higher the AUC of the first is."""
+        """Differences of AUC between two arms."""
         return difference(self.values[ours], self.values[theirs])
 
 
@@ -136,18 +136,18 @@ def _dense(trial: Trial, seed: int, clicks: data.Clicks, *, width: int = 16, hid
 
 @dataclass(frozen=True)
 class _Site:
-    """A table or hidden layer, by its place in the network, and its matrix (items, width) or (outputs, inputs)."""
+    """A table or hidden layer, by its position in the network, and its matrix (items, width) or (outputs, inputs)."""
 
     place: str
     shape: tuple[int, int]
 
     @property
     def is_table(self) -> bool:
-        """Whether rows are looked up, and not multiplied with."""
+        """Whether it is a lookup table and not a layer."""
         return self.place.startswith("tables")
 
     def owner(self, model: CTR) -> Any:
-        """The module there."""
+        """The module at this position."""
         return model.get_submodule(self.place)
 
     def weight(self, model: CTR) -> Tensor:
@@ -155,12 +155,12 @@ class _Site:
         return self.owner(model).weight.detach()
 
     def put(self, model: CTR, part: nn.Module) -> None:
-        """Put another module there."""
+        """Replace the module at this position."""
         model.set_submodule(self.place, part)
 
 
 def _sites(model: CTR) -> list[_Site]:
-    """What is factored: tables and hidden layers of enough weights; the rest stays dense in all arms."""
+    """The factored modules: tables and hidden layers with enough weights; the rest stays dense in all arms."""
     named = [f"tables.{k}" for k in range(len(model.tables))] + [f"mlp.{k}" for k in range(0, len(model.mlp) - 1, 2)]
     shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in named}
     return [_Site(name, (rows, columns)) for name, (rows, columns) in shapes.items() if rows * columns >= SMALLEST_SITE]
@@ -168,7 +168,7 @@ def _sites(model: CTR) -> list[_Site]:
 
 @torch.inference_mode()
 def _moments(model: CTR, sites: Sequence[_Site], fields: Tensor) -> dict[str, Tensor | OutputMoments]:
-    """Of a layer the moments of its outputs over the training data, of a table how often its rows are met."""
+    """For a layer the moments of its outputs over the training data, for a table the row frequencies."""
     found: dict[str, Tensor | OutputMoments] = {}
     handles = []
     for site in sites:
@@ -193,7 +193,7 @@ def _afm(model: CTR, moments: dict[str, Tensor | OutputMoments], site: _Site, ra
 
 
 def _svd(model: CTR, site: _Site, rank: int) -> Mimicked:
-    """The weight's own truncated SVD, with the bias as it was."""
+    """The weight's truncated SVD, with the original bias."""
     parts = whitened(site.weight(model), most=rank)
     zeros = torch.zeros(len(parts.values))
     if site.is_table:
@@ -204,7 +204,7 @@ def _svd(model: CTR, site: _Site, rank: int) -> Mimicked:
 def _factored(
     model: CTR, ranks: dict[_Site, int], *, parts: Callable[[_Site, int], Mimicked] | None = None, relu: bool = False
 ) -> CTR:
-    """The network with two modules in the place of each site; without ``parts`` their weights are arbitrary.
+    """The network with each site replaced by two modules; without ``parts`` their weights are arbitrary.
 
     Between the factors of layers, not of tables, there may be a ReLU.
     """
@@ -227,7 +227,7 @@ def _factored(
 
 
 def _trains(model: CTR, ranks: dict[_Site, int]) -> dict[str, Form]:
-    """Every site as three cores of balanced modes by truncated SVDs in turn."""
+    """Every site as three cores of balanced modes, by successive truncated SVDs."""
     trains: dict[str, Form] = {}
     for site, rank in ranks.items():
         rows, columns = (modes(size, 3) for size in site.shape)
@@ -236,7 +236,7 @@ def _trains(model: CTR, ranks: dict[_Site, int]) -> dict[str, Form]:
 
 
 def _tuned(model: CTR, *, clicks: data.Clicks, seed: int) -> CTR:
-    """One more epoch, at the rate that is best on development data."""
+    """Train one more epoch, at the rate that is best on development data."""
     candidates = []
     for lr in RATES:
         candidate = copy.deepcopy(model)
@@ -246,7 +246,7 @@ def _tuned(model: CTR, *, clicks: data.Clicks, seed: int) -> CTR:
 
 
 def _tuned_trains(model: CTR, trains: dict[str, Form], tune: Callable[[CTR], CTR]) -> tuple[CTR, dict[str, Form]]:
-    """The same with the cores as what is trained."""
+    """Train the cores one more epoch."""
     made = copy.deepcopy(model)
     formed(made, trains)
     tuned = tune(made)
@@ -254,7 +254,7 @@ def _tuned_trains(model: CTR, trains: dict[str, Form], tune: Callable[[CTR], CTR
 
 
 def _plan(model: CTR, sites: Sequence[_Site], fields: Sequence[int], budget: int) -> dict[str, Sizes]:
-    """Ranks of factors and of trains, and sizes of a smaller network, that fill so many bytes of a file."""
+    """Ranks of factors and trains, and sizes of a smaller network, that fill the given file size."""
     full = [min(site.shape) for site in sites]
 
     def factors(ranks: Sizes) -> int:
@@ -275,7 +275,7 @@ def _plan(model: CTR, sites: Sequence[_Site], fields: Sequence[int], budget: int
 
 
 def _fitted(budget: int, bytes_at: Callable[[Sizes], int], most: Sequence[int]) -> Sizes:
-    """Sizes in proportion to ``most`` that take at most so many bytes, then raised singly while there is room."""
+    """Sizes in proportion to ``most`` within the given bytes, then raised one by one while they fit."""
     low, high = 0.0, 1.0
     sizes = tuple(1 for _ in most)
     for _ in range(10):

@@ -19,7 +19,7 @@ from octavo.training import accuracy, cross_entropy, fit, formed, settle
 
 #: Sizes of all weights together, as shares of the dense ones.
 SIZES = (0.3, 0.5)
-#: Learning rates that every arm may choose from.
+#: Learning rates to choose from, for every arm.
 RATES = (0.003, 0.01, 0.03, 0.1)
 #: Images of the one epoch of fine-tuning.
 TUNED_ON = 5_000
@@ -89,7 +89,7 @@ ALLOCATORS = dict(zip((OURS, RELEASED, *ABLATIONS), (minimax, released, one_grou
 
 @dataclass
 class _Figures:
-    """What one allocator gave at one size, one value a seed."""
+    """Results of one allocator at one size, one value per seed."""
 
     bytes: list[int] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
@@ -147,7 +147,7 @@ def run(trial: Trial) -> Finding:
 
 
 def _percent(stored: Stored, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Accuracy of what was stored, in a net of this shape."""
+    """Accuracy of the stored weights, in a net of this shape."""
     return 100 * accuracy(stored.load(copy.deepcopy(model)), batches)
 
 
@@ -228,7 +228,7 @@ def _judged(arms: list[Arm], figures: Mapping[tuple[str, float], _Figures], size
     from scipy.stats import spearmanr
 
     def gain(ours: str, theirs: str, when: str) -> Difference:
-        """Of the accuracies averaged over the sizes."""
+        """The difference of accuracies averaged over the sizes."""
 
         def curve(name: str) -> list[float]:
             return [statistics.fmean(at) for at in zip(*(getattr(figures[name, s], when) for s in sizes), strict=True)]

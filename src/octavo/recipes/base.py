@@ -1,4 +1,4 @@
-"""What a recipe is: the honest small experiment that checks one system's published claim."""
+"""The base of recipes: a small experiment that checks one system's published claim."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from octavo.errors import RequestError
 
-#: Trained models and downloaded data of recipes lie here.
+#: The folder of trained models and downloaded data of recipes.
 CACHE = Path(os.environ.get("OCTAVO_CACHE", Path.home() / ".cache" / "octavo")) / "recipes"
 
 _RECIPES: dict[str, Recipe] = {}
@@ -22,18 +22,18 @@ _RECIPES: dict[str, Recipe] = {}
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that are compared.
+    """One of the compared variants.
 
     Parameters
     ----------
     name
-        What was done, and to what size.
+        The treatment and its size.
     bytes
-        Of the artifact's files, from :meth:`Trial.through_file`; 0 where nothing is stored.
+        Bytes of the artifact's files, from :meth:`Trial.through_file`; 0 if nothing is stored.
     values
-        The metric, one value a seed.
+        The metric, one value per seed.
     also
-        Other figures worth a column, by name.
+        Other figures for table columns, by name.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Arm:
 
     @property
     def mean(self) -> float:
-        """Of all seeds."""
+        """Mean over all seeds."""
         return statistics.fmean(self.values)
 
     @property
@@ -59,12 +59,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two arms' values, seed by seed.
+    """The difference of two arms, seed by seed.
 
     Parameters
     ----------
     mean
-        How much more the first has.
+        Mean of the first minus the second.
     error
         Standard error of that mean, None of a single run.
     """
@@ -74,7 +74,7 @@ class Difference:
 
     @property
     def surely(self) -> float:
-        """What it is at least, but for two standard errors."""
+        """A lower bound: the mean minus two standard errors."""
         return self.mean - 2 * (self.error or 0.0)
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Difference:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """How much more ours are: means of pairs that share a seed; a single value is compared with each of the others.
+    """The difference of two arms: means of pairs with the same seed; a single value is compared with all others.
 
     One rule for all recipes: something is better if the difference is ``surely`` above zero, and as good if it is
     ``surely`` no lower than a margin, which its check states.
@@ -102,7 +102,7 @@ class Check:
     Parameters
     ----------
     statement
-        What should be so, in words.
+        The statement in words.
     holds
         Whether it is.
     figures
@@ -116,7 +116,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a recipe found.
+    """The result of a recipe.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ class Trial:
     quick
         Whether to run a miniature in under a minute: the same code on tiny real data, whose figures prove nothing.
     step
-        Tells what is being done.
+        Called with a description of the current step.
     """
 
     quick: bool = False
@@ -158,7 +158,7 @@ class Trial:
         return tuple(range(self.first_seed, self.first_seed + (1 if self.quick else 3)))
 
     def cached(self, name: str) -> Path:
-        """A file for a trained model or the like, kept between runs; quick ones lie apart."""
+        """A file kept between runs, for example for a trained model; quick runs use a separate folder."""
         folder = CACHE / ("quick" if self.quick else "full")
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
@@ -173,13 +173,13 @@ class Recipe:
     name
         What users write.
     system, source
-        Its name, and where it was published.
+        Its name and publication.
     claim
         What was published, in one sentence.
     metric
-        What the arms' values are, with its unit and which way is better.
+        The metric of the arms' values, with its unit and direction.
     data
-        What the full run is made on, and where a user gets it.
+        The data of the full run, and where to get it.
     run
         The experiment.
     """

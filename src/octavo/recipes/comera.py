@@ -28,7 +28,7 @@ _RANKS = (12, 20)
 #: Learning rates that every arm chooses from on development sentences, with the first seed: of dense models, of cores
 #: of a fixed rank, and of diagonals in the late stage. Too low, these miss the target; too high, all fall together.
 _DENSE_RATES, _CORE_RATES, _LATE_DIAGONALS = (5e-4, 1e-3, 2e-3), (1.5e-3, 3e-3, 6e-3), (5e-3, 1e-2, 2e-2)
-#: Rate of what stays dense beside cores; those of both stages' cores, and of the early one's diagonals.
+#: Rate of the parameters that stay dense; those of both stages' cores, and of the early one's diagonals.
 _BESIDE, _CORES, _EARLY_DIAGONALS = 1e-3, 3e-3, 5e-3
 #: How far from its target the late stage may end.
 _NEAR = 0.05
@@ -71,7 +71,7 @@ class _Bench:
         return BertForSequenceClassification(config)
 
     def batches(self, seed: int) -> Callable[[int], Iterator[Any]]:
-        """Of 32 sentences, shuffled."""
+        """Shuffled batches of 32 sentences."""
         draw = models.shuffled(*self.train, size=32, seed=seed)
         return lambda epoch: (_batch(ids, labels) for ids, labels in draw(epoch))
 
@@ -80,7 +80,7 @@ class _Bench:
         return 100 * accuracy(model, [_batch(*pair) for pair in models.in_batches(part)])
 
     def dense(self, seed: int, lr: float, shape: Sequence[int] = ()) -> _Trained:
-        """A dense model, trained."""
+        """Train a dense model."""
         model = self.make(seed, *shape)
         losses = fit(model, self.batches(seed), cross_entropy, epochs=_EARLY + _LATE, lr=lr, seed=seed)
         return _Trained(model, 0, losses[-1])
@@ -112,9 +112,9 @@ class _Bench:
         *shape: int,
         target: float | None = None,
     ) -> Arm:
-        """Trained with every seed, at the rate that is best on development sentences with the first one.
+        """Train with every seed, at the rate that is best on development sentences with the first seed.
 
-        With a ``target`` those runs are chosen from that ended near it, or else the nearest is taken.
+        With a ``target`` only rates that ended near it are considered, or else the nearest is used.
         """
 
         def worth(run: _Trained) -> tuple[float, float]:
@@ -225,7 +225,7 @@ def _suffix(penalty: str) -> str:
 
 
 def _shape(bench: _Bench, size: int, whole: int) -> tuple[int, int]:
-    """Width and inner width of a dense model of that many bytes: the widest that fits, and then the widest inside."""
+    """Width and inner width of a dense model of the given bytes: the largest width first, then the inner width."""
 
     def estimate(width: int, inner: int) -> int:
         return 2 * sum(p.numel() for p in bench.make(0, width, inner).parameters())

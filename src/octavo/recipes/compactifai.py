@@ -53,7 +53,7 @@ _METHODS = {"SVD": _svd, **{name: _mpo(sites) for name, sites in zip(_CHAINS, (2
 
 @dataclass
 class _Bench:
-    """The model, and what its forms are measured by."""
+    """The model, with the data for measuring its forms."""
 
     trial: Trial
     model: Any
@@ -61,7 +61,7 @@ class _Bench:
     arms: list[Arm] = field(default_factory=list)
 
     def matrices(self) -> dict[str, Tensor]:
-        """Those of attention and MLPs, by name."""
+        """Matrices of attention and MLPs, by name."""
         return {
             name: weight.detach()
             for name, weight in self.model.named_parameters()
@@ -69,9 +69,9 @@ class _Bench:
         }
 
     def factored(self, method: str, share: float, spared: int = 0) -> dict[str, Form]:
-        """Matrices in factors with that share of all elements, the first layers, if any are spared, counted as dense.
+        """Factors of matrices with the given share of all elements; spared first layers count as dense.
 
-        What a matrix does not use of its budget the next one may, so that sizes are equal.
+        Unused budget of a matrix passes to the next, so that sizes are equal.
         """
         forms, left, layers = {}, 0.0, self.model.config.num_hidden_layers
         for name, weight in self.matrices().items():
@@ -88,7 +88,7 @@ class _Bench:
         return found.bytes, models.perplexity(found.load(copy.deepcopy(self.model)), self.windows["test"])
 
     def healed(self, forms: Mapping[str, Form], lr: float, seed: int, steps: int) -> _Healed:
-        """The model after a part of an epoch, with these forms trained in the place of its matrices."""
+        """Train these forms in place of the model's matrices for a part of an epoch."""
         model = copy.deepcopy(self.model)
         formed(model, forms)
         steps = 4 if self.trial.quick else steps
@@ -167,7 +167,7 @@ def run(trial: Trial) -> Finding:
 
 
 def _quantize(bench: _Bench, kept: Mapping[str, _Healed]) -> tuple[list[Arm], Arm]:
-    """Healed factors in few bits, and the dense matrices in still fewer at the bytes of the largest of them."""
+    """Healed factors in few bits, and dense matrices in fewer bits at the bytes of the largest of them."""
     few = []
     for name, (model, found) in kept.items():
         narrow = {site: quantized(form, _BITS) for site, form in found.items()}
@@ -194,7 +194,7 @@ def _quantize(bench: _Bench, kept: Mapping[str, _Healed]) -> tuple[list[Arm], Ar
 
 
 def _by_depth(bench: _Bench, method: str, share: float, base: float) -> list[float]:
-    """What it adds to the mean negative log-likelihood to factor one layer alone, by its depth."""
+    """The increase of the mean negative log-likelihood from factoring one layer only, by depth."""
     forms, added = bench.factored(method, share), []
     for layer in range(bench.model.config.num_hidden_layers):
         alone = {name: form for name, form in forms.items() if f".layers.{layer}." in name}

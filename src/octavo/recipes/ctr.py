@@ -1,4 +1,4 @@
-"""A click-through model of the usual kind, its loss and its metric, for the recipes of recommenders."""
+"""A standard click-through model with its loss and metric, for recipes of recommenders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from octavo.training.losses import outputs_of
 class CTR(nn.Module):
     """DeepFM (Guo et al., 2017) without weights of single fields: inner products of all pairs, plus a perceptron.
 
-    ``tables`` holds a module for each field that gives rows of one width, ``mlp`` takes them concatenated.
+    ``tables`` holds a module per field that returns rows of one width; ``mlp`` takes them concatenated.
 
     Parameters
     ----------

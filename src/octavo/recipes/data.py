@@ -1,4 +1,4 @@
-"""Real data of the recipes: from installed packages and from the folder ``OCTAVO_DATA``; tiny data for quick runs."""
+"""Real data for recipes, from installed packages and the folder ``OCTAVO_DATA``; tiny data for quick runs."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def package_folder(module: str, install: str) -> Path:
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and labels to train on, to choose by, and to report.
+    """Inputs and labels for training, for choices and for reporting.
 
     Parameters
     ----------
     train, development, test
-        ``(inputs, labels)`` each. What is chosen is chosen on ``development``, what is reported is ``test``.
+        ``(inputs, labels)`` each. Choices use ``development``, and reports use ``test``.
     classes
         Number of classes.
     """
@@ -176,7 +176,7 @@ def _split_clicks(fields: Tensor, labels: Tensor, names: tuple[str, ...]) -> Cli
 
 @dataclass(frozen=True)
 class Texts:
-    """Running text to train on, to calibrate and choose by, and to report."""
+    """Runner text to train on, to calibrate and choose by, and to report."""
 
     train: str
     development: str

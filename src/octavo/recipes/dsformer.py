@@ -17,12 +17,12 @@ from torch.nn import functional
 
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Dense, Form, LowRank, RowBlocks, Sparse
-from octavo.integrations.transformers import require_transformers
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.dictionaries import Shape, learn, split
 from octavo.methods.prune.masks import largest, largest_by_group
 from octavo.recipes import Arm, Check, Finding, Trial, data, difference, recipe
 from octavo.recipes.stored import quantized, through_file
+from octavo.sources.model_classes import require_transformers
 from octavo.sources.sites import Layout
 from octavo.sources.texts import builtin_texts
 from octavo.sources.tokens import text_batches
@@ -81,16 +81,16 @@ def run(trial: Trial) -> Finding:
 
 @dataclass
 class Task:
-    """Sentence embeddings that should stay what they are, and pairs of sentences that people compared.
+    """Sentence embeddings to preserve, and sentence pairs with human scores.
 
     Parameters
     ----------
     model, folder
-        The encoder, and where its tokenizer lies.
+        The encoder, and the folder of its tokenizer.
     sentences
-        To be trained on.
+        Sentences for training.
     development, test
-        Two sentences and their likeness, each.
+        Pairs of sentences with their similarity.
     """
 
     model: nn.Module
@@ -116,7 +116,7 @@ class Task:
         return Task(model, folder, sentences, train[-500:], test)
 
     def batches(self, seed: int) -> Callable[[int], Iterator[tuple[dict[str, Tensor], Tensor]]]:
-        """Sentences and the embeddings that the dense model has of them; neighbours in length share a batch."""
+        """Sentences and their embeddings from the dense model; sentences of similar length share a batch."""
         if seed not in self._batches:
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(self.sentences), generator=generator)[: STEPS * BATCH].tolist()
@@ -128,7 +128,7 @@ class Task:
 
     @torch.inference_mode()
     def correlation(self, model: nn.Module, pairs: list[tuple[str, str, float]]) -> float:
-        """Spearman's, in percent, of cosines and what people said."""
+        """Spearman correlation in percent of cosines and human scores."""
         sentences = sorted({sentence for pair in pairs for sentence in pair[:2]}, key=len)
         batches = text_batches(self.folder, sentences)
         vectors = dict(zip(sentences, torch.cat([_embedded(model, batch) for batch in batches]), strict=True))
@@ -143,7 +143,7 @@ def _pairs(name: str) -> list[tuple[str, str, float]]:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks, of equal values their mean."""
+    """Ranks; equal values get their mean."""
     _, member, count = values.double().unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count - 1) / 2)[member]
 
@@ -155,7 +155,7 @@ def _embedded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _feed_forward(model: nn.Module, beginning: str) -> tuple[dict[str, Tensor], dict[str, Layout]]:
-    """The matrices, and how they are read so that they are tall: a dictionary is shared by many rows."""
+    """The matrices, with layouts that make them tall, so that many rows share a dictionary."""
     ends = ("intermediate.dense.weight", "output.dense.weight")
     weights = {
         name: tensor.detach().clone()
@@ -167,14 +167,14 @@ def _feed_forward(model: nn.Module, beginning: str) -> tuple[dict[str, Tensor], 
 
 
 def _holder(weights: Mapping[str, Tensor]) -> nn.Module:
-    """A module of these weights alone: their bytes are compared, those of what is left as it is are not."""
+    """A module of only these weights, whose bytes are compared."""
     return nn.ParameterDict({name.replace(".", "/"): weight for name, weight in weights.items()})
 
 
 def _stored(
     weights: Mapping[str, Tensor], forms: Mapping[str, Form], layouts: Mapping[str, Layout]
 ) -> tuple[int, dict[str, Tensor]]:
-    """Bytes, and the weights as they are read back."""
+    """Bytes, and the weights as read back."""
     renamed = {name.replace(".", "/"): form for name, form in forms.items()}
     read = {name.replace(".", "/"): layout for name, layout in layouts.items()}
     stored = through_file(_holder(weights), renamed, layouts=read)
@@ -243,7 +243,7 @@ def _pruned(matrices: Mapping[str, Tensor]) -> Callable[[float], dict[str, Form]
 
 
 def _unstructured(matrices: Mapping[str, Tensor]) -> Callable[[float], dict[str, Form]]:
-    """Forms by the share of the weights of every matrix that is kept, the largest wherever they are."""
+    """Forms by the share of kept weights of every matrix, the largest ones without a pattern."""
 
     def forms(share: float) -> dict[str, Form]:
         made: dict[str, Form] = {}
@@ -302,7 +302,7 @@ Tune = Callable[[float, int], dict[str, Form]]
 
 
 def _fine_tuned(task: Task, forms: Mapping[str, Form], layouts: Mapping[str, Layout]) -> Tune:
-    """Factors, or the weights that were not pruned, are trained; ranks and supports stay what they are."""
+    """Train factors, or the weights that were not pruned, with fixed ranks and supports."""
 
     def tune(rate: float, seed: int) -> dict[str, Form]:
         model = _frozen(task.model, forms)
@@ -325,7 +325,7 @@ def _straight_through(task: Task, shapes: Mapping[str, Shape], layouts: Mapping[
 
 
 def _frozen(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """A copy of which these parameters alone are trained."""
+    """A copy in which only these parameters are trained."""
     changed = copy.deepcopy(model).requires_grad_(False)
     for name in names:
         changed.get_parameter(name).requires_grad_(True)
@@ -343,7 +343,7 @@ def _distilled(task: Task, model: nn.Module, rate: float, seed: int, regimen: Re
 def _tuned(
     trial: Trial, task: Task, name: str, weights: Mapping[str, Tensor], layouts: Mapping[str, Layout], tune: Tune
 ) -> Arm:
-    """The mean over seeds at the rate that development pairs prefer on the first of them."""
+    """The mean over seeds, at the rate that is best on development pairs with the first seed."""
     candidates = {}
     for rate in RATES:
         trial.step(f"{name}: rate {rate:g}")

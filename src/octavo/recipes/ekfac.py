@@ -1,4 +1,4 @@
-"""EK-FAC (Grosse et al., 2023): influence with it, and what it is worth as a weight of compression errors."""
+"""EK-FAC (Grosse et al., 2023): its influence estimates, and its value as a weight of compression errors."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _changes(arms: dict[str, Arm], before: str, after: str) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer saw at T positions: inputs (N, T, columns), gradients of all log-probabilities (C, N, T, rows)."""
+    """Statistics of a layer at T positions: inputs (N, T, columns), gradients of log-probabilities (C, N, T, rows)."""
 
     inputs: Tensor
     gradients: Tensor
@@ -220,7 +220,7 @@ def _learned(trial: Trial, net: str, seed: int, x: Tensor, y: Tensor) -> SmallNe
 
 
 def _exact(roots: list[Tensor], damping: list[float], asked: list[Tensor], learned: list[Tensor]) -> Tensor:
-    """Influence (queries, examples) by the dense matrix of the weights of some layers together."""
+    """Influence (queries, examples) by the dense joint matrix of the weights of some layers."""
     root = torch.cat(roots, 1)
     ridge = torch.cat([torch.full_like(part[0], value) for part, value in zip(roots, damping, strict=True)])
     ours, theirs = (torch.cat([part.flatten(1) for part in parts], 1) for parts in (asked, learned))
@@ -228,20 +228,20 @@ def _exact(roots: list[Tensor], damping: list[float], asked: list[Tensor], learn
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:
-    """Pearson's over the training examples of a query, mean over queries."""
+    """Pearson correlation over the training examples of a query, averaged over queries."""
     one, other = one - one.mean(1, keepdim=True), other - other.mean(1, keepdim=True)
     return float(functional.cosine_similarity(one, other).mean())
 
 
 def _rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's, mean over queries."""
+    """Spearman correlation, averaged over queries."""
     from scipy.stats import spearmanr
 
     return statistics.fmean(spearmanr(*pair).statistic for pair in zip(one.numpy(), other.numpy(), strict=True))
 
 
 def _digits() -> tuple[Tensor, Tensor]:
-    """Digits (N, 64) in an order of their own."""
+    """Digits (N, 64) in a fixed random order."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -259,7 +259,7 @@ class SmallNet(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for columns, rows in shapes)
 
     def forward(self, x: Tensor, keep: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Logits (N, 10) of digits (N, 64); what every layer reads and gives is added to ``keep``."""
+        """Logits (N, 10) of digits (N, 64); inputs and outputs of every layer are added to ``keep``."""
         x = x[:, :, None]
         for number, layer in enumerate(self.layers):
             if number < self.kernels:
@@ -276,7 +276,7 @@ class SmallNet(nn.Module):
         return outputs[:, 0]
 
     def seen(self, x: Tensor) -> tuple[list[Layer], Tensor]:
-        """What all layers see on inputs, and the probabilities (N, 10)."""
+        """Statistics of all layers on the inputs, and the probabilities (N, 10)."""
         kept: list[tuple[Tensor, Tensor]] = []
         logs = self(x, kept).log_softmax(-1)
         outputs = [part for _, part in kept]
@@ -327,7 +327,7 @@ def compressed(trial: Trial, seed: int) -> Sequence[tuple[str, Stored, float]]:
 
 
 def weighing(kind: str, curvature: Curvature) -> Curvature:
-    """The part of a curvature that an arm may know."""
+    """The part of a curvature that an arm may use."""
     blind = torch.ones_like(curvature.output_values)
     if kind == "none":
         some = torch.ones_like(curvature.input_values)
@@ -341,7 +341,7 @@ def weighing(kind: str, curvature: Curvature) -> Curvature:
 
 
 def low_rank(weight: Tensor, curvature: Curvature, share: float) -> Form:
-    """Two factors of least loss under a curvature; of a product of moments that is the whitened SVD."""
+    """Two factors of least loss under a curvature; for a product of moments this is the whitened SVD."""
     rows, columns = weight.shape
     rank = max(1, round(share * rows * columns / (rows + columns)))
     found = Fitting(weight, curvature).of(rank, sweeps=10)
@@ -349,7 +349,7 @@ def low_rank(weight: Tensor, curvature: Curvature, share: float) -> Form:
 
 
 def pruned(weight: Tensor, curvature: Curvature, share: float) -> Form:
-    """Optimal brain surgeon: weights of least ``w^2 / (2 [F^-1]_ww)`` go, those that stay make up for them."""
+    """Optimal brain surgeon: prune weights of least ``w^2 / (2 [F^-1]_ww)``; the others compensate."""
     mask = masks.largest(weight.square() / curvature.inverse_diagonal(), round((1 - share) * weight.numel()))
     return Sparse(mask, Dense(surviving(weight, mask, curvature)[mask][None]))
 

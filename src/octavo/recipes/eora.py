@@ -21,10 +21,12 @@ from octavo.errors import OctavoError
 from octavo.forms import Dense, Form
 from octavo.methods import Setting, get_method
 from octavo.methods.factorize.eora import compensated
-from octavo.opening import open_job
+from octavo.opening import open_request
 from octavo.recipes import data, models
 from octavo.recipes.base import Arm, Check, Difference, Finding, Trial, difference, recipe
 from octavo.recipes.stored import Stored, quantized, through_file
+from octavo.request import Request
+from octavo.targets import get_target
 from octavo.training import next_token
 
 #: How models are compressed before anything is put back: a method and its setting.
@@ -110,8 +112,9 @@ def _drawn(windows: Tensor, seed: int, count: int) -> list[Batch]:
 
 
 def _minilm(trial: Trial, arms: dict[str, Arm], ranks: Sequence[int]) -> None:
-    """Columns of what happens to MiniLM's embeddings of held-back sentences; in quick runs in its first layer."""
-    job = open_job(data.minilm(), None, None, ["keep"], "fast", (), {}, trial.first_seed, silent)
+    """Table columns on MiniLM's embeddings of held-out sentences; in quick runs for its first layer."""
+    asked = Request(data.minilm(), methods=["keep"], preset="fast", seed=trial.first_seed)
+    job = open_request(asked, get_target("disk"), silent)
     model_of(job.source, blockwise=False)
     assert job.source.module is not None
     texts, held = job.calibration_data, job.held_data
@@ -208,7 +211,7 @@ class Compressing:
     Parameters
     ----------
     judge
-        Gives the metric of a model that was read back, (examples,).
+        Returns the metric of a model that was read back, (examples,).
     layers
         Blocks that are compressed, from the first on; None for all.
     """
@@ -239,12 +242,12 @@ class Compressing:
         }
 
     def judged(self, forms: Mapping[str, Form]) -> tuple[Stored, Tensor]:
-        """What the model becomes with these forms, through a file."""
+        """The metric of the model with these forms, written to a file and read back."""
         stored = through_file(self.model, forms)
         return stored, self.judge(stored.load(copy.deepcopy(self.model)))
 
     def base(self, name: str) -> dict[str, Form]:
-        """All layers compressed, nothing put back."""
+        """All layers compressed, without correction."""
         if name not in self._bases:
             self._bases[name] = self._encoded(*BASES[name])
         return self._bases[name]
@@ -257,7 +260,7 @@ class Compressing:
         }
 
     def coded(self, budget: int) -> tuple[Stored, Tensor]:
-        """All weights by entropy-constrained quantization, at as many bits a weight as ``budget`` bytes hold."""
+        """All weights by entropy-constrained quantization, at the bits per weight that fit ``budget`` bytes."""
         count = sum(weight.numel() for weight in self.weights.values())
         bits, low, high = 4.0, 0.0, 16.0
         for _ in range(12):
@@ -271,7 +274,7 @@ class Compressing:
         raise OctavoError(f"no number of bits a weight gives a file of {budget} bytes: {bits:.4g} give {stored.bytes}")
 
     def finer(self, name: str, budget: int) -> tuple[Stored, Tensor] | None:
-        """The base with smaller groups or one bit more in ``budget`` bytes; None where no grid takes as many."""
+        """The base with smaller groups or one bit more in ``budget`` bytes; None if no grid is that large."""
         method, setting = BASES[name]
         if method != "rtn":
             return None
@@ -292,7 +295,7 @@ class Compressing:
         Parameters
         ----------
         in_order
-            Whether inputs come through the blocks before as they are stored, or as they were.
+            Whether inputs pass through the preceding blocks as stored, or through the original blocks.
         """
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         blocks, forms = Blocks(model, self.prefix), dict[str, Form]()
@@ -320,7 +323,7 @@ class Compressing:
 
 @contextmanager
 def _watched(layers: Mapping[str, nn.Module], texts: Sequence[Batch]) -> Iterator[dict[str, Tensor]]:
-    """Second moments of the inputs of layers that are given texts in turn, padding left out; whole at the end."""
+    """Running second moments of layer inputs, without padding; complete at the end."""
     moments: dict[str, Tensor] = {}
     masks = {name: iter([mask_of(batch) for batch in texts]) for name in layers}
 

@@ -1,4 +1,4 @@
-"""Greenformers: a transformer that is low-rank by design beside one whose attention is, by length."""
+"""Greenformers: a transformer with low-rank layers against one with low-rank attention, by length."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
     Parameters
     ----------
     features, length
-        Of what it reads, (N, length, features).
+        Shape of its inputs, (N, length, features).
     projected
         Linformer's ``k``: keys and values of that many positions, learned mixtures of all; None for full attention.
     """
@@ -165,9 +165,9 @@ def _step(model: nn.Module, x: Tensor) -> None:
 
 
 def _milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 3) -> dict[str, float]:
-    """Median time of every call, in turns after one to warm up, on one thread.
+    """Median time of every call, in alternating rounds after a warm-up round, on one thread.
 
-    What is counted is the processor's time, which on one thread is what the clock shows if nothing else is running.
+    Processor time is measured, which on one thread equals the elapsed time if nothing else is running.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     threads = torch.get_num_threads()
@@ -184,7 +184,7 @@ def _milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int = 3) -> di
 
 
 class _Held(TorchDispatchMode):
-    """Bytes of the tensors that operations make, as long as anything holds them."""
+    """Bytes of live tensors created by operations."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _Held(TorchDispatchMode):
 
 
 def _peak(model: nn.Module, x: Tensor) -> float:
-    """Megabytes of gradients and of what passes between operations that a training step holds at most."""
+    """Peak megabytes of gradients and intermediate tensors in a training step."""
     with _Held([*model.parameters(), x]) as held:
         _step(model, x)
     return held.most / 1e6
@@ -266,7 +266,7 @@ def _classifiers(
     *,
     warm: bool,
 ) -> dict[str, nn.Module]:
-    """Trained encoders by name; of :data:`KINDS`, and, if wanted, of LRT with other starts.
+    """Trained encoders by name: of :data:`KINDS`, and optionally of LRT with other starts.
 
     Rates are chosen for those that have none yet.
     """
@@ -311,7 +311,7 @@ def _classifier(name: str, rows: Sequence[Mapping[str, float]], rate: float | No
 
 
 def crossover(lengths: Sequence[int], rising: Sequence[float], flat: Sequence[float]) -> float | None:
-    """The length at which ``rising`` passes ``flat`` for good, between measured ones by their logarithms."""
+    """The length from which ``rising`` stays above ``flat``, interpolated on logarithms."""
     ratios = [math.log(a / b) for a, b in zip(rising, flat, strict=True)]
     below = [at for at, ratio in enumerate(ratios) if ratio < 0]
     if not below or below[-1] == len(ratios) - 1:
@@ -324,7 +324,7 @@ def crossover(lengths: Sequence[int], rising: Sequence[float], flat: Sequence[fl
 def _crossing(
     times: Mapping[str, Sequence[Sequence[float]]], lengths: Sequence[int], column: str, expected: float
 ) -> list[Check]:
-    """Times of a kind are those of every length, and of these those of every seed."""
+    """Times of a kind, by length and seed."""
     ours, others = times["LRT"], times["Linformer"]
     title, last = column.split(" (")[0].capitalize(), lengths[-1]
     short = [at for at, length in enumerate(lengths[:-1]) if length <= PUBLISHED]

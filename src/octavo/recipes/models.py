@@ -1,4 +1,4 @@
-"""Small models of the recipes, trained here once and kept: what is compressed must have been worth something."""
+"""Small models for recipes, trained once and cached, so that compression starts from useful models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from octavo.training import cross_entropy, fit, next_token
 
 
 def shuffled(*tensors: Tensor, size: int, seed: int = 0) -> Callable[[int], Iterable[tuple[Tensor, ...]]]:
-    """Batches of an epoch in an order of its own, drawn from the seed and the epoch's number; the last is left out."""
+    """Shuffled batches of an epoch, drawn from the seed and the epoch's number; the last one is left out."""
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
@@ -31,7 +31,7 @@ def shuffled(*tensors: Tensor, size: int, seed: int = 0) -> Callable[[int], Iter
 
 
 def flipped(batches: Callable[[int], Iterable[Any]]) -> Callable[[int], Iterable[Any]]:
-    """The same, every other batch mirrored and each shifted by up to two pixels, as drawn from the epoch's number."""
+    """Augmented batches: every second one mirrored and each shifted by up to two pixels, by the epoch's number."""
 
     def augmented(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(epoch)
@@ -96,7 +96,7 @@ def trained(trial: Trial, name: str, make: Callable[[], nn.Module], train: Calla
     Parameters
     ----------
     name
-        Names everything that the weights depend on: architecture, data, epochs, seed.
+        A name with everything that determines the weights: architecture, data, epochs, seed.
     """
     model, path = make(), trial.cached(f"{name}.safetensors")
     if path.exists():
@@ -126,7 +126,7 @@ def classifier(trial: Trial, seed: int, *, blocks: int = 1, epochs: int = 8, wid
 
 
 def momentum(lr: float, decay: float = 5e-4) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Stochastic gradient descent with Nesterov's momentum, as convolutional nets are trained."""
+    """Stochastic gradient descent with Nesterov momentum, the standard for convolutional nets."""
     return lambda model: torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=decay, nesterov=True)
 
 
@@ -180,7 +180,7 @@ def language_model(trial: Trial, seed: int = 0, *, epochs: int = 4) -> tuple[Any
 
 @torch.inference_mode()
 def perplexity(model: nn.Module, windows: Tensor, size: int = 32) -> float:
-    """Of next tokens in windows (N, tokens), every window on its own."""
+    """The next-token loss of every window (N, tokens)."""
     model.eval()
     total = sum(float(next_token(model, {"input_ids": part})) * len(part) for part in windows.split(size))
     return float(torch.tensor(total / len(windows)).exp())

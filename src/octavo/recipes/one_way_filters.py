@@ -1,4 +1,4 @@
-"""Simulators of waves whose filters are one-way from the start, against full, thinner and depthwise-separable ones."""
+"""Wave simulators with one-way filters by design, against full, thinner and depthwise-separable ones."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Simulator(nn.Module):
     width, deep
         Channels at full and at half resolution.
     depthwise
-        Whether a filter is one of each channel and then one of 1 x 1.
+        Whether a filter is depthwise, followed by 1 x 1.
     """
 
     def __init__(self, width: int, deep: int, *, depthwise: bool = False) -> None:
@@ -119,7 +119,7 @@ class Simulator(nn.Module):
 
 
 def one_way(model: nn.Module, terms: int) -> dict[str, Form]:
-    """Every filter as a sum of outer products of one-way filters, drawn so that it varies as it did."""
+    """Every filter as a sum of outer products of one-way filters, drawn with the original variance."""
     forms: dict[str, Form] = {}
     for name, weight in model.named_parameters():
         if weight.ndim != 4:
@@ -135,7 +135,7 @@ def one_way(model: nn.Module, terms: int) -> dict[str, Form]:
 
 @dataclass
 class _Data:
-    """Training sets by their number of runs, runs to choose by, and runs to report."""
+    """Training sets by number of runs, development runs, and test runs."""
 
     train: dict[int, tuple[Tensor, Tensor]]
     development: tuple[Tensor, Tensor]
@@ -151,7 +151,7 @@ class _Data:
 
 @dataclass
 class _Figures:
-    """Of one net trained on one set, one value a seed."""
+    """Errors of one net trained on one set, one value per seed."""
 
     bytes: int = 0
     test: list[float] = field(default_factory=list)
@@ -160,7 +160,7 @@ class _Figures:
 
     @property
     def gap(self) -> list[float]:
-        """How much larger errors on new runs are than on those trained on."""
+        """The ratio of errors on new runs to errors on training runs."""
         return [new / known for new, known in zip(self.test, self.train, strict=True)]
 
     def arm(self, name: str, **more: float) -> Arm:
@@ -230,14 +230,14 @@ def _nets() -> dict[str, Make]:
 
 
 def _thinner(size: int) -> tuple[int, int]:
-    """Channels of the standard net whose file comes nearest to that size, about twice as many at half resolution."""
+    """Channels of the standard net whose file is nearest to the size, about twice as many at half resolution."""
     choices = [(width, deep) for width in range(2, WIDTH) for deep in range(width, 3 * width + 1)]
     near = sorted(choices, key=lambda pair: abs(_plain_bytes(*pair) - size))[:12]
     return min(near, key=lambda pair: abs(through_file(Simulator(*pair)).bytes - size))
 
 
 def _plain_bytes(width: int, deep: int) -> int:
-    """An estimate of a file's bytes: its weights, and what describes them."""
+    """An estimate of a file's bytes: weights and their description."""
     return 2 * sum(weight.numel() for weight in Simulator(width, deep).parameters()) + 2000
 
 
@@ -249,7 +249,7 @@ def _weights(make: Make) -> int:
 
 
 def _trained(trial: Trial, make: Make, runs: tuple[Tensor, Tensor], seed: int, rate: float) -> tuple[Stored, nn.Module]:
-    """A net after its training, written and read back."""
+    """A trained net, written and read back."""
     torch.manual_seed(seed)
     model, forms = make()
     formed(model, forms, LAYOUTS)
@@ -261,7 +261,7 @@ def _trained(trial: Trial, make: Make, runs: tuple[Tensor, Tensor], seed: int, r
 
 
 def _endless(inputs: Tensor, targets: Tensor, seed: int, steps: int) -> Callable[[], Iterator[tuple[Tensor, ...]]]:
-    """So many batches, whatever the number of samples."""
+    """The given number of batches, whatever the number of samples."""
     epochs = shuffled(inputs, targets, size=16, seed=seed)
 
     def batches() -> Iterator[tuple[Tensor, ...]]:
@@ -296,7 +296,7 @@ def _chosen(trial: Trial, name: str, make: Make, found: _Data) -> tuple[float, t
 
 
 def _staged(model: nn.Module, terms: int) -> nn.Module:
-    """The net as it would run in stages of one-way filters, to be timed: its weights are arbitrary."""
+    """The net in stages of one-way filters, for timing; its weights are arbitrary."""
     made = copy.deepcopy(model)
     for name, layer in list(made.named_modules()):
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):

@@ -1,4 +1,4 @@
-"""Findings on disk, and the page that is made from them."""
+"""Results on disk, and the page made from them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import octavo
 from octavo.errors import RequestError
 from octavo.recipes.base import Check, Recipe, Trial, recipes
 from octavo.report.gather import environment
 from octavo.report.schema import Environment
 from octavo.system.atomic import write_file
 from octavo.system.records import plain_json, record_of
+from octavo.system.version import __version__
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")
 
@@ -40,7 +40,7 @@ class ArmRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class RecipeResult:
     """What a run of a recipe found, as ``docs/results/NAME.json`` holds it.
 
     Parameters
@@ -84,19 +84,19 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedRecipe:
     """A recipe with its last full result."""
 
     name: str
     system: str
     source: str
     claim: str
-    result: Result | None
+    result: RecipeResult | None
 
 
 def folder() -> Path:
-    """Where full results are read and written: ``docs/results`` of the checkout, or of the current folder."""
-    checkout = Path(octavo.__file__).parents[2]
+    """The folder of full results: ``docs/results`` of the checkout, or of the current folder."""
+    checkout = Path(__file__).parents[3]
     return (checkout if (checkout / "pyproject.toml").exists() else Path()) / "docs" / "results"
 
 
@@ -114,19 +114,19 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def outdated(result: Result) -> bool:
-    """Whether the recipe is no longer the one that made this result."""
+def outdated(result: RecipeResult) -> bool:
+    """Whether the recipe changed since it made this result."""
     recipe = recipes().get(result.name)
     return recipe is not None and result.recipe != fingerprint(recipe)
 
 
-def reproduce(recipe: Recipe, trial: Trial) -> Result:
-    """Run a recipe; returns what is saved as its result.
+def reproduce(recipe: Recipe, trial: Trial) -> RecipeResult:
+    """Run a recipe; returns the content of its result file.
 
     Raises
     ------
     RequestError
-        If an arm ends with a figure that is not finite.
+        If an arm has a figure that is not finite.
     """
     started, made_by = time.perf_counter(), fingerprint(recipe)
     finding = recipe.run(trial)
@@ -134,7 +134,7 @@ def reproduce(recipe: Recipe, trial: Trial) -> Result:
         if not all(math.isfinite(value) for value in (*arm.values, *arm.also.values())):
             raise RequestError(f"{recipe.name}: arm {arm.name!r} has figures that are not finite: {arm}")
     options = " --quick" * trial.quick + f" --seed {trial.first_seed}" * bool(trial.first_seed)
-    return Result(
+    return RecipeResult(
         name=recipe.name,
         system=recipe.system,
         source=recipe.source,
@@ -158,7 +158,7 @@ def reproduce(recipe: Recipe, trial: Trial) -> Result:
     )
 
 
-def save(result: Result, where: Path | None = None) -> Path:
+def save(result: RecipeResult, where: Path | None = None) -> Path:
     """Write a result as ``NAME.json``."""
     where = writable(where)
     file = where / f"{result.name}.json"
@@ -167,7 +167,7 @@ def save(result: Result, where: Path | None = None) -> Path:
 
 
 def writable(where: Path | None = None) -> Path:
-    """The folder of results, made if it is not there; asked before a long run, whose result would be lost.
+    """The folder of results, created if missing; checked before a long run, whose result would be lost.
 
     Raises
     ------
@@ -184,27 +184,27 @@ def writable(where: Path | None = None) -> Path:
     return where
 
 
-def last(name: str, where: Path | None = None) -> Result | None:
+def last(name: str, where: Path | None = None) -> RecipeResult | None:
     """The last full result of a recipe, or None.
 
     Raises
     ------
     RequestError
-        If what lies there is no result.
+        If the file is not a result.
     """
     file = (where or folder()) / f"{name}.json"
     if not file.exists():
         return None
     try:
-        return record_of(Result, json.loads(file.read_text(encoding="utf-8")))
+        return record_of(RecipeResult, json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise RequestError(f"{file}: not a result of a recipe: {error}; remove it, or run the recipe again") from error
 
 
-def listing(where: Path | None = None) -> list[Listed]:
+def listing(where: Path | None = None) -> list[ListedRecipe]:
     """Every recipe with its last full result."""
     return [
-        Listed(recipe.name, recipe.system, recipe.source, recipe.claim, last(recipe.name, where))
+        ListedRecipe(recipe.name, recipe.system, recipe.source, recipe.claim, last(recipe.name, where))
         for recipe in recipes().values()
     ]
 
@@ -214,8 +214,8 @@ def figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-def page(results: Iterable[Result]) -> str:
-    """``docs/recipes.md``, from the results alone."""
+def page(results: Iterable[RecipeResult]) -> str:
+    """The text of ``docs/recipes.md``, from the results."""
     results = sorted(results, key=lambda result: result.system.lower())
     verdict = {True: "holds", False: "does not hold at this scale"}
     lines = [
@@ -234,9 +234,7 @@ def page(results: Iterable[Result]) -> str:
         also = list(dict.fromkeys(key for arm in result.arms for key in arm.also))
         lines += ["", f"## {result.name}", "", f"{result.system}: {result.source}.", ""]
         lines += [f"Claim: {result.claim} **{verdict[result.holds].capitalize()}.** {result.reason}", ""]
-        lines += [
-            f"- {'holds' if check.holds else 'fails'}: {check.statement} {check.figures}" for check in result.checks
-        ]
+        lines += [f"- {'holds' if c.holds else 'fails'}: {c.statement} {c.figures}" for c in result.checks]
         if outdated(result):
             lines += ["", "The recipe has changed since this run."]
         lines += ["", f"Data: {result.data}.", ""]
@@ -261,14 +259,14 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found.setdefault("octavo", octavo.__version__)
+    found.setdefault("octavo", __version__)
     return found
 
 
 def write_page(where: Path | None = None) -> Path:
-    """Make the page of all full results anew: ``docs/recipes.md``, or ``recipes.md`` in the folder given."""
+    """Write the page of all full results: ``docs/recipes.md``, or ``recipes.md`` in the given folder."""
     file = (where or folder().parent) / "recipes.md"
     writable(file.parent)
     found = [result for name in recipes() if (result := last(name, where)) is not None]
-    write_file(file, page(found).encode())
+    file.write_text(page(found), encoding="utf-8")
     return file

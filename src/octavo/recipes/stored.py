@@ -1,4 +1,4 @@
-"""Figures that went through a file: forms are written as an artifact, its bytes counted, and the weights read back."""
+"""Measurements through a file: forms are written as an artifact, its bytes counted, and the weights read back."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from octavo.system.raw import narrowed
 
 @dataclass(frozen=True)
 class Stored:
-    """What was read back.
+    """The content read back from a file.
 
     Parameters
     ----------
     bytes
-        Of all files of the artifact.
+        Bytes of all files of the artifact.
     tensors
         The state dict of the module, decoded from the file.
     """
@@ -54,7 +54,7 @@ def through_file(
         Forms of weights by parameter name; every other floating tensor is stored in ``dtype``, and so are the dense
         leaves of the forms.
     layouts
-        Of weights that are not read as (outputs, everything else).
+        Layouts of weights whose matrix is not (outputs, everything else).
     """
     source = from_module(module)
     narrow = {name: with_leaves(form, lambda leaf: _narrowed(leaf, dtype)) for name, form in (forms or {}).items()}
@@ -76,7 +76,7 @@ def through_file(
 
 
 def quantized(form: Form, bits: float) -> Form:
-    """Every dense leaf of a form by entropy-constrained quantization, at a step worth about so many bits a weight."""
+    """Quantize every dense leaf of a form with entropy-constrained quantization, at about ``bits`` per weight."""
 
     def quantize(leaf: Form) -> Form:
         if not isinstance(leaf, Dense):

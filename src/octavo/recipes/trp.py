@@ -1,4 +1,4 @@
-"""Trained rank pruning: low rank that is trained in, against an SVD after training, with and without fine-tuning."""
+"""Trained rank pruning: low rank learned in training, against an SVD after training, with and without fine-tuning."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _tuned(
 
 
 def _elements(model: nn.Module, forms: Mapping[str, Form]) -> int:
-    """Coefficients of all kernels that could be decomposed, some of which are."""
+    """Coefficients of all kernels that can be decomposed."""
     return sum(
         sum(part.numel() for part in forms[name].tensors().values()) if name in forms else weight.numel()
         for name, weight in kernels(model).items()
@@ -166,7 +166,7 @@ def _elements(model: nn.Module, forms: Mapping[str, Form]) -> int:
 
 
 def _within(model: nn.Module, budget: int | None) -> dict[str, Form]:
-    """Factors of the largest share of energy, the same in every layer, that fit the budget; all there is without."""
+    """Factors with the largest share of energy, equal in all layers, within the budget; all energy without one."""
 
     def at(energy: float) -> dict[str, Form]:
         found = {name: decomposed(weight, "channel", energy) for name, weight in kernels(model).items()}
@@ -184,7 +184,7 @@ def _within(model: nn.Module, budget: int | None) -> dict[str, Form]:
 
 
 def _codes(model: nn.Module, size: int, budget: int) -> dict[str, Form]:
-    """All kernels quantized, to a file of that size; its bits a weight are first guessed from the budget."""
+    """All kernels quantized to a file of the given size; bits per weight are first guessed from the budget."""
     weights = _elements(model, {})
     bits = 16 * budget / weights
     for _ in range(3):

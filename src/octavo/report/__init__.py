@@ -4,7 +4,7 @@ All three read the same record, so that a report can be written again from the J
 """
 
 from octavo.report.page import write, write_json
-from octavo.report.schema import Report, Section
+from octavo.report.schema import Report
 from octavo.report.summary import card, headline, measured, table, told
 
-__all__ = ["Report", "Section", "card", "headline", "measured", "table", "told", "write", "write_json"]
+__all__ = ["Report", "card", "headline", "measured", "table", "told", "write", "write_json"]

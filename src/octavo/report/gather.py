@@ -1,4 +1,4 @@
-"""The report's data, measured on what was read back from the disk."""
+"""Gathering the report, measured on the artifact read back from disk."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import octavo
 from octavo.allocation.budget import Budget
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.profiles import densified
 from octavo.allocation.solver import allocate, uniform
 from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import replaced
-from octavo.calibration.objective import OfOutputs, sequences_in
+from octavo.calibration.objective import OfOutputs
+from octavo.encoding.result import Result
+from octavo.encoding.section import Section
 from octavo.errors import BudgetError
 from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
-from octavo.report.running import packed_figures
 from octavo.report.schema import (
     Allowed,
     BestUniform,
@@ -46,27 +46,27 @@ from octavo.report.schema import (
     Tradeoff,
     UniformPoint,
     UnusedFamily,
-    Written,
+    WrittenArtifact,
 )
 from octavo.report.text import things
 from octavo.runtimes.packed.speed import interleaved
-from octavo.sources.batches import run
+from octavo.sources.batches import run, sequences_in
 from octavo.sources.sentences import transformer_folder
+from octavo.system.version import __version__
 from octavo.verification.proof import Proof
 from octavo.verification.recorded import Digests, Quality
 from octavo.verification.verifying import digest_of
 
-if TYPE_CHECKING:
-    from octavo.pipeline import Compressed
-
 _PAIRS = 7
-#: Seconds after which no further turn is timed.
+#: Seconds after which no further round is timed.
 _PATIENCE = 5.0
 
 
-def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> Report:
-    """The report; quality is that of the model as it was loaded from the artifact."""
-    job, profile, built = done.job, done.profile, done.built
+def report_data(
+    done: Result, artifact: Artifact, proof: Proof, section: Section | None = None, command: str = ""
+) -> Report:
+    """The report; quality is that of the model loaded from the artifact."""
+    opened, profile, built = done.opened, done.profile, done.built
     losses, outputs = proof.losses, proof.outputs
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
@@ -78,23 +78,23 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> Report:
     return Report(
         title=profile.title,
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        octavo_version=octavo.__version__,
-        command=done.command or _call(done.budget),
+        octavo_version=__version__,
+        command=command or _call(done.budget),
         environment=environment(),
-        seed=job.seed,
-        preset=done.preset,
+        seed=opened.request.seed,
+        preset=opened.request.preset,
         source=Original(
-            # The folder's name and no more: a card is published, and a path names its writer's machine.
-            path=job.source.path.name if job.source.path else job.source.title,
+            # Only the folder's name: cards are published, and a full path would reveal details of the machine.
+            path=opened.source.path.name if opened.source.path else opened.source.title,
             fingerprint=profile.fingerprint,
             bytes=profile.original_bytes,
             parameters=profile.weights,
             dtypes=_dtypes(done),
-            stored=job.source.stored,
-            dense_bytes=job.source.dense_bytes,
+            stored=opened.source.stored,
+            dense_bytes=opened.source.dense_bytes,
         ),
         budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
-        artifact=Written(
+        artifact=WrittenArtifact(
             bytes=artifact.bytes,
             ratio=profile.original_bytes / artifact.bytes,
             used=built.counted / done.budget.bytes,
@@ -103,69 +103,67 @@ def report_data(done: Compressed, artifact: Artifact, proof: Proof) -> Report:
             note="" if built.counted >= done.budget.least else _why_less(done),
         ),
         quality=Quality(
-            metric=job.objective.metric,
+            metric=opened.objective.metric,
             loader=proof.loader,
             why=proof.why,
-            data=f"{sum(map(sequences_in, job.held_data))} held-back examples of {job.text}"
-            if job.measurable
-            else job.text,
+            data=f"{sum(map(sequences_in, opened.held_data))} held-out examples of {opened.text}"
+            if opened.measurable
+            else opened.text,
             value=quality,
             uniform=done.rival.quality if done.rival and losses is not None else None,
             p95=p95,
         ),
         latency=_latency(done, artifact),
-        running=packed_figures(done, artifact) if done.budget.target == "memory" else None,
         calibration=Calibrated(
-            done.calibration.text,
-            done.calibration.sequences,
-            done.calibration.tokens,
-            (*job.notes, *done.calibration.warnings),
+            done.run.calibration.text,
+            done.run.calibration.sequences,
+            done.run.calibration.tokens,
+            (*opened.notes, *done.run.calibration.warnings),
         ),
         winner="uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
         uniform=_best_uniform(done),
         curve=tradeoff(done, quality),
         sites=sites,
-        kept=tuple(_kept_row(done, name, reason) for name, reason in job.left.items()),
+        kept=tuple(_kept_row(done, name, reason) for name, reason in opened.left.items()),
         families=_families(sites),
         unused=unused(done),
         code_lengths=_code_lengths(sites),
         coding=codecs,
         digests=Digests(
-            weights=digest_of(artifact, partial(job.progress, "verify")),
+            weights=digest_of(artifact, partial(done.run.progress, "verify")),
             # A model whose outputs are not finite is not known again by them.
             outputs=outputs if outputs is not None and math.isfinite(outputs.scale) else None,
         ),
         peak_memory=peak_memory(),
+        sections=() if section is None else (section,),
     )
 
 
 def _call(budget: Budget) -> str:
-    asked, target = budget.asked.removesuffix(f" in {budget.target}").replace(" ", "="), ""
+    asked, target = budget.asked.removesuffix(budget.unit.removeprefix("bytes")).replace(" ", "="), ""
     if budget.target != "disk":
         target = f', target="{budget.target}"'
     return f"octavo.compress(source, {asked}{target}).save(path)"
 
 
-def _why_less(done: Compressed) -> str:
-    plan, pinned = done.built.plan, done.job.pinned
+def _why_less(done: Result) -> str:
+    plan, pinned = done.built.plan, done.opened.pinned
     if not any(point.loss for point in plan.points.values()) and not pinned:
-        return (
-            "less than the budget is used: the source is restored bit for bit, so more bytes could not lower the loss"
-        )
+        return "less than the budget is used: the source is restored bit for bit, so more bytes cannot lower the loss"
     less = "less than 98% of the budget is used"
     if done.built.refused:
         return (
-            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but with them the loss was "
-            "measured to be no lower"
+            f"{less}: finer settings of {things(done.built.refused, 'site')} would fit, but did not lower the measured "
+            "loss"
         )
     if upgrades(done.profile, plan.points, done.budget.bytes - done.built.counted, pinned):
         return f"{less} by this plan"
-    known = "all the settings that a kernel runs" if done.budget.target == "memory" else "the settings that were tried"
-    return f"{less}: of {known}, none that fits into the rest lowers a site's expected loss"
+    known = "the settings with a kernel" if done.budget.target == "memory" else "the settings that were tried"
+    return f"{less}: none of {known} that fit the remaining bytes lowers a site's expected loss"
 
 
 def environment() -> Environment:
-    """Versions and machine, without anything that names a person or a path."""
+    """Versions and machine, without names of persons or paths."""
     return Environment(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -181,16 +179,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _dtypes(done: Compressed) -> dict[str, int]:
+def _dtypes(done: Result) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for name, dtype in done.job.source.dtypes.items():
-        elements = int(torch.tensor(done.job.source.shapes[name]).prod())
+    for name, dtype in done.opened.source.dtypes.items():
+        elements = int(torch.tensor(done.opened.source.shapes[name]).prod())
         counts[dtype_name(dtype)] = counts.get(dtype_name(dtype), 0) + elements
     return counts
 
 
-def _site_row(done: Compressed, name: str) -> SiteRow:
-    site, point, packed = done.job.site(name), done.built.plan.points[name], done.built.packed[name]
+def _site_row(done: Result, name: str) -> SiteRow:
+    site, point, packed = done.opened.site(name), done.built.plan.points[name], done.built.packed[name]
     curve = next(curve for curve in done.profile.curves if curve.site == name)
     return SiteRow(
         name=name,
@@ -219,12 +217,12 @@ def _families(sites: Sequence[SiteRow]) -> dict[str, FamilyTotal]:
     }
 
 
-def _kept_row(done: Compressed, name: str, reason: str) -> KeptRow:
+def _kept_row(done: Result, name: str, reason: str) -> KeptRow:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
-    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored as it is"
-    if kept.coded and name in done.job.source.folded:
-        narrow = ": all elements are equal, stored as one"
+    narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored unchanged"
+    if kept.coded and name in done.opened.source.folded:
+        narrow = ": all elements are equal, stored once"
     return KeptRow(
         name=name,
         shape=tuple(kept.shape),
@@ -234,18 +232,19 @@ def _kept_row(done: Compressed, name: str, reason: str) -> KeptRow:
     )
 
 
-def unused(done: Compressed) -> dict[str, UnusedFamily]:
-    """Families that were tried and won no site, and how much more their best would lose in the bytes that sites got."""
+def unused(done: Result) -> dict[str, UnusedFamily]:
+    """Families that were tried but chosen at no site, and the loss of their best settings at the same bytes."""
     chosen = done.built.plan.points
-    # Leaving a weight as it is competes with nobody.
-    won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
+    won = {get_method(point.method).family for point in chosen.values()}
     tried: dict[str, dict[str, float]] = {}
     for curve in done.profile.curves:
         point = chosen[curve.site]
         least: dict[str, float] = {}
         for other in densified(curve):
-            family = get_method(other.method).family
-            if family not in won:
+            method = get_method(other.method)
+            family = method.family
+            # Keeping a weight unchanged is not a competing family.
+            if family not in won and not method.dense:
                 within = other.loss if other.bytes <= point.bytes else math.inf
                 least[family] = min(least.get(family, math.inf), within)
         for family, loss in least.items():
@@ -264,8 +263,8 @@ def unused(done: Compressed) -> dict[str, UnusedFamily]:
     return found
 
 
-def _best_uniform(done: Compressed) -> BestUniform | None:
-    """The best uniform plan, and how many sites really have its setting."""
+def _best_uniform(done: Result) -> BestUniform | None:
+    """The best uniform plan, and the number of sites that use its setting."""
     rival = done.rival
     if rival is None:
         return None
@@ -281,15 +280,15 @@ def _best_uniform(done: Compressed) -> BestUniform | None:
         sites=len(same),
         of=len(rival.plan.points),
         moved=any(setting != common for setting in same),
-        # Of a plan that was not built only what the budget counts is known.
+        # For a plan that was not built only the bytes that the budget counts are known.
         bytes=rival.bytes if rival.packed or not in_memory else None,
         held=rival.counted if in_memory else None,
         quality=rival.quality,
     )
 
 
-def tradeoff(done: Compressed, quality: float | None) -> Tradeoff:
-    """Expected loss over ratios from the profile, and what uniform settings would give."""
+def tradeoff(done: Result, quality: float | None) -> Tradeoff:
+    """Expected loss over ratios from the profile, and for uniform settings."""
     profile, rival = done.profile, done.rival
     points: list[CurvePoint] = []
     for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0):
@@ -320,16 +319,16 @@ def _code_lengths(sites: Sequence[SiteRow]) -> BitsHistogram:
     return BitsHistogram(bins, tuple(weights))
 
 
-def _latency(done: Compressed, artifact: Artifact) -> Latency | None:
-    """Latency of a forward pass before and after, in one run and interleaved, so that the machine's load cancels."""
-    job = done.job
-    if job.source.module is None or job.source.is_skeleton or not job.held_data:
+def _latency(done: Result, artifact: Artifact) -> Latency | None:
+    """Latency of a forward pass before and after, interleaved in one run so that the machine's load cancels."""
+    opened = done.opened
+    if opened.source.module is None or opened.source.is_skeleton or not opened.held_data:
         return None
-    module, batch = job.source.module, job.held_data[0]
-    weights = job.source.placed(artifact.state())
+    module, batch = opened.source.module, opened.held_data[0]
+    weights = opened.source.placed(artifact.state())
 
-    # An objective of the user's own may take what it likes out of a batch that the module itself does not take.
-    call_on = run if isinstance(job.objective, OfOutputs) else job.objective.outputs
+    # A user's objective may use parts of a batch that the module does not take.
+    call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs
 
     def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
         def call() -> None:
@@ -344,9 +343,9 @@ def _latency(done: Compressed, artifact: Artifact) -> Latency | None:
         artifact=1000 * seconds["artifact"],
         note="median of interleaved passes of one batch; weights are decoded at load, both run dense",
     )
-    if job.source.is_transformers and job.source.path is not None and job.source.path.is_dir():
-        source, written = (transformer_folder(path) for path in (job.source.path, artifact.path))
-        # The reader of the original must touch its pages as well: a mapped file that nobody read is not loaded.
+    if opened.source.is_transformers and opened.source.path is not None and opened.source.path.is_dir():
+        source, written = (transformer_folder(path) for path in (opened.source.path, artifact.path))
+        # Reading the original must touch its pages too, since a mapped file is only loaded when read.
         loads = {
             "load_original": lambda: _touch(load_as_users_do(source).model),
             "load_artifact": lambda: _touch(load_as_users_do(written).model),

@@ -1,4 +1,4 @@
-"""Pieces of HTML from which the page is built; everything that comes from data is escaped here."""
+"""Building blocks of the HTML page; everything from data is escaped here."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ NEWLINE = "\n"
 
 
 class Safe(str):
-    """HTML that is already escaped; any other string is escaped when it is put on the page."""
+    """HTML that is already escaped; any other string is escaped when added to the page."""
 
 
 def safe(value: object) -> Safe:
@@ -40,8 +40,7 @@ def items(parts: Iterable[object], kind: str = "") -> Safe:
 def grid(headers: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> Safe:
     """Return a table whose first column names the row.
 
-    With the kind ``"stack"``, each row becomes a small card on narrow pages, for which every cell
-    carries the name of its column.
+    With the kind ``"stack"``, each row becomes a small card on narrow pages, so every cell has the name of its column.
     """
     head = "".join(f'<th scope="col">{safe(header)}</th>' for header in headers)
     body = []
@@ -54,7 +53,7 @@ def grid(headers: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "
 
 
 def bar(share: float, role: str, label: object) -> Safe:
-    """Return a bar that fills ``share`` of its place, with its figure beside it."""
+    """Return a bar that fills ``share`` of its width, with its figure next to it."""
     width = 100 * min(1.0, max(0.0, share))
     fill = f'<i style="width:{width:.2f}%;background:var(--{role})"></i>'
     return Safe(f'<div class="bar"><span class="track">{fill}</span><span class="figure">{safe(label)}</span></div>')

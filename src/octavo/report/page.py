@@ -1,4 +1,4 @@
-"""Writing the report: one offline HTML page, and the dictionary it was made from beside it."""
+"""Writing the report: one offline HTML page, and a JSON file with its data."""
 
 import json
 from importlib import resources
@@ -8,7 +8,6 @@ from string import Template
 from octavo.errors import RequestError
 from octavo.report import sections, sites
 from octavo.report.markup import join
-from octavo.report.pictures import require_matplotlib
 from octavo.report.schema import Report
 from octavo.report.summary import headline
 from octavo.report.text import moment, plain
@@ -16,10 +15,9 @@ from octavo.system.atomic import write_file
 
 
 def write(report: Report, path: Path) -> None:
-    """Write the report as an HTML page, and as JSON beside it.
+    """Write the report as an HTML page, and as JSON next to it.
 
-    The page loads nothing: no script, no font, no picture from elsewhere. Each file appears
-    complete or not at all.
+    The page loads no scripts, fonts or pictures from elsewhere. Each file is written atomically.
 
     Parameters
     ----------
@@ -33,11 +31,13 @@ def write(report: Report, path: Path) -> None:
     MissingExtraError
         If matplotlib is not installed. Nothing is written then.
     RequestError
-        If ``path`` has no place for the JSON beside it.
+        If ``path`` would collide with the JSON file.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
-        raise RequestError(f"{path}: the page needs another name than the JSON beside it, such as report.html")
+        raise RequestError(
+            f"{path}: the page and its JSON file would have the same name; choose another, such as report.html"
+        )
     page = _render(report)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, path.with_suffix(".json"))
@@ -46,12 +46,11 @@ def write(report: Report, path: Path) -> None:
 
 def write_json(report: Report, path: Path) -> None:
     """Write the report as JSON alone."""
-    # Names may hold lone surrogates from odd file systems: ASCII can carry them in JSON.
+    # Names may hold lone surrogates from unusual file systems, which JSON can represent in ASCII.
     write_file(path, (json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _render(report: Report) -> str:
-    require_matplotlib()
     order = (
         sections.outcome,
         sections.of_target,

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Matplotlib wants colours, the page wants CSS variables: each role is drawn in a colour that
-# nothing else has, and replaced by its variable afterwards.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Matplotlib needs colours, but the page uses CSS variables. So each role is drawn in a unique colour, which is then
+# replaced by its variable.
 ROLES = ("ink", "muted", "rule", "accent", "c1", "c2", "c3", "c4", "c5", "c6")
 COLOURS = {role: f"#0a0b{number:02x}" for number, role in enumerate(ROLES, 16)}
 SERIES = ROLES[4:]
@@ -52,22 +56,6 @@ STYLE = {
 }
 
 
-def require_matplotlib() -> None:
-    """Refuse to draw where matplotlib is not installed.
-
-    Raises
-    ------
-    MissingExtraError
-        If it is not.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise MissingExtraError("the HTML report needs matplotlib: pip install octavo[report]") from error
-
-
 def curve(report: Report) -> str:
     """Return the rate-quality curve as inline SVG: loss (log scale) over compression ratio."""
     label = "Expected loss over compression ratio"
@@ -84,13 +72,17 @@ def lengths(report: Report) -> str:
 
 def _pair(name: str, label: str, wide: float, narrow: float, draw: Callable[[Figure, bool], None]) -> str:
     """Draw for both widths of the page, with the heights ``wide`` and ``narrow`` in inches."""
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise MissingExtraError("the HTML report needs matplotlib: pip install 'octavo[report]'") from error
     pictures = []
     for kind, width, height in (("wide", 9.0, wide), ("narrow", 4.1, narrow)):
         with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
-            # A glyph missing from matplotlib's own font is the browser's business here.
+            # The browser renders glyphs that matplotlib's font lacks.
             warnings.simplefilter("ignore", UserWarning)
             figure = Figure(figsize=(width, height), layout="constrained")
             draw(figure, kind == "narrow")
@@ -124,7 +116,7 @@ def _curve(figure: Figure, report: Report, narrow: bool) -> None:
     points: list[CurvePoint | UniformPoint] = [*lines.points, *lines.uniform]
     values = [p.expected for p in points] + [p.measured for p in points if together] + [chosen.quality] * together
     positive = [value for value in values if known(value) and value > 0]
-    # A log scale has no zero, yet a lossless point must not vanish: it is drawn at the bottom.
+    # A log scale has no zero, so a lossless point is drawn at the bottom.
     floor = min(positive, default=1e-6) / 2
 
     def show(points: Iterable[CurvePoint | UniformPoint], role: str, marker: str, label: str, line: str) -> None:
@@ -165,7 +157,7 @@ def _axes(figure: Figure, together: bool, metric: str) -> tuple[Axes, Axes]:
         axes = figure.subplots()
         axes.set_ylabel(f"loss ({metric}), log scale")
         return axes, axes
-    # An accuracy has no place on a scale of losses: it gets its own.
+    # An accuracy does not fit a scale of losses, so it gets its own.
     loss, measured = figure.subplots(2, 1, sharex=True)
     loss.set_ylabel("expected loss, log scale")
     measured.set_ylabel(metric)

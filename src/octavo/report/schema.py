@@ -5,57 +5,17 @@ Sizes are in bytes, times in seconds unless a field says otherwise, and a number
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from octavo.encoding.section import Section
 from octavo.errors import ArtifactError
 from octavo.system.records import FieldError, plain_json, record_of
-from octavo.verification.recorded import Digests, Quality
+from octavo.verification.recorded import Digests, PackedFigures, Quality
 
 #: Version of ``report.json``: it rises when a key changes its meaning or goes.
 SCHEMA_VERSION = 1
-#: One cell of a section's table; None reads as "not measured".
-Cell = str | int | float | None
-_NAME = re.compile(r"[a-z][a-z0-9-]*")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report that a target contributes, shown on the page, on the card and in the terminal.
-
-    Parameters
-    ----------
-    name
-        A lower-case word: the section's anchor on the page, and the key of its ``figures`` in ``report.json``.
-    title
-        Its heading.
-    text
-        One paragraph of plain text, which says the most important.
-    columns
-        Headings of the table; empty if there is none.
-    rows
-        Cells of the table, as many as there are columns. Numbers are rounded for people; give units in the heading.
-    notes
-        Sentences below, such as warnings, without a full stop.
-    figures
-        The same for machines: what ``report.json`` holds under ``name``, as JSON values.
-    """
-
-    name: str
-    title: str
-    text: str = ""
-    columns: tuple[str, ...] = ()
-    rows: tuple[tuple[Cell, ...], ...] = ()
-    notes: tuple[str, ...] = ()
-    figures: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"section {self.name[:40]!r}: the name must be a lower-case word")
-        if any(len(row) != len(self.columns) for row in self.rows):
-            raise ValueError(f"section {self.name!r}: every row needs {len(self.columns)} cells, one a column")
 
 
 @dataclass(frozen=True)
@@ -108,7 +68,7 @@ class Allowed:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenArtifact:
     """The artifact as it lies on the disk.
 
     Parameters
@@ -143,42 +103,6 @@ class Latency:
     note: str = ""
     load_original: float | None = None
     load_artifact: float | None = None
-
-
-@dataclass(frozen=True)
-class PackedSpeed:
-    """Median seconds of ``what``, from packed codes and in bfloat16 dense."""
-
-    what: str
-    unit: str
-    packed: float | None
-    dense: float | None
-
-
-@dataclass(frozen=True)
-class PackedFigures:
-    """An artifact made for memory, as it runs from packed codes.
-
-    Parameters
-    ----------
-    stated
-        Bytes of memory that its manifest states.
-    held
-        Bytes of memory that its weights were seen to take.
-    kernels
-        Number of sites by kernel.
-    quality
-        Mean divergence from the source on the data held back.
-    note
-        What is missing or slow, and why.
-    """
-
-    stated: int
-    held: int | None = None
-    kernels: Mapping[str, int] = field(default_factory=dict)
-    quality: float | None = None
-    speed: PackedSpeed | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -339,8 +263,6 @@ class Report:
     ----------
     created
         ISO 8601, in UTC.
-    running
-        Figures of an artifact made for memory; None for others.
     winner
         ``mixed`` or ``uniform``.
     coding
@@ -363,10 +285,9 @@ class Report:
     preset: str
     source: Original
     budget: Allowed
-    artifact: Written
+    artifact: WrittenArtifact
     quality: Quality
     latency: Latency | None = None
-    running: PackedFigures | None = None
     calibration: Calibrated
     winner: str
     uniform: BestUniform | None = None
@@ -391,19 +312,19 @@ class Report:
             raise ValueError(f"sections {', '.join(names)}: each needs a name that nothing else in the report has")
 
     def __getitem__(self, key: str) -> Any:
-        for section in self.sections:
-            if section.name == key:
-                return plain_json(section.figures)
-        if key not in self.__dataclass_fields__:
-            raise KeyError(key)
-        return plain_json(getattr(self, key))
+        return self.to_json()[key]
+
+    @property
+    def running(self) -> PackedFigures | None:
+        """Figures of an artifact made for memory; None for others."""
+        return next((record_of(PackedFigures, own.figures) for own in self.sections if own.name == "running"), None)
 
     def to_json(self) -> dict[str, Any]:
         """The report as ``report.json`` has it; numbers that are not finite are null there."""
-        data = plain_json(self)
+        data = {**plain_json(self), "running": None}
         for section in data["sections"]:
             data[section["name"]] = section.pop("figures")
-        return dict(data)
+        return data
 
     @classmethod
     def from_json(cls, data: Any, where: str = "report.json") -> Report:
@@ -416,7 +337,10 @@ class Report:
         """
         try:
             report = record_of(cls, data)
-            return replace(report, sections=tuple(_with_figures(section, data) for section in report.sections))
+            report = replace(report, sections=tuple(_with_figures(section, data) for section in report.sections))
+            if report.running is None and data.get("running") is not None:
+                raise FieldError("running holds figures, and no section has that name")
+            return report
         except FieldError as error:
             raise ArtifactError(f"{where}: not a report: {error}") from error
 

@@ -1,11 +1,11 @@
-"""The sections of the page about the outcome and about how it came about."""
+"""The sections of the page about the result and the run."""
 
 import html
 
 from octavo.report import pictures
 from octavo.report.markup import Safe, bar, bars, folded, grid, items, join, paragraph, section
 from octavo.report.schema import CurvePoint, Report, UniformPoint
-from octavo.report.summary import budget, cell, comparison, measured, running, verdict
+from octavo.report.summary import budget, cell, comparison, measured, verdict
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -44,7 +44,6 @@ def outcome(report: Report) -> Safe:
         strip,
         paragraph(verdict(report)),
         paragraph(budget(report), " ", artifact.note),
-        paragraph(running(report)) if report.running else Safe(),
         grid(("", "Original", "Octavo", "Best uniform"), rows, "compare"),
         paragraph(f"{measured(report.quality)} Latency and load time: {plain(how)}.", kind="note"),
         folded(
@@ -60,7 +59,7 @@ def _faint(cell: str) -> Safe:
 
 
 def _found(point: CurvePoint | UniformPoint) -> Safe:
-    # Most points are never measured: a dash keeps the table calm.
+    # Most points are not measured, so the table shows a dash.
     return _faint(figures(point.measured) if known(point.measured) else "–")
 
 
@@ -93,9 +92,9 @@ def tradeoff(report: Report) -> Safe:
         for choice, point in points[: 4 * ROWS]
     ]
     caption = (
-        "The line is the loss expected of the best choice site by site; single marks are one method with one setting"
-        " for every site. Hollow marks were measured on held-back data, and the star is this artifact."
-        " Lower and further right is better."
+        "The line is the expected loss of the best choice site by site; single marks are one method with one setting "
+        "for every site. Hollow marks were measured on held-out data, and the star is this artifact. Lower and "
+        "further right is better."
     )
     if not report.quality.lower_is_better:
         caption = caption.replace(
@@ -132,13 +131,13 @@ def lengths(report: Report) -> Safe:
 
 
 def calibration(report: Report) -> Safe:
-    """Return what the choice of methods rests on, and what may be wrong with it."""
+    """Return the calibration data and its warnings."""
     facts = report.calibration
     warnings = facts.warnings
     shown = [*warnings[:ROWS], *([f"{len(warnings) - ROWS:,} more are in the JSON file"] if warnings[ROWS:] else [])]
     return section(
         "calibration",
-        "What it was calibrated on",
+        "Calibration data",
         paragraph(f"{plain(facts.text)}: {count(facts.sequences)} sequences, {count(facts.tokens)} tokens."),
         items(shown, "warnings") if shown else paragraph("No warnings.", kind="note"),
     )
@@ -161,7 +160,7 @@ def effort(report: Report) -> Safe:
 
 
 def reproduction(report: Report) -> Safe:
-    """Return all that is needed to do the same again."""
+    """Return everything needed to repeat the run."""
     source = report.source
     dtypes = ", ".join(f"{name} ({count(number)})" for name, number in source.dtypes.items())
     facts = [

@@ -1,4 +1,4 @@
-"""The sections of the page about single sites: where the bytes and the loss are."""
+"""The sections of the page about single sites: their bytes and losses."""
 
 import re
 from collections import defaultdict
@@ -16,7 +16,7 @@ HEADERS = ("Site", "Method", "Setting", "Bytes", "Original", "Bits per weight", 
 
 
 class Group(NamedTuple):
-    """Sites that play the same role in different layers."""
+    """Sites with the same role in different layers."""
 
     name: object
     bytes: float
@@ -24,15 +24,15 @@ class Group(NamedTuple):
 
 
 def loss_of(site: SiteRow | FamilyTotal) -> float:
-    """Return the expected loss of a site, zero where it is not known."""
+    """Return the expected loss of a site; zero if unknown."""
     return float(site.expected_loss) if known(site.expected_loss) else 0.0
 
 
 def grouped(sites: Sequence[SiteRow]) -> list[Group]:
     """Return at most ``BARS`` groups by falling bytes, and one for the rest.
 
-    Few sites stand for themselves; many are put together when their names differ only in
-    numbers, as the layers of a network do.
+    A few sites are shown individually; many are grouped if their names differ only in numbers, like the layers of a
+    network.
     """
     members: dict[str, list[SiteRow]] = defaultdict(list)
     for site in sites:
@@ -67,7 +67,7 @@ def spread(report: Report) -> Safe:
     ]
     note = "Largest first; the losses of a group are added up."
     if len(report.sites) > BARS:
-        note = "Sites whose names differ only in layer numbers (*) are put together. " + note
+        note = "Sites whose names differ only in layer numbers (*) are grouped. " + note
     return section(
         "spread",
         "Where the bytes and the loss are",
@@ -98,7 +98,7 @@ def families(report: Report) -> Safe:
 
 
 def _unused(family: str, found: UnusedFamily) -> str:
-    """Why a family that was tried is in no row."""
+    """Why a family that was tried has no row."""
     reasons = []
     compared = found.sites - found.larger - found.exact
     if found.times:
@@ -117,7 +117,7 @@ def _unused(family: str, found: UnusedFamily) -> str:
 
 
 def _these(found: UnusedFamily, number: int) -> str:
-    """Some of the sites that a family was tried at, and the verb that goes with them."""
+    """The number of sites where a family was tried, with the matching verb."""
     if number == found.sites:
         return "this was" if number == 1 else "these were"
     return f"{count(number)} of these {'was' if number == 1 else 'were'}"
@@ -191,4 +191,6 @@ def kept(report: Report) -> Safe:
     taken, before = sum(row.bytes for row in report.kept), sum(row.original_bytes for row in report.kept)
     whole = percent(taken, report.artifact.bytes)
     intro = f"{things(len(report.kept), 'tensor')}, {size(taken)} (before: {size(before)}), {whole} of the artifact."
-    return section("kept", "Left alone, and why", paragraph(intro if parts else "Nothing was left alone."), *parts)
+    return section(
+        "kept", "Not compressed, and why", paragraph(intro if parts else "Everything was compressed."), *parts
+    )

@@ -1,4 +1,4 @@
-"""The few figures that matter: one sentence, a console table and a model card."""
+"""The main figures: one sentence, a console table and a model card."""
 
 import re
 from typing import NamedTuple
@@ -6,7 +6,8 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from octavo.report.schema import Cell, Latency, Report, Section
+from octavo.encoding.section import Cell, Section
+from octavo.report.schema import Latency, Report
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -38,7 +39,7 @@ class Row(NamedTuple):
 
 
 def headline(report: Report) -> str:
-    """The outcome in one sentence, such as ``90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031``."""
+    """The result in one sentence, such as ``90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031``."""
     source, artifact, quality, memory = report.source, report.artifact, report.quality, report.running
     sizes = f"{size(source.bytes)} -> {size(artifact.bytes)}"
     smaller = f"{ratio(artifact.ratio)} smaller"
@@ -52,7 +53,7 @@ def headline(report: Report) -> str:
 
 
 def measured(quality: Quality) -> str:
-    """Say on what quality was measured, and on which model, or why it was not."""
+    """State the data and the model of the quality measurement, or why there is none."""
     loader, why = plain(quality.loader, 120), plain(quality.why, 300)
     loaded = f" The artifact was loaded with {loader}; nothing was missing." if loader else ""
     if not known(quality.value):
@@ -93,11 +94,11 @@ def comparison(report: Report) -> list[Row]:
 
 
 def verdict(report: Report) -> str:
-    """Say whether choosing site by site paid off against one setting for all."""
+    """State whether choosing site by site beat one setting for all."""
     quality, uniform = report.quality, report.uniform
     metric, value, other = plain(quality.metric, 60), figures(quality.value), figures(quality.uniform)
     if uniform is None:
-        return "Methods were chosen site by site, and no single setting for all was measured beside them."
+        return "Methods were chosen site by site, and no single setting for all was measured."
     named = f"{plain(uniform.method, 60)} ({setting(uniform.setting)})"
     if report.winner == "uniform":
         whole = uniform.sites is None or uniform.of is None or uniform.sites == uniform.of
@@ -118,24 +119,9 @@ def verdict(report: Report) -> str:
 
 
 def budget(report: Report) -> str:
-    """Say what was asked for and how much of it was used."""
+    """State the requested budget and how much of it was used."""
     asked, used = report.budget, report.artifact.used
-    return f"Asked for {plain(asked.asked)}: at most {size(asked.bytes)}, of which {percent(used)} is used."
-
-
-def running(report: Report) -> str:
-    """Say what an artifact made for memory takes while it runs, with which kernels, and how fast; else nothing."""
-    memory = report.running
-    if memory is None:
-        return ""
-    kernels = "; ".join(f"{plain(name, 100)}: {things(number, 'site')}" for name, number in memory.kernels.items())
-    speed = memory.speed
-    said = f"From packed codes the weights take {size(memory.held)} of memory, {size(memory.stated)} were stated."
-    said += f" {kernels}." if kernels else ""
-    if speed:
-        ours, dense = (timed(1000 * value if known(value) else None, "ms") for value in (speed.packed, speed.dense))
-        said += f" {plain(speed.what).capitalize()} takes {ours}, in bfloat16 dense {dense}."
-    return f"{said} {plain(memory.note)}".strip()
+    return f"Budget: {plain(asked.asked)}, at most {size(asked.bytes)}, of which {percent(used)} is used."
 
 
 def cell(value: Cell) -> str:
@@ -150,7 +136,7 @@ def table(report: Report) -> Table:
     # Text, not str: rich would read "[bold]" in a name as markup.
     result = Table(
         title=Text(f"{plain(report.title)}: {headline(report)}"),
-        caption=Text(f"{verdict(report)} {budget(report)} {running(report)}".strip()),
+        caption=Text(f"{verdict(report)} {budget(report)}"),
         title_justify="left",
         caption_justify="left",
     )
@@ -179,12 +165,8 @@ def told(report: Report) -> list[Table | Text]:
 
 
 def _mark(value: object, limit: int = 160) -> str:
-    """Escape for markdown, where a name could otherwise bring links, pictures or HTML."""
+    """Escape for markdown, so that names cannot add links, pictures or HTML."""
     return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", plain(value, limit))
-
-
-def _paragraph(text: str) -> str:
-    return f"\n\n{_mark(text, 2000)}" if text else ""
 
 
 def _card_section(section: Section) -> str:
@@ -226,7 +208,7 @@ tags:
 
 **{_mark(headline(report).replace(" -> ", " → ", 1))}**
 
-{_mark(verdict(report), 600)} {_mark(budget(report))}{_paragraph(running(report))}
+{_mark(verdict(report), 600)} {_mark(budget(report))}
 {note}
 | | Original | Octavo | Best uniform |
 |---|---:|---:|---:|
@@ -236,7 +218,7 @@ tags:
 
 - Source: {_mark(source.path)}, {count(source.parameters)} parameters, {_mark(source.fingerprint)}
 - Methods: {families or "none"}
-- Left alone: {things(len(report.kept), "tensor")}
+- Not compressed: {things(len(report.kept), "tensor")}
 - Calibrated on {_mark(calibration.text)}: {amount}{warnings}
 - Made by Octavo {_mark(report.octavo_version)} on {moment(report.created)}, seed {_mark(report.seed)}
 

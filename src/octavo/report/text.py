@@ -1,4 +1,4 @@
-"""Numbers and strings the way people read them."""
+"""Formatting numbers and strings for people."""
 
 import math
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ def known(value: object) -> TypeGuard[float]:
     try:
         return math.isfinite(value)
     except OverflowError:
-        # An integer that no float holds.
+        # An integer that does not fit a float.
         return False
 
 
 def plain(value: object, limit: int = 160) -> str:
     """Return ``value`` as one printable line of at most ``limit`` characters.
 
-    Names come from files made by strangers, so all that no eye sees is written out.
+    Names come from untrusted files, so invisible characters are written as escapes.
     """
     line = visible(value)
-    # The middle goes, because layers differ at the front of their names and roles at the end.
+    # The middle is dropped, because layers differ at the start of names and roles at the end.
     return line if len(line) <= limit else f"{line[: limit // 2 - 1]}…{line[len(line) - limit // 2 :]}"
 
 
@@ -104,7 +104,7 @@ def timed(value: Any, unit: Any) -> str:
 
 
 def moment(stamp: Any) -> str:
-    """Return an ISO 8601 time as ``22 November 2026, 03:00 UTC``; what is not one, as it is."""
+    """Return an ISO 8601 time as ``22 November 2026, 03:00 UTC``; other strings are unchanged."""
     try:
         when = datetime.fromisoformat(str(stamp))
     except ValueError:
@@ -114,7 +114,7 @@ def moment(stamp: Any) -> str:
 
 
 def setting(value: Any) -> str:
-    """Return the setting of a method as ``bits=4, group=64``."""
+    """Return a method's setting as ``bits=4, group=64``."""
     if not isinstance(value, Mapping):
         return plain(value, 120) if value else "–"
     shown = ((key, figures(item) if isinstance(item, float) else item) for key, item in value.items())
@@ -122,7 +122,7 @@ def setting(value: Any) -> str:
 
 
 def script(value: Any) -> str:
-    """Return a command with its line breaks, but otherwise printable."""
+    """Return a command with its line breaks, otherwise made printable."""
     return "\n".join(plain(line, 2000) for line in str(value).splitlines()[:40])
 
 

@@ -1,1 +1,1 @@
-"""What runs forms."""
+"""Runtimes that run forms."""

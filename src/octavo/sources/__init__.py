@@ -1,1 +1,1 @@
-"""What is compressed: folders, files, modules; the sites in them; texts and batches."""
+"""Sources: folders, files and modules, their sites, and texts and batches."""

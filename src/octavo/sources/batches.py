@@ -1,4 +1,4 @@
-"""Batches: what a module is called with, how many examples that is, and how it is divided."""
+"""Batches: calling a module, counting examples and dividing batches."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Batch = Any
 def run(module: nn.Module, batch: Batch) -> Any:
     """Call a module on a batch that is a tensor, a tuple of positional or a mapping of keyword arguments.
 
-    Of a tuple longer than ``forward`` takes, such as inputs with labels, the first element goes in. Keys that
-    ``forward`` does not know are left out of a mapping. The same batch gives the same outputs at every call: a module
-    that writes into its inputs gets copies of them, and one that draws random numbers draws the same.
+    If a tuple is longer than the arguments of ``forward``, such as inputs with labels, only the first element is
+    passed. Keys that ``forward`` does not accept are left out of a mapping. The same batch gives the same outputs at
+    every call: modules that change their inputs get copies, and random numbers are repeated.
 
     Raises
     ------
     RequestError
-        If the module fails, with the shapes of the batch and the module's own message.
+        If the module fails; the error has the shapes of the batch and the module's message.
     """
     args, keywords = _call(module, batch)
     try:
@@ -37,28 +37,28 @@ def run(module: nn.Module, batch: Batch) -> Any:
     except (OctavoError, MemoryError):
         raise
     except Exception as error:
-        # A module can fail in as many ways as there are modules, and each raises what it likes.
+        # A module may raise any exception.
         raise RequestError(failure(module, batch, error)) from error
 
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """A context in which the same random numbers are drawn every time; those that come after it do not change."""
+    """A context with repeatable random numbers that does not affect later ones."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
 
 
 def copied(batch: Batch) -> Batch:
-    """The batch with tensors that can be written to without changing those given."""
+    """A copy of the batch whose tensors may be changed."""
     return _mapped(batch, Tensor.clone)
 
 
 def failure(module: nn.Module, batch: Batch, error: Exception, what: str = "a batch") -> str:
-    """What to say of a module that raised an error on a batch."""
+    """The message for a module that raised an error on a batch."""
     return (
         f"{type(module).__name__} fails on {what} of {described(batch)}: {type(error).__name__}: {error}; give batches "
-        "that its forward takes, or say with forward_args= which parts of a batch go in"
+        "that its forward accepts, or select the inputs with forward_args="
     )
 
 
@@ -74,27 +74,27 @@ def described(batch: Batch) -> str:
 
 
 def left_out(module: nn.Module, batch: Batch) -> str | None:
-    """What :func:`run` leaves out of such a batch, as a note; None if all of it goes in."""
+    """A note on the parts of a batch that :func:`run` leaves out; None if all are used."""
     taken = _Taken.by(module)
     if isinstance(batch, Mapping):
         odd = [str(key) for key in batch if not taken.keyword(key)]
         if not odd:
             return None
         return (
-            f"{type(module).__name__} does not take {', '.join(odd)}: left out of every batch "
-            "(forward_args= decides otherwise)"
+            f"{type(module).__name__} does not take {', '.join(odd)}: left out of every batch (forward_args= changes "
+            "this)"
         )
     if isinstance(batch, tuple | list) and len(batch) > taken.positions:
         return (
             f"{type(module).__name__} takes {taken.positions} of the {len(batch)} elements of a batch: the first one "
-            "goes in (forward_args= decides otherwise)"
+            "is used (forward_args= changes this)"
         )
     return None
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """Which arguments a ``forward`` takes."""
+    """The arguments of a ``forward``."""
 
     positions: float
     names: frozenset[str]
@@ -105,7 +105,7 @@ class _Taken:
         try:
             parameters = list(inspect.signature(module.forward).parameters.values())
         except (TypeError, ValueError):
-            # Functions of C have no signature: whatever is given goes in.
+            # C functions have no signature: everything is passed.
             return cls(math.inf, frozenset(), True)
         kinds = [parameter.kind for parameter in parameters]
         placed = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
@@ -132,14 +132,14 @@ def _call(module: nn.Module, batch: Batch) -> tuple[tuple, dict[str, Any]]:
 
 
 def mask_of(batch: Batch) -> Tensor | None:
-    """The (sequences, tokens) mask of a batch that tells tokens from padding, or None."""
+    """The (sequences, tokens) mask of a batch that separates tokens from padding, or None."""
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
 def sequences_in(batch: Batch) -> int:
     """Number of examples in a batch: the rows of its first tensor.
 
-    Of a batch that no rows divide, it is the rows of its first floating tensor, such as the nodes of a graph.
+    For a batch that cannot be divided, it is the rows of its first floating tensor, such as the nodes of a graph.
     """
     tensors = [tensor for tensor in _tensors(batch) if tensor.ndim]
     if not tensors:
@@ -152,33 +152,33 @@ def sequences_in(batch: Batch) -> int:
 def has_rows(batch: Batch) -> bool:
     """Whether the rows of a batch may be examples.
 
-    They are not where integers of another length, such as the edges of a graph, may point to rows. Other tensors of
-    another length, such as a mask of positions by positions, belong to all rows.
+    They are not if integers of another length, such as the edges of a graph, may point to rows. Other tensors of
+    another length, such as a mask of positions by positions, apply to all rows.
     """
     return not _indexed([tensor for tensor in _tensors(batch) if tensor.ndim])
 
 
 class Whole:
-    """Marks a batch that no rows divide."""
+    """Marks a batch that cannot be divided by rows."""
 
 
 class _WholeTuple(Whole, tuple):
-    """Positional arguments that belong together."""
+    """Positional arguments that must stay together."""
 
 
 class _WholeMapping(Whole, dict):
-    """Keyword arguments that belong together."""
+    """Keyword arguments that must stay together."""
 
 
 def whole(batch: Batch) -> Batch:
-    """The batch, marked as one that stays as it is."""
+    """The batch, marked as indivisible."""
     if isinstance(batch, Mapping):
         return _WholeMapping(batch)
     return _WholeTuple(batch if isinstance(batch, tuple | list) else (batch,))
 
 
 def divided(batch: Batch, size: int) -> list[Batch]:
-    """A batch in parts of at most so many examples, if it can be divided."""
+    """A batch in parts with at most the given number of examples, if it can be divided."""
     total = sequences_in(batch)
     if isinstance(batch, Whole) or total <= size:
         return [batch]
@@ -186,7 +186,7 @@ def divided(batch: Batch, size: int) -> list[Batch]:
 
 
 def select(batch: Batch, which: slice | Tensor) -> Batch:
-    """Some of the examples of a batch; all that is not one row an example stays as it is."""
+    """Some of the examples of a batch; tensors without one row per example are unchanged."""
     if isinstance(batch, Whole):
         return batch
     size = sequences_in(batch)
@@ -195,7 +195,7 @@ def select(batch: Batch, which: slice | Tensor) -> Batch:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A tree of tensors with each of them changed."""
+    """A copy of a tree of tensors with a function applied to each."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -207,7 +207,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _indexed(tensors: Sequence[Tensor]) -> bool:
-    """Whether some integers among tensors have another length than the rest, so that they may be indices of rows."""
+    """Whether some integer tensors have a different length, so that they may be row indices."""
     if any(tensor.layout != torch.strided for tensor in tensors):
         return True
     floating = [len(tensor) for tensor in tensors if tensor.is_floating_point()]
@@ -228,7 +228,7 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
 
 
 def converted(batches: Sequence[Batch], forward_args: Callable[[Batch], Any] | None) -> list[Batch]:
-    """What ``forward_args`` makes of every batch: a tuple of positional or a mapping of keyword arguments."""
+    """Apply ``forward_args`` to every batch: it returns a tuple of positional or a mapping of keyword arguments."""
     if forward_args is None:
         return list(batches)
     result = []
@@ -237,7 +237,8 @@ def converted(batches: Sequence[Batch], forward_args: Callable[[Batch], Any] | N
             made = forward_args(batch)
         except Exception as error:
             raise RequestError(
-                f"data: forward_args fails on batch {number} of {described(batch)}: {type(error).__name__}: {error}"
+                f"data: forward_args fails on batch {number} of {described(batch)}: {type(error).__name__}: {error}; "
+                "correct it"
             ) from error
         if not isinstance(made, Tensor | tuple | list | Mapping):
             raise RequestError(

@@ -1,10 +1,11 @@
-"""Models that are built from a stranger's configuration, stopped when they have far more parts than the files fill."""
+"""Limits on models built from untrusted configurations: they may not have far more parts than the files fill."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch.nn.modules.module import (
@@ -14,27 +15,27 @@ from torch.nn.modules.module import (
 
 from octavo.errors import ArtifactError
 
-#: Parameters for every tensor of the files, and modules, in all models that are built on the way to one.
+#: Limits on parameters and on modules per tensor of the files, summed over all models built meanwhile.
 _PARAMETERS, _MODULES = 16, 64
-#: What a model may have whatever its files hold.
+#: Numbers allowed regardless of the files.
 _LEAST = 4096
-#: Elements of parameters for every element in the files, and whatever these hold.
+#: Limit on parameter elements per element in the files, and the number allowed regardless.
 _ELEMENTS, _LEAST_ELEMENTS = 12, 1 << 24
 
 
 @contextmanager
 def bounded(tensors: int, elements: int) -> Iterator[None]:
-    """Let modules that are built meanwhile, in this thread, have no more parts than files of so many tensors justify.
+    """A context that limits the parts of modules built in this thread to what the files justify.
 
     Parameters
     ----------
     tensors, elements
-        How many tensors the files hold, and how many numbers these have together.
+        Number of tensors in the files, and their total number of elements.
 
     Raises
     ------
     ArtifactError
-        Out of what builds them, once they have more.
+        Raised inside the constructor once the limit is exceeded.
     """
     thread = threading.get_ident()
     left = {
@@ -48,8 +49,8 @@ def bounded(tensors: int, elements: int) -> Iterator[None]:
             left[kind] -= number
             if left[kind] < 0:
                 raise ArtifactError(
-                    f"the configuration asks for far more {kind} than {tensors} tensors of {elements} weights fill; it "
-                    "was not written with them, copy both again"
+                    f"the configuration asks for far more {kind} than {tensors} tensors of {elements} weights can "
+                    "fill; they do not belong together, so copy both again"
                 )
 
     def parameter(module: Any, name: str, part: Any) -> None:
@@ -69,3 +70,8 @@ def bounded(tensors: int, elements: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def bounded_by(shapes: Collection[tuple[int, ...]]) -> AbstractContextManager[None]:
+    """:func:`bounded` by files that hold tensors of these shapes."""
+    return bounded(len(shapes), sum(map(math.prod, shapes)))

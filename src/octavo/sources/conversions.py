@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint that become tensors of a module in another shape: fused, split, stacked, reordered.
+"""Checkpoint tensors that get another shape in a module: fused, split, stacked or reordered.
 
 A loader may stack the matrices of all experts to one parameter, or split one matrix of queries, keys and values into
-three. What it does is kept as it is and run on other tensors, so that a changed tensor of the checkpoint reaches the
-module as it will after loading, and a gradient of the module's parameter reaches the tensors that it is made of.
+three. Its functions are reused for other tensors. So changed tensors reach the module exactly as after loading, and
+gradients of a parameter reach the checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from octavo.errors import RequestError
 
 @dataclass(frozen=True)
 class Conversion:
-    """Some tensors of a checkpoint that become some tensors of a module together.
+    """A group of checkpoint tensors that become a group of module tensors.
 
     Parameters
     ----------
     names
-        Names of the tensors in the checkpoint, in the order in which ``function`` takes them.
+        Names of the tensors in the checkpoint, in the order of the arguments of ``function``.
     targets
-        Names of the module's tensors that they become.
+        Names of the resulting module tensors.
     function
-        Takes the tensors and returns the module's tensors by name. It only rearranges elements.
+        Maps the tensors to the module's tensors by name. It only rearranges elements.
     """
 
     names: tuple[str, ...]
@@ -52,15 +52,18 @@ class Conversion:
         Raises
         ------
         RequestError
-            If the conversion does more than to rearrange elements.
+            If the conversion does more than rearrange elements.
         """
         sizes = [math.prod(shape) for shape in shapes]
-        # Every element carries its own number through the conversion, which tells where it went.
+        # Converting the element numbers shows where every element goes.
         kind = torch.int32 if sum(sizes) < 2**31 else torch.int64
         numbers = torch.arange(sum(sizes), dtype=kind).split(sizes)
         places = self.values([part.reshape(shape) for part, shape in zip(numbers, shapes, strict=True)])
         if any(place.dtype != kind for place in places.values()):
-            raise RequestError(f"{self.names[0]}: the loader computes with this tensor, and gradients cannot go back")
+            raise RequestError(
+                f"{self.names[0]}: the loader computes with this tensor, so gradients cannot be traced back; compress "
+                "without data (--preset data-free)"
+            )
         result = torch.zeros(sum(sizes))
         for target, place in places.items():
             if target in gradients:

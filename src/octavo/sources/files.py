@@ -12,41 +12,36 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.sources.sentences import (
-    bind_encoder,
-    is_installed,
-    load_encoder,
-    members,
-    transformer_folder,
-    weight_folders,
-)
+from octavo.sources.encoders import bind_encoder, is_installed, load_encoder
+from octavo.sources.gguf import gguf_file, open_gguf
+from octavo.sources.model_classes import read_config
+from octavo.sources.sentences import members, transformer_folder, weight_folders
 from octavo.sources.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
+from octavo.sources.skeletons import attach_module
 from octavo.sources.weight_files import beside, weight_files
 from octavo.system.paths import checked
 from octavo.system.tensor_files import Place, offsets
 
 
 def from_path(path: str | Path, *, module: bool = True, progress: Progress = lambda done, total: None) -> Source:
-    """A source from a ``transformers`` folder, a ``.safetensors`` file, a sharded index, or a GGUF file.
+    """Open a ``transformers`` folder, a ``.safetensors`` file, a sharded index, or a GGUF file.
 
     Parameters
     ----------
     module
-        Whether the model of a ``transformers`` folder will be run. Without it only tensors are read, one at a time.
+        Whether the model of a ``transformers`` folder will be run. Otherwise only tensors are read, one at a time.
     progress
         Called with the number of tensors examined and their total.
 
     Raises
     ------
     RequestError
-        If there is nothing there, or a file is truncated, or is not safetensors, or holds NaN or Inf.
+        If the path does not exist, or a file is truncated, is not safetensors, or holds NaN or Inf.
     """
-    # A relative path means another file once the working folder changes, and "." is no title.
+    # A relative path changes meaning with the working folder, and "." is not a title.
     path = Path(os.path.abspath(checked(path)))
     if not path.exists():
-        raise RequestError(f"{path}: no such file or folder")
-    from octavo.sources.gguf import gguf_file, open_gguf
-
+        raise RequestError(f"{path}: no such file or folder; check the path")
     quantized = gguf_file(path)
     if quantized is not None:
         return open_gguf(quantized)
@@ -60,11 +55,8 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         strange += [] if found.usual else [file.name for file in found.files]
     inner = transformer_folder(path)
     config = inner / "config.json" if inner.is_dir() else None
-    if config is not None and config.exists():
-        from octavo.integrations.transformers import read_config
-
-        if read_config(inner).get("quantization_config"):
-            raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
+    if config is not None and config.exists() and read_config(inner).get("quantization_config"):
+        raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
     source = _from_files(path, files, promised)
     if path.is_dir():
         left = beside(path, [*(file for _, file in files), *indexes])
@@ -74,18 +66,16 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         source.aliases[alias] = name
         del source.shapes[alias], source.dtypes[alias]
     if config is not None and config.exists():
-        from octavo.integrations.transformers import attach_module
-
         source.is_transformers = True
         if module and strange:
             source.notes.append(
-                f"from_pretrained does not find {', '.join(strange)}, for want of the name model.safetensors or an "
-                "index: the tensors are compressed on their own, without data, and nothing of the model is run"
+                f"from_pretrained does not find {', '.join(strange)}, as it is not named model.safetensors and there "
+                "is no index: the tensors are compressed without data, and the model is not run"
             )
         elif module:
             attach_module(source, inner)
     elif module and path.is_dir() and members(path) and is_installed():
-        # Without a model of transformers inside, an encoder is small.
+        # An encoder without a transformers model is small.
         encoder = load_encoder(path)
         source.module, source.is_encoder = encoder, True
         bind_encoder(source, encoder, path)
@@ -93,7 +83,7 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
 
 
 def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str, Path]) -> Source:
-    """A source from files, each with what the names of its tensors begin with in the source."""
+    """A source from files, each with the prefix of its tensor names in the source."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     where: dict[str, Path] = {}
@@ -107,25 +97,28 @@ def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str
                     if name in where:
                         raise RequestError(
                             f"{path}: tensor {name!r} is in {where[name].name} and in {file.name}; remove one of them, "
-                            "or name the file that counts"
+                            "or name one file as the source"
                         )
                     shapes[name], where[name] = tuple(tensor.get_shape()), file
                     dtypes[name] = DTYPES.get(tensor.get_dtype(), torch.uint8)
                     if tensor.get_dtype() not in DTYPES:
                         raise RequestError(
-                            f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported"
+                            f"{file}: tensor {name!r} has dtype {tensor.get_dtype()}, which is not supported; convert "
+                            "it to floats"
                         )
                     places[name] = Place(file, starts[key], dtypes[name], shapes[name])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
+            raise RequestError(
+                f"{file}: cannot be read as safetensors, it may be truncated: {error}; copy it again"
+            ) from error
     for name, file in promised.items():
         if where.get(name) != file:
             raise RequestError(
-                f"{file}: the index says that this shard holds tensor {name!r}, and it does not; the shard and the "
-                "index are of different models or versions, copy both again"
+                f"{file}: this shard lacks tensor {name!r}, which the index places in it; shard and index do not "
+                "belong together, so copy both again"
             )
     if not shapes:
-        raise RequestError(f"{path}: holds no tensors")
+        raise RequestError(f"{path}: holds no tensors; name a file with weights")
 
     def read(name: str) -> Tensor:
         return places[name].tensor()
@@ -134,7 +127,7 @@ def _from_files(path: Path, files: list[tuple[str, Path]], promised: Mapping[str
 
 
 def _equal_tensors(source: Source) -> Iterator[tuple[str, str]]:
-    """Weights that stand twice in the files with equal content, such as an embedding and its tied head."""
+    """Find weights stored twice with equal content, such as an embedding and its tied head."""
     first: dict[tuple, str] = {}
     for name, shape in source.shapes.items():
         if len(shape) >= 2 and math.prod(shape) >= SMALLEST_SITE:

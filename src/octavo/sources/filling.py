@@ -1,4 +1,4 @@
-"""Putting the tensors of an artifact into a module of the class that they came from."""
+"""Loading the tensors of an artifact into a module of the original class."""
 
 from __future__ import annotations
 
@@ -11,51 +11,52 @@ from torch import Tensor, nn
 from octavo.errors import ArtifactError
 from octavo.sources.modules import EXTRA_STATE, names_in_state, own_tensors, stored_tensors
 
-#: Names of keys that an error shows.
+#: Number of keys that an error shows.
 _SHOWN = 5
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], extra: Mapping[str, Any], *, assign: bool) -> None:
     """Load a state dict into a module.
 
-    The module's own ``load_state_dict`` is asked first. Where a hook renamed the tensors when they were saved, and none
-    renames them back, they are put into place by the names that they have in the module's own state dict.
+    The module's own ``load_state_dict`` is tried first. If a hook renamed tensors when saving and none renames them
+    back, tensors are assigned by the names in the module's own state dict.
 
     Parameters
     ----------
     extra
-        Plain data of the state dict. What a module keeps beside tensors is left as it is where nothing is given.
+        Plain data of the state dict. Extra state of modules is unchanged if nothing is given for it.
     assign
-        Whether the module's parameters are exchanged, or their content.
+        Whether parameters are replaced, or only their content.
 
     Raises
     ------
     ArtifactError
-        If tensors or parameters are left over, or shapes differ.
+        If tensors or parameters do not match, or shapes differ.
     """
     kind = type(module).__name__
     try:
         missing, unexpected = module.load_state_dict({**state, **extra}, strict=False, assign=assign)
     except Exception as error:
-        # Hooks of a module raise what they like when they meet names that they do not know.
+        # Hooks of a module may raise any exception for unknown names.
         if not _put(module, state, assign=assign):
             raise ArtifactError(f"does not fit {kind}: {error}") from error
         _put_extra(module, {**state, **extra})
         return
     entries = module.state_dict(keep_vars=True)
     names = names_in_state(module, entries)
-    # What the module's own state dict leaves out, or adds, is no business of weights.
+    # Entries that the module's own state dict leaves out or adds are not weights.
     lacking = [name for name in missing if name in names and not name.endswith(EXTRA_STATE)]
     over = [name for name in unexpected if name not in entries or name in names]
     lost = [name for name in missing if name not in entries and over]
     if (lacking or over or lost) and not _put(module, state, assign=assign):
         raise ArtifactError(
-            f"does not fit {kind}: it lacks {_listed([*lacking, *lost])}, and has no place for {_listed(over)}"
+            f"does not fit {kind}: the artifact lacks {_listed([*lacking, *lost])}, and the module does not use "
+            f"{_listed(over)}; load it into the original class"
         )
 
 
 def _put(module: nn.Module, state: Mapping[str, Tensor], *, assign: bool) -> bool:
-    """Put tensors into place by the module's own names; nothing, and False, if they do not fit one by one."""
+    """Assign tensors by the module's own names; if they do not match one by one, change nothing and return False."""
     own, renamed = own_tensors(module), names_in_state(module, module.state_dict(keep_vars=True))
     places = {name: name if name in own else renamed.get(name) for name in state if not name.endswith(EXTRA_STATE)}
     targets = {target: state[name] for name, target in places.items() if target is not None}
@@ -79,7 +80,7 @@ def _put(module: nn.Module, state: Mapping[str, Tensor], *, assign: bool) -> boo
 
 
 def _put_extra(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give modules their extra state."""
+    """Restore the extra state of modules."""
     parts = dict(module.named_modules())
     for name, value in state.items():
         prefix, _, leaf = name.rpartition(".")
@@ -89,7 +90,7 @@ def _put_extra(module: nn.Module, state: Mapping[str, Any]) -> None:
                 owner.set_extra_state(value)
             except Exception as error:
                 raise ArtifactError(
-                    f"does not fit {type(module).__name__}: it does not take its extra state {name!r}: "
+                    f"does not fit {type(module).__name__}: the module refuses the extra state {name!r}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
 

@@ -1,7 +1,6 @@
-"""GGUF files as sources, read through ``transformers``: weights as they dequantize, and what they take in the file.
+"""GGUF files as sources, read through ``transformers``: dequantized weights and their size in the file.
 
-Its readers believe what a file says, and raise whatever comes of it: every exception of theirs means a file that cannot
-be read.
+Its readers trust the file and may raise any exception, so every exception means an unreadable file.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from octavo.sources.sites import Source, from_module
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that ``path`` is, or the one in a folder without safetensors; None if there is none.
+    """The GGUF file at ``path``, or the only one in a folder without safetensors; None if there is none.
 
     Raises
     ------
@@ -34,22 +33,24 @@ def gguf_file(path: Path) -> Path | None:
         return path if path.suffix == ".gguf" else None
     files = [] if any(path.glob("*.safetensors*")) else sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        raise RequestError(f"{path}: holds {len(files)} GGUF files, name one of them: {files[0].name}, {files[1].name}")
+        raise RequestError(
+            f"{path}: holds {len(files)} GGUF files; name one of them, such as {files[0].name} or {files[1].name}"
+        )
     return files[0] if files else None
 
 
 def open_gguf(file: Path) -> Source:
-    """A source from a GGUF file: the float32 model that ``transformers`` makes of it.
+    """A source from a GGUF file: the float32 model that ``transformers`` loads from it.
 
-    Its original bytes are those that its tensors take in the file. Configuration and tokenizer, which are in the file
-    as well, are written to a temporary folder that lives as long as the source.
+    Its original bytes are those of the tensors in the file. Configuration and tokenizer, also from the file, are
+    written to a temporary folder that exists as long as the source.
 
     Raises
     ------
     RequestError
-        If the file is damaged, lacks weights of its model, or is of a kind that ``transformers`` does not read.
+        If the file is damaged, lacks weights of its model, or has a type that ``transformers`` cannot read.
     MissingExtraError
-        If the packages that read it are not installed.
+        If the packages for reading it are not installed.
     """
     if not all(map(_installed, ("transformers", "gguf", "accelerate"))):
         raise MissingExtraError(
@@ -62,7 +63,7 @@ def open_gguf(file: Path) -> Source:
     source.path, source.is_transformers, source.stored = file, True, stored
     types = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in stored.items())
     source.notes.append(
-        f"the source was already quantized ({types}): ratios count against these bytes; as floats it takes "
+        f"the source is already quantized ({types}): ratios are relative to these bytes; as floats it takes "
         f"{source.dense_bytes / 1e6:.2f} MB"
     )
     folder = tempfile.TemporaryDirectory(prefix="octavo-gguf-")
@@ -75,20 +76,20 @@ def open_gguf(file: Path) -> Source:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # a module that was blocked has no specification
+    except ValueError:  # a blocked module has no specification
         return False
 
 
 def _tensors(file: Path) -> list[Any]:
-    """The tensors of the file, which is mapped."""
+    """The tensors of the mapped file."""
     from gguf import GGUFReader
 
     try:
         tensors = list(GGUFReader(file).tensors)
     except Exception as error:
-        raise RequestError(f"{file}: cannot be read as GGUF, it may be truncated: {error}") from error
+        raise RequestError(f"{file}: cannot be read as GGUF, it may be truncated: {error}; copy it again") from error
     if not tensors:
-        raise RequestError(f"{file}: holds no tensors")
+        raise RequestError(f"{file}: holds no tensors; name a file with weights")
     return tensors
 
 
@@ -101,7 +102,7 @@ def _stored(tensors: list[Any]) -> dict[str, int]:
 
 
 def _model(file: Path, elements: list[int]) -> nn.Module:
-    """The model of a file whose tensors have so many elements each. What its header leaves out has sizes of its own."""
+    """The model of a file with the given tensor sizes. Parts that its header omits get default sizes."""
     import transformers
 
     try:
@@ -111,20 +112,22 @@ def _model(file: Path, elements: list[int]) -> nn.Module:
                 file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
     except Exception as error:
-        raise RequestError(f"{file}: transformers cannot load it: {error}") from error
+        raise RequestError(f"{file}: transformers cannot load it: {error}; give the original folder instead") from error
     module, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        raise RequestError(f"{file}: lacks {len(missing)} weights of {type(module).__name__}, such as {missing[0]!r}")
+        raise RequestError(
+            f"{file}: lacks {len(missing)} weights of {type(module).__name__}, such as {missing[0]!r}; copy it again"
+        )
     return module.eval()
 
 
 def _write_companions(file: Path, module: Any, folder: Path) -> None:
-    """Write what loads model and tokenizer without the file."""
+    """Write the configuration and tokenizer needed to load the model without the file."""
     import transformers
 
     config = module.config
-    # The weights are given back dense: nobody shall take them for a GGUF again.
+    # The weights are returned dense, so loaders must not treat them as GGUF again.
     config.__dict__.pop("quantization_config", None)
     config.architectures = [type(module).__name__]
     config.save_pretrained(folder)
@@ -134,4 +137,4 @@ def _write_companions(file: Path, module: Any, folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         tokenizer.save_pretrained(folder)
     except Exception as error:
-        raise RequestError(f"{file}: its tokenizer cannot be read: {error}") from error
+        raise RequestError(f"{file}: its tokenizer cannot be read: {error}; copy it again") from error

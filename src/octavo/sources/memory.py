@@ -1,4 +1,4 @@
-"""How much memory there is, and which models fit in it as a whole."""
+"""Available memory, and which models fit in it as a whole."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import os
 
 from octavo.sources.sites import Source
 
-#: A run on a module in memory takes about this many times its float32 weights: themselves, those of the plan that is
-#: measured, what is read back from the disk, and activations.
+#: A run on a module in memory takes about this many times its float32 weights: the weights, those of the measured plan,
+#: those read back from disk, and activations.
 _COPIES = 3.5
-#: What Python, PyTorch and transformers take, and the outputs and gradients of one batch.
+#: Bytes for Python, PyTorch and transformers, and the outputs and gradients of one batch.
 _BESIDE = 1_500_000_000
 
 
-#: What Python and PyTorch take before anything is read.
+#: Bytes for Python and PyTorch before anything is read.
 _EMPTY = 300_000_000
-#: Share of the machine's memory that a run takes if it is not told.
+#: Default share of the machine's memory for a run.
 _SHARE = 0.75
 
 
 def fits(source: Source, limit: int | None) -> bool:
-    """Whether a source's model can be run as a whole in ``limit`` bytes, by default in a share of the machine's.
+    """Whether a source's model can run as a whole in ``limit`` bytes, by default a share of the machine's memory.
 
-    What happens to be free at the moment does not count: the same command is to do the same again.
+    The currently free memory is ignored, so that the same command does the same again.
     """
     if limit is None:
         limit = int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -31,5 +31,5 @@ def fits(source: Source, limit: int | None) -> bool:
 
 
 def least_bytes(source: Source) -> int:
-    """Bytes that any run takes: those of Python and PyTorch, and the largest tensor with its copy in float32."""
+    """Bytes needed by any run: Python, PyTorch, and the largest tensor with a float32 copy."""
     return _EMPTY + max((8 * math.prod(shape) for shape in source.shapes.values()), default=0)

@@ -1,4 +1,4 @@
-"""What an ``nn.Module`` holds: its own tensors, their names in its state dict, and what in there is no tensor."""
+"""The content of an ``nn.Module``: its tensors, their names in its state dict, and entries that are not tensors."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from octavo.coding.container import DTYPES as INTEGERS
 from octavo.errors import RequestError
 from octavo.sources.narrowing import FLOATS
 
-#: Dtypes of which tensors are stored bit for bit, beside those of weights and integers.
+#: Dtypes stored bit for bit, besides those of weights and integers.
 _OTHERS = (
     "complex32", "complex64", "complex128", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2",
     "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
 )  # fmt: skip
-#: Not every version of torch has all of them.
+#: Some versions of torch lack some of them.
 SUPPORTED = {*FLOATS, *INTEGERS, *(getattr(torch, name) for name in _OTHERS if hasattr(torch, name))}
 EXTRA_STATE = "_extra_state"
 
 
 @dataclass
 class State:
-    """The state dict of a module, with what is known of its entries.
+    """The state dict of a module, with information on its entries.
 
     Parameters
     ----------
     tensors
-        By the names under which ``load_state_dict`` takes them.
+        Tensors by the names that ``load_state_dict`` expects.
     parameters
-        Name to the module's own name of the tensor, of all that belong to the module itself. They differ where a hook
-        of the state dict renames.
+        Maps names to the module's own names, for all tensors of the module. They differ if a state dict hook renames
+        tensors.
     fixed
-        Tensors that are not for coding, and why.
+        Tensors that must not be coded, and why.
     extra
-        Entries that are no tensors but plain data, such as numbers and texts.
+        Entries that are plain data, such as numbers and texts.
     notes
-        What is left out.
+        Notes on entries that are left out.
     """
 
     tensors: dict[str, Tensor]
@@ -52,7 +52,7 @@ class State:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of wrappers that run it and only rename its tensors: compilation and data parallelism."""
+    """The module inside wrappers for compilation and data parallelism, which only rename its tensors."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -63,7 +63,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by their own names, tied ones under each; no hook of a state dict has a say in it."""
+    """Parameters and buffers by their own names (tied ones under each), without state dict hooks."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -71,7 +71,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Those of :func:`own_tensors` that are not buffers which the module says it needs not keep."""
+    """The tensors of :func:`own_tensors` without non-persistent buffers."""
     passing = {
         f"{prefix}.{name}".removeprefix(".")
         for prefix, owner in module.named_modules(remove_duplicate=False)
@@ -86,15 +86,17 @@ def state_of(module: nn.Module) -> State:
     Raises
     ------
     RequestError
-        If the module is scripted, or a tensor of it has no content, or a dtype or kind that cannot be stored.
+        If the module is scripted, or one of its tensors has no content or a dtype or type that cannot be stored.
     """
     check_module(module)
     kind = type(module).__name__
     try:
         entries = module.state_dict(keep_vars=True)
     except Exception as error:
-        # Hooks of a state dict are the user's code.
-        raise RequestError(f"{kind}: its state_dict() fails: {type(error).__name__}: {error}") from error
+        # State dict hooks are user code.
+        raise RequestError(
+            f"{kind}: its state_dict() fails: {type(error).__name__}: {error}; correct the hooks of the module"
+        ) from error
     stored, extra = stored_tensors(module), {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
     names = names_in_state(module, entries)
     tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, Tensor)}
@@ -102,7 +104,7 @@ def state_of(module: nn.Module) -> State:
     lost = [name for name, tensor in stored.items() if id(tensor) not in reached]
     strange = [name for name in tensors if name not in names]
     if lost and any(not name.endswith(EXTRA_STATE) for name in strange):
-        # A hook makes other tensors of the module's own: these are what runs, and they are stored.
+        # A hook derives other tensors from the module's own; the module's own are what runs, so they are stored.
         tensors = {**stored, **{name: tensors[name] for name in strange if name.endswith(EXTRA_STATE)}}
         names, lost = {name: name for name in stored}, []
         extra = {name: value for name, value in extra.items() if name.endswith(EXTRA_STATE)}
@@ -110,21 +112,21 @@ def state_of(module: nn.Module) -> State:
     for name, tensor in tensors.items():
         _check_tensor(kind, name, tensor)
         if name not in names:
-            state.fixed[name] = "extra state" if name.endswith(EXTRA_STATE) else "added by a hook of the state dict"
+            state.fixed[name] = "extra state" if name.endswith(EXTRA_STATE) else "added by a state dict hook"
     for name, value in extra.items():
         if _is_plain(value):
             state.extra[name] = value
         else:
             state.notes.append(
-                f"{name}: {type(value).__name__} is no plain data (JSON), so it is not stored; the module that the "
-                "artifact is loaded into keeps its own"
+                f"{name}: {type(value).__name__} is not plain data (JSON), so it is not stored; the module that the "
+                "artifact is loaded into keeps its value"
             )
     hidden = list(_hidden(module))
     if hidden:
         state.notes.append(
-            f"{kind}: {', '.join(hidden[:3])}{' and more' if len(hidden) > 3 else ''} stand outside of its state dict "
-            "and are neither compressed nor stored: the module that the artifact is loaded into keeps its own; if they "
-            "are part of the model, register them, as with nn.ModuleList or register_buffer"
+            f"{kind}: {', '.join(hidden[:3])}{' and more' if len(hidden) > 3 else ''} are not in its state dict and "
+            "are neither compressed nor stored: the module that the artifact is loaded into keeps its values; if they "
+            "are part of the model, register them, for example with nn.ModuleList or register_buffer"
         )
     if lost:
         state.notes.append(
@@ -134,7 +136,7 @@ def state_of(module: nn.Module) -> State:
 
 
 def _hidden(module: nn.Module) -> Iterator[str]:
-    """Names of modules and floating tensors that are kept in plain attributes, lists or dictionaries."""
+    """Names of modules and floating tensors in plain attributes, lists or dictionaries."""
     known = {id(part) for part in module.modules()} | {id(tensor) for tensor in own_tensors(module).values()}
     for prefix, part in module.named_modules():
         for name, value in vars(part).items():
@@ -155,7 +157,7 @@ def _hidden(module: nn.Module) -> Iterator[str]:
 
 
 def names_in_state(module: nn.Module, entries: Mapping[str, Any]) -> dict[str, str]:
-    """Name in a state dict to the module's own name, of the tensors that belong to the module."""
+    """Maps state dict names to the module's own names, for tensors of the module."""
     own = own_tensors(module)
     by_identity: dict[int, str] = {}
     for name, tensor in own.items():
@@ -165,18 +167,17 @@ def names_in_state(module: nn.Module, entries: Mapping[str, Any]) -> dict[str, s
         if own.get(name) is not entry and id(entry) in by_identity:
             names[name] = by_identity[id(entry)]
         elif name in own and isinstance(entry, Tensor) and entry.shape == own[name].shape:
-            # A hook may give a copy under the same name.
+            # A hook may return a copy under the same name.
             names[name] = name
     return names
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse modules without content, and those that only look like modules."""
+    """Refuse modules without content, and scripted modules."""
     kind = type(module).__name__
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         raise RequestError(
-            f"{kind}: is a scripted or traced module, whose parts cannot be watched; give the eager module that it was "
-            "made from"
+            f"{kind}: is a scripted or traced module, whose parts cannot be observed; give the original eager module"
         )
     for name, tensor in own_tensors(module).items():
         if is_lazy(tensor):
@@ -186,8 +187,8 @@ def check_module(module: nn.Module) -> None:
             )
         if tensor.is_meta:
             raise RequestError(
-                f"{kind}: {name!r} is on the meta device, without content, as in a module that is offloaded in part; "
-                "load the whole module to the CPU (without device_map), or fill it: "
+                f"{kind}: {name!r} is on the meta device and has no content, as in a partly offloaded module; load the "
+                "whole module to the CPU (without device_map), or fill it: "
                 "module.to_empty(device='cpu').load_state_dict(...)"
             )
 
@@ -202,13 +203,13 @@ def _check_tensor(kind: str, name: str, tensor: Tensor) -> None:
         plain = False
     if not plain:
         raise RequestError(
-            f"{kind}: {name!r} is a {type(tensor).__name__} without a storage of its own; give the module with plain "
-            "tensors, as it was before it was quantized or distributed"
+            f"{kind}: {name!r} is a {type(tensor).__name__} without its own storage; give the module with plain "
+            "tensors, as before quantizing or distributing it"
         )
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON gives a value back as it was."""
+    """Whether a value survives a JSON round trip."""
     try:
         return _same(json.loads(json.dumps(value, allow_nan=False)), value)
     except (TypeError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Names and shapes that ``transformers`` changes while it loads, by its own rules.
+"""Names and shapes that ``transformers`` changes while loading, by its own rules.
 
-Since version 5 a checkpoint's tensors are renamed, and some fused or split, on their way into a model. The library's
-mapping decides here too, so that what is calibrated and measured is what ``from_pretrained`` will load.
+Since version 5 a checkpoint's tensors are renamed, and some fused or split, when they are loaded. The library's mapping
+is used here too, so that calibration and measurements use the model that ``from_pretrained`` will load.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from octavo.sources.conversions import Conversion
 
 @dataclass
 class Names:
-    """How the tensors of a checkpoint reach a module.
+    """The mapping of a checkpoint's tensors to a module.
 
     Parameters
     ----------
     parameters
-        Tensors that are taken as they are: name in the checkpoint to name in the module.
+        Unchanged tensors: name in the checkpoint to name in the module.
     conversions
-        Tensors that change their shape, or become one with others.
+        Tensors that change shape or are merged with others.
     unused
-        Tensors that the module has no place for.
+        Tensors that the module does not use.
     missing
-        Names of the module that no tensor of the checkpoint fills.
+        Parameter names that no tensor of the checkpoint fills.
     """
 
     parameters: dict[str, str] = field(default_factory=dict)
@@ -40,14 +40,14 @@ class Names:
 
 
 def names_of(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Names:
-    """Match the tensors of a checkpoint with those of a model of ``transformers``, as its loader does.
+    """Match the tensors of a checkpoint with those of a ``transformers`` model, like its loader.
 
     Parameters
     ----------
     module
         The model, with or without its weights.
     shapes
-        Shapes of the checkpoint's tensors, tied ones under every name.
+        Shapes of the checkpoint's tensors; tied tensors appear under every name.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -83,7 +83,7 @@ def names_of(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Names:
 
 
 def _missing(state: Mapping[str, Tensor], names: Names) -> list[str]:
-    """Parameters and buffers that nothing fills; tied ones are filled if one of them is."""
+    """Unfilled parameters and buffers; tied ones are filled if one of them is."""
     filled: Iterable[str] = (
         *names.parameters.values(), *(target for item in names.conversions for target in item.targets)
     )  # fmt: skip
@@ -92,7 +92,7 @@ def _missing(state: Mapping[str, Tensor], names: Names) -> list[str]:
 
 
 class _Group:
-    """Tensors that one of the library's converters takes together."""
+    """Tensors that one converter of the library processes together."""
 
     def __init__(self, converter: Any, target: str, model: Any) -> None:
         self.converter, self.target, self.model = converter, target, model

@@ -1,4 +1,4 @@
-"""Which tensors that are no sites, such as norms, biases and buffers, are stored in 16 bits."""
+"""Storing tensors that are not sites, such as norms, biases and buffers, in 16 bits."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-#: Dtypes of weights: what can be narrowed, and what a site can have.
+#: Dtypes of weights, which can be narrowed and which a site can have.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-#: Relative error that float16 may add to a value, and bfloat16: half a step of either, with a little to spare.
+#: Relative rounding error allowed for float16 and bfloat16: half a step, plus a small margin.
 _HALF, _BRAIN = 2**-10, 2**-8
-#: bfloat16 serves tensors of which float16 keeps at least this share of the values. What lies beyond float16 as a whole
-#: is a constant of its own kind, and few bytes.
+#: bfloat16 is used if float16 keeps at least this share of the values. Tensors entirely outside of float16 are special
+#: constants with few bytes.
 _SHARE = 0.5
 
 
 class Narrowing(StrEnum):
-    """How much 16 bits may change a tensor.
+    """How much storing a tensor in 16 bits may change it.
 
     Attributes
     ----------
     EXACT
-        Not at all.
+        No change.
     EACH
         Each value keeps its relative precision.
     SCALE
-        Values keep the precision of their tensor's root mean square, so that a few tiny ones among large may vanish.
-        Only a measurement can say that this costs nothing.
+        Values keep the precision of their tensor's root mean square, so a few tiny values may become zero. Only a
+        measurement can show that this costs nothing.
     """
 
     EXACT = "exact"
@@ -36,7 +36,7 @@ class Narrowing(StrEnum):
 
 
 def stored_dtype(tensor: Tensor, how: Narrowing) -> torch.dtype:
-    """The dtype in which a tensor is stored: one of 16 bits if it may be, else its own."""
+    """The stored dtype of a tensor: 16 bits if allowed, else its own."""
     if tensor.dtype not in FLOATS or tensor.dtype.itemsize <= 2:
         return tensor.dtype
     for dtype in (torch.float16, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Models of ``transformers`` given in memory: their artifact loads by ``from_pretrained`` like that of a folder."""
+"""``transformers`` models given in memory: their artifact loads by ``from_pretrained`` like that of a folder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from octavo.sources.sites import Source
+from octavo.errors import RequestError
+from octavo.sources.names import names_of
+from octavo.sources.sites import Source
+from octavo.sources.skeletons import skeleton
 
-#: What a tokenizer or processor is saved as, beside the weights that the model came from.
+#: File names of tokenizers and processors in the folder of the model's weights.
 _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "generation_config.json",
@@ -22,7 +24,7 @@ _TOKENIZER = (
 
 
 def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a model of ``transformers``, of one of its own classes."""
+    """Whether a module is a model of a class of ``transformers``."""
     library: Any = sys.modules.get("transformers")
     if library is None or not isinstance(module, library.PreTrainedModel):
         return False
@@ -30,14 +32,10 @@ def is_pretrained(module: nn.Module) -> bool:
 
 
 def adopt(source: Source, module: Any) -> None:
-    """Give the source of a model in memory the folder of its configuration, and of its tokenizer if it is known.
+    """Give the source of a model in memory a folder with its configuration, and its tokenizer if known.
 
-    A model whose tensors are not those of its configuration stays a plain module, with a note.
+    A model whose tensors do not match its configuration stays a plain module, with a note.
     """
-    from octavo.errors import RequestError
-    from octavo.integrations.transformers import skeleton
-    from octavo.sources.names import names_of
-
     folder = tempfile.TemporaryDirectory(prefix="octavo-config-")
     weakref.finalize(source, folder.cleanup)
     place = Path(folder.name)
@@ -53,7 +51,7 @@ def adopt(source: Source, module: Any) -> None:
     if found.unused or found.missing:
         odd = (found.unused or found.missing)[0]
         source.notes.append(
-            f"{odd!r} is not as the model's configuration says, so the artifact holds no configuration and loads with "
+            f"{odd!r} does not match the model's configuration, so the artifact holds no configuration and loads with "
             "octavo.load(path, into=...)"
         )
         return

@@ -1,4 +1,4 @@
-"""Sources, and the sites in them where one decision is made each."""
+"""Sources and their sites: the weights for which decisions are made."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from octavo.sources.narrowing import FLOATS
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
 
-#: Called with how much is done and how much there is.
+#: Called with the amount done and the total.
 Progress = Callable[[int, int], Any]
 
-#: A weight with fewer elements is kept as it is: its bookkeeping would cost more than coding could save.
+#: A smaller weight is kept unchanged: its overhead would cost more than coding saves.
 SMALLEST_SITE = 512
 
 #: Dtypes of tensors by their names in safetensors files.
@@ -35,9 +35,9 @@ DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
     "C64": torch.complex64,
 }  # fmt: skip
-#: A tensor of zeros and one number at least as far below is a mask that is added.
+#: A tensor of zeros and one number of at most this value is an additive mask.
 _MASK = -1e4
-#: Weights whose largest is beyond this power of two, either way, are scaled before anything is done with them.
+#: Weights whose largest element is above this power of two, or below its inverse, are scaled first.
 _USUAL = 40
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -50,14 +50,14 @@ class Layout:
     Parameters
     ----------
     kind
-        ``rows_first`` (linear, embedding, convolution: dimension 0 is the output), ``columns_first`` (GPT-2
-        ``Conv1D``: dimension 1 is the output), ``transposed`` (transposed convolution: (in, out / groups, *kernel)) or
-        ``stacked`` (matrices in one tensor, such as those of experts: all dimensions but the last count the rows).
+        ``rows_first`` (linear, embedding, convolution: dimension 0 is the output), ``columns_first`` (GPT-2 ``Conv1D``:
+        dimension 1 is the output), ``transposed`` (transposed convolution: (in, out / groups, *kernel)) or ``stacked``
+        (matrices in one tensor, such as those of experts: all dimensions except the last form the rows).
     groups
         Groups of a transposed convolution.
     exponent
-        The matrix is the weight divided by this power of two. It is zero but for weights so small or large that their
-        squares would not be floats.
+        The matrix is the weight divided by this power of two. It is zero except for weights so small or large that
+        their squares would not be finite, normal floats.
     """
 
     kind: str = "rows_first"
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def scale(self) -> float:
-        """What the matrix is multiplied by to give the weight."""
+        """The factor from the matrix to the weight."""
         return 2.0**self.exponent
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class Layout:
         return weight.reshape(rows, columns).contiguous()
 
     def to_gradient(self, gradient: Tensor) -> Tensor:
-        """Gradients at a layer's output as they would be if its weight were the matrix."""
+        """Gradients at a layer's output, converted as if its weight were the matrix."""
         return gradient.double() * self.scale if self.exponent else gradient
 
     def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -107,7 +107,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Site:
-    """A weight that is given one method and one setting.
+    """A weight that gets one method and one setting.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class Site:
     shape
         Shape of the tensor; :attr:`rows` and :attr:`columns` are those of its matrix.
     dtype
-        Floating dtype in which it is stored in the source.
+        Floating dtype in the source.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Site:
 
 @dataclass
 class Source:
-    """What is to be compressed: named tensors, and, where there is one, the module that uses them.
+    """A model to compress: named tensors and, if there is one, the module that uses them.
 
     Parameters
     ----------
@@ -155,23 +155,23 @@ class Source:
     path
         The folder or file it came from, or None for a module in memory.
     shapes, dtypes
-        Of every distinct tensor.
+        Shape and dtype of every distinct tensor.
     aliases
-        Tied names: alias to the name under which the tensor is stored.
+        Tied names: maps aliases to the name under which the tensor is stored.
     read
         Reads one tensor by name.
     module
-        The module, or None for bare tensors. That of a folder is a skeleton until it is to be run.
+        The module, or None for bare tensors. For a folder it is a skeleton until it is run.
     parameters
-        Tensor name, tied ones too, to the parameter or buffer of ``module`` that it becomes or becomes part of.
+        Maps tensor names, including tied ones, to the parameter or buffer of ``module`` that contains the tensor.
     conversions
-        Tensors that become tensors of ``module`` in another shape.
+        Tensors that get another shape in ``module``.
     unused
-        Tensors that ``module`` has no place for.
+        Tensors that ``module`` does not use.
     fixed
-        Tensors that are stored as they are, whatever their shape, and why.
+        Tensors stored unchanged, whatever their shape, and why.
     extra
-        What is stored beside tensors: plain data by name (``torch.nn.Module.get_extra_state``).
+        Plain data stored with tensors, by name (``torch.nn.Module.get_extra_state``).
     unfilled
         Parameters of ``module`` that none of the tensors fills: its own loader gives them random values.
     """
@@ -192,17 +192,17 @@ class Source:
     exponents: dict[str, int] = field(default_factory=dict, repr=False)
     unfilled: list[str] = field(default_factory=list)
     is_transformers: bool = False
-    #: Whether ``module`` is an encoder of sentence-transformers as a whole.
+    #: Whether ``module`` is a whole sentence-transformers encoder.
     is_encoder: bool = False
-    #: Whether of an encoder of ``sentence-transformers`` nothing but its transformer is to be run.
+    #: Whether only the transformer of a ``sentence-transformers`` encoder is run.
     transformer_only: bool = False
-    #: Bytes of the module's buffers that are not stored, such as tables that are worked out from its configuration.
+    #: Bytes of the module's buffers that are not stored, such as tables computed from its configuration.
     unstored: int = 0
-    #: Where configuration and tokenizer are, if not in ``path``.
+    #: Folder of configuration and tokenizer, if not ``path``.
     companions: Path | None = None
-    #: Bytes by type as its tensors are stored, where that is in no dtype of torch.
+    #: Bytes by storage type, if tensors are stored in types that torch lacks.
     stored: dict[str, int] = field(default_factory=dict)
-    #: What is to be told about how the source was read.
+    #: Notes on how the source was read.
     notes: list[str] = field(default_factory=list)
     #: SHA-256 of every tensor's content, from :func:`examine`.
     digests: dict[str, str] = field(default_factory=dict, repr=False)
@@ -212,7 +212,7 @@ class Source:
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of the distinct tensors as they are stored."""
+        """Bytes of the distinct tensors as stored."""
         return sum(self.stored.values()) or self.dense_bytes
 
     @property
@@ -222,7 +222,7 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of configuration and tokenizer, if there is one."""
+        """The folder of configuration and tokenizer, or None."""
         return self.companions or (self.path if self.path is not None and self.path.is_dir() else None)
 
     @property
@@ -245,14 +245,14 @@ class Source:
         return {**self.shapes, **{alias: self.shapes[name] for alias, name in self.aliases.items()}}
 
     def owner(self, name: str) -> nn.Module | None:
-        """The module that holds the tensor ``name``, if there is one."""
+        """The module that holds the tensor ``name``, or None."""
         if self.module is None or name not in self.direct:
             return None
         return self.module.get_submodule(self.direct[name].rpartition(".")[0])
 
     @property
     def direct(self) -> dict[str, str]:
-        """Tensor name to the name in ``module``, of those that keep their shape on the way."""
+        """Maps tensor names to names in ``module``, for tensors that keep their shape."""
         if not self.conversions:
             return self.parameters
         known = self._direct
@@ -264,13 +264,13 @@ class Source:
 
     @property
     def is_skeleton(self) -> bool:
-        """Whether the module is there without its weights."""
+        """Whether the module has no weights yet."""
         return self.module is not None and any(parameter.is_meta for parameter in self.module.parameters())
 
     def places(self) -> dict[str, list[tuple[nn.Module, str]]]:
-        """The modules that hold each tensor, with the name that it has there, in the order of the model.
+        """The modules that hold each tensor, with its name there, in the order of the model.
 
-        Several if the tensor is tied. Tensors that change their shape on the way into the module are not among them.
+        There are several if the tensor is tied. Tensors that change shape in the module are left out.
         """
         if self.module is None:
             return {}
@@ -288,12 +288,12 @@ class Source:
         return {name: [module for module, _ in places] for name, places in self.places().items()}
 
     def placed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The module's tensors that change when some tensors of the source have other values.
+        """The module's tensors that change if some tensors of the source are replaced.
 
         Parameters
         ----------
         weights
-            By name in the source.
+            New values by name in the source.
         """
         stored = {parameter: self.aliases.get(name, name) for name, parameter in self.direct.items()}
         result = {parameter: weights[name] for parameter, name in stored.items() if name in weights}
@@ -305,7 +305,7 @@ class Source:
         return result
 
     def sites(self) -> tuple[list[Site], dict[str, str]]:
-        """All sites in the order of the source, and the reason for every tensor that is none."""
+        """All sites in the order of the source, and the reason for every tensor that is not a site."""
         tied: dict[str, list[str]] = {}
         for alias, name in self.aliases.items():
             tied.setdefault(name, []).append(alias)
@@ -344,18 +344,19 @@ class Source:
             head = getattr(self.module, "get_output_embeddings", lambda: None)()
             if owner is head:
                 return "head", Layout()
-        # Without code a table of tokens is told from a layer by its name alone.
+        # Without a module, only its name distinguishes a token table from a layer.
         return ("embedding" if owner is None and "embed" in name.lower() else "linear"), Layout()
 
 
 def from_module(module: nn.Module, *, title: str | None = None) -> Source:
-    """A source from any module in memory; tied tensors are those that share their storage."""
+    """A source from any module in memory; tensors that share their storage are tied."""
     state = state_of(module)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple, str] = {}
     for name, tensor in state.tensors.items():
-        # A transposed view of a square weight has its address and shape, but other strides: it is another tensor.
+        # A transposed view of a square weight has the same address and shape but other strides, so it is a different
+        # tensor.
         key = (
             tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
         )  # fmt: skip
@@ -365,7 +366,10 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
         seen[key] = name
         tensors[name] = tensor
     if not tensors:
-        raise RequestError(f"{type(module).__name__} has no parameters or buffers: there is nothing to compress")
+        raise RequestError(
+            f"{type(module).__name__}: has no parameters or buffers, so there is nothing to compress; give a module "
+            "with weights"
+        )
     return Source(
         title=title or type(module).__name__,
         path=None,
@@ -382,15 +386,15 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
 
 
 def examine(source: Source, progress: Progress = lambda done, total: None) -> None:
-    """Read every tensor once, if that was not done before, and remember the content's digest.
+    """Read every tensor once and store the digests of their contents.
 
-    Weights with NaN or Inf are refused, and so are parameters of a module that ask for gradients. Masks, buffers and
-    frozen parameters that are no weights may hold them: these are stored as they are.
+    NaN and Inf are refused in weights and in trainable parameters. Masks, buffers and frozen parameters that are not
+    weights may hold them and are stored unchanged.
 
     Raises
     ------
     RequestError
-        Naming the first weight that holds NaN or Inf, and where in it.
+        If a weight holds NaN or Inf; the error names the first and its position.
     """
     names = [name for name in source.shapes if name not in source.digests]
     own = {} if source.module is None else own_tensors(source.module)
@@ -401,7 +405,7 @@ def examine(source: Source, progress: Progress = lambda done, total: None) -> No
     def digest(name: str) -> str:
         tensor = source.read(name).detach()
         if name not in source.fixed and _may_be_site(tensor):
-            # NaN and Inf show in the extremes, which take no memory.
+            # NaN and Inf appear in the extremes, which take no memory.
             least, most = map(float, torch.aminmax(tensor))
             if _is_mask(tensor, least, most):
                 source.fixed[name] = "a mask"
@@ -427,15 +431,15 @@ def _may_be_site(tensor: Tensor) -> bool:
 
 
 def _is_mask(tensor: Tensor, least: float, most: float) -> bool:
-    """Whether a tensor is zero but where it hides something by a number far below."""
+    """Whether a tensor is zero except for very negative entries that mask something."""
     return least <= _MASK and most == 0 and bool(((tensor == 0) | (tensor == least)).all())
 
 
 def _not_finite(source: Source, name: str, tensor: Tensor) -> RequestError:
     index = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
     return RequestError(
-        f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; "
-        "a model with NaN or Inf weights cannot be compressed, repair it first"
+        f"{source.path or source.title}: tensor {name!r} holds {tensor[index].item()} at {index}; weights with NaN or "
+        "Inf cannot be compressed, so repair the model first"
     )
 
 

@@ -1,4 +1,4 @@
-"""Calibration texts: the user's, or the one that comes with the package."""
+"""Calibration texts: the user's, or the built-in text of the package."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from typing import Any
 from octavo.errors import RequestError
 from octavo.system.paths import checked, reason
 
-#: Every fourth is held back; at least eight must be left to calibrate on.
+#: Every fourth text is held out; at least eight must remain for calibration.
 MINIMUM_TEXTS = 10
-#: The key or column that is read where several are there.
+#: The key or column that is read if there are several.
 _KEY = "text"
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 
 def builtin_texts() -> list[str]:
-    """384 English sentences on many topics, written for this package."""
+    """Read 384 English sentences on many topics, written for this package."""
     return (files("octavo.sources") / "english.txt").read_text(encoding="utf-8").splitlines()
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Texts of a file in UTF-8, by the ending of its name.
+    """Read texts from a UTF-8 file, by the suffix of its name.
 
     ``.jsonl`` and ``.ndjson`` have a string or an object with a string under ``text`` on every line, ``.json`` a list
     of these (or lines of them). ``.csv`` and ``.tsv`` have a header; the column ``text`` is read, or the first that
-    holds more than numbers. Any other file has one text a line.
+    holds more than numbers. Any other file has one text per line.
 
     Raises
     ------
     RequestError
-        If the file cannot be read, naming the line, or holds fewer than ten texts.
+        If the file cannot be read (the error names the line) or holds fewer than ten texts.
     """
     path = checked(path)
     try:
-        # Editors and spreadsheets put a mark at the beginning.
+        # Some editors and spreadsheets write a byte order mark.
         content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: calibration data cannot be read as UTF-8 text: {reason(error)}") from error
+        raise RequestError(
+            f"{path}: calibration data cannot be read as UTF-8 text: {reason(error)}; save it as UTF-8"
+        ) from error
     ending = path.suffix.lower()
     if ending in _LINES:
         found = _of_lines(content, path)
@@ -58,7 +60,7 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def cleaned(texts: Iterable[str]) -> list[str]:
-    """Texts in which halves of characters, which no tokenizer takes, are replaced by the mark for what is unknown."""
+    """Texts with lone surrogates, which tokenizers refuse, replaced by the replacement character."""
     return [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
 
 
@@ -66,12 +68,13 @@ def check_texts(texts: list[str], where: str) -> None:
     """Raise :class:`RequestError` if there are too few texts to calibrate on."""
     if len(texts) < MINIMUM_TEXTS:
         raise RequestError(
-            f"{where}: {len(texts)} calibration texts, at least {MINIMUM_TEXTS} are needed (one a line; 256 serve well)"
+            f"{where}: {len(texts)} calibration texts; at least {MINIMUM_TEXTS} are needed, one per line (256 work "
+            "well)"
         )
 
 
 def _of_lines(content: str, path: Path) -> Iterator[str]:
-    # Only line feeds end a line of JSON: other separators may stand inside of a string.
+    # Only line feeds end a line of JSON: strings may contain other separators.
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             yield _text(_parsed(line, f"{path}: line {number}"), f"{path}: line {number}")
@@ -81,7 +84,7 @@ def _of_list(content: str, path: Path) -> Iterator[str]:
     try:
         value = _parsed(content, f"{path}: the content")
     except RequestError:
-        # Many a file of lines is called .json; the error of its first bad line says more.
+        # JSON lines are often named .json; the error of the first bad line is more helpful.
         if not content.lstrip().startswith("{"):
             raise
         yield from _of_lines(content, path)
@@ -109,10 +112,13 @@ def _of_table(content: str, path: Path) -> Iterator[str]:
         wordy = (at for at in range(len(names)) if not all(_is_number(row[at]) for _, row in body if at < len(row)))
         column = next(wordy, -1)
     if body and column < 0:
-        raise RequestError(f"{path}: no column holds text; name the one that does 'text' in the first line")
+        raise RequestError(f"{path}: no column holds text; name the text column 'text' in the first line")
     for number, row in body:
         if column >= len(row):
-            raise RequestError(f"{path}: line {number} has {len(row)} columns, the text is in column {column + 1}")
+            raise RequestError(
+                f"{path}: line {number} has {len(row)} columns, but the text is in column {column + 1}; complete the "
+                "line"
+            )
         yield row[column]
 
 
@@ -138,5 +144,5 @@ def _text(value: Any, where: str) -> str:
         return value
     found = value.get(_KEY) if isinstance(value, dict) else None
     if not isinstance(found, str):
-        raise RequestError(f"{where} has no string under 'text'")
+        raise RequestError(f"{where} has no string under 'text'; add one")
     return found

@@ -1,4 +1,4 @@
-"""Texts as batches of tokens, for models of ``transformers``."""
+"""Texts as batches of tokens, for ``transformers`` models."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.outputs import is_paired, takes_tokens
 from octavo.errors import RequestError
-from octavo.integrations.transformers import require_transformers
+from octavo.sources.model_classes import require_transformers
+from octavo.sources.model_kinds import is_paired, takes_tokens
 from octavo.sources.texts import MINIMUM_TEXTS
 
-#: Longer texts are cut: calibration gains little from them and costs the square of their length.
+#: Longer texts are truncated: calibration gains little from them, and its cost grows with the square of the length.
 MAX_TOKENS = 128
 _SHORTEST_WINDOW = 16
-#: Models whose decoder is given its tokens; heads of other kinds make them from those of the encoder.
+#: Models whose decoder needs its own tokens; other heads derive them from the encoder's tokens.
 _GIVEN_TOKENS = re.compile("Model$|Generation$")
 
 
 def text_batches(
     folder: Path, texts: Sequence[str], module: nn.Module | None = None, *, size: int = 32
 ) -> list[dict[str, Tensor]]:
-    """Tokenised, padded batches of texts. Neighbours in length share a batch, so that little is padding.
+    """Tokenised, padded batches of texts. Texts of similar length share a batch, so there is little padding.
 
-    A default prompt of ``sentence-transformers`` stands before every text. With a ``module`` only what it takes is
-    given, no longer than it takes; one with a decoder gets the same text for it, shifted right by one token.
+    A default prompt of ``sentence-transformers`` is put before every text. With a ``module`` batches only have its
+    inputs and fit its context. A decoder gets the same text, shifted right by one token.
     """
     tokenizer = _tokenizer(folder)
     if tokenizer.pad_token is None:
@@ -49,7 +49,7 @@ def text_batches(
 
 
 def _taken(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a model takes of a batch: general tokenizers give token types to models that know none."""
+    """The inputs of a batch that a model accepts: general tokenizers also produce token types."""
     known = inspect.signature(module.forward).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
         return batch if "token_type_ids" in known else {key: batch[key] for key in batch if key != "token_type_ids"}
@@ -57,7 +57,7 @@ def _taken(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _decoded(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tokens of a batch for the decoder that predicts them; nothing for heads that give the decoder its tokens."""
+    """Tokens of a batch for the decoder that predicts them; empty for heads that derive them."""
     if not is_paired(module) or not _GIVEN_TOKENS.search(type(module).__name__):
         return {}
     config = module.config
@@ -74,18 +74,18 @@ def _decoded(module: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def prompt_of(folder: Path) -> str:
-    """The prompt that ``sentence-transformers`` puts before every text by default, empty if it does not."""
+    """The default prompt of ``sentence-transformers`` before every text; empty if there is none."""
     file = folder / "config_sentence_transformers.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         name = config.get("default_prompt_name")
         return str(config["prompts"][name]) if name is not None else ""
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise RequestError(f"{file}: the default prompt cannot be read: {error!r}") from error
+        raise RequestError(f"{file}: the default prompt cannot be read: {error!r}; correct the file") from error
 
 
 def prompt_length(folder: Path) -> int:
-    """Tokens of the default prompt at the beginning of every text, as ``sentence-transformers`` counts them."""
+    """Number of tokens of the default prompt, as counted by ``sentence-transformers``."""
     prompt = prompt_of(folder)
     if not prompt:
         return 0
@@ -95,15 +95,15 @@ def prompt_length(folder: Path) -> int:
 
 
 def missing_for_texts(module: nn.Module, folder: Path) -> str:
-    """Why a model cannot be run on texts alone; empty if it can."""
+    """The reason why a model cannot run on texts only; empty if it can."""
     name = type(module).__name__
     main = getattr(module, "main_input_name", "input_ids")
     if not takes_tokens(module):
-        return f"{name} takes {main if isinstance(main, str) else ' and '.join(main)}, and no text"
+        return f"{name} takes {main if isinstance(main, str) else ' and '.join(main)}, not text"
     seen = getattr(module, "input_modalities", "text")
     others = [kind for kind in ([seen] if isinstance(seen, str) else seen) if kind != "text"]
     if others and not is_causal(module):
-        return f"{name} takes {' and '.join(others)} beside text"
+        return f"{name} takes {' and '.join(others)} besides text"
     try:
         _tokenizer(folder)
     except RequestError as error:
@@ -112,7 +112,7 @@ def missing_for_texts(module: nn.Module, folder: Path) -> str:
 
 
 def is_causal(module: nn.Module | None) -> bool:
-    """Whether a model predicts the next token from those before it; models that also see or hear do so from text."""
+    """Whether a model predicts the next token; models with images or sound too do so from text."""
     name = type(module).__name__
     if name.endswith("ForConditionalGeneration"):
         return module is not None and not is_paired(module) and takes_tokens(module)
@@ -120,7 +120,7 @@ def is_causal(module: nn.Module | None) -> bool:
 
 
 def context_of(module: nn.Module) -> int:
-    """Most tokens that a model takes at once; a number no text reaches where it does not say."""
+    """Largest number of tokens per input of a model; a very large number if unknown."""
     config: Any = getattr(module, "config", None)
     config = config.get_text_config() if config is not None else None
     longest = int(getattr(config, "max_position_embeddings", None) or 0)
@@ -130,20 +130,20 @@ def context_of(module: nn.Module) -> int:
 def window_batches(
     folder: Path, texts: Sequence[str], length: int, *, limit: int | None = None, size: int = 4
 ) -> list[dict[str, Tensor]]:
-    """Batches of windows of equal length, without padding, cut from all texts one after another.
+    """Batches of windows of equal length, without padding, cut from the concatenated texts.
 
-    Every position then predicts from text, whatever the batch size, and none is spent on padding.
+    So every position predicts from text, whatever the batch size.
 
     Parameters
     ----------
     length
-        Tokens of a window; fewer if the texts would not fill ten of them.
+        Tokens per window; fewer if the texts would not fill ten windows.
     limit
-        Tokens at most; windows are then spread evenly over the texts.
+        Largest number of tokens; windows are then spread evenly over the texts.
     """
     tokenizer = _tokenizer(folder)
     tokens = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
-    # Models that were trained with a first token go astray without it.
+    # Models trained with a first token perform badly without it.
     first = tokenizer("", add_special_tokens=True)["input_ids"][:1] if tokenizer.bos_token_id is not None else []
     first = [token for token in first if token == tokenizer.bos_token_id]
     length = min(length, max(_SHORTEST_WINDOW, len(tokens) // (2 * MINIMUM_TEXTS)))
@@ -151,8 +151,8 @@ def window_batches(
     starts = range(0, len(tokens) - stride + 1, stride)
     if len(starts) < MINIMUM_TEXTS:
         raise RequestError(
-            f"the texts hold {len(tokens)} tokens, {len(starts)} windows of {length}; give at least "
-            f"{MINIMUM_TEXTS * length} tokens (a language model is served well by 32,000)"
+            f"data: the texts hold {len(tokens)} tokens, {len(starts)} windows of {length}; give at least "
+            f"{MINIMUM_TEXTS * length} tokens (32,000 work well for a language model)"
         )
     windows = [first + tokens[start : start + stride] for start in starts]
     if limit is not None and len(windows) > max(limit // length, MINIMUM_TEXTS):
@@ -168,30 +168,33 @@ def _tokenizer(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        # Its files can be wrong in many ways, and each tokenizer raises what it likes.
-        raise RequestError(f"{folder}: no tokenizer can be loaded from it, and calibration is text: {error}") from error
-    # Without any file transformers makes a tokenizer that knows no word.
+        # A tokenizer may raise any exception for invalid files.
+        raise RequestError(
+            f"{folder}: its tokenizer cannot be loaded, but calibration data is text: {error}; repair the tokenizer's "
+            "files, or give batches"
+        ) from error
+    # Without any file transformers creates a tokenizer with an empty vocabulary.
     files = set(found.vocab_files_names.values())
     if files and not any((folder / name).exists() for name in (*files, "tokenizer.json")):
         raise RequestError(
-            f"{folder}: no tokenizer can be loaded from it, and calibration is text: it has none of "
-            f"{', '.join(sorted(files))}; copy the tokenizer's files into the folder, or give batches"
+            f"{folder}: calibration data is text, but the folder has no tokenizer (none of "
+            f"{', '.join(sorted(files))}); copy the tokenizer's files into the folder, or give batches"
         )
     return found
 
 
 def check_tokens(module: Any, batches: Sequence[Any]) -> None:
-    """Refuse tokens that the model does not have, and sequences longer than it takes.
+    """Refuse tokens outside of the model's vocabulary, and sequences longer than its context.
 
     Raises
     ------
     RequestError
-        Naming the token or the length.
+        If there are any; the error names the token or the length.
     """
     try:
         words = getattr(module.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:
-        # Models of sound have no table of tokens, and those with a side for every kind of input have not one alone.
+        # Audio models have no token table, and models with several kinds of input may have several.
         words = None
     context = context_of(module)
     name = type(module).__name__
@@ -207,11 +210,11 @@ def _check(name: str, tokens: Tensor, words: int | None, context: int) -> None:
     least, most = int(tokens.min()), int(tokens.max())
     if words is not None and (least < 0 or most >= words):
         raise RequestError(
-            f"the data hold token {least if least < 0 else most}, and {name} knows tokens 0 to {words - 1}: the "
-            "tokenizer does not belong to this model; use the one that the model was published with"
+            f"data: holds token {least if least < 0 else most}, but {name} knows tokens 0 to {words - 1}, so the "
+            "tokenizer belongs to another model; use the tokenizer published with the model"
         )
     if tokens.shape[-1] > context:
         raise RequestError(
-            f"the data hold sequences of {tokens.shape[-1]} tokens, and {name} takes {context} at most "
-            "(max_position_embeddings in config.json); cut them shorter"
+            f"data: holds sequences of {tokens.shape[-1]} tokens, but {name} takes at most {context} "
+            "(max_position_embeddings in config.json); shorten them"
         )

@@ -1,4 +1,4 @@
-"""Which files of a folder hold the weights: those that ``from_pretrained`` would load, and no others."""
+"""Finding the weight files of a folder: exactly those that ``from_pretrained`` would load."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from octavo.errors import RequestError
 from octavo.system.paths import checked
 from octavo.system.sealed import JOB
 
-#: What a file of weights, of whatever format, ends with.
+#: Suffixes of weight files of any format.
 _ENDINGS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".onnx_data",
     ".onnx.data", ".gguf", ".ggml", ".npz", ".npy", ".ot", ".pb", ".tflite", ".nemo", ".mlmodel", ".keras", ".joblib",
 )  # fmt: skip
 _INDEX = re.compile(r".*\.index(\..+)?\.json")
-#: Formats that are read by running what they say.
+#: Formats whose readers run code from the file.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
-#: The same weights in another precision, which ``from_pretrained(variant=...)`` asks for.
+#: Names of the same weights in another precision, for ``from_pretrained(variant=...)``.
 _VARIANT = re.compile(r"model\..+\.safetensors")
 _ADAPTER = re.compile(r"adapter_model.*\.safetensors")
-#: The key of ``config.json`` that names the file of the weights.
+#: The key of ``config.json`` that names the weight file.
 NAMED = "transformers_weights"
-#: Folders below the model's that are looked into.
+#: Depth of sub-folders that are searched.
 _DEEP = 3
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files that hold the weights.
+    """The weight files of a source.
 
     Parameters
     ----------
     promised
-        If there is an index, in which file it says that each tensor is.
+        The file of each tensor according to the index, if there is one.
     usual
-        Whether ``from_pretrained`` finds them by itself.
+        Whether ``from_pretrained`` finds them.
     index
-        The index itself.
+        The index file.
     """
 
     files: list[Path]
@@ -53,22 +53,22 @@ class WeightFiles:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of that name holds weights, or is an index of such files."""
+    """Whether a file with that name holds weights or is an index of weight files."""
     return name.lower().endswith(_ENDINGS) or _INDEX.fullmatch(name.lower()) is not None
 
 
 def weight_files(path: Path) -> WeightFiles:
-    """The files that hold the weights of a file, an index or a folder, in the order of preference of ``transformers``.
+    """Find the weight files of a file, an index or a folder, with the preferences of ``transformers``.
 
-    That is what ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``, else the shards that
-    ``model.safetensors.index.json`` names. Where none is there, complete shards without an index are taken, or the only
-    other file. A folder without ``config.json`` may hold several files. Adapters are never taken, and variants such as
-    ``model.fp16.safetensors`` only where nothing else is.
+    The order is ``transformers_weights`` in ``config.json``, ``model.safetensors``, then the shards named by
+    ``model.safetensors.index.json``. Otherwise complete shards without an index are used, or the only other file. A
+    folder without ``config.json`` may hold several files. Adapters are never used, and variants such as
+    ``model.fp16.safetensors`` only if there is nothing else.
 
     Raises
     ------
     RequestError
-        If there are none, or several that could be meant, or a shard is missing.
+        If there are none or several candidates, or a shard is missing.
     """
     if path.is_file():
         if path.name.endswith(".index.json"):
@@ -84,18 +84,18 @@ def weight_files(path: Path) -> WeightFiles:
 
 
 def _named(folder: Path) -> Path | None:
-    """The file that the config names, which goes before all others."""
+    """The file named in the config, which has priority over all others."""
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8"))[NAMED]
         inside = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        # A damaged config is reported by who builds the model from it.
+        # A damaged config is reported when the model is built.
         return None
     return folder / name if inside and name.endswith((".safetensors", ".safetensors.index.json")) else None
 
 
 def beside(folder: Path, counted: Collection[Path]) -> list[str]:
-    """Names of all other files of weights in a folder and below it."""
+    """Names of all other weight files in a folder and its sub-folders."""
     return [file.relative_to(folder).as_posix() for file in _walk(folder) if file not in counted]
 
 
@@ -103,7 +103,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
         if depth and JOB in names:
-            # A run's kept work, which is nobody's weights.
+            # Kept work of a run does not count as weights.
             folders.clear()
             continue
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth + 1 < _DEEP else []
@@ -111,11 +111,11 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _others(folder: Path) -> WeightFiles:
-    """Weights under other names than those that ``from_pretrained`` looks for."""
+    """Weights with names that ``from_pretrained`` does not look for."""
     files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     files = [file for file in files if not _ADAPTER.fullmatch(file.name)]
-    # Variants are the weights only where nothing else is.
+    # Variants are only used if there is nothing else.
     files = [file for file in files if not _VARIANT.fullmatch(file.name)] or files
     if not files and not indexes:
         raise RequestError(_nothing(folder))
@@ -124,25 +124,25 @@ def _others(folder: Path) -> WeightFiles:
     if pickled and is_model:
         raise RequestError(
             f"{folder}: from_pretrained loads {pickled[0]} here and not {(indexes or files)[0].name}; load the model "
-            "and write it with save_pretrained, or name the .safetensors file itself"
+            "and write it with save_pretrained, or name the .safetensors file as the source"
         )
     shards = _shards(files)
     if "model" in shards:
         return WeightFiles(shards["model"])
     if len(indexes) > 1:
-        raise RequestError(f"{folder}: holds several indexes, name one of them: {_listed(indexes)}")
+        raise RequestError(f"{folder}: holds several indexes; name one of them as the source: {_listed(indexes)}")
     if indexes:
         return _indexed(indexes[0])
     if is_model and len(files) > 1 and len(shards) != 1:
         raise RequestError(
-            f"{folder}: holds no model.safetensors, and several files that could be meant ({_listed(files)}); rename "
-            "the one that holds the model, or name it as the source"
+            f"{folder}: holds several possible weight files ({_listed(files)}), but no model.safetensors; name one of "
+            "them as the source, or rename it"
         )
     return WeightFiles(next(iter(shards.values())) if is_model and shards else files)
 
 
 def _shards(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Complete sets of shards, by what their names begin with."""
+    """Complete sets of shards, by name prefix."""
     sets: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for file in files:
         match = _SHARD.fullmatch(file.name)
@@ -153,12 +153,13 @@ def _shards(files: Sequence[Path]) -> dict[str, list[Path]]:
         first = _SHARD.fullmatch(parts[0].name)
         assert first is not None
         width = len(first["number"])
-        # Counting stops at the first that is missing, however many a name claims there are.
+        # Counting stops at the first missing shard, whatever number a name claims.
         for number in range(1, int(count) + 1):
             name = f"{stem}-{number:0{width}}-of-{count}.safetensors"
             if parts[0].with_name(name) not in parts:
                 raise RequestError(
-                    f"{parts[0].parent}: shard {name} is missing beside {parts[0].name}; copy it and the index there"
+                    f"{parts[0].parent}: holds {parts[0].name}, but shard {name} is missing; copy it and the index "
+                    "there"
                 )
         if stem in found:
             raise RequestError(
@@ -173,41 +174,43 @@ def _indexed(index: Path) -> WeightFiles:
     try:
         promised = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{index}: not an index of safetensors shards: {error}") from error
+        raise RequestError(f"{index}: not an index of safetensors shards: {error}; copy it again") from error
     if not all(isinstance(name, str) for name in promised.values()):
-        raise RequestError(f"{index}: not an index of safetensors shards: a shard's name is not a string")
+        raise RequestError(
+            f"{index}: not an index of safetensors shards: a shard's name is not a string; copy it again"
+        )
     files = [index.parent / name for name in sorted(set(promised.values()))]
     for file in files:
         if not checked(file).exists():
-            raise RequestError(f"{index}: names the shard {file.name}, which is missing beside it")
+            raise RequestError(f"{index}: names the shard {file.name}, which is missing; copy it there")
     return WeightFiles(files, {tensor: index.parent / name for tensor, name in promised.items()}, index=index)
 
 
 def _unreadable(file: Path) -> str:
-    """What to do with a file that is not read."""
+    """The message for a file of an unsupported format."""
     if file.suffix.lower() in _PICKLES:
         return (
-            f"{file}: is a pickle, which runs code when it is read, and Octavo reads none; load it yourself with "
+            f"{file}: is a pickle, which can run code when loaded, so Octavo does not read it; load it yourself with "
             f"model.load_state_dict(torch.load({file.name!r}, weights_only=True)) and pass the module: "
             "octavo.compress(model, ...)"
         )
-    return f"{file}: only .safetensors files, their .index.json and .gguf files can be read (pickles run code)"
+    return f"{file}: unsupported format; give a .safetensors file, its .index.json or a .gguf file"
 
 
 def _nothing(folder: Path) -> str:
-    """What to do with a folder that holds no weights to be read."""
+    """The message for a folder without readable weights."""
     adapters = sorted(folder.glob("adapter_model*.safetensors"))
     if adapters:
         return (
-            f"{folder}: holds an adapter ({adapters[0].name}) and not the model that it adapts; merge it into that "
-            "model with merge_and_unload and save the whole"
+            f"{folder}: holds only an adapter ({adapters[0].name}); merge it into its model with merge_and_unload and "
+            "save that"
         )
-    text = f"{folder}: no .safetensors file in this folder; save the model with save_pretrained first"
+    text = f"{folder}: holds no .safetensors file; save the model with save_pretrained first"
     pickles = sorted(file for file in folder.iterdir() if file.is_file() and file.name.lower().endswith(_PICKLES))
     if not pickles:
         return text
     if (folder / "config.json").exists():
-        return f"{text} ({pickles[0].name} is a pickle: from_pretrained loads it, and Octavo does not)"
+        return f"{text} ({pickles[0].name} is a pickle: from_pretrained loads it, but Octavo does not)"
     return (
         f"{text}. {_unreadable(pickles[0]).partition(': ')[2].replace('is a pickle', f'{pickles[0].name} is a pickle')}"
     )

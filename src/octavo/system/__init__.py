@@ -1,1 +1,1 @@
-"""What every other room uses: files, threads, memory, progress, text for terminals."""
+"""Services for all other packages: files, threads, memory, progress, text for terminals."""

@@ -1,4 +1,4 @@
-"""Work done in threads a little ahead of where its results are used."""
+"""Work done in threads slightly before its results are used."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Result = TypeVar("Result")
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int = 0) -> Iterator[Result]:
     """Results of ``function`` in the order of ``items``.
 
-    No more than ``threads`` items are being worked on or wait to be used, so that memory does not depend on their
-    number. Operations within ``function`` do not split themselves over threads again.
+    At most ``threads`` items are in progress or waiting to be used, so memory does not depend on the number of items.
+    Operations inside ``function`` run on one thread each.
 
     Parameters
     ----------
     threads
-        As many as PyTorch uses if 0.
+        Number of threads; 0 uses PyTorch's number.
     """
     before = torch.get_num_threads()
     threads = threads or before
@@ -37,7 +37,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads:
                         waiting.append(pool.submit(function, item))
                         continue
                     result = waiting.popleft().result()
-                    # Before the result is used, so that no thread waits for that.
+                    # Submitted before the result is used, so that no thread waits for that.
                     waiting.append(pool.submit(function, item))
                     yield result
                     del result
@@ -53,11 +53,11 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads:
 
 
 def _release() -> None:
-    """Give freed memory back to the system.
+    """Return freed memory to the system.
 
-    Small things that stay keep the blocks of tensors that were freed beside them from being used again, so that memory
-    grew with the number of items although nothing is kept of them.
+    Small live allocations prevent the reuse of freed tensor blocks next to them. Without this, memory would grow with
+    the number of items although nothing of them is kept.
     """
-    # Only the C library of GNU/Linux has it, and is in need of it.
+    # Only the C library of GNU/Linux has this call, and only it needs it.
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

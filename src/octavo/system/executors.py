@@ -1,4 +1,4 @@
-"""Where the work of sites is done: in threads of this process, or on the workers of a Ray cluster."""
+"""Executors for the work on sites: threads of this process, or the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from octavo.system.ahead import in_order
 
 Result = TypeVar("Result")
 
-#: Tasks under way or waiting to be taken, for each worker of a cluster: enough that none idles, few enough that memory
-#: is bounded.
+#: Tasks running or queued per worker of a cluster: enough that none idles, few enough that memory is bounded.
 _AHEAD = 2
-#: A task is given to another worker this often when its worker dies.
+#: How often a task is retried on another worker when its worker dies.
 _RETRIES = 3
-#: Seconds in which a cluster must answer.
+#: Seconds to wait for a cluster to answer.
 _PATIENCE = 5.0
 
 
 class Executor(AbstractContextManager["Executor"], ABC):
-    """Runs a pure function over many arguments, and gives the results in their order.
+    """Runs a pure function over many arguments and yields the results in order.
 
     A function's result must depend on its arguments alone: then every executor gives the same bytes.
     """
@@ -38,7 +37,7 @@ class Executor(AbstractContextManager["Executor"], ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What did the work, for the report."""
+        """Description of the executor for the report."""
 
     def __exit__(self, *_: object) -> None:
         """Release the workers."""
@@ -50,8 +49,8 @@ class Local(Executor):
     Parameters
     ----------
     workers
-        Number of threads; as many as torch uses by default. Each runs torch on one thread, so that results do not
-        depend on how many there are, and threads do not wait for each other inside single operations.
+        Number of threads; as many as torch uses by default. Each runs torch on one thread, so results do not depend on
+        the number of workers, and threads do not wait for each other inside operations.
     """
 
     def __init__(self, workers: int | None = None) -> None:
@@ -65,16 +64,16 @@ class Local(Executor):
 
 
 class RayExecutor(Executor):
-    """Workers of a Ray cluster: those of this machine, or of the cluster at an address.
+    """Workers of a Ray cluster, on this machine or at an address.
 
-    A worker that dies costs its own tasks only, which are given to others.
+    If a worker dies, only its own tasks are run again by others.
 
     Parameters
     ----------
     address
-        ``host:port`` of a cluster; None starts workers on this machine, for as long as the executor is open.
+        ``host:port`` of a cluster; None starts workers on this machine until the executor is closed.
     workers
-        Workers to start on this machine; one a core by default.
+        Workers to start on this machine; one per core by default.
 
     Raises
     ------
@@ -89,7 +88,7 @@ class RayExecutor(Executor):
             import ray
         except ImportError as error:
             raise MissingExtraError("this needs Ray, which is not installed: pip install 'octavo[ray]'") from error
-        # A library that is asked to compress a model does not send statistics anywhere.
+        # Compressing a model must not send usage statistics anywhere.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray, self.address = ray, address
         self._started = not ray.is_initialized()
@@ -101,7 +100,10 @@ class RayExecutor(Executor):
             try:
                 ray.init(**own, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise RequestError(f"Ray at {address or 'this machine'} cannot be used: {error}") from error
+                raise RequestError(
+                    f"Ray at {address or 'this machine'} cannot be used: {error}; check the address and the versions "
+                    "of Ray"
+                ) from error
         self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def map(self, function: Callable[..., Result], arguments: Iterable[tuple]) -> Iterator[Result]:  # noqa: D102
@@ -123,10 +125,12 @@ class RayExecutor(Executor):
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            # What went wrong in a task is told as if it had gone wrong here.
+            # Errors of a task are raised as if they had occurred here.
             raise error.cause if isinstance(error.cause, OctavoError) else error from None
         except self._ray.exceptions.RayError as error:
-            raise OctavoError(f"a Ray worker died {_RETRIES + 1} times over one task: {error}") from error
+            raise OctavoError(
+                f"a Ray worker died {_RETRIES + 1} times on the same task: {error}; give the workers more memory"
+            ) from error
 
     def describe(self) -> str:  # noqa: D102
         return f"{self.workers} Ray workers at {self.address or 'this machine'}"
@@ -140,7 +144,7 @@ class RayExecutor(Executor):
 def executor(name: str | Executor | None) -> Iterator[Executor]:
     """The executor of that name, for as long as the context lasts: ``local``, ``ray`` or ``ray://host:port``.
 
-    One that is given as an object is passed on, and stays open.
+    An executor given as an object is passed through and stays open.
 
     Raises
     ------
@@ -160,7 +164,7 @@ def executor(name: str | Executor | None) -> Iterator[Executor]:
 
 
 def _alone(function: Callable[..., Result], *arguments: Any) -> Result:
-    """A task on one thread, as the local executor runs it."""
+    """Run a task on one thread, like the local executor."""
     torch.set_num_threads(1)
     return function(*arguments)
 
@@ -169,9 +173,11 @@ def _require_answer(address: str) -> None:
     """Raise at once where Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise RequestError(f"Ray address {address!r} is not host:port")
+        raise RequestError(f"Ray address {address!r} is not valid; write it as host:port")
     try:
         with socket.create_connection((host, int(port)), timeout=_PATIENCE):
             pass
     except OSError as error:
-        raise RequestError(f"nothing answers at the Ray address {address} ({error}); is the cluster up?") from error
+        raise RequestError(
+            f"nothing answers at the Ray address {address} ({error}); check that the cluster is running"
+        ) from error

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that the system takes back when its process ends, however that ends."""
+"""A lock that allows one run at a time in a folder; the system releases it whenever its process ends."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from typing import ClassVar
 from octavo.errors import RequestError
 from octavo.system.paths import checked_output
 
-#: The lock's name where the folder can be written, and the one around it cannot.
+#: Name of the lock file if the folder is writable but its parent is not.
 INSIDE = ".octavo-lock"
-#: What file systems say that have no locks: better two runs there than none.
+#: Errors of file systems without locks: there the run continues unlocked.
 _WITHOUT = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass
 class _Held:
-    """A lock of this process."""
+    """A lock held by this process."""
 
     descriptor: int
     thread: int
-    #: Folders that were made for the lock's file, innermost first.
+    #: Folders created for the lock file, innermost first.
     made: list[Path]
     count: int = 1
 
 
 class Lock:
-    """The sole right to write a folder, held until :meth:`release`; also a context.
+    """The exclusive right to write a folder, held until :meth:`release`; also a context manager.
 
-    It is a file beside the folder, ``.NAME.octavo-lock``, that the system locks. What a process that was killed left
-    behind is unlocked, and taken over. The thread that holds a lock may take it again.
+    The system locks a file next to the folder, ``.NAME.octavo-lock``. A lock file left by a killed process is unlocked
+    and reused. The thread that holds a lock may take it again.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Lock:
     Raises
     ------
     RequestError
-        If another run holds it, naming its process; or if the lock's file cannot be written.
+        If another run holds it (the error names its process), or if the lock file cannot be written.
     """
 
     _held: ClassVar[dict[Path, _Held]] = {}
@@ -76,7 +76,7 @@ class Lock:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held it may have removed the file in between: then this is the lock of nothing.
+                # The previous holder may have removed the file in between: then this lock protects nothing.
                 if os.fstat(descriptor).st_ino == os.stat(self.file).st_ino:
                     os.truncate(descriptor, 0)
                     os.write(descriptor, f"{os.getpid()} ({' '.join(sys.argv)[:200]})".encode(errors="replace"))
@@ -85,7 +85,7 @@ class Lock:
                 holder = os.read(descriptor, 1000).decode(errors="replace") or "that is starting"
                 os.close(descriptor)
                 raise RequestError(
-                    f"{self.folder}: is in use by another run, process {holder}; wait until it is done, or name "
+                    f"{self.folder}: is in use by another run, process {holder}; wait until it is done, or choose "
                     "another folder"
                 ) from None
             except FileNotFoundError:
@@ -98,7 +98,7 @@ class Lock:
             os.close(descriptor)
 
     def release(self) -> None:
-        """Give the lock back; a second time does nothing."""
+        """Release the lock; calling this twice is harmless."""
         with self._guard:
             held = self._held.get(self.file)
             if self._released or held is None:
@@ -108,12 +108,12 @@ class Lock:
             if held.count:
                 return
             del self._held[self.file]
-            # Removed while it is locked, so that nobody else has it.
+            # Removed while locked, so that no other process can hold it.
             with suppress(OSError):
                 self.file.unlink()
             os.close(held.descriptor)
             for folder in held.made:
-                # A folder in which something was written stays.
+                # A folder that is not empty stays.
                 with suppress(OSError):
                     folder.rmdir()
 
@@ -127,7 +127,7 @@ class Lock:
 
     @classmethod
     def _forget(cls) -> None:
-        """In a forked child: the locks are the parent's, and shall not outlive it here."""
+        """In a forked child: the locks belong to the parent and must not outlive it here."""
         for held in cls._held.values():
             os.close(held.descriptor)
         cls._held.clear()

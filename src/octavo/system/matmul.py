@@ -1,9 +1,9 @@
-"""The faster of the two ways in which PyTorch multiplies float32 matrices on a processor.
+"""The faster of PyTorch's two libraries for float32 matrix products on a CPU.
 
-By default it calls MKL, which on processors of other makers than its own leaves more than half of the speed unused.
-oneDNN, which comes with PyTorch as well, has kernels for all of them (2.2x on an AMD EPYC with AVX-512), but is only
-asked where bfloat16 arithmetic is permitted. Where the hardware has none that pays, it computes in float32 all the
-same: whether it does is tried out, and the permission is given only if nothing is lost.
+By default PyTorch calls MKL, which reaches less than half of the possible speed on CPUs that are not Intel's. oneDNN,
+also part of PyTorch, has fast kernels for all CPUs (2.2x on an AMD EPYC with AVX-512), but PyTorch uses it only where
+bfloat16 arithmetic is permitted. On hardware without fast bfloat16, oneDNN still computes in float32. This is tested at
+run time, and the permission is given only if no precision is lost.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _state: dict[str, Any] = {"users": 0, "before": "none"}
 
 @contextmanager
 def fast_matmul() -> Iterator[None]:
-    """A context in which products of float32 matrices go the faster way, if it is as exact; also a decorator.
+    """A context or decorator in which float32 matrix products use the faster library if it is as exact.
 
-    The switch belongs to the process: it stays on until the last of the threads that asked for it is done.
+    The switch is global to the process: it stays on until the last thread that requested it is done.
     """
     if not _as_exact():
         yield

@@ -1,7 +1,7 @@
-"""What a user should know of a run, put together by kind.
+"""Notes to the user about a run, grouped by kind.
 
-Notes are kept as plain text, ``site: what is the matter (figures)`` or without a site. A net with two hundred layers
-has two hundred of a kind: what is shown is one line a kind, with the number of sites and the first of them.
+Notes are kept as plain text, ``site: what is wrong (figures)``, or without a site. A network with two hundred layers
+may have two hundred notes of a kind. So one line per kind is shown, with the number of sites and the first of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from octavo.system.visible import visible
 
 
 class OctavoWarning(UserWarning):
-    """Something about a run that its user should know, such as too little data for some sites."""
+    """A warning about a run, such as too little data for some sites."""
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Note:
     Parameters
     ----------
     text
-        The first of them, without its site.
+        Text of the first note, without its site.
     sites
-        The sites that it was said of; none if it is of the whole.
+        The sites that the note concerns; empty if it concerns the whole run.
     """
 
     text: str
@@ -42,12 +42,12 @@ class Note:
 
 
 def by_kind(texts: Iterable[str], sites: Iterable[str]) -> list[Note]:
-    """Notes put together by kind: those that differ in their site and their figures alone are of one.
+    """Notes grouped by kind: notes that differ only in site and figures are of one kind.
 
     Parameters
     ----------
     texts
-        Notes as they are kept.
+        The notes as kept.
     sites
         Names of all sites.
     """
@@ -62,13 +62,13 @@ def by_kind(texts: Iterable[str], sites: Iterable[str]) -> list[Note]:
 
 
 def warn(notes: Iterable[Note], depth: int) -> None:
-    """Give each note as a warning to the caller ``depth`` frames up."""
+    """Issue each note as a warning, ``depth`` frames up."""
     for note in notes:
         warnings.warn(visible(note), OctavoWarning, stacklevel=depth + 1)
 
 
 def _without_figures(text: str) -> str:
-    """A text without its figures in brackets, which are those of one site."""
+    """A text without its figures in brackets, since these belong to one site."""
     return re.sub(r" \([^()]*\d[^()]*\)", "", text)
 
 

@@ -1,4 +1,4 @@
-"""Paths that a user gives, checked before anything is done with them."""
+"""Checks of the paths that a user gives."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from pathlib import Path
 
 from octavo.errors import RequestError
 
-#: The longest name of a file, in bytes, on the file systems that are in use.
+#: The longest file name, in bytes, on common file systems.
 _LONGEST = 255
-#: What is written beside an output has its name and so many bytes more at most.
+#: Temporary names next to an output are at most this many bytes longer.
 _BESIDE = 32
 
 
 def checked(path: str | os.PathLike[str]) -> Path:
-    """A path that the system can look up, whether or not there is anything.
+    """A path that the system can look up, whether or not it exists.
 
     Raises
     ------
     RequestError
-        If it is empty, holds a NUL character, is too long, goes in a circle of links, or lies in a folder that may not
-        be read.
+        If it is empty, contains a NUL character, is too long, is a loop of links, or is in an unreadable folder.
     """
     text = os.fspath(path)
     if not text:
@@ -29,17 +28,19 @@ def checked(path: str | os.PathLike[str]) -> Path:
     try:
         os.stat(text)
     except ValueError as error:
-        raise RequestError(f"{text!r}: is no path ({error}); name a file or folder") from error
+        raise RequestError(f"{text!r}: is not a path ({error}); name a file or folder") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise RequestError(f"{text}: is a link that leads back to itself; name what it should point to") from error
+            raise RequestError(
+                f"{text}: is a link that leads back to itself; name the file or folder that it should point to"
+            ) from error
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise RequestError(f"{_short(text)}: cannot be looked up: {error.strerror}; name another path") from error
     return Path(text)
 
 
 def checked_output(path: str | os.PathLike[str]) -> Path:
-    """A path beside which temporary files with longer names can be written.
+    """A path next to which temporary files with longer names can be written.
 
     Raises
     ------
@@ -50,7 +51,9 @@ def checked_output(path: str | os.PathLike[str]) -> Path:
     for part in path.parts:
         room = _LONGEST - (_BESIDE if part == path.name else 0)
         if len(os.fsencode(part)) > room:
-            raise RequestError(f"{_short(str(path))}: a name is longer than {room} bytes; choose a shorter one")
+            raise RequestError(
+                f"{_short(str(path))}: a part of the path is longer than {room} bytes; choose a shorter name"
+            )
     return path
 
 
@@ -61,3 +64,14 @@ def reason(error: Exception) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:60]}…{text[-40:]}"
+
+
+def is_part(file: Path, folder: Path) -> bool:
+    """Whether a link points to a regular file in ``folder`` or in the hub cache of the folder."""
+    try:
+        target, folder = file.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError):
+        return False
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
+    within = target.is_relative_to(folder) or (blobs is not None and target.is_relative_to(blobs))
+    return within and target.is_file()

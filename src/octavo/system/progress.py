@@ -1,4 +1,4 @@
-"""Progress of long work: bars with the time left in a terminal or a notebook, and silence elsewhere."""
+"""Progress of long work: bars with the time left in a terminal or notebook, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rich.progress import Progress as RichProgress
 
 from octavo.system.visible import visible
 
-#: Called with a step's name, how much of it is done and how much there is.
+#: Called with a step's name, the amount done and the total.
 Progress = Callable[[str, int, int], Any]
-#: What users give: a callback, True or False for bars or silence, None for bars where somebody can see them.
+#: The user's choice: a callback, True or False for bars or none, None for bars in a terminal or notebook.
 Shown = Progress | bool | None
 
 _TITLES = {
@@ -36,7 +36,7 @@ _TITLES = {
 }
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-#: Seconds of work left from which on it is worth a line in the log, and after which its rest can be told.
+#: Fewest seconds left for a log line, and seconds of work after which the rest is estimated.
 _LONG, _SEEN = 30.0, 2.0
 _WIDTH = 24
 
@@ -46,19 +46,19 @@ def silent(step: str, done: int, total: int) -> None:
 
 
 def callback(choice: Shown) -> Progress:
-    """The callback of a choice that :func:`with_progress` made one of."""
+    """The callback that :func:`with_progress` made of the user's choice."""
     return choice if callable(choice) else silent
 
 
 class Estimates:
-    """Says once a step in the log of ``octavo`` how long it will take, as soon as that can be told."""
+    """Logs once per step how long it will take, as soon as that can be estimated."""
 
     def __init__(self) -> None:
         self._begun: dict[str, tuple[float, int]] = {}
         self._told: set[str] = set()
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        """Take note of what was done."""
+        """Record the amount done."""
         now = time.monotonic()
         start, before = self._begun.setdefault(step, (now, done))
         if step in self._told or now - start < _SEEN or done <= before:
@@ -70,7 +70,7 @@ class Estimates:
 
 
 def spoken(seconds: float) -> str:
-    """A time as people say it, such as ``5 minutes``."""
+    """A duration in words, such as ``5 minutes``."""
     for unit, scale in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * scale:
             return f"{seconds / scale:.0f} {unit}"
@@ -78,7 +78,7 @@ def spoken(seconds: float) -> str:
 
 
 class Bars:
-    """Draws one bar a step on standard error for as long as its context lasts; contexts of it may nest."""
+    """Draws one bar per step on standard error while its context lasts; contexts may nest."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -106,7 +106,7 @@ class Bars:
 
 
 class _Rich:
-    """Bars in a terminal, gone when they are done."""
+    """Bars in a terminal, removed when they are done."""
 
     def __init__(self) -> None:
         columns = (
@@ -129,7 +129,7 @@ class _Rich:
 
 
 class _Line:
-    """A bar where only the last line can be drawn over, as in a notebook."""
+    """A bar for outputs that can only redraw the last line, such as notebooks."""
 
     def __init__(self) -> None:
         self._step, self._start, self._before, self._drawn = "", 0.0, 0, 0.0
@@ -168,7 +168,7 @@ def _in_terminal() -> bool:
 
 @contextmanager
 def showing(choice: Shown) -> Iterator[Progress]:
-    """A context in which progress is shown as was chosen; gives the callback that shows it."""
+    """A context that shows progress as chosen; yields the callback."""
     if isinstance(choice, Bars):
         with choice:
             yield choice
@@ -182,7 +182,7 @@ def showing(choice: Shown) -> Iterator[Progress]:
 
 
 def with_progress(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function take ``progress`` as users give it, and find it as a callback (:func:`callback`) in its body."""
+    """Let a function take the user's choice of ``progress`` and use it as a callback (:func:`callback`)."""
 
     @functools.wraps(function)
     def shown(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -1,4 +1,4 @@
-"""Tensors as the bytes that stand in files and checksums."""
+"""Tensors as raw bytes for files and checksums."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements in row-major order as bytes, without a copy where it is contiguous on the CPU."""
+    """The tensor's elements in row-major order as bytes; not a copy if it is contiguous on the CPU."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if not plain.numel():
         return memoryview(b"")
@@ -17,7 +17,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in ``dtype``; a value that rounding carried beyond its range becomes the largest there is."""
+    """The tensor in ``dtype``; a value rounded beyond its range becomes the largest finite value."""
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
         tensor = tensor.clamp(-largest, largest)
@@ -25,12 +25,12 @@ def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Lazily(Mapping[str, Tensor]):
-    """Tensors by name that are made when they are asked for, every time, and not kept.
+    """Tensors by name, made each time they are requested and not kept.
 
     Parameters
     ----------
     made
-        What makes each of them.
+        The function that makes each tensor.
     """
 
     def __init__(self, made: Mapping[str, Callable[[], Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""What an output may replace: a regular file, or a folder that Octavo wrote, and only where that was asked for."""
+"""Rules for replacing outputs: only regular files and folders written by Octavo, and only on request."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import stat
 from pathlib import Path
 
 from octavo.errors import RequestError
+from octavo.system.sealed import JOB
 
-#: Files of which one is in every folder that Octavo wrote: the manifest of an artifact, the job of a workspace.
-OWN = ("octavo.json", "job.json")
+#: The file of an artifact that says how to read the others.
+MANIFEST = "octavo.json"
+#: Every folder written by Octavo has one of these: the manifest of an artifact, or the job of a workspace.
+OWN = (MANIFEST, JOB)
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -20,64 +23,64 @@ _SPECIAL = {
 
 
 def check_file(path: str | Path, *, overwrite: bool, source: str | Path | None = None) -> Path:
-    """The absolute path of a file that may be written, whose last part is not followed if it is a link.
+    """The absolute path of a file that may be written; a link as its last part is not followed.
 
     Parameters
     ----------
     source
-        The file or folder that is being read: neither it nor anything in it is written.
+        The file or folder being read: neither it nor anything in it may be written.
 
     Raises
     ------
     RequestError
-        If there is anything but a regular file, or one and ``overwrite`` is not set, or it is part of the source.
+        If something other than a regular file is there, or a file without ``overwrite``, or it is part of the source.
     """
     try:
         path = Path(path).parent.resolve() / Path(path).name
         whole = path.resolve()
         if source is not None and whole.is_relative_to(Path(source).resolve()):
-            raise RequestError(f"{path}: is part of {source}, which is being read; name a file outside of it")
+            raise RequestError(f"{path}: is part of the source {source}; name a file outside of it")
     except (OSError, RuntimeError) as error:
         raise RequestError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     if check_kind(path) and not overwrite:
-        raise RequestError(f"{path}: is already there; name another file, or give --overwrite to replace it")
+        raise RequestError(f"{path}: already exists; name another file, or give --overwrite to replace it")
     return path
 
 
 def check_kind(path: Path) -> bool:
-    """Whether there is a regular file; anything else there is refused by name."""
+    """Whether a regular file exists; anything else there is refused."""
     kind = _kind(path)
     if kind == "a folder":
         raise RequestError(f"{path}: is a folder; name a file")
     if kind not in (None, "a file"):
-        raise RequestError(f"{path}: is {kind}, which no output replaces; name a regular file, or a new one")
+        raise RequestError(f"{path}: is {kind}, which is never replaced; name a regular file, or a new one")
     return kind is not None
 
 
 def check_is_folder(path: Path) -> bool:
-    """Whether there is a folder; anything else there is refused by name."""
-    # A link to a folder stays one: what is written is the folder that it leads to.
+    """Whether a folder exists; anything else there is refused."""
+    # A link to a folder stays a link: the folder that it points to is written.
     kind = _kind(path.resolve() if path.is_dir() else path)
     if kind not in (None, "a folder"):
-        raise RequestError(f"{path}: is {kind}; name a folder")
+        raise RequestError(f"{path}: is {kind}, not a folder; name a folder")
     return kind is not None
 
 
 def check_folder(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder to be written that is none, is in use, or, to be replaced, holds what is not Octavo's."""
+    """Refuse an output path that is not a folder, is not empty, or, if replaced, holds files of others."""
     if not check_is_folder(path) or not any(path.iterdir()):
         return
     if not overwrite:
         raise RequestError(f"{path}: the folder is not empty; choose another, or give --overwrite to replace it")
     if not any((path / name).is_file() for name in OWN):
         raise RequestError(
-            f"{path}: holds files that Octavo did not write (there is no {' or '.join(OWN)}), and --overwrite would "
+            f"{path}: holds files that Octavo did not write (it has no {' or '.join(OWN)}), and --overwrite would "
             "remove them; choose another folder, or empty it yourself"
         )
 
 
 def _kind(path: Path) -> str | None:
-    """What there is under a name, links not followed; None for nothing."""
+    """The status of a path without following links; None if it does not exist."""
     try:
         mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Kept work with a checksum over the whole of it and its place, so that nothing damaged or exchanged is ever used."""
+"""Kept work with a checksum over its content and place, so that damaged or swapped files are never used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: The file that says which job the work in a folder belongs to.
+#: The file that names the job of the work in a folder.
 JOB = "job.json"
 _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})",?')
 
 
 def digest(place: str, *content: bytes | memoryview) -> bytes:
-    """SHA-256 of a content and of the place where it belongs."""
+    """SHA-256 of a content and its place."""
     total = hashlib.sha256(f"{len(place)} {place}".encode())
     for part in content:
         total.update(part)
@@ -23,7 +23,7 @@ def digest(place: str, *content: bytes | memoryview) -> bytes:
 
 
 def place_in(folder: Path, name: str) -> str:
-    """What a file's checksum says of where it belongs: its name, and the job of its folder, if there is one."""
+    """The place of a file in its checksum: its name, and the job of its folder, if any."""
     try:
         with open(folder / JOB, "rb") as file:
             match = _PREFIX.match(file.read(128))
@@ -39,7 +39,7 @@ def sealed_json(folder: Path, name: str, value: Mapping[str, Any]) -> bytes:
 
 
 def unsealed_json(folder: Path, name: str, content: bytes) -> dict[str, Any]:
-    """Inverse of :func:`sealed_json`; a ValueError if anything about it is not as it was written."""
+    """Inverse of :func:`sealed_json`; raises ValueError if anything was changed."""
     match = _PREFIX.match(content)
     text = b"{" + content[match.end() :] if match else b""
     if match is None or digest(place_in(folder, name), text).hex().encode() != match[1]:

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file, read and not mapped: a mapping of a file that is cut short kills its process."""
+"""Tensors of a safetensors file, read and not mapped: if a mapped file is truncated, the process is killed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from octavo.errors import OctavoError, RequestError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a file.
+    """The location of a tensor in a file.
 
     Parameters
     ----------
     offset
-        Of its first byte.
+        Offset of its first byte.
     error
-        What is raised if it cannot be read any more.
+        The exception class to raise if it can no longer be read.
     """
 
     file: Path
@@ -37,14 +37,14 @@ class Place:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def content(self) -> Tensor:
-        """Its bytes, in memory of their own.
+        """Read the tensor's bytes into new memory.
 
         Raises
         ------
         OctavoError
-            If the file is not there any more, or became shorter.
+            If the file was removed or truncated.
         """
-        # Loaders call this where tensors have no content by default.
+        # Loaders call this where the default device is meta, which has no content.
         content = torch.empty(self.length, dtype=torch.uint8, device="cpu")
         try:
             with open(self.file, "rb", buffering=0) as file:
@@ -54,19 +54,19 @@ class Place:
                     rest = rest[count:]
         except OSError as error:
             raise self.error(
-                f"{self.file}: cannot be read any more: {error.strerror or error}; put it back and start again"
+                f"{self.file}: can no longer be read: {error.strerror or error}; put it back and start again"
             ) from error
         if len(rest):
-            raise self.error(f"{self.file}: became shorter while it was read; put it back and start again")
+            raise self.error(f"{self.file}: truncated while it was read; put it back and start again")
         return content
 
     def tensor(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The tensor in new memory."""
         return self.content().view(self.dtype).reshape(self.shape)
 
 
 def offsets(file: Path) -> dict[str, int]:
-    """Where every tensor of a file begins, of one whose header was checked."""
+    """The offset of every tensor of a file whose header was checked."""
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))

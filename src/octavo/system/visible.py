@@ -1,4 +1,4 @@
-"""Text as it is shown to people: what a terminal would obey, or an eye not see, is written out."""
+"""Text for display: control sequences and invisible characters are written as escapes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import unicodedata
 
 
 def visible(value: object) -> str:
-    r"""One line that a terminal can only show, whatever the text holds.
+    r"""One line that is safe to print in a terminal, whatever the text contains.
 
-    Names come from files made by strangers. Line breaks, escape sequences, the other control characters, characters
-    that turn the direction of writing and lone surrogates are written as escapes, such as ``\n`` and ``\x1b``. Spaces
-    of other widths become plain ones.
+    Names come from untrusted files. Line breaks, escape sequences, the other control characters, characters that turn
+    the direction of writing and lone surrogates are written as escapes, such as ``\n`` and ``\x1b``. Spaces of other
+    widths become plain ones.
     """
     return "".join(c if c.isprintable() else _written_out(c) for c in str(value))
 

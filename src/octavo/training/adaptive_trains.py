@@ -1,4 +1,4 @@
-"""Tensor trains with a diagonal on every bond, as parametrizations of weights that are trained."""
+"""Tensor trains with a diagonal on every bond, as parametrizations of trained weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octavo.training.formed import unparametrized
 def random_train(
     shape: tuple[int, int], row_modes: tuple[int, ...], column_modes: tuple[int, ...], rank: int, deviation: float
 ) -> TensorTrain:
-    """A train of Gaussian cores whose product's entries have that standard deviation.
+    """A train of Gaussian cores whose product has entries of the given standard deviation.
 
     An entry is a sum over ``r_1 .. r_(N-1)`` of products of ``N`` elements, so core ``k`` has the deviation ``deviation
     ** (1 / N) / sqrt(r_k)``.
@@ -31,13 +31,13 @@ def random_train(
 
 
 def attach(model: nn.Module, forms: Mapping[str, TensorTrain]) -> None:
-    """Let weights, by parameter name, be computed from trains, with diagonals of 1 between their cores."""
+    """Compute weights, by parameter name, from trains, with diagonals of 1 between the cores."""
     for name, form in forms.items():
         parametrize.register_parametrization(model.get_submodule(name.rpartition(".")[0]), "weight", Train(form))
 
 
 def trains(model: nn.Module) -> dict[str, Train]:
-    """All of them, by the name of the parameter."""
+    """All trains by parameter name."""
     found = {}
     for prefix, owner in model.named_modules():
         if isinstance(owner, parametrize.ParametrizationList) and isinstance(owner[0], Train):
@@ -48,7 +48,7 @@ def trains(model: nn.Module) -> dict[str, Train]:
 
 
 def fold(model: nn.Module) -> dict[str, TensorTrain]:
-    """Give every weight that is computed from a train the dense matrix it has now; returns the trains."""
+    """Replace every train by its current dense matrix; returns the trains."""
     found = {name: train.form() for name, train in trains(model).items()}
     for name in found:
         unparametrized(model.get_submodule(name.rpartition(".")[0]), "weight")
@@ -56,19 +56,19 @@ def fold(model: nn.Module) -> dict[str, TensorTrain]:
 
 
 class Train(nn.Module):
-    """The parametrization: cores and diagonals are its originals, what it gives is the matrix."""
+    """The parametrization: cores and diagonals are its originals, and it returns the matrix."""
 
     def __init__(self, form: TensorTrain) -> None:
         super().__init__()
         self.start, self.count = [core.dense() for core in form.cores], len(form.cores)
         self.modes, self.matrix = (form.row_modes, form.column_modes), form.shape
-        #: Parameters of the list that this belongs to; they are registered there.
+        #: Parameters of the enclosing list, where they are registered.
         self.held: list[Tensor] = []
         for bond, rank in enumerate(form.ranks[1:-1]):
             self.register_buffer(f"kept{bond}", torch.ones(rank, dtype=torch.bool))
 
     def right_inverse(self, weight: Tensor) -> list[Tensor]:
-        """Cores, then diagonals; the weight itself is not looked at."""
+        """Cores, then diagonals; the weight's values are not used."""
         ones = [torch.ones(core.shape[1]).to(weight) for core in self.start[:-1]]
         return [*(core.to(weight) for core in self.start), *ones]
 
@@ -77,7 +77,7 @@ class Train(nn.Module):
         return self._form(parts[: self.count], [d * self.kept(k) for k, d in enumerate(parts[self.count :])]).dense()
 
     def form(self) -> TensorTrain:
-        """What is left: cut ranks are not in it."""
+        """The train without the cut ranks."""
         parts = [part.detach() for part in self.held]
         ones = torch.ones(1, dtype=torch.bool)
         kept = [ones, *(self.kept(bond) for bond in range(self.count - 1)), ones]
@@ -105,16 +105,16 @@ class Train(nn.Module):
         return self.get_buffer(f"kept{bond}")
 
     def masked(self) -> list[Tensor]:
-        """The diagonals as they count: zero where they were cut."""
+        """The effective diagonals: zero where they were cut."""
         return [diagonal * self.kept(bond) for bond, diagonal in enumerate(self.diagonals())]
 
     def size(self) -> int:
-        """Elements of the cores, of the ranks that are left."""
+        """Elements of the cores with the remaining ranks."""
         ranks = [1, *(int(self.kept(bond).sum()) for bond in range(self.count - 1)), 1]
         return sum(ranks[k] * o * i * ranks[k + 1] for k, (o, i) in enumerate(zip(*self.modes, strict=True)))
 
     def surrogate(self) -> Tensor:
-        """The size with the sum of magnitudes in the place of every rank."""
+        """The size with every rank replaced by the sum of magnitudes."""
         one = torch.ones(())
         ranks = [one, *(diagonal.abs().sum() for diagonal in self.masked()), one]
         return torch.stack(
@@ -122,7 +122,7 @@ class Train(nn.Module):
         ).sum()
 
     def cut(self, bond: int, place: int) -> int:
-        """Cut an entry, unless it is the last of its bond; returns by how many elements the size falls."""
+        """Cut an entry unless it is the last of its bond; returns the number of elements saved."""
         before = self.size()
         if int(self.kept(bond).sum()) > 1:
             self.kept(bond)[place] = False

@@ -1,4 +1,4 @@
-"""CoMERA: tensor trains that are trained from scratch and find their own ranks, down to a size that is asked for."""
+"""CoMERA: tensor trains trained from scratch that find their ranks, down to a requested size."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PENALTIES = ("size", "mean")
 
 @dataclass
 class CoMERA(Regimen):
-    """Linear layers and embeddings as ``W = G_1 D_1 G_2 D_2 .. G_N``, whose diagonals ``D`` are made sparse.
+    """Linear layers and embeddings as ``W = G_1 D_1 G_2 D_2 .. G_N`` with sparse diagonals ``D``.
 
-    A linear layer is a tensor train over the modes of its inputs, then over those of its outputs; an embedding is a
-    train whose every core has a mode of the rows and one of the columns. With ``r_k`` entries of ``D_k`` that are not
-    zero the size is ``S = sum_k r_(k-1) n_k r_k``, ``n_k`` being the product of both modes of a core. Without
-    ``target`` (the early stage) what is minimised is
+    A linear layer is a tensor train over the modes of its inputs, then over those of its outputs. An embedding is a
+    train whose cores each have a mode of the rows and one of the columns. With ``r_k`` nonzero entries of ``D_k`` the
+    size is ``S = sum_k r_(k-1) n_k r_k``, where ``n_k`` is the product of both modes of a core. Without ``target`` (the
+    early stage) the regimen minimises
 
         loss + gamma * R
 
@@ -37,31 +37,32 @@ class CoMERA(Regimen):
         R + 0.1 * loss + 0.01 * R       if  (loss - loss_target) / loss < (S - target) / S,
         loss + 0.1 * loss + 0.01 * R    otherwise,
 
-    and the loss alone once the target is reached. Entries below ``threshold`` are cut for good, the smallest first,
-    and in the late stage no more of them than it takes to reach the target. A run that begins on a model that has such
-    layers already goes on with their diagonals.
+    and the loss alone once the target is reached. Entries below ``threshold`` are cut permanently, smallest first; in
+    the late stage only until the target is reached. A run on a model that already has such layers continues with their
+    diagonals.
 
-    Source: Yang et al. (2024), arXiv 2405.14377. Two things are other than there, where stages last for tens of
-    thousands of steps: cutting stops at the target, and diagonals are folded into the cores only by :meth:`forms`. Set
-    back to 1 between the stages they would all have to come down again, and within hundreds of steps do so together.
+    Source: Yang et al. (2024), arXiv 2405.14377. There are two differences, since stages last for tens of thousands of
+    steps there. Cutting stops at the target, and diagonals are folded into the cores only by :meth:`forms`. If they
+    were reset to 1 between the stages, all would have to shrink again, and within hundreds of steps they would do so
+    together.
 
     Parameters
     ----------
     rank
-        Of all bonds at first, or their full rank if that is less.
+        Initial rank of all bonds, or their full rank if that is less.
     gamma
         Weight of the penalty in the early stage; with 0 the ranks stay.
     penalty
         ``size``: ``S`` with ``|D_k|_1`` for ``r_k``, as a share of the size at the beginning. ``mean``: mean of the
-        entries left, whatever they cost.
+        remaining entries, whatever they cost.
     target
-        Elements of all cores that are to be left.
+        Elements of all cores to keep.
     loss_target
-        The loss that one would be content with, in the late stage.
+        The acceptable loss in the late stage.
     cores
-        Of a linear layer's inputs, and as many of its outputs.
+        Number of cores for a linear layer's inputs, and as many for its outputs.
     sites
-        Of an embedding.
+        Number of cores of an embedding.
     smallest
         A weight with fewer elements stays dense.
     """
@@ -78,14 +79,14 @@ class CoMERA(Regimen):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise RequestError(f"comera: rank is {self.rank}; bonds have a rank of 1 or more")
+            raise RequestError(f"comera: rank is {self.rank}; it must be at least 1")
         if self.penalty not in PENALTIES:
             raise RequestError(f"comera: penalty {self.penalty!r} is not known; choose from {', '.join(PENALTIES)}")
         if self.target is not None and self.target < 1:
-            raise RequestError(f"comera: target is {self.target}; it is a number of elements, 1 or more")
+            raise RequestError(f"comera: target is {self.target}; it must be at least 1 element")
 
     def begin(self, model: nn.Module, steps: int) -> None:
-        """Replace weights by trains of random cores, unless there are trains already."""
+        """Replace weights by trains of random cores, unless they already are trains."""
         if not trains(model):
             found = self._random(model)
             if not found:
@@ -96,7 +97,10 @@ class CoMERA(Regimen):
         self._start = self.size
         least = sum(math.prod((o, i)) for train in self._trains for o, i in zip(*train.modes, strict=True))
         if self.target is not None and self.target < least:
-            raise RequestError(f"comera: a target of {self.target} elements; with every rank at 1 there are {least}")
+            raise RequestError(
+                f"comera: target is {self.target} elements, but with every rank at 1 there are {least}; give at least "
+                "that"
+            )
 
     def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
         """The task's loss with the penalties of the stage."""
@@ -111,7 +115,7 @@ class CoMERA(Regimen):
         return (penalty if too_large else task) + 0.1 * task + 0.01 * penalty
 
     def after(self, step: int) -> None:
-        """Cut what fell below the threshold."""
+        """Cut entries below the threshold."""
         if not self.gamma and self.target is None:
             return
         low = [
@@ -128,12 +132,12 @@ class CoMERA(Regimen):
             now -= train.cut(bond, place)
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
-        """Trains with the diagonals folded in, of the ranks that are left."""
+        """Trains with the diagonals folded in and the remaining ranks."""
         return {name: train.form() for name, train in trains(model).items()}
 
     @property
     def size(self) -> int:
-        """Elements of all cores, of the ranks that are left: every core with all of its modes."""
+        """Elements of all cores with the remaining ranks, each with all of its modes."""
         return sum(train.size() for train in self._trains)
 
     def _penalty(self) -> Tensor:
@@ -145,7 +149,7 @@ class CoMERA(Regimen):
 
     def _random(self, model: nn.Module) -> dict[str, TensorTrain]:
         found = {}
-        # A weight that two modules share is left alone.
+        # A weight shared by two modules is skipped.
         owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
         for name, module in model.named_modules():
             if type(module) not in (nn.Linear, nn.Embedding) or module.weight.numel() < self.smallest:
@@ -158,13 +162,13 @@ class CoMERA(Regimen):
             else:
                 ones = (1,) * self.cores
                 split = ones + modes(rows, self.cores), modes(columns, self.cores) + ones
-            # The entries of the product have the deviation that the module's own start has.
+            # The entries of the product have the standard deviation of the module's own initialisation.
             found[f"{name}.weight"] = random_train((rows, columns), *split, self.rank, float(weight.detach().std()))
         return found
 
 
 def rates(cores: float, dense: float, ranks: float) -> Optimizers:
-    """AdamW with a learning rate for cores, one for what stayed dense, and one for diagonals, which do not decay."""
+    """AdamW with separate learning rates for cores, dense weights, and diagonals, which do not decay."""
 
     def made(model: nn.Module) -> torch.optim.Optimizer:
         ours = [(list(train.cores()), list(train.diagonals())) for train in trains(model).values()]

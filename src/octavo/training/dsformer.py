@@ -24,22 +24,22 @@ SOURCE = "DSFormer (Chand, Prabhu & Kumar, 2023, arXiv 2312.13211)"
 class StraightThroughFactorizer(Regimen):
     """Forward with ``What = S D``, backward as if it were ``W``.
 
-    Dense shadow weights ``W`` are what the optimizer moves. Before every step one round of dictionary learning, begun
-    with the dictionaries and codes of the step before, factorizes them anew (:mod:`octavo.methods.factorize.
-    dictionaries`); the network runs with the product, whose gradient is that of ``W``: ``dL/dW := dL/dWhat``. Atoms
-    that a row takes can change at every step, and change little, because the rounds are warm. :meth:`forms` factorizes
-    a last time and drops the shadows. To go on with fixed supports, give its result to
-    :func:`octavo.training.formed`, which trains coefficients and dictionaries.
+    The optimizer updates dense shadow weights ``W``. Before every step one round of dictionary learning
+    (:mod:`octavo.methods.factorize.dictionaries`) factorizes them, starting from the dictionaries and codes of the last
+    step. The network runs with the product, whose gradient is used for ``W``: ``dL/dW := dL/dWhat``. The atoms of a row
+    can change at every step, but change little because of the warm start. :meth:`forms` factorizes a last time and
+    drops the shadows. To continue with fixed supports, pass its result to :func:`octavo.training.formed`, which trains
+    coefficients and dictionaries.
 
     Parameters
     ----------
     shapes
-        Width, atoms and non-zeros of the blocks of each weight, by parameter name.
+        Width, atoms and nonzeros of the blocks of each weight, by parameter name.
     layouts
-        How those weights are read as matrices that are not (outputs, everything else). Dictionaries cost least where
-        the matrix is tall.
+        Layouts of weights whose matrix is not (outputs, everything else). Dictionaries cost least if the matrix is
+        tall.
     rounds
-        Of dictionary learning before the first step and after the last one.
+        Rounds of dictionary learning before the first step and after the last one.
     """
 
     shapes: Mapping[str, Shape]
@@ -54,36 +54,38 @@ class StraightThroughFactorizer(Regimen):
             prefix, _, parameter = name.rpartition(".")
             weight = dict(model.named_parameters()).get(name)
             if weight is None:
-                raise RequestError(f"{type(model).__name__} has no parameter {name!r} that could be factorized")
+                raise RequestError(
+                    f"{type(model).__name__}: has no parameter {name!r} that can be factorized; name one of its weights"
+                )
             layout = self.layouts.get(name, Layout())
             rows, columns = layout.matrix_shape(tuple(weight.shape))
             if not (
                 0 < shape.nonzeros <= shape.atoms <= max(rows, shape.width) and shape.nonzeros <= shape.width <= columns
             ):
                 raise RequestError(
-                    f"{name!r} is a matrix of {rows} x {columns}: {shape} does not fit it; it needs nonzeros up to "
-                    f"atoms and width, atoms up to the {rows} rows, and a width up to the {columns} columns"
+                    f"{name!r}: {shape} does not fit a matrix of {rows} x {columns}; give nonzeros up to atoms and "
+                    f"width, atoms up to the {rows} rows, and a width up to the {columns} columns"
                 )
             self._found[name] = _Factorized(weight, layout, shape, self.rounds)
             parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._found[name])
 
     def before(self, step: int) -> None:
-        """One warm round for every weight as it is now."""
+        """Run one warm round for the current values of every weight."""
         for factorized in self._found.values():
             factorized.factorize()
 
     def state(self) -> dict[str, Any]:
-        """Dictionaries and codes, which the next round begins with."""
+        """Dictionaries and codes for the next round."""
         return {name: asdict(factorized.factors) for name, factorized in self._found.items()}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on with those dictionaries and codes."""
+        """Continue with the given dictionaries and codes."""
         for name, factorized in self._found.items():
             device = factorized.product.device
             factorized.factors = Factors(**{key: part.to(device) for key, part in state[name].items()})
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
-        """Factorize a last time; the model keeps the products alone. Asked again, the same forms are given."""
+        """Factorize a last time; the model only keeps the products. Later calls return the same forms."""
         for name, factorized in self._found.items():
             for _ in range(self.rounds):
                 factorized.factorize()
@@ -95,7 +97,7 @@ class StraightThroughFactorizer(Regimen):
 
 
 class _Factorized(nn.Module):
-    """The parametrization: the shadow weight is its original, the product is what the network sees."""
+    """The parametrization: the shadow weight is its original, and the network sees the product."""
 
     product: Tensor
 
@@ -106,17 +108,17 @@ class _Factorized(nn.Module):
         self.register_buffer("product", self._product(), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        # The second term is zero: it only lets the gradient through.
+        # The second term is zero: it only passes the gradient through.
         return self.product + (weight - weight.detach())
 
     @torch.no_grad()
     def factorize(self) -> None:
-        """One round."""
+        """Run one round."""
         self.factors = again(self._blocks(), self.factors)
         self.product = self._product()
 
     def form(self) -> Form:
-        """What the product is made of."""
+        """The factors of the product."""
         return self.factors.form(self.layout.matrix_shape(tuple(self.shadow[0].shape))[1])
 
     def _blocks(self) -> Tensor:

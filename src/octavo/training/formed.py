@@ -1,4 +1,4 @@
-"""Weights that are trained in the form in which they will be stored."""
+"""Training weights in the form in which they will be stored."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from octavo.sources.sites import Layout
 
 
 def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, Layout] | None = None) -> None:
-    """Let parameters of ``module`` be computed from forms, whose dense leaves are trained in their stead.
+    """Compute parameters of ``module`` from forms, and train the dense leaves of the forms.
 
-    Every :class:`octavo.forms.Dense` inside a form becomes a parameter; the rest of it, such as indices, stays as it
-    is. The module itself runs unchanged: where it reads its weight, it gets the form's matrix, with gradients.
+    Every :class:`octavo.forms.Dense` inside a form becomes a parameter; the rest, such as indices, is fixed. The module
+    runs unchanged: when it reads its weight, it gets the form's matrix, with gradients.
 
     Parameters
     ----------
     forms
-        Parameter name, such as ``encoder.0.weight``, to a form of its matrix.
+        Maps parameter names, such as ``encoder.0.weight``, to forms of their matrices.
     layouts
-        How those weights are read as matrices that are not (outputs, everything else).
+        Layouts of weights whose matrix is not (outputs, everything else).
 
     Raises
     ------
     RequestError
-        If there is no such parameter, another module shares it, or the form is of another shape.
+        If the parameter does not exist or is shared with another module, or the form has another shape.
     """
     for name, form in forms.items():
         owner, parameter = _owner(module, name)
         weight, layout = getattr(owner, parameter), (layouts or {}).get(name, Layout())
         shape = tuple(weight.shape)
         if form.shape != layout.matrix_shape(shape):
-            raise RequestError(f"{name!r} of shape {shape} cannot be computed from a form of shape {form.shape}")
+            raise RequestError(
+                f"{name!r}: its shape {shape} does not match a form of shape {form.shape}; give a form of that shape"
+            )
         if sum(other is weight for part in module.modules() for other in part._parameters.values()) > 1:
-            raise RequestError(f"{name!r} is shared with another module; give that module a weight of its own first")
+            raise RequestError(f"{name!r}: is shared with another module; give that module a separate weight first")
         parametrize.register_parametrization(owner, parameter, _Formed(form, layout, shape))
 
 
 def forms_of(module: nn.Module) -> dict[str, Form]:
-    """The forms of all parameters that :func:`formed` replaced, with their leaves as they are now."""
+    """The forms of all parameters that :func:`formed` replaced, with the current values of their leaves."""
     found = {}
     for prefix, owner in module.named_modules():
         for parameter, chain in getattr(owner, "parametrizations", {}).items():
@@ -54,7 +56,7 @@ def forms_of(module: nn.Module) -> dict[str, Form]:
 
 
 def settle(module: nn.Module) -> dict[str, Form]:
-    """Give every parameter that :func:`formed` replaced the dense matrix it has now; returns the forms."""
+    """Replace every form from :func:`formed` by its current dense matrix; returns the forms."""
     found = forms_of(module)
     for name in found:
         unparametrized(*_owner(module, name))
@@ -62,8 +64,8 @@ def settle(module: nn.Module) -> dict[str, Form]:
 
 
 def unparametrized(owner: nn.Module, parameter: str) -> None:
-    """Give a parameter that is computed the value it has now; copies of the module go on computing theirs."""
-    # Copies share the class that PyTorch made for the module, from which it takes the parameter away.
+    """Replace a computed parameter by its current value; copies of the module still compute theirs."""
+    # Copies share the class that PyTorch made for the module, from which it removes the parameter.
     kind = type(owner)
     owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     parametrize.remove_parametrizations(owner, parameter)
@@ -78,11 +80,11 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     except AttributeError:
         pass
     known = ", ".join(list(dict(module.named_parameters()))[:5])
-    raise RequestError(f"{type(module).__name__} has no parameter {name!r}; it has {known} ...")
+    raise RequestError(f"{type(module).__name__}: has no parameter {name!r}; choose from {known} ...")
 
 
 class _Formed(nn.Module):
-    """The parametrization: the leaves are its originals, what it gives is the weight."""
+    """The parametrization: the leaves are its originals, and it returns the weight."""
 
     def __init__(self, form: Form, layout: Layout, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -91,14 +93,14 @@ class _Formed(nn.Module):
         with_leaves(form, self._collected)
 
     def right_inverse(self, weight: Tensor) -> Sequence[Tensor]:
-        """What is trained; the weight itself is not looked at."""
+        """The trained leaves; the weight's values are not used."""
         return [leaf.to(weight) for leaf in self.leaves]
 
     def forward(self, *leaves: Tensor) -> Tensor:
         return self.layout.from_matrix(self.rebuilt(leaves).dense(), self.shape)
 
     def rebuilt(self, leaves: Sequence[Tensor]) -> Form:
-        """The form with other leaves, in the order in which they were found."""
+        """The form with other leaves, in the order of discovery."""
         coming = iter(leaves)
         return with_leaves(self.form, lambda leaf: _Leaf(next(coming)) if isinstance(leaf, Dense) else leaf)
 
@@ -110,7 +112,7 @@ class _Formed(nn.Module):
 
 @dataclass(frozen=True)
 class _Leaf(Dense):
-    """A dense leaf that keeps gradients and the dtype it is trained in."""
+    """A dense leaf that keeps gradients and its training dtype."""
 
     def dense(self) -> Tensor:
         return self.weight

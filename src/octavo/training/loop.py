@@ -1,4 +1,4 @@
-"""One training loop, on ``accelerate``: real models, any loss, and regimens that hook into its steps."""
+"""One training loop on ``accelerate``, for any model and loss, with regimens that hook into its steps."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Regimen:
-    """What a compression method does while a model trains; every hook does nothing unless it is overridden.
+    """A compression method that acts while a model trains; hooks do nothing unless overridden.
 
     A step calls :meth:`before`, the loss by :meth:`loss`, backward, :meth:`gradients`, the optimizer, :meth:`after`.
     """
 
     def begin(self, model: nn.Module, steps: int) -> None:
-        """Before anything else, with the number of steps to come: replace weights by forms, allocate state."""
+        """Called first, with the number of steps: replace weights by forms, allocate state."""
 
     def before(self, step: int) -> None:
-        """Before the forward pass: project or resample weights."""
+        """Called before the forward pass: project or resample weights."""
 
     def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-        """What is differentiated: the task's loss, to which a penalty may be added."""
+        """The loss to differentiate: the task's loss, optionally with a penalty."""
         return loss(model, batch)
 
     def gradients(self, step: int) -> None:
-        """After backward, before the optimizer's step."""
+        """Called after backward, before the optimizer's step."""
 
     def after(self, step: int) -> None:
-        """After the optimizer's step."""
+        """Called after the optimizer's step."""
 
     def epoch(self, number: int) -> None:
-        """After an epoch."""
+        """Called after an epoch."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the model's parameters and buffers: tensors and plain values."""
+        """State for checkpoints besides the model's parameters and buffers: tensors and plain values."""
         return {}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """After :meth:`begin`, go on from what :meth:`state` gave."""
+        """Called after :meth:`begin`: continue from the result of :meth:`state`."""
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
-        """The forms to store, by parameter name: those that the model is trained in."""
+        """The forms to store, by parameter name."""
         return forms_of(model)
 
 
@@ -78,21 +78,20 @@ def fit(
     Parameters
     ----------
     batches
-        Gives the batches of an epoch, by its number; every epoch has as many.
+        Returns the batches of an epoch, by its number; every epoch must have the same number of batches.
     loss
-        Takes the model and a batch, and gives a scalar.
+        Takes the model and a batch, and returns a scalar.
     lr, warmup
-        The rate after a linear rise over that share of all steps; it then falls to zero along a cosine.
+        Peak learning rate, and the share of steps of its linear rise; it then falls to zero along a cosine.
     optimizer
-        Makes an optimizer of the model, after the regimen has begun; AdamW with a weight decay of 0.01 on matrices if
-        not given. Its rates are scaled by the schedule.
+        Creates an optimizer for the model, after the regimen has begun; AdamW with a weight decay of 0.01 on matrices
+        by default. The schedule scales its rates.
     clip
         The largest norm of the gradient.
     checkpoint
-        A file to which the state is saved after every epoch, and from which an interrupted run goes on: bit for bit
-        where it was, on the CPU.
+        A file for the state after every epoch. An interrupted run continues from it, bit for bit on the CPU.
     seed
-        Of torch's own generator, which dropout draws from.
+        Seed of torch's global generator, which dropout uses.
     progress
         Called with the number of steps done and their total.
 
@@ -104,7 +103,7 @@ def fit(
     Raises
     ------
     RequestError
-        If an epoch has no batches or another number than the first, the loss is not finite, or the checkpoint is of
+        If an epoch has no batches or not as many as the first, the loss is not finite, or the checkpoint belongs to
         another run.
     """
     try:
@@ -115,12 +114,12 @@ def fit(
     torch.manual_seed(seed)
     a_batch_each = sum(1 for _ in batches(0))
     if not a_batch_each:
-        raise RequestError("an epoch has no batches: there is nothing to train on")
+        raise RequestError("batches: an epoch has none, so there is nothing to train on; give at least one")
     steps = epochs * a_batch_each
     regimen.begin(model, steps)
     made = (optimizer or (lambda module: _adamw(module, lr)))(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _rate(step, steps, warmup))
-    # The model stays on the device that it is on.
+    # The model stays on its device.
     accelerator = Accelerator(device_placement=False)
     ready, made, schedule = accelerator.prepare(model, made, schedule)
     losses: list[float] = []
@@ -135,7 +134,7 @@ def fit(
             regimen.before(step)
             value = regimen.loss(ready, batch, loss)
             if not math.isfinite(value.item()):
-                raise RequestError(f"the loss is {value.item()} in step {step} of {steps}: lower the learning rate")
+                raise RequestError(f"the loss is {value.item()} in step {step} of {steps}; lower the learning rate")
             accelerator.backward(value)
             regimen.gradients(step)
             if clip is not None:
@@ -149,7 +148,9 @@ def fit(
             progress(step, steps)
         if step != (number + 1) * a_batch_each:
             had = step - number * a_batch_each
-            raise RequestError(f"epoch {number} has {had} batches, epoch 0 has {a_batch_each}; they must be as many")
+            raise RequestError(
+                f"epoch {number} has {had} batches, but epoch 0 has {a_batch_each}; give every epoch as many"
+            )
         regimen.epoch(number)
         losses.append(total / a_batch_each)
         if checkpoint is not None:
@@ -192,7 +193,7 @@ def _resume(
         state = torch.load(file, weights_only=True, map_location="cpu")
         before = state["run"]
         if before != run:
-            raise RequestError(f"{file}: a checkpoint of another run, {before}, where this is {run}; remove it")
+            raise RequestError(f"{file}: a checkpoint of another run ({before}, this run is {run}); remove it")
         regimen.resume(state["regimen"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -202,4 +203,4 @@ def _resume(
     except RequestError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
-        raise RequestError(f"{file}: not a checkpoint of this model and optimizer; remove it: {error}") from error
+        raise RequestError(f"{file}: not a checkpoint of this model and optimizer ({error}); remove it") from error

@@ -1,4 +1,4 @@
-"""Losses of labels, of next tokens, and of a teacher's outputs: each makes a scalar of a module and a batch."""
+"""Losses from labels, next tokens and a teacher's outputs: functions of a module and a batch."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch.nn import functional
 from octavo.sources.batches import mask_of, run
 
 Batch = Any
-#: A module and a batch to a scalar.
+#: Maps a module and a batch to a scalar.
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def outputs_of(module: nn.Module, inputs: Any) -> Tensor:
-    """The logits, or the tensor that a module returns."""
+    """The logits of a module, or the tensor that it returns."""
     return logits_of(run(module, inputs))
 
 
 def logits_of(result: Any) -> Tensor:
-    """Those in what a module returned, or the tensor itself."""
+    """The logits in a module's result, or the tensor itself."""
     return getattr(result, "logits", result)
 
 
 def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
-    """Of a batch ``(inputs, labels)``: mean over examples."""
+    """Cross entropy of a batch ``(inputs, labels)``, averaged over examples."""
     inputs, labels = batch
     return functional.cross_entropy(outputs_of(module, inputs), labels)
 
 
 def next_token(module: nn.Module, batch: Batch) -> Tensor:
-    """Of a language model on ``{"input_ids": (sequences, tokens)}``: mean over the tokens that are predicted."""
+    """Cross entropy of a language model on ``{"input_ids": (sequences, tokens)}``, averaged over predicted tokens."""
     logits, labels = outputs_of(module, batch)[:, :-1], batch["input_ids"][:, 1:]
     mask = mask_of(batch)
     if mask is not None:
@@ -42,16 +42,16 @@ def next_token(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def distillation(teacher: nn.Module, loss: Loss | None = None, *, share: float = 0.5, temperature: float = 2.0) -> Loss:
-    """A teacher's distribution beside the true labels (Hinton et al., 2015).
+    """A teacher's distribution combined with the true labels (Hinton et al., 2015).
 
     ``share * T^2 * KL(teacher || student) + (1 - share) * loss``, both distributions softened by the temperature ``T``.
 
     Parameters
     ----------
     teacher
-        Takes what the student takes, and is not trained.
+        The teacher module, with the same inputs as the student; it is not trained.
     loss
-        That of the labels; without one the teacher alone counts, and batches need no labels.
+        Loss of the labels; without one only the teacher counts, and batches need no labels.
     """
     teacher.eval().requires_grad_(False)
 
@@ -66,14 +66,14 @@ def distillation(teacher: nn.Module, loss: Loss | None = None, *, share: float =
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of the distributions that logits (..., classes) give: mean over all but classes."""
+    """KL(teacher || student) of the distributions of logits (..., classes), averaged over all other dimensions."""
     target, logs = teacher.log_softmax(-1), student.log_softmax(-1)
     return (target.exp() * (target - logs)).sum(-1).mean()
 
 
 @torch.inference_mode()
 def accuracy(module: nn.Module, batches: Iterable[Batch]) -> float:
-    """Share of examples of ``(inputs, labels)`` whose largest logit is their label's."""
+    """Share of examples of ``(inputs, labels)`` whose label has the largest logit."""
     right = total = 0
     training = module.training
     module.eval()

@@ -1,8 +1,8 @@
-"""Layers that are low-rank by design, as in the Low-Rank Transformer of Greenformers.
+"""Layers that are low-rank by design, as in Greenformers' Low-Rank Transformer.
 
 A linear layer becomes ``x -> E x -> D E x + b`` (LED), a convolution one with ``rank`` filters and one of 1 x 1 (CED),
-with nothing between them. Unlike :func:`octavo.training.formed`, which trains factors of the weights of a module as it
-is, the product is never made: time and memory of training shrink as well.
+with nothing between them. Unlike :func:`octavo.training.formed`, which trains factors inside an unchanged module, the
+product is never computed. So time and memory of training shrink too.
 
 Source: Cahyawijaya (2021), arXiv 2108.10808; semi-NMF by Ding, Li and Jordan (2010).
 """
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.methods.factorize.factors import whitened
 
-#: How factors begin: drawn anew, or from the layer's weights.
+#: Initialisation of the factors: random, or from the layer's weights.
 STARTS = ("random", "svd", "semi-nmf")
 
 
 def low_rank(module: nn.Module, rank: int | float, start: str = "random") -> nn.Module:
-    """Replace linear layers and convolutions inside ``module`` by pairs of thin ones, in place.
+    """Replace linear layers and convolutions inside ``module`` by pairs of thin layers, in place.
 
-    Layers stay as they are where the pair would not have fewer weights, and so do grouped convolutions.
+    Grouped convolutions, and layers whose pair would not have fewer weights, are unchanged.
 
     Parameters
     ----------
     rank
-        Of every pair; a number below 1 is a share of the rank at which the pair has as many weights as the layer,
+        Rank of every pair; a number below 1 is a share of the rank at which the pair has as many weights as the layer,
         ``in * out / (in + out)``.
     start
         One of :data:`STARTS`.
@@ -37,15 +37,17 @@ def low_rank(module: nn.Module, rank: int | float, start: str = "random") -> nn.
     Raises
     ------
     RequestError
-        If there is no such rank or start, or the module itself is a layer, which cannot be replaced in place.
+        If the rank or start is invalid, or the module itself is a layer, which cannot be replaced in place.
     """
     if start not in STARTS:
-        raise RequestError(f"low-rank layers cannot start as {start!r}; choose from {', '.join(STARTS)}")
+        raise RequestError(f"low-rank layers: start {start!r} is not known; choose from {', '.join(STARTS)}")
     if not (0 < rank < 1 or (rank >= 1 and int(rank) == rank)):
         raise RequestError(f"low-rank layers: the rank is {rank!r}; it must be a share below 1 or a whole number")
     if _thinnable(module):
-        raise RequestError(f"{type(module).__name__}: give a module that holds the layer, which then is replaced")
-    # A layer that is used in two places is one layer afterwards as well.
+        raise RequestError(
+            f"{type(module).__name__}: a layer cannot be replaced in place; give the module that holds it"
+        )
+    # A layer used in two places stays one layer.
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
         for name, layer in list(parent._modules.items()):
@@ -56,10 +58,10 @@ def low_rank(module: nn.Module, rank: int | float, start: str = "random") -> nn.
 
 
 def semi_nmf(weight: Tensor, rank: int, iterations: int = 100) -> tuple[Tensor, Tensor]:
-    """``weight ~ F G^T`` with ``G >= 0``: ``F`` by least squares, ``G`` by the multiplicative rule, in turn.
+    """``weight ~ F G^T`` with ``G >= 0``: ``F`` by least squares and ``G`` by the multiplicative rule, alternately.
 
     ``G <- G * sqrt(((W^T F)+ + G (F^T F)-) / ((W^T F)- + G (F^T F)+))``, with ``A+`` and ``A-`` the positive and the
-    negative part of ``A``; no step makes the error larger.
+    negative part of ``A``; no step increases the error.
 
     Returns
     -------
@@ -67,7 +69,7 @@ def semi_nmf(weight: Tensor, rank: int, iterations: int = 100) -> tuple[Tensor, 
         (rows, rank) and (columns, rank).
     """
     tiny, matrix = 1e-12, weight.double()
-    # Beginning at the right singular vectors, without their signs: zeros would never change.
+    # Initialised with the magnitudes of the right singular vectors, since zeros would never change.
     right = whitened(weight, most=rank).right.double()
     right = torch.nn.functional.pad(right, (0, 0, 0, rank - len(right)), value=1.0)
     g = right.t().abs() / right.norm(dim=1).clamp_min(tiny) + 0.2 / len(right.t()) ** 0.5
@@ -79,14 +81,14 @@ def semi_nmf(weight: Tensor, rank: int, iterations: int = 100) -> tuple[Tensor, 
 
 
 def _fitted(matrix: Tensor, g: Tensor) -> Tensor:
-    """``W G (G^T G)^-1``, with a trace of a ridge, for two columns of ``G`` may become equal."""
+    """``W G (G^T G)^-1`` with a small ridge, since two columns of ``G`` may become equal."""
     gram = g.t() @ g
     gram.diagonal().add_(1e-12 * gram.diagonal().mean())
     return torch.linalg.solve(gram, (matrix @ g).t()).t()
 
 
 def _thinnable(layer: nn.Module) -> bool:
-    # Subclasses may be read by others than their own forward pass.
+    # The weights of subclasses may be read outside of their forward pass.
     return type(layer) is nn.Linear or (
         type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and getattr(layer, "groups", 1) == 1
     )
@@ -126,7 +128,7 @@ def _factors(weight: Tensor, rank: int, start: str) -> tuple[Tensor, Tensor]:
         f, g = semi_nmf(weight, rank)
         return f, g.t()
     found = whitened(weight, most=rank)
-    # A weight of lower rank has fewer components: the others begin at zero on one side only, so that they can learn.
+    # A weight of lower rank has fewer components: the others start at zero on one side only, so that they can learn.
     left, right = weight.new_zeros(len(weight), rank), torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5
     have = min(rank, len(found.right))
     left[:, :have], right[:have] = found.left[:, :have], found.right[:have]

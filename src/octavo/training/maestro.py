@@ -21,23 +21,24 @@ from octavo.training.losses import Batch, Loss, divergence, logits_of, outputs_o
 
 SOURCE = "Maestro (Horvath, Laskaridis, Rajput & Wang, 2024, ICML; arXiv 2308.14929)"
 
-#: Under the roots of the group lasso, whose slope at zero would be infinite.
+#: Added under the roots of the group lasso, whose slope at zero would be infinite.
 _EPS = 1e-12
 
 
 @dataclass
 class OrderedDropout(Regimen):
-    """Train ``W = U V^T`` so that its first columns matter most.
+    """Train ``W = U V^T`` such that its first columns matter most.
 
     Every layer starts at its full inner width ``min(rows, columns)``, with the SVD of its own initial weights split as
-    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, of all pairs alike, and runs it with
-    its first ``b`` columns, every other layer with all that it has. To the loss is added the hierarchical group lasso
-    ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers, which asks most of the last columns. After every epoch
-    the last columns go for good as long as ``|U[:, i:]| |V[:, i:]| < threshold |U| |V|``. For a linear map this finds
-    the SVD of ``W C^(1/2)``, with ``C`` the second moment of the inputs, in its order.
+    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, all pairs with equal probability,
+    and runs that layer with its first ``b`` columns and every other layer with all of its columns. The hierarchical
+    group lasso ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers is added to the loss; it penalizes the last
+    columns most. After every epoch the last columns are dropped permanently while ``|U[:, i:]| |V[:, i:]| < threshold
+    |U| |V|``. For a linear map this finds the ordered SVD of ``W C^(1/2)``, where ``C`` is the second moment of the
+    inputs.
 
-    With ``distil`` every step runs the network twice, whole and narrowed, and the loss is ``loss(whole) + KL(whole ||
-    narrowed)`` of their outputs' distributions, that of the whole being the fixed target.
+    With ``distil`` every step runs the network twice, whole and narrowed. The loss is ``loss(whole) + KL(whole ||
+    narrowed)`` of their output distributions, with that of the whole as fixed target.
 
     Parameters
     ----------
@@ -46,14 +47,14 @@ class OrderedDropout(Regimen):
     threshold
         Share of a layer's product of norms below which its last columns are dropped.
     growth
-        Widths that are drawn: 1, and then each about so many times the one before, up to all columns; 1 for every
-        width. The fewer there are, the more often each has its turn.
+        Ratio of successive widths to draw, from 1 up to all columns; 1 draws every width. With fewer widths, each is
+        drawn more often.
     distil
         Whether the narrowed network learns from the whole one, and the whole one from the labels.
     names
-        Weights to factorize; those of all linear layers and of all convolutions without groups if not given.
+        Weights to factorize; by default those of all linear layers and of all convolutions without groups.
     seed
-        Of the draws.
+        Seed of the draws.
     """
 
     pressure: float = 1e-5
@@ -78,10 +79,15 @@ class OrderedDropout(Regimen):
         self._generator.manual_seed(self.seed)
         known, names = dict(model.named_parameters()), self.names or factorizable(model)
         if not names:
-            raise RequestError(f"{type(model).__name__} has no linear layer and no convolution without groups")
+            raise RequestError(
+                f"{type(model).__name__}: has no linear layer and no convolution without groups; give a model with "
+                "such layers"
+            )
         for name in names:
             if name not in known or known[name].ndim < 2:
-                raise RequestError(f"{type(model).__name__} has no matrix {name!r} that could be factorized")
+                raise RequestError(
+                    f"{type(model).__name__}: has no matrix {name!r} that can be factorized; name one of its weights"
+                )
             prefix, _, parameter = name.rpartition(".")
             self._layers[name] = _Ordered(known[name])
             parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._layers[name])
@@ -94,7 +100,7 @@ class OrderedDropout(Regimen):
         layer.width = width
 
     def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-        """That of the narrowed network, or of both, and the group lasso."""
+        """The loss of the narrowed network, or of both, plus the group lasso."""
         value = self._distilled(model, batch, loss) if self.distil else loss(model, batch)
         return value + self.pressure * self.penalty() if self.pressure else value
 
@@ -102,7 +108,7 @@ class OrderedDropout(Regimen):
         layer, width = next((layer, layer.width) for layer in self._layers.values() if layer.width)
         layer.width = None
         outputs: list[Tensor] = []
-        # The loss runs the whole network, and its outputs are the target: one pass for both.
+        # The loss runs the whole network and its outputs are the target, so one pass gives both.
         handle = model.register_forward_hook(lambda module, args, result: outputs.append(logits_of(result)))
         try:
             value = loss(model, batch)
@@ -118,34 +124,34 @@ class OrderedDropout(Regimen):
         return torch.stack(norms).sum()
 
     def after(self, step: int) -> None:
-        """All layers have all their columns again."""
+        """Restore all columns of all layers."""
         for layer in self._layers.values():
             layer.width = None
 
     def epoch(self, number: int) -> None:
-        """Drop the columns that hardly matter any more."""
+        """Drop the columns that hardly matter."""
         for layer in self._layers.values():
             layer.shrink(self.threshold)
 
     def state(self) -> dict[str, Any]:
-        """Columns left, and the generator of the draws."""
+        """Remaining columns, and the state of the generator."""
         return {"ranks": self.ranks, "generator": self._generator.get_state()}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on with those columns and draws."""
+        """Continue with the given columns and draws."""
         self._generator.set_state(state["generator"])
         for name, layer in self._layers.items():
             layer.rank = int(state["ranks"][name])
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Columns that every layer still has."""
+        """Remaining columns of every layer."""
         return {name: layer.rank for name, layer in self._layers.items()} or {
             name: form.left.shape[1] for name, form in self._forms.items()
         }
 
     def forms(self, model: nn.Module) -> dict[str, LowRank]:  # type: ignore[override]
-        """The factors; :func:`truncated` cuts them. The model keeps the products alone."""
+        """The factors; :func:`truncated` cuts them. The model only keeps the products."""
         for name, layer in self._layers.items():
             left, right = (part.detach().clone() for part in layer.parts())
             self._forms[name] = LowRank(Dense(left), Dense(right))
@@ -166,7 +172,7 @@ def factorizable(model: nn.Module) -> tuple[str, ...]:
 
 
 def ladder(rank: int, growth: float) -> list[int]:
-    """Widths from 1 to ``rank``, each about ``growth`` times the one before, at least one more."""
+    """Widths from 1 to ``rank``, each about ``growth`` times the last and at least one larger."""
     widths = [1]
     while widths[-1] < rank:
         widths.append(min(rank, max(widths[-1] + 1, round(widths[-1] * growth))))
@@ -174,27 +180,29 @@ def ladder(rank: int, growth: float) -> list[int]:
 
 
 def truncated(forms: Mapping[str, LowRank], widths: Mapping[str, int]) -> dict[str, LowRank]:
-    """The first columns of the factors, as many as are asked for; without a retraining.
+    """The given number of first columns of the factors, without retraining.
 
     Raises
     ------
     RequestError
-        If a layer has not so many columns.
+        If a layer has fewer columns.
     """
     cut = {}
     for name, width in widths.items():
         left, right = forms[name].left.dense(), forms[name].right.dense()
         if not 1 <= width <= left.shape[1]:
-            raise RequestError(f"{name!r} has {left.shape[1]} columns; it cannot be cut to {width}")
+            raise RequestError(
+                f"{name!r}: has {left.shape[1]} columns and cannot be cut to {width}; choose at most as many"
+            )
         cut[name] = LowRank(Dense(left[:, :width].contiguous()), Dense(right[:width].contiguous()))
     return cut
 
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Statistics of batch normalization anew: layers of another rank give other means and variances.
+    """Recompute the statistics of batch normalization, since layers of another rank change means and variances.
 
-    They become the averages over these inputs; everything else stays as it is.
+    They become the averages over these inputs; everything else is unchanged.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -213,23 +221,23 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 def allocated(
     curves: Mapping[str, Mapping[int, float]], shapes: Mapping[str, tuple[int, int]], budget: int
 ) -> dict[str, int]:
-    """Widths of least loss whose weights fit a budget, one after another by loss per weight.
+    """Widths of least loss whose weights fit a budget, chosen greedily by loss per weight.
 
     Parameters
     ----------
     curves
-        For each layer, the loss on development data when it alone is cut to a width. Between the widths that were
-        measured it is taken as linear; only the lower convex hull counts.
+        For each layer, the loss on development data when only it is cut to a width. It is linear between measured
+        widths, and only the lower convex hull counts.
     shapes
-        Rows and columns of each layer. A width whose factors have no fewer weights than the matrix costs what the
-        matrix does.
+        Rows and columns of each layer. A width whose factors have at least as many weights as the matrix costs as much
+        as the matrix.
     budget
-        Weights of all layers together.
+        Total number of weights of all layers.
 
     Raises
     ------
     RequestError
-        If not even a width of 1 everywhere fits.
+        If a width of 1 everywhere does not fit.
     """
 
     def size(name: str, width: int) -> int:
@@ -239,16 +247,18 @@ def allocated(
     chosen = dict.fromkeys(curves, 1)
     total = sum(size(name, 1) for name in curves)
     if total > budget:
-        raise RequestError(f"a width of 1 in all layers takes {total} weights, more than the {budget} allowed")
+        raise RequestError(
+            f"budget: {budget} weights are too few, as a width of 1 in all layers takes {total}; give at least that"
+        )
     gains = []
     for name, curve in curves.items():
         hull = _hull([(size(name, width), loss, width) for width, loss in sorted(curve.items())])
         for (small, high, _), (large, low, width) in pairwise(hull):
             gains.append(((high - low) / (large - small), name, width))
-        # What remains when nothing lowers the loss any more is spent all the same.
+        # Whatever remains is spent too, even if it no longer lowers the loss.
         gains.append((0.0, name, max(curve)))
     for _, name, wide in sorted(gains, reverse=True):
-        # As wide as fits: what remains of the budget goes to the next best.
+        # As wide as fits: the rest of the budget goes to the next best.
         for width in range(wide, chosen[name], -1):
             more = size(name, width) - size(name, chosen[name])
             if total + more <= budget:
@@ -258,7 +268,7 @@ def allocated(
 
 
 def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
-    """The falling part of the lower convex hull of (size, loss), with the widths that belong to it."""
+    """The falling part of the lower convex hull of (size, loss), with its widths."""
     hull: list[tuple[int, float, int]] = []
     for point in points:
         if hull and (point[0] <= hull[-1][0] or point[1] >= hull[-1][1]):
@@ -272,14 +282,14 @@ def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
 
 
 class _Ordered(nn.Module):
-    """The parametrization: its originals are ``U`` and ``V^T`` at full width, it gives the product of what is left."""
+    """The parametrization: its originals are ``U`` and ``V^T`` at full width; it returns the narrowed product."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.layout, self.shape = Layout(), tuple(weight.shape)
         self.rank = min(self.layout.matrix_shape(self.shape))
         self.width: int | None = None
-        #: What holds the factors; in a list, for it also holds this module.
+        #: The module that holds the factors; in a list, since it also holds this module.
         self.chain: list[Any] = []
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,6 +316,6 @@ class _Ordered(nn.Module):
 
     @torch.no_grad()
     def shrink(self, threshold: float) -> None:
-        """Drop the last columns as long as they hardly matter; at least one is kept."""
+        """Drop last columns while they hardly matter; at least one is kept."""
         importance = self.suffixes(0) * self.suffixes(1)
         self.rank = max(1, int((importance >= threshold * importance[0]).sum()))

@@ -1,4 +1,4 @@
-"""Trained rank pruning: a network that becomes low-rank while it learns."""
+"""Trained rank pruning: a network becomes low-rank during training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCE = "Trained Rank Pruning (Xu et al., 2020, IJCAI; arXiv 2004.14566)"
 
 #: ``channel`` is the matrix as it is, (n, c h w).
 FOLDINGS = ("channel", *FOLDS)
-#: What is not stored of a matrix that was projected: rounding errors.
+#: Relative size of singular values treated as rounding errors of a projected matrix.
 _ROUNDING = 1e-6
 
 Kernel = tuple[int, int, int]
@@ -25,22 +25,23 @@ Kernel = tuple[int, int, int]
 
 @dataclass
 class TrainedRankPruning(Regimen):
-    """Project the kernels onto low rank every few steps, and shrink their nuclear norm on the same steps.
+    """Project the kernels to low rank every few steps, and shrink their nuclear norm in the same steps.
 
     Every ``every`` steps, before the forward pass, each kernel ``W``, folded to a matrix with the SVD ``U S V^T``, is
-    replaced by its first ``k`` components, ``k`` the smallest with ``sum_{i<=k} s_i^2 >= energy sum_i s_i^2``; to the
-    gradient of that step is added ``nuclear U_k V_k^T``, a sub-gradient of ``nuclear |W|_*``. After the last step they
-    are projected once more, so that the network that was trained is the one that is stored. The optimizer's momentum
-    is left as it is, as in the paper.
+    replaced by its first ``k`` components, with the smallest ``k`` such that ``sum_{i<=k} s_i^2 >= energy sum_i
+    s_i^2``. The sub-gradient ``nuclear U_k V_k^T`` of ``nuclear |W|_*`` is added to the gradient of that step. After
+    the last step kernels are projected once more, so that the stored network is the trained one. As in the paper, the
+    optimizer's momentum is unchanged.
 
     Folds of a kernel (n, c, h, w): ``channel``, (n, c h w): r filters, then one of 1 x 1; ``spatial``, (c h, n w): r
     filters of h x 1, then of 1 x w; ``filter``, every filter as (h w, c): r of 1 x 1, then r of each channel, all
-    filters of a layer having the same rank. The first convolution, those of 1 x 1 and those in groups are left alone.
+    filters of a layer having the same rank. The first convolution, 1 x 1 convolutions and grouped convolutions are
+    skipped.
 
     Parameters
     ----------
     energy
-        Share of the energy that a projection keeps; with 1 only the nuclear norm acts.
+        Share of the energy that a projection keeps; with 1 only the nuclear norm has an effect.
     every
         Steps from one projection to the next.
     nuclear
@@ -73,17 +74,17 @@ class TrainedRankPruning(Regimen):
         self._kernels, self._last = kernels(model), steps - 1
         if not self._kernels:
             raise RequestError(
-                f"{type(model).__name__} has no convolution that could be decomposed: the first one, those of 1 x 1 "
-                "and those in groups are left alone"
+                f"{type(model).__name__}: has no convolution to decompose, since the first one, 1 x 1 and grouped ones "
+                "are skipped; give a model with other convolutions"
             )
 
     def before(self, step: int) -> None:
-        """Project, every few steps."""
+        """Project every few steps."""
         if step % self.every == 0:
             self._project()
 
     def gradients(self, step: int) -> None:
-        """Add the sub-gradient of the nuclear norm, on the same steps."""
+        """Add the sub-gradient of the nuclear norm in the same steps."""
         for name, pressure in self._pressure.items():
             gradient = self._kernels[name].grad
             if gradient is not None:
@@ -91,13 +92,13 @@ class TrainedRankPruning(Regimen):
         self._pressure = {}
 
     def after(self, step: int) -> None:
-        """Project what the last steps have added."""
+        """Project the changes of the last steps."""
         if step == self._last:
             self._project()
             self._pressure = {}
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
-        """Factors of the kernels that they make smaller; the others are stored as they are."""
+        """Factors of the kernels that become smaller; the others stay dense."""
         found = {name: decomposed(weight, self.fold, 1 - _ROUNDING) for name, weight in kernels(model).items()}
         return {name: form for name, form in found.items() if form is not None}
 
@@ -114,7 +115,7 @@ class TrainedRankPruning(Regimen):
 
 
 def kernels(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the convolutions that are decomposed, by name: not the first, none of 1 x 1, none in groups."""
+    """Weights of the convolutions to decompose, by name: not the first, not 1 x 1, not grouped."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     return {
         f"{name}.weight".lstrip("."): module.weight
@@ -124,7 +125,7 @@ def kernels(model: nn.Module) -> dict[str, Tensor]:
 
 
 def decomposed(weight: Tensor, which: str, energy: float) -> Form | None:
-    """A kernel's factors, of the smallest rank that keeps that share of its energy; None if they are not smaller.
+    """A kernel's factors at the smallest rank that keeps the given energy; None if they are not smaller.
 
     Parameters
     ----------
@@ -156,13 +157,13 @@ def _decomposition(weight: Tensor, which: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rank(values: Tensor, energy: float) -> int:
-    """The smallest rank of all matrices that keeps that share of their energy together, at least 1."""
+    """The smallest common rank of all matrices, at least 1, that keeps the given share of their energy."""
     kept = values.double().square().sum(0).cumsum(0)
     return min(1 + int((kept < energy * kept[-1]).sum()), len(kept))
 
 
 def _unfolded(matrices: Tensor, which: str, weight: Tensor) -> Tensor:
-    """The kernel whose folded matrix, or matrices of the filters, these are."""
+    """The kernel with the given folded matrix or matrices of the filters."""
     matrix = matrices.transpose(0, 1).flatten(1)
     if which != "channel":
         matrix = Folded(Dense(matrix), which, _kernel(weight)).dense()

@@ -1,4 +1,4 @@
-"""Measuring a source or an artifact on data of the user's."""
+"""Measuring a source or an artifact on the user's data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from octavo.artifact import MANIFEST, Artifact
-from octavo.artifact.writing import split_name
 from octavo.calibration import inputs
-from octavo.calibration.blockwise import Blockwise
-from octavo.calibration.inmemory import InMemory
 from octavo.calibration.objective import KL, Cosine, Objective
+from octavo.calibration.runner import Runner
 from octavo.errors import MissingExtraError, RequestError
+from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.memory import fits
-from octavo.sources.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.sources.sentences import members, split_name, transformer_folder
 from octavo.sources.sites import Source
+from octavo.sources.tokens import context_of, is_causal, text_batches, window_batches
 from octavo.system.matmul import fast_matmul
 from octavo.system.paths import checked, reason
+from octavo.verification.verifying import load
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Perplexity(Evaluation):
 
 
 METRICS = ("divergence", "spearman", "perplexity")
-#: Perplexity is measured on windows of this many tokens that do not overlap, or of the model's context if shorter.
+#: Perplexity is measured on non-overlapping windows of this many tokens, or of the model's context if shorter.
 PERPLEXITY_WINDOW = 512
-#: Nats a token whose exponential is still a number.
+#: Largest nats per token with a finite exponential.
 _LARGEST_LOSS = 700.0
 
 
@@ -86,7 +87,7 @@ def evaluate(
     metric: str = "divergence",
     objective: str | Objective | None = None,
     packed: bool = False,
-) -> Divergence | Spearman | Perplexity:
+) -> Any:
     """Measure a source or an artifact.
 
     Parameters
@@ -112,21 +113,19 @@ def evaluate(
     Raises
     ------
     RequestError
-        If the metric is not known, or what it needs is missing.
+        If the metric is unknown, or something that it needs is missing.
     """
     if metric not in METRICS:
         raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
     path = checked(path)
     if against is not None:
         if metric != "divergence":
-            raise RequestError(
-                f"against is what divergence compares with, and {metric} compares with nothing; leave it out"
-            )
+            raise RequestError(f"--against is only for the metric divergence, not {metric}; leave it out")
         against = checked(against)
     elif metric == "divergence":
-        raise RequestError("divergence compares with a source: give it as --against")
+        raise RequestError("divergence compares with a source; give the source with --against")
     if metric == "perplexity" and objective is not None:
-        raise RequestError("objective is how divergence compares outputs, and perplexity needs none; leave it out")
+        raise RequestError("--objective is for comparing outputs, and perplexity does not compare; leave it out")
     source = _open(path, packed=packed)
     if metric == "perplexity":
         return _perplexity(path, source, data)
@@ -154,10 +153,10 @@ def evaluate(
 def _open(path: Path, *, packed: bool) -> Source:
     if not (path / MANIFEST).exists():
         if packed:
-            raise RequestError(f"{path}: is no artifact, so it cannot run packed; compress it first")
+            raise RequestError(
+                f"{path}: is not an artifact, so it cannot run packed; compress it first, or leave --packed out"
+            )
         return inputs.open_source(path)
-    from octavo.verification.verifying import load
-
     artifact = Artifact(path)
     if members(path) and is_installed() and not packed:
         encoder = load_encoder(path)
@@ -165,33 +164,33 @@ def _open(path: Path, *, packed: bool) -> Source:
         source.path, source.is_encoder = path, True
         return source
     if packed and members(path) and any(split_name(name)[0] for name in artifact.names()):
-        raise RequestError(f"{path}: has layers behind its transformer that do not run packed; leave --packed out")
+        raise RequestError(f"{path}: has layers after its transformer that cannot run packed; leave --packed out")
     model = load(path, packed=packed)
     if not isinstance(model, nn.Module):
-        raise RequestError(f"{path}: holds bare tensors, there is no model to run")
+        raise RequestError(
+            f"{path}: holds bare tensors without a model to run; load them into your module and measure there"
+        )
     if packed:
-        # Its tensors are not read, only run.
+        # Its tensors only run and are not read.
         return Source(path.name, path, {}, {}, {}, model.get_parameter, model, is_transformers=True)
     source = inputs.open_source(model)
     source.path, source.is_transformers = path, True
     return source
 
 
-def _model(source: Source) -> InMemory | Blockwise:
+def _model(source: Source) -> Runner:
     return inputs.model_of(source, blockwise=not fits(source, None))
 
 
 def _spearman(path: Path, source: Source, data: Any, wanted: Objective) -> Spearman:
-    from octavo.sources.tokens import text_batches
-
     try:
         from scipy.stats import spearmanr
     except ImportError as error:
         raise MissingExtraError("spearman needs scipy, which is not installed: pip install 'octavo[hf]'") from error
     if not isinstance(wanted, Cosine):
         raise RequestError(
-            f"spearman compares vectors by their cosine, and {type(wanted).__name__.lower()} compares other outputs; "
-            "give --objective cosine, and a model that returns vectors or states"
+            f"spearman compares vectors by cosine, but {type(wanted).__name__.lower()} compares other outputs; give "
+            "--objective cosine and a model that returns vectors or hidden states"
         )
     if data is None or source.folder is None or source.module is None:
         raise RequestError("spearman needs a sentence encoder and --data with lines of sentence,sentence,score")
@@ -201,7 +200,7 @@ def _spearman(path: Path, source: Source, data: Any, wanted: Objective) -> Spear
     except (OSError, ValueError, csv.Error) as error:
         raise RequestError(f"{data}: not a CSV of sentence, sentence, score: {reason(error)}") from error
     if len(rows) < 2:
-        raise RequestError(f"{data}: has {len(rows)} pairs, at least 2 are needed")
+        raise RequestError(f"{data}: has {len(rows)} pairs; at least 2 are needed")
     texts = sorted({text for row in rows for text in row[:2]}, key=len)
     batches = inputs.prepared(source, wanted, text_batches(transformer_folder(source.folder), texts, source.module))
     vectors = torch.cat(list(_model(source).outputs(batches, wanted)))
@@ -210,15 +209,13 @@ def _spearman(path: Path, source: Source, data: Any, wanted: Objective) -> Spear
     scores = [score for *_, score in rows]
     if not all(map(math.isfinite, (*scores, *similarity))) or len(set(scores)) < 2 or len(set(similarity)) < 2:
         raise RequestError(
-            f"{data}: no ranks to correlate: all scores, or all similarities, are equal or not finite; give pairs that "
+            f"{data}: no ranks to correlate: all scores or all similarities are equal or not finite; give pairs that "
             "differ, in words that the model knows"
         )
     return Spearman(str(path), "spearman", len(rows), float(spearmanr(similarity, scores).statistic))
 
 
 def _perplexity(path: Path, source: Source, data: Any) -> Perplexity:
-    from octavo.sources.tokens import context_of, is_causal, window_batches
-
     if source.module is None or source.folder is None or not is_causal(source.module):
         raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
     texts, text = inputs.texts_of(data)
@@ -231,5 +228,8 @@ def _perplexity(path: Path, source: Source, data: Any) -> Perplexity:
         total -= float(logs[:, :-1].gather(2, following[..., None]).double().sum())
         count += following.numel()
     if not total / count < _LARGEST_LOSS:
-        raise RequestError(f"{source.title}: the loss of a token is {total / count:g}, too large for a perplexity")
+        raise RequestError(
+            f"{source.title}: the loss per token is {total / count:g}, too large for a perplexity; check the model and "
+            "the data"
+        )
     return Perplexity(str(path), "perplexity", text, count, math.exp(total / count))

@@ -1,4 +1,4 @@
-"""A model's outputs on a fixed input, by which it is known again elsewhere."""
+"""A model's outputs on a fixed input, used to recognise the model on another machine."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 from octavo.system.raw import raw_bytes
 
-#: Values of the outputs that are recorded.
+#: Number of output values recorded.
 _SAMPLES = 64
-#: Values that a fixed input has at most: an image of 1,600 by 1,600 in three colours.
+#: Largest number of values in a fixed input: an image of 1,600 by 1,600 with three channels.
 _LARGEST = 1 << 23
-#: What another machine, or another number of threads, may change of an output of size one.
+#: Tolerance for outputs of size one between machines and numbers of threads.
 TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gave.
+    """A model's outputs on the fixed input.
 
     Parameters
     ----------
     sha256
-        Of all values.
+        Hash of all values.
     scale
-        The largest of them.
+        The largest magnitude.
     samples
-        Some of them, evenly spaced.
+        Some of the values, evenly spaced.
     """
 
     sha256: str
@@ -39,7 +39,7 @@ class Outputs:
     samples: tuple[float, ...]
 
     def differ(self, other: Outputs) -> float:
-        """How far two outputs are apart, in units of the larger scale; infinite if they are not alike at all."""
+        """The distance of two outputs in units of the larger scale; infinite if they cannot be compared."""
         if self.sha256 == other.sha256:
             return 0.0
         one, two = torch.tensor(self.samples), torch.tensor(other.samples)
@@ -50,7 +50,7 @@ class Outputs:
 
 
 def probe(module: nn.Module, seed: int = 0) -> Outputs | None:
-    """Outputs of a transformers model on a fixed random input; None for what takes none that is known."""
+    """Outputs of a transformers model on a fixed random input; None if its input type is unknown."""
     values = first_output(module, seed)
     if values is None:
         return None
@@ -61,7 +61,7 @@ def probe(module: nn.Module, seed: int = 0) -> Outputs | None:
 
 
 def first_output(module: nn.Module, seed: int = 0) -> Tensor | None:
-    """The first tensor that a model gives for :func:`fixed_input`, or None."""
+    """The first tensor that a model returns for :func:`fixed_input`, or None."""
     batch = fixed_input(module, seed)
     if batch is None:
         return None
@@ -69,14 +69,14 @@ def first_output(module: nn.Module, seed: int = 0) -> Tensor | None:
         with torch.inference_mode():
             result = module(**batch)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError):
-        # A model may need more than can be told from its configuration; then there is nothing to know it by.
+        # A model may need inputs that its configuration does not reveal; then there is no probe.
         return None
     values = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else [result]
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
 def fixed_input(module: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
-    """Random tokens or pixels that a transformers model takes, by its configuration; None for other inputs."""
+    """Random tokens or pixels for a transformers model, by its configuration; None for other inputs."""
     config: Any = getattr(module, "config", None)
     name = getattr(module, "main_input_name", None)
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ def fixed_input(module: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if name == "pixel_values" and channels and isinstance(size, int | list | tuple):
         sizes = [channels, *((size, size) if isinstance(size, int) else size)][:3]
-        # A configuration may name any size, whatever its weights are.
+        # A configuration may state any size.
         if len(sizes) < 3 or not all(type(one) is int and one > 0 for one in sizes) or math.prod(sizes) > _LARGEST:
             return None
         return {"pixel_values": torch.randn(1, *sizes, generator=generator)}

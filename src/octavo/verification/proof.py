@@ -1,7 +1,7 @@
-"""The model as its users load it from a written artifact: whether it loads in whole, and how far it is from the source.
+"""Loads a written artifact as its users do, checks that it loads completely, and measures its distance from the source.
 
-What an artifact is worth is measured on this model and on no other. Where it cannot be loaded or measured the proof
-says why, and has no number.
+The quality of an artifact is measured on this model only. If it cannot be loaded or measured, the proof says why and
+has no number.
 """
 
 from __future__ import annotations
@@ -14,37 +14,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from octavo.allocation.opened import Run
 from octavo.artifact import Artifact
 from octavo.calibration.inmemory import scratch
-from octavo.encoding.job import Job
 from octavo.errors import ArtifactError, MissingExtraError
+from octavo.integrations.transformers import load_as_users_do
+from octavo.sources.encoders import load_encoder
 from octavo.sources.memory import fits
-from octavo.sources.sentences import load_encoder, members, transformer_folder
+from octavo.sources.model_classes import is_known, require_transformers
+from octavo.sources.names import names_of
+from octavo.sources.sentences import members, transformer_folder
+from octavo.sources.skeletons import skeleton
 from octavo.system.raw import Lazily
 from octavo.verification.probes import Outputs, probe
 from octavo.verification.verifying import load
 
-#: What verify compares with is in float32, whatever the dtype of the model.
+#: Verification compares in float32, whatever the dtype of the model.
 _WIDE = {"dtype": torch.float32}
-_UNCOMPARED = "no data were given, so nothing but the weights could be compared"
-#: Names of keys that an error shows.
+_UNCOMPARED = "no data were given, so only the weights could be compared"
+#: Number of keys that an error shows.
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was seen of the loaded model.
+    """Findings on the loaded model.
 
     Parameters
     ----------
     loader
-        How it was loaded, as a user writes it; empty if it was not.
+        The call that loaded it, as a user writes it; empty if it was not loaded.
     losses
-        Divergence of every held-back example from the source, or None.
+        Divergence of every held-out example from the source, or None.
     why
         Why nothing was measured; empty if it was.
     outputs
-        Outputs on a fixed input, for :func:`octavo.verification.verifying`; None for what takes no such input.
+        Outputs on a fixed input, for :func:`octavo.verification.verifying`; None if the model takes no such input.
     """
 
     loader: str = ""
@@ -53,46 +58,46 @@ class Proof:
     outputs: Outputs | None = None
 
 
-def prove(job: Job, artifact: Artifact) -> Proof:
-    """Load an artifact the way its users do, and measure it on the data held back.
+def prove(run: Run, artifact: Artifact) -> Proof:
+    """Load an artifact as its users do, and measure it on the held-out data.
 
     Raises
     ------
     ArtifactError
-        If a part of the model is not filled by the artifact, or a part of the artifact finds no place, though the
-        source's did.
+        If the artifact leaves a part of the model unfilled, or has a tensor that the model does not use, unlike the
+        source.
     """
-    source = job.source
+    source = run.opened.source
     if source.is_transformers and source.folder is not None:
         try:
-            return _of_folder(job, artifact, source.folder)
+            return _of_folder(run, artifact, source.folder)
         except MissingExtraError as error:
             return Proof(why=str(error))
     if source.is_encoder:
         encoder = load_encoder(artifact.path)
-        return Proof("SentenceTransformer(path)", job.judge(encoder)) if job.measurable else Proof(why=_UNCOMPARED)
+        return (
+            Proof("SentenceTransformer(path)", run.judge(encoder)) if run.opened.measurable else Proof(why=_UNCOMPARED)
+        )
     if source.module is None:
-        return Proof(why="no data were given" if source.path is None else "bare tensors have no model that runs")
-    if not job.held_data:
+        return Proof(why="no data were given" if source.path is None else "bare tensors have no model to run")
+    if not run.opened.held_data:
         return Proof(why="no data were given")
     module = source.module
     with scratch(module) as old:
         load(artifact.path, into=module)
-        losses = job.judge(module, old)
+        losses = run.judge(module, old)
         return Proof("octavo.load(path, into=module)", losses)
 
 
-def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
-    from octavo.integrations.transformers import is_known, load_as_users_do, require_transformers
-
-    source = job.source
+def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
+    source = run.opened.source
     require_transformers()
     inner = transformer_folder(folder)
     if not is_known(inner):
-        return Proof(why="the architecture is not known to transformers; its own code is copied and never run here")
-    if source.is_skeleton or (source.module is None and not fits(source, job.memory)):
-        return _block_by_block(job, artifact)
-    # A folder's model runs in float32, one that was given in memory as it is.
+        return Proof(why="transformers does not know the architecture; its code is copied but never run here")
+    if source.is_skeleton or (source.module is None and not fits(source, run.opened.memory)):
+        return _block_by_block(run, artifact)
+    # A folder's model runs in float32; a module given in memory runs unchanged.
     own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
     options = {"dtype": own} if own is not None else {}
     loaded = load_as_users_do(artifact.path / inner.relative_to(folder), options)
@@ -100,29 +105,26 @@ def _of_folder(job: Job, artifact: Artifact, folder: Path) -> Proof:
     if members(folder):
         encoder = load_encoder(artifact.path)
         outputs = probe(load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE).model)
-        if job.measurable:
+        if run.opened.measurable:
             whole = encoder if source.is_encoder else loaded.model
-            return Proof("SentenceTransformer(path)", job.judge(whole), outputs=outputs)
+            return Proof("SentenceTransformer(path)", run.judge(whole), outputs=outputs)
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
-    losses = job.judge(loaded.model) if job.measurable else None
+    losses = run.judge(loaded.model) if run.opened.measurable else None
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in loaded.model.parameters()):
         loaded = load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE)
-    return Proof(loader, losses, "" if job.measurable else _UNCOMPARED, probe(loaded.model))
+    return Proof(loader, losses, "" if run.opened.measurable else _UNCOMPARED, probe(loaded.model))
 
 
-def _block_by_block(job: Job, artifact: Artifact) -> Proof:
-    """The same for a model that does not fit in memory: names are matched on a skeleton, blocks run one by one."""
-    from octavo.integrations.transformers import skeleton
-    from octavo.sources.names import names_of
-
+def _block_by_block(run: Run, artifact: Artifact) -> Proof:
+    """Prove a model that does not fit in memory: names are matched on a skeleton, and blocks run one by one."""
     model = skeleton(transformer_folder(artifact.path))
     found = names_of(model, artifact.loadable_shapes())
-    _check_keys(artifact.path, found.missing, found.unused, job.source.unfilled, job.source.unused)
+    _check_keys(artifact.path, found.missing, found.unused, run.opened.source.unfilled, run.opened.source.unused)
     loader = f"{type(model).__name__}, block by block"
-    if not job.measurable:
+    if not run.opened.measurable:
         return Proof(loader, why=_UNCOMPARED)
-    losses = job.measure(Lazily({name: partial(artifact.tensor, name) for name in artifact.names()}))
+    losses = run.measure(Lazily({name: partial(artifact.tensor, name) for name in artifact.names()}))
     return Proof(loader, losses)
 
 
@@ -132,11 +134,11 @@ def _check_keys(
     lacking = sorted(set(missing) - set(unfilled))
     if lacking:
         raise ArtifactError(
-            f"{path}: {len(lacking)} tensors of the model are filled by nothing in the artifact: "
-            f"{', '.join(lacking[:_SHOWN])}; this is a defect of Octavo, please report it with the model's config.json"
+            f"{path}: the artifact does not fill {len(lacking)} tensors of the model: {', '.join(lacking[:_SHOWN])}; "
+            "this is a bug in Octavo, please report it with the model's config.json"
         )
     if len(unexpected) > len(unused):
         raise ArtifactError(
-            f"{path}: the model has no place for {len(unexpected)} tensors of the artifact, and for {len(unused)} of "
-            f"the source: {', '.join(sorted(unexpected)[:_SHOWN])}; this is a defect of Octavo, please report it"
+            f"{path}: the model does not use {len(unexpected)} tensors of the artifact, but {len(unused)} of the "
+            f"source: {', '.join(sorted(unexpected)[:_SHOWN])}; this is a bug in Octavo, please report it"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo.errors import ArtifactError
@@ -63,6 +64,42 @@ class Digests:
 
     weights: str | None = None
     outputs: Outputs | None = None
+
+
+@dataclass(frozen=True)
+class PackedSpeed:
+    """Median seconds of ``what``, from packed codes and in bfloat16 dense."""
+
+    what: str
+    unit: str
+    packed: float
+    dense: float
+
+
+@dataclass(frozen=True)
+class PackedFigures:
+    """An artifact made for memory, as it runs from packed codes.
+
+    Parameters
+    ----------
+    stated
+        Bytes of memory that its manifest states.
+    held
+        Bytes of memory that its weights were measured to take.
+    kernels
+        Number of sites by kernel.
+    quality
+        Mean divergence from the source on held-out data.
+    note
+        What is missing or slow, and why.
+    """
+
+    stated: int
+    held: int
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    quality: float | None = None
+    speed: PackedSpeed | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

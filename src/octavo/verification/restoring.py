@@ -1,4 +1,4 @@
-"""A module that is as it was if what was to be loaded into it is refused."""
+"""Restoring a module if the artifact to load into it is refused."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from octavo.sources.modules import own_tensors, stored_tensors
 
 @contextmanager
 def unless_refused(module: nn.Module, *, values: bool) -> Iterator[None]:
-    """A context in which a module's tensors are exchanged and written to; an error in it undoes both.
+    """A context in which a module's tensors are replaced and changed; an error undoes both.
 
     Parameters
     ----------
     values
-        Whether the values of tensors must be copied to be restored, which takes the memory of the module once more.
-        Without it only the tensors themselves are put back.
+        Whether values are copied to be restored, which takes the module's memory once more. Otherwise only tensor
+        objects are restored.
     """
     held = [(part, dict(part._parameters), dict(part._buffers), dict(part.__dict__)) for part in module.modules()]
     copies: list[tuple[Tensor, Tensor]] = []
@@ -44,12 +44,12 @@ def unless_refused(module: nn.Module, *, values: bool) -> Iterator[None]:
         raise
 
 
-#: What is packed holds codes, which nothing writes to.
+#: Packed weights hold codes, which are never changed.
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def fits_plainly(module: nn.Module, names: dict[str, tuple[int, ...]]) -> bool:
-    """Whether nothing can go wrong: names and shapes are the module's own, and no code of its own is run."""
+    """Whether loading cannot fail: names and shapes match the module, and none of its code runs."""
     tensors = stored_tensors(module)
     if any(is_lazy(tensor) for tensor in tensors.values()):
         return False
@@ -63,17 +63,17 @@ def fits_plainly(module: nn.Module, names: dict[str, tuple[int, ...]]) -> bool:
     )
 
 
-#: Loaders that write a tensor only where its shape fits.
+#: Loaders that only write tensors of matching shape.
 _ORDINARY = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
 
 
 def materialise(module: nn.Module) -> None:
-    """Give parameters and buffers on the ``meta`` device memory, tied ones as one.
+    """Allocate parameters and buffers on the ``meta`` device; tied tensors stay tied.
 
     Raises
     ------
     ArtifactError
-        If a buffer has no content that is not stored with weights: only whoever built the module could fill it.
+        If a buffer on the ``meta`` device is not stored with weights, so that nothing can fill it.
     """
     stored = {id(tensor) for tensor in stored_tensors(module).values()}
     empty = {name: tensor for name, tensor in own_tensors(module).items() if tensor.is_meta}

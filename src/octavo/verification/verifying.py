@@ -1,4 +1,4 @@
-"""Loading artifacts, and proving that they are what they claim."""
+"""Loading artifacts and verifying them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError, RequestError
+from octavo.integrations.transformers import load_as_users_do, load_model
 from octavo.integrations.trust import trusted
-from octavo.runtimes.packed import held_bytes
-from octavo.runtimes.packed.factors import dense_again, run_as_factors
+from octavo.runtimes.packed import held_bytes, packed_weight
+from octavo.runtimes.packed.factors import dense_again, is_factorization, run_as_factors
 from octavo.sources.batches import Batch
+from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.filling import fill
+from octavo.sources.model_classes import is_known
 from octavo.sources.modules import unwrapped
-from octavo.sources.sentences import is_installed, load_encoder, members, transformer_folder
+from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.sites import Progress
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
@@ -27,7 +30,7 @@ from octavo.verification.probes import Outputs, first_output, probe
 from octavo.verification.recorded import Digests, Quality, recorded_beside
 from octavo.verification.restoring import fits_plainly, materialise, unless_refused
 
-#: Packed weights may move outputs by so many times what rounding the same weights to bfloat16 does.
+#: Packed weights may change outputs by this many times the effect of rounding them to bfloat16.
 _TOLERANCE = 2.0
 
 
@@ -41,41 +44,38 @@ def load(
     path
         The artifact folder.
     into
-        A module to load the weights into; what was loaded into it packed or as factors becomes dense first. Without
-        it an artifact of an architecture that ``transformers`` knows gives its model, and any other the dictionary of
-        its tensors. If the artifact is refused the module is left as it was. Parameters on the ``meta`` device are
-        given memory on the CPU.
+        A module to load the weights into; weights loaded earlier as packed or factors become dense first. Without it,
+        the result is a ``transformers`` model if the architecture is known, and otherwise a dictionary of tensors. If
+        the artifact is refused, the module is unchanged. Parameters on the ``meta`` device are allocated on the CPU.
     packed
-        Whether weights stay packed in memory and run from their codes, with inputs rounded to bfloat16, rather than
-        being decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
+        Whether weights stay packed in memory and run from their codes with inputs rounded to bfloat16, instead of being
+        decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
     factors
-        Whether low-rank and other factored weights run as float32 factors where that is measured, here and now, to be
-        cheaper than dense. :func:`octavo.runtimes.packed.factored` says which do, with the times.
+        Whether low-rank and other factored weights run as float32 factors if that is measured to be faster than dense
+        on this machine. :func:`octavo.runtimes.packed.factored` lists them with the times.
     batch
-        What the module is called with, for those measurements: a tensor, a tuple or a mapping. Without one, layers are
-        measured at a single row, and convolutions run dense.
+        An input of the module for those measurements: a tensor, a tuple or a mapping. Without one, layers are measured
+        with a single row, and convolutions run dense.
 
     Raises
     ------
     ArtifactError
         If the artifact is damaged, or does not fit ``into``.
     RequestError
-        If factors are asked for together with ``packed``, of an artifact that no module is loaded from, or with a batch
-        that the module fails on.
+        If factors are combined with ``packed``, no module is loaded, or the module fails on the batch.
     """
     path = Path(path)
     if factors:
         return _with_factors(path, into, packed, batch)
+    as_weight = packed_weight if packed else None
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
-        from octavo.integrations.transformers import is_known, load_model
-
-        # The loader of transformers opens the files first, and believes what they say.
+        # The transformers loader opens the files and trusts them, so they are checked first.
         artifact = trusted(path)
         if is_known(path):
-            return load_model(artifact, packed=packed)
+            return load_model(artifact, as_weight)
     else:
         artifact = Artifact(path)
-    state = artifact.state(packed=packed)
+    state = artifact.state(as_weight=as_weight)
     if into is None:
         return {**state, **artifact.extra}
     module = unwrapped(into)
@@ -83,7 +83,7 @@ def load(
     plainly = not artifact.extra and fits_plainly(module, shapes)
     try:
         with unless_refused(module, values=not plainly):
-            # Into factors of another artifact nothing could be written.
+            # Factors of another artifact cannot be written to.
             dense_again(module)
             materialise(module)
             fill(module, state, artifact.extra, assign=packed)
@@ -93,16 +93,18 @@ def load(
 
 
 def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch) -> nn.Module:
-    """The module with dense weights, of which those that are cheaper as factors are exchanged."""
+    """Replace dense weights of a module by factors where these are faster."""
     if packed:
-        raise RequestError("weights run packed, in bfloat16, or as factors, in float32: choose one of the two")
+        raise RequestError(
+            "weights run either packed (bfloat16) or as factors (float32); choose one of packed= and factors="
+        )
     if into is not None:
-        # A batch that the module fails on is found out when the weights are in it.
+        # Whether the module fails on the batch is only known once the weights are loaded.
         with unless_refused(unwrapped(into), values=True):
             return _as_factors(path, load(path, into), batch)
     module = load(path)
     if not isinstance(module, nn.Module):
-        raise RequestError(f"{path}: no module runs these weights; give one with into= to run them as factors")
+        raise RequestError(f"{path}: has no model to run; give a module with into= to run the weights as factors")
     return _as_factors(path, module, batch)
 
 
@@ -113,27 +115,29 @@ def _as_factors(path: Path, module: nn.Module, batch: Batch) -> nn.Module:
 
     def parameters(name: str) -> list[str]:
         names = [name, *(alias for alias, other in artifact.aliases.items() if other == name)]
-        # The names in a file of transformers may have gained or lost the base model's prefix.
+        # Names in a transformers file may have an additional or missing base model prefix.
         spelled = (option for n in names for option in (n, prefix + n, n.removeprefix(prefix)))
         return [option for option in dict.fromkeys(spelled) if option in held]
 
-    names = artifact.factorizations()
+    # The factors of a scaled matrix are not the weight's.
+    every = artifact.sites.items()
+    names = [name for name, entry in every if is_factorization(entry["form"]) and not artifact.layout(name).exponent]
     sites = ((name, parameters(name), artifact.form(name), artifact.layout(name)) for name in names)
     run_as_factors(inner, sites, batch)
     return module
 
 
 def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None) -> str:
-    """SHA-256 over the decoded content of every tensor: codes, steps, factors, and what they are read as.
+    """SHA-256 over the decoded content of every tensor: codes, scales, factors and their meaning.
 
-    A few tensors are in memory at a time. It is the same on every machine, which a product of two factors, rounded as
-    the machine's library likes, is not.
+    A few tensors are in memory at a time. The digest is equal on all machines, unlike one of products, whose rounding
+    depends on the machine's library.
     """
     digest = hashlib.sha256()
     names = sorted(artifact.names())
 
     def given(name: str) -> str:
-        """What becomes of a site's parts; other tensors say it themselves."""
+        """How a site's parts are interpreted; other tensors need no such entry."""
         if name not in artifact.sites:
             return ""
         layout = artifact.layout(name)
@@ -162,8 +166,8 @@ class PackedRun:
     stated, held
         Bytes of memory that its manifest states, and that its weights were seen to take.
     error
-        Relative error of the first output on fixed tokens against decoded weights in float32; None for what takes no
-        token ids.
+        Relative error of the first output on fixed tokens against decoded weights in float32; None for models
+        without token ids.
     allowed
         :data:`_TOLERANCE` times that of the same weights in bfloat16; None likewise.
     """
@@ -216,7 +220,7 @@ class Verified:
 
 
 def packed_run(artifact: Artifact, seed: int = 0) -> PackedRun:
-    """What an artifact made for memory holds while it runs, and how its outputs differ from the decoded weights'."""
+    """Run an artifact made for memory: its memory, and the difference of its outputs from decoded weights."""
     packed = load(artifact.path, packed=True)
     found = PackedRun(artifact.resident, held_bytes(packed))
     if not isinstance(packed, nn.Module):
@@ -255,22 +259,24 @@ def verify(path: str | Path) -> Verified:
     changed = artifact.changed()
     if changed:
         raise ArtifactError(
-            f"{path}: {', '.join(changed)} since the artifact was written, so this is another model; copy the artifact "
-            "again, or compress the source with the configuration that you want"
+            f"{path}: {', '.join(changed)} since the artifact was written, so this is a different model; copy the "
+            "artifact again, or compress the source with the new configuration"
         )
     recorded = recorded_beside(artifact.path)
     digests = recorded.digests or Digests()
     digest = digest_of(artifact)
     if digests.weights not in (None, digest):
-        raise ArtifactError(f"{path}: the restored weights are not those recorded when it was written")
+        raise ArtifactError(
+            f"{path}: the restored weights differ from those recorded when it was written; copy the artifact again"
+        )
     loader = difference = None
     if digests.outputs is not None:
         loader, difference = _outputs_of(artifact.path, digests.outputs)
         if not difference <= OUTPUTS_TOLERANCE:
             raise ArtifactError(
-                f"{path}: the loaded model's outputs differ from those recorded when it was written by "
-                f"{difference:.3g} of the largest, {OUTPUTS_TOLERANCE:g} is rounding; its "
-                "configuration was changed, or this machine or version of transformers computes something else"
+                f"{path}: the loaded model's outputs differ from those recorded by {difference:.3g} "
+                f"of the largest, while rounding explains {OUTPUTS_TOLERANCE:g}; the configuration was changed, or "
+                "this machine or version of transformers computes something else"
             )
     return Verified(
         path=str(path),
@@ -292,21 +298,19 @@ def _checked_run(path: str | Path, artifact: Artifact, resident: int) -> PackedR
     packed = packed_run(artifact)
     if packed.held > resident:
         raise ArtifactError(
-            f"{path}: holds {packed.held} bytes in memory while it runs packed, its manifest says "
-            f"{resident}; this version of transformers makes other tensors of its weights"
+            f"{path}: takes {packed.held} bytes in memory while it runs packed, but its manifest says "
+            f"{resident}; this version of transformers creates other tensors"
         )
     if packed.error is not None and packed.allowed is not None and packed.error > packed.allowed:
         raise ArtifactError(
-            f"{path}: running from packed codes moves outputs by {packed.error:.3g} of their size, more than "
+            f"{path}: running from packed codes changes outputs by {packed.error:.3g} of their size, more than "
             f"the {packed.allowed:.3g} that bfloat16 explains; this machine computes something else"
         )
     return packed
 
 
 def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
-    """How the model was loaded, and how far its outputs are from those recorded."""
-    from octavo.integrations.transformers import load_as_users_do
-
+    """How the model was loaded, and the distance of its outputs from those recorded."""
     loaded = load_as_users_do(transformer_folder(path), {"dtype": torch.float32})
     found = probe(loaded.model)
     difference = float("inf") if found is None else wanted.differ(found)

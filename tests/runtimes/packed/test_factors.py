@@ -168,16 +168,16 @@ def test_convolutions_of_one_and_three_axes(always):
 
 REFUSED = {
     "in groups": (nn.Conv2d(16, 12, 3, groups=2), LowRank(dense(12, 2), dense(2, 72)), "groups"),
-    "groups that cut a channel": (nn.Conv2d(3, 12, 2), GroupedLowRank(dense(12, 6), dense(6, 2), 6), "no convolutions"),
+    "groups that cut a channel": (nn.Conv2d(3, 12, 2), GroupedLowRank(dense(12, 6), dense(6, 2), 6), "not convolutions"),
     "tensor train": (
-        nn.Conv2d(3, 8, 2), TensorTrain((dense(8, 2), dense(12, 1)), (2, 4), (4, 3), 8, 12), "no convolutions"
+        nn.Conv2d(3, 8, 2), TensorTrain((dense(8, 2), dense(12, 1)), (2, 4), (4, 3), 8, 12), "not convolutions"
     ),
     "filter by filter": (
-        nn.Conv2d(3, 8, 2), Folded(GroupedLowRank(dense(4, 8), dense(8, 3), 8), "filter", (3, 2, 2)), "no convolutions"
+        nn.Conv2d(3, 8, 2), Folded(GroupedLowRank(dense(4, 8), dense(8, 3), 8), "filter", (3, 2, 2)), "not convolutions"
     ),
     "groups that cut a filter": (
         nn.Conv2d(3, 8, 2), Folded(GroupedLowRank(dense(6, 16), dense(16, 1), 16), "spatial", (3, 2, 2)),
-        "no convolutions",
+        "not convolutions",
     ),
 }  # fmt: skip
 

@@ -26,23 +26,22 @@ SOURCE = "ALDS (Liebenwein et al., 2021, arXiv 2107.11442)"
 @method("alds", family="factorize", preset="best", source=SOURCE)
 @dataclass(frozen=True)
 class ALDS(Method):
-    """``W = [U_1 V_1, ..., U_k V_k]``: the columns in ``k`` groups of input channels, each of rank ``j``.
+    """``W = [U_1 V_1, ..., U_k V_k]``: columns in ``k`` groups of input channels, each of rank ``j``.
 
     ``W`` is (rows, columns), ``U_i`` (rows, j), ``V_i`` (j, columns / k); a unit of rank takes ``k rows + columns``
-    coefficients. A convolution of (f, c, h, w) is read as (f, c h w), so that equal groups of columns are groups of
-    channels wherever ``k`` divides ``c``: as layers a convolution in ``k`` groups, then one of 1 x 1.
+    coefficients. A convolution of (f, c, h, w) is read as (f, c h w), so equal groups of columns are groups of channels
+    if ``k`` divides ``c``. As layers this is a convolution in ``k`` groups, then one of 1 x 1.
 
-    Every group has its truncated SVD, which is the nearest for the spectral norm, ``|W - W'|_2 <= sqrt(k) max_i
-    sigma_{j+1}(W_i)``. Here it is that of ``diag(sqrt r) W_i L_i`` with ``C_ii = L_i L_i^T``: with the evidence of the
-    group the same factors as in ``activation-svd``, which are those of the paper where there is none. Moments between
-    groups are left out of the search, not of the expected loss by which a point is chosen. Which ``(k, j)`` a layer
-    gets is the allocator's choice; the paper's own, over all layers, is in
-    :mod:`octavo.methods.factorize.minimax`.
+    Every group has a truncated SVD, which is optimal in the spectral norm: ``|W - W'|_2 <= sqrt(k) max_i
+    sigma_{j+1}(W_i)``. Here the SVD is that of ``diag(sqrt r) W_i L_i`` with ``C_ii = L_i L_i^T``: the factors of
+    ``activation-svd`` with the evidence of the group, which without evidence are those of the paper. The search ignores
+    moments between groups, but the expected loss of a point includes them. The allocator chooses ``(k, j)`` of a layer;
+    the paper's allocation over all layers is in :mod:`octavo.methods.factorize.minimax`.
 
     Parameters
     ----------
     groups
-        Numbers of groups that are tried, each where it divides the input channels.
+        Numbers of groups to try, if they divide the input channels.
     """
 
     takes = ("groups", "rank", "bits")
@@ -52,15 +51,15 @@ class ALDS(Method):
     by_rows = False
 
     def accepts(self, site: Site) -> bool:
-        """Linear layers, and convolutions of several channels, which depthwise ones have not."""
+        """Linear layers, and convolutions with several input channels per group, so not depthwise ones."""
         return site.kind != "embedding" and (site.kind != "convolution" or _channels(site) > 1)
 
     def at_site(self, site: Site) -> ALDS:
-        """Of a convolution only the groups that split its channels, of which one always does."""
+        """For a convolution only the numbers of groups that divide its channels; 1 always does."""
         return replace(self, groups=tuple(k for k in self.groups if _channels(site) % k == 0))
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Ranks and bits as of an SVD of one group, every other one of several groups."""
+        """Ranks and bits of an SVD for one group, and every second of them for several groups."""
         rows, columns = weight.shape
         sized = []
         for groups in (k for k in self.groups if columns % k == 0):
@@ -73,7 +72,7 @@ class ALDS(Method):
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[GroupedLowRank]:
-        """Settings of as many groups share their decompositions."""
+        """Settings with the same number of groups share their decompositions."""
         rows, columns = weight.shape
         known: dict[int, tuple[list[Factors], Evidence]] = {}
         for setting in settings:
@@ -81,8 +80,8 @@ class ALDS(Method):
             if columns % groups:
                 divisors = ", ".join(str(k) for k in range(1, columns + 1) if columns % k == 0)
                 raise RequestError(
-                    f"{self.name}: {groups} groups do not divide the {columns} columns of this matrix in the setting "
-                    f"{setting}; choose from {divisors}"
+                    f"{self.name}: groups is {groups} in the setting {setting}, which does not divide the {columns} "
+                    f"columns of this matrix; choose from {divisors}"
                 )
             rank = whole(self.name, setting, "rank", 1, min(rows, columns // groups))
             bits = real(self.name, setting, "bits", 1, 16)
@@ -97,7 +96,7 @@ def _channels(site: Site) -> int:
 
 
 def decomposed(weight: Tensor, groups: int, rank: int) -> GroupedLowRank:
-    """The truncated SVD of every group of columns, not quantized: factors to be trained on."""
+    """The unquantized truncated SVD of every group of columns, for further training."""
     parts = [factors.whitened(part, most=rank) for part in weight.chunk(groups, 1)]
     left, right, _ = _joined(parts, rank)
     return GroupedLowRank(Dense(left), Dense(right.flatten(0, 1)), groups)
@@ -110,13 +109,12 @@ def _whitened(weight: Tensor, groups: int, evidence: Evidence) -> tuple[list[Fac
         return [factors.factors(part, evidence) for part in parts], evidence
     blocks = [block.chunk(groups, 1)[i] for i, block in enumerate(evidence.columns.chunk(groups, 0))]
     found = [factors.factors(part, Evidence(evidence.rows, block)) for part, block in zip(parts, blocks, strict=True)]
-    # One grid stores all right factors, one below the other; it has steps of its own for rows, but not for the columns
-    # of every group.
+    # One grid stores all stacked right factors; it has steps for rows, but not for the columns of every group.
     return found, Evidence(evidence.rows, torch.stack(blocks).mean(0), evidence.samples)
 
 
 def _joined(parts: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left (rows, k j), right (k, j, columns / k) and values (k, j); what a group lacks in components is zero."""
+    """Left (rows, k j), right (k, j, columns / k) and values (k, j); missing components of a group are zero."""
     first = [part.first(rank) for part in parts]
     rank = max(len(part.values) for part in first)
     missing = [rank - len(part.values) for part in first]
@@ -126,10 +124,10 @@ def _joined(parts: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float) -> GroupedLowRank:
-    """As :func:`octavo.methods.factorize.factors.quantized`, with the right factor of each group fitted by itself."""
+    """Like :func:`octavo.methods.factorize.factors.quantized`, but fits the right factor of each group separately."""
     left, right, values = _joined(parts, rank)
     groups, rank, _ = right.shape
-    # What a group lacks, and the one component of a group of zeros, say nothing of the step.
+    # Missing components, and the component of an all-zero group, do not affect the step.
     used = values[(left.unflatten(1, (groups, rank)) != 0).any(0)]
     used = used if len(used) else values.flatten()
     step = factors.step_for(Factors(left, right[0], used), bits)
@@ -139,8 +137,7 @@ def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float)
     stored = first.dense().double().unflatten(1, (groups, rank)).transpose(0, 1)
     heavy = stored * weights.double()[:, None]
     normal = heavy.mT @ stored
-    # Components rounded to nothing have nothing to fit: the ridge leaves them at zero. It can be divided by, even where
-    # all of a group was.
+    # Components rounded to zero stay zero through the ridge, which also avoids a division by zero.
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += diagonal.amax(1, keepdim=True).clamp_min(1e-200) * 1e-9
     exact = left.double().unflatten(1, (groups, rank)).transpose(0, 1) @ right.double()

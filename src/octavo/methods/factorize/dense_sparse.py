@@ -16,7 +16,7 @@ from octavo.methods.factorize.dictionaries import Factors, Shape, learn, narrow,
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 
-#: Width, atoms, non-zeros and bits a coefficient: the hull of what MiniLM's matrices want.
+#: Width, atoms, non-zeros and bits per coefficient: the hull of the best choices for MiniLM's matrices.
 _CHOICES = (
     (16, 32, 8, 6), (16, 32, 8, 4), (16, 32, 6, 4), (16, 32, 4, 4), (16, 32, 4, 3), (16, 32, 3, 3), (16, 16, 2, 3.5),
     (16, 32, 1, 3), (32, 64, 2, 3), (64, 64, 4, 3), (32, 32, 2, 3), (64, 64, 2, 3), (64, 64, 1, 3), (64, 128, 1, 3),
@@ -26,18 +26,18 @@ _CHOICES = (
 @method("dense-sparse", family="factorize", preset="best", source="DSFormer (Chand et al., 2023, arXiv 2312.13211)")
 @dataclass(frozen=True)
 class DenseSparseFactors(Method):
-    """Blocks of ``b`` columns ``W_j ~ S_j D_j``: ``D_j`` (m, b) dense, ``S_j`` (rows, m) with ``k`` non-zeros a row.
+    """Blocks of ``b`` columns ``W_j ~ S_j D_j``: ``D_j`` (m, b) dense, ``S_j`` (rows, m) with ``k`` non-zeros per row.
 
     Dictionary learning: every row is coded by orthogonal matching pursuit in ``k`` steps, then ``D = (S^T R S + eps
-    I)^-1 S^T R W_j`` with the weights of the outputs ``R``, again and again. The error counts as the outputs see it:
-    with the column moment ``C = U U^T``, ``U`` upper triangular, the loss is ``sum_j |R^(1/2) (E_j U_jj + sum_{i<j} E_i
-    U_ij)|^2``. Dictionaries are learned for ``W_j U_jj``, and in the last round each block makes up for what those
-    before it missed. Values and dictionary are quantized with one step in units of the loss.
+    I)^-1 S^T R W_j`` with the weights of the outputs ``R``, repeatedly. The error is measured at the outputs: with the
+    column moment ``C = U U^T``, ``U`` upper triangular, the loss is ``sum_j |R^(1/2) (E_j U_jj + sum_{i<j} E_i
+    U_ij)|^2``. Dictionaries are learned for ``W_j U_jj``, and in the last round each block compensates the errors of
+    the preceding blocks. Values and dictionary are quantized with one step in units of the loss.
 
     Parameters
     ----------
     rounds
-        Of coding all rows and fitting the dictionaries.
+        Rounds of coding all rows and fitting the dictionaries.
     """
 
     takes = ("width", "atoms", "nonzeros", "bits")
@@ -53,7 +53,7 @@ class DenseSparseFactors(Method):
         for width, atoms, nonzeros, bits in _CHOICES:
             width, atoms = min(width, columns), min(atoms, rows)
             nonzeros = min(nonzeros, width, atoms)
-            # Errors of an atom count in all rows that take it, so its coefficients are finer where there are many.
+            # Errors of an atom affect all rows that use it, so its coefficients are finer if there are many.
             finer = bits + math.log2(rows * nonzeros / (atoms * width)) / 2
             places = math.log2(math.comb(atoms, nonzeros))
             size = (nonzeros * bits + places) / width + atoms * max(finer, 0.5) / rows
@@ -65,17 +65,17 @@ class DenseSparseFactors(Method):
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
-        """Settings that differ in bits alone share the dictionaries."""
+        """Settings that differ only in bits share the dictionaries."""
         rows, columns = weight.shape
         require_finite(evidence.rows)
-        # Scaled, so that no square is out of range; nothing else depends on the unit.
+        # Scaled so that no square overflows; the result does not depend on the unit.
         unit = float(weight.abs().max()) or 1.0
         weight = weight.float() / unit
         weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30).float()
         known: dict[Shape, tuple[Tensor | None, Factors]] = {}
         for setting in settings:
             width = whole(self.name, setting, "width", 1, columns)
-            # More atoms than rows would be the rows themselves.
+            # With more atoms than rows, the atoms would be the rows.
             atoms = whole(self.name, setting, "atoms", 1, rows)
             shape = Shape(width, atoms, whole(self.name, setting, "nonzeros", 1, min(atoms, width)))
             bits = real(self.name, setting, "bits", 1, 16)
@@ -87,11 +87,11 @@ class DenseSparseFactors(Method):
 
 
 def _quantized(weight: Tensor, unit: float, found: Factors, root: Tensor | None, bits: float, weights: Tensor) -> Form:
-    """Dictionaries as they are stored, then codes for these."""
+    """Dictionaries as stored, then codes for them."""
     blocks, atoms, width = found.dictionary.shape
     plain, nonzeros = Evidence(weights, None), found.index.shape[2]
     (step,) = Entropy(levels=(bits,)).settings(found.values.transpose(0, 1).flatten(1), plain)
-    # An atom that nobody takes is stored as zeros.
+    # An unused atom is stored as zeros.
     energy = torch.einsum("bnm,n->bm", found.sparse().square(), weights)
     kept = found.dictionary * (energy[..., None] > 0)
     moment = None
@@ -103,13 +103,13 @@ def _quantized(weight: Tensor, unit: float, found: Factors, root: Tensor | None,
     dictionary = Entropy().encode(kept.flatten(0, 1), step, implied)
     stored = dictionary.dense().view(blocks, atoms, width)
     index, values = _coded(split(weight, width), stored, root, nonzeros)
-    # The atoms keep their length, the coefficients get the scale of the weights.
+    # Atoms keep unit length; coefficients carry the scale of the weights.
     coded = Entropy().encode(values * unit, {"step": step["step"] * unit}, plain)
     return DenseSparse(coded, narrow(index), dictionary, nonzeros, weight.shape[1])
 
 
 def _coded(targets: Tensor, dictionary: Tensor, root: Tensor | None, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """Codes (rows, blocks * k) of blocks, each of which makes up for what those before it missed."""
+    """Codes (rows, blocks * k) of blocks, each of which compensates the errors of the preceding blocks."""
     if root is None:
         index, values = pursue(targets, dictionary, nonzeros)
     else:
@@ -128,7 +128,7 @@ def _coded(targets: Tensor, dictionary: Tensor, root: Tensor | None, nonzeros: i
 
 
 def _root(columns: Tensor | None, size: int) -> Tensor | None:
-    """``U`` upper triangular with ``U U^T`` the column moment, filled up to ``size``; None for the identity."""
+    """``U`` upper triangular with ``U U^T`` the column moment, padded to ``size``; None for the identity."""
     if columns is None:
         return None
     require_finite(columns)
@@ -137,7 +137,7 @@ def _root(columns: Tensor | None, size: int) -> Tensor | None:
     eye = torch.eye(size).to(moment)
     full = eye.clone()
     full[: len(moment), : len(moment)] = moment / mean
-    # Evidence is damped. Where it is not, and has too little rank, no code is bounded in what it does not see.
+    # Evidence is damped. Undamped evidence of low rank would leave codes unbounded in its null space.
     for ridge in (0.0, 0.01, 0.1):
         found, failed = torch.linalg.cholesky_ex((full + ridge * eye).flip(0, 1))
         if not int(failed) and float(found.diagonal().min()) > 1e-4 * float(found.diagonal().max()):

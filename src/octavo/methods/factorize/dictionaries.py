@@ -14,15 +14,15 @@ from torch import Tensor
 
 from octavo.forms import Dense, DenseSparse
 
-#: Correlations that are held at once, so that every step of the pursuit stays in the cache.
+#: Correlations held at once, so that every step of the pursuit fits the cache.
 _AT_ONCE = 1 << 18
-#: An atom with less of its squared length outside the span of those chosen adds nothing that float32 could tell.
+#: An atom with a smaller share of its squared length outside the span of the chosen atoms is below float32 precision.
 _DEPENDENT = 1e-5
 
 
 @dataclass(frozen=True)
 class Shape:
-    """``b`` columns a block, ``m`` atoms in its dictionary, ``k`` of them in every row."""
+    """``b`` columns per block, ``m`` atoms in its dictionary, ``k`` of them used by every row."""
 
     width: int
     atoms: int
@@ -51,20 +51,20 @@ class Factors:
         return self.values.new_zeros(blocks, rows, self.dictionary.shape[1]).scatter_add_(2, self.index, self.values)
 
     def form(self, columns: int) -> DenseSparse:
-        """The form of so many columns, with dense leaves."""
+        """The form with the given number of columns and dense leaves."""
         index, values = (part.transpose(0, 1).flatten(1) for part in (self.index, self.values))
         dictionary = Dense(self.dictionary.flatten(0, 1))
         return DenseSparse(Dense(values), narrow(index), dictionary, self.index.shape[2], columns)
 
 
 def split(weight: Tensor, width: int) -> Tensor:
-    """Blocks of so many columns, (blocks, rows, width); the last is filled up with zeros."""
+    """Blocks of ``width`` columns, (blocks, rows, width); the last is padded with zeros."""
     padding = -weight.shape[1] % width
     return torch.nn.functional.pad(weight, (0, padding)).unflatten(1, (-1, width)).transpose(0, 1).contiguous()
 
 
 def learn(targets: Tensor, shape: Shape, rounds: int, weights: Tensor | None = None) -> Factors:
-    """Dictionaries of blocks (blocks, rows, width), begun with their right singular vectors and random mixtures."""
+    """Dictionaries of blocks (blocks, rows, width), initialised with right singular vectors and random mixtures."""
     blocks, rows, width = targets.shape
     basis = torch.linalg.eigh((targets.mT @ targets).double()).eigenvectors.flip(-1).mT.to(targets)
     generator = torch.Generator().manual_seed(0)
@@ -78,14 +78,14 @@ def learn(targets: Tensor, shape: Shape, rounds: int, weights: Tensor | None = N
 
 
 def again(targets: Tensor, factors: Factors, weights: Tensor | None = None) -> Factors:
-    """One round: the best dictionaries of these codes, then new codes."""
+    """One round: the best dictionaries for these codes, then new codes."""
     sparse = factors.sparse()
     heavy = sparse if weights is None else sparse * weights[:, None]
     normal, right = heavy.mT @ sparse, heavy.mT @ targets
     ridge = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None] * 1e-6
     eye = torch.eye(normal.shape[1], dtype=torch.float64, device=normal.device)
     dictionary = torch.linalg.solve(normal.double() + ridge * eye, right.double()).to(targets)
-    # Atoms that nobody took become the rows that the others serve worst.
+    # Unused atoms are replaced by the rows with the largest error.
     missed = (targets - sparse @ dictionary).square().sum(2)
     worst = missed.topk(min(missed.shape[1], normal.shape[1]), dim=1).indices
     worst = worst[:, torch.arange(normal.shape[1], device=worst.device) % worst.shape[1]]
@@ -119,10 +119,10 @@ def pursue(targets: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, 
 
 
 def _pursue(left: Tensor, gram: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """For correlations (blocks, rows, m) of rows with atoms of unit length and Gram matrix (blocks, m, m).
+    """Matching pursuit from correlations (blocks, rows, m) with unit atoms of Gram matrix (blocks, m, m).
 
-    The atoms chosen are made orthonormal as they come. Only products with all atoms are kept of these directions:
-    ``products[s]`` (blocks, rows, m). ``lower[t][s]`` is that of atom ``t`` with direction ``s``.
+    Chosen atoms are orthonormalized one by one. Of these directions only the products with all atoms are kept:
+    ``products[s]`` (blocks, rows, m). ``lower[t][s]`` is the product of atom ``t`` with direction ``s``.
     """
     shape = left.shape
     products: list[Tensor] = []
@@ -148,7 +148,7 @@ def _pursue(left: Tensor, gram: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
         products.append(product)
         chosen.append(best)
         amounts.append(amount)
-    # Coefficients of the atoms from those of the directions, last atom first.
+    # Back substitution: coefficients of atoms from those of directions, last atom first.
     for t in reversed(range(nonzeros)):
         amounts[t] = amounts[t] / lower[t][t]
         for s in range(t):
@@ -157,7 +157,7 @@ def _pursue(left: Tensor, gram: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
 
 
 def narrow(index: Tensor) -> Tensor:
-    """Atoms in an integer type that holds them."""
+    """Atom numbers in an integer type that holds them."""
     return index.to(torch.uint8 if not index.numel() or int(index.max()) < 256 else torch.int32)
 
 

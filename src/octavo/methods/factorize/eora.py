@@ -17,10 +17,10 @@ from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 from octavo.methods.quantize.trellis import TrellisCoded
 
-#: From so many bits a weight on the base is worth a trellis: 1 dB in equal bytes on MiniLM's matrices. Bases that are
-#: pruned or on grids by groups lost 2 to 6 dB against it there at every size, and are offered to nobody.
+#: From this many bits per weight, a trellis base is better: 1 dB at equal bytes on MiniLM's matrices. Pruned bases and
+#: bases on group grids lost 2 to 6 dB against it at every size, and are not offered.
 _TRELLIS = 1.75
-#: Families whose forms lose something that a correction can put back.
+#: Families with lossy forms, which a correction can improve.
 _FAMILIES = ("quantize", "prune")
 _PREFIX = "base."
 
@@ -28,25 +28,25 @@ _PREFIX = "base."
 @method("eora", family="factorize", preset="best", source="EoRA (Liu et al., 2024, arXiv 2410.21271)")
 @dataclass(frozen=True)
 class EoRA(Method):
-    """``base + left @ right``: what quantization or pruning lost, put back where the inputs have their energy.
+    """``base + left @ right``: a compressed base plus a low-rank correction of its error.
 
     With ``W`` (rows, columns), ``base`` any compressed form of it, ``D = W - base`` and ``C = L L^T`` the second moment
-    of the inputs, ``left @ right`` is the rank-``k`` matrix of least ``sum_i r[i] (D - left right)[i] C (D - left
-    right)[i]^T``: ``U S V^T`` the truncated SVD of ``diag(sqrt r) D L``, ``left = diag(1 / sqrt r) U S^(1/2)``,
-    ``right = S^(1/2) V^T L^-1``. Any square root ``L`` of ``C`` gives the same product as the paper's ``Q
-    sqrt(eigenvalues)``; ``r``, the weights of the outputs, are added here.
+    of the inputs, ``left @ right`` is the rank-``k`` matrix with the least ``sum_i r[i] (D - left right)[i] C (D - left
+    right)[i]^T``: ``U S V^T`` the truncated SVD of ``diag(sqrt r) D L``, ``left = diag(1 / sqrt r) U S^(1/2)``, ``right
+    = S^(1/2) V^T L^-1``. Any square root ``L`` of ``C`` gives the same product as the paper's ``Q sqrt(eigenvalues)``;
+    ``r``, the weights of the outputs, are added here.
 
     A setting names the method of the base and its knobs: ``{"base": "sparsegpt", "base.pattern": "2:4", "base.bits": 4,
-    "rank": 16, "bits": 4}``. Without a name it is ``entropy``, whose ``step`` stands by itself.
+    "rank": 16, "bits": 4}``. Without a name it is ``entropy``, with the setting ``step``.
 
     Parameters
     ----------
     ranks
         Ranks tried by :meth:`settings`, each with every base.
     bits
-        Bits a coefficient of the correction: the paper finds 3 to 4 enough.
+        Bits per coefficient of the correction; 3 to 4 are enough according to the paper.
     levels
-        Bits a weight of the bases tried: ``trellis`` for the finer ones, ``entropy`` for the others.
+        Bits per weight of the bases to try: ``trellis`` for the finer ones, ``entropy`` for the others.
     """
 
     takes = ("step", "rank", "bits")
@@ -58,24 +58,26 @@ class EoRA(Method):
     by_rows = False
 
     def refuse_unknown(self, setting: Setting) -> None:
-        """Those of the base are of its own method."""
+        """Settings of the base are checked by its method."""
         own = {key: value for key, value in setting.items() if not key.startswith(_PREFIX) and key != "base"}
         if "base" not in setting:
             own = dict(setting)
         elif "step" in own:
-            raise RequestError(f"{self.name}: 'step' is a setting of entropy, and a base is named; write {_PREFIX}step")
+            raise RequestError(
+                f"{self.name}: 'step' is a setting of entropy, but another base is named; write {_PREFIX}step"
+            )
         else:
             base, knobs = self._base(setting)
             base.refuse_unknown(knobs)
         super().refuse_unknown(own)
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Bases that lose something to put back, each with all ranks up to half the smaller side."""
+        """Lossy bases, each with all ranks up to half of the smaller side."""
         rows, columns = weight.shape
         fine, coarse = ([x for x in self.levels if (x >= _TRELLIS) is high] for high in (True, False))
         bases: list[tuple[float, Setting]] = [
             *zip(fine, map(_named, TrellisCoded(levels=tuple(fine)).settings(weight, evidence)), strict=False),
-            # Of a matrix of zeros there is one setting, whatever the level.
+            # A matrix of zeros has one setting, whatever the level.
             *zip(coarse, Entropy(levels=tuple(coarse)).settings(weight, evidence), strict=False),
         ]
         ranks = dict.fromkeys(min(rank, max(1, min(rows, columns) // 2)) for rank in self.ranks)
@@ -91,7 +93,7 @@ class EoRA(Method):
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
-        """Settings of one base share it and the decomposition of what it lost."""
+        """Settings with the same base share it and the decomposition of its error."""
         weight = weight.float()
         known: dict[tuple[str, int], tuple[Form, factors.Factors]] = {}
         for setting in settings:
@@ -119,18 +121,18 @@ class EoRA(Method):
 
 
 def _named(setting: Setting) -> Setting:
-    """A setting of ``trellis`` as that of a base."""
+    """A setting of ``trellis`` as the setting of a base."""
     return {"base": TrellisCoded.name, **{f"{_PREFIX}{key}": value for key, value in setting.items()}}
 
 
 def lost(weight: Tensor, base: Form, evidence: Evidence, most: int | None = None) -> factors.Factors:
-    """Factors of what a form lost of a matrix (rows, columns), those that cost most first."""
+    """Factors of the error of a form of a matrix (rows, columns), most important first."""
     return factors.factors(weight.float() - base.dense(), evidence, most)
 
 
 def compensated(weight: Tensor, base: Form, evidence: Evidence, rank: int, bits: float) -> Sum:
-    """Any compressed form of a matrix with the correction of that rank, in ``bits`` a coefficient, that helps most.
+    """Add the best correction of given rank, with ``bits`` per coefficient, to any compressed form.
 
-    Of all corrections of that rank it has the least expected loss, up to its own quantization.
+    It has the least expected loss among all corrections of that rank, up to its quantization.
     """
     return Sum(base, factors.quantized(lost(weight, base, evidence, rank).first(rank), bits, evidence))

@@ -1,13 +1,13 @@
-"""What the low-rank methods share: whitened truncated factors, and their quantization.
+"""Code shared by low-rank methods: whitened truncated factors, and their quantization.
 
 With row weights ``r`` and column moment ``C = L L^T`` the loss of a rank-``k`` ``left @ right`` is
 
     sum_i r[i] E[i] C E[i]^T = |diag(sqrt r) W L - U S V^T|^2,    U S V^T the truncated SVD of diag(sqrt r) W L
     left = diag(1 / sqrt r) U S^(1/2),    right = S^(1/2) V^T L^-1
 
-Only the Gram matrix of the smaller side is decomposed: with more rows than columns ``L^T W^T
-diag(r) W L`` gives ``V`` and ``left = W L V S^(-1/2)``; otherwise ``diag(sqrt r) W C W^T diag(sqrt r)`` gives ``U``
-and ``right = S^(-1/2) U^T diag(sqrt r) W``, without any inverse.
+Only the Gram matrix of the smaller side is decomposed: with more rows than columns ``L^T W^T diag(r) W L`` gives ``V``
+and ``left = W L V S^(-1/2)``; otherwise ``diag(sqrt r) W C W^T diag(sqrt r)`` gives ``U`` and ``right = S^(-1/2) U^T
+diag(sqrt r) W``, without any inverse.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
+from octavo.methods.tables import is_table
 
-#: Ranks, as shares of the rank whose factors have as many elements as the matrix, with bits a coefficient: the hull of
-#: what MiniLM's matrices want. Many components in few bits beat few in many.
+#: Ranks, as shares of the rank whose factors have as many elements as the matrix, with bits per coefficient: the hull
+#: of the best choices for MiniLM's matrices. Many components in few bits beat few components in many bits.
 _CHOICES: tuple[tuple[float, float], ...] = (
     (1.0, 6), (1.0, 4), (1.0, 3), (1.0, 2.5), (0.75, 3), (1.0, 2), (0.75, 2.5), (0.75, 2), (0.5, 2.5), (0.5, 2),
     (0.35, 2.5), (0.35, 2), (0.25, 2.5), (0.25, 2), (0.25, 1.5), (0.125, 2.5), (0.125, 1.5), (0.0625, 2),
 )  # fmt: skip
 _OF_TABLES = ((1.0, 6), (1.0, 4.5), (1.0, 3.5), (1.0, 2.75), (1.0, 2), (1.0, 1.4), (1.0, 1), (0.25, 1.5), (0.125, 1.5))
-#: Rows a column of a table.
-_TALL = 8
 
 
 @dataclass(frozen=True)
 class Factors:
-    """``left @ right`` with components by falling share of the energy.
+    """``left @ right`` with components by falling energy.
 
     Parameters
     ----------
@@ -55,12 +54,12 @@ class Factors:
 
     @property
     def losses(self) -> Tensor:
-        """(components + 1,) what is lost at every rank from 0 on, twice the expected loss of :class:`Evidence`."""
+        """(components + 1,) error at every rank from 0: twice the expected loss of :class:`Evidence`."""
         squares = self.values.double().square().flip(0).cumsum(0).flip(0)
         return torch.cat([squares, squares.new_zeros(1)])
 
     def first(self, rank: int) -> Factors:
-        """The best factors of that rank."""
+        """The best factors of the given rank."""
         return Factors(self.left[:, :rank], self.right[:rank], self.values[:rank])
 
 
@@ -80,9 +79,9 @@ def whitened(
 ) -> Factors:
     """The best approximation of every rank under weights on both sides.
 
-    For every rank ``k``, ``first(k)`` has the least ``trace(E^T left E right)`` of all matrices of that rank, with ``E
-    = weight - left_factor @ right_factor``: the truncated SVD of ``A^T weight B`` with ``left = A A^T``, ``right = B
-    B^T``, taken back by their inverses. What remains of it is ``sum(values[k:] ** 2)``.
+    For every rank ``k``, ``first(k)`` minimizes ``trace(E^T left E right)`` over all matrices of that rank, with ``E =
+    weight - left_factor @ right_factor``: the truncated SVD of ``A^T weight B`` with ``left = A A^T``, ``right = B
+    B^T``, multiplied by their inverses. The remaining error is ``sum(values[k:] ** 2)``.
 
     Parameters
     ----------
@@ -90,18 +89,20 @@ def whitened(
         (rows, columns).
     left, right
         Moments: None for the identity, a vector for a diagonal (token counts, output weights), or a symmetric matrix
-        without negative eigenvalues (second moments of outputs' gradients, of inputs). Where such a matrix has no
-        full rank, components that it does not see are left out.
+        without negative eigenvalues (second moments of outputs' gradients, of inputs). If such a matrix does not have
+        full rank, components in its null space are left out.
     most
-        The most components that are wanted; of large matrices no others are worked out where that can be avoided.
+        The largest number of components needed; for large matrices only these are computed if possible.
     damping
-        Share of its mean diagonal that is added to the diagonal of both moments.
+        Share of the mean diagonal added to the diagonal of both moments.
     """
     rows, columns = weight.shape
-    # Scaled, so that no square is out of range.
+    # Scaled so that no square overflows.
     unit = float(weight.abs().max()) or 1.0
     if not math.isfinite(unit):
-        raise RequestError(f"a matrix of {rows} x {columns} has values that are not finite and cannot be decomposed")
+        raise RequestError(
+            f"a matrix of {rows} x {columns} has NaN or Inf and cannot be decomposed; repair the weights"
+        )
     matrix = weight.double() / unit
     ours, theirs = _Moment(left, rows, damping), _Moment(right, columns, damping)
     if rows >= columns:
@@ -133,7 +134,7 @@ class _Moment:
         if self.moment.ndim == 1:
             self.moment = self.moment + ridge
             self.factor = self.moment.clamp_min(0).sqrt()
-            # What counts for nothing has no place in the factors: its weight is unknown, and zero is as good as any.
+            # Rows or columns of zero weight may get any value in the factors: zero is used.
             self.inverse = torch.where(self.factor > 0, 1 / self.factor, torch.zeros_like(self.factor))
             return
         if ridge:
@@ -174,15 +175,15 @@ class _Moment:
         return x * self.inverse[:, None] if self.inverse.ndim == 1 else self.inverse @ x
 
 
-#: Where no more components are wanted than this share of a Gram matrix above this size, only they are worked out: by so
-#: many steps of subspace iteration at most, with so many vectors more than are wanted, until ``G V - V S`` is no more
-#: than this share of the largest value.
+#: If at most this share of the components of a Gram matrix above this size is needed, only they are computed. This uses
+#: subspace iteration with at most this many steps and this many additional vectors, until ``G V - V S`` is at most this
+#: share of the largest value.
 _FEW, _LARGE = 1 / 8, 1024
 _STEPS, _SPARE, _EXACT = 24, 16, 1e-6
 
 
 def _leading(gram: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
-    """The ``most`` largest eigenvalues and their vectors, or None where the spectrum is too flat to find them so."""
+    """The ``most`` largest eigenvalues and their vectors, or None if the spectrum is too flat for this method."""
     start = torch.randn(len(gram), most + most // 2 + _SPARE, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(start.to(gram))[0]
     for step in range(1, _STEPS + 1):
@@ -200,7 +201,7 @@ def _leading(gram: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
 def principal(gram: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors of ``A``, largest first, from its Gram matrix ``A^T A``.
 
-    Those above rounding errors, at least one and at most ``most``.
+    Returns the components above rounding errors, at least one and at most ``most``.
     """
     gram = (gram + gram.t()) / 2
     found = None
@@ -212,28 +213,18 @@ def principal(gram: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     squares, vectors = found
     count = max(1, int((squares > float(squares[0]) * 1e-13).sum()))
     count = min(count, most or count)
-    # A matrix of zeros has one component, of nothing.
+    # A matrix of zeros has one component, which is zero.
     values = squares[:count].clamp_min(0).sqrt()
     values = torch.where(values > 0, values, torch.ones_like(values))
-    # The sign of an eigenvector is arbitrary: fixed here, so that the bytes do not depend on the library.
+    # The sign of an eigenvector is arbitrary: it is fixed here, so that the bytes do not depend on the library.
     vectors = vectors[:, :count]
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return values, vectors * signs
 
 
-def is_table(rows: int, columns: int) -> bool:
-    """Whether a matrix has so many more rows than columns that a rotation of the columns costs next to nothing."""
-    return rows >= least_of_table(columns)
-
-
-def least_of_table(columns: int) -> int:
-    """The fewest rows of a table."""
-    return _TALL * columns + 1
-
-
 def settings(rows: int, columns: int) -> list[Setting]:
     """Ranks and bits, from largest to smallest file."""
-    # A table is worth its full rank: weak components take next to no bits by themselves.
+    # A table is offered at full rank, since weak components take almost no bits.
     even, choices = rows * columns / (rows + columns), _CHOICES
     if is_table(rows, columns):
         even, choices = columns, _OF_TABLES
@@ -247,15 +238,15 @@ def read(method: str, setting: Setting) -> tuple[int, float]:
 
 
 def quantized(parts: Factors, bits: float, evidence: Evidence, coder: Method | None = None) -> Form:
-    """Both factors by :class:`Entropy`, each with the evidence that the other one implies.
+    """Quantize both factors by :class:`Entropy`, each with the evidence that the other implies.
 
-    An error of ``left[i, k]`` costs ``r[i] S[k]``, one of ``right[k]`` costs ``S[k]`` times the column moment. One
-    step in units of the loss serves all coefficients, as in transform coding: strong components get more bits than
-    weak ones, and ``bits`` is about their mean. The right factor is then fitted anew to the left one as it was
-    stored: ``right = (L^T diag(r) L)^-1 L^T diag(r) W``, where ``W`` is the product of the exact factors. Where all of
-    the left factor is rounded to zeros, so is the product.
+    An error of ``left[i, k]`` costs ``r[i] S[k]``, one of ``right[k]`` costs ``S[k]`` times the column moment. One step
+    in units of the loss serves all coefficients, as in transform coding: strong components get more bits than weak
+    ones, and ``bits`` is about their mean. The right factor is then refitted to the stored left factor: ``right = (L^T
+    diag(r) L)^-1 L^T diag(r) W``, where ``W`` is the product of the exact factors. If the whole left factor is rounded
+    to zero, so is the product.
 
-    ``coder`` is a method whose one knob is a step, for the left factor in the place of :class:`Entropy`.
+    ``coder`` is a method with a step as its only knob, which replaces :class:`Entropy` for the left factor.
     """
     left, right, values = parts.left, parts.right, parts.values
     step = step_for(parts, bits)
@@ -265,15 +256,15 @@ def quantized(parts: Factors, bits: float, evidence: Evidence, coder: Method | N
     heavy = stored * weights.double()[:, None]
     normal = heavy.t() @ stored
     if not bool(normal.diagonal().any()):
-        # Rounded to zeros, to which no right factor can be fitted, it leaves zeros.
+        # If the left factor is rounded to zeros, no right factor can be fitted, and zeros remain.
         return Entropy().encode(torch.zeros(len(left), right.shape[1]), {"step": 1.0}, Evidence(weights, None))
-    # Components rounded to nothing have nothing to fit: the ridge leaves them at zero.
+    # Components rounded to zero stay zero through the ridge.
     normal.diagonal().add_(float(normal.diagonal().max()) * 1e-9)
     refitted = torch.linalg.solve(normal, (heavy.t() @ left.double()) @ right.double()).float()
     implied = Evidence(normal.diagonal().float(), evidence.columns)
     if evidence.columns is not None:
         factored(evidence)
-        # What depends on the inputs alone serves all ranks.
+        # Results that depend only on the inputs are shared by all ranks.
         implied.cache.update((key, value) for key, value in evidence.cache.items() if key.startswith("factored"))
     second = Entropy().encode(refitted, {"step": step}, implied)
     return LowRank(first, second)

@@ -1,4 +1,4 @@
-"""Rows of a table in blocks, each of a low rank of its own: which rows go together, and at which rank."""
+"""Grouping the rows of a table into blocks, and choosing a rank for each block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GAIN = 1e-3
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a table: ``weight`` (rows, columns), what their errors cost, and their factors; None if whole."""
+    """Some rows of a table: ``weight`` (rows, columns), the cost of their errors, and their factors (None if dense)."""
 
     weight: Tensor
     evidence: Evidence
@@ -29,31 +29,30 @@ class Block:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which block every row is in, ``member`` (rows,) uint8, and each block's rank; the columns where it is whole."""
+    """The block of every row, ``member`` (rows,) uint8, and each block's rank (the number of columns if dense)."""
 
     member: Tensor
     ranks: tuple[int, ...]
 
     def blocks(self, weight: Tensor, evidence: Evidence) -> list[Block]:
-        """Every block with the best factors of its rank."""
+        """All blocks with the best factors of their rank."""
         found, weights = [], _weights(evidence).float()
         for number, rank in enumerate(self.ranks):
             rows, here = weight[self.member == number], weights[self.member == number]
-            # What is cached depends on the columns alone, which are those of the whole.
+            # The cache depends only on the columns, which are those of the whole table.
             seen = Evidence(here, evidence.columns, evidence.samples, evidence.cache)
             found.append(Block(rows, seen, None if rank >= weight.shape[1] else factors.factors(rows, seen, rank)))
         return found
 
 
 def grouped(weight: Tensor, evidence: Evidence, rank: int, blocks: int, rounds: int) -> Grouping:
-    """Blocks of rows and their ranks, for as many coefficients as the factors of one SVD of ``rank`` have.
+    """Blocks of rows and their ranks, with as many coefficients as the factors of one SVD of ``rank``.
 
-    Rows are sorted by weight and cut into blocks of equal size. A round of refinement fits the bases ``V_p`` of all
-    blocks and works out what row ``i`` would cost in block ``p``, ``r[i] |B[i] - B[i] V_p V_p^T|^2`` with ``B = A L``
-    and ``C = L L^T``. Left to themselves all rows would go to the block of most components, so a promotion has to be
-    paid for by demotions: best first, by what a row gains or loses for each coefficient it takes or gives back, which
-    is to say that all rows move at the one price of a coefficient at which no more of them are stored than before.
-    For given bases no other dealing of as many coefficients costs less, so the loss falls from round to round.
+    Rows are sorted by weight and split into blocks of equal size. A refinement round fits the bases ``V_p`` of all
+    blocks and computes the cost of row ``i`` in block ``p``, ``r[i] |B[i] - B[i] V_p V_p^T|^2`` with ``B = A L`` and
+    ``C = L L^T``. Without a constraint all rows would move to the block with most components. So rows are assigned at
+    one price per coefficient, chosen such that no more coefficients are stored than before. For given bases no
+    assignment with as many coefficients costs less, so the loss falls from round to round.
     """
     rows, columns = weight.shape
     weights = _weights(evidence)
@@ -62,7 +61,7 @@ def grouped(weight: Tensor, evidence: Evidence, rank: int, blocks: int, rounds: 
     sizes = member.bincount(minlength=blocks)
     ranks = _ranks(torch.zeros(blocks).double().index_add_(0, member, weights) / sizes, sizes, columns, rank)
     if rounds:
-        # Rotated, which changes no distance, and scaled, so that no square is out of range.
+        # Rotated, which preserves distances, and scaled so that no square overflows.
         table = factors.whitened(weight, None, evidence.columns)
         points = table.left * table.values.sqrt()
         member, ranks = _refined(points / points.abs().max().clamp_min(1e-30), weights, member, ranks, columns, rounds)
@@ -70,14 +69,14 @@ def grouped(weight: Tensor, evidence: Evidence, rank: int, blocks: int, rounds: 
 
 
 def _weights(evidence: Evidence) -> Tensor:
-    """Weights of the rows, float64, none of which is zero."""
+    """Positive row weights, float64."""
     require_finite(evidence.rows)
     weights = evidence.rows.double()
     return weights.clamp_min(float(weights.max()) * 1e-9).clamp_min(1e-30)
 
 
 def _ranks(means: Tensor, sizes: Tensor, columns: int, rank: int) -> Tensor:
-    """Ranks proportional to mean weights, from 1 to the one at which a block is as well kept whole."""
+    """Ranks proportional to mean weights, from 1 to the rank at which a dense block is as small."""
     budget = rank * (int(sizes.sum()) + columns)
 
     def at(scale: float) -> tuple[Tensor, int]:
@@ -89,7 +88,7 @@ def _ranks(means: Tensor, sizes: Tensor, columns: int, rank: int) -> Tensor:
     least = at(0.0)[1]
     if least > budget:
         raise RequestError(
-            f"groupreduce: rank 1 in each of {len(sizes)} blocks takes {least} coefficients, rank {rank} allows "
+            f"groupreduce: rank 1 in each of {len(sizes)} blocks takes {least} coefficients, but rank {rank} allows "
             f"{budget}; give a higher rank or fewer blocks"
         )
     low, high = -math.log2(float(means.max())), math.log2(2 * columns / float(means.min()))
@@ -102,7 +101,7 @@ def _ranks(means: Tensor, sizes: Tensor, columns: int, rank: int) -> Tensor:
 def _refined(
     points: Tensor, weights: Tensor, member: Tensor, ranks: Tensor, columns: int, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """Members and ranks of the blocks that are left when rows have changed blocks until that gains no more."""
+    """Members and ranks of the non-empty blocks after moving rows until this no longer helps."""
     best, kept = math.inf, (member, ranks)
     for _ in range(rounds + 1):
         cost = _costs(points, weights, member, ranks.tolist(), columns)
@@ -118,7 +117,7 @@ def _refined(
 
 
 def _costs(points: Tensor, weights: Tensor, member: Tensor, ranks: Sequence[int], columns: int) -> Tensor:
-    """What every row costs in every block, (rows, blocks), with bases fitted to the rows that are there."""
+    """The cost of every row in every block, (rows, blocks), with bases fitted to the current members."""
     energy, cost = points.square().sum(1), torch.zeros(len(points), len(ranks))
     for number, rank in enumerate(ranks):
         if rank < columns:
@@ -129,7 +128,7 @@ def _costs(points: Tensor, weights: Tensor, member: Tensor, ranks: Sequence[int]
 
 
 def _dealt(cost: Tensor, ranks: Tensor, budget: int) -> Tensor:
-    """The block of every row that costs least at the lowest price of a coefficient that keeps the budget."""
+    """The cheapest block of every row at the lowest coefficient price that meets the budget."""
     low, high = 0.0, float(cost.max())
     for _ in range(50):
         price = (low + high) / 2

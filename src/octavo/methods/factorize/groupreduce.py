@@ -1,4 +1,4 @@
-"""GroupReduce: the rows of a table in blocks by frequency, each block of a low rank of its own."""
+"""GroupReduce: rows of a table in blocks by frequency, each block with its own low rank."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 from octavo.sources.sites import Site
 
-#: Ranks, as shares of the rank whose factors have as many elements as the table, with bits a coefficient: the hull of
-#: what MiniLM's table wants under calibrated evidence. At more bits, quantization alone is the better.
+#: Ranks, as shares of the rank whose factors have as many elements as the table, with bits per coefficient: the hull of
+#: the best choices for MiniLM's table under calibrated evidence. At more bits, quantization alone is better.
 _CHOICES = ((0.85, 3), (0.85, 2.5), (0.85, 2), (0.67, 2), (0.67, 1.5), (0.5, 1.5), (0.33, 2), (0.33, 1.5), (0.2, 1.5))
-#: Rows a column that a block is worth: its own right factor has to be paid for.
+#: Fewest rows per column that justify a block, since each block needs its own right factor.
 _ROWS_A_COLUMN = 8
-#: Bits a coefficient at most where blocks are of very different weight: codes must fit 31 bits.
+#: Largest bits per coefficient if block weights differ widely: codes must fit 31 bits.
 _MOST_BITS = 16
 
 
 @method("groupreduce", family="factorize", preset="best", source="GroupReduce (Chen et al., 2018, arXiv 1806.06950)")
 @dataclass(frozen=True)
 class GroupReduce(Method):
-    """``A[i] = left_p[i] @ right_p`` for the rows ``i`` of block ``p``, with more components where tokens are frequent.
+    """``A[i] = left_p[i] @ right_p`` for the rows ``i`` of block ``p``, with more components for frequent tokens.
 
     ``A`` is (rows, columns), ``left_p`` (rows of the block, ``k_p``), ``right_p`` (``k_p``, columns), and ``r`` the
-    weights of the rows, which of a table follow how often its tokens are met. Every block has the least ``sum_i r[i]
-    E[i] C E[i]^T`` of its rank (:func:`octavo.methods.factorize.factors.whitened`); the ranks are proportional to the
-    mean weight of the blocks, and rows change blocks until that gains no more
-    (:func:`octavo.methods.factorize.grouping.grouped`). A block for which factors would take as many coefficients as
-    its rows is kept whole. Everything is quantized with one step in units of the loss.
+    weights of the rows, which for a table follow the token frequencies. Every block minimizes ``sum_i r[i] E[i] C
+    E[i]^T`` at its rank (:func:`octavo.methods.factorize.factors.whitened`); the ranks are proportional to the mean
+    weight of the blocks, and rows are moved between blocks until this no longer helps
+    (:func:`octavo.methods.factorize.grouping.grouped`). A block whose factors would take as many coefficients as its
+    rows stays dense. Everything is quantized with one step in units of the loss.
 
     Parameters
     ----------
     blocks
-        Blocks tried by :meth:`settings`, fewer of small tables.
+        Numbers of blocks tried by :meth:`settings`, fewer for small tables.
     rounds
-        Rounds of refinement at most; 0 leaves the blocks cut by frequency.
+        Largest number of refinement rounds; 0 keeps the blocks sorted by frequency.
     """
 
     takes = ("rank", "blocks", "bits")
@@ -55,11 +55,11 @@ class GroupReduce(Method):
     by_rows = False
 
     def accepts(self, site: Site) -> bool:
-        """Rows must be tokens, of which some are met more often than others."""
+        """Rows must be tokens, whose frequencies differ."""
         return site.kind in ("embedding", "head")
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Ranks, each that of an SVD of the whole table with as many coefficients, times bits a coefficient."""
+        """Ranks, each that of an SVD of the whole table with as many coefficients, times bits per coefficient."""
         rows, columns = weight.shape
         blocks = min(self.blocks, max(2, rows // (_ROWS_A_COLUMN * columns)), rows) if columns > 1 else 1
         least = math.ceil((rows + blocks * columns) / (rows + columns))
@@ -72,7 +72,7 @@ class GroupReduce(Method):
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
-        """Settings of one rank and number of blocks share the grouping."""
+        """Settings with the same rank and number of blocks share the grouping."""
         weight, known = weight.float(), dict[tuple[int, int], Grouping]()
         for setting in settings:
             rank = whole(self.name, setting, "rank", 1, weight.shape[1])
@@ -85,9 +85,9 @@ class GroupReduce(Method):
 
 
 def quantized(blocks: Sequence[Block], bits: float) -> tuple[Form, ...]:
-    """Every block with the same step in units of the loss, at which coefficients take about ``bits`` on average."""
+    """Quantize all blocks with one step in units of the loss, at about ``bits`` per coefficient."""
     levels = [_level(block) for block in blocks]
-    # Blocks of zeros take nothing at any step.
+    # Blocks of zeros take no bits at any step.
     counts = [_coefficients(block) if bool(block.weight.any()) else 0 for block in blocks]
     mean = sum(level * count for level, count in zip(levels, counts, strict=True)) / max(sum(counts), 1)
     largest = max((level for level, count in zip(levels, counts, strict=True) if count), default=0.0)
@@ -96,7 +96,7 @@ def quantized(blocks: Sequence[Block], bits: float) -> tuple[Form, ...]:
 
 
 def _stored(block: Block, level: float, step: float) -> Form:
-    """A block at a step that is given, as its level is, by its logarithm."""
+    """Quantize a block; level and step are given as logarithms."""
     if block.parts is None:
         return Entropy().encode(block.weight, {"step": 2**step}, block.evidence)
     return factors.quantized(block.parts, level - step, block.evidence)
@@ -107,7 +107,7 @@ def _coefficients(block: Block) -> int:
 
 
 def _level(block: Block) -> float:
-    """Logarithm of the step at which the coefficients would take no bits, by the rule of high rates."""
+    """Logarithm of the step at which coefficients take zero bits by the high-rate formula."""
     if block.parts is not None:
         return math.log2(factors.step_for(block.parts, 0))
     return math.log2(Entropy(levels=(0,)).settings(block.weight, block.evidence)[0]["step"])

@@ -1,18 +1,18 @@
-"""The allocation of ALDS: groups and ranks of all layers at once, of the least largest error.
+"""The allocation of ALDS: groups and ranks of all layers that minimize the largest error.
 
 With ``k`` groups of rank ``j`` a layer's matrix ``W = [W_1 ... W_k]`` of (f, columns) has the relative error
 
     |W - W'|_2 / |W|_2 <= eps(k, j) = sqrt(k) / |W|_2 * max_i sigma_{j+1}(W_i)
 
-and takes ``j (k f + columns)`` coefficients. What is sought is ``min max_l eps_l(k_l, j_l)`` with all sizes at most the
-budget. Two steps alternate from several starts, and the best of all rounds is taken:
+and takes ``j (k f + columns)`` coefficients. The goal is ``min max_l eps_l(k_l, j_l)`` within the budget. Two steps
+alternate from several starts, and the best of all rounds is used:
 
-1. With ``k`` fixed, the least common level ``eps`` is found by bisection: each layer takes the smallest rank whose
-   error is not above it, or stays dense where that is as small. Sizes fall as the level rises.
+1. With ``k`` fixed, the least common level ``eps`` is found by bisection: each layer takes the smallest rank with at
+   most that error, or stays dense if that is as small. Sizes fall as the level rises.
 2. With a layer's size ``b`` fixed, it takes the ``k`` of least error at ``j = floor(b / (k f + columns) + 1/2)``.
 
-Source: Liebenwein et al. (2021), arXiv 2107.11442. Levels are bisected over the finitely many errors that there are, so
-that step 1 is exact; among the starts is always the one with a single group, so that the result is never worse.
+Source: Liebenwein et al. (2021), arXiv 2107.11442. Levels are bisected over the finite set of errors, so step 1 is
+exact. One start always has a single group, so the result is never worse than plain SVD.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from octavo.errors import RequestError
 
-#: Numbers of groups of the first starts: for each layer the largest divisor of its channels up to them.
+#: Numbers of groups of the first starts: each layer uses the largest divisor of its channels up to that number.
 _STARTS = (1, 3, 5, 7, 9)
 
 
@@ -41,12 +41,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was found.
+    """The result of the allocation.
 
     Parameters
     ----------
     choices
-        By layer; None where it stays dense.
+        Groups and rank by layer; None for dense layers.
     error
         The largest relative error bound of all layers.
     elements
@@ -59,7 +59,7 @@ class Allocation:
 
 
 class Layer:
-    """A layer's matrix, and the errors and sizes of its decompositions; singular values are worked out once.
+    """A layer's matrix, and the errors and sizes of its decompositions; singular values are computed once.
 
     Parameters
     ----------
@@ -68,12 +68,14 @@ class Layer:
     channels
         ``c``, which groups split; it divides the columns.
     bound
-        Whether errors have the factor ``sqrt(k)`` of the bound; the authors' program leaves it out.
+        Whether errors include the factor ``sqrt(k)`` of the bound; the authors' program omits it.
     """
 
     def __init__(self, matrix: Tensor, channels: int, *, bound: bool = True) -> None:
         if channels < 1 or matrix.shape[1] % channels:
-            raise RequestError(f"{channels} channels do not divide the {matrix.shape[1]} columns of a layer's matrix")
+            raise RequestError(
+                f"channels: {channels} do not divide the {matrix.shape[1]} columns of a layer's matrix; give a divisor"
+            )
         self.matrix, self.channels, self.bound = matrix.detach().float(), channels, bound
         self.dense = matrix.numel()
         self.divisors = tuple(k for k in range(1, channels + 1) if channels % k == 0)
@@ -91,7 +93,7 @@ class Layer:
         return self._errors[groups]
 
     def size(self, choice: Choice | None) -> int:
-        """Coefficients that are stored."""
+        """Number of stored coefficients."""
         return self.dense if choice is None else choice.rank * self._unit(choice.groups)
 
     def error(self, choice: Choice | None) -> float:
@@ -99,7 +101,7 @@ class Layer:
         return 0.0 if choice is None else float(self.errors(choice.groups)[choice.rank])
 
     def within(self, groups: int, level: float) -> Choice | None:
-        """The smallest rank, at least 1, whose error is not above ``level``; None if it is no smaller than dense."""
+        """The smallest rank, at least 1, with an error of at most ``level``; None if dense is as small."""
         choice = Choice(groups, max(1, int((self.errors(groups) > level).sum())))
         return choice if self.size(choice) < self.dense else None
 
@@ -121,27 +123,27 @@ def allocate(
     rounds: int = 4,
     seed: int = 0,
 ) -> Allocation:
-    """Groups and ranks of the least largest error.
+    """Groups and ranks that minimize the largest error.
 
     Parameters
     ----------
     layers
-        By name.
+        Layers by name.
     budget
-        The most coefficients of all of them.
+        The total number of coefficients allowed.
     groups
-        Numbers of groups that are allowed, where they divide a layer's channels; any divisor if not given. With
-        ``(1,)`` it is plain truncated SVD under the same allocation.
+        Allowed numbers of groups, if they divide a layer's channels; any divisor by default. ``(1,)`` is plain
+        truncated SVD under the same allocation.
     starts, rounds
-        Starts, and alternations from each.
+        Number of starts, and of alternations from each.
 
     Raises
     ------
     RequestError
-        If there are no layers, or the budget is below the least size that there is.
+        If there are no layers, or the budget is below the smallest possible size.
     """
     if not layers:
-        raise RequestError("there are no layers to allocate coefficients to; give at least one")
+        raise RequestError("layers: none are given to allocate coefficients to; give at least one")
     if starts < 1 or rounds < 1:
         raise RequestError(f"starts is {starts} and rounds is {rounds}; both must be at least 1")
     allowed = {
@@ -166,12 +168,14 @@ def allocate(
     feasible = [made for made in found.values() if made is not None]
     if not feasible:
         least = sum(min(layer.dense, layer.size(Choice(allowed[name][0], 1))) for name, layer in layers.items())
-        raise RequestError(f"{budget} coefficients are too few for these layers: rank 1 everywhere takes {least}")
+        raise RequestError(
+            f"budget: {budget} coefficients are too few, as rank 1 in all layers takes {least}; give at least that"
+        )
     return min(feasible, key=lambda made: (made.error, made.elements))
 
 
 def _leveled(layers: Mapping[str, Layer], groups: Mapping[str, int], budget: int) -> Allocation | None:
-    """The allocation of the least common level within the budget, None if there is none."""
+    """The allocation of the least common level within the budget; None if there is none."""
     levels = torch.cat([layer.errors(groups[name]) for name, layer in layers.items()]).unique()
 
     def at(number: int) -> Allocation:

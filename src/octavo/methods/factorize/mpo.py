@@ -1,4 +1,4 @@
-"""Matrix product operators: a matrix as a chain of small cores, found by truncated SVDs one after another."""
+"""Matrix product operators: a matrix as a chain of small cores, found by successive truncated SVDs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 from octavo.sources.sites import Site
 
-#: Sites, elements of the cores as a share of those of the matrix, and bits a coefficient.
+#: Number of cores, elements of the cores as a share of those of the matrix, and bits per coefficient.
 _CHOICES: tuple[tuple[int, float, float], ...] = (
     (2, 1.0, 6), (2, 1.0, 4), (2, 1.0, 3), (3, 1.0, 3), (2, 0.5, 4), (2, 0.5, 3), (3, 0.5, 3), (2, 0.5, 2.5),
     (2, 0.25, 3), (3, 0.25, 3), (2, 0.25, 2), (2, 0.125, 2), (3, 0.125, 2),
 )  # fmt: skip
-#: Above this smaller side the components of a cut, if no more than half of them are wanted, are looked for in a
-#: subspace of half as many dimensions more, by so many products: 1% more is discarded than by an exact cut.
+#: If the smaller side is above this size and at most half of the components are needed, an SVD uses a random subspace
+#: with half as many additional dimensions and this many products. It discards 1% more than an exact SVD.
 _LARGE, _PRODUCTS = 1024, 5
 
 
 def modes(size: int, sites: int) -> tuple[int, ...]:
-    """Numbers of least sum whose product is at least ``size``: of those, the least product; rising.
+    """Rising numbers of least sum whose product is at least ``size``; among these, with the least product.
 
-    At one bond dimension the sum of modes is what a chain costs, so balanced modes with a little padding are better
-    than exact but uneven ones: 7 is 2 x 4 with one row of zeros, not 1 x 7; 384 is 16 x 24, and 6 x 8 x 8.
+    At a given bond dimension the cost of a chain is the sum of its modes. So balanced modes with slight padding are
+    better than exact but uneven ones: 7 is 2 x 4 with one row of zeros, not 1 x 7; 384 is 16 x 24, and 6 x 8 x 8.
     """
     if size < 1 or not 1 <= sites <= MOST_CORES:
         raise RequestError(
-            f"mpo: {size} cannot be written in {sites} modes; sizes are positive, modes 1 to {MOST_CORES}"
+            f"mpo: {size} cannot be written in {sites} modes; give a positive size and 1 to {MOST_CORES} modes"
         )
 
     def search(rest: int, count: int, low: int) -> tuple[int, int, tuple[int, ...]]:
         if count == 1:
             last = max(rest, low)
             return last, last, (last,)
-        # Rising modes: the first is at most the root, rounded up.
+        # Modes rise, so the first is at most the root, rounded up.
         found = []
         for first in range(low, max(low, math.ceil(rest ** (1 / count))) + 1):
             total, product, others = search(-(-rest // first), count - 1, first)
@@ -57,23 +57,23 @@ def modes(size: int, sites: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Chain:
-    """Cores of a truncated decomposition, before they are stored.
+    """Cores of a truncated decomposition, before quantization.
 
     Parameters
     ----------
     cores
-        float64, of shape (chi_(k-1), o_k * i_k, chi_k): those of the weighted matrix divided by ``unit``. All but the
-        last are orthonormal, ``sum_(a, n) G[a, n, b] G[a, n, c] = 1 if b == c else 0``; the last carries the singular
-        values.
+        float64, of shape (chi_(k-1), o_k * i_k, chi_k): the cores of the weighted matrix divided by ``unit``. All
+        except the last are orthonormal, ``sum_(a, n) G[a, n, b] G[a, n, c] = 1 if b == c else 0``; the last carries the
+        singular values.
     values
-        For every bond the singular values that were kept, falling.
+        The kept singular values of every bond, in falling order.
     weights
-        For every site (o_k * i_k,): what the matrix was multiplied by at these digits.
+        For every site (o_k * i_k,): the factor of the matrix at these digits.
     unit
         The largest magnitude of the weighted matrix.
     lost
-        The sum of all discarded squared singular values: the squared weighted error where nothing is padded, and no
-        less than it where rows or columns of zeros are cut away again.
+        The sum of all discarded squared singular values: the squared weighted error without padding, and an upper bound
+        of it with padding.
     """
 
     cores: tuple[Tensor, ...]
@@ -86,7 +86,7 @@ class Chain:
     shape: tuple[int, int]
 
     def dense(self) -> TensorTrain:
-        """The chain with both neighbours of a bond sharing its singular values evenly, as it is best trained on."""
+        """The chain with the singular values of each bond split evenly between its cores, best for training."""
         ones = torch.ones(1, dtype=torch.float64)
         bonds = [ones, *(value.sqrt() for value in self.values), ones]
         share = self.unit ** (1 / len(self.cores))
@@ -96,11 +96,11 @@ class Chain:
         )
 
     def quantized(self, bits: float) -> TensorTrain:
-        """Every core by :class:`Entropy` with one step in units of the error, worth about ``bits`` on average.
+        """Quantize every core by :class:`Entropy` with one step in units of the error, at about ``bits`` on average.
 
-        An error in column ``b`` of a core costs ``S[b]^2``, since what stands before it and after it is orthonormal.
-        What rounding took from the span of a core is given back by the next one, which is multiplied by ``(Q^T Q)^-1
-        Q^T U``, ``Q`` being the core ``U`` as stored.
+        An error in column ``b`` of a core costs ``S[b]^2``, since the cores before and after it are orthonormal. The
+        next core compensates the rounding error of a core: it is multiplied by ``(Q^T Q)^-1 Q^T U``, ``Q`` being the
+        core ``U`` as stored.
         """
         step = self._step(bits)
         stored: list[Form] = []
@@ -112,10 +112,10 @@ class Chain:
             stored.append(Entropy().encode((core / weights[:, None]).float(), {"step": step}, evidence))
             basis = stored[-1].dense().double() * weights[:, None]
             normal = basis.t() @ basis
-            # Components rounded to nothing have nothing to fit: the ridge leaves them at zero.
+            # Components rounded to zero stay zero through the ridge.
             normal.diagonal().add_(float(normal.diagonal().max().clamp_min(1e-200)) * 1e-9)
             taken = torch.linalg.solve(normal, basis.t() @ core)
-        # The last core is a single column, in which a step for every row would cost as much as the codes: one for all.
+        # The last core is a single column, where row steps would cost as much as the codes: it has one step.
         last = torch.einsum("ab,bnc->anc", taken, self.cores[-1]) / self.weights[-1][:, None]
         mean = float(self.weights[-1].square().mean().sqrt())
         flat = (last.flatten(0, 1) * self.unit).float()
@@ -151,30 +151,30 @@ def decompose(
     """Truncated SVDs from the first site to the last (TT-SVD; Oseledets, 2011).
 
     Rows and columns are padded with zeros to the products of their modes, written in mixed radix, and interleaved to
-    sites of ``o_k * i_k``. Each cut keeps ``U`` and hands ``S V^T`` on, so that the squared error of the whole is the
-    sum of all discarded squared singular values.
+    sites of ``o_k * i_k``. Each SVD keeps ``U`` and passes ``S V^T`` on, so the total squared error is the sum of all
+    discarded squared singular values.
 
     Parameters
     ----------
     weight
         (rows, columns).
     chi
-        The most singular values that a cut keeps; None for all.
+        The largest number of singular values kept per bond; None for all.
     evidence
-        Weighs errors by what of it is a product over the digits of rows and columns, for such weights can be folded
-        into the cores and others cannot. Of token counts, which fall with a token's number, that is a good part.
+        Weights errors, as far as the weights are a product over the digits of rows and columns, since only these can be
+        folded into the cores. Token counts fall with the token number, so much of them is such a product.
 
     Raises
     ------
     RequestError
-        If the modes do not hold the matrix.
+        If the modes do not fit the matrix.
     """
     (rows, columns), sites = weight.shape, len(row_modes)
     padded = math.prod(row_modes), math.prod(column_modes)
     if sites == 0 or len(column_modes) != sites or padded[0] < rows or padded[1] < columns:
         raise RequestError(
-            f"mpo: modes {tuple(row_modes)} x {tuple(column_modes)} do not hold a matrix of {rows} x {columns}: "
-            "give as many modes for rows as for columns, with products that are no smaller"
+            f"mpo: modes {tuple(row_modes)} x {tuple(column_modes)} do not fit a matrix of {rows} x {columns}; give as "
+            "many modes for rows as for columns, with products at least that large"
         )
     scales = _scales(evidence, row_modes, column_modes)
     matrix = torch.nn.functional.pad(weight.float(), (0, padded[1] - columns, 0, padded[0] - rows))
@@ -184,7 +184,7 @@ def decompose(
     for k, scale in enumerate(scales):
         rest = rest * scale.float().reshape([-1 if axis == k else 1 for axis in range(sites)])
     unit = float(rest.abs().max()) or 1.0
-    # Scaled, so that no square is out of range.
+    # Scaled so that no square overflows.
     rest = (rest / unit).reshape(1, -1).double()
     cores, bonds, lost = [], [], 0.0
     for scale in scales[:-1]:
@@ -197,7 +197,7 @@ def decompose(
         basis = parts.left.double() / values.sqrt()
         cores.append(basis.unflatten(0, (-1, len(scale))))
         bonds.append(values)
-        # U^T A = S V^T, and zero where A is.
+        # U^T A = S V^T, and zero where A is zero.
         rest = basis.t() @ rest
     cores.append(rest.reshape(len(rest), -1, 1))
     return Chain(
@@ -206,7 +206,7 @@ def decompose(
 
 
 def _leading(matrix: Tensor, most: int | None) -> Factors:
-    """Truncated SVD; of a large matrix within the span of its products with random vectors, which is nearly as good."""
+    """Truncated SVD; a large matrix uses the span of its products with random vectors, which is nearly as good."""
     side = min(matrix.shape)
     if most is None or side <= _LARGE or most > side / 2:
         return whitened(matrix, most=most)
@@ -232,7 +232,7 @@ def _scales(evidence: Evidence | None, row_modes: Sequence[int], column_modes: S
 
 
 def _separable(weights: Tensor, modes: Sequence[int]) -> list[Tensor]:
-    """For every digit the factor of its values: their product is near to ``weights``, by the mean of logarithms."""
+    """Factors of every digit whose product approximates ``weights``, by means of logarithms."""
     weights = weights.double()
     logs = weights.clamp_min(float(weights.max()) * 1e-9).clamp_min(1e-30).log()
     index, factors = torch.arange(len(logs)), []
@@ -250,9 +250,9 @@ class MPO(Method):
 
     ``W`` is (rows, columns), with ``prod o_k`` at least rows and ``prod i_k`` at least columns; the core ``G_k`` is
     (chi_(k-1), o_k, i_k, chi_k) and costs as many coefficients. With two sites this is a sum of ``chi`` Kronecker
-    products. Nothing says that it must beat an SVD of the same size: of weights without structure both keep the same.
+    products. It need not beat an SVD of the same size: for weights without structure both keep the same.
 
-    Evidence is used as far as it is a product over digits (:func:`decompose`).
+    Evidence is only used as far as it is a product over digits (:func:`decompose`).
     """
 
     takes = ("sites", "chi", "bits")
@@ -260,11 +260,11 @@ class MPO(Method):
     by_rows = False
 
     def accepts(self, site: Site) -> bool:
-        """Matrices; the axes of a convolution are tensorized in other ways."""
+        """Matrices only; convolutions are tensorized differently."""
         return site.kind != "convolution"
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Two and three sites, bond dimensions by the elements of their cores, and bits a coefficient."""
+        """Two and three cores, bond dimensions by the number of elements, and bits per coefficient."""
         sized = {}
         for sites, share, bits in _CHOICES:
             split = modes(weight.shape[0], sites), modes(weight.shape[1], sites)[::-1]
@@ -279,7 +279,7 @@ class MPO(Method):
         return next(self.encode_all(weight, [setting], evidence))
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
-        """Settings of the same sites and bond dimension share the decomposition."""
+        """Settings with the same number of cores and bond dimension share the decomposition."""
         known: dict[tuple[int, int], Chain] = {}
         for setting in settings:
             sites = whole(self.name, setting, "sites", 2, MOST_CORES)

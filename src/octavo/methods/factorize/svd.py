@@ -17,10 +17,10 @@ from octavo.methods.factorize import factors
 @method("svd", family="factorize", preset="best", source="Eckart & Young (1936)")
 @dataclass(frozen=True)
 class SVD(Method):
-    """``W = left @ right`` with ``left = U S^(1/2)``, ``right = S^(1/2) V^T``: of that rank the nearest to the weights.
+    """``W = left @ right`` with ``left = U S^(1/2)``, ``right = S^(1/2) V^T``: the nearest matrix of that rank.
 
     ``W`` is (rows, columns), ``left`` (rows, rank), ``right`` (rank, columns). Both are quantized with one step in
-    units of the error of the product (:func:`octavo.methods.factorize.factors.quantized`). Evidence is not looked at.
+    units of the error of the product (:func:`octavo.methods.factorize.factors.quantized`). Evidence is not used.
     """
 
     takes = ("rank", "bits")
@@ -28,7 +28,7 @@ class SVD(Method):
     by_rows = False
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Ranks from that at which the factors have as many elements as the matrix, times bits a coefficient."""
+        """Ranks, from the one at which the factors are as large as the matrix, times bits per coefficient."""
         return factors.settings(*weight.shape)
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102

@@ -1,4 +1,4 @@
-"""Transform coding of tables: rows turned into their principal components, which are trellis-coded."""
+"""Transform coding of tables: the principal components of rows are trellis-coded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
-from octavo.methods.base import Setting, method
+from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
 from octavo.methods.quantize.trellis import TrellisCoded
+from octavo.methods.tables import is_table
 
 
 @method(
@@ -24,22 +25,25 @@ from octavo.methods.quantize.trellis import TrellisCoded
 class TrellisSVD(ActivationSVD):
     """``left @ right`` of full rank, as in ``activation-svd``, with ``left`` by the method ``trellis``.
 
-    Of a matrix (rows, columns) with many more rows than columns ``right`` (columns, columns) costs next to nothing, and
-    ``left`` has the coefficients of every row along principal components: one step in units of the loss gives strong
-    components more bits than weak ones, the gain of a transform, and a trellis takes 1 dB of the error besides.
+    For a matrix (rows, columns) with many more rows than columns, ``right`` (columns, columns) costs almost nothing,
+    and ``left`` holds the coefficients of every row along principal components. One step in units of the loss gives
+    strong components more bits than weak ones (the transform gain). The trellis reduces the error by another 1 dB.
 
     Parameters
     ----------
     levels
-        Bits a coefficient that are tried. Where most components take less than a bit, ``activation-svd`` is as good.
+        Bits per coefficient to try. If most components take less than a bit, ``activation-svd`` is as good.
     """
 
     levels: tuple[float, ...] = (6, 4.5, 3.5, 2.75, 2, 1.4)
 
+    # No integer kernel runs a trellis.
+    speed_settings = Method.speed_settings
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Bits at full rank, for tables; nothing for other matrices."""
+        """Bits at full rank for tables; empty for other matrices."""
         rows, columns = weight.shape
-        return [{"rank": columns, "bits": bits} for bits in self.levels] if factors.is_table(rows, columns) else []
+        return [{"rank": columns, "bits": bits} for bits in self.levels] if is_table(rows, columns) else []
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition."""

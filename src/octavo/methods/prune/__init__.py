@@ -1,1 +1,1 @@
-"""Fewer weights."""
+"""Methods that remove weights."""

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go."""
+"""Magnitude pruning: removing the smallest weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from octavo.methods.prune import masks
 class Magnitude(Method):
     """Keep the largest ``|W[i, j]|`` of the whole matrix (or n of every m neighbours in a row), quantized uniformly.
 
-    ``W`` is (rows, columns); exactly ``sparsity * rows * columns`` weights are pruned, and those that the step of the
-    survivors rounds to zero with them (:mod:`octavo.methods.prune.masks`).
+    ``W`` is (rows, columns); exactly ``sparsity * rows * columns`` weights are pruned, plus those that the step of the
+    survivors rounds to zero (:mod:`octavo.methods.prune.masks`).
     """
 
     takes = ("bits", "sparsity", "pattern")
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 where they divide the columns."""
+        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 if they divide the columns."""
         return masks.settings(weight.shape[1])
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102

@@ -1,4 +1,4 @@
-"""What the pruning methods share: settings, exact masks from scores, and survivors on a grid."""
+"""Code shared by pruning methods: settings, exact masks from scores, and survivors on a grid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from octavo.methods.base import Setting
 from octavo.methods.knobs import real, whole
 
 _PATTERNS = ((2, 4), (4, 8))
-#: Finer survivors than 4 bits do not lower the loss any more once half of the weights are gone.
+#: More than 4 bits per survivor do not lower the loss once half of the weights are pruned.
 _CHOICES = (
     (0.3, 6),
     (0.3, 5),
@@ -34,14 +34,14 @@ _LARGEST_CODE = 2.0**23
 
 @dataclass(frozen=True)
 class Request:
-    """A setting, read: a share of zeros or an n:m pattern, and the fineness of the survivors."""
+    """A parsed setting: a share of zeros or an n:m pattern, and the bits of the survivors."""
 
     bits: int
     sparsity: float
     pattern: tuple[int, int] | None
 
     def kept(self, total: int) -> int:
-        """Survivors of ``total`` weights."""
+        """Number of survivors of ``total`` weights."""
         return total - round(self.sparsity * total)
 
 
@@ -52,18 +52,23 @@ def read(method: str, setting: Setting, columns: int) -> Request:
         return Request(bits, real(method, setting, "sparsity", 0.0, 1.0), None)
     parts = str(setting["pattern"]).split(":")
     if "sparsity" in setting or len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise RequestError(f"{method}: the setting {setting} needs either a sparsity or a pattern such as '2:4'")
+        raise RequestError(
+            f"{method}: the setting {setting} needs either a sparsity or a pattern; add one, such as '2:4'"
+        )
     keep, group = int(parts[0]), int(parts[1])
     if not 0 < keep <= group <= 8:
-        raise RequestError(f"{method}: pattern {keep}:{group} keeps no 1 to m weights out of at most 8")
+        raise RequestError(f"{method}: invalid n:m pattern {keep}:{group}; choose 1 ≤ n ≤ m ≤ 8")
     if columns % group:
-        raise RequestError(f"{method}: pattern {keep}:{group} does not divide the {columns} columns of this matrix")
+        raise RequestError(
+            f"{method}: pattern {keep}:{group} does not divide the {columns} columns of this matrix; choose a group "
+            "that does, or a sparsity"
+        )
     return Request(bits, 1 - keep / group, (keep, group))
 
 
 def settings(columns: int) -> list[Setting]:
     """Sparsities, and the patterns that divide the columns, from largest to smallest file."""
-    # The more are pruned, the more alike are the survivors.
+    # The more weights are pruned, the more similar are the survivors.
     sized: list[tuple[float, Setting]] = [
         (_mask_bits(zeros) + (1 - zeros) * (bits + 0.8 - 2.2 * zeros), {"sparsity": zeros, "bits": bits})
         for zeros, bits in _CHOICES
@@ -77,12 +82,12 @@ def settings(columns: int) -> list[Setting]:
 
 
 def _mask_bits(zeros: float) -> float:
-    """Entropy of a mask, bits a weight."""
+    """Entropy of a mask in bits per weight."""
     return -zeros * math.log2(zeros) - (1 - zeros) * math.log2(1 - zeros)
 
 
 def largest(scores: Tensor, kept: int) -> Tensor:
-    """A mask of exactly ``kept`` scores of a whole matrix; among equal ones the first are kept."""
+    """A mask of exactly ``kept`` scores of a whole matrix; ties keep the first."""
     return largest_by_row(scores.reshape(1, -1), kept).view(scores.shape)
 
 
@@ -104,7 +109,7 @@ def largest_by_group(scores: Tensor, pattern: tuple[int, int]) -> Tensor:
     keep, group = pattern
     parts = scores.reshape(-1, group).t()
     rank = torch.zeros(parts.shape, dtype=torch.uint8)
-    # How many neighbours beat each: for a handful of them this is faster than sorting.
+    # Count the neighbours that beat each score: for small groups this is faster than sorting.
     for i in range(group):
         for j in range(i):
             loses = parts[j] >= parts[i]
@@ -125,8 +130,8 @@ def choose(scores: Tensor, request: Request, by_row: bool) -> Tensor:
 def step_of(weight: Tensor, mask: Tensor, bits: int) -> float:
     """The step of the survivors: their median magnitude gets the code ``2^(bits - 2)``, nothing is clipped.
 
-    That is the middle of the range of signed ``bits``-bit integers, and large weights, being few, cost an entropy
-    coder little. The median does not mind outliers.
+    That is the middle of the range of signed ``bits``-bit integers. Large weights are few, so they cost an entropy
+    coder little. The median is robust to outliers.
     """
     size = weight[mask].abs()
     size = size[size > 0]
@@ -139,7 +144,7 @@ def step_of(weight: Tensor, mask: Tensor, bits: int) -> float:
 def survivors(codes: Tensor, mask: Tensor, step: float, pattern: tuple[int, int] | None) -> Sparse:
     """The form of codes (rows, columns) under a mask.
 
-    A survivor that was rounded to zero needs no place in the mask, unless a pattern wants exactly n of every m.
+    Survivors rounded to zero are removed from the mask, unless a pattern needs exactly n of every m.
     """
     if pattern is None:
         mask = mask & (codes != 0)

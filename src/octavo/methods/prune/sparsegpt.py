@@ -15,29 +15,29 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored, round_columns
 from octavo.methods.prune import masks
 
-#: Columns whose mask is chosen together: as many as the feedback reaches ahead at once, so the costs are fresh.
+#: Columns whose mask is chosen together: one feedback block, so that the costs are up to date.
 _BLOCK = 64
-#: Rows are swept in chunks, which do not depend on each other, fit the cache and are too short to be split over
-#: threads: meeting at every column would cost these more than the work.
+#: Rows are swept in independent chunks that fit the cache. They are too short to be split over threads, whose
+#: synchronisation at every column would cost more than the work.
 _CHUNK = 1 << 19
 
 
 @method("sparsegpt", family="prune", source="SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774)")
 @dataclass(frozen=True)
 class SparseGPT(Method):
-    """Prune and round the columns one after another; those to come make up for both (optimal brain surgeon).
+    """Prune and round columns in sequence; later columns compensate the errors (optimal brain surgeon).
 
     With ``loss = 1/2 sum_ij r[i] d[j] F[i, j]^2`` (:mod:`octavo.methods.feedback`) pruning a weight costs ``r[i] d[j]
-    target[i, j]^2``, where ``target`` is the weight after the feedback of the columns before it and ``1 / d[j]`` the
-    ``[H^-1]_jj`` of the paper. The mask of a block of columns is chosen by that cost when the sweep gets there. How
-    many weights each block keeps is set beforehand by the costs in the whole matrix: blocks are not alike. Survivors
+    target[i, j]^2``, where ``target`` is the weight after the feedback of the preceding columns and ``1 / d[j]`` the
+    ``[H^-1]_jj`` of the paper. The mask of a block of columns is chosen by that cost when the sweep reaches it. The
+    number of weights kept per block is set in advance by the costs in the whole matrix, since blocks differ. Survivors
     are rounded to the same uniform grid as in the other pruning methods. ``W`` is (rows, columns). Without a moment
     there is no feedback.
 
     Parameters
     ----------
     order
-        Columns of large inputs first. n:m patterns need neighbours together and keep their order.
+        Columns of large inputs first. n:m patterns need adjacent columns and keep their order.
     """
 
     takes = ("bits", "sparsity", "pattern")
@@ -45,7 +45,7 @@ class SparseGPT(Method):
     order: bool = True
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 where they divide the columns."""
+        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 if they divide the columns."""
         return masks.settings(weight.shape[1])
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
@@ -54,7 +54,7 @@ class SparseGPT(Method):
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """Settings that sweep the columns in the same order share the factorisation."""
         weight, rows = weight.float(), evidence.rows.float()
-        # Of a row that does not matter at all the largest weights are kept nevertheless.
+        # A row of zero importance still keeps its largest weights.
         rows = (rows / rows.max().clamp_min(1e-30)).clamp_min(1e-9)
         for setting in settings:
             request = masks.read(self.name, setting, weight.shape[1])
@@ -95,7 +95,7 @@ def _quantize(
     j: int,
     target: Tensor,
 ) -> Tensor:
-    """Round the target of column ``j`` where it survives; at the first column of a block choose who does."""
+    """Round the surviving targets of column ``j``; at the first column of a block choose the survivors."""
     if j % _BLOCK == 0:
         block = slice(j, j + _BLOCK)
         scores = targets[block].t().square() * costs[:, block]

@@ -17,15 +17,15 @@ from octavo.methods.prune import masks
 class Wanda(Method):
     """Keep the largest ``|W[i, j]| * sqrt(C[j, j])`` of every row (or n of every m neighbours), quantized uniformly.
 
-    ``W`` is (rows, columns) and ``sqrt(C[j, j])`` the root mean square of input ``j``: a small weight of a large input
-    matters. Scores are compared within a row, so every output keeps the same number of inputs. Without a moment the
+    ``W`` is (rows, columns) and ``sqrt(C[j, j])`` the root mean square of input ``j``. So small weights of large inputs
+    are kept. Scores are compared within a row, so every output keeps the same number of inputs. Without a moment the
     scores are magnitudes.
     """
 
     takes = ("bits", "sparsity", "pattern")
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 where they divide the columns."""
+        """Sparsities from 0.3 to 0.9, and 2:4 and 4:8 if they divide the columns."""
         return masks.settings(weight.shape[1])
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102

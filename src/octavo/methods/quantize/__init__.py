@@ -1,1 +1,1 @@
-"""Fewer bits a weight."""
+"""Methods that use fewer bits per weight."""

@@ -32,15 +32,15 @@ class Entropy(Stepped):
 
     In units of its steps (:mod:`octavo.methods.quantize.units`) a matrix is rounded column by column with error
     feedback, and the level taken is the one of least ``error^2 + rate * bits``, where ``bits`` is its code length under
-    the distribution of its magnitude class. The row and column steps are entropy-coded beside the codes.
+    the distribution of its magnitude class. The row and column steps are entropy-coded as well.
 
     Parameters
     ----------
     rate
-        Weight of a bit against squared error in units of the step. The slope of the high-rate curve of a uniform
-        quantizer is ``ln(2) / 6 = 0.116``.
+        Weight of one bit relative to the squared error in units of the step. The slope of the high-rate curve of a
+        uniform quantizer is ``ln(2) / 6 = 0.116``.
     levels
-        Steps to try, as the bits that they would take of Gaussian weights at a high rate.
+        Steps to try, stated as the bits per Gaussian weight at a high rate.
     """
 
     takes = ("step",)
@@ -57,7 +57,7 @@ class Entropy(Stepped):
 
 
 def _round_at_once(targets: Tensor, rate: float) -> Tensor:
-    """Rounded codes (rows, columns) of targets in units of steps. Without feedback no column waits for another."""
+    """Rounded codes (rows, columns) of targets in units of steps. Without feedback, columns are independent."""
     size = targets.abs()
     leave, shift = _Thresholds(Magnitudes(size.mean(1), size.mean(0)), rate).everywhere()
     return shift.add_(size).floor_().masked_fill_(size <= leave, 0.0).copysign_(targets)
@@ -93,7 +93,7 @@ def _sweep(
     leave: np.ndarray,
     shift: np.ndarray,
 ) -> None:
-    """The same for a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba."""
+    """Round a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba."""
     width, height = targets.shape
     last = np.int32(len(leave) - 1)
     for j in range(width):
@@ -126,7 +126,7 @@ class _Thresholds:
         bits = 1 / mean / math.log(2)
         half = torch.exp(-0.5 / mean)
         leave = torch.maximum(torch.log2(2 / (half * (1 + half))), bits)
-        # Half a step more, and a level that the data do contain would never be taken.
+        # With half a step more, a level that the data contain would never be chosen.
         self._leave = (0.5 + (leave * (rate / 2)).clamp_max_(0.45)).float()
         self._shift = (0.5 - (bits * (rate / 2)).clamp_max_(0.45)).float()
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -145,7 +145,7 @@ class _Thresholds:
         return rows.int().numpy(), columns.int().numpy(), self._leave.numpy(), self._shift.numpy()
 
     def everywhere(self) -> tuple[Tensor, Tensor]:
-        """The same for all columns, (rows, columns) each."""
-        # Few columns differ in their magnitude, and copying columns is faster than looking every weight up.
+        """Thresholds of all columns, (rows, columns) each."""
+        # Columns have few distinct magnitudes, and copying columns is faster than a lookup per weight.
         index, kind = self._magnitudes.kinds()
         return self._leave[index].index_select(1, kind), self._shift[index].index_select(1, kind)

@@ -16,15 +16,17 @@ from octavo.methods.compiled import compiled
 from octavo.methods.feedback import factored, round_blocks, round_columns
 from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, kernel_settings, nearest
 
-#: Rows are rounded in chunks, which do not depend on each other, fit the cache and are too short to be split over
-#: threads: meeting at every column would cost these more than the work.
+#: Rows are rounded in independent chunks that fit the cache. They are too short to be split over threads, whose
+#: synchronisation at every column would cost more than the work.
 _CHUNK = 1 << 19
+#: Columns a group of onnxruntime's blockwise kernel; the first that divides a matrix is taken.
+_BLOCK_WIDTHS = (64, 128, 32, 16)
 
 
 @method("gptq", family="quantize", source="GPTQ (Frantar et al., 2022, arXiv 2210.17323)")
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """The grid of ``rtn``, but every column is rounded after it has taken up the errors of the columns before it.
+    """The grid of ``rtn``, with every column rounded after adding the error feedback of preceding columns.
 
     Minimises ``tr(E C E^T)`` greedily, column after column: ``codes[:, j] = round(target[:, j] / scale) + zero`` with
     ``target = W - sum_k F[:, k] inverse(V)[k, j]`` (:mod:`octavo.methods.feedback`); ``W``, ``E`` are (rows, columns),
@@ -35,7 +37,8 @@ class GPTQ(Method):
     Parameters
     ----------
     order
-        Round the columns of large inputs first ("activation order"), while most others can still make up for them.
+        Round the columns of large inputs first ("activation order"), while most others can still compensate their
+        errors.
     symmetric
         Grids around zero, without zero points.
     """
@@ -50,8 +53,13 @@ class GPTQ(Method):
         return [dict(setting) for setting in SETTINGS]
 
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """8 bits with a scale a row, and 4 bits in every group that the kernel takes."""
+        """8 bits with one scale per row, and 4 bits in every group size that the kernel supports."""
         return kernel_settings(weight)
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """8 bits in the groups that the blockwise kernel takes."""
+        width = next((width for width in _BLOCK_WIDTHS if weight.shape[1] % width == 0), None)
+        return [] if width is None else [{"bits": 8, "group": width}]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))
@@ -76,12 +84,12 @@ def _sweep(weight: Tensor, fitted: Fitted, order: Tensor, feedback: Tensor) -> T
     for start in range(0, len(weight), height):
         stop = min(start + height, len(weight))
         scale, zero = fitted.spread(start, stop)
-        # Codes without their zero points run from the one bound to the other.
+        # Codes without zero points lie between the two bounds.
         low, high = (torch.as_tensor(bound - zero).expand_as(scale) for bound in (fitted.low, fitted.high))
 
         targets = weight[start:stop].t()[order].contiguous()
         rounded = _rounded(targets, feedback, groups, scale, low, high)
-        # The values are exact multiples of their steps, up to the last bit: dividing gives back their codes.
+        # The values are exact multiples of their steps, so division restores their codes.
         steps = rounded.div_(scale[groups]).round_().add_(zero if isinstance(zero, float) else zero[groups])
         codes[start:stop, order] = steps.t().to(fitted.dtype)
     return codes
@@ -115,7 +123,7 @@ def _round_block(
     low: np.ndarray,
     high: np.ndarray,
 ) -> None:
-    """The same for a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba."""
+    """Round a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba."""
     width, height = targets.shape
     for j in range(width):
         target, g = targets[j], groups[j]

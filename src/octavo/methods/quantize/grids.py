@@ -1,6 +1,6 @@
-"""The grid that round-to-nearest and GPTQ share: steps and zero points fitted to groups of columns.
+"""The grid of round-to-nearest and GPTQ: scales and zero points fitted to groups of columns.
 
-A group of a row with extremes ``low <= 0 <= high`` (zero always belongs to it, so that it stays exact) has
+A group of a row with extremes ``low <= 0 <= high`` (zero is always included, so it stays exact) has
 
     scale = (high - low) / (2^bits - 1),    zero = round(-low / scale),    codes in 0 .. 2^bits - 1
 
@@ -18,10 +18,10 @@ from octavo.forms import Grid
 from octavo.methods.base import Setting
 from octavo.methods.knobs import choice, flag, whole
 
-#: Bits and groups that are worth trying, from largest to smallest file.
+#: Bits and group sizes to try, from largest to smallest file.
 SETTINGS: tuple[Setting, ...] = tuple({"bits": bits, "group": 64} for bits in (8, 6, 5, 4, 3, 2))
 
-#: Columns that share a scale in the int4 kernel of PyTorch, and of which its int8 kernel takes multiples.
+#: Group sizes of PyTorch's int4 kernel, and the column multiple of its int8 kernel.
 _KERNEL_GROUPS, _KERNEL_COLUMNS = (32, 64, 128, 256), 16
 
 _SMALLEST_NORMAL, _SMALLEST, _LARGEST = 2.0**-14, 2.0**-24, 65504.0
@@ -38,10 +38,9 @@ def kernel_settings(weight: Tensor) -> list[Setting]:
 
 
 def compact(values: Tensor) -> Tensor:
-    """Positive values as float16 where their range allows it, else float32; none of them becomes zero.
+    """Positive values as float16 if their range allows it, else float32; none becomes zero.
 
-    A few values below the range of float16 do not make all the others twice as large: beside them their error is
-    nothing.
+    A few values below the range of float16 do not force float32: their error is negligible next to the others.
     """
     values = values.float().clamp_min(torch.finfo(torch.float32).tiny)
     if values.numel() == 0 or (float(values.max()) <= _LARGEST and float(values.median()) >= _SMALLEST_NORMAL):
@@ -50,7 +49,7 @@ def compact(values: Tensor) -> Tensor:
 
 
 def _bfloat16(values: Tensor) -> Tensor:
-    """Positive values as bfloat16; none of them becomes zero or Inf."""
+    """Positive values as bfloat16; none becomes zero or Inf."""
     return values.float().clamp(torch.finfo(torch.float32).tiny, torch.finfo(torch.bfloat16).max).bfloat16()
 
 
@@ -65,7 +64,7 @@ class Fitted:
     zero
         (rows, groups) uint8, or None if symmetric.
     width
-        Columns a group; the last one may be shorter.
+        Group size in columns; the last group may be shorter.
     low, high
         Smallest and largest code.
     """
@@ -77,7 +76,7 @@ class Fitted:
     high: int
 
     def spread(self, start: int, stop: int) -> tuple[Tensor, Tensor | float]:
-        """Steps and zero points of rows ``start`` to ``stop``, transposed to (groups, rows) floats."""
+        """Scales and zero points of rows ``start`` to ``stop``, transposed to (groups, rows) floats."""
         zero = 0.0 if self.zero is None else self.zero[start:stop].t().float().contiguous()
         return self.scale[start:stop].t().float().contiguous(), zero
 
@@ -87,7 +86,7 @@ class Fitted:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the codes."""
+        """Columns of the codes."""
         return torch.int8 if self.zero is None else torch.uint8
 
 
@@ -111,7 +110,7 @@ def fit(method: str, weight: Tensor, setting: Setting, symmetric: bool) -> Fitte
         scale = narrow(padded.abs().amax(2) / high)
         return Fitted(scale, None, width, -high - 1, high)
     levels = 2**bits - 1
-    # Divided before they are subtracted, which could overflow.
+    # Divided before subtracting, which could overflow.
     low, top = padded.amin(2).clamp_max(0) / levels, padded.amax(2).clamp_min(0) / levels
     scale = narrow(top - low)
     zero = (low / scale.float() * -levels).round_().clamp_(0, levels).to(torch.uint8)

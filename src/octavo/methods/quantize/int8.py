@@ -1,4 +1,4 @@
-"""Eight bits a weight, one step a row, in the layout that integer matrix kernels run on."""
+"""Eight bits per weight with one scale per row, the layout of integer matrix kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factor, important_first, round_columns
 from octavo.methods.knobs import real
 
-#: Smoothings worth trying where inputs are rounded as well.
+#: Smoothings to try if inputs are rounded too.
 SMOOTHING = (0.0, 0.25, 0.5, 0.75)
 _HIGHEST = 127
 #: Column factors stay within these powers of two of each other.
@@ -35,17 +35,22 @@ class Int8(Method):
     """``W[i, j] = scale[i] * codes[i, j] / s[j]`` with codes of -127..127 and ``s[j] = C[j, j]^(smoothing / 2)``.
 
     ``W`` is (rows, columns), ``C`` (columns, columns) the second moment of the inputs ``x``. An integer kernel
-    multiplies the codes with ``x / s`` rounded to 8 bits with one step for all of it: dividing by ``s`` makes its
-    columns alike, so that the step is not set by a few of them, and the weights take up what the inputs lose. ``s`` is
-    a power of two in eighths of an octave. The codes are rounded column by column with error feedback
-    (:mod:`octavo.methods.feedback`), in the coordinates of ``x / s``.
+    multiplies the codes with ``x / s``, which is rounded to 8 bits with one step. Dividing by ``s`` makes its columns
+    similar, so outliers do not determine the step, and the weights absorb the scale. ``s`` is a power of two in eighths
+    of an octave. The codes are rounded column by column with error feedback (:mod:`octavo.methods.feedback`), in the
+    coordinates of ``x / s``.
     """
 
     takes = ("smoothing",)
+    scales_inputs = True
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """The smoothing that serves most layers; all take the same bytes, and no other is better for the weights."""
+        """The best smoothing for most layers; all take the same bytes, and none suits the weights better."""
         return [{"smoothing": 0.5 if evidence.columns is not None else 0.0}]
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """All smoothings: which of them serves best depends on what the inputs lose."""
+        return [{"smoothing": share} for share in SMOOTHING]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))

@@ -18,33 +18,33 @@ from octavo.methods.quantize.grids import compact
 _SIZES = (256, 64, 32, 16, 8, 4)
 #: Cells of the histogram: 32 for each value of the largest codebook.
 _BINS = 8192
-#: A row's scale takes 16 bits: half a bit for every weight of a row this long.
+#: A row's scale takes 16 bits: half a bit per weight for a row of this length.
 _SCALED_COLUMNS = 32
-#: Rows are rounded in chunks, which do not depend on each other, fit the cache and are too short to be split over
-#: threads: meeting at every column would cost these more than the work.
+#: Rows are rounded in independent chunks that fit the cache. They are too short to be split over threads, whose
+#: synchronisation at every column would cost more than the work.
 _CHUNK = 1 << 19
 
 
 @method("kmeans", family="quantize", preset="best", source="Lloyd (1982); Han et al. (2015), arXiv 1510.00149")
 @dataclass(frozen=True)
 class KMeans(Method):
-    """``W[i, j] = scale[i] * values[codes[i, j]]`` with the values of least ``sum_ij r[i] d[j] E[i, j]^2``.
+    """``W[i, j] = scale[i] * values[codes[i, j]]`` with values that minimize ``sum_ij r[i] d[j] E[i, j]^2``.
 
-    ``W`` is (rows, columns) and ``d`` what an error costs that later columns can make up for
-    (:mod:`octavo.methods.feedback`); without feedback it is the diagonal of ``C``. That leaves a one-dimensional
-    k-means with weights ``r[i] scale[i]^2 d[j]``, solved on a histogram whose cells are equally wide in
-    ``arcsinh(w)``: fine where the weights are, and of any range, so that an outlier does not empty it. Cells keep
-    their exact weighted means; Lloyd's iteration on them starts from the quantiles of ``density^(1/3)``, which is
-    optimal for many values. Then every column takes its nearest values, fed with the errors of those before it.
+    ``W`` is (rows, columns) and ``d`` the cost of an error that later columns can compensate
+    (:mod:`octavo.methods.feedback`); without feedback it is the diagonal of ``C``. This is one-dimensional k-means with
+    weights ``r[i] scale[i]^2 d[j]``, solved on a histogram with equal cells in ``arcsinh(w)``: they are fine where
+    weights are dense and cover any range, so outliers do no harm. Cells keep their exact weighted means; Lloyd's
+    iteration on them starts from the quantiles of ``density^(1/3)``, which is optimal for many values. Then every
+    column is rounded to the nearest values, with error feedback of the preceding columns.
 
     Parameters
     ----------
     row_scale
-        Give every row its root mean square as a scale (where a row is long enough to pay for it).
+        Scale every row by its root mean square, if the row is long enough to justify the bytes.
     feedback
-        Let later columns make up for the errors of earlier ones, as GPTQ does.
+        Let later columns compensate the errors of earlier ones, as in GPTQ.
     iterations
-        Most iterations of Lloyd; most matrices need fewer.
+        Largest number of Lloyd iterations; most matrices need fewer.
     """
 
     takes = ("values",)
@@ -67,7 +67,7 @@ class KMeans(Method):
             peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             scale = compact(peak * (weight / peak).square().mean(1, keepdim=True).sqrt())
             weight = weight / scale.float()
-            # Relative to the largest, whose square may be out of range.
+            # Relative to the largest, whose square may overflow.
             importance = importance * (scale.float() / scale.float().max()).square().flatten()
         order, curvature, feedback = None, torch.ones(weight.shape[1]), None
         if evidence.columns is not None:
@@ -103,7 +103,7 @@ def _histogram(weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, T
     warped = torch.asinh(weight / typical)
     low, high = float(warped.min()), float(warped.max())
     cells = warped.sub_(low).mul_((_BINS - 1) / max(high - low, 1e-6)).round_().to(torch.int64).flatten()
-    # A weight that no input ever meets still belongs to some cell.
+    # A weight whose input is always zero still belongs to some cell.
     importance = (rows * columns).clamp_min_(float(rows.max() * columns.max()) * 1e-9).clamp_min_(1e-30)
     masses = torch.bincount(cells, importance.flatten().double(), _BINS)
     sums = torch.bincount(cells, importance.mul_(weight).flatten().double(), _BINS)
@@ -116,7 +116,7 @@ def _lloyd(means: Tensor, masses: Tensor, size: int, iterations: int) -> Tensor:
     """Values of least weighted squared error on a histogram, float64."""
     if len(means) <= size:
         return means
-    # Density is mass over the width of a cell; its cube root times the width is what each value gets an equal share of.
+    # Density is mass over cell width; each value gets an equal share of its cube root times the width.
     width = torch.gradient(means)[0].clamp_min(1e-300)
     shares = masses ** (1 / 3) * width ** (2 / 3)
     shares = shares.cumsum(0) / shares.sum()
@@ -136,7 +136,7 @@ def _lloyd(means: Tensor, masses: Tensor, size: int, iterations: int) -> Tensor:
 
 
 def _half(values: Tensor) -> Tensor:
-    """float16 where its range allows it, else float32."""
+    """The values as float16 if its range allows it, else float32."""
     size = values.abs()
     fits = float(size.max()) <= 65504.0 and float(size.median()) >= 2.0**-14
     return values.half() if fits else values.float()

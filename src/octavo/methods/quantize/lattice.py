@@ -1,13 +1,13 @@
-"""Finding the grid that the values of a group lie on, from the values alone.
+"""Recovering the quantization grid of a group from its values.
 
 A dequantized weight is ``x = round(step * code + offset)``, rounded to the precision that it was dequantized in.
-Differences of values are multiples of the step, so the smallest of them is the step or a small multiple of it; that
-gives the codes. With them each value bounds its step,
+Differences of values are multiples of the step, so the smallest is the step or a small multiple of it; that gives the
+codes. Then each value bounds its step,
 
     (x - offset - h) / code <= step <= (x - offset + h) / code
 
-with ``h`` half the spacing of floats at ``x``, and a number of short mantissa within all bounds of a group is the step
-that was stored. Nothing is believed before the values were computed again and were the same bit for bit.
+with ``h`` half the spacing of floats at ``x``, and a number with a short mantissa within all bounds of a group is the
+stored step. A result is accepted only if it reproduces the values bit for bit.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Mantissa bits of what steps are made of: bfloat16, float16, products of float16 with 6 and 7 bits, float32; and how
-#: many neighbours of the middle of the bounds are tried, where coarse rounding leaves room for several.
+#: Mantissa bits of what steps are made of: bfloat16, float16, products of float16 with 6 and 7 bits, float32; and the
+#: number of candidates around the middle of the bounds, if coarse rounding allows several.
 _MANTISSAS = ((8, 0), (11, 3), (17, 0), (18, 0), (21, 0), (24, 1))
-#: The smallest difference is looked at as up to this many steps.
+#: The smallest difference may be up to this many steps.
 _MULTIPLES = 5
-#: Where rounding blurs differences, the largest code is guessed, from small to large.
+#: If rounding blurs differences, the largest code is guessed, from small to large.
 _LARGEST = (*range(1, 33), 63, 64, 127, 128, 255)
 _REFINEMENTS = 3
 #: Differences below this share of a group's largest value are rounding errors of float32.
 _NOISE = 2.0**-22
 _LEVELS, _UNCERTAIN = 256, 64
-#: An offset in float16 that was rounded to bfloat16 with its sum may have been one of these neighbours.
+#: A float16 offset that was rounded to bfloat16 with its sum may have been one of these neighbours.
 _NEIGHBOURS = (0, -1, 1, -2, 2, -3, 3, -4, 4)
-#: Codes that a group may lack at the low end, and the bits of a float32 that no product of a float16 with 6 bits has.
+#: Lowest codes that may be missing in a group, and the bits of a float32 that a product of a float16 with 6 bits never
+#: has.
 _ABSENT, _LONG = 4, 0x3F
 _PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """Codes (groups, width) int16, steps and offsets (groups,) float32; offsets are None where all are zero."""
+    """Codes (groups, width) int16, steps and offsets (groups,) float32; offsets are None if all are zero."""
 
     codes: Tensor
     step: Tensor
     offset: Tensor | None
 
     def values(self, precision: torch.dtype) -> Tensor:
-        """The weights, as dequantization computes them."""
+        """The weights as computed by dequantization."""
         offset = None if self.offset is None else self.offset[:, None]
         return _dequantized(self.codes.float(), self.step[:, None], offset, precision)
 
@@ -57,16 +58,16 @@ def precision_of(weight: Tensor) -> torch.dtype:
 
 
 def find(groups: Tensor, precision: torch.dtype, *, offset: bool) -> Lattice | None:
-    """The lattice of every group, or None if one of them lies on none.
+    """The lattice of every group, or None if a group has none.
 
     Parameters
     ----------
     groups
         (groups, width) float32.
     precision
-        In which the values were dequantized.
+        The dtype of the dequantized values.
     offset
-        Whether lattices have offsets; if not, they go through zero.
+        Whether lattices have offsets; otherwise they contain zero.
     """
     found = _with_offset(groups, precision) if offset else _through_zero(groups, precision)
     bits = groups.contiguous().view(torch.int32)
@@ -80,8 +81,8 @@ def _through_zero(groups: Tensor, precision: torch.dtype) -> Lattice | None:
     )
     if not bool(fits.all()):
         return None
-    # Zeros tell the sign of a step: -0.0 is a code of zero times a step below it. Who makes steps of either sign gives
-    # the extreme a negative code, of which there is one more.
+    # Zeros reveal the sign of a step: -0.0 is code zero times a negative step. Quantizers with signed steps give the
+    # extreme the lowest code, since there is one more negative code.
     zero = groups == 0
     negative = (zero & torch.signbit(groups)).any(1)
     if bool(negative.any()):
@@ -95,7 +96,7 @@ def _with_offset(groups: Tensor, precision: torch.dtype) -> Lattice | None:
     low = groups.amin(1)
     spacing = torch.ldexp(torch.ones_like(low), torch.frexp(low)[1] - _PRECISION[torch.float16])
     codes, steps, offsets = torch.zeros_like(groups), torch.zeros_like(low), low.clone()
-    # With an offset that is not certain either, many codes would fit anything.
+    # If the offset is uncertain too, many codes would fit any values.
     levels = _LEVELS if precision == torch.float32 else _UNCERTAIN
     open_ = torch.ones_like(low, dtype=torch.bool)
     for shift in _NEIGHBOURS if precision == torch.bfloat16 else (0,):
@@ -109,7 +110,7 @@ def _with_offset(groups: Tensor, precision: torch.dtype) -> Lattice | None:
     if bool(open_.any()):
         return None
     for shift in range(1, _ABSENT + 1):
-        # An offset of long mantissa is none: code 0 is not met in this group, and lies some steps below.
+        # A long mantissa means that this is not the offset: code 0 is missing in this group, some steps below.
         (rows,) = ((offsets.view(torch.int32) & _LONG) != 0).nonzero(as_tuple=True)
         below = offsets[rows] - shift * steps[rows]
         below = ((below.view(torch.int32) + (_LONG + 1) // 2) & ~_LONG).view(torch.float32)
@@ -122,13 +123,13 @@ def _with_offset(groups: Tensor, precision: torch.dtype) -> Lattice | None:
 def _fitted(
     values: Tensor, points: Tensor, offset: Tensor, precision: torch.dtype, levels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (groups, width), none negative, and steps (groups,) that give ``values``, and of which groups they do.
+    """Non-negative codes (groups, width) and steps (groups,) that give ``values``, and a mask of groups where they do.
 
     ``points`` (groups, any) are those whose differences are multiples of the step.
     """
     if precision != torch.float32:
         return _bounded(values, points, offset, precision, levels)
-    # Most grids have float16 steps, and most groups codes next to each other: these are found without bounds.
+    # Most grids have float16 steps, and most groups have adjacent codes: these are found without bounds.
     distance, gaps = values - offset[:, None], points.sort(1).values.diff(dim=1)
     span = distance.amax(1)
     gap = torch.where(gaps > _NOISE * values.abs().amax(1, keepdim=True), gaps, torch.inf).amin(1)
@@ -145,13 +146,13 @@ def _fitted(
 def _bounded(
     values: Tensor, points: Tensor, offset: Tensor, precision: torch.dtype, levels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`_fitted` says, from the bounds that every value puts on its step."""
+    """Like :func:`_fitted`, but from the bounds of every value on its step."""
     distance = values.double() - offset[:, None].double()
     half = torch.ldexp(torch.ones_like(distance), torch.frexp(values)[1] - _PRECISION[precision] - 1)
     gaps, span = points.double().sort(1).values.diff(dim=1), distance.amax(1)
     gap = torch.where(gaps > 4 * half.amax(1, keepdim=True), gaps, torch.inf).amin(1)
     codes, steps, open_ = torch.zeros_like(values), torch.zeros_like(offset), span > 0
-    # The span is many steps long: it tells the step more precisely than one difference does.
+    # The span is many steps long, so it determines the step more precisely than one difference.
     exact = precision == torch.float32
     guesses = [span / gap * multiple for multiple in range(1, _MULTIPLES + 1)]
     for guess in guesses if exact else [torch.full_like(span, most) for most in _LARGEST] + guesses:
@@ -161,7 +162,7 @@ def _bounded(
             continue
         trial = (distance[rows] / (span[rows] / count[rows])[:, None]).round()
         for _ in range(0 if exact else _REFINEMENTS):
-            # All values together tell it better than the rounded largest alone.
+            # All values together determine it better than the rounded largest value.
             mean = (distance[rows] * trial).sum(1) / trial.square().sum(1)
             trial = (distance[rows] / mean[:, None]).round()
         for step in _steps(distance[rows], half[rows], trial):
@@ -170,12 +171,12 @@ def _bounded(
             codes[rows[hit]], steps[rows[hit]], open_[rows[hit]] = trial[hit].float(), step[hit], False
             if not bool(open_[rows].any()):
                 break
-    # A group of one value is its offset alone.
+    # A group of one distinct value is only an offset.
     return codes, steps, ~open_ & (_dequantized(codes, steps[:, None], offset[:, None], precision) == values).all(1)
 
 
 def _steps(distance: Tensor, half: Tensor, codes: Tensor) -> Iterator[Tensor]:
-    """Steps (groups,) float32 that all values of a group allow, those of short mantissa first."""
+    """Steps (groups,) float32 that all values of a group allow, short mantissas first."""
     met = codes > 0
     low = torch.where(met, (distance - half) / codes, 0.0).amax(1)
     high = torch.where(met, (distance + half) / codes, torch.inf).amin(1)

@@ -1,4 +1,4 @@
-"""The grid that a source already lies on, found again exactly: lossless, and smaller than the file it came from."""
+"""Recovering the exact grid of an already quantized source: lossless, and smaller than its file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.knobs import flag, whole
 from octavo.methods.quantize.lattice import find, precision_of
 
-#: Groups that are looked at before all are: an ordinary matrix is told from a quantized one by the first few.
+#: Groups tested first: a few suffice to distinguish an ordinary matrix from a quantized one.
 _SAMPLE = 32
 _CHUNK = 1 << 20
 
@@ -28,17 +28,16 @@ _CHUNK = 1 << 20
 )
 @dataclass(frozen=True)
 class SourceGrid(Method):
-    """Codes, steps and offsets of a matrix that some quantizer has been at, such that nothing is lost.
+    """Lossless codes, steps and offsets of a matrix that was quantized before.
 
-    ``W[i, j] = round(step[i, g] * codes[i, j] + offset[i, g])`` bit for bit, ``g = j // width`` and offsets only where
-    they are needed (:mod:`octavo.methods.quantize.lattice` says how they are found). A matrix that is not reproduced
-    in every bit is offered nothing, and most others are left after a look at a few groups.
+    ``W[i, j] = round(step[i, g] * codes[i, j] + offset[i, g])`` bit for bit, with ``g = j // width`` and offsets only
+    if needed (:mod:`octavo.methods.quantize.lattice` explains how they are found). A matrix that is not reproduced
+    exactly gets no setting, and most matrices are rejected after a few groups.
 
     Parameters
     ----------
     widths
-        Columns of a group that are tried, besides whole rows; from wide to narrow, since a half of a group lies on its
-        grid as well.
+        Group sizes to try besides whole rows; from wide to narrow, since half a group is on the same grid.
     """
 
     takes = ("width", "offset")
@@ -46,11 +45,11 @@ class SourceGrid(Method):
     widths: tuple[int, ...] = (256, 128, 64, 32, 16)
 
     lossless = True
-    # A row off the grid is enough to lose something.
+    # A single row off the grid would make it lossy.
     by_rows = False
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """The widest group in which every sampled one lies on a grid, if there is one."""
+        """The widest group size at which every sampled group is on a grid, or None."""
         for width in dict.fromkeys((weight.shape[1], *self.widths)):
             if width < min(self.widths) or weight.shape[1] % width:
                 continue
@@ -66,12 +65,13 @@ class SourceGrid(Method):
         found = self._recovered(weight, setting)
         if found is None:
             raise RequestError(
-                f"{self.name}: not every group of {setting['width']} columns of this matrix is on a grid"
+                f"{self.name}: not every group of {setting['width']} columns of this matrix is on a grid; choose "
+                "another width or method"
             )
         return found
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
-        """Nothing, if groups beyond the sample turn out to be on no grid."""
+        """Yields no form if groups outside of the sample are not on a grid."""
         found = (self._recovered(weight, setting) for setting in settings)
         return (form for form in found if form is not None)
 
@@ -79,7 +79,10 @@ class SourceGrid(Method):
         width = whole(self.name, setting, "width", min(self.widths))
         rows, columns = weight.shape
         if columns % width:
-            raise RequestError(f"{self.name}: groups of {width} do not divide the {columns} columns of this matrix")
+            raise RequestError(
+                f"{self.name}: groups of {width} do not divide the {columns} columns of this matrix; choose another "
+                "width"
+            )
         precision, offset = precision_of(weight), flag(self.name, setting, "offset")
         pieces = []
         for piece in weight.reshape(-1, width).split(max(1, _CHUNK // width)):

@@ -18,11 +18,11 @@ from octavo.methods.knobs import real
 from octavo.methods.quantize import viterbi
 from octavo.methods.quantize.units import Magnitudes, Stepped, Units
 
-#: Codes from -32 to 31 have a length of their own. Further out it hardly changes from one to the next.
+#: Codes from -32 to 31 have individual lengths; further out the length hardly changes.
 _CODES = 64
-#: Weights in a chunk of rows: a search is called for each column of it, and calls cost as much as some hundred weights.
+#: Weights in a chunk of rows: a search runs per column, and a call costs as much as a few hundred weights.
 _CHUNK = 1 << 21
-#: Rarer codes are taken to have this length, in bits.
+#: Rarer codes are assumed to have this length in bits.
 _LONGEST = 24
 
 
@@ -36,20 +36,20 @@ _LONGEST = 24
 class TrellisCoded(Stepped):
     """Entropy-constrained quantization on levels twice as dense as its codes: 1 dB less error in the same bits.
 
-    Of the levels ``0, ±1, ±2 …`` half a step apart, the even ones make one quantizer and the odd ones another. Which of
-    them reads a code follows from the parities of the codes above it in its column (:class:`octavo.forms.Trellis`), so
-    that a code takes the bits of a whole step. A choice of codes is a path through a graph of 16 states; the path of
+    The levels ``0, ±1, ±2 …`` are half a step apart: the even ones form one quantizer and the odd ones another. The
+    parities of the codes above a code in its column determine which quantizer reads it (:class:`octavo.forms.Trellis`),
+    so a code takes the bits of a whole step. A choice of codes is a path through a graph of 16 states; the path of
     least ``error^2 + rate * bits`` is found by dynamic programming (:mod:`octavo.methods.quantize.viterbi`). Columns
     follow one another as in the method ``entropy``, in the same units and with the same feedback of errors.
 
-    Below 1.2 to 1.7 bits a weight nothing is gained: the odd quantizer has no zero.
+    Below 1.2 to 1.7 bits per weight there is no gain, since the odd quantizer has no zero.
 
     Parameters
     ----------
     rate
-        Weight of a bit against squared error in units of the step.
+        Weight of one bit relative to the squared error in units of the step.
     levels
-        Steps to try, as the bits that they would take of Gaussian weights at a high rate.
+        Steps to try, stated as the bits per Gaussian weight at a high rate.
     """
 
     takes = ("step",)
@@ -62,13 +62,13 @@ class TrellisCoded(Stepped):
         units = Units(self.name, weight, evidence)
         for setting in settings:
             search = _Search(weight.shape[1], self.rate)
-            # Steps of the grid are those between the levels of both quantizers.
+            # The step of the grid is the distance between the levels of both quantizers.
             half = real(self.name, setting, "step", 1e-38) / 2
             yield Trellis(units.grid(half, search.at_once, search.in_turn, chunk=_CHUNK, multiple=LANES))
 
 
 class _Search:
-    """Codes of a matrix, one chunk of rows after another: lanes go on from the states in which the last chunk ended."""
+    """Codes of a matrix, chunk by chunk: lanes continue from the states at the end of the last chunk."""
 
     def __init__(self, columns: int, rate: float) -> None:
         self._states = np.zeros((columns, LANES), np.int64)
@@ -97,7 +97,7 @@ class _Search:
         return round_blocks(targets, feedback, sweep).div_(2).floor_()
 
     def _quantizer(self, targets: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """What gives the levels of a column from its target, (rows,) both."""
+        """The function that gives the levels of a column from its target, (rows,) both."""
         size, missing = targets.abs(), -targets.shape[1] % LANES
         magnitudes = Magnitudes(size.mean(0), size.mean(1))
         known: dict[int, np.ndarray] = {}
@@ -116,12 +116,12 @@ class _Search:
 def code_lengths(means: Tensor) -> Tensor:
     """Bits of the codes -32 to 31, (means, 64), for Laplacian targets of these mean magnitudes in half steps.
 
-    Either quantizer rounds to its nearest level, a step wide, and the coder does not know which of them it was.
+    Both quantizers round to the nearest level, a step wide, and the coder does not know which one was used.
     """
     codes, means = torch.arange(-_CODES // 2, _CODES // 2, dtype=torch.float64), means[:, None]
 
     def mass(low: Tensor, high: Tensor) -> Tensor:
-        """Probability of an interval, each side of zero for itself so that small ones keep their digits."""
+        """Probability of an interval, computed on each side of zero so that small values stay precise."""
         right = torch.exp(-low.clamp_min(0) / means) - torch.exp(-high.clamp_min(0) / means)
         left = torch.exp(high.clamp_max(0) / means) - torch.exp(low.clamp_max(0) / means)
         return (right + left) / 2

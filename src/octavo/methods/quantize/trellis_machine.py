@@ -1,4 +1,4 @@
-"""The states of the trellis of :mod:`octavo.forms.trellis`, and which of them follow each other."""
+"""The states of the trellis of :mod:`octavo.forms.trellis` and their transitions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LARGEST = 2**30
 
 
 def _machine() -> tuple[np.ndarray, np.ndarray]:
-    """Return the two predecessors of every state, and the remainder modulo 4 of the levels that lead from each.
+    """Return the two predecessors of every state, and the remainder modulo 4 of the levels leading from each.
 
-    A state holds what the past adds to the quantizer of now (its lowest bit) and of the steps to come. From a state of
-    quantizer q, a code of parity p stands for a level of remainder ``2 p + q``. Both tables have shape (states, 2).
+    A state holds the contribution of the past to the current quantizer (its lowest bit) and to later ones. From a state
+    of quantizer q, a code of parity p means a level of remainder ``2 p + q``. Both tables have shape (states, 2).
     """
     states = 1 << max(*QUANTIZER_TAPS, *PARITY_TAPS)
     quantizer_taps, parity_taps = (sum(1 << (tap - 1) for tap in taps) for taps in (QUANTIZER_TAPS, PARITY_TAPS))

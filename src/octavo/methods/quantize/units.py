@@ -1,8 +1,8 @@
-"""A matrix in units in which one step fits all of it, and the grid that its rounded values make.
+"""A matrix in units in which one step fits all weights, and the grid of its rounded values.
 
 With ``loss = 1/2 sum_i r[i] d[j] F[i, j]^2`` (:mod:`octavo.methods.feedback`) every weight is divided by its own step
-``step / sqrt(r[i] d[j])``, so that a rounding error costs the same wherever it is made: at high rates the bytes of the
-whole network are then spent at one slope. Row and column steps are rounded to eighths of an octave.
+``step / sqrt(r[i] d[j])``, so that every rounding error costs the same: at high rates the bytes of the whole network
+are then spent at one slope. Row and column steps are rounded to eighths of an octave.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
 
-#: Rows are rounded in chunks: they do not depend on each other, a chunk fits the cache, and its vectors are short
-#: enough that no operation is split over threads, whose meeting at every column would cost more than the work.
+#: Rows are rounded in independent chunks that fit the cache. Their vectors are too short to be split over threads,
+#: whose synchronisation at every column would cost more than the work.
 _CHUNK = 1 << 19
-#: Mean magnitudes that rounding tells apart, in quarters of an octave of a step: 1/32 to 2048.
+#: Mean magnitudes that rounding distinguishes, in quarter octaves of a step: 1/32 to 2048.
 _LOW, _HIGH = -20, 44
 _LARGEST = 2**30
 
 
 class Units:
-    """A matrix in units of its steps, for the method of that name."""
+    """A matrix in units of its steps, for the method with the given name."""
 
     def __init__(self, method: str, weight: Tensor, evidence: Evidence) -> None:
         require_finite(evidence.rows)
@@ -40,7 +40,7 @@ class Units:
             curvature, self.feedback = torch.ones(columns), None
         else:
             self.order, curvature, self.feedback = factored(evidence)
-        # Zero weights would ask for infinite steps; they are bounded by what the exponents can hold.
+        # Zero weights would need infinite steps, so steps are bounded by the exponent range.
         self.row_exponents = _exponents(evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-12).clamp_min(1e-30))
         self.column_exponents = _exponents(curvature.clamp_min(float(curvature.max()) * 1e-12))
         self.row_steps = exponent_steps(self.row_exponents)
@@ -50,8 +50,8 @@ class Units:
             self.feedback = self.feedback * self.column_steps[:, None] / self.column_steps[None]
 
     def steps(self, levels: Iterable[float]) -> list[float]:
-        """The steps at which Gaussian weights, rounded finely, take so many bits; 1 if there is nothing to round."""
-        # Divided first and scaled back last: the squares of large weights would overflow.
+        """The steps at which finely rounded Gaussian weights take the given bits; 1 if all weights are zero."""
+        # Divided first and scaled back last, since the squares of large weights would overflow.
         units = self.weight[:, self.order] / self.row_steps[:, None] / self.column_steps
         largest = float(units.abs().max()) if units.numel() else 0.0
         if not largest > 0:
@@ -75,26 +75,26 @@ class Units:
         Parameters
         ----------
         step
-            What the units are divided by.
+            The divisor of the units.
         at_once
-            Gives the codes of some rows, (rows, columns) both, where no column feeds errors to another.
+            Returns the codes of some rows, (rows, columns) both, without error feedback.
         in_turn
-            Gives the codes of some rows, (columns, rows) both, with the columns in the order of processing and the
-            feedback between them, which is the second argument.
+            Returns the codes of some rows, (columns, rows) both, with columns in the order of processing; the second
+            argument is the feedback.
         chunk, multiple
-            Rows come in chunks of about so many weights, each but the last of a multiple of so many rows.
+            Approximate weights per chunk of rows, and the multiple of rows in every chunk except the last.
 
         Raises
         ------
         RequestError
-            If codes leave 31 bits.
+            If codes exceed 31 bits.
         """
         rows, columns = self.shape
         height = max(1, chunk // columns // multiple) * multiple
         codes = [self._chunk(slice(i, i + height), step, at_once, in_turn) for i in range(0, rows, height)]
         column_exponents = torch.empty_like(self.column_exponents)
         column_exponents[self.order] = self.column_exponents
-        # Concatenation takes the widest type of all.
+        # Concatenation uses the widest type.
         joined = torch.cat(codes) if codes else torch.empty(self.shape, dtype=torch.int8)
         return Grid(joined, torch.full((1, 1), step), None, self.row_exponents, column_exponents)
 
@@ -116,13 +116,14 @@ class Units:
         largest = max(map(abs, map(float, torch.aminmax(rounded)))) if rounded.numel() else 0
         if not largest < _LARGEST:
             raise RequestError(
-                f"{self.method}: a step of {step:g} is too fine for this matrix, its codes exceed {_LARGEST}"
+                f"{self.method}: a step of {step:g} is too fine for this matrix, as its codes exceed {_LARGEST}; "
+                "choose a coarser step"
             )
         return rounded.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
 
 
 class Stepped(Method):
-    """A method whose one knob is the step in these units."""
+    """A method whose only knob is the step in these units."""
 
     elastic = "step"
     #: Steps to try, as the bits that they would take of Gaussian weights at a high rate.
@@ -137,9 +138,9 @@ class Stepped(Method):
 
 
 class Magnitudes:
-    """Classes of magnitude in a matrix of targets: a rank-one model, which the coder's classes follow.
+    """Classes of magnitude in a matrix of targets: a rank-one model, like the coder's classes.
 
-    Magnitudes are rounded to quarters of an octave, so that what depends on them is looked up and not computed.
+    Magnitudes are rounded to quarter octaves, so that functions of them are table lookups.
 
     Parameters
     ----------
@@ -156,7 +157,7 @@ class Magnitudes:
         self._columns = ((along / along.mean()).log2() * 4).round().long()
 
     def key(self, column: int) -> int:
-        """What columns of one magnitude have in common."""
+        """The key shared by columns of one magnitude."""
         return int(self._columns[column])
 
     def classes(self, key: int) -> Tensor:
@@ -164,11 +165,11 @@ class Magnitudes:
         return (self._rows + key).clamp_(_LOW, _HIGH) - _LOW
 
     def offsets(self) -> tuple[Tensor, Tensor]:
-        """What rows (rows,) and columns (columns,) add to a class, which is cut at the first and last there are."""
+        """The contributions of rows (rows,) and columns (columns,) to a class, which is clamped to the valid range."""
         return self._rows - _LOW, self._columns
 
     def kinds(self) -> tuple[Tensor, Tensor]:
-        """Classes of the columns that differ, (rows, kinds), and which of these each column is, (columns,)."""
+        """Classes of the distinct columns, (rows, kinds), and the index of each column among these, (columns,)."""
         kinds, kind = self._columns.unique(return_inverse=True)
         return (self._rows[:, None] + kinds).clamp_(_LOW, _HIGH).sub_(_LOW), kind
 

@@ -1,25 +1,24 @@
 """The best path through the trellis of :mod:`octavo.forms.trellis` (Viterbi, 1967).
 
-It is compiled by numba where that is installed (the extra ``numba``). Without, NumPy takes the same path step by step,
-tens of times slower.
+numba compiles it if installed (the extra ``numba``). Otherwise NumPy finds the same path step by step, tens of times
+slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import numpy as np
 
 from octavo.forms.trellis import LANES
-from octavo.methods.compiled import compiled
+from octavo.methods.quantize import viterbi_loops
 from octavo.methods.quantize.trellis_machine import BEFORE, LARGEST, REMAINDER, STATES
 
 _FAR = np.float32(1e30)
 
 
 def best_path(targets: np.ndarray, classes: np.ndarray, penalties: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """Levels of least ``sum (target - level)^2 + penalty`` that a decoder can follow.
+    """Decodable levels that minimize ``sum (target - level)^2 + penalty``.
 
     Parameters
     ----------
@@ -28,8 +27,8 @@ def best_path(targets: np.ndarray, classes: np.ndarray, penalties: np.ndarray, s
     classes
         Row of ``penalties`` for each target, int32 of the same shape.
     penalties
-        (classes, codes) float32: what each code costs, the one for zero in the middle; codes further out cost what the
-        outermost cost.
+        (classes, codes) float32: the cost of each code, with zero in the middle; codes further out cost as much as the
+        outermost.
     state
         (LANES,) int64: the state of each lane at the start. Overwritten with the states at the end.
 
@@ -47,9 +46,9 @@ def best_path(targets: np.ndarray, classes: np.ndarray, penalties: np.ndarray, s
 def _plain(
     targets: np.ndarray, first: np.ndarray, classes: np.ndarray, penalties: np.ndarray, state: np.ndarray
 ) -> np.ndarray:
-    """One NumPy call for all states and lanes of a step."""
+    """The NumPy version, with one call for all states and lanes of a step."""
     half, lanes = penalties.shape[1] // 2, np.arange(LANES)
-    # Of every four neighbouring levels each remainder has one.
+    # Each remainder has one of every four adjacent levels.
     levels = first + ((np.arange(4, dtype=np.int32)[:, None] - first) & 3)
     errors = targets - levels.astype(np.float32)
     costs = errors * errors + penalties[classes, np.clip(levels >> 1, -half, half - 1) + half]
@@ -73,16 +72,9 @@ def _plain(
 
 def sweep() -> Callable[..., None] | None:
     """``sweep`` of :mod:`octavo.methods.quantize.viterbi_loops`, compiled; None without numba."""
-    return compiled(_loops().sweep)
+    return viterbi_loops.compiled_sweep()
 
 
 def _search() -> Callable[..., np.ndarray]:
-    """The faster of the two that can be had."""
-    return compiled(_loops().search) or _plain
-
-
-def _loops() -> ModuleType:
-    """The loops to compile. Their module imports numba, which takes a second, so that it waits until it is needed."""
-    from octavo.methods.quantize import viterbi_loops
-
-    return viterbi_loops
+    """The fastest available version."""
+    return viterbi_loops.compiled_search() or _plain

@@ -1,12 +1,13 @@
-"""The loops of :mod:`octavo.methods.quantize.viterbi` for numba, which is imported with this module.
+"""The loops of :mod:`octavo.methods.quantize.viterbi` for numba, which takes a second to import: it waits for a call.
 
-``sweep`` calls the compiled ``search`` as a global of its module. A compiled function that is passed as an argument
-has a type of its own in every process: numba would compile its caller each time, and keep it in its cache each time.
+``sweep`` calls the compiled ``search`` as a global of its module. A compiled function passed as an argument has a new
+type in every process, so numba would compile and cache its caller each time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ _FAR = np.float32(1e30)
 def search(
     targets: np.ndarray, first: np.ndarray, classes: np.ndarray, penalties: np.ndarray, state: np.ndarray
 ) -> np.ndarray:
-    """What :func:`octavo.methods.quantize.viterbi.best_path` asks for; loops over lanes become vector instructions."""
+    """The search of :func:`octavo.methods.quantize.viterbi.best_path`; loops over lanes become vector instructions."""
     half, steps = np.int32(penalties.shape[1] // 2), len(targets) // LANES
     costs = np.empty((4, len(targets)), np.float32)
     for remainder in range(4):
@@ -58,8 +59,20 @@ def search(
     return levels
 
 
-#: None where numba is not installed.
-_search: Any = compiled(search)
+#: What ``sweep`` calls; :func:`compiled_sweep` sets it.
+_search: Any = None
+
+
+def compiled_search() -> Callable[..., Any] | None:
+    """``search``, compiled; None without numba."""
+    return compiled(search)
+
+
+def compiled_sweep() -> Callable[..., Any] | None:
+    """``sweep``, compiled; None without numba."""
+    global _search
+    _search = compiled(search)
+    return compiled(sweep)
 
 
 def sweep(
@@ -74,8 +87,8 @@ def sweep(
 ) -> None:
     """Round a block of columns (:func:`octavo.methods.feedback.round_blocks`), for numba.
 
-    A weight's class is the sum of its row's and its column's, (rows,) and (width,), cut at 0 and ``last``;
-    ``penalties`` are those of :func:`best_path`, and ``states``, its states by column, (width, LANES).
+    A weight's class is the sum of its row's and its column's, (rows,) and (width,), clamped to 0 and ``last``;
+    ``penalties`` are those of :func:`best_path`, and ``states`` its states by column, (width, LANES).
     """
     width, height = targets.shape
     padded = (height + LANES - 1) // LANES * LANES

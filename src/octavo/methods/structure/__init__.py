@@ -1,1 +1,1 @@
-"""Units of a whole block cut away together: neurons, heads and their dimensions."""
+"""Methods that remove units of a whole block: neurons, heads and head dimensions."""

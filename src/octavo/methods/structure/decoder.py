@@ -1,4 +1,4 @@
-"""The blocks of decoders of the Llama kind, and what flows through them: moments gathered in forward passes alone."""
+"""The blocks of Llama-like decoders, and moments of their activations from forward passes only."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from octavo.errors import RequestError
 from octavo.sources.batches import Batch, mask_of, run
 from octavo.system.matmul import fast_matmul
 
-#: Their rotary embedding turns dimension ``i`` of a head with ``i + head / 2``, and nothing stands between the
-#: projections of queries, keys and values and the attention: no norm, no clipping.
+#: Their rotary embedding rotates dimension ``i`` of a head with ``i + head / 2``, and there is no norm or clipping
+#: between the projections and the attention.
 KINDS = ("llama", "mistral", "qwen2")
 
 
@@ -39,14 +39,14 @@ class Block:
     size: int
 
     def linear(self, path: str) -> nn.Linear:
-        """One of its projections, such as ``self_attn.q_proj``."""
+        """The name of a projection, such as ``self_attn.q_proj``."""
         found = self.module.get_submodule(path)
         assert isinstance(found, nn.Linear)
         return found
 
     @property
     def group(self) -> int:
-        """Number of query heads that read one head of keys and values."""
+        """Number of query heads per key and value head."""
         return self.heads // self.shared
 
 
@@ -62,14 +62,14 @@ def blocks(model: nn.Module) -> list[Block]:
     Raises
     ------
     RequestError
-        If the model is none of :data:`KINDS`, or its blocks are not built as theirs are.
+        If the model is not one of :data:`KINDS`, or its blocks are built differently.
     """
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in KINDS:
         raise RequestError(
-            f"{type(model).__name__}: cannot cut the blocks of a model of type {kind!r}; those of {', '.join(KINDS)} "
-            "are known, because rotary embeddings and norms inside of attention differ between others"
+            f"{type(model).__name__}: cannot cut the blocks of a model of type {kind!r}, since rotary embeddings and "
+            f"norms in attention differ; choose a model of type {', '.join(KINDS)}"
         )
     lists = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList))
     prefix, layers = next(lists, ("", nn.ModuleList()))
@@ -80,23 +80,23 @@ def blocks(model: nn.Module) -> list[Block]:
         parts = dict(layer.named_modules())
         absent = [path for path in PROJECTIONS if not isinstance(parts.get(path), nn.Linear)]
         if absent:
-            raise RequestError(f"{name}: {absent[0]} is no nn.Linear; blocks are cut before they are compressed")
+            raise RequestError(f"{name}: {absent[0]} is not an nn.Linear; cut blocks before compressing them")
         found.append(Block(name, layer, heads, shared, parts["self_attn.q_proj"].out_features // heads))
     return found
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What was seen in one block: means over the positions of all sequences.
+    """Statistics of one block: means over the positions of all sequences.
 
     Parameters
     ----------
     queries, keys
-        (heads, size) and (shared, size) mean squares before the rotation.
+        (heads, size) and (shared, size) mean squares before the rotary embedding.
     values
-        (shared, size, size) second moments of values; without their bias where the output projection can take it.
+        (shared, size, size) second moments of values; without their bias if the output projection can absorb it.
     neurons
-        (neurons, neurons) second moment of what the MLP's last matrix reads.
+        (neurons, neurons) second moment of the inputs of the MLP's last matrix.
     influence
         ``1 - E[cos(input, output)]`` of the block.
     """
@@ -111,14 +111,14 @@ class Moments:
 @fast_matmul()
 @torch.no_grad()
 def observe(model: nn.Module, batches: Iterable[Batch]) -> list[Moments]:
-    """The moments of all blocks from one forward pass over ``batches``; padding is left out by ``attention_mask``.
+    """The moments of all blocks from one forward pass over ``batches``; ``attention_mask`` excludes padding.
 
-    Sums are kept in float64. They take eight bytes times the square of the neurons for every block.
+    Sums are kept in float64 and take eight bytes times the squared number of neurons per block.
 
     Raises
     ------
     RequestError
-        If there are no batches, or something that flows is not finite.
+        If there are no batches, or an activation is not finite.
     """
     found = [_Sums(block) for block in blocks(model)]
     with _evaluating(model), _hooked(found):
@@ -131,7 +131,7 @@ def observe(model: nn.Module, batches: Iterable[Batch]) -> list[Moments]:
 
 
 class _Sums:
-    """Running sums of one block, fed by hooks."""
+    """Runner sums of one block, fed by hooks."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -140,7 +140,7 @@ class _Sums:
         self.count = 0
 
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
-        """Every module that is watched, with what is done after it ran."""
+        """Every watched module with its forward hook."""
         block = self.block
         for name, heads in (("q", block.heads), ("k", block.shared)):
             yield block.linear(f"self_attn.{name}_proj"), self._squares(name, heads)
@@ -151,11 +151,15 @@ class _Sums:
     def moments(self) -> Moments:
         """The means."""
         if not self.count:
-            raise RequestError("there is nothing to observe: give at least one batch with a token that is no padding")
+            raise RequestError(
+                "batches: there is nothing to observe; give at least one batch with a token that is not padding"
+            )
         mean = {name: total / self.count for name, total in self.sums.items()}
         for name, value in mean.items():
             if not bool(torch.isfinite(value).all()):
-                raise RequestError(f"{self.block.name}: the moments of {name!r} are not finite; check model and data")
+                raise RequestError(
+                    f"{self.block.name}: the moments of {name!r} are not finite; check the model and the data"
+                )
         return Moments(mean["q"], mean["k"], mean["v"], mean["neurons"], 1 - float(mean["cosine"]))
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -189,7 +193,7 @@ class _Sums:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; then every module is in its former mode again."""
+    """A context in evaluation mode that restores the mode of every module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

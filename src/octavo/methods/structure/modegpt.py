@@ -1,16 +1,17 @@
-"""MoDeGPT: pairs of matrices decomposed together, so that blocks become thinner and need no training.
+"""MoDeGPT: thinner blocks without training, by decomposing pairs of matrices together.
 
 Source: Lin et al. (2024), arXiv 2408.09632. With the moments of one forward pass (:class:`Moments`), in every block:
 
-- The MLP. With the moment ``C`` (m, m) of its neurons, those of the largest ridge leverage ``[C (C + l I)^-1]_ii``
-  stay, the set ``S``, and the matrix that reads them makes up for the rest: ``W_D <- W_D C[:, S] C[S, S]^-1``.
-- Queries and keys. Of the dimensions that the rotary embedding turns together, the pairs with the largest
-  ``sqrt(E|q|^2) sqrt(E|k|^2)`` stay, summed over the query heads of a group. A rotation changes none of it.
-- Values and output. With values ``v = W_V x`` of moment ``M`` (size, size), ``W_O W_V`` of a head becomes the product
-  of lower rank with the least error at the output: the truncated SVD of ``W_O M^(1/2)``. Where several query heads
-  share the values, these alone are truncated, the SVD of ``M^(1/2)``, and each ``W_O`` is projected.
+- The MLP. With the moment ``C`` (m, m) of its neurons, those of the largest ridge leverage ``[C (C + l I)^-1]_ii`` are
+  kept (the set ``S``), and the matrix that reads them compensates the rest: ``W_D <- W_D C[:, S] C[S, S]^-1``.
+- Queries and keys. Of the pairs of dimensions that the rotary embedding rotates together, those with the largest
+  ``sqrt(E|q|^2) sqrt(E|k|^2)``, summed over the query heads of a group, are kept. This score is invariant to the
+  rotation.
+- Values and output. With values ``v = W_V x`` of moment ``M`` (size, size), ``W_O W_V`` of a head becomes the low-rank
+  product with the least output error: the truncated SVD of ``W_O M^(1/2)``. If several query heads share the values,
+  only the values are truncated by the SVD of ``M^(1/2)``, and each ``W_O`` is projected.
 
-Layers give up shares of their weights by their influence on the stream (:func:`allocate`).
+The share of weights cut from a layer depends on its influence on the residual stream (:func:`allocate`).
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from octavo.forms import Cut, Dense, Form
 from octavo.methods.factorize.factors import whitened
 from octavo.methods.structure.decoder import Block, Moments, blocks
 
-#: What can be decomposed: the MLP (type I), queries with keys (type II), values with the output (type III).
+#: The pairs that can be decomposed: the MLP (type I), queries with keys (type II), values with the output (type III).
 TYPES = ("mlp", "query-key", "value-output")
-#: No layer gives up more.
+#: The largest share cut from a layer.
 LIMIT = 0.8
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A decoder's thinner blocks, in matrices of their former shapes.
+    """A decoder's thinner blocks, as matrices of the original shapes.
 
     Parameters
     ----------
     forms
-        Of weights by parameter name: a :class:`octavo.forms.Cut` each.
+        Forms of weights by parameter name: a :class:`octavo.forms.Cut` each.
     biases
-        By parameter name, those that changed.
+        Changed biases by parameter name.
     """
 
     forms: dict[str, Form]
@@ -50,7 +51,7 @@ class Decomposition:
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> nn.Module:
-        """The model with these weights and biases, in place."""
+        """Set these weights and biases in the model, in place."""
         parameters = dict(model.named_parameters())
         for name, form in self.forms.items():
             parameters[name].copy_(form.dense())
@@ -60,19 +61,19 @@ class Decomposition:
 
 
 def allocate(influence: Sequence[float], mean: float, temperature: float = 0.015) -> list[float]:
-    """Shares of their weights that layers give up.
+    """The shares of weights to cut from each layer.
 
     They maximise ``sum_l s_l (1 - phi_l) + temperature * entropy(phi)`` under the given mean, which gives ``phi = L *
-    mean * softmax(-s / temperature)``; what exceeds :data:`LIMIT` is spread over the others in proportion.
+    mean * softmax(-s / temperature)``. The excess above :data:`LIMIT` is distributed to the others in proportion.
 
     Parameters
     ----------
     influence
-        ``s``, one a layer.
+        ``s``, one per layer.
     mean
         From 0 to :data:`LIMIT`.
     temperature
-        High ones make layers equal.
+        High temperatures make layers equal.
     """
     if not 0 <= mean <= LIMIT:
         raise RequestError(f"modegpt: the share of weights to cut is {mean!r}; it must be from 0 to {LIMIT}")
@@ -106,26 +107,29 @@ def decompose(
     Parameters
     ----------
     moments
-        Of :func:`octavo.methods.structure.decoder.observe`, one a block.
+        The result of :func:`octavo.methods.structure.decoder.observe`, one per block.
     shares
-        What every block gives up, from 0 to below 1; at least one unit of each kind remains.
+        The share cut from every block, from 0 to below 1; at least one unit of each kind is kept.
     types
-        Which of :data:`TYPES`; the others stay as they are.
+        A choice from :data:`TYPES`; the others are unchanged.
     ridge
         Added to the diagonals of moments, as a share of their mean.
 
     Raises
     ------
     RequestError
-        If the model's architecture is not known, or the arguments do not fit it.
+        If the model's architecture is unknown, or the arguments do not fit it.
     """
     found = blocks(model)
     if not len(found) == len(moments) == len(shares):
-        raise RequestError(f"modegpt: {len(found)} blocks, but {len(moments)} moments and {len(shares)} shares")
+        raise RequestError(
+            f"modegpt: {len(found)} blocks, but {len(moments)} moments and {len(shares)} shares; give one of each per "
+            "block"
+        )
     if wrong := [share for share in shares if not 0 <= share < 1]:
         raise RequestError(f"modegpt: a share to cut is {wrong[0]!r}; it must be at least 0 and below 1")
     if unknown := sorted(set(types) - set(TYPES)):
-        raise RequestError(f"modegpt: {unknown[0]!r} is no type of module; choose from {', '.join(TYPES)}")
+        raise RequestError(f"modegpt: type {unknown[0]!r} is not known; choose from {', '.join(TYPES)}")
     result = Decomposition({}, {})
     work = {"mlp": _mlp, "query-key": _query_key, "value-output": _value_output}
     for block, seen, share in zip(found, moments, shares, strict=True):
@@ -142,19 +146,19 @@ def leverage(moment: Tensor, ridge: float) -> Tensor:
 
 
 def refitted(weight: Tensor, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """``W C[:, S] C[S, S]^-1``, ``C`` damped: of all (d, |S|) that read what is kept, the nearest to ``W`` (d, m)."""
+    """``W C[:, S] C[S, S]^-1``, ``C`` damped: the matrix (d, |S|) on the kept units that is nearest to ``W`` (d, m)."""
     damped, _ = _damped(moment, ridge)
     factor = torch.linalg.cholesky(damped[kept][:, kept])
     return torch.cholesky_solve(damped[kept] @ weight.double().t(), factor).t()
 
 
 def pairs(queries: Tensor, keys: Tensor, count: int) -> Tensor:
-    """The pairs of rotated dimensions that stay, for each head of keys.
+    """The pairs of rotated dimensions to keep, for each key head.
 
     Parameters
     ----------
     queries, keys
-        (heads, size) and (shared, size) mean squares; dimension ``i`` is turned with ``i + size / 2``.
+        (heads, size) and (shared, size) mean squares; dimension ``i`` is rotated with ``i + size / 2``.
 
     Returns
     -------
@@ -169,7 +173,7 @@ def pairs(queries: Tensor, keys: Tensor, count: int) -> Tensor:
 
 
 def value_bases(outputs: Tensor, moment: Tensor, rank: int, ridge: float) -> tuple[list[Tensor], Tensor]:
-    """What takes the place of the output matrices of the heads that share values, and of the values.
+    """The replacements of the output matrices of heads that share values, and of the values.
 
     Parameters
     ----------
@@ -215,7 +219,7 @@ def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result
     bias = values.new_zeros(block.shared, block.size)
     moved = torch.zeros_like(bias) if value.bias is None else value.bias.double().view_as(bias)
     if value.bias is not None and output.bias is not None:
-        # Weights of attention sum to one, so the bias of values comes out of it as it went in.
+        # Attention weights sum to one, so the bias of values passes through unchanged.
         constant = torch.einsum("dhgi,hi->d", outputs, moved)
         result.biases[f"{name}.o_proj.bias"] = (output.bias + constant).to(output.bias)
         moved = torch.zeros_like(bias)
@@ -252,12 +256,12 @@ def _all(count: int, like: Tensor) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest scores; of equal ones the first, on every machine."""
+    """Indices of the largest scores; ties choose the first, on every machine."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def _damped(moment: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """``C + l I`` in float64, and ``l``; a moment of zeros is given some diagonal too."""
+    """``C + l I`` in float64, and ``l``; a zero moment gets a diagonal too."""
     added = ridge * float(moment.diagonal().mean()) or 1e-12
     moment = moment.double()
     return moment + added * torch.eye(len(moment)).to(moment), added

@@ -1,1 +1,1 @@
-"""Models as files of onnxruntime."""
+"""Exporting models to files for onnxruntime."""

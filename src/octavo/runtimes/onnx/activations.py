@@ -1,7 +1,7 @@
-"""What rounding a site's inputs to 8 bits costs, in the same currency as what rounding its weights costs.
+"""The expected loss of rounding a site's inputs to 8 bits, in the same currency as that of its weights.
 
-An integer kernel rounds its inputs when it runs, with a step ``D`` that follows from their range. The error of an
-input is uniform, of variance ``D^2 / 12``, and independent of the others: the expected increase of the model's loss is
+An integer kernel rounds its inputs at run time, with a step ``D`` from their range. The error of an input is uniform
+with variance ``D^2 / 12``, and independent of the others. The expected increase of the model's loss is
 
     1/2 * sum_i rows[i] * sum_j W[i, j]^2 * D[j]^2 / 12
 
@@ -10,7 +10,7 @@ with the row weights of :mod:`octavo.calibration.evidence` and ``W`` (rows, colu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,26 +18,29 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
+from octavo.errors import RequestError
 from octavo.forms import Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
-from octavo.runtimes.onnx.kernels import BLOCK_WIDTHS, FLOAT, INT8, children, kernel_of
+from octavo.runtimes.lowering import Lowering
+from octavo.runtimes.onnx.kernels import BLOCK_WIDTHS, FLOAT, INT8, kernel_of
 from octavo.sources.batches import Batch, run
 from octavo.sources.sites import Source
 
-#: Inner values of a factored layer are not watched; they are taken as Gaussian, in a range of this many deviations.
+#: Inner values of a factored layer are not watched; they are assumed Gaussian, in a range of this many standard
+#: deviations.
 _DEVIATIONS = 9.0
 
 
 @dataclass
 class Ranges:
-    """What was seen of one site's inputs.
+    """Statistics of one site's inputs.
 
     Parameters
     ----------
     low, high
         (batches, columns): extremes of every column in every batch.
     blocks
-        Width of a group of columns to the mean over positions of the square of its largest magnitude, (groups,).
+        Maps a group size to the mean over positions of the squared largest magnitude per group, (groups,).
     """
 
     low: list[Tensor] = field(default_factory=list)
@@ -46,7 +49,7 @@ class Ranges:
     positions: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in the inputs of one batch, (..., columns)."""
+        """Add the inputs of one batch, (..., columns)."""
         flat = x.detach().float().reshape(-1, x.shape[-1])
         self.low.append(flat.amin(0))
         self.high.append(flat.amax(0))
@@ -58,7 +61,7 @@ class Ranges:
 
 
 def watch(source: Source, sites: Iterable[str], batches: Sequence[Batch]) -> dict[str, Ranges]:
-    """Ranges of the inputs of ``sites``, over ``batches`` as they come, padding included: the kernel sees it too."""
+    """Input ranges of ``sites`` over ``batches``, including padding, since the kernel sees it too."""
     found: dict[str, Ranges] = {}
     handles = []
     assert source.module is not None
@@ -82,38 +85,55 @@ def watch(source: Source, sites: Iterable[str], batches: Sequence[Batch]) -> dic
     return found
 
 
+#: Expected loss when a kernel rounds the inputs of a form, by forms of several steps.
+_losses = Lowering[Callable[[Any, str, Evidence, Ranges], float]]("loss by rounded inputs")
+#: Variance of what is rounded off each input, (columns,), by the forms that run on an integer kernel in one step.
+variances = Lowering[Callable[[Any, Ranges], Tensor]]("variance of rounded inputs")
+
+
 def rounding_loss(form: Form, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
     """Expected increase of the model's loss when ``kernel`` rounds the inputs of a form."""
     if kernel == FLOAT or kernel_of(form) == FLOAT:
         return 0.0
-    if isinstance(form, LowRank):
-        inner = form.right.dense()
-        deviations = ((inner @ evidence.moment(inner.shape[1])) * inner).sum(1).clamp_min(0).sqrt()
-        reach = deviations * _DEVIATIONS / 2
-        # What the first factor rounds goes through both.
-        first = _through(form.dense(), form.right, evidence, ranges)
-        return first + rounding_loss(form.left, kernel, evidence, Ranges([-reach], [reach]))
-    if isinstance(form, Sum):
-        return sum(rounding_loss(part, kernel, evidence, ranges) for part in children(form))
-    return _through(form.dense(), form, evidence, ranges)
+    loss = _losses.find(form)
+    return _through(form.dense(), form, evidence, ranges) if loss is None else loss(form, kernel, evidence, ranges)
+
+
+@_losses(LowRank)
+def _low_rank(form: LowRank, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
+    inner = form.right.dense()
+    deviations = ((inner @ evidence.moment(inner.shape[1])) * inner).sum(1).clamp_min(0).sqrt()
+    reach = deviations * _DEVIATIONS / 2
+    # Rounding errors of the first factor pass through both.
+    first = _through(form.dense(), form.right, evidence, ranges)
+    return first + rounding_loss(form.left, kernel, evidence, Ranges([-reach], [reach]))
+
+
+@_losses(Sum)
+def _sum(form: Sum, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
+    return sum(rounding_loss(part, kernel, evidence, ranges) for part in (form.base, form.correction))
 
 
 def _through(weight: Tensor, form: Form, evidence: Evidence, ranges: Ranges) -> float:
-    """Expected loss when inputs are rounded as ``form`` asks for, and then multiplied with ``weight``."""
-    kernel = kernel_of(form)
-    if kernel == FLOAT:
+    """Expected loss when inputs are rounded as ``form`` requires and multiplied with ``weight``."""
+    if kernel_of(form) == FLOAT:
         return 0.0
-    assert isinstance(form, Grid)
+    variance = variances.find(form)
+    if variance is None:
+        raise RequestError(f"{variances.missing(form)}; what its kernel loses cannot be foreseen")
+    return float(evidence.rows @ (weight.square() @ variance(form, ranges))) / 2
+
+
+@variances(Grid)
+def _grid(form: Grid, ranges: Ranges) -> Tensor:
     smooth = torch.ones(form.shape[1]) if form.columns is None else exponent_steps(form.columns)
-    if kernel == INT8:
+    if kernel_of(form) == INT8:
         low, high = (torch.stack(side) * smooth for side in (ranges.low, ranges.high))
-        # Zero always belongs to the range.
+        # The range always includes zero.
         steps = (high.amax(1).clamp_min(0) - low.amin(1).clamp_max(0)) / 255
-        variance = steps.square().mean() / 12 / smooth.square()
-    else:
-        width = form.shape[1] // form.scale.shape[1]
-        variance = (ranges.blocks[width] / ranges.positions / 127**2 / 12).repeat_interleave(width)
-    return float(evidence.rows @ (weight.square() @ variance)) / 2
+        return steps.square().mean() / 12 / smooth.square()
+    width = form.shape[1] // form.scale.shape[1]
+    return (ranges.blocks[width] / ranges.positions / 127**2 / 12).repeat_interleave(width)
 
 
 def rounding_losses(
@@ -122,7 +142,7 @@ def rounding_losses(
     evidence: Mapping[str, Evidence],
     ranges: Mapping[str, Ranges],
 ) -> dict[str, float]:
-    """Expected increase of the model's loss by site, of those whose inputs are rounded and were seen."""
+    """Expected increase of the model's loss by site, for sites with rounded inputs and statistics."""
     return {
         name: rounding_loss(forms[name], kernel, evidence[name], ranges[name])
         for name, kernel in kernels.items()

@@ -1,11 +1,11 @@
-"""Integers as initializers of the fewest bits that hold them exactly, and the nodes that read them again.
+"""Storing integers as initializers with the fewest exact bits, and the nodes that read them.
 
-Most codes of a matrix lie in a narrow window, the more so if they were chosen for an entropy coder. What lies in the
-window takes 0 to 6, 8 or 16 bits; the few beyond it are stored apart, by the steps between their places. Of 4 bits
-an initializer of ONNX holds two to a byte. Of 1 and 2 bits there is no type, so bytes are taken apart when they are
-read; 3, 5 and 6 bits are two of these side by side.
+Most codes of a matrix are in a narrow window, especially if they were chosen for an entropy coder. Codes in the window
+take 0 to 6, 8 or 16 bits. The few others are stored separately, with the gaps between their positions. ONNX
+initializers of 4 bits hold two values per byte. There is no type of 1 or 2 bits, so bytes are split when read; 3, 5 and
+6 bits combine two of these widths.
 
-All of this depends on nothing but initializers. So onnxruntime works it out once, when it opens the file.
+All of this only depends on initializers. So onnxruntime computes it once, when it opens the file.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch import Tensor
 
 from octavo.runtimes.onnx.nodes import UINT4, Nodes
 
-#: Bytes that one integer beyond the window takes, about: for its place and for itself.
+#: Approximate bytes of an integer outside of the window: position and value.
 _BEYOND_BYTES = 2.5
-#: Bytes of the nodes that put integers beyond the window where they belong.
+#: Bytes of the nodes that insert integers outside of the window.
 _BEYOND_NODES = 700
-#: Bits to the widths that are stored side by side for them, and to the bytes of nodes that this takes.
+#: Maps bits to the widths that are combined for them, and to the bytes of the nodes needed.
 _WIDTHS = {
     16: ((16,), 0), 8: ((8,), 0), 6: ((4, 2), 1200), 5: ((4, 1), 2200), 4: ((4,), 0), 3: ((2, 1), 3200),
     2: ((2,), 1000), 1: ((1,), 2000), 0: ((), 0),
 }  # fmt: skip
-#: Steps between places beyond the window are bytes: a longer one is divided by integers that lie in the window.
+#: Gaps between positions are bytes: longer gaps are split at integers inside the window.
 _LONGEST = 255
-#: Beyond so many values integers take 32 bits.
+#: With more values, integers take 32 bits.
 _MOST_VALUES = 1 << 16
 _AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Window:
-    """How integers are stored: ``bits`` each from ``low`` on, and so many ``beyond`` that."""
+    """How integers are stored: ``bits`` each starting at ``low``, and the number ``beyond`` the window."""
 
     bits: int
     low: int
@@ -76,7 +76,7 @@ def store(nodes: Nodes, name: str, integers: Tensor) -> tuple[str, int]:
     value
         The name of an integer tensor of the same shape, which only depends on initializers.
     shift
-        What is to be added to it.
+        The number to add to it.
     """
     window = window_of(integers)
     if window.bits == 32:
@@ -97,7 +97,7 @@ def store(nodes: Nodes, name: str, integers: Tensor) -> tuple[str, int]:
 
 
 def _divided(places: Tensor) -> Tensor:
-    """The places, and others between those that lie far apart, if all steps are small and little is added."""
+    """The positions, with additional ones in long gaps, if this makes all gaps small at little cost."""
     gaps = torch.diff(places, prepend=places.new_zeros(1))
     more = (gaps - 1).clamp_min(0) // _LONGEST
     if int(more.sum()) > len(places) // 2:
@@ -108,7 +108,7 @@ def _divided(places: Tensor) -> Tensor:
 
 
 def zero_byte() -> Any:
-    """What ``ConstantOfShape`` fills a tensor of bytes with."""
+    """The fill value of ``ConstantOfShape`` for a byte tensor."""
     import onnx
 
     return onnx.helper.make_tensor("", onnx.TensorProto.UINT8, [1], [0])
@@ -119,14 +119,14 @@ def _first_axis(nodes: Nodes) -> str:
 
 
 def narrowest(integers: Tensor) -> torch.dtype:
-    """The narrowest dtype that holds them."""
+    """The narrowest dtype that holds the values."""
     low, high = (int(value) for value in torch.aminmax(integers))
     kinds = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32)
     return next((k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max), torch.int64)
 
 
 def _inside(nodes: Nodes, name: str, codes: Tensor, bits: int) -> str:
-    """A flat tensor of unsigned integers of so many bits; of 16 as uint16, of all others as uint8."""
+    """A flat tensor of unsigned integers of the given bits; uint16 for 16 bits, otherwise uint8."""
     widths, _ = _WIDTHS[bits]
     if not widths:
         return str(nodes.add("ConstantOfShape", [nodes.sizes(len(codes))], value=zero_byte()))
@@ -156,7 +156,7 @@ def _byte(nodes: Nodes, number: int) -> str:
 
 
 def _planes(nodes: Nodes, name: str, codes: Tensor, bits: int) -> str:
-    """Codes of 1 or 2 bits: those in the lowest bits of all bytes first, then those above them."""
+    """Codes of 1 or 2 bits: the lowest bits of all bytes first, then the next bits."""
     count = 8 // bits
     planes = torch.nn.functional.pad(codes, (0, -len(codes) % count)).to(torch.uint8).view(count, -1)
     packed = planes[0].clone()

@@ -1,4 +1,4 @@
-"""Exporting a model to a runtime that is faster than PyTorch, verified against what it was exported from."""
+"""Exporting a model to a runtime that is faster than PyTorch, verified against the original."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from octavo.system.replacing import check_file
 RUNTIMES = ("onnx",)
 SIZE, SPEED = "size", "speed"
 PREFERENCES = (SIZE, SPEED)
-#: The graph with float kernels may differ from the module by this share of its largest output: operations are summed
-#: in another order.
+#: The graph with float kernels may differ from the module by this share of its largest output, since sums have another
+#: order.
 TOLERANCE = 1e-3
-#: Sequences and tokens at which latency is measured, if no others are asked for.
+#: Default sequences and tokens for measuring latency.
 SHAPE = (1, 32)
-#: Tokens of a shape at most, all sequences together.
+#: Largest number of tokens in a shape, over all sequences.
 MOST = 2**20
 
 
 @dataclass(frozen=True)
 class Moved:
-    """How far the file's outputs are from the model's on ``data`` held back: mean and 95th percentile of ``metric``."""
+    """How far the file's outputs are from the model's on held-out ``data``: mean and 95th percentile of ``metric``."""
 
     metric: str
     mean: float
@@ -100,7 +100,7 @@ class Exported:
     difference, tolerance
         Largest relative difference of the graph with float kernels from the module, and what is allowed.
     divergence
-        From the source on data held back; None without data.
+        From the source on held-out data; None without data.
     latency
         Next to PyTorch's.
     machine
@@ -137,12 +137,13 @@ def export(
 ) -> Exported:
     """Write an artifact, or an uncompressed model, as a file that onnxruntime runs.
 
-    With ``prefer="size"`` every matrix and table is stored in the fewest bits that are exact for its form. onnxruntime
-    decodes them when it opens the file, and then runs them in float32 (see :mod:`octavo.runtimes.onnx.weights`).
+    With ``prefer="size"`` every matrix and table is stored with the fewest bits that are exact for its form.
+    onnxruntime decodes them when it opens the file, and then runs them in float32 (see
+    :mod:`octavo.runtimes.onnx.weights`).
 
-    With ``prefer="speed"`` every site runs on the integer kernel that its form has (see
-    :mod:`octavo.runtimes.onnx.kernels`), and in float32 where it has none or where float32 is measured to be faster at
-    ``shape`` on this machine. What runs in float32 is stored in float32.
+    With ``prefer="speed"`` every site runs on the integer kernel of its form (see :mod:`octavo.runtimes.onnx.kernels`).
+    It runs in float32 if there is none or if float32 is measured to be faster at ``shape`` on this machine. Sites that
+    run in float32 are stored in float32.
 
     Parameters
     ----------
@@ -158,11 +159,11 @@ def export(
     objective
         As for :func:`octavo.pipeline`.
     loss
-        Integer kernels round their inputs. The most that this may add to the divergence, by expectation from three
-        quarters of ``data``: sites run in float32, those first that lose most for the time they save, until it holds.
-        No limit by default. With ``prefer="size"`` nothing is rounded.
+        Integer kernels round their inputs. This limits the expected increase of the divergence from that rounding,
+        estimated on three quarters of ``data``: sites with the highest loss per time saved run in float32 until it is
+        met. No limit by default. With ``prefer="size"`` nothing is rounded.
     shape
-        Sequences and tokens for which kernels are chosen and latency is measured; the file takes any.
+        Sequences and tokens for choosing kernels and measuring latency; the file accepts any.
     prefer
         ``size`` or ``speed``.
 
@@ -174,10 +175,10 @@ def export(
     Raises
     ------
     RequestError
-        If the model cannot be exported, or ``out`` is part of ``path``, or is there and is no regular file, or one
-        and ``overwrite`` is not set.
+        If the model cannot be exported, or ``out`` is part of ``path``, or exists and is not a regular file or
+        ``overwrite`` is not set.
     ArtifactError
-        If the file does not give the outputs that it should.
+        If the file does not give the expected outputs.
     MissingExtraError
         If the extra ``onnx`` is not installed.
     """
@@ -209,7 +210,9 @@ def _exported(
     source = opened.source
     batches, text = _data(source, data)
     if objective is not None and not batches:
-        raise RequestError(f"{path}: --objective says how outputs are compared on data; give --data, or leave it out")
+        raise RequestError(
+            f"{path}: --objective compares outputs on data, but there is none; give --data, or leave --objective out"
+        )
     given = inputs_of(source, batches)
     given.batch(size)
     wanted = inputs.choose_objective(source, objective)
@@ -226,12 +229,14 @@ def _exported(
         difference = check_graph(source, model, forms, given, opened.dtypes)
         kernels, table = _fastest(forms, kinds, size)
         if loss is not None:
-            # What is known of a tied head is what it does as a table: its rounding cannot be foreseen.
+            # The evidence of a tied head describes its use as a table, so its rounding cannot be predicted.
             kernels = {name: kernel if kinds[name] == SITE else FLOAT for name, kernel in kernels.items()}
         rounded = [name for name, kernel in kernels.items() if kernel != FLOAT]
         if rounded and loss is not None:
             if not calibration_data:
-                raise RequestError("--loss: what rounding adds is foreseen from data; give data, or leave it out")
+                raise RequestError(
+                    "--loss: the effect of rounding is estimated from data; give --data, or leave --loss out"
+                )
             sites = [site for site in source.sites()[0] if site.name in rounded]
             evidence = calibrate(source, sites, calibration_data, wanted, text=text).evidence
             expected = rounding_losses(forms, kernels, evidence, watch(source, rounded, calibration_data))
@@ -260,28 +265,28 @@ def _exported(
 
 def _check_loss(loss: float, prefer: str) -> None:
     if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss < math.inf:
-        raise RequestError(f"--loss {loss!r} is no finite number of at least 0; write one, such as 0.01")
+        raise RequestError(f"--loss {loss!r} is not a finite number of at least 0; write one, such as 0.01")
     if prefer == SIZE:
         raise RequestError(
-            "--loss limits what rounding the inputs of integer kernels costs, and with --prefer size nothing is "
-            "rounded; add --prefer speed, or leave it out"
+            "--loss limits the rounding of inputs, but --prefer size rounds nothing; add --prefer speed, or leave "
+            "--loss out"
         )
 
 
 def _data(source: Source, data: Any) -> tuple[list[Batch], str]:
-    """Batches to measure on, and what to call them: none for a model that takes no text, if none are given."""
+    """Batches to measure on, and their description; none for a model without text input if none are given."""
     if data is None and not vocabulary(source):
         return [], "none"
     return inputs.load_data(source, data, limit=None)
 
 
 def _divergence(source: Source, session: Session, wanted: Objective, held: Sequence[Batch], text: str) -> Moved | None:
-    """How far the file's outputs are from the model's, on data held back; None without data."""
+    """The distance of the file's outputs from the model's on held-out data; None without data."""
     if not held or source.module is None:
         return None
     losses = wanted.measure(session, held, wanted.reference(source.module, held))
     p95 = float(losses.quantile(0.95))
-    return Moved(wanted.metric, float(losses.mean()), p95, f"{len(losses)} held-back examples of {text}")
+    return Moved(wanted.metric, float(losses.mean()), p95, f"{len(losses)} held-out examples of {text}")
 
 
 def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
@@ -290,22 +295,24 @@ def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
     Raises
     ------
     RequestError
-        If it is neither.
+        If it is neither, or out of range.
     """
     try:
         parts = shape.lower().split("x") if isinstance(shape, str) else list(shape)
         batch, tokens = map(int, parts)
     except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"shape {shape!r}: write sequences and tokens, such as 1x32") from error
+        raise RequestError(f"shape {shape!r} is not valid; write sequences and tokens, such as 1x32") from error
     if min(batch, tokens) < 1 or batch * tokens > MOST:
-        raise RequestError(f"shape {shape!r}: sequences and tokens are at least 1, and {MOST:,} tokens in all at most")
+        raise RequestError(
+            f"shape {shape!r} is out of range; give at least 1 sequence and token, and at most {MOST:,} tokens in all"
+        )
     return batch, tokens
 
 
 def _fastest(
     forms: Mapping[str, Form], kinds: Mapping[str, str], shape: tuple[int, int]
 ) -> tuple[dict[str, str], Table]:
-    """The faster of float32 and the form's integer kernel for every matrix, and the table that says so."""
+    """The faster of float32 and the form's integer kernel for every matrix, and the latency table used."""
     table = Table(shape[0] * shape[1])
     kernels = {}
     for name, kind in kinds.items():
@@ -318,7 +325,7 @@ def _fastest(
 def _spare(
     forms: Mapping[str, Form], kernels: dict[str, str], expected: Mapping[str, float], table: Table, loss: float
 ) -> None:
-    """Put sites back to float32, those first that lose most a second saved, until what is expected is ``loss``."""
+    """Move sites to float32, highest loss per second saved first, until the expected loss is at most ``loss``."""
 
     def worth(name: str) -> float:
         saved = table.seconds(forms[name], FLOAT) - table.seconds(forms[name], kernels[name])
@@ -339,9 +346,9 @@ def check_graph(
     given: Inputs | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> float:
-    """Run a traced graph with float kernels beside the module; returns the largest relative difference.
+    """Compare a traced graph with float kernels to the module; returns the largest relative difference.
 
-    ``dtypes`` are those that the module's weights were rounded to after they were decoded, where not float32.
+    ``dtypes`` are those to which decoded weights of the module were rounded, if not float32.
 
     Raises
     ------
@@ -357,7 +364,7 @@ def _rounded(form: Form, dtype: torch.dtype) -> Form:
 
 
 def compare_graph(source: Source, model: Any, given: Inputs) -> float:
-    """Run a whole graph beside the module on random inputs; returns the largest relative difference.
+    """Compare a whole graph to the module on random inputs; returns the largest relative difference.
 
     Raises
     ------
@@ -380,18 +387,20 @@ def compare_graph(source: Source, model: Any, given: Inputs) -> float:
 
 
 def write_model(content: bytes, out: Path, given: Inputs) -> int:
-    """Write a model, whole or not at all, once it was seen to load and to run from the disk; returns its bytes."""
+    """Write a model atomically, once it was loaded and run from the disk; returns its bytes."""
     with writing(out) as aside:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content)
         outputs = Session(aside)(**given.example())
         if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
-            raise ArtifactError(f"{out}: the exported model gives NaN or Inf; nothing was written")
+            raise ArtifactError(
+                f"{out}: the exported model gives NaN or Inf; nothing was written. Please report this with the model"
+            )
     return out.stat().st_size
 
 
 def latency(source: Source, session: Session, shape: tuple[int, int], given: Inputs) -> Timing:
-    """Median seconds of the exported file and of the module in PyTorch, taking turns, with the same threads."""
+    """Median seconds of the exported file and of the module in PyTorch, run alternately with the same threads."""
     batch = given.batch(shape)
     assert source.module is not None
     module, feed = source.module, session.feed(batch)

@@ -1,4 +1,4 @@
-"""Putting nodes in place of the sites that a traced graph leaves open."""
+"""Replacing the site placeholders of a traced graph by nodes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def filled(
     kernels: Mapping[str, str],
     keep: Callable[[Nodes, Any], None] | None = None,
 ) -> Any:
-    """A copy of a traced graph with nodes in place of its sites.
+    """A copy of a traced graph with its sites replaced by nodes.
 
     Parameters
     ----------
     model
-        From :func:`octavo.runtimes.onnx.graph.trace`; left as it is.
+        The result of :func:`octavo.runtimes.onnx.graph.trace`; it is not changed.
     place
-        Adds the nodes of one placeholder, and returns the name of their result.
+        Adds the nodes for one placeholder, and returns the name of their result.
     kernels
-        Site name to kernel, as the file will say it.
+        Maps site names to kernels, as recorded in the file.
     keep
-        Adds an initializer that belongs to no site; as it is by default.
+        Adds an initializer that belongs to no site; unchanged by default.
 
     Raises
     ------
@@ -58,8 +58,8 @@ def filled(
     total = sum(tensor.ByteSize() for tensor in nodes.initializers)
     if total > LARGEST:
         raise RequestError(
-            f"the weights take {total:,} bytes and one ONNX file holds {LARGEST:,}; compress the model further, or "
-            "prefer size"
+            f"the weights take {total:,} bytes, but an ONNX file holds at most {LARGEST:,}; compress the model "
+            "further, or use --prefer size"
         )
     del graph.node[:]
     graph.node.extend(nodes.nodes)

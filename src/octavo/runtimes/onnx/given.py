@@ -1,4 +1,4 @@
-"""What a model takes, as batches to trace, check and time it with."""
+"""Inputs of a model, as batches for tracing, checking and timing."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from octavo.calibration.objective import Batch
 from octavo.errors import RequestError
 from octavo.sources.sites import Source
 
-#: Height and width of images where the config does not say.
+#: Height and width of images if the config does not state them.
 _IMAGE = 224
-#: What a batch holds for training alone.
+#: Batch keys used only in training.
 _LABELS = ("labels", "label", "label_ids")
 
 
 class Inputs(ABC):
-    """What a model takes.
+    """The inputs of a model.
 
     Parameters
     ----------
     axes
-        Number of an axis to its name, of those that the exported file leaves open.
+        Maps the numbers of dynamic axes of the exported file to names.
     """
 
     axes: ClassVar[dict[int, str]]
 
     @abstractmethod
     def example(self) -> dict[str, Tensor]:
-        """A batch to trace and compare with, of more than one example."""
+        """A batch of more than one example for tracing and comparing."""
 
     @abstractmethod
     def batch(self, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """A batch of ``shape[0]`` examples, of ``shape[1]`` tokens if they have any."""
+        """A batch of ``shape[0]`` examples, with ``shape[1]`` tokens if the model takes tokens."""
 
     @abstractmethod
     def shape(self, shape: tuple[int, int]) -> list[int]:
-        """What of a shape says something: examples, and tokens if they have any."""
+        """The relevant part of a shape: examples, and tokens if the model takes tokens."""
 
     def live(self, batch: Mapping[str, Tensor], output: Tensor) -> Tensor:
-        """What of an output counts."""
+        """The part of an output that counts."""
         return output
 
 
 class Tokens(Inputs):
-    """``input_ids`` and ``attention_mask``; the file takes any number of sequences and tokens."""
+    """``input_ids`` and ``attention_mask``; the file accepts any number of sequences and tokens."""
 
     axes: ClassVar = {0: "batch", 1: "tokens"}
 
@@ -64,8 +64,8 @@ class Tokens(Inputs):
     def batch(self, shape: tuple[int, int]) -> dict[str, Tensor]:  # noqa: D102
         if shape[1] > positions(self.source):
             raise RequestError(
-                f"{self.source.title}: has {positions(self.source)} positions, {shape[0]}x{shape[1]} asks for "
-                f"{shape[1]} tokens each"
+                f"{self.source.title}: has {positions(self.source)} positions, but shape {shape[0]}x{shape[1]} asks "
+                f"for {shape[1]} tokens each; give a smaller shape"
             )
         tokens = torch.randint(0, vocabulary(self.source), shape, generator=torch.Generator().manual_seed(0))
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -79,7 +79,7 @@ class Tokens(Inputs):
 
 
 class Examples(Inputs):
-    """Tensors by name, examples first; the file takes any number of examples of the same size."""
+    """Tensors by name, examples first; the file accepts any number of examples of the same size."""
 
     axes: ClassVar = {0: "batch"}
 
@@ -97,12 +97,12 @@ class Examples(Inputs):
 
 
 def inputs_of(source: Source, batches: Sequence[Batch] = ()) -> Inputs:
-    """What a source takes: tokens, images, or what the batches that were given hold.
+    """The inputs of a source: tokens, images, or those of the given batches.
 
     Raises
     ------
     RequestError
-        If it takes something else, or is no ``transformers`` model.
+        If it takes other inputs, or is not a ``transformers`` model.
     """
     check_exportable(source)
     if vocabulary(source):
@@ -120,8 +120,8 @@ def inputs_of(source: Source, batches: Sequence[Batch] = ()) -> Inputs:
         return Examples({"pixel_values": pixels})
     kind, name = type(source.module).__name__, _main_input(source)
     raise RequestError(
-        f"{source.title}: {kind} cannot be exported without data; give batches of what it takes, such as "
-        f"[{{{name!r}: tensor}}], from Python"
+        f"{source.title}: {kind} cannot be exported without data; give batches of its inputs from Python, such as "
+        f"[{{{name!r}: tensor}}]"
     )
 
 
@@ -129,13 +129,13 @@ def check_exportable(source: Source) -> None:
     """Raise :class:`RequestError` unless the source is a ``transformers`` model other than an encoder-decoder."""
     if source.module is None or not source.is_transformers:
         raise RequestError(
-            f"{source.title}: only transformers models can be exported, bare tensors have no graph; for another "
+            f"{source.title}: only transformers models can be exported, and bare tensors have no graph; for another "
             "module, load the artifact into it with octavo.load(path, into=module) and call torch.onnx.export"
         )
     if getattr(source.module.config, "is_encoder_decoder", False):
         raise RequestError(
-            f"{source.title}: {type(source.module).__name__} cannot be exported: an encoder with a decoder is two "
-            "graphs; encoders, decoders and models of images can"
+            f"{source.title}: {type(source.module).__name__} cannot be exported, since an encoder-decoder is two "
+            "graphs; export an encoder, a decoder or an image model"
         )
 
 
@@ -144,20 +144,20 @@ def check_tokens_only(source: Source) -> None:
     check_exportable(source)
     if not vocabulary(source):
         raise RequestError(
-            f"{source.title}: {type(source.module).__name__} takes no input_ids; --for speed searches models of "
-            "tokens only. octavo export --prefer speed writes it with the fastest kernels"
+            f"{source.title}: {type(source.module).__name__} takes no input_ids, and --for speed only supports models "
+            "of tokens; use octavo export --prefer speed for the fastest kernels"
         )
 
 
 def vocabulary(source: Source) -> int:
-    """Number of tokens that a ``transformers`` model knows; 0 if it takes none."""
+    """Vocabulary size of a ``transformers`` model; 0 if it takes no tokens."""
     if _main_input(source) != "input_ids":
         return 0
     return int(getattr(getattr(source.module, "config", None), "vocab_size", None) or 0)
 
 
 def positions(source: Source) -> int:
-    """Tokens that a ``transformers`` model takes at most."""
+    """Largest number of tokens that a ``transformers`` model accepts."""
     return int(getattr(getattr(source.module, "config", None), "max_position_embeddings", None) or 2**31)
 
 

@@ -1,9 +1,8 @@
-"""The graph of a module with its sites left open, so that each can be filled with the kernel of its form.
+"""The graph of a module with placeholders for its sites, so that each can get the kernel of its form.
 
-``torch.onnx.export`` traces the module while every layer that holds a site puts a node of our own in its place:
-``octavo.Site`` for a matrix that is multiplied with, ``octavo.Lookup`` for a table that is read, ``octavo.Weight`` for
-the weight of any other layer. So no pattern of nodes needs to be recognised to find the weights again, and the weights
-themselves never go through the exporter.
+``torch.onnx.export`` traces the module while every layer that holds a site emits a custom node: ``octavo.Site`` for a
+matrix that is multiplied with, ``octavo.Lookup`` for a table that is read, ``octavo.Weight`` for the weight of any
+other layer. So weights are found without matching node patterns, and never pass through the exporter.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ DOMAIN = "octavo"
 SITE, LOOKUP, WEIGHT, TIED = "Site", "Lookup", "Weight", "Tied"
 #: The first opset with attention, root-mean-square norms and rotary embeddings as operations.
 OPSET = 23
-#: Outputs of transformers' models that are exported; the first one that a model has.
+#: Outputs of transformers models to export; the first that a model has is used.
 OUTPUTS = ("logits", "last_hidden_state")
 
 
@@ -43,14 +42,14 @@ def trace(source: Source, given: Inputs | None = None) -> tuple[Any, dict[str, s
     source
         The model.
     given
-        What it takes; tokens by default.
+        Its inputs; tokens by default.
 
     Returns
     -------
     model
         ``onnx.ModelProto``.
     sites
-        Site name to ``Site``, ``Lookup``, ``Weight`` or, of what is several of them, ``Tied``; of the sites that run.
+        Maps the names of sites that run to ``Site``, ``Lookup``, ``Weight``, or ``Tied`` if several apply.
 
     Raises
     ------
@@ -66,7 +65,10 @@ def trace(source: Source, given: Inputs | None = None) -> tuple[Any, dict[str, s
     output = next((name for name in OUTPUTS if isinstance(getattr(found, name, None), Tensor)), None)
     if output is None:
         kind = type(source.module).__name__
-        raise RequestError(f"{source.title}: {kind} returns none of {', '.join(OUTPUTS)}; it cannot be exported")
+        raise RequestError(
+            f"{source.title}: {kind} returns none of {', '.join(OUTPUTS)}, so it cannot be exported; export its base "
+            "model"
+        )
     sites = source.sites()[0]
     with _open_sites(source, sites), _quiet():
         try:
@@ -81,7 +83,7 @@ def trace(source: Source, given: Inputs | None = None) -> tuple[Any, dict[str, s
                 dynamic_shapes=(tuple(given.axes for _ in example),),
             )
         except Exception as error:
-            # The exporter raises errors of many kinds; the last line is the one that says why.
+            # The exporter raises many kinds of errors; the last line gives the reason.
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
             raise RequestError(
                 f"{source.title}: torch.onnx.export cannot export {type(source.module).__name__}: "
@@ -102,7 +104,7 @@ def trace(source: Source, given: Inputs | None = None) -> tuple[Any, dict[str, s
 
 
 class _Call(nn.Module):
-    """A model as a function of its inputs, in order, to its one output."""
+    """A model as a function of its ordered inputs with one output."""
 
     def __init__(self, module: nn.Module, output: str, names: list[str]) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ class _Call(nn.Module):
 
 @contextlib.contextmanager
 def _open_sites(source: Source, sites: list[Site]) -> Iterator[None]:
-    """While the context lasts, layers that hold the tensor of a site call a placeholder with its index."""
+    """A context in which layers that hold the tensor of a site call a placeholder with its index."""
     assert source.module is not None
     state = own_tensors(source.module)
     index = {
@@ -145,7 +147,7 @@ def _open_sites(source: Source, sites: list[Site]) -> Iterator[None]:
 
 
 def _with_weights(held: dict[str, int], sites: list[Site]) -> Callable[..., Any]:
-    """The forward of any layer, with placeholders in place of its weights while it lasts."""
+    """The forward of any layer, with its weights replaced by placeholders meanwhile."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         for leaf, number in held.items():
@@ -154,7 +156,7 @@ def _with_weights(held: dict[str, int], sites: list[Site]) -> Callable[..., Any]
                 f"{DOMAIN}::{WEIGHT}", (), {"index": number}, dtype=torch.float32, shape=(site.rows, site.columns),
                 version=1,
             )  # fmt: skip
-            # Before its parameter, a module finds what stands in its own dictionary.
+            # A module finds entries of its own dictionary before its parameters.
             vars(self)[leaf] = site.layout.from_matrix(matrix, site.shape)
         try:
             return type(self).forward(self, *args, **kwargs)
@@ -190,13 +192,13 @@ def _lookup(index: int) -> Callable[[nn.Module, Tensor], Tensor]:
     return forward
 
 
-#: By exact type: what a subclass does beside is not known.
+#: By exact type, since a subclass may do something else.
 _FORWARDS = {"Linear": _linear, "Conv1D": _linear, "Embedding": _lookup}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its progress, and what it thinks of other packages, on every channel there is."""
+    """The exporter prints progress and remarks on other packages on several channels."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -225,7 +227,7 @@ def _look_up(model: Any) -> None:
 
 
 def _without_origin(graph: Any) -> None:
-    """Leave out where in the module, and in which files of this machine, every node comes from."""
+    """Remove metadata about the origin of nodes in the module and in files of this machine."""
     graph.ClearField("metadata_props")
     for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("metadata_props")
@@ -233,7 +235,7 @@ def _without_origin(graph: Any) -> None:
 
 
 def flatten_attention(model: Any) -> None:
-    """Let attention take (batch, tokens, heads * width) where its heads were only split off and joined again for it.
+    """Let attention use (batch, tokens, heads * width) if heads were only split and merged for it.
 
     The operation is defined for both layouts, and onnxruntime's runs faster without the transposes: 27 against 44
     microseconds at 32 tokens of 12 heads of 32 (benchmarks/speed.py measures the whole).
@@ -245,7 +247,7 @@ def flatten_attention(model: Any) -> None:
     shapes = {value.name: value.type.tensor_type.shape for value in graph.value_info}
 
     def split(name: str) -> str | None:
-        """What was (batch, tokens, heads * width) before it became (batch, heads, tokens, width)."""
+        """The value (batch, tokens, heads * width) before it became (batch, heads, tokens, width)."""
         transpose = producer.get(name)
         if transpose is None or transpose.op_type != "Transpose" or _perm(transpose) != [0, 2, 1, 3]:
             return None
@@ -279,9 +281,9 @@ def flatten_attention(model: Any) -> None:
 
 
 def widen_rotary(model: Any) -> None:
-    """Give every sequence its own copy of the rotary tables, as the operation wants them.
+    """Give every sequence its own copy of the rotary tables, as the operator requires.
 
-    transformers makes one for all sequences, and what torch exports leaves it at that.
+    transformers makes one for all sequences, and torch exports it unchanged.
     """
     import onnx
 
@@ -312,7 +314,7 @@ def _perm(node: Any) -> list[int]:
 
 
 def prune(graph: Any, *, types: bool = False) -> None:
-    """Remove nodes and initializers that no output depends on, and what is known of values unless ``types``."""
+    """Remove nodes and initializers that no output depends on, and value types unless ``types`` is set."""
     needed = {value.name for value in graph.output}
     kept = []
     for node in reversed(graph.node):
@@ -334,5 +336,5 @@ def is_placeholder(node: Any) -> bool:
 
 
 def open_inputs(model: Any) -> dict[str, str]:
-    """Site name to the value that it reads; sites that read the same value share its rounding."""
+    """Maps site names to the values that they read; sites that read the same value share its rounding."""
     return {node.name: node.input[0] for node in model.graph.node if is_placeholder(node) and node.op_type == SITE}

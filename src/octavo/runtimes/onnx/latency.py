@@ -1,7 +1,7 @@
-"""How long a form takes to run on this machine: measured once, and kept in a small table.
+"""Run times of forms on this machine, measured once and kept in a small table.
 
-A table is only good for the machine, the version of the runtime and the number of threads that it was measured with;
-each has its own file. Entries are by shape and kernel, since the values of weights do not matter.
+A table is only valid for one machine, runtime version and number of threads; each combination has its own file. Entries
+are by shape and kernel, since the values of weights do not matter.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from octavo.forms import Form, Grid
+from octavo.forms import Form
 from octavo.runtimes.onnx.graph import OPSET
-from octavo.runtimes.onnx.kernels import children, multiply
+from octavo.runtimes.onnx.kernels import graph_run, multiply
 from octavo.runtimes.onnx.nodes import Nodes, finished
 from octavo.runtimes.onnx.sessions import Session, require
 from octavo.system.atomic import write_file
 
-#: Where tables are kept.
+#: The folder of tables.
 CACHE = "OCTAVO_CACHE"
 _ROUNDS, _SECONDS = 15, 0.15
 
@@ -53,14 +53,14 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         flags = next(line for line in lines if line.startswith("flags"))
-        # The name alone does not tell which instructions a virtual machine passes on.
+        # The CPU name does not reveal which instructions a virtual machine supports.
         return name + "".join(f" {flag}" for flag in ("avx2", "avx512_vnni", "avx_vnni", "amx_int8") if flag in flags)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 class Table:
-    """Seconds by shape and kernel, measured when first asked for.
+    """Seconds by shape and kernel, measured on first use.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class Table:
     threads
         Threads of the runtime; those of torch by default.
     folder
-        Where the table is kept; the folder that ``OCTAVO_CACHE`` names, or ``~/.cache/octavo``, by default.
+        The folder of the table; by default ``OCTAVO_CACHE``, or ``~/.cache/octavo``.
     """
 
     def __init__(self, positions: int, *, threads: int | None = None, folder: Path | None = None) -> None:
@@ -86,7 +86,7 @@ class Table:
             data = json.loads(self.file.read_text(encoding="utf-8"))
             return {str(key): float(value) for key, value in data["seconds"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # Nothing is lost with a damaged table but the time to measure again.
+            # A damaged table only costs the time to measure again.
             return {}
 
     def seconds(self, form: Form, kernel: str) -> float:
@@ -98,7 +98,7 @@ class Table:
         return self.entries[key]
 
     def save(self) -> None:
-        """Keep what was measured; entries that others wrote meanwhile stay."""
+        """Save the measurements; entries written by others meanwhile are kept."""
         if self.measured:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.entries = {**self._read(), **self.entries}
@@ -124,33 +124,26 @@ class Table:
 
 
 def signature(form: Form, kernel: str) -> str:
-    """Kernel and shapes of a form, which decide how long it takes."""
-    parts = children(form)
-    if (parts and kernel != "float32") or form.name == "lowrank":
+    """Kernel and shapes of a form, which determine its run time."""
+    run = graph_run(form)
+    if parts := run.steps(kernel):
         return "+".join(signature(part, kernel) for part in parts)
     rows, columns = form.shape
-    detail = ""
-    if isinstance(form, Grid) and kernel != "float32":
-        detail = (
-            f"/{form.scale.shape[1]}"
-            + ("s" if form.columns is not None else "")
-            + ("z" if form.zero is not None else "")
-        )
-    return f"{kernel}:{rows}x{columns}{detail}"
+    return f"{kernel}:{rows}x{columns}{run.detail(kernel)}"
 
 
 def compare(
     runs: Mapping[str, Callable[[], Any]], base: str, *, rounds: int = _ROUNDS, seconds: float = 2.0
 ) -> dict[str, dict[str, float]]:
-    """Time several calls that take turns, so that other load on the machine meets all alike.
+    """Time several calls alternately, so that other load on the machine affects all equally.
 
-    At least ``rounds`` turns are taken, and more while ``seconds`` have not passed.
+    There are at least ``rounds`` rounds, and more until ``seconds`` have passed.
 
     Returns
     -------
     dict
-        By name: ``seconds``, the median; ``least`` seconds, to which other load has added least, for sums and
-        differences; and ``speedup``, the median over the turns of the time of ``base`` over the time of the call.
+        By name: ``seconds``, the median; ``least`` seconds, least affected by other load, for sums and differences; and
+        ``speedup``, the median over rounds of the time of ``base`` divided by the time of the call.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():

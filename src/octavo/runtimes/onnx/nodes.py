@@ -1,4 +1,4 @@
-"""Nodes and initializers of an ONNX graph, put together one by one."""
+"""Building the nodes and initializers of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from octavo.system.raw import raw_bytes
 T = TypeVar("T")
 MICROSOFT = "com.microsoft"
 _IR = 10
-#: Numbers of ``onnx.TensorProto`` for the dtypes of torch that initializers have.
+#: Type numbers of ``onnx.TensorProto`` for the torch dtypes of initializers.
 TYPES = {
     torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.uint16: 4, torch.int16: 5, torch.int32: 6, torch.int64: 7,
     torch.float16: 10, torch.bfloat16: 16,
@@ -23,7 +23,7 @@ UINT4 = 21
 
 
 class Nodes:
-    """Nodes and initializers under names of their own."""
+    """Nodes and initializers with unique names."""
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
         self.nodes: list[Any] = []
@@ -32,7 +32,7 @@ class Nodes:
         self._shared: dict[Hashable, Any] = {}
 
     def add_node(self, node: Any) -> None:
-        """Take over a node as it is."""
+        """Append an existing node unchanged."""
         self.nodes.append(node)
 
     def add(
@@ -58,7 +58,7 @@ class Nodes:
         return self.raw(name, TYPES[tensor.dtype], tensor.shape, raw_bytes(tensor))
 
     def raw(self, name: str, kind: int, shape: Sequence[int], content: bytes | memoryview) -> str:
-        """Append an initializer from its bytes, of a type by its number in ``onnx.TensorProto``."""
+        """Append an initializer from its bytes, with a type number of ``onnx.TensorProto``."""
         import onnx
 
         name = self._name(name)
@@ -79,13 +79,13 @@ class Nodes:
         return str(self.add("Reshape", [value, self.sizes(*shape)]))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returned the first time that it was asked for under this key."""
+        """The result of the first call of ``make`` under this key."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
     def shared(self, key: Hashable) -> Any:
-        """What :meth:`once` keeps under a key, or None."""
+        """The result that :meth:`once` stored under a key, or None."""
         return self._shared.get(key)
 
     def _name(self, wanted: str) -> str:
@@ -98,7 +98,7 @@ class Nodes:
 
 
 def finished(nodes: Nodes, columns: int, rows: int, opset: int) -> bytes:
-    """A serialized model of its own: ``x`` (positions, columns) to ``y`` (positions, rows)."""
+    """A separate serialized model: ``x`` (positions, columns) to ``y`` (positions, rows)."""
     import onnx
 
     ends = [
@@ -107,5 +107,5 @@ def finished(nodes: Nodes, columns: int, rows: int, opset: int) -> bytes:
     ]
     graph = onnx.helper.make_graph(nodes.nodes, "site", ends[:1], ends[1:], nodes.initializers)
     opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(MICROSOFT, 1)]
-    # The IR version that goes with the opset; a newer onnx would write one that this onnxruntime does not read.
+    # The IR version of the opset; a newer onnx would write a version that this onnxruntime cannot read.
     return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR).SerializeToString())

@@ -1,4 +1,4 @@
-"""``onnx`` and ``onnxruntime``: opening what was written, running it like a module."""
+"""``onnx`` and ``onnxruntime``: opening exported files and running them like modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from octavo.errors import ArtifactError, MissingExtraError, RequestError
 
-#: Under this name a file says which kernel every site runs with.
+#: The metadata key of a file for the kernel of every site.
 NOTE = "octavo"
 
 
@@ -23,7 +23,7 @@ def require() -> tuple[Any, Any]:
     Raises
     ------
     MissingExtraError
-        If they, or ``onnxscript`` by which torch exports, are not installed.
+        If one of them, or ``onnxscript`` (needed for torch's export), is not installed.
     """
     try:
         import onnx
@@ -38,7 +38,7 @@ def require() -> tuple[Any, Any]:
 
 
 class Session(nn.Module):
-    """An ONNX file run by onnxruntime on the CPU, called like the module that it was made from.
+    """An ONNX file run by onnxruntime on the CPU, called like the original module.
 
     Parameters
     ----------
@@ -59,40 +59,42 @@ class Session(nn.Module):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
-        # Warnings of its optimizer concern nobody who did not write the graph.
+        # Warnings of its optimizer only concern authors of the graph.
         options.log_severity_level = 3
         try:
             self.session = runtime.InferenceSession(
                 model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            # Its exceptions have no base class of their own.
+            # Its exceptions have no common base class.
             name = "the model" if isinstance(model, bytes) else model
-            raise ArtifactError(f"{name}: onnxruntime cannot load it: {error}") from error
+            raise ArtifactError(f"{name}: onnxruntime cannot load it: {error}; export the model again") from error
         self.inputs = [item.name for item in self.session.get_inputs()]
         self.names = [item.name for item in self.session.get_outputs()]
 
     @property
     def kernels(self) -> dict[str, str]:
-        """Site name to the kernel it runs with, as the file says."""
+        """Maps site names to kernels, as recorded in the file."""
         note = self.session.get_modelmeta().custom_metadata_map.get(NOTE)
         try:
             return dict(json.loads(note or "")["kernels"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"the model does not say which kernels it runs with: {error}") from error
+            raise ArtifactError(f"the model does not record its kernels: {error}; export it again") from error
 
     def feed(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """What the graph takes of a batch, as arrays; a mask that is not given says that nothing is padding."""
+        """The graph's inputs from a batch, as arrays; without a mask there is no padding."""
         given = dict(batch)
         if "attention_mask" in self.inputs and "input_ids" in given:
             given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
         missing = [name for name in self.inputs if name not in given]
         if missing:
-            raise RequestError(f"the exported model takes {', '.join(self.inputs)}; {', '.join(missing)} is not given")
+            raise RequestError(
+                f"the exported model takes {', '.join(self.inputs)}, but the batch lacks {', '.join(missing)}; add it"
+            )
         return {name: given[name].numpy() for name in self.inputs}
 
     def forward(self, *values: Tensor, **batch: Tensor) -> Any:
-        """Outputs under the names that the source gives them, ``last_hidden_state`` or ``logits``."""
+        """Outputs under the names of the source, ``last_hidden_state`` or ``logits``."""
         from transformers.utils import ModelOutput
 
         arrays = self.session.run(None, self.feed({**dict(zip(self.inputs, values, strict=False)), **batch}))

@@ -1,4 +1,4 @@
-"""The smallest file: every matrix and table in the storage of fewest bytes that is exact for its form."""
+"""The smallest file: every matrix and table in the smallest exact storage for its form."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from octavo.runtimes.onnx.kernels import FLOAT
 from octavo.runtimes.onnx.nodes import Nodes
 from octavo.runtimes.onnx.weights import narrow, product, weight
 
-#: Floats that belong to no site are looked at from so many on.
+#: Other float tensors are optimised from this number of elements.
 _FEW = 128
 
 
 def lower_small(model: Any, forms: Mapping[str, Form], dtypes: Mapping[str, torch.dtype]) -> Any:
-    """A copy of a traced graph in which every site is decoded from initializers of few bits, and runs in float32.
+    """A copy of a traced graph in which sites are decoded from initializers of few bits and run in float32.
 
     Parameters
     ----------
     model
-        From :func:`octavo.runtimes.onnx.graph.trace`; left as it is.
+        The result of :func:`octavo.runtimes.onnx.graph.trace`; it is not changed.
     forms
-        Of every site in the graph.
+        The form of every site in the graph.
     dtypes
-        What weights are rounded to after they were decoded, where that is not float32.
+        The dtypes to which decoded weights are rounded, if not float32.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def _narrowed(nodes: Nodes, tensor: Any) -> None:
 
 
 def packed_bytes(form: Form) -> int:
-    """Bytes of a form's parts with integers at 4, 8, 16 or 32 bits each, whichever hold them, and floats as stored."""
+    """Bytes of a form's parts, with integers in the narrowest of 4, 8, 16 or 32 bits and floats as stored."""
     return sum(_packed(part) for part in form.tensors().values())
 
 

@@ -1,4 +1,4 @@
-"""Running as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
+"""Runner as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense, Form
-from octavo.forms.base import MAX_DEPTH
+from octavo.forms.base import MAX_DEPTH, form_class
 from octavo.runtimes.packed.kernels import Geometry, Plain
 from octavo.runtimes.packed.speed import interleaved
 from octavo.runtimes.packed.staged import chains, staged
@@ -21,17 +21,16 @@ from octavo.runtimes.packed.weight import PackedWeight, decode_in_state, without
 from octavo.sources.batches import Batch, run
 from octavo.sources.sites import Layout
 
-#: Forms, by the name that stands in manifests, whose parts can be applied one after another.
-FACTORIZATIONS = frozenset({"lowrank", "grouped-lowrank", "tensor-train", "separable", "row-blocks"})
-#: Factors must take this share of the dense time at most: less is within the noise, and not worth other rounding.
+#: Factors may take at most this share of the dense time: a smaller gain is within the noise and does not justify
+#: different rounding.
 _WORTH = 0.95
-#: Turns of a measurement, the seconds that each lasts at least, and those after which no other begins.
+#: Rounds of a measurement, minimal seconds per round, and seconds after which no other round starts.
 _ROUNDS, _TURN, _PATIENCE = 12, 1e-3, 2.0
-#: Factors that take so many times as long as the dense weight at first are not measured any further.
+#: Factors that first take this many times the dense time are not measured further.
 _HOPELESS = 3.0
 _CHOICES = "_octavo_factored"
 _FORWARDS = {layer.forward for layer in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-#: What was measured in this process, so that layers of one shape and form are measured once.
+#: Measurements of this process, so that layers of one shape and form are measured once.
 _MEASURED: dict[Hashable, dict[str, float]] = {}
 
 
@@ -42,11 +41,11 @@ class Choice:
     Parameters
     ----------
     as_factors
-        Whether from its factors; otherwise they were multiplied out.
+        Whether it runs from its factors; otherwise they were multiplied out.
     seconds
-        What one pass through all modules that use it takes, as ``factors`` and as ``dense``; None if not measured.
+        Time of one pass through all modules that use it, as ``factors`` and as ``dense``; None if not measured.
     reason
-        Why.
+        The reason.
     """
 
     as_factors: bool
@@ -55,16 +54,16 @@ class Choice:
 
 
 class Factors(Plain):
-    """A form with all its parts decoded to float32, once.
+    """A form with all parts decoded once to float32.
 
-    Inputs of another dtype are cast to float32 and outputs back.
+    Inputs of other dtypes are cast to float32, and outputs back.
 
     Parameters
     ----------
     form
         Any form.
     shape
-        Of the weight that it stands for.
+        Shape of the weight that it represents.
     """
 
     name = "factors (float32)"
@@ -84,14 +83,14 @@ class Factors(Plain):
         return self.form.apply(x.float()).to(x.dtype)
 
     def convolve(self, x: Tensor, shape: tuple[int, ...], bias: Tensor | None, geometry: Geometry) -> Tensor | None:
-        """Stage after stage."""
+        """Apply all stages in sequence."""
         if self.chains is None:
             return None
         return staged(x.float(), self.chains, shape[2:], None if bias is None else bias.float(), geometry).to(x.dtype)
 
 
 def _decoded(form: Form) -> Form:
-    """The form with everything in it that is no factorization, nor holds one, as a float32 matrix."""
+    """The form with every part that is not and does not contain a factorization as a float32 matrix."""
     if not is_factorization(form.meta()):
         return Dense(form.dense())
     changes: dict[str, Any] = {}
@@ -105,23 +104,24 @@ def _decoded(form: Form) -> Form:
 
 
 def is_factorization(meta: Mapping[str, Any], depth: int = 0) -> bool:
-    """Whether a form of this description is made of factors, or one inside it is, as deep as forms nest."""
+    """Whether a form with this manifest entry, or a form nested in it, consists of factors."""
     inner = (value for value in meta.values() if isinstance(value, Mapping) and depth < MAX_DEPTH)
-    return meta.get("form") in FACTORIZATIONS or any(is_factorization(value, depth + 1) for value in inner)
+    kind = form_class(meta.get("form"))
+    return (kind is not None and kind.factored) or any(is_factorization(value, depth + 1) for value in inner)
 
 
 def run_as_factors(
     module: nn.Module, sites: Iterable[tuple[str, Sequence[str], Form, Layout]], batch: Batch = None
 ) -> None:
-    """Give a module that holds dense weights the factors of those sites where they are measured to be cheaper.
+    """Replace dense weights of a module by factors for sites where these are measured to be faster.
 
     Parameters
     ----------
     sites
-        Name, the parameters of the module that have its weight, form and layout.
+        Name, parameters of the module with its weight, form and layout.
     batch
-        What the module is called with. Every site is measured at the inputs that it then gets; without one layers are
-        measured at a single row, tables at a single index, and convolutions, whose images are not known, stay dense.
+        An input of the module. Every site is measured with its inputs for this batch. Without one, layers are measured
+        with a single row, tables with a single index, and convolutions stay dense, since image sizes are unknown.
     """
     shown = None if batch is None else _inputs(module, batch)
     choices: dict[str, Choice] = {}
@@ -137,12 +137,12 @@ def run_as_factors(
 
 
 def factored(module: nn.Module) -> dict[str, Choice]:
-    """How every factored site of a module runs that was loaded with ``factors=True``, by its name in the artifact."""
+    """How every factored site runs in a module loaded with ``factors=True``, by name in the artifact."""
     return dict(module.__dict__.get(_CHOICES, {}))
 
 
 def dense_again(module: nn.Module) -> None:
-    """Undo what was loaded packed or with ``factors=True``: dense parameters with the same content."""
+    """Replace weights loaded packed or with ``factors=True`` by dense parameters with the same content."""
     without_packed(module)
     module.__dict__.pop(_CHOICES, None)
 
@@ -159,7 +159,7 @@ def _users(module: nn.Module, parameters: Iterable[str]) -> list[tuple[nn.Module
 
 
 def _inputs(module: nn.Module, batch: Batch) -> dict[nn.Module, Tensor]:
-    """Shape and dtype, as a tensor without content, of what flows into every layer first."""
+    """Shape and dtype of the first input of every layer, as a tensor without content."""
     found: dict[nn.Module, Tensor] = {}
 
     def note(owner: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
@@ -171,15 +171,15 @@ def _inputs(module: nn.Module, batch: Batch) -> dict[nn.Module, Tensor]:
     handles = [owner.register_forward_pre_hook(note, with_kwargs=True) for owner in supported]
     training = {owner: owner.training for owner in module.modules()}
     try:
-        # Not in inference mode: what a module keeps of this call must be fit for training.
+        # Not in inference mode: tensors that a module keeps from this call must allow training.
         with torch.no_grad():
             run(module.eval(), batch)
     except OctavoError:
         raise
     except Exception as error:
         raise RequestError(
-            f"{type(module).__name__} fails on the batch that factors are to be measured at: {type(error).__name__}: "
-            f"{error}. Give batch= what the module is called with: a tensor, a tuple of arguments or a mapping"
+            f"{type(module).__name__}: fails on the batch for measuring factors: {type(error).__name__}: {error}; give "
+            "batch= the module's inputs, as a tensor, a tuple of arguments or a mapping"
         ) from error
     finally:
         for handle in handles:
@@ -190,7 +190,7 @@ def _inputs(module: nn.Module, batch: Batch) -> dict[nn.Module, Tensor]:
 
 
 def _supported(owner: nn.Module) -> bool:
-    """Whether it runs as one of the layers that are known: a subclass with a forward of its own may do anything."""
+    """Whether it runs like a known layer; a subclass with its own forward may do anything."""
     return type(owner).forward in _FORWARDS or type(owner).__name__ == "Conv1D"
 
 
@@ -207,8 +207,7 @@ def _choose(
     if not all(_supported(owner) for owner, _ in users):
         names = " and ".join(sorted({type(owner).__name__ for owner, _ in users}))
         return stays(
-            f"held by {names}: only linear layers, convolutions and embeddings without a forward of their own run as "
-            "factors"
+            f"held by {names}: only linear layers, convolutions and embeddings with the standard forward run as factors"
         )
     dense = users[0][0]._parameters[users[0][1]]
     assert dense is not None
@@ -218,7 +217,7 @@ def _choose(
         return stays("a convolution in groups")
     kernel = Factors(form, tuple(dense.shape))
     if dense.ndim > 2 and not kernel.convolves:
-        return stays("its factors are no convolutions of their own")
+        return stays("its factors are not convolutions")
     weight = nn.Parameter(PackedWeight(kernel, layout, tuple(dense.shape), dense.dtype), requires_grad=False)
     seconds = {"factors": 0.0, "dense": 0.0}
     parts = sorted((part, tuple(tensor.shape)) for part, tensor in kernel.form.tensors().items())
@@ -226,15 +225,15 @@ def _choose(
     for owner, attribute in users:
         like = shown.get(owner) if shown is not None else _smallest(owner, dense, layout)
         if like is None:
-            return stays("the batch does not run it" if shown is not None else "no batch was given to measure it at")
+            return stays("the batch does not run it" if shown is not None else "no batch was given to measure it")
         key = (type(owner), repr(owner), tuple(like.shape), like.dtype, tuple(dense.shape), dense.dtype, described)
         if key not in _MEASURED:
             _MEASURED[key] = _measure(owner, attribute, weight, _drawn(owner, like))
         for way, value in _MEASURED[key].items():
             seconds[way] += value
     if seconds["factors"] <= _WORTH * seconds["dense"]:
-        return Choice(True, seconds, "measured to be cheaper than dense"), weight
-    return Choice(False, seconds, "measured not to be cheaper than dense"), weight
+        return Choice(True, seconds, "measured to be faster than dense"), weight
+    return Choice(False, seconds, "measured not to be faster than dense"), weight
 
 
 def _smallest(owner: nn.Module, dense: Tensor, layout: Layout) -> Tensor | None:
@@ -246,7 +245,7 @@ def _smallest(owner: nn.Module, dense: Tensor, layout: Layout) -> Tensor | None:
 
 
 def _drawn(owner: nn.Module, like: Tensor) -> Tensor:
-    """Inputs of that shape and dtype."""
+    """Random inputs of the given shape and dtype."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(owner, nn.Embedding):
         return torch.randint(0, owner.num_embeddings, like.shape, dtype=like.dtype, generator=generator)
@@ -254,7 +253,7 @@ def _drawn(owner: nn.Module, like: Tensor) -> Tensor:
 
 
 def _measure(owner: nn.Module, attribute: str, weight: nn.Parameter, x: Tensor) -> dict[str, float]:
-    """Seconds of the module's own forward with its dense weight and with the other, in turns: the least of each."""
+    """Least seconds of the module's forward with its dense weight and with the other, measured alternately."""
     dense, repeats = owner._parameters[attribute], 1
 
     def call(candidate: nn.Parameter | None) -> Any:

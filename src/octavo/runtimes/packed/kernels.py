@@ -1,8 +1,10 @@
-"""Which form runs with which kernel.
+"""Kernels for forms.
 
 PyTorch has two matrix products for packed weights that are fast on a CPU, both for bfloat16 inputs: 4-bit codes in
-groups of columns, and 8-bit codes with one scale a row. A form that fits neither is multiplied without a kernel,
-decoding a few rows at a time. ``torchao`` reaches the same two operators through more layers.
+groups of columns, and 8-bit codes with one scale a row. Other forms are multiplied without a kernel, decoding a few
+rows at a time. ``torchao`` reaches the same two operators through more layers.
+
+Kernels register for their forms with ``@runs(Grid)``. Kernels of other packages register in the same way.
 """
 
 from __future__ import annotations
@@ -11,24 +13,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from octavo.forms import Dense, Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
+from octavo.runtimes.lowering import Lowering
 
 #: Columns that share a scale in the int4 kernel.
 GROUPS = (32, 64, 128, 256)
-#: The int8 kernel reads this many columns at a time; of a remainder it makes wrong results without a word.
+#: The int8 kernel reads this many columns at a time; with a remainder it silently gives wrong results.
 INT8_COLUMNS = 16
 #: Rows that the int4 kernel packs together.
 _BLOCK = 64
-#: Inputs up to which the int8 kernel is used: for many it takes several times as long as a cast and a dense product.
+#: Largest number of inputs for the int8 kernel; for many it is several times slower than a cast and a dense product.
 _FEW = 16
-#: Weights that are packed or cast at once: the packer wants them as int32.
+#: Weights packed or cast at a time, since the packer needs int32.
 _CHUNK = 1 << 22
+
+F = TypeVar("F", bound=Form)
 
 
 @dataclass(frozen=True)
@@ -43,75 +48,75 @@ class Geometry:
     dilation: int | Sequence[int] = 1
 
 
-class Kernel(ABC):
-    """A matrix (rows, columns) as it is held in memory, and how it is multiplied with.
+class Kernel(ABC, Generic[F]):
+    """A matrix (rows, columns) in its in-memory representation, with its product.
 
     Parameters
     ----------
     form
-        What it is made of; :meth:`fits` holds for it.
+        The form, for which :meth:`fits` must be true.
     """
 
-    #: What reports call it.
+    #: Name in reports.
     name: ClassVar[str]
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: F) -> None:
         self.shape = form.shape
 
     @classmethod
-    @abstractmethod
-    def fits(cls, form: Form) -> bool:
-        """Whether this kernel can run the form on this machine."""
+    def fits(cls, form: F) -> bool:
+        """Whether this kernel can run a form that it is for, on this machine."""
+        return True
 
     @classmethod
     @abstractmethod
-    def bytes(cls, form: Form, rows: int) -> int:
-        """Bytes of :meth:`tensors`, without making them, if the form had so many rows."""
+    def bytes(cls, form: F, rows: int) -> int:
+        """Bytes of :meth:`tensors` for the given number of rows, without creating them."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """Everything that is held."""
+        """All tensors in memory."""
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
-        """``x @ matrix.T`` for ``x`` (n, columns) of any floating dtype, which the result has too."""
+        """``x @ matrix.T`` for ``x`` (n, columns) of any floating dtype; the result has the same dtype."""
 
     @abstractmethod
     def lookup(self, index: Tensor) -> Tensor:
         """Rows of the matrix, (n, columns) in float32, for ``index`` (n,)."""
 
     def dense(self) -> Tensor:
-        """The matrix itself in float32."""
+        """The matrix in float32."""
         return self.lookup(torch.arange(self.shape[0]))
 
     def convolve(self, x: Tensor, shape: tuple[int, ...], bias: Tensor | None, geometry: Geometry) -> Tensor | None:
-        """The convolution with the matrix as a weight of ``shape``; None where that needs the weight itself."""
+        """The convolution with the matrix as a weight of ``shape``; None if that needs the dense weight."""
         return None
 
     @property
     def convolves(self) -> bool:
-        """Whether :meth:`convolve` gives anything."""
+        """Whether :meth:`convolve` returns a result."""
         return False
 
     @property
     def names(self) -> list[str]:
-        """Names of all kernels that a product takes."""
+        """Names of all kernels used by a product."""
         return [self.name]
 
 
-class BFloat16(Kernel):
-    """The matrix itself in bfloat16. Codes of more than 8 bits would take as much memory and run slower."""
+#: Kernels by the forms that they are for.
+runs = Lowering[type[Kernel]]("packed kernel")
+
+
+@runs(Dense)
+class BFloat16(Kernel[Form]):
+    """The matrix in bfloat16. Codes of more than 8 bits would take as much memory and run slower."""
 
     name = "bfloat16 dense"
 
     def __init__(self, form: Form) -> None:
         super().__init__(form)
         self.weight = form.dense().bfloat16()
-
-    @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        rows = form.shape[0]
-        return isinstance(form, Dense) or Plain.bytes(form, rows) >= cls.bytes(form, rows)
 
     @classmethod
     def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
@@ -127,7 +132,8 @@ class BFloat16(Kernel):
         return self.weight[index].float()
 
 
-class Int4(Kernel):
+@runs(Grid)
+class Int4(Kernel[Grid]):
     """Codes of at most 16 levels in groups of columns: ``scale * (code - 8) + offset``, both bfloat16.
 
     A grid's column steps are multiplied into the inputs, row steps into the scales. Rows are padded to whole blocks.
@@ -144,7 +150,7 @@ class Int4(Kernel):
         scale = _row_scaled(form).expand(rows, -1)
         zero = torch.zeros(1) if form.zero is None else form.zero.float()
         both = torch.stack([scale, scale * (8 + low - zero)], 2)
-        # A grid with one scale a row has the same in all of its groups.
+        # A grid with one scale per row has equal scales in all groups.
         both = both.expand(-1, columns // self.group, -1).transpose(0, 1)
         self.scales = torch.nn.functional.pad(both, (0, 0, 0, padded - rows)).bfloat16().contiguous()
         self.codes = torch.empty(padded, columns // 2, dtype=torch.uint8)
@@ -156,14 +162,13 @@ class Int4(Kernel):
         self.columns = None if form.columns is None else exponent_steps(form.columns)
 
     @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        if not isinstance(form, Grid) or not _group(form) or int4_layout() is None:
+    def fits(cls, form: Grid) -> bool:  # noqa: D102
+        if not _group(form) or int4_layout() is None:
             return False
         return int(form.codes.max()) - _lowest(form.codes) < 16
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, Grid)
+    def bytes(cls, form: Grid, rows: int) -> int:  # noqa: D102
         columns, padded = form.shape[1], -(-rows // _BLOCK) * _BLOCK
         steps = 0 if form.columns is None else 4 * columns
         return padded * columns // 2 + padded * (columns // _group(form)) * 4 + steps
@@ -189,8 +194,9 @@ class Int4(Kernel):
         return weight if self.columns is None else weight.mul_(self.columns)
 
 
-class Int8(Kernel):
-    """Codes of 8 bits with one scale a row, in bfloat16. Column steps of a grid are multiplied into the inputs."""
+@runs(Grid)
+class Int8(Kernel[Grid]):
+    """Codes of 8 bits with one bfloat16 scale per row. Column steps of a grid are multiplied into the inputs."""
 
     name = "int8 (aten._weight_int8pack_mm)"
 
@@ -202,16 +208,15 @@ class Int8(Kernel):
         self.columns = None if form.columns is None else exponent_steps(form.columns)
 
     @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        if not isinstance(form, Grid) or form.scale.shape[1] != 1 or form.shape[1] % INT8_COLUMNS or 0 in form.shape:
+    def fits(cls, form: Grid) -> bool:  # noqa: D102
+        if form.scale.shape[1] != 1 or form.shape[1] % INT8_COLUMNS or 0 in form.shape:
             return False
         low, high = form.codes.int().amin(1), form.codes.int().amax(1)
         zero = 0 if form.zero is None else form.zero.int().view(-1)
         return bool(((low - zero) >= -128).all() and ((high - zero) <= 127).all())
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, Grid)
+    def bytes(cls, form: Grid, rows: int) -> int:  # noqa: D102
         columns = form.shape[1]
         return rows * columns + 2 * rows + (0 if form.columns is None else 4 * columns)
 
@@ -222,7 +227,7 @@ class Int8(Kernel):
         inner = _inputs(x, self.columns)
         if len(x) <= _FEW:
             return torch.ops.aten._weight_int8pack_mm(inner, self.codes, self.scale).to(x.dtype)
-        # 8 bits are exact in bfloat16, so the codes need no more than a cast.
+        # 8 bits are exact in bfloat16, so the codes only need a cast.
         step = max(1, _CHUNK // self.shape[1])
         parts = (torch.nn.functional.linear(inner, codes.bfloat16()) for codes in self.codes.split(step))
         return (torch.cat(list(parts), 1) * self.scale).to(x.dtype)
@@ -232,19 +237,14 @@ class Int8(Kernel):
         return weight if self.columns is None else weight.mul_(self.columns)
 
 
-class _Pair(Kernel):
-    """Two matrices, each with a kernel of its own."""
+class _Pair(Kernel[F]):
+    """Two matrices, each with its own kernel."""
 
-    made_of: ClassVar[type[Form]]
     parts: ClassVar[tuple[str, str]]
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: F) -> None:
         super().__init__(form)
         self.first, self.second = (kernel_for(getattr(form, part)) for part in self.parts)
-
-    @classmethod
-    def fits(cls, form: Form) -> bool:
-        return isinstance(form, cls.made_of)
 
     def tensors(self) -> list[Tensor]:
         return self.first.tensors() + self.second.tensors()
@@ -254,14 +254,14 @@ class _Pair(Kernel):
         return self.first.names + self.second.names
 
 
-class Product(_Pair):
-    """Two thin matrices, multiplied with one after the other."""
+@runs(LowRank)
+class Product(_Pair[LowRank]):
+    """Two thin matrices, applied in sequence."""
 
-    name, made_of, parts = "two thin products", LowRank, ("left", "right")
+    name, parts = "two thin products", ("left", "right")
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, LowRank)
+    def bytes(cls, form: LowRank, rows: int) -> int:  # noqa: D102
         return resident_bytes(form.left, rows) + resident_bytes(form.right)
 
     def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -271,14 +271,14 @@ class Product(_Pair):
         return self.first.lookup(index) @ self.second.dense()
 
 
-class Total(_Pair):
-    """Two matrices of one shape, added after each was multiplied."""
+@runs(Sum)
+class Total(_Pair[Sum]):
+    """Two matrices of one shape; their products are added."""
 
-    name, made_of, parts = "sum of two products", Sum, ("base", "correction")
+    name, parts = "sum of two products", ("base", "correction")
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, Sum)
+    def bytes(cls, form: Sum, rows: int) -> int:  # noqa: D102
         return resident_bytes(form.base, rows) + resident_bytes(form.correction, rows)
 
     def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -288,18 +288,14 @@ class Total(_Pair):
         return self.first.lookup(index) + self.second.lookup(index)
 
 
-class Plain(Kernel):
-    """Any form on any machine: its parts as they are, multiplied by :meth:`octavo.forms.Form.apply`."""
+class Plain(Kernel[Form]):
+    """Any form on any machine: its unchanged parts, multiplied by :meth:`octavo.forms.Form.apply`."""
 
     name = "none (decoded while running)"
 
     def __init__(self, form: Form) -> None:
         super().__init__(form)
         self.form = form
-
-    @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        return True
 
     @classmethod
     def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
@@ -320,31 +316,32 @@ class Plain(Kernel):
         return self.form.dense()
 
 
-#: In order of preference.
-KERNELS: tuple[type[Kernel], ...] = (Product, Total, Int4, Int8, BFloat16, Plain)
-
-
 def kernel_for(form: Form) -> Kernel:
-    """A form made ready to run with the best kernel that it fits on this machine."""
+    """Prepare a form for the best kernel available on this machine."""
     return _choose(form)(form)
 
 
 def resident_bytes(form: Form, rows: int | None = None) -> int:
-    """Bytes that a form takes while it runs, or would take if it had so many ``rows``, without making it ready."""
+    """Bytes of a form while it runs, optionally for another number of ``rows``, without preparing it."""
     return _choose(form).bytes(form, form.shape[0] if rows is None else rows)
 
 
 def _choose(form: Form) -> type[Kernel]:
-    return next(kernel for kernel in KERNELS if kernel.fits(form))
+    found = next((kernel for kernel in runs.every(form) if kernel.fits(form)), None)
+    if found is not None:
+        return found
+    # Without a kernel of its own a form runs from its parts, unless the matrix takes no more memory and runs faster.
+    rows = form.shape[0]
+    return BFloat16 if BFloat16.bytes(form, rows) <= Plain.bytes(form, rows) else Plain
 
 
 def _inputs(x: Tensor, steps: Tensor | None) -> Tensor:
-    """Inputs as the kernels take them, times the column steps."""
+    """Inputs in the dtype of the kernels, times the column steps."""
     return (x if steps is None else x * steps).bfloat16().contiguous()
 
 
 def _group(form: Grid) -> int:
-    """Columns a group if the int4 kernel takes them, else 0; one scale a row is spread over the widest it takes."""
+    """Group size if the int4 kernel supports it, else 0; one scale per row uses the widest supported group."""
     columns, groups = form.shape[1], form.scale.shape[1]
     if 0 in form.shape:
         return 0
@@ -355,7 +352,7 @@ def _group(form: Grid) -> int:
 
 
 def _lowest(codes: Tensor) -> int:
-    """The code that becomes 0. Symmetric codes become centred, so that their offsets are exactly zero."""
+    """The code that becomes 0. Symmetric codes are centred, so that their offsets are exactly zero."""
     low, high = int(codes.min()), int(codes.max())
     return 0 if low >= 0 and high < 16 else -8 if low >= -8 and high < 8 else low
 
@@ -368,9 +365,9 @@ def _row_scaled(form: Grid) -> Tensor:
 
 @cache
 def int4_layout() -> tuple[int, Tensor, Tensor] | None:
-    """Where the int4 packer of this machine puts a code: rows a block, and of each the byte and the shift in it.
+    """The layout of this machine's int4 packer: rows per block, and the byte and shift of each row.
 
-    The layout differs between instruction sets. Looking rows up needs it, so it is read off a packed block: code
+    The layout differs between instruction sets. Looking up rows needs it, so it is determined from a packed block: code
     ``(r, k)`` is in byte ``k * rows / 2 + place[r]`` of its block. None if there is no such packer, or it differs.
     """
     columns = 32

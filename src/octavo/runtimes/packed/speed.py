@@ -1,4 +1,4 @@
-"""How fast models run, timed side by side so that the machine's load falls on all of them alike."""
+"""Timing models alternately, so that the machine's load affects all of them equally."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def interleaved(
     patience: float = math.inf,
     of: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[str, float]:
-    """Median seconds of every call, in turns after one turn to warm up; ``of=min`` for the least of them.
+    """Median seconds of every call, in alternating rounds after a warm-up round; ``of=min`` for the minimum.
 
-    The least is what the call itself takes: whatever else a busy machine does only adds to it. No turn begins after
-    ``patience`` seconds; if that leaves the first alone, it counts.
+    The minimum is closest to the time of the call, since other load only adds to it. No round starts after ``patience``
+    seconds; if only the warm-up round ran, it counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
@@ -37,12 +37,12 @@ def interleaved(
 
 
 def generates(model: nn.Module) -> bool:
-    """Whether a model writes token after token."""
+    """Whether a model generates tokens one by one."""
     return bool(getattr(model, "can_generate", lambda: False)())
 
 
 def greedy(model: Any, tokens: int, prompt: int = 16) -> Callable[[], Any]:
-    """A call that writes so many tokens at batch 1, each from the one before it and the cache."""
+    """A call that generates the given number of tokens at batch 1, each from the previous one and the cache."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
 

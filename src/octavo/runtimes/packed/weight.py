@@ -1,4 +1,4 @@
-"""A weight that holds packed codes, in the place of a module's dense one."""
+"""A weight that holds packed codes and replaces a module's dense weight."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from octavo.errors import RequestError
-from octavo.runtimes.packed.kernels import Geometry, Kernel, Plain
+from octavo.forms import Form
+from octavo.runtimes.packed.kernels import Geometry, Kernel, Plain, kernel_for
 from octavo.sources.sites import Layout
 
 
 class PackedWeight(Tensor):
-    """A tensor without storage of its own that runs from packed codes.
+    """A tensor without storage that runs from packed codes.
 
-    To a module it looks like the weight it stands for: shape, dtype, tying and the module's own ``forward`` stay as
-    they are. Linear layers and embeddings take the kernel, and convolutions where it has one for them; any other
-    operation is given the decoded weight, which is dropped after it. It is for inference: there are no gradients, and
-    its content cannot be changed.
+    To a module it looks like the weight that it represents: shape, dtype, tying and the module's own ``forward`` do not
+    change. Linear layers, embeddings and supported convolutions use the kernel. Any other operation gets the decoded
+    weight, which is dropped afterwards. It is for inference: there are no gradients, and its content cannot be changed.
 
     Parameters
     ----------
     kernel
         The weight's matrix, ready to run.
     layout
-        How the weight is read as that matrix.
+        How the weight is read as the matrix.
     shape, dtype
-        Of the weight. ``dtype`` is what decoding gives; products have the dtype of their inputs.
+        Shape and dtype of the decoded weight; products have the dtype of their inputs.
     """
 
     kernel: Kernel
@@ -38,16 +38,16 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, kernel: Kernel, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
-        """A wrapper of that shape; it allocates nothing."""
+        """A wrapper of the given shape that allocates nothing."""
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
         made.kernel, made.matrix_layout = kernel, layout
         return made
 
     def __init__(self, *_: Any) -> None:
-        """Everything is done by ``__new__``, as tensors need."""
+        """Does nothing: ``__new__`` does everything, as tensors require."""
 
     def decode(self) -> Tensor:
-        """The weight itself, in its dtype."""
+        """The decoded weight in its dtype."""
         return self.matrix_layout.from_matrix(self.kernel.dense(), tuple(self.shape)).to(self.dtype)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -57,12 +57,12 @@ class PackedWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Products and lookups are run by the kernel."""
+        """The kernel runs products and lookups."""
         handler = _HANDLERS.get(func)
         result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
-        # What tensors do by default would make results PackedWeights as well.
+        # By default results would be PackedWeights as well.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -89,7 +89,12 @@ class PackedWeight(Tensor):
         return func(*args, **kwargs)
 
 
-#: Weights as they stand decoded in the latest state.
+def packed_weight(form: Form, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+    """A weight that runs from its form with the best kernel that this machine has for it."""
+    return PackedWeight(kernel_for(form), layout, shape, dtype)
+
+
+#: Weights decoded for the latest state dict.
 _DECODED: weakref.WeakKeyDictionary[Kernel, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
 _COPIES = {
     torch.ops.aten.detach.default,
@@ -113,7 +118,7 @@ def _refuse_sharing(weight: PackedWeight, *_: Any) -> None:
     )
 
 
-# Parameters of the handlers are named as those of the functions that they stand for.
+# Parameters of handlers have the names of the functions that they replace.
 def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not _is_matrix(weight, "rows_first") or isinstance(input, PackedWeight):
         return NotImplemented
@@ -133,7 +138,7 @@ def _embedding(input: Tensor, weight: Any, padding_idx: Any = None, max_norm: An
         return NotImplemented
     rows, columns = weight.shape
     if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < rows:
-        raise IndexError(f"indices from {int(input.min())} to {int(input.max())} into a table of {rows} rows")
+        raise IndexError(f"indices from {int(input.min())} to {int(input.max())} exceed a table of {rows} rows")
     return weight.kernel.lookup(input.reshape(-1)).to(weight.dtype).view(*input.shape, columns)
 
 
@@ -155,7 +160,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
     functional.embedding: _embedding,
     torch.addmm: _addmm,
-    # An assignment to a part would change a decoded copy.
+    # Assigning to a part would only change a decoded copy.
     Tensor.__setitem__: _refuse_change,
     Tensor.share_memory_: _refuse_sharing,
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _convolution),
@@ -163,7 +168,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 def decode_in_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A hook after ``state_dict`` of a module: its packed weights stand in it decoded, tied ones as one tensor."""
+    """A hook after a module's ``state_dict`` that decodes packed weights; tied weights stay one tensor."""
     for name, weight in module._parameters.items():
         if isinstance(weight, PackedWeight) and isinstance(state.get(prefix + name), PackedWeight):
             known = _DECODED.get(weight.kernel, lambda: None)()
@@ -174,7 +179,7 @@ def decode_in_state(module: nn.Module, state: dict[str, Any], prefix: str, _: An
 
 
 def without_packed(module: nn.Module) -> None:
-    """Put dense parameters in the place of packed ones, tied ones as one."""
+    """Replace packed parameters by dense ones; tied parameters stay tied."""
     dense: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, weight in owner._parameters.items():
@@ -185,19 +190,19 @@ def without_packed(module: nn.Module) -> None:
 
 
 def held_bytes(held: nn.Module | Mapping[str, Any]) -> int:
-    """Bytes of all distinct tensors that a module or a dictionary holds, packed ones by their parts."""
+    """Bytes of all distinct tensors of a module or dictionary; packed tensors count by their parts."""
     sizes: dict[int, int] = {}
     every = [*held.parameters(), *held.buffers()] if isinstance(held, nn.Module) else held.values()
     for tensor in every:
         if not isinstance(tensor, torch.Tensor):
-            continue  # plain data that lies beside the tensors
+            continue  # plain data next to the tensors
         for part in tensor.kernel.tensors() if isinstance(tensor, PackedWeight) else [tensor]:
             sizes[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     return sum(sizes.values())
 
 
 def kernels_of(module: nn.Module) -> dict[str, list[str]]:
-    """Names of a module's packed parameters by the kernels that run them."""
+    """Names of a module's packed parameters, by kernel."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for prefix, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):

@@ -9,13 +9,20 @@ from dataclasses import dataclass
 
 from octavo.errors import RequestError
 from octavo.runtimes.onnx.exporting import parse_shape
+from octavo.targets.base import Goal
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The speed that was asked for: a factor over PyTorch in float32, or seconds; the other is 0 or None."""
+class Asked(Goal):
+    """The speed that was asked for: a factor over PyTorch in float32, or seconds; the other is 0 or None.
 
-    shape: tuple[int, int]
+    Parameters
+    ----------
+    shape
+        Sequences and tokens at which it counts.
+    """
+
+    shape: tuple[int, int] = (1, 32)
     speedup: float = 0.0
     seconds: float | None = None
 
@@ -51,7 +58,7 @@ def asked_for(speedup: float | None, latency: str | float | None, shape: str | S
         )
     if speedup is None:
         assert latency is not None
-        return Asked(parse_shape(shape), seconds=parse_latency(latency))
+        return Asked(shape=parse_shape(shape), seconds=parse_latency(latency))
     if not math.isfinite(speedup) or speedup <= 0:
         raise RequestError(f"speedup {speedup!r} is not a positive finite number")
-    return Asked(parse_shape(shape), speedup=float(speedup))
+    return Asked(shape=parse_shape(shape), speedup=float(speedup))

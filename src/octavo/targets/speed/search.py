@@ -18,19 +18,17 @@ import numpy as np
 import torch
 
 from octavo.allocation.budget import Budget
+from octavo.allocation.encoded import encode_all, form_of, narrowing_of, seal
+from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Curve, Point, Profile
 from octavo.allocation.solver import solve
-from octavo.artifact import Packed, unpack
-from octavo.calibration.calibrating import Calibration
+from octavo.artifact import Packed
 from octavo.calibration.evidence import Evidence
-from octavo.calibration.workspace import Workspace
 from octavo.encoding.finish import Built
-from octavo.encoding.job import Job
 from octavo.errors import BudgetError
 from octavo.forms import Form
-from octavo.methods import Setting, get_method
-from octavo.methods.quantize.int8 import SMOOTHING
+from octavo.methods import Method, Setting, methods
 from octavo.runtimes.onnx.activations import rounding_loss, watch
 from octavo.runtimes.onnx.exporting import check_graph
 from octavo.runtimes.onnx.given import Tokens
@@ -44,19 +42,18 @@ from octavo.targets.speed.asked import Asked
 
 #: The baseline that speed is counted against.
 DENSE = "torch float32"
-#: Methods whose forms are offered.
-METHODS = ("keep", "int8", "gptq", "activation-svd")
 #: Plans aim this share below the latency asked for; two measurements of one file differ by as much.
 _RESERVE = 0.04
 _ROUNDS = 5
 #: Seconds that a comparison of whole models takes.
 _SECONDS = 3.0
-#: Groups of columns of the blockwise kernel, the first that divides a matrix.
-_WIDTHS = (64, 128, 32, 16)
-#: Ranks of factored layers, as shares of the rank at which two factors have as many elements as the matrix.
-_RANKS = (0.5, 0.25)
-_FACTOR_BITS = 6
 _NOT_A_POINT = 2**62
+
+
+def offered() -> list[str]:
+    """Names of the methods that have settings for speed, dense storage first."""
+    found = [cls for cls in methods().values() if cls.speed_settings is not Method.speed_settings]
+    return [cls.name for cls in sorted(found, key=lambda cls: not cls.dense)]
 
 
 @dataclass(frozen=True)
@@ -96,29 +93,50 @@ class Anchors:
     scale: float
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A plan for speed that was built and measured.
+
+    Parameters
+    ----------
+    kernels
+        Site to kernel, of the sites that the exported graph runs.
+    seconds, speedup
+        Of one call of the exported model, and times as fast as the source in PyTorch in float32.
+    """
+
+    asked: Asked
+    built: Built
+    kernels: dict[str, str]
+    anchors: Anchors
+    seconds: float
+    speedup: float
+
+
 class Search:
     """Finds the plan of least loss within the latency asked for."""
 
-    def __init__(self, job: Job, calibration: Calibration, room: Workspace, shape: tuple[int, int]) -> None:
-        self.job, self.calibration, self.room, self.shape = job, calibration, room, shape
-        self.model, kinds = trace(job.source)
-        self.dense = {name: form for name, form in dense_forms(job.source).items() if name in kinds}
-        check_graph(job.source, self.model, self.dense)
-        known = {site.name for site in job.sites}
+    def __init__(self, run: Run, shape: tuple[int, int]) -> None:
+        self.run, self.opened, self.shape = run, run.opened, shape
+        opened = self.opened
+        self.model, kinds = trace(opened.source)
+        self.dense = {name: form for name, form in dense_forms(opened.source).items() if name in kinds}
+        check_graph(opened.source, self.model, self.dense)
+        known = {site.name for site in opened.sites}
         self.matrices = [name for name, kind in kinds.items() if kind == SITE and name in known]
         self.inputs = open_inputs(self.model)
-        self.smoothing: dict[str, Setting] = {}
+        self.agreed: dict[tuple[str, str], Setting] = {}
         self.table = Table(math.prod(shape))
-        self.ranges = watch(job.source, self.matrices, job.calibration_data)
-        self.candidates = {site.name: self._candidates(site) for site in job.sites}
+        self.ranges = watch(opened.source, self.matrices, opened.calibration_data)
+        self.candidates = {site.name: self._candidates(site) for site in opened.sites}
         self.table.save()
         self.anchors = self._anchors()
-        curves = [Curve(site.name, site.kind, site.shape, _points(self.candidates[site.name])) for site in job.sites]
-        source = job.source
+        curves = [Curve(site.name, site.kind, site.shape, _points(self.candidates[site.name])) for site in opened.sites]
+        source = opened.source
         self.profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
 
-    def run(self, asked: Asked) -> tuple[Built, dict[str, str], dict[str, Any]]:
-        """The plan, built, and what was measured of it."""
+    def plan(self, asked: Asked) -> Timed:
+        """The plan of least loss within what was asked for, built and measured."""
         names = list(self.candidates)
         width = max(map(len, self.candidates.values()))
         costs = np.full((len(names), width), _NOT_A_POINT, dtype=np.int64)
@@ -130,24 +148,23 @@ class Search:
         dense = self.anchors.seconds[DENSE]
         allowed = asked.allowed(dense) * (1 - _RESERVE)
         aim = allowed
-        best: tuple[Built, dict[str, str], dict[str, Any]] | None = None
+        best: Timed | None = None
         fastest = 0.0
         for attempt in range(_ROUNDS):
             left = max(round((aim - self.anchors.fixed) * 1e9), int(costs.min(1).sum()))
             chosen = {name: self.candidates[name][k] for name, k in zip(names, solve(costs, losses, left), strict=True)}
             built, kernels, session = self._build(chosen, asked)
-            calls = runs(self.job.source, self.shape, {"exported": session})
+            calls = runs(self.opened.source, self.shape, {"exported": session})
             pair = compare(calls, DENSE, seconds=_SECONDS)
             taken = pair["exported"]
             # By the least times: a busy machine must not drive the plan to where nothing but the loss changes.
             speedup = pair[DENSE]["least"] / taken["least"]
-            self.job.progress("measure", attempt + 1, _ROUNDS)
+            self.run.progress("measure", attempt + 1, _ROUNDS)
             fastest = max(fastest, speedup)
-            measured = {**taken, "divergence": built.quality, "asked": asked.words}
             # The machine may have been slower when the baseline was measured first: the ratio is what counts.
             seconds = dense / speedup if asked.seconds is None else taken["least"]
-            if seconds <= allowed and (best is None or built.quality < best[0].quality):
-                best = (built, kernels, measured)
+            if seconds <= allowed and (best is None or built.quality < best.built.quality):
+                best = Timed(asked, built, kernels, self.anchors, taken["seconds"], taken["speedup"])
             if (attempt and best is not None) or 0.97 * allowed <= seconds <= allowed:
                 break
             if left <= int(costs.min(1).sum()) and seconds > allowed:
@@ -166,68 +183,61 @@ class Search:
 
     def _build(self, chosen: Mapping[str, Candidate], asked: Asked) -> tuple[Built, dict[str, str], Session]:
         """Encode a plan, export it, and measure what it loses when onnxruntime runs it."""
-        job = self.job
-        packed = {name: self._encode(job.site(name), c.method, c.setting) for name, c in chosen.items()}
+        opened = self.opened
+        packed = {name: self._encode(opened.site(name), c.method, c.setting) for name, c in chosen.items()}
         forms = {name: self._form(name, packed[name]) if name in packed else self.dense[name] for name in self.dense}
         kernels = {name: chosen[name].kernel for name in self.matrices}
         session = Session(lower(self.model, forms, kernels).SerializeToString())
-        contents = job.contents(packed, job.narrowing())
+        contents = seal(opened, packed, narrowing_of(self.run))
         points = {name: Point(c.method, {**c.setting}, packed[name].bytes, c.loss) for name, c in chosen.items()}
         total = contents.bytes
         self.profile.fixed_bytes = total - sum(item.bytes for item in packed.values())
         plan = Plan(Budget(total, asked.words), points, sum(c.loss for c in chosen.values()), self.profile.fixed_bytes)
-        losses = divergences(job, session)
-        built = Built(plan, packed, contents, total, float(losses.mean()), float(losses.quantile(0.95)))
+        losses = divergences(opened, session)
+        built = Built(plan, packed, contents, total, total, float(losses.mean()), float(losses.quantile(0.95)))
         return built, kernels, session
 
     def _encode(self, site: Site, method: str, setting: Setting) -> Packed:
         chosen = {site.name: Point(method, setting, 0, 0.0)}
-        return next(packed for _, packed in self.job.encode_all(chosen, self.calibration, self.room))
+        return next(packed for _, packed in encode_all(self.run, chosen))
 
     def _form(self, name: str, packed: Packed) -> Form:
-        site = self.job.site(name)
-        return unpack(memoryview(packed.blob), packed.parts, packed.meta, (site.rows, site.columns))
+        return form_of(self.opened.site(name), packed)
 
     def _candidates(self, site: Site) -> list[Candidate]:
-        """All ways to store and run a site; what the graph does not multiply with is kept in 16 bits, if it fits."""
-        job = self.job
+        """All ways to store and run a site; what the graph does not multiply with stays dense."""
+        opened = self.opened
         choices: list[tuple[str, Setting]]
-        if site.name in job.pinned:
-            choices = [job.pinned[site.name]]
+        if site.name in opened.pinned:
+            choices = [opened.pinned[site.name]]
         else:
-            dtypes = [s["dtype"] for s in get_method("keep").settings(job.matrix(site), self._evidence(site))]
-            choices = [("keep", {"dtype": "float16" if "float16" in dtypes else dtypes[0]})]
-            if site.name in self.matrices:
-                choices += self._choices(site)
+            offered = [m for m in opened.methods if m.accepts(site) and (m.dense or site.name in self.matrices)]
+            choices = [(method.name, setting) for method in offered for setting in self._settings(method, site)]
         found = [self._candidate(site, method, setting) for method, setting in choices]
-        job.progress("profile", job.sites.index(site) + 1, len(job.sites))
+        self.run.progress("profile", opened.sites.index(site) + 1, len(opened.sites))
         return found
 
-    def _choices(self, site: Site) -> list[tuple[str, Setting]]:
-        choices: list[tuple[str, Setting]] = [("int8", self._smoothing(site))]
-        width = next((width for width in _WIDTHS if site.columns % width == 0), None)
-        choices += [] if width is None else [("gptq", {"bits": 8, "group": width})]
-        ranks = [int(share * site.parameters / (site.rows + site.columns)) for share in _RANKS]
-        return choices + [("activation-svd", {"rank": rank, "bits": _FACTOR_BITS}) for rank in ranks if rank >= 8]
+    def _settings(self, method: Method, site: Site) -> Sequence[Setting]:
+        settings = self.opened.target.offers(method, self.opened.matrix(site), self._evidence(site))
+        return [self._agreed(method, site, settings)] if method.scales_inputs and settings else settings
 
-    def _smoothing(self, site: Site) -> Setting:
-        """The smoothing of least expected loss for all sites that read the same values and so share their rounding."""
-        value = self.inputs[site.name]
-        if value not in self.smoothing:
-            group = [self.job.site(name) for name in self.matrices if self.inputs[name] == value]
-            settings: list[Setting] = [{"smoothing": share} for share in SMOOTHING]
-            losses = [sum(self._candidate(other, "int8", setting).loss for other in group) for setting in settings]
-            self.smoothing[value] = settings[int(np.argmin(losses))]
-        return self.smoothing[value]
+    def _agreed(self, method: Method, site: Site, settings: Sequence[Setting]) -> Setting:
+        """The setting of least expected loss for all sites that read the same values and so share their rounding."""
+        key = (method.name, self.inputs[site.name])
+        if key not in self.agreed:
+            group = [self.opened.site(name) for name in self.matrices if self.inputs[name] == key[1]]
+            losses = [sum(self._candidate(other, method.name, each).loss for other in group) for each in settings]
+            self.agreed[key] = settings[int(np.argmin(losses))]
+        return self.agreed[key]
 
     def _evidence(self, site: Site) -> Evidence:
-        return self.calibration.evidence[site.name]
+        return self.run.calibration.evidence[site.name]
 
     def _candidate(self, site: Site, method: str, setting: Setting) -> Candidate:
         packed = self._encode(site, method, setting)
         form = self._form(site.name, packed)
         evidence = self._evidence(site)
-        loss = evidence.loss(form.dense() - self.job.matrix(site))
+        loss = evidence.loss(form.dense() - self.opened.matrix(site))
         if site.name not in self.matrices:
             return Candidate(method, setting, FLOAT, packed.bytes, 0.0, loss)
         kernel = kernel_of(form)
@@ -240,17 +250,17 @@ class Search:
 
     def _anchors(self) -> Anchors:
         """Measure whole models, and fit what the sites' sum leaves out."""
-        job = self.job
+        opened = self.opened
         fastest = {name: min(self.candidates[name], key=lambda c: c.seconds) for name in self.matrices}
         forms = dict(self.dense)
         for name, candidate in fastest.items():
-            forms[name] = self._form(name, self._encode(job.site(name), candidate.method, candidate.setting))
+            forms[name] = self._form(name, self._encode(opened.site(name), candidate.method, candidate.setting))
         kernels = {name: candidate.kernel for name, candidate in fastest.items()}
         sessions = {
             "onnxruntime float32": Session(lower(self.model, self.dense, {}).SerializeToString()),
             "onnxruntime fastest": Session(lower(self.model, forms, kernels).SerializeToString()),
         }
-        taken = compare(runs(job.source, self.shape, sessions, bfloat16=True), DENSE, seconds=_SECONDS)
+        taken = compare(runs(opened.source, self.shape, sessions, bfloat16=True), DENSE, seconds=_SECONDS)
         whole, quick = (taken[name]["least"] for name in sessions)
         plain = sum(self.table.seconds(self.dense[name], FLOAT) for name in self.matrices)
         least = sum(candidate.seconds for candidate in fastest.values())
@@ -263,10 +273,12 @@ def _points(candidates: Sequence[Candidate]) -> list[Point]:
     return [Point(c.method, dict(c.setting), c.bytes, c.loss) for c in candidates]
 
 
-def divergences(job: Job, session: Session) -> torch.Tensor:
+def divergences(opened: Opened, session: Session) -> torch.Tensor:
     """Divergence of every held-back example when onnxruntime runs the model."""
-    assert job.source.module is not None
-    return job.objective.measure(session, job.held_data, job.objective.reference(job.source.module, job.held_data))
+    assert opened.source.module is not None
+    return opened.objective.measure(
+        session, opened.held_data, opened.objective.reference(opened.source.module, opened.held_data)
+    )
 
 
 def runs(

@@ -1,0 +1,116 @@
+"""The bytes that all tensors take while the model runs from packed codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.allocation.budget import Budget
+from octavo.allocation.opened import Opened
+from octavo.artifact import Artifact, Contents, Packed
+from octavo.calibration.evidence import Evidence
+from octavo.encoding.result import Result
+from octavo.encoding.section import Section
+from octavo.forms import Form
+from octavo.methods import Method, Setting, get_method, select_methods
+from octavo.request import Request
+from octavo.runtimes.packed import resident_bytes
+from octavo.sources.sites import Site, Source
+from octavo.targets.base import target
+from octavo.targets.held import packed_figures, section
+from octavo.targets.sizes import Sizes
+
+#: Rows of a site that tell what it takes in memory: as many as the int4 kernel packs together.
+_ROWS = 64
+
+
+@target("memory")
+class Memory(Sizes):
+    """Bytes of all tensors while the model runs: sites, other tensors, and buffers that are not stored."""
+
+    about = "bytes of the weights while the model runs from packed codes"
+    # Every setting has a kernel and a known size: all are tried, and nothing is left to interpolate.
+    margin = 0.0
+    exhaustive = True
+    # A kernel that runs packed codes has no place for gains.
+    tunable = False
+    unit = "bytes in memory"
+    loads = True
+
+    def methods(self, request: Request) -> list[Method]:
+        """The methods that a kernel can run."""
+        return select_methods(request.methods, request.preset, self.name)
+
+    def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
+        """The settings that a kernel runs."""
+        return method.kernel_settings(weight, evidence)
+
+    def resident(self, form: Form, rows: int) -> int:
+        """Bytes that the form's kernel holds."""
+        return resident_bytes(form, rows)
+
+    def bytes(self, packed: Packed) -> int:
+        """Bytes that a site takes while it runs."""
+        assert packed.resident is not None
+        return packed.resident
+
+    def total(self, contents: Contents) -> int:
+        """Bytes of all tensors, as the manifest states them."""
+        assert contents.resident is not None
+        return contents.resident
+
+    def described(self, contents: Contents, opened: Opened, packed: Mapping[str, Packed]) -> Contents:
+        """The contents with what they take in memory."""
+        return replace(contents, resident=self._beside(opened) + sum(map(self.bytes, packed.values())))
+
+    def adapted(self, source: Source) -> Source:
+        """The source with the bytes of its buffers that no file holds."""
+        if source.module is None:
+            return source
+        stored = set(source.parameters.values())
+        held = sum(buffer.nbytes for name, buffer in source.module.named_buffers() if name not in stored)
+        return replace(source, unstored=held)
+
+    def admitted(self, source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
+        """Sites that can run packed; the loader makes other tensors of the rest, such as one of all experts."""
+        fused = {source.aliases.get(name, name) for item in source.conversions for name in item.names}
+        reason = "made a part of another tensor at load, which no kernel runs packed"
+        return (
+            [site for site in sites if site.name not in fused],
+            {**left, **{site.name: reason for site in sites if site.name in fused}},
+        )
+
+    def smallest(self, opened: Opened, asked: Budget) -> int | None:
+        """What the coarsest settings with a kernel take; their sizes depend on shapes, so a few rows tell them."""
+        smallest = self._beside(opened)
+        for site in opened.sites:
+            rows = opened.matrix(site)[:_ROWS]
+            evidence = Evidence(torch.ones(len(rows)), None)
+            if site.name in opened.pinned:
+                name, setting = opened.pinned[site.name]
+                choices = [(get_method(name), setting)]
+            else:
+                offered = ((method, method.kernel_settings(rows, evidence)) for method in opened.methods)
+                choices = [(method, settings[-1]) for method, settings in offered if settings]
+            forms = (method.encode(rows, setting, evidence) for method, setting in choices)
+            smallest += min(resident_bytes(form, site.rows) for form in forms)
+        return smallest if asked.bytes < smallest else None
+
+    def verify(self, result: Result, artifact: Artifact, written: Any) -> Section:
+        """The section on bytes held, kernels, quality and speed of the packed model."""
+        return section(packed_figures(result, artifact))
+
+    def _beside(self, opened: Opened) -> int:
+        """Bytes of what is no site, and of buffers that are not stored."""
+        source, total = opened.source, 0
+        for name in opened.left:
+            dtype = source.dtypes[name]
+            # Models of transformers run in bfloat16 as a whole.
+            narrow = source.is_transformers and dtype.is_floating_point
+            total += math.prod(source.shapes[name]) * (2 if narrow else dtype.itemsize)
+        return total + source.unstored
