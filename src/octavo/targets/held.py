@@ -83,8 +83,8 @@ def _speed(packed: nn.Module, dense: nn.Module, batch: Any, objective: Objective
 def section(found: PackedFigures) -> Section:
     """The report's section on the model that runs from packed codes."""
     kernels = ", ".join(f"{count} on {name}" for name, count in sorted(found.kernels.items()))
-    text = f"The weights are stated to take {found.stated:,} bytes while the model runs packed; "
-    text += f"they were measured to take {found.held:,}." + (f" Matrices by kernel: {kernels}." if kernels else "")
+    text = f"Running from packed codes, the weights take {found.held:,} bytes of memory ({found.stated:,} were stated)."
+    text += f" Matrices by kernel: {kernels}." if kernels else ""
     speed, notes = found.speed, (found.note,) if found.note else ()
     if speed is None:
         return Section("running", "In memory", text, notes=notes, figures=plain_json(found))
