@@ -25,6 +25,7 @@ from torch import Tensor
 import octavo.encoding.reconstruct as reconstruction
 from octavo import coding
 from octavo.allocation.budget import Budget
+from octavo.allocation.encoded import as_weights, seal
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Point
 from octavo.allocation.workspace import Workspace
@@ -36,10 +37,14 @@ from octavo.encoding.finish import Built
 from octavo.forms import Form, Grid
 from octavo.methods import get_method
 from octavo.methods.quantize.entropy import Entropy
-from octavo.opening import describe, open_job
+from octavo.opening import begin, open_request
+from octavo.request import Request
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.sites import Site
 from octavo.sources.tokens import text_batches
+from octavo.system.executors import Local
+from octavo.system.progress import silent
+from octavo.targets import get_target
 
 #: Steps of the plain curve, and those at which variants are measured: near ratios 16 and 8, and near 45 and 58 MB.
 CURVE = {"minilm": (2.6e-4, 1.9e-4, 1.1e-4, 7.5e-5), "smollm2": (2.6e-4, 1.9e-4, 1.3e-4)}
@@ -150,7 +155,7 @@ class Bench:
         if name == "minilm":
             calibration, test = brown()
             development = _sentences(set(test))
-            self.job = open_job(folder, calibration, None, None, "default", (), {}, 0, lambda *_: None)
+            asked = Request(folder, data=calibration)
             self.texts = {"development": text_batches(folder, development), "test": text_batches(folder, test)}
         else:
             from transformers import AutoTokenizer
@@ -158,48 +163,62 @@ class Bench:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             tokens, test = windows(tokenizer)
             batches = [{"input_ids": piece} for piece in tokens.split(4)]
-            self.job = open_job(folder, batches, "kl", None, "default", (), {}, 0, lambda *_: None)
+            asked = Request(folder, data=batches, objective="kl")
             self.texts = {
                 "development": [{"input_ids": piece} for piece in _running(tokenizer).split(2)],
                 "test": [{"input_ids": piece} for piece in test[::3].split(2)],
             }
         folder = CACHE / "ablation" / name
-        room = Workspace(folder, describe(self.job, "default"), resume=folder.exists())
-        self.calibration = self.job.calibrate(room)
-        self.module = self.job.source.module
+        self.opened = open_request(asked, get_target("disk"), silent)
+        room = Workspace(folder, self.opened.identity(), resume=folder.exists())
+        self.run = begin(self.opened, room, Local(), silent)
+        self.module = self.opened.source.module
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=name != "minilm")
         with replaced(self.module, {}), self.autocast:
             self.references = {
-                text: [r.to(torch.bfloat16) if name != "minilm" else r for r in self.job.objective.reference(self.module, b)]
+                text: [r.to(torch.bfloat16) if name != "minilm" else r for r in self.opened.objective.reference(self.module, b)]
                 for text, b in self.texts.items()
             }  # fmt: skip
 
     def measure(self, weights: dict[str, Tensor]) -> dict[str, float]:
         """Mean divergence from the source on both texts."""
-        new = {self.job.source.parameters[name]: weight for name, weight in weights.items()}
+        new = {self.opened.source.parameters[name]: weight for name, weight in weights.items()}
         with replaced(self.module, new), self.autocast:
             return {
-                text: float(self.job.objective.measure(self.module, batches, [r.float() for r in self.references[text]]).mean())
+                text: float(self.opened.objective.measure(self.module, batches, [r.float() for r in self.references[text]]).mean())
                 for text, batches in self.texts.items()
             }  # fmt: skip
 
     def encode(self, encoder: Encoder, step: float, change: dict[str, Evidence] | None = None) -> dict[str, Form]:
         """Forms of all sites."""
         evidence = {**self.run.calibration.evidence, **(change or {})}
-        return {site.name: encoder(site, self.job.matrix(site), evidence[site.name], step) for site in self.job.sites}
+        return {
+            site.name: encoder(site, self.opened.matrix(site), evidence[site.name], step) for site in self.opened.sites
+        }
 
     def row(self, forms: dict[str, Form], step: float) -> tuple[dict[str, Any], Built]:
         """Bytes and quality of forms; and the whole as a plan that was built."""
         packed = {name: pack(form) for name, form in forms.items()}
-        contents = self.job.contents(packed, Narrowing.SCALE)
-        weights = {name: self.job.site(name).layout.from_matrix(form.dense(), self.job.site(name).shape)
+        contents = seal(self.opened, packed, Narrowing.SCALE)
+        weights = {name: self.opened.site(name).layout.from_matrix(form.dense(), self.opened.site(name).shape)
                    for name, form in forms.items()}  # fmt: skip
         kept = {name: item.tensor().to(item.dtype) for name, item in contents.kept.items()}
-        quality = self.measure({**weights, **{n: t for n, t in kept.items() if n in self.job.source.parameters}})
+        quality = self.measure({**weights, **{n: t for n, t in kept.items() if n in self.opened.source.parameters}})
         points = {name: Point("entropy", {"step": step}, item.bytes, 0.0) for name, item in packed.items()}
         plan = Plan(Budget(contents.bytes, "ablation"), points, 0.0, 0)
-        held = {**self.job.weights(packed), **kept} if not any(isinstance(f, Priced) for f in forms.values()) else {}
-        built = Built(plan, packed, contents, contents.bytes, float(self.job.measure(held).mean()) if held else 0.0)
+        held = (
+            {**as_weights(self.opened, packed), **kept}
+            if not any(isinstance(f, Priced) for f in forms.values())
+            else {}
+        )
+        built = Built(
+            plan,
+            packed,
+            contents,
+            contents.bytes,
+            contents.bytes,
+            float(self.run.measure(held).mean()) if held else 0.0,
+        )
         return {"step": step, "bytes": contents.bytes, **quality}, built
 
 
@@ -222,16 +241,16 @@ def _running(tokenizer: Any) -> Tensor:
 
 def frequencies(bench: Bench, power: float) -> dict[str, Evidence]:
     """Evidence of the word embedding with token frequencies to another power."""
-    site = max((s for s in bench.job.sites if s.kind == "embedding"), key=lambda s: s.rows)
+    site = max((s for s in bench.opened.sites if s.kind == "embedding"), key=lambda s: s.rows)
     counts = torch.zeros(site.rows, dtype=torch.float64)
-    for batch in bench.job.calibration_data:
+    for batch in bench.opened.calibration_data:
         tokens = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(tokens)).bool()
         counts += torch.bincount(tokens[mask], minlength=site.rows)
     missing = (counts == 1).sum() / counts.sum()
     share = counts / counts.sum() * (1 - missing)
     share[counts == 0] = missing / (counts == 0).sum()
-    weights = share**power / (share**power).sum() * bench.calibration.tokens / bench.calibration.sequences
+    weights = share**power / (share**power).sum() * bench.run.calibration.tokens / bench.run.calibration.sequences
     weights = (weights + DAMPING * weights.mean()).float()
     old = bench.run.calibration.evidence[site.name]
     return {site.name: replace(old, rows=weights, terms=())}
@@ -245,7 +264,7 @@ def run(name: str, only: list[str] | None) -> None:
         # Other models may be measured at the same time.
         results = load_results("ablation")
         mine = results.setdefault("models", {}).setdefault(
-            name, {"title": TITLES[name], "metric": bench.job.objective.metric}
+            name, {"title": TITLES[name], "metric": bench.opened.objective.metric}
         )
         mine[part] = [*(old for old in mine.get(part, []) if old["step"] != row["step"]), row]
         save_results("ablation", {"models": results["models"]})
@@ -265,15 +284,15 @@ def run(name: str, only: list[str] | None) -> None:
             )
             done("classes of rows and columns in the coder", {**row, "bytes": row["bytes"] + flat})
         if wanted("reconstruction"):
-            fit = reconstruction._Fit(bench.job, bench.calibration, built)
+            fit = reconstruction._Fit(bench.run, built)
             fit.learn(reconstruction.POSITIONS["default"])
             for part, gains in (("reconstruction of norms and biases", False), ("reconstruction with row gains", True)):
                 found = fit.built(gains=gains)
                 tensors = {
-                    **bench.job.weights(found.packed),
+                    **as_weights(bench.opened, found.packed),
                     **{n: k.tensor().float() for n, k in found.contents.kept.items()},
                 }
-                tensors = {n: t for n, t in tensors.items() if n in bench.job.source.parameters}
+                tensors = {n: t for n, t in tensors.items() if n in bench.opened.source.parameters}
                 done(part, {"step": step, "bytes": found.bytes, **bench.measure(tensors)})
         for part, encoder in ENCODERS.items():
             if wanted(part):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from common import CACHE, brown, load_results, minilm, save_results, shared_data
 
 import octavo
 from octavo import coding
-from octavo.allocation.workspace import Workspace
 from octavo.calibration.objective import Cosine
 from octavo.encoding.finish import finish, single_families
-from octavo.pipeline import Compressed
+from octavo.saving import Compressed
 from octavo.sources.tokens import text_batches
 
 RATIOS = (2, 4, 6, 8, 12, 16, 24)
@@ -78,17 +78,14 @@ def ratios(judge: Judge, texts: list[str], work: Path) -> tuple[list[dict[str, A
 
 def _judge_built(built: Any, done: Compressed, judge: Judge, work: Path) -> float:
     folder = work / "rival"
-    Compressed(**{**done.__dict__, "built": built, "rival": None}).save(folder, overwrite=True)
+    replace(done, built=built, rival=None).save(folder, overwrite=True)
     return judge(folder)
 
 
 def _families(done: Compressed, judge: Judge, work: Path) -> dict[str, dict[str, float]]:
-    from octavo.opening import describe
-
-    room = Workspace(work / "profile", describe(done.opened, done.preset), resume=True)
     result = {}
     for plan in single_families(done.profile, done.budget):
-        built = finish(done.opened, done.profile, done.calibration, room, plan, done.budget)
+        built = finish(done.run, done.profile, plan, done.budget)
         result[plan.notes[0]] = {
             "bytes": built.bytes,
             "held_back": built.quality,

@@ -20,16 +20,15 @@ from common import CACHE, brown, load_results, minilm, save_results, stat_bytes,
 from models import model_folder
 
 import octavo
+from octavo.allocation.counting import MARGIN
 from octavo.allocation.solver import allocate
-from octavo.allocation.workspace import Workspace
 from octavo.calibration.objective import KL, Cosine, Objective
-from octavo.encoding.finish import MARGIN, Built, contest
+from octavo.encoding.finish import Built, contest
 from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.methods import methods
-from octavo.opening import describe
-from octavo.pipeline import Compressed
 from octavo.recipes import Trial
 from octavo.recipes.models import language_model
+from octavo.saving import Compressed
 from octavo.sources.tokens import text_batches
 
 RATIOS = (8, 12, 16)
@@ -86,7 +85,7 @@ def compare(name: str, ratio: int, case: Case, reference: list[torch.Tensor]) ->
         case.source, ratio=ratio, data=case.data, objective=case.objective, preset="best", workspace=work, resume=True
     )
     report = done.save(work / f"all-{ratio}", overwrite=True)
-    without = Compressed(**{**done.__dict__, "built": _without(done, work), "rival": None})
+    without = replace(done, built=_without(done), rival=None)
     without.save(work / f"without-{ratio}", overwrite=True)
     sites = [site for site in report["sites"] if site["family"] == "factorize"]
     return {
@@ -101,16 +100,14 @@ def compare(name: str, ratio: int, case: Case, reference: list[torch.Tensor]) ->
     }  # fmt: skip
 
 
-def _without(done: Compressed, work: Path) -> Built:
+def _without(done: Compressed) -> Built:
     """What is made of the same curves without the points of the family, by the steps of ``octavo.compress``."""
     names = {name for name, cls in methods().items() if cls.family != "factorize"}
     curves = [replace(curve, points=[p for p in curve.points if p.method in names]) for curve in done.profile.curves]
-    job, profile, asked = done.opened, replace(done.profile, curves=curves), done.budget
-    room = Workspace(work, describe(job, done.preset), resume=True)
-    free = replace(asked, bytes=asked.bytes - reserve(job, asked.bytes, done.preset))
-    chosen = allocate(profile, free, margin=MARGIN)
-    best, _ = contest(job, profile, done.calibration, room, chosen, free)
-    return reconstruct(job, done.calibration, best, asked.bytes, done.preset)
+    profile, asked = replace(done.profile, curves=curves), done.budget
+    free = replace(asked, bytes=asked.bytes - reserve(done.opened, asked.bytes))
+    best, _ = contest(done.run, profile, allocate(profile, free, margin=MARGIN), free)
+    return reconstruct(done.run, best, asked.bytes)
 
 
 def judge(case: Case, reference: list[torch.Tensor], folder: Path) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.errors import OctavoError
+from octavo.runtimes.packed import packed_weight
 from octavo.system.notes import OctavoWarning
 from octavo.system.raw import raw_bytes
 
@@ -114,7 +115,7 @@ def _state(folder: Path, honest: Honest) -> Outcome:
 
 
 def _packed(folder: Path, honest: Honest) -> Outcome:
-    octavo.Artifact(folder).state(packed=True)
+    octavo.Artifact(folder).state(as_weight=packed_weight)
     return Outcome("same")
 
 

@@ -17,7 +17,7 @@ from octavo.allocation.workspace import Workspace, holds_profile
 from octavo.encoding.finish import finish, single_families
 from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
-from octavo.methods import get_method
+from octavo.methods.selecting import dense_method
 from octavo.opening import begin, open_request
 from octavo.request import Choices, Request, Role, request_of, shows_options
 from octavo.saving import Compressed
@@ -146,7 +146,7 @@ def _compressed(request: Request, target: Target, progress: Progress) -> Compres
             if request.methods is not None:
                 raise RequestError("a plan says which method every site gets: leave methods out, and edit the plan")
             # To carry out a plan nothing needs to be measured but what sites there are.
-            opened, goal = replace(opened, methods=[get_method("keep")]), replace(goal, bare=True)
+            opened, goal = replace(opened, methods=[dense_method()]), replace(goal, bare=True)
         room = Workspace(folder, opened.identity(), resume=request.resume, witness=opened.witness)
         run = begin(opened, room, executor, progress, clock)
         clock.lap("evidence")

@@ -189,7 +189,9 @@ def test_an_edited_plan_that_does_not_fit_says_where_and_what_would(measured, tm
     with pytest.raises(octavo.RequestError) as refused:
         octavo.compress(source, plan=file, **request)
     said = str(refused.value)
-    total, excess, budget = map(int, re.search(r"takes (\d+) bytes, (\d+) more than its budget of (\d+)", said).groups())
+    total, excess, budget = map(
+        int, re.search(r"takes (\d+) bytes, (\d+) more than its budget of (\d+)", said).groups()
+    )
     assert str(file) in said and total == budget + excess
     assert re.search(r"'first\.weight' takes \d+ bytes, but the plan states \d+", said)
     # What the error says would fit, does.

@@ -12,8 +12,10 @@ from torch import nn
 
 import octavo
 from octavo.encoding.disk_use import WITHIN, disk_use
-from octavo.opening import open_job
+from octavo.opening import open_request
+from octavo.request import Request
 from octavo.system.progress import silent
+from octavo.targets import get_target
 
 
 def bare(folder: Path) -> tuple[Any, Any]:
@@ -64,6 +66,6 @@ def test_the_estimate_is_right(
     )
     done.save(tmp_path / "disk" / "out", progress=look)
     look()
-    job = open_job(source, data, None, None, preset, (), {}, 0, silent)
-    foretold = disk_use(job, done.budget.bytes, preset)
+    opened = open_request(Request(source, data=data, preset=preset), get_target("disk"), silent)
+    foretold = disk_use(opened, done.budget.bytes)
     assert peak / WITHIN <= foretold <= peak * WITHIN, (foretold, peak)

@@ -119,7 +119,10 @@ def test_where_channels_can_be_split(module, accepted):
 @pytest.mark.parametrize(
     ("setting", "word"),
     [
-        ({"groups": 3, "rank": 4, "bits": 6}, "groups is 3 in the setting .* does not divide the 128 columns.*choose from 1, 2, 4"),
+        (
+            {"groups": 3, "rank": 4, "bits": 6},
+            "groups is 3 in the setting .* does not divide the 128 columns.*choose from 1, 2, 4",
+        ),
         ({"groups": 0, "rank": 4, "bits": 6}, "groups is 0"),
         ({"groups": 2, "rank": 0, "bits": 6}, "rank is 0.*from 1 to 64"),
         ({"groups": 2, "rank": 65, "bits": 6}, "rank is 65.*from 1 to 64"),

@@ -80,7 +80,7 @@ def test_the_verdict_says_what_the_best_single_setting_takes(report: dict[str, A
     report["uniform"]["held"] = 15_000_000
     assert "which takes 15.00 MB in memory." in card(report)
     report["uniform"], report["quality"]["uniform"] = {}, None
-    assert "no single setting for all was measured beside them" in card(report)
+    assert "no single setting for all was measured" in card(report)
 
 
 def test_the_card_has_one_line_a_kind_of_warning(report: dict[str, Any]) -> None:

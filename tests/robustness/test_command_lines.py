@@ -114,7 +114,6 @@ NOT_OF_SPEED = (
 )  # fmt: skip
 LINES = [
     *lines("compress {bare} --out {out} --for disk *", 2, WRONG),
-    *lines("compress {bare} --out {out} --for memory *", 2, WRONG),
     *lines("profile {bare} --out {out} *", 2, {
         words.removeprefix("--ratio 4 "): says for words, says in WRONG.items()
         if words.startswith("--ratio 4 ") and "--bits" not in words and "--shape" not in words

@@ -83,6 +83,7 @@ def test_an_added_configuration_is_told_by_name(name, copy):
         ({"quantization_config": None}, "quantization_config"),
         ({"quantization_config": ["octavo"]}, "quantization_config"),
         ({"quantization_config": {"quant_method": "octavo", "packed": "yes"}}, "packed"),
+        ({"quantization_config": {"quant_method": "octavo", "packed": True}}, "packed=True"),
         ({"attn_implementation": "stranger/kernel"}, "kernel"),
         ({"_attn_implementation": "stranger/kernel:forward"}, "kernel"),
         ({"attn_implementation": {"": "stranger/kernel"}}, "kernel"),

@@ -90,7 +90,7 @@ def test_duplicates_are_refused_and_the_first_stays():
 
 @pytest.mark.parametrize("name", ["", "A", "a b", "a,b", "a:b", "a=b", "-a", "a--b", "*"])
 def test_names_that_no_command_line_can_tell_apart_are_refused(name):
-    with pytest.raises(ValueError, match="rename it"):
+    with pytest.raises(ValueError, match="use small letters"):
         Registry[type]("part", "octavo.coding").add(name, int)
 
 

@@ -1,4 +1,4 @@
-"""Everything that goes into an artifact: packed sites, and the tensors that are no sites."""
+"""Assembling the contents of an artifact: packed sites, and the tensors that are not sites."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from octavo.sources.narrowing import Narrowing, stored_dtype
 from octavo.sources.sites import Site, Source
 from octavo.sources.skeletons import tied_names, unfilled_names
 
-#: Norms, biases and the like are stored in 16 bits if all of them together cost less than this, in the metric's units.
+#: Norms, biases and other tensors are stored in 16 bits if this costs less than this in total, in the metric's units.
 _FREE = 1e-7
 
 
 class Assembly:
-    """Puts artifacts of one source together.
+    """Assembles artifacts of one source.
 
     Parameters
     ----------
     left
-        Tensors that are no sites, with the reason.
+        Tensors that are not sites, with the reason.
     """
 
     def __init__(self, source: Source, sites: Mapping[str, Site], left: Mapping[str, str]) -> None:
         self.source, self.sites, self.left = source, sites, left
-        # Checksums of kept tensors are worked out once for all contents.
+        # Checksums of kept tensors are computed once for all contents.
         self._kept: dict[Narrowing, dict[str, Kept]] = {}
 
     def contents(self, packed: Mapping[str, Packed], how: Narrowing) -> Contents:
-        """Everything that goes into an artifact with these sites."""
+        """The contents of an artifact with these sites."""
         source = {
             "title": self.source.title,
             "fingerprint": self.source.fingerprint(),
@@ -56,7 +56,7 @@ class Assembly:
         )
 
     def kept(self, how: Narrowing) -> dict[str, Kept]:
-        """Tensors that are no sites, in 16 bits where ``how`` allows it."""
+        """Tensors that are not sites, in 16 bits if ``how`` allows it."""
         if how not in self._kept:
             self._kept[how] = {name: self._kept_one(name, how) for name in self.left}
         return self._kept[how]
@@ -64,19 +64,19 @@ class Assembly:
     def _kept_one(self, name: str, how: Narrowing) -> Kept:
         own = stored = self.source.dtypes[name]
         fixed = name in self.source.fixed
-        # What the user asked to leave alone is left alone.
+        # Tensors that the user ignores are unchanged.
         if not self.left[name].startswith("ignored"):
             stored = stored_dtype(self.source.read(name).detach(), Narrowing.EXACT if fixed else how)
-        # Folding leaves constants. Others may be learned by reconstruction, and are then no constants any more.
+        # Folding leaves constants. Reconstruction may fit other tensors, which are then not constant.
         constant = name in self.source.folded and is_constant(self.source.read(name))
         stored = own if constant else stored
         read = partial(self.source.read, name)
         return Kept(read, self.source.shapes[name], stored, own, coded=fixed or constant)
 
     def narrowing(self, measure: Callable[[Mapping[str, Tensor]], Tensor] | None) -> Narrowing:
-        """How tensors that are no sites are narrowed: as far as it costs nothing measurable.
+        """How tensors that are not sites are narrowed: as far as this has no measurable cost.
 
-        Where nothing can be measured (``measure`` is None) each value keeps its relative precision.
+        If nothing can be measured (``measure`` is None), each value keeps its relative precision.
         """
         if measure is None:
             return Narrowing.EACH
@@ -96,7 +96,7 @@ class Assembly:
 
     @cached_property
     def _named(self) -> frozenset[str]:
-        """Aliases that the loader of the source must find in the files, since it does not tie them itself."""
+        """Aliases that must be in the files, since the loader of the source does not tie them."""
         if not self.source.is_transformers or not self.source.aliases:
             return frozenset()
         return frozenset(self.source.aliases) - tied_names(self.source)

@@ -1,4 +1,4 @@
-"""What choosing and encoding must know of a target: what a setting costs there, and which settings it runs."""
+"""The view of a target for choosing and encoding: the cost of a setting, and the settings it can run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.artifact import Contents, Packed
 from octavo.calibration.evidence import Evidence
+from octavo.forms import Form
 from octavo.methods import Method, Setting
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ MARGIN = 0.004
 
 
 class Counting:
-    """What a budget counts. Every target is one of these (:class:`octavo.targets.Target`).
+    """How a budget is counted. Every target implements this (:class:`octavo.targets.Target`).
 
     Attributes
     ----------
@@ -32,7 +33,7 @@ class Counting:
     tunable
         Whether small learned corrections (norms, biases, row gains) may be added to the forms.
     unit
-        What is counted, after a size in an error: ``bytes in memory``.
+        The unit of sizes in errors, such as ``bytes in memory``.
     """
 
     name: str = ""
@@ -45,14 +46,18 @@ class Counting:
         """The settings of a method that can be used here, from largest to smallest."""
         return method.settings(weight, evidence)
 
+    def resident(self, form: Form, rows: int) -> int | None:
+        """Bytes that a form of so many rows takes while it runs; None where they are not counted."""
+        return None
+
     def bytes(self, packed: Packed) -> int:
-        """What one encoded site counts."""
+        """The counted bytes of one encoded site."""
         return packed.bytes
 
     def total(self, contents: Contents) -> int:
-        """What everything in an artifact counts."""
+        """The counted bytes of a whole artifact."""
         return contents.bytes
 
     def described(self, contents: Contents, opened: Opened, packed: Mapping[str, Packed]) -> Contents:
-        """The contents of an artifact with what its manifest says of this target."""
+        """The contents of an artifact, with the target's entries in the manifest."""
         return contents

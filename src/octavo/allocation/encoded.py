@@ -1,4 +1,4 @@
-"""Encoding chosen settings, and what encoded sites are: tensors of the source, contents of an artifact."""
+"""Encoding chosen settings, and using encoded sites as tensors of the source or contents of an artifact."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from octavo.system.raw import Lazily, narrowed
 
 
 def encode_all(run: Run, chosen: Mapping[str, Any]) -> Iterator[tuple[str, Packed]]:
-    """Names and packed forms of sites, kept in the workspace; a form that is there is not made again.
+    """Names and packed forms of sites, kept in the workspace; existing forms are reused.
 
     Parameters
     ----------
     chosen
-        By name of the site what has a ``method`` and a ``setting``, such as a point.
+        Maps site names to objects with a ``method`` and a ``setting``, such as points.
     """
     opened, room = run.opened, run.workspace
     found = {name: room.load_packed(name, point.method, point.setting) for name, point in chosen.items()}
     missing = [(opened.site(name), chosen[name]) for name, packed in found.items() if packed is None]
-    evidence = run.calibration.evidence
+    evidence, target = run.calibration.evidence, opened.target
     results = run.executor.map(
         encoded,
-        ((site, opened.matrix(site), evidence[site.name], point.method, point.setting) for site, point in missing),
+        (
+            (site, opened.matrix(site), evidence[site.name], point.method, point.setting, target)
+            for site, point in missing
+        ),
     )
     for name, packed in found.items():
         if packed is None:
@@ -46,7 +49,7 @@ def form_of(site: Site, packed: Packed) -> Form:
 
 
 def as_weights(opened: Opened, packed: Mapping[str, Packed]) -> Lazily:
-    """Packed sites as tensors of the source, each decoded when it is asked for."""
+    """Packed sites as tensors of the source, each decoded on demand."""
 
     def decoded(site: Site, item: Packed) -> Tensor:
         return narrowed(site.layout.from_matrix(form_of(site, item).dense(), site.shape), site.dtype)
@@ -55,10 +58,10 @@ def as_weights(opened: Opened, packed: Mapping[str, Packed]) -> Lazily:
 
 
 def seal(opened: Opened, packed: Mapping[str, Packed], how: Narrowing) -> Contents:
-    """Everything that goes into an artifact with these sites, with what the target adds to its manifest."""
+    """The contents of an artifact with these sites, with the target's entries in the manifest."""
     return opened.target.described(opened.assembly.contents(packed, how), opened, packed)
 
 
 def narrowing_of(run: Run) -> Narrowing:
-    """How tensors that are no sites are narrowed, as far as it costs nothing measurable."""
+    """How tensors that are not sites are narrowed: as far as this has no measurable cost."""
     return run.opened.assembly.narrowing(run.measure if run.opened.measurable else None)

@@ -1,4 +1,4 @@
-"""What a request came to once its source and data were opened, and one run on it. All steps are functions of these."""
+"""A request with its opened source and data, and one run on it; all steps are functions of these."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Opened:
     Parameters
     ----------
     left
-        Tensors that are no sites, with the reason.
+        Tensors that are not sites, with the reason.
     calibration_data, held_data
-        Batches that evidence is gathered from, and others that plans are measured on.
+        Batches for gathering evidence, and held-out batches for measuring plans.
     text
-        What the report calls the data.
+        Description of the data in the report.
     pinned
-        The only method and setting of sites that the user chose them for.
+        Method and setting of the sites for which the user chose them.
     memory
-        Bytes of memory that the run may take; None for what the machine has.
+        Limit on the run's memory in bytes; None for the machine's memory.
     witness
-        The files that are read.
+        The input files.
     notes
-        What the user should know. Steps add to it.
+        Notes for the user; steps append to it.
     """
 
     request: Request
@@ -69,7 +69,7 @@ class Opened:
         return {site.name: site for site in self.sites}
 
     def site(self, name: str) -> Site:
-        """The site of that name."""
+        """The site with that name."""
         return self._by_name[name]
 
     def matrix(self, site: Site) -> Tensor:
@@ -78,16 +78,16 @@ class Opened:
 
     @cached_property
     def assembly(self) -> Assembly:
-        """What puts artifacts of this source together."""
+        """The assembler of this source's artifacts."""
         return Assembly(self.source, self._by_name, self.left)
 
     @property
     def measurable(self) -> bool:
-        """Whether plans can be measured: there is a model that runs, and data for it."""
+        """Whether plans can be measured: this needs a model to run, and data for it."""
         return self.source.module is not None and bool(self.held_data)
 
     def identity(self) -> dict[str, Any]:
-        """What makes kept work this request's own: finished steps of one are never used for another."""
+        """The identity of this request's kept work; finished steps are never used for another request."""
         return {
             **self.request.identity(),
             "source": self.source.fingerprint(),
@@ -103,12 +103,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what was opened, the model that runs, its evidence, and where its work is done and kept.
+    """One run: the opened request, the running model, its evidence, and the executor and folder of its work.
 
     Parameters
     ----------
     model
-        The source's model, whole or block by block; None where nothing is run.
+        The source's model, whole or block by block; None if no model is run.
     calibration
         The evidence of all sites.
     workspace
@@ -124,15 +124,15 @@ class Run:
     clock: Clock = field(default_factory=Clock)
 
     def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Divergence of every held-back example with some tensors of the source replaced (examples,)."""
+        """Divergence of every held-out example with some tensors of the source replaced, (examples,)."""
         if self.model is None or not self.opened.held_data:
             raise RequestError("nothing can be measured without a model and data; give both")
         return self.model.measure(self.opened.held_data, self.opened.objective, weights)
 
     def judge(self, module: nn.Module, old: Mapping[str, torch.Tensor] | None = None) -> Tensor:
-        """Divergence of every held-back example from the source with another module in its place (examples,).
+        """Divergence of every held-out example from the source for another module, (examples,).
 
-        ``old`` holds the values of the source's own module where they were changed since it was measured.
+        ``old`` holds the values of the source's module that were changed since it was measured.
         """
         assert self.model is not None
         return self.model.judge(self.opened.held_data, self.opened.objective, module, old or {})

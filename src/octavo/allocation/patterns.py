@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from octavo.errors import RequestError
-from octavo.methods import Setting, get_method
+from octavo.methods import Setting, get_method, methods
 from octavo.sources.sites import Site
 
 
@@ -50,8 +50,9 @@ def _example(sites: list[Site]) -> str:
 
 def parse_spec(spec: str) -> tuple[str, Setting]:
     """``float16`` or ``gptq:bits=4,group=64`` as a method and a setting."""
-    if spec in ("float32", "float16", "bfloat16"):
-        return "keep", {"dtype": spec}
+    for name, known in methods().items():
+        if spec in known.words:
+            return name, dict(known.words[spec])
     name, _, knobs = spec.partition(":")
     method, setting = get_method(name), Setting()
     for knob in filter(None, knobs.split(",")):

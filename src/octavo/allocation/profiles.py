@@ -20,7 +20,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
 from octavo.methods.base import PRESETS
-from octavo.methods.factorize.factors import is_table
+from octavo.methods.tables import is_table
 from octavo.sources.sites import Site
 from octavo.system.atomic import write_file
 from octavo.system.paths import checked, reason
@@ -123,8 +123,7 @@ class Profile:
             return cls(curves=curves, correction=correction, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RequestError(
-                f"{path}: not a profile that this version can read: {reason(error)}; run octavo profile again; run "
-                "octavo profile again"
+                f"{path}: not a profile that this version can read: {reason(error)}; run octavo profile again"
             ) from error
 
 
@@ -177,12 +176,12 @@ def profile_site(
         try:
             if sample is not None and method.by_rows:
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
-                    packed, loss = sample.packed(form), sample.loss(form)
+                    packed, loss = sample.packed(form, target.resident), sample.loss(form)
                     keep(asked, setting, packed)
                     curve.points.append(Point(str(asked), setting, target.bytes(packed), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
-                    packed = pack(form)
+                    packed = pack(form, target.resident)
                     keep(asked, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
                     curve.points.append(Point(str(asked), setting, target.bytes(packed), loss))
@@ -221,8 +220,8 @@ def _walk(
         settings = settings[:: window.stride] if len(settings) > 2 else settings
     start = len(settings) // 2
     # Dense storage has few settings, and all are always tried. Other methods are not screened against it.
-    dense = all(get_method(name).family == "keep" for name in {point.method for point in curve.points})
-    reference = None if dense or method.family == "keep" else envelope(curve)
+    dense = all(get_method(name).dense for name in {point.method for point in curve.points})
+    reference = None if dense or method.dense else envelope(curve)
     seen: dict[int, Point] = {}
     enough = lossless_bytes(curve)
 

@@ -1,4 +1,4 @@
-"""Baselines that a mixed plan must beat: one setting for all sites, and plain round-to-nearest."""
+"""Baselines that a mixed plan must beat: one setting for all sites, and the plain method."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import replace
 from octavo.allocation.budget import Budget
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import Plan
-from octavo.allocation.profiles import Point, Profile, envelope
+from octavo.allocation.profiles import Curve, Point, Profile, envelope
 from octavo.allocation.solver import labelled, uniform
 from octavo.allocation.tasks import weighed
 from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.methods import Setting, get_method
+from octavo.methods.selecting import dense_names, plain_method
 
-PLAIN = "rtn"
-#: If every site was measured, round-to-nearest is skipped when its expected loss is this many times larger.
+#: If every site was measured, the plain method is skipped when its expected loss is this many times larger.
 _HOPELESS = 8.0
-#: Entropy coding may save this share of the bits of round-to-nearest codes.
+#: Entropy coding may save this share of the bits of its codes.
 _CODED = 0.25
 
 
@@ -41,7 +41,8 @@ def best_uniform(run: Run, profile: Profile, asked: Budget) -> list[Plan]:
     if not wanted:
         return plans[:1]
     evidence = run.calibration.evidence
-    work = ((opened.site(site), opened.matrix(opened.site(site)), evidence[site], *choice) for site, *choice in wanted)
+    sites, target = {site: opened.site(site) for site, *_ in wanted}, opened.target
+    work = ((sites[site], opened.matrix(sites[site]), evidence[site], *choice, target) for site, *choice in wanted)
     added: dict[str, list[Point]] = {}
     for (site, method, setting), found in zip(wanted, run.executor.map(weighed, work), strict=True):
         if found is not None:
@@ -59,7 +60,7 @@ def _settings(opened: Opened, profile: Profile) -> list[tuple[str, Setting, dict
         for point in curve.points if curve.site not in opened.pinned else ():
             entry = (point.method, point.setting, dict[str, Point]())
             found.setdefault((point.method, repr(point.setting)), entry)[2][curve.site] = point
-    return [entry for entry in found.values() if get_method(entry[0]).family != "keep"]
+    return [entry for entry in found.values() if not get_method(entry[0]).dense]
 
 
 def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: Budget, limit: float) -> list[str]:
@@ -82,13 +83,14 @@ def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: B
 
 
 class Plain:
-    """Plain round-to-nearest with the finest single setting that fits.
+    """The plain method with the finest single setting that fits.
 
     Sites where the setting does not apply are kept in 16 bits; pinned sites stay pinned.
     """
 
     def __init__(self, run: Run, profile: Profile, asked: Budget) -> None:
         self.run, self.opened, self.profile, self.asked = run, run.opened, profile, asked
+        self.method = plain_method()
         pinned_sites = self.opened.pinned
         self.free = [curve for curve in profile.curves if curve.site not in pinned_sites]
         weights = sum(self.opened.site(curve.site).parameters for curve in self.free)
@@ -123,36 +125,44 @@ class Plain:
         finest = min(int(self.bits * (1 + _CODED)), 8)
         total = 0.0
         for curve in self.free:
-            points = [point for point in curve.points if point.method == PLAIN]
+            points = self._points(curve)
             if not points:
                 return 0.0
-            nearest = min(points, key=lambda point: abs(point.setting["bits"] - finest))
-            total += self.profile.corrected(curve, nearest.loss * 4.0 ** (nearest.setting["bits"] - finest))
+            nearest = min(points, key=lambda point: abs(self._bits(point.setting) - finest))
+            total += self.profile.corrected(curve, nearest.loss * 4.0 ** (self._bits(nearest.setting) - finest))
         return total
+
+    def _points(self, curve: Curve) -> list[Point]:
+        return [point for point in curve.points if point.method == self.method.name]
+
+    def _bits(self, setting: Setting) -> float:
+        return self.method.fineness(setting)[0]
 
     def _settings(self) -> list[Setting]:
         """Settings that may fit, finest first."""
         if self.opened.target.exhaustive:
-            points = [point for curve in self.free for point in curve.points if point.method == PLAIN]
+            points = [point for curve in self.free for point in self._points(curve)]
+            # Not all are offered everywhere.
             found = {repr(point.setting): point.setting for point in points}
-            # A smaller group size is finer, and not offered everywhere.
-            return sorted(found.values(), key=lambda setting: (-setting["bits"], str(setting["group"]).zfill(9)))
+            return sorted(found.values(), key=self.method.fineness, reverse=True)
         site = self.opened.site(self.free[0].site)
-        settings = get_method(PLAIN).settings(self.opened.matrix(site), self.run.calibration.evidence[site.name])
-        return [setting for setting in settings if setting["bits"] <= self.bits * (1 + _CODED)]
+        settings = self.method.settings(self.opened.matrix(site), self.run.calibration.evidence[site.name])
+        return [setting for setting in settings if self._bits(setting) <= self.bits * (1 + _CODED)]
 
     def _with(self, setting: Setting) -> Plan | None:
         """The plan of one setting; None if a site supports neither it nor 16 bits."""
         points = {curve.site: curve.points[0] for curve in self.profile.curves if curve.site in self.opened.pinned}
         points |= self._tried(setting)
+        dense = dense_names()
         for curve in self.free:
             if curve.site not in points:
-                half = [p for p in curve.points if p.method == "keep" and p.setting["dtype"] != "float32"]
+                most = 2 * math.prod(curve.shape)
+                half = [p for p in curve.points if p.method in dense and p.bytes <= most]
                 if not half:
                     return None
                 points[curve.site] = min(half, key=lambda point: point.loss)
         expected = sum(self.profile.corrected(curve, points[curve.site].loss) for curve in self.profile.curves)
-        return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(PLAIN, setting))
+        return Plan(self.asked, points, expected, self.profile.fixed_bytes, labelled(self.method.name, setting))
 
     def _tried(self, setting: Setting) -> dict[str, Point]:
         """Points of a setting at all sites that offer it, from the profile or else encoded."""
@@ -161,16 +171,16 @@ class Plain:
         found = {
             curve.site: point
             for curve in self.free
-            for point in curve.points
-            if (point.method, point.setting) == (PLAIN, setting) and (not point.estimated or opened.target.exhaustive)
+            for point in self._points(curve)
+            if point.setting == setting and (not point.estimated or opened.target.exhaustive)
         }
         if opened.target.exhaustive:
             return found
-        sites = [opened.site(curve.site) for curve in self.free if curve.site not in found]
-        work = ((site, opened.matrix(site), evidence[site.name], PLAIN, setting) for site in sites)
+        sites, name = [opened.site(curve.site) for curve in self.free if curve.site not in found], self.method.name
+        work = ((site, opened.matrix(site), evidence[site.name], name, setting, opened.target) for site in sites)
         for site, made in zip(sites, self.run.executor.map(weighed, work), strict=True):
             if made is not None:
                 packed, loss = made
-                self.run.workspace.save_packed(site.name, PLAIN, setting, packed)
-                found[site.name] = Point(PLAIN, setting, opened.target.bytes(packed), loss)
+                self.run.workspace.save_packed(site.name, name, setting, packed)
+                found[site.name] = Point(name, setting, opened.target.bytes(packed), loss)
         return found

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from octavo import coding
 from octavo.artifact import Packed, Sized, pack
+from octavo.artifact.packing import Resident
 from octavo.calibration.curvature import Curvature
 from octavo.calibration.evidence import Evidence
-from octavo.forms import Form, GroupedLowRank, LowRank, RowBlocks, Sum
-from octavo.methods.factorize.factors import is_table, least_of_table
-from octavo.runtimes.packed.kernels import resident_bytes
+from octavo.forms import Form
+from octavo.methods.tables import is_table, least_of_table
 
 #: Larger matrices are sampled: a quarter of their weights, within these bounds. The error of the estimated bytes is a
 #: few parts in a thousand for a 4096 x 4096 matrix and a few percent for 576 x 576. For a whole model errors cancel, to
@@ -65,19 +65,10 @@ class Sample:
         return (self.evidence.loss(error) if self.curvature is None else self.curvature.loss(error)) * self.share
 
     def grown(self, form: Form) -> int:
-        """Bytes of a whole table in a form found for the sample as a separate table.
+        """Bytes of a whole table in a form found for the sample as a separate table."""
+        return form.grown(self.share, lambda inner: pack(inner).bytes)
 
-        Left factors grow with the rows; right factors depend on the columns and do not.
-        """
-        if isinstance(form, LowRank | GroupedLowRank):
-            return self.grown(form.left) + pack(form.right).bytes
-        if isinstance(form, RowBlocks):
-            return round(len(form.member) * self.share) + sum(map(self.grown, form.blocks))
-        if isinstance(form, Sum):
-            return self.grown(form.base) + self.grown(form.correction)
-        return round(pack(form).bytes * self.share)
-
-    def packed(self, form: Form) -> Packed:
+    def packed(self, form: Form, resident: Resident | None = None) -> Packed:
         """Sizes, without content, of the whole matrix in a form found for the sample.
 
         Payloads and escapes grow with the rows. Coder tables, and parts of columns or of the whole matrix, do not.
@@ -97,7 +88,8 @@ class Sample:
             parts[name] = [end, length, *floats]
             end += length
         codecs = {codec: round(size * end / max(found.bytes, 1)) for codec, size in found.codecs.items()}
-        return Packed(Sized(end), parts, found.meta, codecs, resident_bytes(form, self.rows))
+        running = None if resident is None else resident(form, self.rows)
+        return Packed(Sized(end), parts, found.meta, codecs, running)
 
 
 def sample_of(weight: Tensor, evidence: Evidence) -> Sample | None:

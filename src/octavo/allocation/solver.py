@@ -13,6 +13,7 @@ from octavo.allocation.plans import MIXED, Plan
 from octavo.allocation.profiles import Point, Profile, densified, family, interpolate
 from octavo.errors import BudgetError
 from octavo.methods import Setting, get_method
+from octavo.methods.selecting import dense_names
 
 
 def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
@@ -61,14 +62,14 @@ class Choices:
     """All points of all sites as arrays, so that solving for one multiplier takes microseconds."""
 
     def __init__(self, profile: Profile, methods: Iterable[str] | None = None, *, interpolate: bool = True) -> None:
-        allowed = None if methods is None else set(methods)
+        allowed, dense = None if methods is None else set(methods), dense_names()
         self.profile = profile
         self.points: list[list[Point]] = []
         for curve in profile.curves:
             every = densified(curve) if interpolate else curve.points
             points = [p for p in every if allowed is None or p.method in allowed]
             if not points:
-                points = [p for p in curve.points if p.method == "keep"] or list(curve.points)
+                points = [p for p in curve.points if p.method in dense] or list(curve.points)
             self.points.append(points)
         width = max(map(len, self.points), default=0)
         self.bytes = np.full((len(self.points), width), 2**62, dtype=np.int64)
@@ -172,6 +173,7 @@ def labelled(method: str, setting: Setting) -> str:
 
 def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
     seen: dict[str, dict[str, Any]] = {}
+    dense = dense_names()
     for curve in profile.curves:
         seen.update({repr(p.setting): p.setting for p in curve.points if p.method == name})
     plans = []
@@ -179,7 +181,7 @@ def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
         points = {}
         for curve in profile.curves:
             exact = [p for p in curve.points if p.method == name and p.setting == setting]
-            kept = [p for p in curve.points if p.method == "keep"]
+            kept = [p for p in curve.points if p.method in dense]
             finest = sorted(curve.points, key=lambda p: p.loss)
             found = (exact or sorted(kept, key=lambda p: p.bytes) or finest)[0]
             # A kernel pads a matrix of few rows until 16 bits are smaller.

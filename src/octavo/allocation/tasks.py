@@ -46,35 +46,35 @@ def profiled(
 
     def keep(method: Method, setting: Setting, packed: Packed) -> None:
         # Dense forms are not kept on disk: making them again is as fast as reading them.
-        if method.family != "keep" and not isinstance(packed.content, Sized):
+        if not method.dense and not isinstance(packed.content, Sized):
             made.append((str(method), setting, packed))
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 
     if pinned is None:
         curve = profile_site(site, weight, evidence, methods, window, keep, target)
     else:
-        packed = encoded(site, weight, evidence, *pinned)
+        packed = encoded(site, weight, evidence, *pinned, target)
         keep(get_method(pinned[0]), pinned[1], packed)
         curve = Curve(site.name, site.kind, site.shape, [Point(*pinned, target.bytes(packed), 0.0)])
     return curve, made, min(outlines, key=lambda packed: target.bytes(packed))
 
 
 @fast_matmul()
-def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting) -> Packed:
+def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting, target: Counting) -> Packed:
     """A site's form by one method and setting, as bytes."""
     try:
-        return pack(get_method(method).encode(weight, setting, evidence))
+        return pack(get_method(method).encode(weight, setting, evidence), target.resident)
     except RequestError as error:
         raise RequestError(f"site {site.name!r}: {error}") from error
 
 
 @fast_matmul()
 def weighed(
-    site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting
+    site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting, target: Counting
 ) -> tuple[Packed, float] | None:
     """A site's form on disk by one method and setting, and its expected loss; None if the site does not offer it."""
     if setting not in get_method(method).at_site(site).settings(weight, evidence):
         return None
-    packed = encoded(site, weight, evidence, method, setting)
+    packed = encoded(site, weight, evidence, method, setting, target)
     form = unpack(memoryview(packed.blob), packed.parts, packed.meta, (site.rows, site.columns))
     return packed, evidence.loss(form.dense() - weight)

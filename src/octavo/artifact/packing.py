@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,15 @@ from octavo.coding import Allowance
 from octavo.coding.container import MAX_DIMENSIONS
 from octavo.errors import ArtifactError, OctavoError
 from octavo.forms.base import allowance_for
-from octavo.runtimes.packed.kernels import resident_bytes
 from octavo.system.raw import raw_bytes
 
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
+
+#: Bytes that a form takes in memory while it runs, if it has so many rows; None where they are not counted.
+Resident = Callable[[forms.Form, int], int | None]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -93,14 +95,14 @@ class Packed:
     codecs
         Bytes by codec, for the report.
     resident
-        Bytes that the form takes while it runs.
+        Bytes that the form takes while it runs; None where they are not counted.
     """
 
     content: bytes | Stored | Sized
     parts: dict[str, list]
     meta: dict[str, Any]
     codecs: dict[str, int]
-    resident: int
+    resident: int | None = None
 
     @property
     def blob(self) -> bytes:
@@ -124,8 +126,14 @@ class Packed:
         return zlib.crc32(self.content) if isinstance(self.content, bytes) else self.content.crc
 
 
-def pack(form: forms.Form) -> Packed:
-    """Code all parts of a form, each integer tensor by whichever codec is smallest."""
+def pack(form: forms.Form, resident: Resident | None = None) -> Packed:
+    """Code all parts of a form, each integer tensor by whichever codec is smallest.
+
+    Parameters
+    ----------
+    resident
+        Tells what the form takes while it runs, where that counts.
+    """
     chunks, parts, codecs, offset = [], {}, dict[str, int](), 0
     for name, tensor in form.tensors().items():
         if tensor.dtype.is_floating_point:
@@ -139,7 +147,8 @@ def pack(form: forms.Form) -> Packed:
         codecs[codec] = codecs.get(codec, 0) + len(chunk)
         chunks.append(chunk)
         offset += len(chunk)
-    return Packed(b"".join(chunks), parts, form.meta(), codecs, resident_bytes(form))
+    running = None if resident is None else resident(form, form.shape[0])
+    return Packed(b"".join(chunks), parts, form.meta(), codecs, running)
 
 
 def unpack(

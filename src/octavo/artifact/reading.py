@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ from octavo.artifact.writing import BITS, MANIFEST
 from octavo.coding import Allowance
 from octavo.errors import ArtifactError
 from octavo.forms.base import allowance_for
-from octavo.runtimes.packed import PackedWeight, kernel_for
-from octavo.runtimes.packed.factors import is_factorization
 from octavo.sources.modules import SUPPORTED
 from octavo.sources.narrowing import FLOATS
 from octavo.sources.sites import Layout
@@ -44,6 +43,9 @@ _LARGEST_EXPONENT = 1023
 
 #: Dtypes of tensors stored bit for bit.
 _EXACT = {dtype_name(dtype): dtype for dtype in SUPPORTED}
+
+#: Makes a weight of some shape and dtype that runs from its form, which the layout reads it as.
+AsWeight = Callable[[forms.Form, Layout, tuple[int, ...], torch.dtype], Tensor]
 
 
 class Artifact:
@@ -136,18 +138,12 @@ class Artifact:
         """The dtype of a site in the source, to which its weight is rounded."""
         return _dtype(name, self.sites[name].get("dtype"))
 
-    def factorizations(self) -> list[str]:
-        """Names of the sites whose forms consist of factors. Factors of a scaled matrix do not count."""
-        sites = self.sites.items()
-        return [name for name, entry in sites if is_factorization(entry["form"]) and not self.layout(name).exponent]
-
-    def packed(self, name: str) -> Tensor:
-        """A site as a weight that runs from its codes; other tensors and scaled weights as in the source."""
+    def weight(self, name: str, as_weight: AsWeight) -> Tensor:
+        """A site as a weight that runs from its form; other tensors and scaled weights as in the source."""
         if name not in self.sites or self.layout(name).exponent:
             return self.tensor(name)
         entry = self.sites[name]
-        shape, dtype = _shape(name, entry), _dtype(name, entry.get("dtype"))
-        return PackedWeight(kernel_for(self.form(name)), self.layout(name), shape, dtype)
+        return as_weight(self.form(name), self.layout(name), _shape(name, entry), _dtype(name, entry.get("dtype")))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as in the source: shape, dtype and name."""
@@ -169,18 +165,24 @@ class Artifact:
         count, bits = math.prod(shape), self._decoded(name)
         return (bits.view(stored).reshape(shape) if count else torch.zeros(shape, dtype=stored)).to(dtype)
 
-    def state(self, names: Iterable[str] | None = None, *, packed: bool = False) -> dict[str, Tensor]:
+    def state(self, names: Iterable[str] | None = None, *, as_weight: AsWeight | None = None) -> dict[str, Tensor]:
         """All tensors; tied names share one tensor. Sites are decoded in parallel.
 
-        With ``packed`` sites are weights that run from their codes (:class:`octavo.runtimes.packed.PackedWeight`).
+        Parameters
+        ----------
+        names
+            Those that are wanted; all by default.
+        as_weight
+            What sites are, such as :func:`octavo.runtimes.packed.packed_weight`; decoded by default.
         """
+        read = self.tensor if as_weight is None else partial(self.weight, as_weight=as_weight)
         # Largest first, so that the largest is not decoded alone at the end.
         order = sorted(self._tensors if names is None else names, key=lambda name: -self._tensors[name].length)
         threads = self._threads(order)
         before = torch.get_num_threads()
         # One thread per site: operations that use several threads would wait for each other.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tensors = dict(zip(order, pool.map(self.packed if packed else self.tensor, order), strict=True))
+            tensors = dict(zip(order, pool.map(read, order), strict=True))
         torch.set_num_threads(before)
         return {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}}
 

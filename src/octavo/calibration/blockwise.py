@@ -161,7 +161,7 @@ class Blockwise(Runner):
     def judge(
         self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
     ) -> Tensor:
-        """Divergence of every example from the source, with another module in its place."""
+        """Divergence of every example from the source, for another module."""
         losses = []
         with torch.inference_mode():
             for batch, outputs in zip(batches, self.outputs(batches, objective), strict=True):

@@ -72,7 +72,7 @@ class InMemory(Runner):
     def judge(
         self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
     ) -> Tensor:
-        """Divergence of every example from the source, with another module in its place.
+        """Divergence of every example from the source, for another module.
 
         Parameters
         ----------

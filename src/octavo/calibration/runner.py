@@ -1,4 +1,4 @@
-"""A model that runs: evidence from it, and measurements of it with other weights."""
+"""The interface of a running model: its evidence, and measurements with other weights."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ class Runner(ABC):
 
     @abstractmethod
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
-        """Divergence of every example (examples,) from the source, with some of its tensors replaced.
+        """Divergence of every example from the source with some tensors replaced, (examples,).
 
         Parameters
         ----------
         weights
-            Tensors by their name in the source; each is asked for when it is needed.
+            Tensors by name in the source; each is read on demand.
         """
 
     @abstractmethod
     def judge(
         self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
     ) -> Tensor:
-        """Divergence of every example (examples,) from the source, with another module in its place.
+        """Divergence of every example from the source for another module, (examples,).
 
         Parameters
         ----------
         old
-            Values of the source's own module, by name, if they were changed since it was measured.
+            Values of the source's module by name, if they were changed since it was measured.
         """
 
     @abstractmethod
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
-        """What the objective compares, batch by batch."""
+        """The outputs that the objective compares, batch by batch."""

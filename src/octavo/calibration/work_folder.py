@@ -1,4 +1,4 @@
-"""The folder in which unfinished work lies: steps as sealed JSON, evidence, hidden states."""
+"""The folder of unfinished work: steps as sealed JSON, evidence, hidden states."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class WorkFolder:
         write_file(self.path / name, sealed_json(self.path, name, value))
 
     def note_damage(self, name: str) -> None:
-        """Say that a piece was damaged, and is made again."""
+        """Note that a damaged file is made again."""
         self.damaged.append(f"kept work was damaged and is made again ({name})")
 
     @property

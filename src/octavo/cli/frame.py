@@ -1,4 +1,4 @@
-"""What all commands share: the application, its two terminals, and what becomes of errors."""
+"""Code shared by all commands: the application, its two terminals, and the handling of errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of commands: what each is for, and the file that is imported once it is called.
+"""The list of commands: the help of each, and the file that is imported when it is called.
 
 The files import PyTorch, which takes seconds, and ``octavo --help`` needs none of them.
 """
@@ -14,7 +14,7 @@ from octavo.cli.terminal import Commands
 
 
 class Listed(NamedTuple):
-    """A command in the list: the file beside this one that holds it, and the first sentence of its help."""
+    """A command in the list: its file in this folder, and the first sentence of its help."""
 
     module: str
     help: str
@@ -34,7 +34,7 @@ COMMANDS = {
         "folding",
         "Build SOURCE at several ratios and measure each, next to the best uniform plan of the same bytes.",
     ),
-    "inspect": Listed("looking", "Show what an artifact holds, from its manifest alone; nothing is decoded."),
+    "inspect": Listed("looking", "Show the content of an artifact from its manifest, without decoding."),
     "verify": Listed(
         "looking", "Read an artifact back: sizes, checksums, weights and outputs as recorded when it was written."
     ),
@@ -44,36 +44,36 @@ COMMANDS = {
     ),
     "reproduce": Listed("reproducing", "Rebuild a published system, and check its claim on real data."),
 }
-#: Where the commands of imported files are.
+#: The commands of imported files.
 registered = typer.Typer(rich_markup_mode="rich")
 
 
 @registered.callback()
 def _group() -> None:
-    """With a callback it is a group, of however few commands."""
+    """With a callback this is always a group, even with one command."""
 
 
 class ListedCommands(Commands):
-    """Commands that are listed without being imported."""
+    """A group that lists commands without importing them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the words name, imported, and the words after its name."""
+        """Import the named command; returns it with the remaining arguments."""
         name, listed, rest = super().resolve_command(ctx, args)
         return name, listed if name is None else command_named(name), rest
 
 
 def command_named(name: str) -> Any:
-    """A command of :data:`COMMANDS`, imported."""
+    """Import a command of :data:`COMMANDS`."""
     importlib.import_module(f"octavo.cli.{COMMANDS[name].module}")
     group: Any = typer.main.get_command(registered)
     return group.commands[name]
 
 
 def list_all(app: typer.Typer) -> None:
-    """Add what is listed to an application."""
+    """Add the listed commands to an application."""
     for name, listed in COMMANDS.items():
         app.command(name=name, help=listed.help)(_placeholder)
 
 
 def _placeholder() -> None:
-    """In the list it stands for a command that is not imported."""
+    """Represents a command that is not imported."""

@@ -15,7 +15,7 @@ from octavo.coding.parallel import run
 from octavo.coding.radix import Window
 from octavo.errors import ArtifactError
 
-# Decodes a vector that belongs to the tables, of at most so many elements.
+# Decodes a vector of the tables, with at most the given number of elements.
 Nested = Callable[[memoryview, int], torch.Tensor]
 
 
@@ -35,7 +35,7 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
         raise ArtifactError(f"coded tensor: {len(tables.data)} unread bytes in the head")
     jobs = [(stream, piece) for stream in streams for piece in stream.pieces()]
     if len(jobs) != len(parsed.chunks):
-        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks instead of {len(jobs)}")
+        raise ArtifactError(f"coded tensor: {len(parsed.chunks)} chunks, expected {len(jobs)}")
 
     values = np.empty(header.elements, parsed.storage)
 
@@ -82,7 +82,7 @@ def _read_escapes(parsed: Parsed, nested: Nested, allowance: Allowance | None) -
     if count > elements:
         raise ArtifactError(f"coded tensor: {count} escapes among {elements} elements")
     if allowance is not None:
-        # Positions as well as the gaps that they are added up from.
+        # Both the positions and the gaps that are summed to them.
         allowance.check(count * 3 * 8, f"a coded tensor with {count} escapes")
     gaps, escaped = (nested(parsed.tables.block(), count).numpy() for _ in range(2))
     if gaps.shape != (count,) or escaped.shape != (count,) or gaps.dtype != np.int64 or escaped.dtype != parsed.storage:

@@ -1,4 +1,4 @@
-"""Choice of the window of values that a stream is coded in."""
+"""Choosing the window of values in which a stream is coded."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import numpy as np
 
 from octavo.coding.radix import SPANS, Window, digits_of
 
-# Values further than this from the middle are always escapes: a window spans 256 at most.
+# Values further than this from the middle are always escapes, since a window spans at most 256.
 _REACH = 1024
 # Values counted at a time; bounds the temporary indices, eight bytes each.
 _BLOCK = 1 << 18
@@ -34,7 +34,7 @@ def histogram(values: np.ndarray, middle: int) -> tuple[int, np.ndarray]:
 
 
 def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: Cost) -> tuple[Window, np.ndarray]:
-    """Return the cheapest window and the count of each of its digits, escapes included.
+    """Return the cheapest window and the count of each of its digits, including escapes.
 
     Parameters
     ----------
@@ -45,9 +45,9 @@ def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: C
     total : int
         Number of values, counted in a bin or not.
     escape_bits : float
-        Bits that a value outside the window takes besides its placeholder. Infinity forbids them.
+        Bits of a value outside of the window, besides its placeholder. Infinity forbids escapes.
     cost : callable
-        Bits taken by symbols of given counts with a given number of digits in a byte.
+        Returns the bits of symbols from their counts and the number of digits per byte.
     """
     used = np.flatnonzero(bins)
     start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
@@ -59,7 +59,7 @@ def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: C
         filler = int(weights.argmax())
         weights[filler] += escapes
         side = escapes * (escape_bits + math.log2(total / escapes)) if escapes else 0.0
-        # Often escapes alone already cost more than the best window so far.
+        # Often the escapes already cost more than the best window so far.
         if best is None or side < best[0]:
             bits = side + cost(weights, digits_of(high - low))
             if best is None or bits < best[0]:
@@ -71,7 +71,7 @@ def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: C
 
 
 def _heaviest(bins: np.ndarray, start: int, stop: int, span: int) -> tuple[int, int]:
-    """Return the bounds of the `span` neighbouring bins that count most, without empty ends."""
+    """Return the bounds of the `span` adjacent bins with the largest total, without empty ends."""
     if stop - start > span:
         sums = np.cumsum(bins[start:stop])
         covered = sums[span - 1 :].copy()
@@ -79,7 +79,7 @@ def _heaviest(bins: np.ndarray, start: int, stop: int, span: int) -> tuple[int, 
         start += int(covered.argmax())
         inside = np.flatnonzero(bins[start : start + span])
         start, stop = start + int(inside[0]), start + int(inside[-1]) + 1
-    # A window has two values at least; the bins cover more, so there is room on one side.
+    # A window has at least two values; the bins cover more, so one side can be extended.
     if stop - start < 2:
         start, stop = (start, start + 2) if start + 2 <= len(bins) else (start - 1, start + 1)
     return start, stop

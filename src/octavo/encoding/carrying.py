@@ -144,7 +144,7 @@ class _Carried:
         ]
         evidence = self.run.calibration.evidence
         work = (
-            (site, self.run.opened.matrix(site), evidence[site.name], str(method), setting)
+            (site, self.run.opened.matrix(site), evidence[site.name], str(method), setting, self.run.opened.target)
             for site, method, setting in wanted
         )
         for (site, method, setting), found in zip(wanted, self.run.executor.map(weighed, work), strict=True):

@@ -108,7 +108,7 @@ def _probed(opened: Opened, site: Site, bits: float | None) -> tuple[int, list[i
     def keep(method: Method, setting: Setting, packed: Packed) -> None:
         # For large matrices only sizes are kept, if rows are independent.
         sampled = site.parameters > MEDIUM and method.by_rows
-        if method.family != "keep" and not sampled and not isinstance(packed.content, Sized):
+        if not method.dense and not sampled and not isinstance(packed.content, Sized):
             sizes.append(packed.bytes)
 
     # Methods that use all rows try a matrix this large only if a sample promises a gain.

@@ -20,6 +20,7 @@ from octavo.allocation.solver import allocate, unreachable
 from octavo.artifact import Contents, Packed
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.methods import Setting, get_method
+from octavo.methods.selecting import dense_names
 from octavo.sources.narrowing import Narrowing
 from octavo.system.raw import Lazily
 
@@ -176,7 +177,7 @@ def contest(
     """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
     The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
-    round-to-nearest. If plans can be measured, all are built and the best wins. If not, only the plan of least expected
+    the plain method. If plans can be measured, all are built and the best wins. If not, only the plan of least expected
     loss is built, and the figures of the others are expectations. The bytes that the winner leaves are then spent if
     that lowers its loss.
     """
@@ -276,15 +277,15 @@ def _same(one: Plan, other: Plan) -> bool:
 
 def single_families(profile: Profile, asked: Budget) -> list[Plan]:
     """The best plan of every single family, best expected loss first. Dense storage belongs to every family."""
-    used = {point.method for curve in profile.curves for point in curve.points}
+    used, dense = {point.method for curve in profile.curves for point in curve.points}, dense_names()
     families: dict[str, list[str]] = {}
-    for name in sorted(used - {"keep"}):
+    for name in sorted(used - dense):
         families.setdefault(get_method(name).family, []).append(name)
     plans = []
     for family, names in families.items():
         try:
             # Losses are only expectations: if settings are few, these plans are also a second opinion on them.
-            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, "keep"], thorough=False)
+            plan = allocate(profile, asked, margin=MARGIN, methods=[*names, *dense], thorough=False)
         except BudgetError:
             continue
         plan.label, plan.notes = ONE_FAMILY, [family]

@@ -24,7 +24,7 @@ from octavo.artifact import Packed, pack
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Loss
 from octavo.encoding.finish import Built
-from octavo.forms.scaled import GAIN_DIVISIONS, LARGEST_GAIN, Scaled
+from octavo.forms import row_scaled
 from octavo.sources.batches import Batch, Whole, select, sequences_in
 from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
@@ -127,11 +127,6 @@ class _Fit:
         """The current values of kept tensors."""
         return {name: self.start[name] + self.units[name] * self.changes[name] for name in self.start}
 
-    def gains(self) -> dict[str, Tensor]:
-        """Row gains as stored."""
-        exponents = {name: (torch.log2(1 + change) * GAIN_DIVISIONS).round() for name, change in self.rows.items()}
-        return {name: e.clamp(-LARGEST_GAIN, LARGEST_GAIN).to(torch.int16) for name, e in exponents.items()}
-
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over that many positions, repeating the data as needed."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
@@ -196,10 +191,11 @@ class _Fit:
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}
-        for name, gains in self.gains().items():
-            if bool(gains.any()):
-                item, site = self.old.packed[name], self.opened.site(name)
-                result[name] = pack(Scaled(form_of(site, item), gains))
+        for name, change in self.rows.items():
+            base = form_of(self.opened.site(name), self.old.packed[name])
+            form = row_scaled(base, 1 + change)
+            if form is not base:
+                result[name] = pack(form)
         return result
 
 

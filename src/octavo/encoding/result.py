@@ -1,4 +1,4 @@
-"""What a finished compression is, before it is saved."""
+"""The result of a finished compression, before it is saved."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Result:
     Parameters
     ----------
     run
-        What was opened, and the run on it.
+        The run, with its opened request.
     profile
         The curves of all sites.
     budget
-        What was asked for.
+        The requested budget.
     built
-        The best of the plans that were measured.
+        The best measured plan.
     rival
         The best uniform plan at the same bytes; the same object as ``built`` if it won, None if none was built.
     own
-        What the target found beside them, such as the kernels of a plan for speed.
+        Further results of the target, such as the kernels of a plan for speed.
     timings
         Seconds by step.
     """
@@ -44,16 +44,16 @@ class Result:
 
     @property
     def opened(self) -> Opened:
-        """What the request came to."""
+        """The opened request."""
         return self.run.opened
 
     @property
     def ratio(self) -> float:
-        """Original bytes over what the budget counts: artifact bytes, or bytes in memory."""
+        """Original bytes divided by the bytes that the budget counts, of the artifact or in memory."""
         return self.opened.source.original_bytes / self.built.counted
 
     @property
     def notes(self) -> list[Note]:
-        """What there is to know about the run, grouped by kind."""
+        """Notes for the user about the run, grouped by kind."""
         told = [*self.opened.notes, *self.run.workspace.damaged, *self.run.calibration.warnings]
         return by_kind(told, [site.name for site in self.opened.sites])

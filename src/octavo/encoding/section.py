@@ -21,15 +21,15 @@ class Section:
     title
         Its heading.
     text
-        One paragraph of plain text, which says the most important.
+        One paragraph of plain text with the main result.
     columns
         Headings of the table; empty if there is none.
     rows
-        Cells of the table, as many as there are columns. Numbers are rounded for people; give units in the heading.
+        Cells of the table, one per column. Numbers are rounded for display; give units in the heading.
     notes
         Sentences below, such as warnings.
     figures
-        The same for machines: what ``report.json`` holds under ``name``, as JSON values.
+        The section's data for machines: the JSON values of ``name`` in ``report.json``.
     """
 
     name: str

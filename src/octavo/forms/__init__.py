@@ -1,4 +1,4 @@
-"""How a site's content is stored and run. Many methods find forms; there are few forms, and they nest."""
+"""Forms: how a site's content is stored and run. Many methods find a few kinds of forms, which nest."""
 
 from octavo.forms.affine import Affine
 from octavo.forms.base import FORMS, Form, form, form_names, restore, with_leaves
@@ -10,7 +10,7 @@ from octavo.forms.grid import Grid
 from octavo.forms.grouped import GroupedLowRank
 from octavo.forms.lowrank import LowRank
 from octavo.forms.rowblocks import RowBlocks
-from octavo.forms.scaled import Scaled
+from octavo.forms.scaled import Scaled, row_scaled
 from octavo.forms.separable import Separable
 from octavo.forms.sparse import Sparse
 from octavo.forms.sum import Sum
@@ -40,5 +40,6 @@ __all__ = [
     "form",
     "form_names",
     "restore",
+    "row_scaled",
     "with_leaves",
 ]

@@ -1,4 +1,4 @@
-"""Integer codes on a grid of its own for every group of columns, the way quantized checkpoints have them."""
+"""Integer codes with a separate grid for every group of columns, as in quantized checkpoints."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _CODES, _STEP, _OFFSET = "codes", "step", "offset"
 class Affine(Form):
     """``weight[i, j] = step[i, g] * codes[i, j] + offset[i, g]`` with ``g = j // width``, in float32, then rounded.
 
-    It restores what other quantizers left bit for bit: product and sum are rounded one after the other, as
-    dequantization does it. Steps, offsets and codes are stored by what they have in common
+    It restores the output of other quantizers bit for bit: product and sum are rounded separately, as in
+    dequantization. Steps, offsets and codes are stored with the redundancy between them removed
     (:mod:`octavo.forms.scales`, :mod:`octavo.forms.streams`).
 
     Parameters
@@ -32,7 +32,7 @@ class Affine(Form):
     step
         (rows, groups) float32; groups divide the columns.
     offset
-        What code 0 stands for, of the shape of ``step``, or None for zero.
+        The value of code 0, of the shape of ``step``, or None for zero.
     rounded
         Precision in which the weights were dequantized: float32, bfloat16 or float16.
     """
@@ -41,7 +41,7 @@ class Affine(Form):
     step: Tensor
     offset: Tensor | None = None
     rounded: torch.dtype = torch.float32
-    #: Parts and numbers as they are stored, worked out once.
+    #: Parts and numbers as stored, computed once.
     _stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -79,11 +79,11 @@ class Affine(Form):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Affine:  # noqa: D102
         odd = set(meta) - {"form", "groups", "rounded", _OFFSET, _STEP, _CODES, "_within"}
-        expect(not odd, f"an affine form has no {', '.join(map(repr, odd))[:200]}")
+        expect(not odd, f"an affine form does not have {', '.join(map(repr, odd))[:200]}")
         groups, rounded = meta["groups"], meta["rounded"]
-        expect(type(groups) is int and 0 < groups <= shape[1], f"{groups!r} groups for {shape[1]} columns")
+        expect(type(groups) is int and 0 < groups <= shape[1], f"{groups!r} groups do not fit {shape[1]} columns")
         expect(shape[1] % groups == 0, f"{shape[1]} columns are not divided evenly by {groups} groups")
-        expect(isinstance(rounded, str) and rounded in _ROUNDED, f"weights rounded to {rounded!r}")
+        expect(isinstance(rounded, str) and rounded in _ROUNDED, f"weights cannot be rounded to {rounded!r}")
 
         def under(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}/"): part for key, part in tensors.items() if key.startswith(f"{name}/")}
@@ -101,13 +101,13 @@ class Affine(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         n, groups = elements(shape), shape[0] * int(meta["groups"])
-        # Codes twice, as floats and rounded; cells of some rows; steps and offsets as patterns of 64 bits, many times.
+        # Codes twice (as floats and rounded), cells of some rows, and several 64-bit copies of steps and offsets.
         return 14 * n + 16 * streams.at_once(shape) + 256 * groups
 
     def dense(self) -> Tensor:  # noqa: D102
         grouped = self.codes.float().view(*self.step.shape, -1)
         grouped.mul_(self.step[..., None])
         if self.offset is not None:
-            # Not fused with the product: each of the two is rounded.
+            # Not fused with the product: both are rounded.
             grouped.add_(self.offset[..., None])
         return grouped.to(self.rounded).float().view(self.shape)

@@ -37,6 +37,8 @@ class Form(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether it is made of factors that can be applied one after another.
+    factored: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -77,6 +79,18 @@ class Form(ABC):
         """``x @ dense().T`` for ``x`` of shape (..., columns), without the dense matrix where that is cheaper."""
         return x @ self.dense().to(x.dtype).t()
 
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:
+        """Bytes that it would take with so many times the rows.
+
+        Parameters
+        ----------
+        share
+            Rows then for each row now.
+        stored
+            Bytes that a form takes as it is.
+        """
+        return round(stored(self) * share)
+
     def held(self) -> list[Tensor]:
         """The tensors that the form holds in memory; the stored ones may differ."""
         parts: list[Tensor] = []
@@ -116,6 +130,11 @@ def form(name: str) -> Callable[[type[Form]], type[Form]]:
 def form_names() -> list[str]:
     """Names of all registered forms."""
     return FORMS.names()
+
+
+def form_class(name: object) -> type[Form] | None:
+    """The class of a form by its name; None if there is none."""
+    return _FORMS.get(name) if isinstance(name, str) else None
 
 
 def allowance_for(shape: tuple[int, int]) -> Allowance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class GroupedLowRank(Form):
     groups
         ``k``; it divides the columns.
     """
+
+    factored = True
 
     left: Form
     right: Form
@@ -59,6 +61,9 @@ class GroupedLowRank(Form):
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         # The left factors by group, the products of the groups, and their concatenation.
         return 8 * elements(shape) + 4 * shape[0] * int(meta["groups"]) * int(meta["rank"])
+
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:  # noqa: D102
+        return self.left.grown(share, stored) + stored(self.right)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self._joined(self.left.dense())

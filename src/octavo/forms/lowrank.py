@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ class LowRank(Form):
     right
         Form of shape (rank, columns).
     """
+
+    factored = True
 
     left: Form
     right: Form
@@ -47,6 +49,10 @@ class LowRank(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         return 4 * elements(shape)
+
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:  # noqa: D102
+        # The right factor belongs to the columns.
+        return self.left.grown(share, stored) + stored(self.right)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.left.dense() @ self.right.dense()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,8 @@ class RowBlocks(Form):
     blocks
         A form for each block, with one row for each of its members; at least one block.
     """
+
+    factored = True
 
     member: Tensor
     blocks: tuple[Form, ...]
@@ -61,6 +63,9 @@ class RowBlocks(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         return 8 * elements(shape) + 64 * shape[0]
+
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:  # noqa: D102
+        return round(len(self.member) * share) + sum(block.grown(share, stored) for block in self.blocks)
 
     def dense(self) -> Tensor:  # noqa: D102
         return torch.cat([block.dense() for block in self.blocks])[self._places]

@@ -66,3 +66,12 @@ class Scaled(Form):
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.base.apply(x) * self.factors.to(x.dtype)
+
+
+def row_scaled(form: Form, factors: Tensor) -> Form:
+    """A form with its rows multiplied by factors (rows,), each rounded to the nearest gain that can be stored.
+
+    It is the form itself if none of them is worth a gain.
+    """
+    gains = (torch.log2(factors) * GAIN_DIVISIONS).round().clamp(-LARGEST_GAIN, LARGEST_GAIN).to(torch.int16)
+    return Scaled(form, gains) if bool(gains.any()) else form

@@ -30,6 +30,8 @@ class Separable(Form):
         ``T``.
     """
 
+    factored = True
+
     channel: Form
     vertical: Form
     horizontal: Form

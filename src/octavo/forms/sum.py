@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ class Sum(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         return 4 * elements(shape)
+
+    def grown(self, share: float, stored: Callable[[Form], int]) -> int:  # noqa: D102
+        return self.base.grown(share, stored) + self.correction.grown(share, stored)
 
     def dense(self) -> Tensor:  # noqa: D102
         return self.base.dense() + self.correction.dense()

@@ -39,6 +39,8 @@ class TensorTrain(Form):
         Of the matrix.
     """
 
+    factored = True
+
     cores: tuple[Form, ...]
     row_modes: tuple[int, ...]
     column_modes: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""What Octavo adds to other libraries when they are imported, so that their loaders understand artifacts.
+"""Import hooks that extend other libraries, so that their loaders understand artifacts.
 
-``import octavo`` imports none of them, nor what is added: both wait until somebody imports the library.
+``import octavo`` imports neither these libraries nor the extensions: both wait until the library is imported.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-#: By module, the module here that is imported after it, and the function there that takes it, if one does.
+#: Maps modules to our module that is imported after them, and to its optional function to call.
 HOOKS = {
     "transformers.configuration_utils": ("octavo.integrations.trust", "guard_configurations"),
     "transformers.quantizers.auto": ("octavo.integrations.quantizer", None),
     "sentence_transformers.base.model": ("octavo.integrations.trust", "guard_encoders"),
     "sentence_transformers.base.modules.module": ("octavo.integrations.members", "decode_members"),
 }
-#: Set on a module to which this was done.
+#: Attribute set on modules that were extended.
 _MARK = "__octavo__"
 _LOCK = threading.RLock()
 
 
 def register() -> None:
-    """Act on the modules of :data:`HOOKS`: on those that are imported already now, on others once they are."""
+    """Extend the modules of :data:`HOOKS`: those already imported now, the others once they are imported."""
     with _LOCK:
         if not any(isinstance(finder, _Hooks) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Hooks())
     for name in HOOKS:
         if name in sys.modules:
-            # This waits for another thread that is importing it.
+            # This waits if another thread is importing it.
             _act(importlib.import_module(name))
 
 
@@ -47,7 +47,7 @@ def _act(module: ModuleType) -> None:
 
 
 class _Hooks(MetaPathFinder):
-    """Finds the modules of :data:`HOOKS` as others do, and has them acted on after they were executed."""
+    """Finds the modules of :data:`HOOKS` with the usual finders, and extends them after they were executed."""
 
     def __init__(self) -> None:
         self._asking = threading.local()
@@ -66,7 +66,7 @@ class _Hooks(MetaPathFinder):
 
 
 class _Acting(Loader):
-    """A loader that hands over to the usual one, and acts on what that has loaded."""
+    """A loader that delegates to the usual one and extends the loaded module."""
 
     def __init__(self, usual: Loader) -> None:
         self.usual = usual
@@ -75,7 +75,7 @@ class _Acting(Loader):
         return self.usual.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Whoever asks the module for its source shall find the usual loader.
+        # Code that inspects the module's source must find the usual loader.
         module.__loader__ = self.usual
         if module.__spec__ is not None:
             module.__spec__.loader = self.usual

@@ -1,4 +1,4 @@
-"""The modules of ``sentence-transformers`` find their weights in artifacts."""
+"""Loading the modules of ``sentence-transformers`` from artifacts."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.errors import ArtifactError
+from octavo.integrations.as_weight import chosen
 from octavo.integrations.trust import root_of
 from octavo.sources.names import names_of
 from octavo.sources.sentences import split_name
@@ -120,7 +121,10 @@ class OctavoQuantizer(HfQuantizer):
             # Tied names are filled too, and may be in the files without content.
             places = [(name, name) for name in (*artifact.sites, *artifact.coded)] + list(artifact.aliases.items())
             wanted = dict.fromkeys(name for place, name in places if split_name(place)[0] == prefix)
-            state = artifact.state(wanted, packed=self.packed)
+            as_weight = chosen() if self.packed else None
+            if self.packed and as_weight is None:
+                raise ArtifactError(f"{root}: only octavo.load(path, packed=True) runs packed; leave packed out")
+            state = artifact.state(wanted, as_weight=as_weight)
             self._weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
             self._names = list(self._weights)
             self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}

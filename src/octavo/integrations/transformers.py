@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from octavo.artifact import Artifact
+from octavo.artifact.reading import AsWeight
 from octavo.errors import ArtifactError, RequestError
+from octavo.integrations.as_weight import made_by
 from octavo.integrations.trust import known, root_of, trusted
 from octavo.sources.bounded import bounded_by
 from octavo.sources.loading import Loaded, load_folder, refused_as
@@ -21,15 +23,13 @@ from octavo.sources.model_classes import read_config, require_transformers
 _NAMED = 3
 
 
-def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None, *, packed: bool = False) -> Loaded:
+def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
     """Load a model folder or an artifact by the class in its config, and report mismatches.
 
     Parameters
     ----------
     options
         Further arguments of ``from_pretrained``, such as a dtype.
-    packed
-        Whether an artifact's model runs from its codes in bfloat16.
 
     Raises
     ------
@@ -40,17 +40,17 @@ def load_as_users_do(folder: Path, options: Mapping[str, Any] | None = None, *, 
     """
     root = root_of(folder)
     if root is not None:
-        return _load(folder, options or {}, trusted(root), packed=packed)
+        return _load(folder, options or {}, trusted(root))
     with refused_as(RequestError, folder):
         return load_folder(folder, options or {})
 
 
-def load_model(artifact: Artifact, *, packed: bool = False) -> nn.Module:
-    """The model of a trusted artifact, of the class in its config; ``packed`` runs in bfloat16."""
-    return _load(artifact.path, {}, artifact, packed=packed).model
+def load_model(artifact: Artifact, as_weight: AsWeight | None = None) -> nn.Module:
+    """The model of a trusted artifact, of the class in its config; with ``as_weight`` it runs in bfloat16."""
+    return _load(artifact.path, {}, artifact, as_weight).model
 
 
-def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact, *, packed: bool) -> Loaded:
+def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact, as_weight: AsWeight | None = None) -> Loaded:
     given = dict(options)
     if read_config(folder).get("use_pretrained_backbone"):
         # All weights are in the artifact; backbone weights would be requested from a hub.
@@ -58,7 +58,8 @@ def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact, *, packe
     with refused_as(ArtifactError, folder), ExitStack() as checks:
         checks.enter_context(known(artifact))
         checks.enter_context(bounded_by(artifact.loadable_shapes().values()))
-        if packed:
+        if as_weight is not None:
+            checks.enter_context(made_by(as_weight))
             config = require_transformers().AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
@@ -43,6 +44,16 @@ class Method(ABC):
     #: Whether every form restores the weight bit for bit. Such methods run first: settings with more bytes are not
     #: tried.
     lossless: ClassVar[bool] = False
+    #: Whether its forms are the matrix itself in a floating dtype. Every family may fall back on such a method, and
+    #: none competes with it.
+    dense: ClassVar[bool] = False
+    #: Whether it is what anybody would do first: a mixed plan must beat one setting of it for all sites. Such a method
+    #: states :meth:`fineness`.
+    plain: ClassVar[bool] = False
+    #: Words that a user may write for a method and a setting, such as ``float16``.
+    words: ClassVar[Mapping[str, Setting]] = MappingProxyType({})
+    #: Whether its :meth:`speed_settings` scale the inputs. Sites that read the same inputs then get the same setting.
+    scales_inputs: ClassVar[bool] = False
 
     #: Whether each row is encoded independently of the others. Then a sample of rows represents a large matrix.
     #: A method that does not state this always gets the whole matrix.
@@ -89,6 +100,14 @@ class Method(ABC):
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The settings whose forms a kernel can run from memory, largest first."""
         return []
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """The settings that are offered for a budget of time, in a graph whose matrix products take integers."""
+        return []
+
+    def fineness(self, setting: Setting) -> tuple[float, float]:
+        """How fine a setting is: bits a weight, and then a number that is larger for the finer of two."""
+        raise NotImplementedError(f"{self.name} does not say how fine its settings are")
 
     def offered(self, weight: Tensor, evidence: Evidence, target: str) -> list[Setting]:
         """The settings to try for a disk or memory budget."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Keep(Method):
 
     by_rows = True
     takes = ("dtype",)
+    dense = True
+    words = MappingProxyType({name: {"dtype": name} for name in _DTYPES})
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """All dtypes that hold the weights."""
@@ -31,6 +34,10 @@ class Keep(Method):
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """bfloat16, the dtype of models whose other weights are packed."""
         return [{"dtype": "bfloat16"}] if _largest(weight) < torch.finfo(torch.bfloat16).max else []
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """16 bits where they hold the weights: what is not multiplied with is stored in them."""
+        return [{"dtype": "float16" if _largest(weight) < torch.finfo(torch.float16).max else "float32"}]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         name = choice(self.name, setting, "dtype", tuple(_DTYPES))

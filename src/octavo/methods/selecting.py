@@ -17,6 +17,21 @@ def methods() -> dict[str, type[Method]]:
     return METHODS.all()
 
 
+def dense_method() -> Method:
+    """The method that keeps matrices as they are."""
+    return next(cls() for cls in methods().values() if cls.dense)
+
+
+def plain_method() -> Method:
+    """The method of which one setting for all sites is what every plan must beat."""
+    return next(cls() for cls in methods().values() if cls.plain)
+
+
+def dense_names() -> frozenset[str]:
+    """Names of the methods that keep matrices as they are."""
+    return frozenset(name for name, cls in methods().items() if cls.dense)
+
+
 def select_methods(chosen: Sequence[str | Method] | None, preset: str, target: str = "disk") -> list[Method]:
     """The methods of a preset, or those chosen; for memory only those with a kernel.
 

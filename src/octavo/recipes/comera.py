@@ -28,7 +28,7 @@ _RANKS = (12, 20)
 #: Learning rates that every arm chooses from on development sentences, with the first seed: of dense models, of cores
 #: of a fixed rank, and of diagonals in the late stage. Too low, these miss the target; too high, all fall together.
 _DENSE_RATES, _CORE_RATES, _LATE_DIAGONALS = (5e-4, 1e-3, 2e-3), (1.5e-3, 3e-3, 6e-3), (5e-3, 1e-2, 2e-2)
-#: Rate of what stays dense beside cores; those of both stages' cores, and of the early one's diagonals.
+#: Rate of the parameters that stay dense; those of both stages' cores, and of the early one's diagonals.
 _BESIDE, _CORES, _EARLY_DIAGONALS = 1e-3, 3e-3, 5e-3
 #: How far from its target the late stage may end.
 _NEAR = 0.05

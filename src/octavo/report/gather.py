@@ -95,7 +95,7 @@ def report_data(
             "lower_is_better": True,
             "loader": proof.loader,
             "why": proof.why,
-            "data": f"{sum(map(_length, opened.held_data))} held-back examples of {opened.text}"
+            "data": f"{sum(map(_length, opened.held_data))} held-out examples of {opened.text}"
             if opened.measurable
             else opened.text,
             "value": quality,
@@ -225,15 +225,16 @@ def unused(done: Result) -> dict[str, dict[str, Any]]:
         two are None if no sites remain.
     """
     chosen = done.built.plan.points
-    # Keeping a weight unchanged is not a competing family.
-    won = {get_method(point.method).family for point in chosen.values()} | {"keep"}
+    won = {get_method(point.method).family for point in chosen.values()}
     tried: dict[str, dict[str, float]] = {}
     for curve in done.profile.curves:
         point = chosen[curve.site]
         least: dict[str, float] = {}
         for other in densified(curve):
-            family = get_method(other.method).family
-            if family not in won:
+            method = get_method(other.method)
+            family = method.family
+            # Keeping a weight unchanged is not a competing family.
+            if family not in won and not method.dense:
                 within = other.loss if other.bytes <= point.bytes else math.inf
                 least[family] = min(least.get(family, math.inf), within)
         for family, loss in least.items():

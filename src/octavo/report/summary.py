@@ -119,7 +119,7 @@ def verdict(data: dict[str, Any]) -> str:
         )
     if not known(quality.get("uniform")):
         if not uniform:
-            return "Methods were chosen site by site, and no single setting for all was measured beside them."
+            return "Methods were chosen site by site, and no single setting for all was measured."
         return f"Methods were chosen site by site; the best single setting, {named}, was {NOT_MEASURED}."
     takes = f", which takes {size(uniform['held'])} in memory" if known(uniform.get("held")) else ""
     takes = takes or (f", which takes {size(uniform['bytes'])}" if known(uniform.get("bytes")) else "")

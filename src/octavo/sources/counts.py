@@ -1,4 +1,4 @@
-"""How many parts a configuration names: a model with more than its tensors can fill is refused before it is built."""
+"""Checks of the part counts in a configuration: a model with more parts than its tensors fill is refused."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def check_counts(
     Parameters
     ----------
     shapes
-        Those of the tensors.
+        Shapes of the tensors.
     error
-        What is raised.
+        The exception class to raise.
     """
     largest = max((_MANY, *(size for shape in shapes for size in shape)))
     for key, value in entries(config):

@@ -1,4 +1,4 @@
-"""Models of folders with their weights, by their own loaders."""
+"""Loading the models of folders with their weights, by their own loaders."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Loaded:
 
 
 def load_folder(folder: Path, options: Mapping[str, Any]) -> Loaded:
-    """Load a model folder by the class that its config names, and say what did not fit.
+    """Load a model folder by the class in its config, and report mismatches.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def load_folder(folder: Path, options: Mapping[str, Any]) -> Loaded:
 
 @contextmanager
 def refused_as(kind: type[OctavoError], folder: Path) -> Iterator[None]:
-    """A context in which a folder is loaded: whatever the loader raises becomes an error of ``kind`` that names it."""
+    """A context that turns any exception of a loader into an error of ``kind`` that names the folder."""
     try:
         yield
     except OctavoError:
@@ -79,7 +79,7 @@ def load_weights(source: Source) -> None:
 
 
 def load_transformer(source: Source, path: Path) -> None:
-    """Put the ``transformers`` model of a folder in memory as a source's module, in float32.
+    """Load the ``transformers`` model of a folder in float32 as a source's module.
 
     Raises
     ------

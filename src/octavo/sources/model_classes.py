@@ -1,4 +1,4 @@
-"""The package ``transformers``, if it is there, and the class of it that opens a model folder."""
+"""The package ``transformers``, if installed, and its class for a model folder."""
 
 from __future__ import annotations
 
@@ -105,10 +105,12 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt") as handle:
-                # A handle is no mapping.
+                # A handle is not a mapping.
                 shapes.update((name, tuple(handle.get_slice(name).get_shape())) for name in handle.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise RequestError(f"{file}: cannot be read as safetensors, it may be truncated: {error}") from error
+            raise RequestError(
+                f"{file}: cannot be read as safetensors, it may be truncated: {error}; copy it again"
+            ) from error
     return shapes
 
 

@@ -1,4 +1,4 @@
-"""What a model takes: tokens or something else, and whether it has an encoder and a decoder."""
+"""Kinds of models: whether the input is tokens, and whether there is an encoder and a decoder."""
 
 from __future__ import annotations
 

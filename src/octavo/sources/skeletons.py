@@ -1,4 +1,4 @@
-"""Models of folders as skeletons without weights, and how the tensors of a source reach them."""
+"""Building the models of folders without weights, and mapping a source's tensors to them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from octavo.system.visible import visible
 
 T = TypeVar("T")
 
-#: Names are written on command lines and into files, where ``,``, ``:`` and ``=`` stand between them.
+#: Names appear on command lines and in files, where ``,``, ``:`` and ``=`` are separators.
 _NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9]+)*")
 
 
@@ -33,7 +33,7 @@ class Registry(Generic[T]):
     Parameters
     ----------
     kind
-        What a part is called in messages: ``method``.
+        The kind of part in messages: ``method``.
     package
         The package whose modules are walked: ``octavo.methods``.
     group
@@ -54,7 +54,7 @@ class Registry(Generic[T]):
         self._members: dict[str, T] = {}
         self._broken: list[str] = []
         self._walked = self._walking = False
-        # Threads that look up while another walks wait for it; a module that looks up while it is imported does not.
+        # Lookups in other threads wait for the walk; lookups by modules being imported do not.
         self._lock = threading.RLock()
 
     def add(self, name: str, member: T) -> None:
@@ -66,7 +66,7 @@ class Registry(Generic[T]):
             If the name is taken or cannot be written on a command line.
         """
         if _NAME.fullmatch(name) is None:
-            raise ValueError(f"{self.kind} {name!r}: a name has small letters, digits and single hyphens; rename it")
+            raise ValueError(f"{self.kind} {name!r}: not a valid name; use small letters, digits and single hyphens")
         if name in self._members:
             taken = self._members[name]
             owner = f"{getattr(taken, '__module__', '')}.{getattr(taken, '__qualname__', type(taken).__qualname__)}"
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
         self._members[name] = member
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers what it is put on."""
+        """Return a decorator that registers the decorated object."""
 
         def decorate(member: T) -> T:
             self.add(name, member)
@@ -83,12 +83,12 @@ class Registry(Generic[T]):
         return decorate
 
     def get(self, name: str) -> T:
-        """Return the part of that name.
+        """Return the part with that name.
 
         Raises
         ------
         RequestError
-            If there is none; the message tells the closest names.
+            If there is none; the message has the closest names.
         """
         if name not in self._members:
             self._walk()
@@ -102,7 +102,7 @@ class Registry(Generic[T]):
         return sorted(self._members)
 
     def all(self) -> dict[str, T]:
-        """All parts by name, sorted by it."""
+        """All parts by name, sorted."""
         self._walk()
         return dict(sorted(self._members.items()))
 
@@ -113,7 +113,7 @@ class Registry(Generic[T]):
 
     @contextmanager
     def temporary(self) -> Iterator[None]:
-        """Forget at the end what was registered inside; for examples and tests."""
+        """A context whose registrations are removed at its end; for examples and tests."""
         self._walk()
         before = dict(self._members)
         try:
@@ -152,21 +152,21 @@ class Registry(Generic[T]):
                 importlib.import_module(module.name)
 
     def _load(self, entry: EntryPoint) -> str | None:
-        """Load a part of another package; what is wrong with it, if anything."""
+        """Load a part of another package; returns the error, if any."""
         try:
             with self._whole():
                 entry.load()
-        except (Exception, SystemExit) as error:  # whatever a stranger's package does, the other parts stay
+        except (Exception, SystemExit) as error:  # a failing package must not affect other parts
             told = visible(f"{type(error).__name__}: {error}")
             return (
-                f"{self.group}: {visible(entry.name)!r} ({visible(entry.value)}) cannot be loaded ({told}); "
-                "update or remove the package that brings it"
+                f"{self.group}: {visible(entry.name)!r} ({visible(entry.value)}) cannot be loaded ({told}); update or "
+                "remove its package"
             )
         return None
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Drop what a module registered before it failed."""
+        """Remove the parts that a module registered before it failed."""
         before = dict(self._members)
         try:
             yield

@@ -11,8 +11,8 @@ from octavo.allocation.sampling import sample_of
 from octavo.artifact import Packed, pack
 from octavo.calibration.calibrating import data_free
 from octavo.calibration.evidence import Evidence
-from octavo.forms import Dense
 from octavo.methods import get_method
+from octavo.methods.selecting import dense_method
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.sites import Site
 from octavo.targets.base import target
@@ -67,4 +67,7 @@ def _coarsest(opened: Opened, site: Site, evidence: Evidence) -> Packed:
     settings = [(method, method.settings(weight, evidence)[-1:]) for method in methods]
     # A method may have nothing to offer here.
     forms = [form for method, last in settings if last for form in method.encode_all(weight, last, evidence)]
-    return min(map(packing, forms or [Dense(weight.half())]), key=lambda packed: packed.bytes)
+    if not forms:
+        dense = dense_method()
+        forms = [dense.encode(weight, dense.settings(weight, evidence)[-1], evidence)]
+    return min(map(packing, forms), key=lambda packed: packed.bytes)

@@ -16,6 +16,7 @@ from octavo.artifact import Artifact, Contents, Packed
 from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
+from octavo.forms import Form
 from octavo.methods import Method, Setting, get_method, select_methods
 from octavo.request import Request
 from octavo.runtimes.packed import resident_bytes
@@ -49,8 +50,13 @@ class Memory(Sizes):
         """The settings that a kernel runs."""
         return method.kernel_settings(weight, evidence)
 
+    def resident(self, form: Form, rows: int) -> int:
+        """Bytes that the form's kernel holds."""
+        return resident_bytes(form, rows)
+
     def bytes(self, packed: Packed) -> int:
         """Bytes that a site takes while it runs."""
+        assert packed.resident is not None
         return packed.resident
 
     def total(self, contents: Contents) -> int:
@@ -60,7 +66,7 @@ class Memory(Sizes):
 
     def described(self, contents: Contents, opened: Opened, packed: Mapping[str, Packed]) -> Contents:
         """The contents with what they take in memory."""
-        return replace(contents, resident=self._beside(opened) + sum(item.resident for item in packed.values()))
+        return replace(contents, resident=self._beside(opened) + sum(map(self.bytes, packed.values())))
 
     def adapted(self, source: Source) -> Source:
         """The source with the bytes of its buffers that no file holds."""

@@ -14,7 +14,6 @@ from octavo.allocation.curves import build_profile
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import EDITED, Plan, read_plan
 from octavo.allocation.profiles import Profile
-from octavo.allocation.rivals import PLAIN
 from octavo.allocation.solver import allocate, labelled, unreachable
 from octavo.encoding.carrying import carry_out, pinned_by
 from octavo.encoding.disk_use import refuse_full_disk
@@ -88,7 +87,7 @@ class Sizes(Target):
         chosen = allocate(profile, free, margin=self.margin)
         clock.lap("plan")
         # Whoever names methods gets no other.
-        plain = opened.request.methods is None or any(method.name == PLAIN for method in opened.methods)
+        plain = opened.request.methods is None or any(method.plain for method in opened.methods)
         built, rival = contest(run, profile, chosen, free, plain=plain)
         clock.lap("encode")
         built = reconstruct(run, built, asked.bytes)

@@ -13,8 +13,8 @@ from octavo.artifact import MANIFEST, Artifact, dtype_name
 from octavo.errors import ArtifactError, RequestError
 from octavo.integrations.transformers import load_as_users_do, load_model
 from octavo.integrations.trust import trusted
-from octavo.runtimes.packed import held_bytes
-from octavo.runtimes.packed.factors import dense_again, run_as_factors
+from octavo.runtimes.packed import held_bytes, packed_weight
+from octavo.runtimes.packed.factors import dense_again, is_factorization, run_as_factors
 from octavo.sources.batches import Batch
 from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.filling import fill
@@ -69,14 +69,15 @@ def load(
     path = Path(path)
     if factors:
         return _with_factors(path, into, packed, batch)
+    as_weight = packed_weight if packed else None
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
         # The transformers loader opens the files and trusts them, so they are checked first.
         artifact = trusted(path)
         if is_known(path):
-            return load_model(artifact, packed=packed)
+            return load_model(artifact, as_weight)
     else:
         artifact = Artifact(path)
-    state = artifact.state(packed=packed)
+    state = artifact.state(as_weight=as_weight)
     if into is None:
         return {**state, **artifact.extra}
     module = unwrapped(into)
@@ -120,7 +121,9 @@ def _as_factors(path: Path, module: nn.Module, batch: Batch) -> nn.Module:
         spelled = (option for n in names for option in (n, prefix + n, n.removeprefix(prefix)))
         return [option for option in dict.fromkeys(spelled) if option in held]
 
-    names = artifact.factorizations()
+    # The factors of a scaled matrix are not the weight's.
+    every = artifact.sites.items()
+    names = [name for name, entry in every if is_factorization(entry["form"]) and not artifact.layout(name).exponent]
     sites = ((name, parameters(name), artifact.form(name), artifact.layout(name)) for name in names)
     run_as_factors(inner, sites, batch)
     return module

@@ -9,7 +9,7 @@ from octavo.errors import ArtifactError
 from octavo.forms import Codebook, Dense, Form, Grid, LowRank, Sum
 from octavo.runtimes.onnx.activations import Ranges, rounding_loss
 from octavo.runtimes.onnx.graph import OPSET
-from octavo.runtimes.onnx.kernels import BLOCKS, FLOAT, INT8, kernel_of, multiply
+from octavo.runtimes.onnx.kernels import BLOCKS, FLOAT, INT8, graph_run, kernel_of, multiply
 from octavo.runtimes.onnx.nodes import Nodes, finished
 from octavo.runtimes.onnx.sessions import Session
 
@@ -103,14 +103,12 @@ def test_what_is_no_model_is_refused() -> None:
 
 
 def test_tables_are_read_in_codes() -> None:
-    from octavo.runtimes.onnx.kernels import _lookup
-
     tokens = np.array([[0, 3, 23]])
     for form in (FORMS["unsigned with zero points"][0], FORMS["one step, row and column steps"][0], FORMS["dense"][0]):
         import onnx
 
         nodes = Nodes(["x", "y"])
-        nodes.add("Identity", [_lookup(nodes, "w", form, "x")], outputs=["y"])
+        nodes.add("Identity", [graph_run(form).lookup(nodes, "w", "x")], outputs=["y"])
         ends = [
             onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, [1, 3]),
             onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3, COLUMNS]),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from octavo.targets.speed.fast import MODEL
 from typer.testing import CliRunner
 
 import octavo
@@ -14,6 +13,7 @@ from octavo.forms import Dense, Grid, LowRank
 from octavo.runtimes.onnx.latency import Table
 from octavo.runtimes.onnx.sessions import Session
 from octavo.targets.speed.asked import asked_for
+from octavo.targets.speed.written import MODEL
 
 
 def test_latencies_are_measured_once(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_what_cannot_be_reached_names_what_can(models: dict[str, Path], tmp_path
         ({"speedup": -1.0}, "not a positive finite number"),
         ({"latency": "soon"}, "write it like 5ms"),
         ({"speedup": 2.0, "shape": "many"}, "such as 1x32"),
-        ({"speedup": 2.0, "ratio": 4}, "give speedup or latency alone"),
-        ({"target": "disk", "ratio": 4, "speedup": 2.0}, "--for speed"),
+        ({"speedup": 2.0, "ratio": 4}, "--for speed: these options cannot be combined with it: --ratio"),
+        ({"target": "disk", "ratio": 4, "speedup": 2.0}, "cannot be combined with it: --speedup"),
     ],
 )
 def test_bad_requests_are_refused_at_once(request_: dict, message: str, models: dict[str, Path]) -> None:

@@ -332,7 +332,7 @@ def test_an_artifact_runs_as_factors(tmp_path, always):
 
     batches = [torch.randn(16, 8, 12, 12) for _ in range(2)]
     octavo.compress(make(), ratio=8, data=batches, objective="squared", methods=["svd"], preset="fast").save(
-        tmp_path / "a"
+        tmp_path / "a", report=False
     )
     plain, other = (
         octavo.load(tmp_path / "a", make()),
@@ -357,7 +357,9 @@ def test_a_transformers_artifact_runs_as_factors(tmp_path, always):
     )
     BertModel(config).save_pretrained(tmp_path / "bert")
     batches = [{"input_ids": torch.randint(0, 64, (8, 6))} for _ in range(2)]
-    octavo.compress(tmp_path / "bert", ratio=3, data=batches, methods=["svd"], preset="fast").save(tmp_path / "a")
+    octavo.compress(tmp_path / "bert", ratio=3, data=batches, methods=["svd"], preset="fast").save(
+        tmp_path / "a", report=False
+    )
     plain, other = octavo.load(tmp_path / "a"), octavo.load(tmp_path / "a", factors=True, batch=batches[0])
     assert sum(choice.as_factors for choice in factored(other).values()) >= 6
     with torch.inference_mode():
@@ -536,7 +538,7 @@ def test_a_description_without_end_is_refused(saved):
 
 
 def test_requests_that_make_no_sense_are_refused(tmp_path):
-    octavo.compress(nn.Linear(64, 64), ratio=4, preset="data-free").save(tmp_path / "a")
+    octavo.compress(nn.Linear(64, 64), ratio=4, preset="data-free").save(tmp_path / "a", report=False)
     with pytest.raises(RequestError, match="into="):
         octavo.load(tmp_path / "a", factors=True)
     with pytest.raises(RequestError, match="packed"):

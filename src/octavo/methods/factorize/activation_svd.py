@@ -12,6 +12,9 @@ from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 
+#: Ranks for speed, as shares of that at which two factors have as many elements as the matrix; the least, and bits.
+_RANKS, _LEAST_RANK, _BITS = (0.5, 0.25), 8, 6
+
 
 @method("activation-svd", family="factorize", source="Truncated SVD of weights whitened on both sides")
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class ActivationSVD(Method):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Ranks, from the one at which the factors are as large as the matrix, times bits per coefficient."""
         return factors.settings(*weight.shape)
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """Ranks at which two products are faster than one."""
+        rows, columns = weight.shape
+        ranks = [int(share * weight.numel() / (rows + columns)) for share in _RANKS]
+        return [{"rank": rank, "bits": _BITS} for rank in ranks if rank >= _LEAST_RANK]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))

@@ -25,6 +25,7 @@ from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
+from octavo.methods.tables import is_table
 
 #: Ranks, as shares of the rank whose factors have as many elements as the matrix, with bits per coefficient: the hull
 #: of the best choices for MiniLM's matrices. Many components in few bits beat few components in many bits.
@@ -33,8 +34,6 @@ _CHOICES: tuple[tuple[float, float], ...] = (
     (0.35, 2.5), (0.35, 2), (0.25, 2.5), (0.25, 2), (0.25, 1.5), (0.125, 2.5), (0.125, 1.5), (0.0625, 2),
 )  # fmt: skip
 _OF_TABLES = ((1.0, 6), (1.0, 4.5), (1.0, 3.5), (1.0, 2.75), (1.0, 2), (1.0, 1.4), (1.0, 1), (0.25, 1.5), (0.125, 1.5))
-#: Fewest rows per column of a table.
-_TALL = 8
 
 
 @dataclass(frozen=True)
@@ -221,16 +220,6 @@ def principal(gram: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     vectors = vectors[:, :count]
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return values, vectors * signs
-
-
-def is_table(rows: int, columns: int) -> bool:
-    """Whether a matrix has so many more rows than columns that a rotation of the columns costs almost nothing."""
-    return rows >= least_of_table(columns)
-
-
-def least_of_table(columns: int) -> int:
-    """The smallest number of rows of a table."""
-    return _TALL * columns + 1
 
 
 def settings(rows: int, columns: int) -> list[Setting]:

@@ -12,7 +12,7 @@ from octavo.calibration.curvature import Curvature
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import Form
-from octavo.methods.base import Setting, method
+from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
 
@@ -49,6 +49,8 @@ class FisherSVD(ActivationSVD):
     sweeps: int = 3
 
     by_curvature = True
+    # Compressing for speed measures no curvature.
+    speed_settings = Method.speed_settings
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The settings of ``activation-svd`` if there is a curvature, else none."""

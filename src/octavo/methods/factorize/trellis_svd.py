@@ -9,10 +9,11 @@ from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
-from octavo.methods.base import Setting, method
+from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
 from octavo.methods.quantize.trellis import TrellisCoded
+from octavo.methods.tables import is_table
 
 
 @method(
@@ -36,10 +37,13 @@ class TrellisSVD(ActivationSVD):
 
     levels: tuple[float, ...] = (6, 4.5, 3.5, 2.75, 2, 1.4)
 
+    # No integer kernel runs a trellis.
+    speed_settings = Method.speed_settings
+
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Bits at full rank for tables; empty for other matrices."""
         rows, columns = weight.shape
-        return [{"rank": columns, "bits": bits} for bits in self.levels] if factors.is_table(rows, columns) else []
+        return [{"rank": columns, "bits": bits} for bits in self.levels] if is_table(rows, columns) else []
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the decomposition."""

@@ -19,6 +19,8 @@ from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, kernel_settings
 #: Rows are rounded in independent chunks that fit the cache. They are too short to be split over threads, whose
 #: synchronisation at every column would cost more than the work.
 _CHUNK = 1 << 19
+#: Columns a group of onnxruntime's blockwise kernel; the first that divides a matrix is taken.
+_BLOCK_WIDTHS = (64, 128, 32, 16)
 
 
 @method("gptq", family="quantize", source="GPTQ (Frantar et al., 2022, arXiv 2210.17323)")
@@ -54,6 +56,11 @@ class GPTQ(Method):
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """8 bits with one scale per row, and 4 bits in every group size that the kernel supports."""
         return kernel_settings(weight)
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """8 bits in the groups that the blockwise kernel takes."""
+        width = next((width for width in _BLOCK_WIDTHS if weight.shape[1] % width == 0), None)
+        return [] if width is None else [{"bits": 8, "group": width}]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))

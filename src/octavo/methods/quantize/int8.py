@@ -43,10 +43,15 @@ class Int8(Method):
 
     by_rows = True
     takes = ("smoothing",)
+    scales_inputs = True
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The best smoothing for most layers; all take the same bytes, and none suits the weights better."""
         return [{"smoothing": 0.5 if evidence.columns is not None else 0.0}]
+
+    def speed_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
+        """All smoothings: which of them serves best depends on what the inputs lose."""
+        return [{"smoothing": share} for share in SMOOTHING]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(self.encode_all(weight, [setting], evidence))

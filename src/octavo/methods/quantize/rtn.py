@@ -28,6 +28,7 @@ class RoundToNearest(Method):
 
     by_rows = True
     takes = ("bits", "group", "symmetric", "scale")
+    plain = True
 
     symmetric: bool = False
 
@@ -38,6 +39,10 @@ class RoundToNearest(Method):
     def kernel_settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """8 bits with one scale per row, and 4 bits in every group size that the kernel supports."""
         return kernel_settings(weight)
+
+    def fineness(self, setting: Setting) -> tuple[float, float]:
+        """Bits, and groups a column."""
+        return (setting["bits"], 0.0 if setting["group"] == "row" else 1 / setting["group"])
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         fitted = fit(self.name, weight, setting, self.symmetric)

@@ -10,7 +10,7 @@ with the row weights of :mod:`octavo.calibration.evidence` and ``W`` (rows, colu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
+from octavo.errors import RequestError
 from octavo.forms import Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
-from octavo.runtimes.onnx.kernels import BLOCK_WIDTHS, FLOAT, INT8, children, kernel_of
+from octavo.runtimes.lowering import Lowering
+from octavo.runtimes.onnx.kernels import BLOCK_WIDTHS, FLOAT, INT8, kernel_of
 from octavo.sources.batches import Batch, run
 from octavo.sources.sites import Source
 
@@ -83,38 +85,55 @@ def watch(source: Source, sites: Iterable[str], batches: Sequence[Batch]) -> dic
     return found
 
 
+#: Expected loss when a kernel rounds the inputs of a form, by forms of several steps.
+_losses = Lowering[Callable[[Any, str, Evidence, Ranges], float]]("loss by rounded inputs")
+#: Variance of what is rounded off each input, (columns,), by the forms that run on an integer kernel in one step.
+variances = Lowering[Callable[[Any, Ranges], Tensor]]("variance of rounded inputs")
+
+
 def rounding_loss(form: Form, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
     """Expected increase of the model's loss when ``kernel`` rounds the inputs of a form."""
     if kernel == FLOAT or kernel_of(form) == FLOAT:
         return 0.0
-    if isinstance(form, LowRank):
-        inner = form.right.dense()
-        deviations = ((inner @ evidence.moment(inner.shape[1])) * inner).sum(1).clamp_min(0).sqrt()
-        reach = deviations * _DEVIATIONS / 2
-        # Rounding errors of the first factor pass through both.
-        first = _through(form.dense(), form.right, evidence, ranges)
-        return first + rounding_loss(form.left, kernel, evidence, Ranges([-reach], [reach]))
-    if isinstance(form, Sum):
-        return sum(rounding_loss(part, kernel, evidence, ranges) for part in children(form))
-    return _through(form.dense(), form, evidence, ranges)
+    loss = _losses.find(form)
+    return _through(form.dense(), form, evidence, ranges) if loss is None else loss(form, kernel, evidence, ranges)
+
+
+@_losses(LowRank)
+def _low_rank(form: LowRank, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
+    inner = form.right.dense()
+    deviations = ((inner @ evidence.moment(inner.shape[1])) * inner).sum(1).clamp_min(0).sqrt()
+    reach = deviations * _DEVIATIONS / 2
+    # Rounding errors of the first factor pass through both.
+    first = _through(form.dense(), form.right, evidence, ranges)
+    return first + rounding_loss(form.left, kernel, evidence, Ranges([-reach], [reach]))
+
+
+@_losses(Sum)
+def _sum(form: Sum, kernel: str, evidence: Evidence, ranges: Ranges) -> float:
+    return sum(rounding_loss(part, kernel, evidence, ranges) for part in (form.base, form.correction))
 
 
 def _through(weight: Tensor, form: Form, evidence: Evidence, ranges: Ranges) -> float:
     """Expected loss when inputs are rounded as ``form`` requires and multiplied with ``weight``."""
-    kernel = kernel_of(form)
-    if kernel == FLOAT:
+    if kernel_of(form) == FLOAT:
         return 0.0
-    assert isinstance(form, Grid)
+    variance = variances.find(form)
+    if variance is None:
+        raise RequestError(f"{variances.missing(form)}; what its kernel loses cannot be foreseen")
+    return float(evidence.rows @ (weight.square() @ variance(form, ranges))) / 2
+
+
+@variances(Grid)
+def _grid(form: Grid, ranges: Ranges) -> Tensor:
     smooth = torch.ones(form.shape[1]) if form.columns is None else exponent_steps(form.columns)
-    if kernel == INT8:
+    if kernel_of(form) == INT8:
         low, high = (torch.stack(side) * smooth for side in (ranges.low, ranges.high))
         # The range always includes zero.
         steps = (high.amax(1).clamp_min(0) - low.amin(1).clamp_max(0)) / 255
-        variance = steps.square().mean() / 12 / smooth.square()
-    else:
-        width = form.shape[1] // form.scale.shape[1]
-        variance = (ranges.blocks[width] / ranges.positions / 127**2 / 12).repeat_interleave(width)
-    return float(evidence.rows @ (weight.square() @ variance)) / 2
+        return steps.square().mean() / 12 / smooth.square()
+    width = form.shape[1] // form.scale.shape[1]
+    return (ranges.blocks[width] / ranges.positions / 127**2 / 12).repeat_interleave(width)
 
 
 def rounding_losses(

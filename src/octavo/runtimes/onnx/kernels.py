@@ -12,13 +12,16 @@ blocks     MatMulNBits: inputs rounded to 8 bits with one step for      Grid wit
 
 The factors of a ``LowRank`` and the terms of a ``Sum`` run one after another, each on its own kernel. All nodes but
 MatMulNBits are plain ONNX; onnxruntime fuses those around MatMulInteger into one when it loads the file.
+
+A class that is decorated with ``@runs_in_graph`` says how a form runs otherwise than dense; so does one of another
+package.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from torch import Tensor
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
+from octavo.runtimes.lowering import Lowering
 from octavo.runtimes.onnx.filling import filled
 from octavo.runtimes.onnx.graph import LOOKUP, WEIGHT, is_placeholder
 from octavo.runtimes.onnx.nodes import MICROSOFT, Nodes
@@ -39,26 +43,146 @@ BLOCK_WIDTHS = (16, 32, 64, 128, 256)
 _ACCURACY_INT8 = 4
 
 
+F = TypeVar("F", bound=Form)
+
+
+class GraphRun(Generic[F]):
+    """How a form runs in a graph: here decoded to a dense matrix, in float32."""
+
+    def __init__(self, form: F) -> None:
+        self.form = form
+
+    @property
+    def kernel(self) -> str:
+        """The integer kernel that the form can run on, or ``float32``."""
+        return FLOAT
+
+    def steps(self, kernel: str) -> tuple[Form, ...]:
+        """The forms inside it that run on a kernel by themselves, in this order; none if it runs as one."""
+        return ()
+
+    def detail(self, kernel: str) -> str:
+        """What its latency on a kernel depends on, beside its shape."""
+        return ""
+
+    def multiply(self, nodes: Nodes, name: str, x: str, kernel: str) -> str:
+        """Nodes for ``x @ dense().T``; returns the name of the product."""
+        return str(nodes.add("MatMul", [x, nodes.constant(name, self.form.dense().t())]))
+
+    def lookup(self, nodes: Nodes, name: str, tokens: str) -> str:
+        """Nodes for the rows that tokens name; returns the name of the rows."""
+        return str(nodes.add("Gather", [nodes.constant(name, self.form.dense()), tokens], axis=0))
+
+
+#: Ways to run by the forms that they are for.
+runs_in_graph = Lowering[type[GraphRun]]("way to run in a graph")
+
+
+def graph_run(form: Form) -> GraphRun:
+    """How a form runs."""
+    return (runs_in_graph.find(form) or GraphRun)(form)
+
+
 def kernel_of(form: Form) -> str:
     """The integer kernel that a form can run on, or ``float32``; for nested forms the kernel of any part."""
-    parts = children(form)
-    if parts:
-        found = {kernel_of(part) for part in parts} - {FLOAT}
-        return found.pop() if len(found) == 1 else FLOAT
-    if not isinstance(form, Grid):
-        return FLOAT
-    if form.scale.shape[1] == 1:
-        return INT8 if _fits_a_byte(form) else FLOAT
-    width = form.codes.shape[1] // form.scale.shape[1]
-    whole = width * form.scale.shape[1] == form.codes.shape[1] and width in BLOCK_WIDTHS
-    return BLOCKS if whole and _block_bits(form) else FLOAT
+    return graph_run(form).kernel
 
 
-def children(form: Form) -> tuple[Form, ...]:
-    """The parts of a form, in the order in which they run."""
-    if isinstance(form, LowRank):
-        return (form.right, form.left)
-    return (form.base, form.correction) if isinstance(form, Sum) else ()
+def multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
+    """Nodes for ``x @ dense().T``; returns the name of the product."""
+    return graph_run(form).multiply(nodes, name, x, kernel)
+
+
+def _shared(*parts: Form) -> str:
+    """The one integer kernel that any of the parts can run on."""
+    found = {kernel_of(part) for part in parts} - {FLOAT}
+    return found.pop() if len(found) == 1 else FLOAT
+
+
+@runs_in_graph(Dense)
+class _OfDense(GraphRun[Dense]):
+    """Half as large in a file if it is a table in float16."""
+
+    def lookup(self, nodes: Nodes, name: str, tokens: str) -> str:
+        if self.form.weight.dtype != torch.float16:
+            return super().lookup(nodes, name, tokens)
+        row = nodes.add("Gather", [nodes.constant(name, self.form.weight), tokens], axis=0)
+        return str(nodes.add("Cast", [row], to=1))
+
+
+@runs_in_graph(LowRank)
+class _OfLowRank(GraphRun[LowRank]):
+    """Factor after factor."""
+
+    @property
+    def kernel(self) -> str:
+        return _shared(self.form.left, self.form.right)
+
+    def steps(self, kernel: str) -> tuple[Form, ...]:
+        return (self.form.right, self.form.left)
+
+    def multiply(self, nodes: Nodes, name: str, x: str, kernel: str) -> str:
+        inner = multiply(nodes, f"{name}/right", x, self.form.right, kernel)
+        return multiply(nodes, f"{name}/left", inner, self.form.left, kernel)
+
+
+@runs_in_graph(Sum)
+class _OfSum(GraphRun[Sum]):
+    """Term after term, but in float32 as one matrix."""
+
+    @property
+    def kernel(self) -> str:
+        return _shared(self.form.base, self.form.correction)
+
+    def steps(self, kernel: str) -> tuple[Form, ...]:
+        return () if kernel == FLOAT else (self.form.base, self.form.correction)
+
+    def multiply(self, nodes: Nodes, name: str, x: str, kernel: str) -> str:
+        parts = self.steps(kernel)
+        if not parts:
+            return super().multiply(nodes, name, x, kernel)
+        return str(nodes.add("Add", [multiply(nodes, f"{name}/{k}", x, part, kernel) for k, part in enumerate(parts)]))
+
+
+@runs_in_graph(Grid)
+class _OfGrid(GraphRun[Grid]):
+    """Codes of one step a row, or of steps a group, as integers."""
+
+    @property
+    def kernel(self) -> str:
+        grid = self.form
+        if grid.scale.shape[1] == 1:
+            return INT8 if _fits_a_byte(grid) else FLOAT
+        width = grid.codes.shape[1] // grid.scale.shape[1]
+        whole = width * grid.scale.shape[1] == grid.codes.shape[1] and width in BLOCK_WIDTHS
+        return BLOCKS if whole and _block_bits(grid) else FLOAT
+
+    def detail(self, kernel: str) -> str:
+        if kernel == FLOAT:
+            return ""
+        marks = ("s" if self.form.columns is not None else "") + ("z" if self.form.zero is not None else "")
+        return f"/{self.form.scale.shape[1]}{marks}"
+
+    def multiply(self, nodes: Nodes, name: str, x: str, kernel: str) -> str:
+        if kernel == FLOAT or kernel != self.kernel:
+            return super().multiply(nodes, name, x, kernel)
+        return (_integer if kernel == INT8 else _blocks)(nodes, name, x, self.form)
+
+    def lookup(self, nodes: Nodes, name: str, tokens: str) -> str:
+        """Codes of 8 bits that are scaled as they are read, if there is one step a row."""
+        grid = self.form
+        if grid.scale.shape[1] > 1 or not _fits_a_byte(grid):
+            return super().lookup(nodes, name, tokens)
+        shift = _shift(grid)
+        codes = nodes.once(("bytes", name), lambda: nodes.constant(name, _bytes(grid)))
+        row = nodes.add("Cast", [nodes.add("Gather", [codes, tokens], axis=0)], to=1)
+        zeros = (torch.zeros(len(grid.codes), 1) if grid.zero is None else grid.zero.float()) - shift
+        if bool(zeros.any()):
+            table = nodes.constant(f"{name}/zero", zeros.expand(len(grid.codes), 1))
+            row = nodes.add("Sub", [row, nodes.add("Gather", [table, tokens], axis=0)])
+        scale = nodes.constant(f"{name}/scale", _row_scale(grid))
+        row = nodes.add("Mul", [row, nodes.add("Gather", [scale, tokens], axis=0)])
+        return _smoothed(nodes, row, grid)
 
 
 def _bounds(grid: Grid) -> tuple[int, int]:
@@ -115,8 +239,12 @@ def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> 
         # A table that is also the head is stored once, and both are decoded from it.
         shared = count[node.name] > 1 and kernel != INT8
         if node.op_type == LOOKUP:
-            read = weight if shared else _lookup
-            return read(nodes, node.name, form, tokens=node.input[0])
+            tokens = node.input[0]
+            return (
+                weight(nodes, node.name, form, tokens=tokens)
+                if shared
+                else graph_run(form).lookup(nodes, node.name, tokens)
+            )
         if node.op_type == WEIGHT:
             return weight(nodes, node.name, form) if shared else nodes.constant(node.name, form.dense())
         if shared and kernel == FLOAT:
@@ -124,23 +252,6 @@ def lower(model: Any, forms: Mapping[str, Form], kernels: Mapping[str, str]) -> 
         return multiply(nodes, node.name, node.input[0], form, kernel)
 
     return filled(model, place, used)
-
-
-def multiply(nodes: Nodes, name: str, x: str, form: Form, kernel: str) -> str:
-    """Nodes for ``x @ dense().T``; returns the name of the product."""
-    if isinstance(form, LowRank):
-        inner = multiply(nodes, f"{name}/right", x, form.right, kernel)
-        return multiply(nodes, f"{name}/left", inner, form.left, kernel)
-    if isinstance(form, Sum) and kernel != FLOAT:
-        terms = [multiply(nodes, f"{name}/{k}", x, part, kernel) for k, part in enumerate(children(form))]
-        return str(nodes.add("Add", terms))
-    if kernel == kernel_of(form) == INT8:
-        assert isinstance(form, Grid)
-        return _integer(nodes, name, x, form)
-    if kernel == kernel_of(form) == BLOCKS:
-        assert isinstance(form, Grid)
-        return _blocks(nodes, name, x, form)
-    return str(nodes.add("MatMul", [x, nodes.constant(name, form.dense().t())]))
 
 
 def _smoothed(nodes: Nodes, x: str, grid: Grid) -> str:
@@ -205,22 +316,3 @@ def _blocks(nodes: Nodes, name: str, x: str, grid: Grid) -> str:
             accuracy_level=_ACCURACY_INT8,
         )
     )  # fmt: skip
-
-
-def _lookup(nodes: Nodes, name: str, form: Form, tokens: str) -> str:
-    """Rows of a table: dense, or codes of 8 bits that are scaled as they are read."""
-    if not isinstance(form, Grid) or form.scale.shape[1] > 1 or not _fits_a_byte(form):
-        half = isinstance(form, Dense) and form.weight.dtype == torch.float16
-        table = nodes.constant(name, form.weight if isinstance(form, Dense) and half else form.dense())
-        row = nodes.add("Gather", [table, tokens], axis=0)
-        return str(nodes.add("Cast", [row], to=1) if half else row)
-    shift = _shift(form)
-    codes = nodes.once(("bytes", name), lambda: nodes.constant(name, _bytes(form)))
-    row = nodes.add("Cast", [nodes.add("Gather", [codes, tokens], axis=0)], to=1)
-    zeros = (torch.zeros(len(form.codes), 1) if form.zero is None else form.zero.float()) - shift
-    if bool(zeros.any()):
-        table = nodes.constant(f"{name}/zero", zeros.expand(len(form.codes), 1))
-        row = nodes.add("Sub", [row, nodes.add("Gather", [table, tokens], axis=0)])
-    scale = nodes.constant(f"{name}/scale", _row_scale(form))
-    row = nodes.add("Mul", [row, nodes.add("Gather", [scale, tokens], axis=0)])
-    return _smoothed(nodes, row, form)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from octavo.forms import Form, Grid
+from octavo.forms import Form
 from octavo.runtimes.onnx.graph import OPSET
-from octavo.runtimes.onnx.kernels import children, multiply
+from octavo.runtimes.onnx.kernels import graph_run, multiply
 from octavo.runtimes.onnx.nodes import Nodes, finished
 from octavo.runtimes.onnx.sessions import Session, require
 from octavo.system.atomic import write_file
@@ -117,18 +117,11 @@ class Table:
 
 def signature(form: Form, kernel: str) -> str:
     """Kernel and shapes of a form, which determine its run time."""
-    parts = children(form)
-    if (parts and kernel != "float32") or form.name == "lowrank":
+    run = graph_run(form)
+    if parts := run.steps(kernel):
         return "+".join(signature(part, kernel) for part in parts)
     rows, columns = form.shape
-    detail = ""
-    if isinstance(form, Grid) and kernel != "float32":
-        detail = (
-            f"/{form.scale.shape[1]}"
-            + ("s" if form.columns is not None else "")
-            + ("z" if form.zero is not None else "")
-        )
-    return f"{kernel}:{rows}x{columns}{detail}"
+    return f"{kernel}:{rows}x{columns}{run.detail(kernel)}"
 
 
 def compare(

@@ -6,6 +6,9 @@ only the rows that are read become floats.
 
 ``DequantizeLinear`` is not used. onnxruntime fuses it with the following product and then rounds the inputs to 8 bits,
 which changes outputs by half a percent. Where it does not fuse them, it decodes the matrix at every call.
+
+Forms register how their matrix is computed with ``@by_rows`` or ``@whole``, and a product without the matrix with
+``@multiplies``. Forms of other packages register in the same way. A form that registers nothing is stored decoded.
 """
 
 from __future__ import annotations
@@ -40,8 +43,10 @@ from octavo.forms import (
 from octavo.forms.folded import FOLDS
 from octavo.forms.grid import exponent_steps
 from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS
+from octavo.runtimes.lowering import Lowering
 from octavo.runtimes.onnx.codes import narrowest, store, window_of, zero_byte
 from octavo.runtimes.onnx.nodes import Nodes
+from octavo.system.notes import Note, warn
 
 #: Fewer floats are stored unchanged, since the nodes would take more bytes than they save.
 _FEW = 256
@@ -66,16 +71,64 @@ class Rows:
 ALL = Rows()
 
 
+#: How forms are worked out row by row: functions of nodes, name, form and :class:`Rows`, which give float32.
+by_rows = Lowering[Callable[[Nodes, str, Any, Rows], str]]("matrix for ONNX")
+#: Nodes for ``x @ dense().T`` without the matrix: from nodes, name and ``x``.
+Multiply = Callable[[Nodes, str, str], str]
+#: The same by form; None where the matrix takes no more multiplications.
+multiplies = Lowering[Callable[[Any], Multiply | None]]("product for ONNX")
+
+
+def whole(*kinds: type[Form]) -> Callable[[Callable], Callable]:
+    """Register how these forms are worked out as a whole: a function of nodes, name and form."""
+
+    def register(decode: Callable[[Nodes, str, Any], str]) -> Callable[[Nodes, str, Any], str]:
+        def lower(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:
+            return rows.of(nodes, nodes.once(("whole", name), lambda: decode(nodes, name, form)))
+
+        by_rows(*kinds)(lower)
+        return decode
+
+    return register
+
+
 def product(nodes: Nodes, name: str, x: str, form: Form, dtype: torch.dtype = torch.float32) -> str:
     """Nodes for ``x @ dense().T``, through the factors if that needs fewer multiplications."""
-    if _by_factors(form):
-        if isinstance(form, Scaled):
-            factors = floats(nodes, f"{name}/gains", form.factors)
-            return str(nodes.add("Mul", [product(nodes, name, x, form.base), factors]))
-        assert isinstance(form, LowRank)
+    multiply = _without_matrix(form)
+    if multiply is not None:
+        return multiply(nodes, name, x)
+    return str(nodes.add("MatMul", [x, nodes.add("Transpose", [weight(nodes, name, form, dtype)], perm=[1, 0])]))
+
+
+def _without_matrix(form: Form) -> Multiply | None:
+    lower = multiplies.find(form)
+    return None if lower is None else lower(form)
+
+
+@multiplies(Scaled)
+def _scaled_product(form: Scaled) -> Multiply | None:
+    base = _without_matrix(form.base)
+    if base is None:
+        return None
+
+    def multiply(nodes: Nodes, name: str, x: str) -> str:
+        factors = floats(nodes, f"{name}/gains", form.factors)
+        return str(nodes.add("Mul", [base(nodes, name, x), factors]))
+
+    return multiply
+
+
+@multiplies(LowRank)
+def _low_rank_product(form: LowRank) -> Multiply | None:
+    rows, columns = form.shape
+    if form.left.shape[1] * (rows + columns) >= rows * columns:
+        return None
+
+    def multiply(nodes: Nodes, name: str, x: str) -> str:
         inner = product(nodes, f"{name}/right", x, form.right)
         return product(nodes, f"{name}/left", inner, form.left)
-    return str(nodes.add("MatMul", [x, nodes.add("Transpose", [weight(nodes, name, form, dtype)], perm=[1, 0])]))
+
+    return multiply
 
 
 def weight(nodes: Nodes, name: str, form: Form, dtype: torch.dtype = torch.float32, tokens: str | None = None) -> str:
@@ -92,11 +145,11 @@ def weight(nodes: Nodes, name: str, form: Form, dtype: torch.dtype = torch.float
 
 def decoded(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:
     """Nodes for the selected rows of a form, in float32."""
-    by_rows = _BY_ROWS.get(type(form))
-    if by_rows is not None:
-        return by_rows(nodes, name, form, rows)
-    decode = _WHOLE.get(type(form), _as_dense)
-    return rows.of(nodes, nodes.once(("whole", name), lambda: decode(nodes, name, form)))
+    lower = by_rows.find(form)
+    if lower is not None:
+        return lower(nodes, name, form, rows)
+    warn([Note(f"{name}: {by_rows.missing(form)}")], depth=1)
+    return rows.of(nodes, nodes.once(("whole", name), lambda: floats(nodes, name, form.dense())))
 
 
 def floats(nodes: Nodes, name: str, values: Tensor, rows: Rows = ALL) -> str:
@@ -114,15 +167,6 @@ def narrow(values: Tensor) -> Tensor:
     """The values in 16 bits if they hold them exactly, else in float32."""
     exact = (d for d in (torch.float16, torch.bfloat16) if torch.equal(values.to(d).float(), values.float()))
     return values.to(next(exact, torch.float32))
-
-
-def _by_factors(form: Form) -> bool:
-    if isinstance(form, Scaled):
-        return _by_factors(form.base)
-    if not isinstance(form, LowRank):
-        return False
-    rows, columns = form.shape
-    return form.left.shape[1] * (rows + columns) < rows * columns
 
 
 def _codes(nodes: Nodes, name: str, codes: Tensor, rows: Rows = ALL) -> tuple[str, int]:
@@ -163,6 +207,7 @@ def _spread(nodes: Nodes, value: str, groups: int, columns: int) -> str:
     return str(nodes.add("Gather", [value, index], axis=-1))
 
 
+@by_rows(Grid)
 def _grid(nodes: Nodes, name: str, form: Grid, rows: Rows) -> str:
     groups, columns = form.scale.shape[1], form.shape[1]
     value, shift = _codes(nodes, name, form.codes, rows)
@@ -183,6 +228,7 @@ def _grid(nodes: Nodes, name: str, form: Grid, rows: Rows) -> str:
     return str(nodes.add("Mul", [value, floats(nodes, f"{name}/columns", exponent_steps(form.columns))]))
 
 
+@by_rows(Trellis)
 def _trellis(nodes: Nodes, name: str, form: Trellis, rows: Rows) -> str:
     levels, doublings = form.levels(), max(1, len(form.grid.codes) // LANES).bit_length()
     if window_of(form.grid.codes).bytes + doublings * _DOUBLING_BYTES < window_of(levels.codes).bytes:
@@ -221,6 +267,7 @@ def _levels(nodes: Nodes, name: str, codes: Tensor, levels: Tensor) -> str:
     return nodes.cast(nodes.add("Add", [doubled, nodes.cast(chosen, torch.int32)]), narrowest(levels))
 
 
+@by_rows(Affine)
 def _affine(nodes: Nodes, name: str, form: Affine, rows: Rows) -> str:
     groups, columns = form.step.shape[1], form.shape[1]
     value, shift = _codes(nodes, name, form.codes, rows)
@@ -232,6 +279,7 @@ def _affine(nodes: Nodes, name: str, form: Affine, rows: Rows) -> str:
     return value if form.rounded == torch.float32 else nodes.cast(nodes.cast(value, form.rounded), torch.float32)
 
 
+@by_rows(Codebook)
 def _codebook(nodes: Nodes, name: str, form: Codebook, rows: Rows) -> str:
     values = nodes.once(("values", name), lambda: nodes.constant(f"{name}/values", form.values.float()))
     found = str(nodes.add("Gather", [values, _index(nodes, name, form.codes, rows)], axis=0))
@@ -240,25 +288,30 @@ def _codebook(nodes: Nodes, name: str, form: Codebook, rows: Rows) -> str:
     return str(nodes.add("Mul", [found, floats(nodes, f"{name}/scale", form.scale, rows)]))
 
 
+@by_rows(Dense)
 def _dense(nodes: Nodes, name: str, form: Dense, rows: Rows) -> str:
     return floats(nodes, name, form.weight, rows)
 
 
+@by_rows(LowRank)
 def _low_rank(nodes: Nodes, name: str, form: LowRank, rows: Rows) -> str:
     right = decoded(nodes, f"{name}/right", form.right, ALL)
     return str(nodes.add("MatMul", [decoded(nodes, f"{name}/left", form.left, rows), right]))
 
 
+@by_rows(Sum)
 def _sum(nodes: Nodes, name: str, form: Sum, rows: Rows) -> str:
     parts = (("base", form.base), ("correction", form.correction))
     return str(nodes.add("Add", [decoded(nodes, f"{name}/{part}", inner, rows) for part, inner in parts]))
 
 
+@by_rows(Scaled)
 def _scaled(nodes: Nodes, name: str, form: Scaled, rows: Rows) -> str:
     factors = floats(nodes, f"{name}/gains", form.factors[:, None], rows)
     return str(nodes.add("Mul", [decoded(nodes, name, form.base, rows), factors]))
 
 
+@whole(Trimmed)
 def _cut(nodes: Nodes, name: str, form: Trimmed) -> str:
     # Cut rows and columns read from an appended row and column of zeros.
     value = nodes.add("Pad", [decoded(nodes, name, form.inner, ALL), nodes.sizes(0, 0, 1, 1)])
@@ -268,6 +321,7 @@ def _cut(nodes: Nodes, name: str, form: Trimmed) -> str:
     return str(value)
 
 
+@whole(Sparse)
 def _sparse(nodes: Nodes, name: str, form: Sparse) -> str:
     import onnx
 
@@ -281,6 +335,7 @@ def _sparse(nodes: Nodes, name: str, form: Sparse) -> str:
     return str(nodes.add("ScatterND", [zeros, places, values]))
 
 
+@whole(DenseSparse)
 def _dense_sparse(nodes: Nodes, name: str, form: DenseSparse) -> str:
     rows, columns = form.shape
     blocks = form.values.shape[1] // form.nonzeros
@@ -294,6 +349,7 @@ def _dense_sparse(nodes: Nodes, name: str, form: DenseSparse) -> str:
     return str(nodes.add("Slice", [whole, nodes.sizes(0), nodes.sizes(columns), nodes.sizes(1)]))
 
 
+@whole(Folded)
 def _folded(nodes: Nodes, name: str, form: Folded) -> str:
     order, _ = FOLDS[form.fold]
     sizes = (form.shape[0], *form.kernel)
@@ -302,6 +358,7 @@ def _folded(nodes: Nodes, name: str, form: Folded) -> str:
     return nodes.reshape(back, *form.shape)
 
 
+@whole(GroupedLowRank)
 def _grouped(nodes: Nodes, name: str, form: GroupedLowRank) -> str:
     rank = form.left.shape[1] // form.groups
     left = nodes.reshape(decoded(nodes, f"{name}/left", form.left, ALL), -1, form.groups, rank)
@@ -309,6 +366,7 @@ def _grouped(nodes: Nodes, name: str, form: GroupedLowRank) -> str:
     return nodes.reshape(nodes.add("Einsum", [left, right], equation="rgj,gjw->rgw"), *form.shape)
 
 
+@whole(RowBlocks)
 def _row_blocks(nodes: Nodes, name: str, form: RowBlocks) -> str:
     blocks = [decoded(nodes, f"{name}/{number}", block, ALL) for number, block in enumerate(form.blocks)]
     whole = nodes.add("Concat", blocks, axis=0)
@@ -316,6 +374,7 @@ def _row_blocks(nodes: Nodes, name: str, form: RowBlocks) -> str:
     return str(nodes.add("Gather", [whole, _index(nodes, f"{name}/places", places)], axis=0))
 
 
+@whole(Separable)
 def _separable(nodes: Nodes, name: str, form: Separable) -> str:
     parts = [
         nodes.reshape(decoded(nodes, f"{name}/{part}", inner, ALL), form.terms, -1, inner.shape[1])
@@ -324,6 +383,7 @@ def _separable(nodes: Nodes, name: str, form: Separable) -> str:
     return nodes.reshape(nodes.add("Einsum", parts, equation="tnc,tny,tnx->ncyx"), *form.shape)
 
 
+@whole(TensorTrain)
 def _tensor_train(nodes: Nodes, name: str, form: TensorTrain) -> str:
     rows, columns, value = 1, 1, ""
     modes = zip(form.cores, form.row_modes, form.column_modes, form.ranks, strict=False)
@@ -335,20 +395,3 @@ def _tensor_train(nodes: Nodes, name: str, form: TensorTrain) -> str:
         value = nodes.reshape(part, rows, columns, -1)
     value = nodes.reshape(value, rows, columns)
     return str(nodes.add("Slice", [value, nodes.sizes(0, 0), nodes.sizes(form.rows, form.columns)]))
-
-
-def _as_dense(nodes: Nodes, name: str, form: Form) -> str:
-    """A form of another package, whose structure is unknown."""
-    return floats(nodes, name, form.dense())
-
-
-#: Forms that compute single rows.
-_BY_ROWS: dict[type[Form], Callable[[Nodes, str, Any, Rows], str]] = {
-    Affine: _affine, Codebook: _codebook, Dense: _dense, Grid: _grid, LowRank: _low_rank, Scaled: _scaled, Sum: _sum,
-    Trellis: _trellis,
-}  # fmt: skip
-#: Forms that compute the whole matrix.
-_WHOLE: dict[type[Form], Callable[[Nodes, str, Any], str]] = {
-    Trimmed: _cut, DenseSparse: _dense_sparse, Folded: _folded, GroupedLowRank: _grouped, RowBlocks: _row_blocks,
-    Separable: _separable, Sparse: _sparse, TensorTrain: _tensor_train,
-}  # fmt: skip

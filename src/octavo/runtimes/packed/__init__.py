@@ -1,8 +1,8 @@
-"""Runner from packed codes or as factors: kernels, and weights that hold no dense matrix."""
+"""Running from packed codes or as factors: kernels, and weights that hold no dense matrix."""
 
 from octavo.runtimes.packed.factors import Choice, factored
 from octavo.runtimes.packed.kernels import Kernel, kernel_for, resident_bytes
-from octavo.runtimes.packed.weight import PackedWeight, held_bytes, kernels_of
+from octavo.runtimes.packed.weight import PackedWeight, held_bytes, kernels_of, packed_weight
 
 __all__ = [
     "Choice",
@@ -12,5 +12,6 @@ __all__ = [
     "held_bytes",
     "kernel_for",
     "kernels_of",
+    "packed_weight",
     "resident_bytes",
 ]

@@ -1,4 +1,4 @@
-"""Runner as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
+"""Running as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense, Form
-from octavo.forms.base import MAX_DEPTH
+from octavo.forms.base import MAX_DEPTH, form_class
 from octavo.runtimes.packed.kernels import Geometry, Plain
 from octavo.runtimes.packed.speed import interleaved
 from octavo.runtimes.packed.staged import chains, staged
@@ -21,8 +21,6 @@ from octavo.runtimes.packed.weight import PackedWeight, decode_in_state, without
 from octavo.sources.batches import Batch, run
 from octavo.sources.sites import Layout
 
-#: Forms, by manifest name, whose parts can be applied in sequence.
-FACTORIZATIONS = frozenset({"lowrank", "grouped-lowrank", "tensor-train", "separable", "row-blocks"})
 #: Factors may take at most this share of the dense time: a smaller gain is within the noise and does not justify
 #: different rounding.
 _WORTH = 0.95
@@ -108,7 +106,8 @@ def _decoded(form: Form) -> Form:
 def is_factorization(meta: Mapping[str, Any], depth: int = 0) -> bool:
     """Whether a form with this manifest entry, or a form nested in it, consists of factors."""
     inner = (value for value in meta.values() if isinstance(value, Mapping) and depth < MAX_DEPTH)
-    return meta.get("form") in FACTORIZATIONS or any(is_factorization(value, depth + 1) for value in inner)
+    kind = form_class(meta.get("form"))
+    return (kind is not None and kind.factored) or any(is_factorization(value, depth + 1) for value in inner)
 
 
 def run_as_factors(

@@ -3,6 +3,8 @@
 PyTorch has two matrix products for packed weights that are fast on a CPU, both for bfloat16 inputs: 4-bit codes in
 groups of columns, and 8-bit codes with one scale a row. Other forms are multiplied without a kernel, decoding a few
 rows at a time. ``torchao`` reaches the same two operators through more layers.
+
+Kernels register for their forms with ``@runs(Grid)``. Kernels of other packages register in the same way.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from octavo.forms import Dense, Form, Grid, LowRank, Sum
 from octavo.forms.grid import exponent_steps
+from octavo.runtimes.lowering import Lowering
 
 #: Columns that share a scale in the int4 kernel.
 GROUPS = (32, 64, 128, 256)
@@ -29,6 +32,8 @@ _BLOCK = 64
 _FEW = 16
 #: Weights packed or cast at a time, since the packer needs int32.
 _CHUNK = 1 << 22
+
+F = TypeVar("F", bound=Form)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Geometry:
     dilation: int | Sequence[int] = 1
 
 
-class Kernel(ABC):
+class Kernel(ABC, Generic[F]):
     """A matrix (rows, columns) in its in-memory representation, with its product.
 
     Parameters
@@ -55,17 +60,17 @@ class Kernel(ABC):
     #: Name in reports.
     name: ClassVar[str]
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: F) -> None:
         self.shape = form.shape
 
     @classmethod
-    @abstractmethod
-    def fits(cls, form: Form) -> bool:
-        """Whether this kernel can run the form on this machine."""
+    def fits(cls, form: F) -> bool:
+        """Whether this kernel can run a form that it is for, on this machine."""
+        return True
 
     @classmethod
     @abstractmethod
-    def bytes(cls, form: Form, rows: int) -> int:
+    def bytes(cls, form: F, rows: int) -> int:
         """Bytes of :meth:`tensors` for the given number of rows, without creating them."""
 
     @abstractmethod
@@ -99,7 +104,12 @@ class Kernel(ABC):
         return [self.name]
 
 
-class BFloat16(Kernel):
+#: Kernels by the forms that they are for.
+runs = Lowering[type[Kernel]]("packed kernel")
+
+
+@runs(Dense)
+class BFloat16(Kernel[Form]):
     """The matrix in bfloat16. Codes of more than 8 bits would take as much memory and run slower."""
 
     name = "bfloat16 dense"
@@ -107,11 +117,6 @@ class BFloat16(Kernel):
     def __init__(self, form: Form) -> None:
         super().__init__(form)
         self.weight = form.dense().bfloat16()
-
-    @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        rows = form.shape[0]
-        return isinstance(form, Dense) or Plain.bytes(form, rows) >= cls.bytes(form, rows)
 
     @classmethod
     def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
@@ -127,7 +132,8 @@ class BFloat16(Kernel):
         return self.weight[index].float()
 
 
-class Int4(Kernel):
+@runs(Grid)
+class Int4(Kernel[Grid]):
     """Codes of at most 16 levels in groups of columns: ``scale * (code - 8) + offset``, both bfloat16.
 
     A grid's column steps are multiplied into the inputs, row steps into the scales. Rows are padded to whole blocks.
@@ -156,14 +162,13 @@ class Int4(Kernel):
         self.columns = None if form.columns is None else exponent_steps(form.columns)
 
     @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        if not isinstance(form, Grid) or not _group(form) or int4_layout() is None:
+    def fits(cls, form: Grid) -> bool:  # noqa: D102
+        if not _group(form) or int4_layout() is None:
             return False
         return int(form.codes.max()) - _lowest(form.codes) < 16
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, Grid)
+    def bytes(cls, form: Grid, rows: int) -> int:  # noqa: D102
         columns, padded = form.shape[1], -(-rows // _BLOCK) * _BLOCK
         steps = 0 if form.columns is None else 4 * columns
         return padded * columns // 2 + padded * (columns // _group(form)) * 4 + steps
@@ -189,7 +194,8 @@ class Int4(Kernel):
         return weight if self.columns is None else weight.mul_(self.columns)
 
 
-class Int8(Kernel):
+@runs(Grid)
+class Int8(Kernel[Grid]):
     """Codes of 8 bits with one bfloat16 scale per row. Column steps of a grid are multiplied into the inputs."""
 
     name = "int8 (aten._weight_int8pack_mm)"
@@ -202,16 +208,15 @@ class Int8(Kernel):
         self.columns = None if form.columns is None else exponent_steps(form.columns)
 
     @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        if not isinstance(form, Grid) or form.scale.shape[1] != 1 or form.shape[1] % INT8_COLUMNS or 0 in form.shape:
+    def fits(cls, form: Grid) -> bool:  # noqa: D102
+        if form.scale.shape[1] != 1 or form.shape[1] % INT8_COLUMNS or 0 in form.shape:
             return False
         low, high = form.codes.int().amin(1), form.codes.int().amax(1)
         zero = 0 if form.zero is None else form.zero.int().view(-1)
         return bool(((low - zero) >= -128).all() and ((high - zero) <= 127).all())
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, Grid)
+    def bytes(cls, form: Grid, rows: int) -> int:  # noqa: D102
         columns = form.shape[1]
         return rows * columns + 2 * rows + (0 if form.columns is None else 4 * columns)
 
@@ -232,19 +237,14 @@ class Int8(Kernel):
         return weight if self.columns is None else weight.mul_(self.columns)
 
 
-class _Pair(Kernel):
+class _Pair(Kernel[F]):
     """Two matrices, each with its own kernel."""
 
-    made_of: ClassVar[type[Form]]
     parts: ClassVar[tuple[str, str]]
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: F) -> None:
         super().__init__(form)
         self.first, self.second = (kernel_for(getattr(form, part)) for part in self.parts)
-
-    @classmethod
-    def fits(cls, form: Form) -> bool:
-        return isinstance(form, cls.made_of)
 
     def tensors(self) -> list[Tensor]:
         return self.first.tensors() + self.second.tensors()
@@ -254,14 +254,14 @@ class _Pair(Kernel):
         return self.first.names + self.second.names
 
 
-class Product(_Pair):
+@runs(LowRank)
+class Product(_Pair[LowRank]):
     """Two thin matrices, applied in sequence."""
 
-    name, made_of, parts = "two thin products", LowRank, ("left", "right")
+    name, parts = "two thin products", ("left", "right")
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, LowRank)
+    def bytes(cls, form: LowRank, rows: int) -> int:  # noqa: D102
         return resident_bytes(form.left, rows) + resident_bytes(form.right)
 
     def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -271,14 +271,14 @@ class Product(_Pair):
         return self.first.lookup(index) @ self.second.dense()
 
 
-class Total(_Pair):
+@runs(Sum)
+class Total(_Pair[Sum]):
     """Two matrices of one shape; their products are added."""
 
-    name, made_of, parts = "sum of two products", Sum, ("base", "correction")
+    name, parts = "sum of two products", ("base", "correction")
 
     @classmethod
-    def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
-        assert isinstance(form, Sum)
+    def bytes(cls, form: Sum, rows: int) -> int:  # noqa: D102
         return resident_bytes(form.base, rows) + resident_bytes(form.correction, rows)
 
     def matmul(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -288,7 +288,7 @@ class Total(_Pair):
         return self.first.lookup(index) + self.second.lookup(index)
 
 
-class Plain(Kernel):
+class Plain(Kernel[Form]):
     """Any form on any machine: its unchanged parts, multiplied by :meth:`octavo.forms.Form.apply`."""
 
     name = "none (decoded while running)"
@@ -296,10 +296,6 @@ class Plain(Kernel):
     def __init__(self, form: Form) -> None:
         super().__init__(form)
         self.form = form
-
-    @classmethod
-    def fits(cls, form: Form) -> bool:  # noqa: D102
-        return True
 
     @classmethod
     def bytes(cls, form: Form, rows: int) -> int:  # noqa: D102
@@ -320,10 +316,6 @@ class Plain(Kernel):
         return self.form.dense()
 
 
-#: In order of preference.
-KERNELS: tuple[type[Kernel], ...] = (Product, Total, Int4, Int8, BFloat16, Plain)
-
-
 def kernel_for(form: Form) -> Kernel:
     """Prepare a form for the best kernel available on this machine."""
     return _choose(form)(form)
@@ -335,7 +327,12 @@ def resident_bytes(form: Form, rows: int | None = None) -> int:
 
 
 def _choose(form: Form) -> type[Kernel]:
-    return next(kernel for kernel in KERNELS if kernel.fits(form))
+    found = next((kernel for kernel in runs.every(form) if kernel.fits(form)), None)
+    if found is not None:
+        return found
+    # Without a kernel of its own a form runs from its parts, unless the matrix takes no more memory and runs faster.
+    rows = form.shape[0]
+    return BFloat16 if BFloat16.bytes(form, rows) <= Plain.bytes(form, rows) else Plain
 
 
 def _inputs(x: Tensor, steps: Tensor | None) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
 from octavo.forms import Dense, Folded, Form, GroupedLowRank, LowRank, Scaled, Separable, Sum
+from octavo.runtimes.lowering import Lowering
 from octavo.runtimes.packed.kernels import Geometry
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -79,37 +81,71 @@ def _by_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     return values * axes if len(values) == 1 else values
 
 
-def chains(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
+Chains = list[list[Stage]]
+#: Convolutions by the form of their weight: functions of the form and of the weight's shape, which give None where
+#: there is no such convolution.
+convolves = Lowering[Callable[[Any, tuple[int, ...]], Chains | None]]("convolution in stages")
+#: The same by the form inside a spatial fold, ``(c h) x (n w)``.
+_unfolds = Lowering[Callable[[Any, tuple[int, ...]], Chains | None]]("convolution in stages")
+
+
+def chains(form: Form, shape: tuple[int, ...]) -> Chains | None:
     """Chains of convolutions whose sum equals the convolution with the form's weight."""
+    lower = convolves.find(form)
+    return None if lower is None else lower(form, shape)
+
+
+@convolves(Dense)
+def _dense(form: Dense, shape: tuple[int, ...]) -> Chains:
+    return [[Stage(form.weight.reshape(shape), 1, (True,) * len(shape[2:]))]]
+
+
+@convolves(LowRank)
+def _low_rank(form: LowRank, shape: tuple[int, ...]) -> Chains | None:
+    return _grouped(GroupedLowRank(form.left, form.right, 1), shape)
+
+
+@convolves(GroupedLowRank)
+def _grouped(form: GroupedLowRank, shape: tuple[int, ...]) -> Chains | None:
+    """All of the kernel over the channels of every group, then 1 x 1."""
     rows, channels, *kernel = shape
+    if channels % form.groups:
+        return None
     here, nowhere = (True,) * len(kernel), (False,) * len(kernel)
-    if isinstance(form, LowRank):
-        form = GroupedLowRank(form.left, form.right, 1)
-    if isinstance(form, GroupedLowRank) and channels % form.groups == 0:
-        right = form.right.dense().reshape(-1, channels // form.groups, *kernel)
-        left = form.left.dense().reshape(rows, -1, *(1 for _ in kernel))
-        return [[Stage(right, form.groups, here), Stage(left, 1, nowhere)]]
-    if isinstance(form, Folded) and form.fold == "spatial" and list(form.kernel) == [channels, *kernel]:
-        return _spatial(form.inner, shape)
-    if isinstance(form, Separable) and len(kernel) == 2:
-        return _separable(form, shape)
-    if isinstance(form, Sum):
-        parts = [chains(part, shape) for part in (form.base, form.correction)]
-        return None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
-    if isinstance(form, Scaled):
-        gains, base = form.factors.reshape(-1, *(1 for _ in shape[1:])), chains(form.base, shape)
-        return base and [[*chain[:-1], replace(chain[-1], weight=chain[-1].weight * gains)] for chain in base]
-    if isinstance(form, Dense):
-        return [[Stage(form.weight.reshape(shape), 1, here)]]
-    return None
+    right = form.right.dense().reshape(-1, channels // form.groups, *kernel)
+    left = form.left.dense().reshape(rows, -1, *(1 for _ in kernel))
+    return [[Stage(right, form.groups, here), Stage(left, 1, nowhere)]]
 
 
-def _spatial(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
+@convolves(Sum)
+def _sum(form: Sum, shape: tuple[int, ...]) -> Chains | None:
+    parts = [chains(part, shape) for part in (form.base, form.correction)]
+    return None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
+
+
+@convolves(Scaled)
+def _scaled(form: Scaled, shape: tuple[int, ...]) -> Chains | None:
+    gains, base = form.factors.reshape(-1, *(1 for _ in shape[1:])), chains(form.base, shape)
+    return base and [[*chain[:-1], replace(chain[-1], weight=chain[-1].weight * gains)] for chain in base]
+
+
+@convolves(Folded)
+def _folded(form: Folded, shape: tuple[int, ...]) -> Chains | None:
+    lower = _unfolds.find(form.inner)
+    whole = form.fold == "spatial" and list(form.kernel) == list(shape[1:])
+    return lower(form.inner, shape) if whole and lower is not None else None
+
+
+@_unfolds(LowRank)
+def _spatial_low_rank(form: LowRank, shape: tuple[int, ...]) -> Chains | None:
+    return _spatial(GroupedLowRank(form.left, form.right, 1), shape)
+
+
+@_unfolds(GroupedLowRank)
+def _spatial(form: GroupedLowRank, shape: tuple[int, ...]) -> Chains | None:
     """``(c h) x (n w)``: h x 1 filters over all channels, then 1 x w, each group of filters on its own input."""
-    if isinstance(form, LowRank):
-        form = GroupedLowRank(form.left, form.right, 1)
     rows, channels, height, width = shape
-    if not isinstance(form, GroupedLowRank) or rows % form.groups:
+    if rows % form.groups:
         return None
     down = form.left.dense().t().reshape(-1, channels, height, 1).contiguous()
     across = form.right.dense().reshape(form.groups, -1, rows // form.groups, width)
@@ -117,8 +153,11 @@ def _spatial(form: Form, shape: tuple[int, ...]) -> list[list[Stage]] | None:
     return [[Stage(down, 1, (True, False)), Stage(across, form.groups, (False, True))]]
 
 
-def _separable(form: Separable, shape: tuple[int, ...]) -> list[list[Stage]] | None:
+@convolves(Separable)
+def _separable(form: Separable, shape: tuple[int, ...]) -> Chains | None:
     """1 x 1 over the channels, then vertical, then horizontal; the last adds the terms of every filter."""
+    if len(shape) != 4:
+        return None
     rows, channels, height, width = shape
     parts = [part.dense() for part in (form.channel, form.vertical, form.horizontal)]
     if [part.shape[1] for part in parts] != [channels, height, width]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from octavo.errors import RequestError
-from octavo.runtimes.packed.kernels import Geometry, Kernel, Plain
+from octavo.forms import Form
+from octavo.runtimes.packed.kernels import Geometry, Kernel, Plain, kernel_for
 from octavo.sources.sites import Layout
 
 
@@ -86,6 +87,11 @@ class PackedWeight(Tensor):
             return PackedWeight(weight.kernel, weight.matrix_layout, weight.shape, kwargs.get("dtype") or weight.dtype)
         args, kwargs = torch.utils._pytree.tree_map_only(PackedWeight, PackedWeight.decode, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def packed_weight(form: Form, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+    """A weight that runs from its form with the best kernel that this machine has for it."""
+    return PackedWeight(kernel_for(form), layout, shape, dtype)
 
 
 #: Weights decoded for the latest state dict.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.profiles import Profile
 from octavo.artifact import Artifact
 from octavo.artifact.writing import split_name
+from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import RequestError
-from octavo.methods import Method, select_methods
+from octavo.methods import Method, Setting, select_methods
 from octavo.request import Request
 from octavo.runtimes.onnx.exporting import SHAPE, parse_shape
 from octavo.runtimes.onnx.given import Tokens, check_tokens_only
@@ -24,7 +27,7 @@ from octavo.sources.sites import Source
 from octavo.targets.base import Goal, Target, target
 from octavo.targets.speed import written
 from octavo.targets.speed.asked import Asked, asked_for
-from octavo.targets.speed.search import METHODS, Search
+from octavo.targets.speed.search import Search, offered
 
 
 @dataclass
@@ -60,7 +63,11 @@ class Speed(Target):
 
     def methods(self, request: Request) -> list[Method]:
         """The methods whose forms are offered."""
-        return select_methods(METHODS, "best")
+        return select_methods(offered(), "best")
+
+    def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
+        """The settings that are worth their time."""
+        return method.speed_settings(weight, evidence)
 
     def adapted(self, source: Source) -> Source:
         """An encoder's transformer alone, if nothing with weights comes after it."""

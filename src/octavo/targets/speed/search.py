@@ -28,8 +28,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.encoding.finish import Built
 from octavo.errors import BudgetError
 from octavo.forms import Form
-from octavo.methods import Setting, get_method
-from octavo.methods.quantize.int8 import SMOOTHING
+from octavo.methods import Method, Setting, methods
 from octavo.runtimes.onnx.activations import rounding_loss, watch
 from octavo.runtimes.onnx.exporting import check_graph
 from octavo.runtimes.onnx.given import Tokens
@@ -43,19 +42,18 @@ from octavo.targets.speed.asked import Asked
 
 #: The baseline that speed is counted against.
 DENSE = "torch float32"
-#: Methods whose forms are offered.
-METHODS = ("keep", "int8", "gptq", "activation-svd")
 #: Plans aim this share below the latency asked for; two measurements of one file differ by as much.
 _RESERVE = 0.04
 _ROUNDS = 5
 #: Seconds that a comparison of whole models takes.
 _SECONDS = 3.0
-#: Groups of columns of the blockwise kernel, the first that divides a matrix.
-_WIDTHS = (64, 128, 32, 16)
-#: Ranks of factored layers, as shares of the rank at which two factors have as many elements as the matrix.
-_RANKS = (0.5, 0.25)
-_FACTOR_BITS = 6
 _NOT_A_POINT = 2**62
+
+
+def offered() -> list[str]:
+    """Names of the methods that have settings for speed, dense storage first."""
+    found = [cls for cls in methods().values() if cls.speed_settings is not Method.speed_settings]
+    return [cls.name for cls in sorted(found, key=lambda cls: not cls.dense)]
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Search:
         known = {site.name for site in opened.sites}
         self.matrices = [name for name, kind in kinds.items() if kind == SITE and name in known]
         self.inputs = open_inputs(self.model)
-        self.smoothing: dict[str, Setting] = {}
+        self.agreed: dict[tuple[str, str], Setting] = {}
         self.table = Table(math.prod(shape))
         self.ranges = watch(opened.source, self.matrices, opened.calibration_data)
         self.candidates = {site.name: self._candidates(site) for site in opened.sites}
@@ -207,36 +205,30 @@ class Search:
         return form_of(self.opened.site(name), packed)
 
     def _candidates(self, site: Site) -> list[Candidate]:
-        """All ways to store and run a site; what the graph does not multiply with is kept in 16 bits, if it fits."""
+        """All ways to store and run a site; what the graph does not multiply with stays dense."""
         opened = self.opened
         choices: list[tuple[str, Setting]]
         if site.name in opened.pinned:
             choices = [opened.pinned[site.name]]
         else:
-            dtypes = [s["dtype"] for s in get_method("keep").settings(opened.matrix(site), self._evidence(site))]
-            choices = [("keep", {"dtype": "float16" if "float16" in dtypes else dtypes[0]})]
-            if site.name in self.matrices:
-                choices += self._choices(site)
+            offered = [m for m in opened.methods if m.accepts(site) and (m.dense or site.name in self.matrices)]
+            choices = [(method.name, setting) for method in offered for setting in self._settings(method, site)]
         found = [self._candidate(site, method, setting) for method, setting in choices]
         self.run.progress("profile", opened.sites.index(site) + 1, len(opened.sites))
         return found
 
-    def _choices(self, site: Site) -> list[tuple[str, Setting]]:
-        choices: list[tuple[str, Setting]] = [("int8", self._smoothing(site))]
-        width = next((width for width in _WIDTHS if site.columns % width == 0), None)
-        choices += [] if width is None else [("gptq", {"bits": 8, "group": width})]
-        ranks = [int(share * site.parameters / (site.rows + site.columns)) for share in _RANKS]
-        return choices + [("activation-svd", {"rank": rank, "bits": _FACTOR_BITS}) for rank in ranks if rank >= 8]
+    def _settings(self, method: Method, site: Site) -> Sequence[Setting]:
+        settings = self.opened.target.offers(method, self.opened.matrix(site), self._evidence(site))
+        return [self._agreed(method, site, settings)] if method.scales_inputs and settings else settings
 
-    def _smoothing(self, site: Site) -> Setting:
-        """The smoothing of least expected loss for all sites that read the same values and so share their rounding."""
-        value = self.inputs[site.name]
-        if value not in self.smoothing:
-            group = [self.opened.site(name) for name in self.matrices if self.inputs[name] == value]
-            settings: list[Setting] = [{"smoothing": share} for share in SMOOTHING]
-            losses = [sum(self._candidate(other, "int8", setting).loss for other in group) for setting in settings]
-            self.smoothing[value] = settings[int(np.argmin(losses))]
-        return self.smoothing[value]
+    def _agreed(self, method: Method, site: Site, settings: Sequence[Setting]) -> Setting:
+        """The setting of least expected loss for all sites that read the same values and so share their rounding."""
+        key = (method.name, self.inputs[site.name])
+        if key not in self.agreed:
+            group = [self.opened.site(name) for name in self.matrices if self.inputs[name] == key[1]]
+            losses = [sum(self._candidate(other, method.name, each).loss for other in group) for each in settings]
+            self.agreed[key] = settings[int(np.argmin(losses))]
+        return self.agreed[key]
 
     def _evidence(self, site: Site) -> Evidence:
         return self.run.calibration.evidence[site.name]
