@@ -263,7 +263,7 @@ class Reached:
     budget, bytes, used
         Bytes that were allowed and that the artifact takes, and the share of the budget that was used.
     quality, uniform
-        Mean divergence on held-back data, and that of the best uniform plan at the same bytes.
+        Mean divergence on held-out data, and that of the best uniform plan at the same bytes.
     winner
         The label of the best plan.
     families

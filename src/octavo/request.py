@@ -259,7 +259,7 @@ class Request:
         Raises
         ------
         TypeError
-            If a choice is none of the fields.
+            If a choice is not a field.
         """
         refuse_unknown(type(self), choices)
         return replace(self, **choices)

@@ -16,7 +16,8 @@ from octavo.methods.factorize.alds import ALDS
 from octavo.methods.factorize.fisher_svd import FisherSVD
 from octavo.methods.quantize.entropy import Entropy
 from octavo.methods.quantize.gptq import GPTQ
-from octavo.request import listed
+from octavo.request import Request, listed
+from octavo.targets import get_target
 
 SPELLED = {
     "entropy": Entropy(),
@@ -80,9 +81,9 @@ def test_methods_are_chosen_by_word_by_family_and_as_they_are():
 
     with pytest.raises(RequestError, match=r"Stranger is not a registered method; put @method"):
         select_methods([Stranger()], "default")
-    for word in ("entropy:rate=0.2", Entropy()):
-        with pytest.raises(RequestError, match="no setting that runs from memory"):
-            select_methods([word], "default", "memory")
+    for word in ("entropy:rate=0.2", Entropy(), "prune"):
+        with pytest.raises(RequestError, match="has no setting that runs from memory"):
+            get_target("memory").methods(Request(None, methods=[word]))
 
 
 def net():

@@ -1,7 +1,7 @@
 """Reading artifacts.
 
-Artifacts are untrusted. The checksums of the manifest and of every tensor are verified, file names may not leave the
-folder, shapes are checked against the file sizes before memory is allocated, and nothing is ever executed.
+Artifacts are untrusted. The checksums of the manifest and of every tensor are verified, and file names may not leave
+the folder. Shapes are checked against the file sizes before memory is allocated. Nothing is ever executed.
 
 Files are read and not mapped, since pages of a mapping stay in memory. An artifact is verified tensor by tensor in less
 memory than its size.

@@ -109,10 +109,6 @@ class Method(ABC):
         """How fine a setting is: bits a weight, and then a number that is larger for the finer of two."""
         raise NotImplementedError(f"{self.name} does not say how fine its settings are")
 
-    def offered(self, weight: Tensor, evidence: Evidence, target: str) -> list[Setting]:
-        """The settings to try for a disk or memory budget."""
-        return self.kernel_settings(weight, evidence) if target == "memory" else self.settings(weight, evidence)
-
     @abstractmethod
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
         """Encode ``weight`` (rows, columns), float32, as a form."""

@@ -31,8 +31,8 @@ class Entropy(Stepped):
     """Uniform quantization without clipping, for an entropy coder, with steps set by sensitivity.
 
     In units of its steps (:mod:`octavo.methods.quantize.units`) a matrix is rounded column by column with error
-    feedback, and the level taken is the one of least ``error^2 + rate * bits``, where ``bits`` is its code length under
-    the distribution of its magnitude class. The row and column steps are entropy-coded as well.
+    feedback. The chosen level minimizes ``error^2 + rate * bits``, where ``bits`` is its code length under the
+    distribution of its magnitude class. The row and column steps are entropy-coded as well.
 
     Parameters
     ----------

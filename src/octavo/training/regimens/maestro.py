@@ -31,9 +31,9 @@ class OrderedDropout(Regimen):
     """Train ``W = U V^T`` such that its first columns matter most.
 
     Every layer starts at its full inner width ``min(rows, columns)``, with the SVD of its own initial weights split as
-    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, all pairs with equal probability,
-    and runs that layer with its first ``b`` columns and every other layer with all of its columns. The hierarchical
-    group lasso ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers is added to the loss; it penalizes the last
+    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, all pairs with equal probability.
+    That layer runs with its first ``b`` columns, and every other layer with all of its columns. The hierarchical group
+    lasso ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers is added to the loss; it penalizes the last
     columns most. After every epoch the last columns are dropped permanently while ``|U[:, i:]| |V[:, i:]| < threshold
     |U| |V|``. For a linear map this finds the ordered SVD of ``W C^(1/2)``, where ``C`` is the second moment of the
     inputs.
