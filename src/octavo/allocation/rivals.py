@@ -82,7 +82,7 @@ def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: B
     return [] if lost >= limit else [curve.site for curve in free if curve.site not in tried]
 
 
-class Plain:
+class PlainRival:
     """The plain method with the finest single setting that fits.
 
     Sites where the setting does not apply are kept in 16 bits; pinned sites stay pinned.

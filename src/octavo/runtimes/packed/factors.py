@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense, Form
 from octavo.forms.base import MAX_DEPTH, form_class
-from octavo.runtimes.packed.kernels import Geometry, Plain
+from octavo.runtimes.packed.kernels import DenseKernel, Geometry
 from octavo.runtimes.packed.speed import interleaved
 from octavo.runtimes.packed.staged import chains, staged
 from octavo.runtimes.packed.weight import PackedWeight, decode_in_state, without_packed
@@ -53,7 +53,7 @@ class Choice:
     reason: str
 
 
-class Factors(Plain):
+class Factors(DenseKernel):
     """A form with all parts decoded once to float32.
 
     Inputs of other dtypes are cast to float32, and outputs back.

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from octavo.errors import RequestError
 from octavo.forms import Form
-from octavo.methods.factorize.dictionaries import Factors, Shape, again, learn, split
+from octavo.methods.factorize.dictionaries import DictionaryFactors, Shape, again, learn, split
 from octavo.sources.sites import Layout
 from octavo.training.formed import unparametrized
 from octavo.training.regimens.base import Regimen, regimen
@@ -96,7 +96,7 @@ class StraightThroughFactorizer(Regimen):
         """Continue with the given dictionaries and codes."""
         for name, factorized in self._found.items():
             device = factorized.product.device
-            factorized.factors = Factors(**{key: part.to(device) for key, part in state[name].items()})
+            factorized.factors = DictionaryFactors(**{key: part.to(device) for key, part in state[name].items()})
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """Factorize a last time; the model only keeps the products. Later calls return the same forms."""
@@ -118,7 +118,7 @@ class _Factorized(nn.Module):
     def __init__(self, weight: Tensor, layout: Layout, shape: Shape, rounds: int) -> None:
         super().__init__()
         self.layout, self.width, self.shadow = layout, shape.width, [weight]
-        self.factors: Factors = learn(self._blocks(), shape, rounds)
+        self.factors: DictionaryFactors = learn(self._blocks(), shape, rounds)
         self.register_buffer("product", self._product(), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
