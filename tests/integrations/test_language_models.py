@@ -168,7 +168,7 @@ def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
 
 def test_more_context_than_the_model_has_is_refused(llama):
     batches = [{"input_ids": torch.zeros(16, 65, dtype=torch.long)}]
-    with pytest.raises(RequestError, match="65 tokens, and LlamaForCausalLM takes 64 at most"):
+    with pytest.raises(RequestError, match="65 tokens, but LlamaForCausalLM takes at most 64"):
         octavo.compress(llama, ratio=3, data=batches, preset="fast")
 
 
