@@ -221,9 +221,9 @@ def spearman(work: Path) -> dict[str, float] | None:
     if data is None:
         print("stsb-dev.csv is not there (OCTAVO_DATA): Spearman left out")
         return None
-    result = {"original": octavo.evaluate(minilm(), data=data, metric="spearman")["spearman"]}
+    result = {"original": octavo.evaluate(minilm(), data=data, metric="spearman").spearman}
     for ratio in RATIOS:
-        result[str(ratio)] = octavo.evaluate(work / f"ratio-{ratio}", data=data, metric="spearman")["spearman"]
+        result[str(ratio)] = octavo.evaluate(work / f"ratio-{ratio}", data=data, metric="spearman").spearman
     return result
 
 

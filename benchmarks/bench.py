@@ -34,6 +34,8 @@ from judge import Judge, round_to_nearest, work_folder
 from models import TITLES, model_folder
 from safetensors.torch import load_file, save_file
 
+from octavo.system.atomic import write_file
+
 #: In the order of their speed, so that figures come early.
 TOOLS = ("own", "torchao", "quanto", "hqq", "nncf", "llmcompressor", "gptqmodel", "auto_round", "llama_cpp")
 #: What Octavo is asked for, as ratios to float32: just under the sizes at which other tools have their best points.
@@ -80,9 +82,7 @@ def write_row(**values: Any) -> None:
         rank = lambda row: (list(TITLES).index(row["model"]), row["tool"], row["bytes"] or 0, row["setting"])  # noqa: E731
         rows = sorted([*others, row], key=rank)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        aside = FILE.with_suffix(".part")
-        aside.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-        aside.rename(FILE)
+        write_file(FILE, ("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())
     size, quality = row["bytes"] or 0, row["quality"]
     print(f"{row['model']:8} {row['tool']:14} {row['setting']:44} {size / 1e6:8.2f} MB  {row['error'] if quality is None else quality}", flush=True)  # fmt: skip
 

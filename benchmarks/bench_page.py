@@ -9,6 +9,8 @@ from typing import Any
 from common import RESULTS
 from models import TITLES
 
+from octavo.system.atomic import write_file
+
 DOCS = RESULTS.parent
 Row = dict[str, Any]
 
@@ -167,4 +169,4 @@ def write(table: Any) -> None:
         return
     rows = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
     run = json.loads((RESULTS / "bench-run.json").read_text(encoding="utf-8"))
-    (DOCS / "bench.md").write_text(page(rows, run, table), encoding="utf-8")
+    write_file(DOCS / "bench.md", page(rows, run, table).encode())

@@ -41,6 +41,7 @@ import octavo.integrations.transformers
 import octavo.pipeline
 import octavo.report.sections
 import octavo.runtimes.onnx.exporting
+from octavo.system.atomic import is_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import save_results
@@ -432,7 +433,7 @@ class Chaos:
         running, done = self._begun(case, out, place / "log")
         if done is not None or running.kill(signal.SIGKILL).code == 0 or not case.work(out).exists():
             return self._judge(case, Done(0, ""), out)
-        files = sorted(file for file in case.work(out).rglob("*") if file.is_file() and file.suffix != ".part")
+        files = sorted(file for file in case.work(out).rglob("*") if file.is_file() and not is_aside(file.name))
         how = self.random.choice(("flip", "flip", "flip", "cut", "swap"))
         # Folders of many files are no likelier to be hit than the single ones.
         folders = sorted({file.parent if file.suffix != ".json" else file for file in files})

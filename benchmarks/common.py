@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -136,6 +137,7 @@ def load_results(name: str) -> dict[str, Any]:
 def save_results(name: str, results: dict[str, Any]) -> None:
     """Write results with the command, the versions and the machine that made them."""
     from octavo.report.gather import environment
+    from octavo.system.atomic import write_file
 
     packages = ("octavo", "torch", "transformers", "numpy", "safetensors", "constriction", "zstandard")
     data = {
@@ -143,7 +145,7 @@ def save_results(name: str, results: dict[str, Any]) -> None:
         "command": f"python benchmarks/{Path(sys.argv[0]).name}",
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": {package: version(package) for package in packages},
-        "machine": environment(),
+        "machine": asdict(environment()),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_file(RESULTS / f"{name}.json", (json.dumps(data, indent=1) + "\n").encode())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def main() -> None:
         report = done.save(out, overwrite=True)
         seconds = time.perf_counter() - started
         del done
-        verified = octavo.verify(out)["packed"]
+        verified = asdict(octavo.verify(out).packed)
         original = source_model(options.model, torch.float32)
         reference = KL().reference(original, judged)
         packed, decoded = octavo.load(out, packed=True), octavo.load(out)

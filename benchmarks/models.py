@@ -32,10 +32,11 @@ def gguf_file(name: str) -> Path:
 
     file = CACHE / "models" / "gemma-gguf" / "gemma-3-270m-q4_k_m.gguf"
     if not file.exists():
+        from octavo.system.atomic import writing
+
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".part")
-        assemble(str(aside))
-        aside.rename(file)
+        with writing(file) as aside:
+            assemble(str(aside))
     return file
 
 

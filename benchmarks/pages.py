@@ -13,6 +13,8 @@ from common import RESULTS
 from factor_pages import PARTS as FACTOR_PARTS
 from size_pages import PARTS
 
+from octavo.system.atomic import write_file
+
 DOCS = RESULTS.parent
 
 
@@ -144,7 +146,7 @@ def main() -> None:
     parts += [
         part(read(name), table) for name, part in (PARTS | FACTOR_PARTS).items() if (RESULTS / f"{name}.json").exists()
     ]
-    (DOCS / "results.md").write_text(page + "\n".join(parts), encoding="utf-8")
+    write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())
     bench_page.write(table)
     front_plot.write()
     robustness_page.write()

@@ -8,6 +8,8 @@ from typing import Any
 
 from common import RESULTS
 
+from octavo.system.atomic import write_file
+
 PAGE = RESULTS.parent / "explanation" / "security.md"
 START, END = "<!-- figures: made by benchmarks/robustness_page.py -->", "<!-- end of figures -->"
 #: What becomes of a mutant, as the page says it.
@@ -52,7 +54,7 @@ def write() -> None:
     fuzz, chaos = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("fuzz", "chaos"))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{START}\n{figures(fuzz, chaos)}\n{END}{after}", encoding="utf-8")
+    write_file(PAGE, f"{before}{START}\n{figures(fuzz, chaos)}\n{END}{after}".encode())
 
 
 if __name__ == "__main__":

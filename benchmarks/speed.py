@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from octavo.calibration.objective import Cosine
 from octavo.runtimes.onnx.latency import compare, machine
 from octavo.runtimes.onnx.sessions import Session
 from octavo.sources.tokens import text_batches
+from octavo.system.atomic import write_file
 
 SPEEDUPS = (2.8, 4.0, 5.0)
 BATCHES = (1, 16)
@@ -89,7 +91,8 @@ def built(work: Path, calibration: list[str]) -> list[dict[str, Any]]:
     """The files compressed for speed; those of an earlier run are measured again, not made again."""
     done = work / "rows.json"
     if not done.exists():
-        done.write_text(json.dumps([row(work, calibration, speedup) for speedup in SPEEDUPS]))
+        rows = [row(work, calibration, speedup) for speedup in SPEEDUPS]
+        write_file(done, json.dumps(rows).encode())
     return list(json.loads(done.read_text()))
 
 
@@ -143,7 +146,7 @@ def main() -> None:
         print(
             name, json.dumps({key: value for key, value in row.items() if not key.startswith("speedups")}), flush=True
         )
-    save_results("speed", {"rows": table, "frontier": rows, "load": load, "tokens": 32, "runtime": machine(1)})
+    save_results("speed", {"rows": table, "frontier": rows, "load": load, "tokens": 32, "runtime": asdict(machine(1))})
 
 
 if __name__ == "__main__":

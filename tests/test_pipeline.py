@@ -317,7 +317,7 @@ def test_transformers_loads_the_artifact_bit_for_bit(gpt2, tmp_path):
         "assert model.lm_head.weight is model.transformer.wte.weight\n"
         "base = AutoModel.from_pretrained(sys.argv[1]).eval()\n"
         "with torch.no_grad():\n"
-        "    match = octavo.verify(sys.argv[1])['outputs_match']\n"
+        "    match = octavo.verify(sys.argv[1]).outputs_match\n"
         "    torch.save([model(tokens).logits, base(tokens).last_hidden_state, match], sys.argv[2])\n"
     )
     done_ = subprocess.run(
@@ -335,7 +335,7 @@ def test_transformers_loads_the_artifact_bit_for_bit(gpt2, tmp_path):
         assert torch.equal(module(tokens).logits, logits)
         assert torch.equal(module.transformer(tokens).last_hidden_state, states)
     assert outputs_match is True
-    assert octavo.verify(out)["weights_match"] is True
+    assert octavo.verify(out).weights_match is True
 
 
 def test_an_untied_head_is_a_site_of_its_own(tmp_path, sentences):
@@ -360,7 +360,7 @@ def test_outputs_are_whole_or_not_there(bare, tmp_path):
     (tmp_path / "taken" / "mine.txt").unlink()
     done.save(tmp_path / "taken")
     done.save(tmp_path / "taken", overwrite=True)
-    assert octavo.verify(tmp_path / "taken")["weights_match"] is True
+    assert octavo.verify(tmp_path / "taken").weights_match is True
     assert sorted(file.name for file in tmp_path.iterdir()) == ["taken"]
 
 

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from octavo.allocation.workspace import forget
 from octavo.artifact import Artifact
 from octavo.encoding.result import Result
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
-from octavo.report import card
+from octavo.report import Report, card, write_json
 from octavo.report import write as write_report
 from octavo.report.gather import report_data
 from octavo.sources.companions import copy_companions
 from octavo.sources.sentences import members, transformer_folder
 from octavo.system.ahead import in_order
+from octavo.system.atomic import TRIED, made_aside, move_into_place, tidy, write_file
 from octavo.system.clock import Clock
 from octavo.system.locks import Lock
 from octavo.system.paths import checked, checked_output
 from octavo.system.progress import Shown, showing
 from octavo.system.raw import raw_bytes
-from octavo.system.replacing import OLD, TRIED, check_folder, made_aside, tidy
+from octavo.system.replacing import check_folder
 from octavo.targets import Target
 from octavo.verification.proof import prove
-from octavo.verification.verifying import REPORT
+from octavo.verification.recorded import REPORT
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,8 @@ class Compressed(Result):
 
     lock: Lock | None = None
 
-    def save(
-        self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None
-    ) -> dict[str, Any]:
-        """Write the artifact, read it back, measure it, write the report; returns the report's data.
+    def save(self, path: str | Path, *, overwrite: bool = False, report: bool = True, progress: Shown = None) -> Report:
+        """Write the artifact, read it back, measure it, write the report; returns the report.
 
         Parameters
         ----------
@@ -86,7 +82,7 @@ def save(
     report: bool = True,
     progress: Shown = None,
     command: str = "",
-) -> dict[str, Any]:
+) -> Report:
     """Write the artifact of a finished compression, for every target; nothing is left behind if anything fails.
 
     The folder is written aside, read back, measured, and only then renamed into place. Parameters and errors are those
@@ -113,8 +109,8 @@ def save(
     return data
 
 
-def _written(done: Result, folder: Path, command: str, *, report: bool) -> dict[str, Any]:
-    """Write everything into a folder and measure it there; the report's data."""
+def _written(done: Result, folder: Path, command: str, *, report: bool) -> Report:
+    """Write everything into a folder and measure it there."""
     clock, target = Clock(), done.opened.target
     assert isinstance(target, Target)
     _write(done, folder)
@@ -127,7 +123,7 @@ def _written(done: Result, folder: Path, command: str, *, report: bool) -> dict[
     data = report_data(done, artifact, proof, section, command)
     clock.lap("measure")
     timings = {**done.timings, **clock.laps}
-    data["timings"] = {**timings, "total": sum(timings.values())}
+    data = replace(data, timings={**timings, "total": sum(timings.values())})
     _write_report(data, folder, page=report)
     return data
 
@@ -168,21 +164,6 @@ def _write(done: Result, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def move_into_place(aside: Path, path: Path) -> None:
-    """Rename the finished folder into place; an old one is moved aside first and removed last."""
-    os.chmod(aside, 0o755)
-    if not path.exists():
-        os.replace(aside, path)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}{OLD}", dir=path.parent, ignore_cleanup_errors=True) as old:
-        os.replace(path, Path(old) / "folder")
-        try:
-            os.replace(aside, path)
-        except OSError:
-            os.replace(Path(old) / "folder", path)
-            raise
-
-
 def _compare(done: Result, artifact: Artifact) -> None:
     """What was read from the disk must be, bit for bit, what was measured."""
     packed, kept = done.built.packed, done.built.contents.kept
@@ -206,13 +187,13 @@ def _compare(done: Result, artifact: Artifact) -> None:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")
 
 
-def _write_report(data: dict[str, Any], folder: Path, *, page: bool) -> None:
+def _write_report(data: Report, folder: Path, *, page: bool) -> None:
     """The card, which is part of the artifact, and the report, which is not."""
-    (folder / "README.md").write_text(card(data), encoding="utf-8")
+    write_file(folder / "README.md", card(data).encode())
     if not page:
         return
     try:
         write_report(data, folder / REPORT)
     except MissingExtraError:
         # The artifact and its figures do not depend on a plotting library.
-        (folder / REPORT).with_suffix(".json").write_text(json.dumps(data), encoding="utf-8")
+        write_json(data, (folder / REPORT).with_suffix(".json"))

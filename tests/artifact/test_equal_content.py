@@ -54,7 +54,7 @@ def test_a_pair_of_matrices(kind, keep, tmp_path):
     data = [torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     done = octavo.compress(module, ratio=1.3, data=data, objective="squared", keep={"[ab].*": keep}, preset="fast")
     done.save(tmp_path / "out")
-    assert octavo.verify(tmp_path / "out")["weights_match"]
+    assert octavo.verify(tmp_path / "out").weights_match
     found = octavo.load(tmp_path / "out")
     if keep == "float16":
         assert torch.equal(found["a.weight"], one) and torch.equal(found["b.weight"], other)
@@ -68,5 +68,5 @@ def test_tensors_that_are_no_sites(kind, tmp_path):
     module.register_buffer("right", pair(kind)[1].half().flatten())
     octavo.compress(module, ratio=1.3, preset="data-free").save(tmp_path / "out")
     found = octavo.load(tmp_path / "out")
-    assert octavo.verify(tmp_path / "out")["weights_match"]
+    assert octavo.verify(tmp_path / "out").weights_match
     assert torch.equal(found["left"], module.left) and torch.equal(found["right"], module.right)

@@ -70,5 +70,5 @@ def test_it_is_saved_verified_and_loaded(case, target, tmp_path):
     assert report["quality"]["value"] == pytest.approx(done.built.quality, abs=1e-6)
     assert report["quality"]["metric"] == objective.metric and report["latency"]["original"] > 0
     result = octavo.verify(tmp_path / "out")
-    assert result["weights_match"] and (target == "disk" or 0 < result["packed"]["held"] <= result["packed"]["stated"])
+    assert result.weights_match and (target == "disk" or 0 < result.packed.held <= result.packed.stated)
     octavo.load(tmp_path / "out", into=Net())

@@ -42,7 +42,7 @@ def test_any_scale_of_weights(scale, preset, tmp_path):
     weights, outputs = errors(module, octavo.load(tmp_path / "out", into=Rescaled(scale)), x)
     assert weights < 0.08 and outputs < 2e-3
     assert preset == "data-free" or 0 < report["quality"]["value"] < 1e-2
-    assert octavo.verify(tmp_path / "out")["weights_match"]
+    assert octavo.verify(tmp_path / "out").weights_match
 
 
 @pytest.mark.parametrize("request_", [{"curvature": "ekfac"}, {"target": "memory"}], ids=["ekfac", "memory"])

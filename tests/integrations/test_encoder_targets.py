@@ -42,16 +42,16 @@ def test_memory(encoder, tmp_path):
     source, layered = encoder
     done = octavo.compress(source, ratio=1.8, target="memory", data=TEXTS, preset="fast")
     report = done.save(tmp_path / "out")
-    packed = octavo.verify(tmp_path / "out")["packed"]
-    assert 0 < packed["held"] <= packed["stated"]
+    packed = octavo.verify(tmp_path / "out").packed
+    assert 0 < packed.held <= packed.stated
     assert (report["running"]["quality"] is None) == layered
     assert ("cannot run packed" in report["running"]["note"]) == layered
     if layered:
         with pytest.raises(octavo.RequestError, match="layers after its transformer"):
             octavo.evaluate(tmp_path / "out", against=source, data=TEXTS, packed=True)
     else:
-        assert octavo.evaluate(tmp_path / "out", against=source, data=TEXTS, packed=True)["mean"] < 0.1
-    assert octavo.evaluate(tmp_path / "out", against=source, data=TEXTS)["mean"] < 0.1
+        assert octavo.evaluate(tmp_path / "out", against=source, data=TEXTS, packed=True).mean < 0.1
+    assert octavo.evaluate(tmp_path / "out", against=source, data=TEXTS).mean < 0.1
 
 
 def test_speed(encoder, tmp_path):
@@ -63,4 +63,4 @@ def test_speed(encoder, tmp_path):
         return
     report = octavo.compress(source, target="speed", latency="5s", shape="1x8", data=TEXTS).save(tmp_path / "out")
     assert report["quality"]["value"] is not None
-    assert octavo.verify(tmp_path / "out")["weights_match"]
+    assert octavo.verify(tmp_path / "out").weights_match

@@ -152,7 +152,7 @@ def test_perplexity_is_the_same_block_by_block(llama, tmp_path, monkeypatch):
     whole = octavo.evaluate(llama, data=tmp_path / "texts.txt", metric="perplexity")
     monkeypatch.setattr("octavo.sources.memory._SHARE", 0)
     blocks = octavo.evaluate(llama, data=tmp_path / "texts.txt", metric="perplexity")
-    assert math.isclose(whole["perplexity"], blocks["perplexity"], rel_tol=1e-5)
+    assert math.isclose(whole.perplexity, blocks.perplexity, rel_tol=1e-5)
 
 
 def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):

@@ -101,5 +101,5 @@ def test_perplexity_is_that_of_the_next_token(llama, tmp_path):
     rows = torch.cat([batch["input_ids"] for batch in window_batches(path, TEXTS, 64)])
     with torch.no_grad():
         loss = LlamaForCausalLM.from_pretrained(path).eval()(input_ids=rows, labels=rows).loss
-    assert found["tokens"] == rows[:, 1:].numel()
-    assert found["perplexity"] == pytest.approx(math.exp(float(loss)), rel=1e-4)
+    assert found.tokens == rows[:, 1:].numel()
+    assert found.perplexity == pytest.approx(math.exp(float(loss)), rel=1e-4)

@@ -86,7 +86,7 @@ def test_quality_survives_an_eighth(folded: Path, source: Path) -> None:
 
 
 def test_loads_in_a_fresh_process_bit_for_bit(folded: Path) -> None:
-    code = "import json, sys, octavo; print(json.dumps(octavo.verify(sys.argv[1])))"
+    code = "import json, sys, octavo; from dataclasses import asdict; print(json.dumps(asdict(octavo.verify(sys.argv[1]))))"
     run = subprocess.run([sys.executable, "-c", code, str(folded)], capture_output=True, text=True, check=True)
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["weights_match"] is True

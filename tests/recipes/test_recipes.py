@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +11,7 @@ from octavo.cli import app
 from octavo.errors import RequestError
 from octavo.recipes import Arm, Check, Finding, Recipe, Trial, difference, get_recipe, recipes
 from octavo.recipes import results as store
+from octavo.system.records import plain_json, record_of
 
 NAMES = (
     "afm", "alds", "comera", "compactifai", "dsformer", "ekfac", "eora", "greenformers", "groupreduce", "maestro",
@@ -35,7 +37,7 @@ def test_every_system_has_its_recipe():
 QUICKER = {
     "dsformer": {"RATES": (3e-4,), "ROUNDS": 2},
     "ekfac": {"_RANKS": (0.5,), "_ZEROS": (0.5,)},
-    "maestro": {"RATES": (0.1,), "EPOCHS": 1},
+    "maestro": {"RATES": (0.1,), "EPOCHS": 1, "SIZES": (0.1, 0.2, 0.3)},
 }
 
 
@@ -47,18 +49,16 @@ def test_quick_runs_work(name, tmp_path, monkeypatch):
     monkeypatch.setattr("octavo.recipes.base.CACHE", tmp_path)
     monkeypatch.setenv("OCTAVO_DATA", str(tmp_path / "not there"))
     result = store.reproduce(get_recipe(name), Trial(quick=True))
-    assert len(result["arms"]) >= 3 and result["checks"] and result["reason"]
-    assert all(arm["bytes"] >= 0 and len(arm["values"]) >= 1 for arm in result["arms"])
-    assert len({arm["name"] for arm in result["arms"]}) == len(result["arms"])
-    assert json.loads(json.dumps(result)) == result
+    assert len(result.arms) >= 3 and result.checks and result.reason
+    assert all(arm.bytes >= 0 and len(arm.values) >= 1 for arm in result.arms)
+    assert len({arm.name for arm in result.arms}) == len(result.arms)
+    assert record_of(store.RecipeResult, json.loads(json.dumps(plain_json(result)))) == result
 
 
 def test_results_are_saved_whole_and_listed(tmp_path):
     result = store.reproduce(made(), Trial())
-    assert result["holds"] and result["command"] == "octavo reproduce tiny" and result["seeds"] == [0, 1, 2]
-    assert result["arms"][1] == {
-        "name": "theirs", "bytes": 990, "values": [1.0, 2.0, 3.0], "mean": 2.0, "spread": 1.0, "also": {"rank": 3},
-    }  # fmt: skip
+    assert result.holds and result.command == "octavo reproduce tiny" and result.seeds == (0, 1, 2)
+    assert result.arms[1] == store.ArmRow("theirs", 990, (1.0, 2.0, 3.0), 2.0, 1.0, {"rank": 3})
     store.save(result, tmp_path)
     assert store.last("tiny", tmp_path) == result
     assert store.last("another", tmp_path) is None
@@ -86,19 +86,21 @@ def test_the_page_is_made_from_the_results():
     found = [result for name in NAMES if (result := store.last(name, where)) is not None]
     assert (where.parent / "recipes.md").read_text(encoding="utf-8") == store.page(found)
     for result in found:
-        assert not result["quick"] and result["name"] in NAMES
-        assert result["holds"] == all(check["holds"] for check in result["checks"])
-        recipe = get_recipe(result["name"])
+        assert not result.quick and result.name in NAMES
+        assert result.holds == all(check.holds for check in result.checks)
+        recipe = get_recipe(result.name)
         if not store.outdated(result):
-            assert all(result[key] == getattr(recipe, key) for key in ("system", "source", "claim", "metric", "data"))
+            assert all(
+                getattr(result, key) == getattr(recipe, key) for key in ("system", "source", "claim", "metric", "data")
+            )
 
 
 def test_a_result_knows_the_recipe_that_made_it(tmp_path):
     result = store.reproduce(made(), Trial())
     recipe = get_recipe("afm")
     assert store.fingerprint(recipe) == store.fingerprint(recipe) != store.fingerprint(get_recipe("alds"))
-    of_another = result | {"name": "afm", "recipe": "0" * 16}
-    assert store.outdated(of_another) and not store.outdated(of_another | {"recipe": store.fingerprint(recipe)})
+    of_another = replace(result, name="afm", recipe="0" * 16)
+    assert store.outdated(of_another) and not store.outdated(replace(of_another, recipe=store.fingerprint(recipe)))
     assert "The recipe has changed since this run." in store.page([of_another])
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 import octavo
-from octavo.errors import MissingExtraError, RequestError
-from octavo.report import write
+from octavo.encoding.section import Section
+from octavo.errors import MissingExtraError, OctavoError, RequestError
+from octavo.report import Report, write
 from octavo.report.gather import unused
 
 SECTIONS = [
@@ -65,7 +67,7 @@ class Reader(HTMLParser):
 
 
 def read(data: dict[str, Any], folder: Path) -> Reader:
-    write(data, folder / "report.html")
+    write(Report.from_json(data), folder / "report.html")
     return Reader((folder / "report.html").read_text(encoding="utf-8"))
 
 
@@ -124,8 +126,8 @@ def test_a_family_is_not_said_to_be_larger_where_nothing_is_lost() -> None:
     done = octavo.compress(net, ratio=4, data=[torch.randn(64, 24)], methods=["entropy", "mpo"])
     assert not any(point.loss for point in done.built.plan.points.values())
     found = unused(done)["factorize"]
-    assert found["times"] is None and found["exact"] > 0
-    assert found["exact"] + found["larger"] == found["sites"]
+    assert found.times is None and found.exact > 0
+    assert found.exact + found.larger == found.sites
 
 
 def test_the_worst_sites_are_the_ten_of_highest_loss(report: dict[str, Any], tmp_path: Path) -> None:
@@ -173,17 +175,21 @@ def test_markup_in_strings_stays_text(report: dict[str, Any], tmp_path: Path) ->
 
 
 def test_the_json_beside_equals_the_data(report: dict[str, Any], tmp_path: Path) -> None:
-    before = copy.deepcopy(report)
     read(report, tmp_path)
-    assert report == before
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["schema_version"] == 1 and Report.from_json(facts) == Report.from_json(report)
+    for key, value in report.items():
+        assert facts[key] == value or isinstance(value, dict), key
+        assert not isinstance(value, dict) or facts[key].items() >= value.items(), key
     assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]
 
 
 def test_numbers_that_are_not_finite_become_null(report: dict[str, Any], tmp_path: Path) -> None:
-    report["sites"][3]["expected_loss"] = float("nan")
-    report["quality"]["value"] = float("inf")
-    page = read(report, tmp_path)
+    made = Report.from_json(report)
+    sites = [replace(site, expected_loss=float("nan")) if n == 3 else site for n, site in enumerate(made.sites)]
+    made = replace(made, sites=tuple(sites), quality=replace(made.quality, value=float("inf")))
+    write(made, tmp_path / "report.html")
+    page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     facts = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert facts["sites"][3]["expected_loss"] is None
     assert "quality not measured" in page.texts["header"]
@@ -241,14 +247,14 @@ def test_without_matplotlib_the_extra_is_named_and_nothing_written(
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=re.escape("pip install octavo[report]")):
-        write(report, tmp_path / "report.html")
+    with pytest.raises(MissingExtraError, match=re.escape("pip install 'octavo[report]'")):
+        write(Report.from_json(report), tmp_path / "report.html")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_page_cannot_take_the_place_of_its_json(report: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"report\.json"):
-        write(report, tmp_path / "report.json")
+        write(Report.from_json(report), tmp_path / "report.json")
     assert os.listdir(tmp_path) == []
 
 
@@ -262,7 +268,18 @@ def test_a_failed_write_leaves_the_old_page(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write(report, target)
+    with pytest.raises(OctavoError, match="cannot be written: disk full"):
+        write(Report.from_json(report), target)
     assert os.listdir(tmp_path) == ["report.html"]
     assert target.read_text() == "old"
+
+
+def test_a_section_of_the_target_follows_the_outcome(report: dict[str, Any], tmp_path: Path) -> None:
+    rows = ((HOSTILE, 12.345), ("onnxruntime", None))
+    section = Section("speed", "Speed", HOSTILE, ("Runs with", "Milliseconds"), rows, (HOSTILE,), {"speedup": 2.5})
+    write(replace(Report.from_json(report), sections=(section,)), tmp_path / "report.html")
+    page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    names = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
+    assert names == ["outcome", "speed", *SECTIONS[1:]]
+    assert page.texts["speed"].count("alert(1)") == 3 and "12.3" in page.texts["speed"]
+    assert json.loads((tmp_path / "report.json").read_text())["speed"] == {"speedup": 2.5}

@@ -5,17 +5,22 @@ from typing import Any
 
 from rich.console import Console
 
-from octavo.report import card, headline, table
+from octavo import report as reports
+from octavo.report import Report
 
 
 def printed(data: dict[str, Any], width: int = 100) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table(data))
+    Console(file=stream, width=width, color_system=None).print(reports.table(Report.from_json(data)))
     return stream.getvalue()
 
 
+def card(data: dict[str, Any]) -> str:
+    return reports.card(Report.from_json(data))
+
+
 def test_the_headline_says_it_in_one_sentence(report: dict[str, Any]) -> None:
-    assert headline(report) == "90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031"
+    assert reports.headline(Report.from_json(report)) == "90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031"
 
 
 def test_the_table_compares_before_after_and_uniform(report: dict[str, Any]) -> None:
@@ -79,7 +84,7 @@ def test_the_verdict_says_what_the_best_single_setting_takes(report: dict[str, A
     assert "against 0.0042 with the best single setting, entropy (step=0.1), which takes 11.30 MB." in card(report)
     report["uniform"]["held"] = 15_000_000
     assert "which takes 15.00 MB in memory." in card(report)
-    report["uniform"], report["quality"]["uniform"] = {}, None
+    report["uniform"], report["quality"]["uniform"] = None, None
     assert "no single setting for all was measured" in card(report)
 
 

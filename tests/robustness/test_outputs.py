@@ -120,7 +120,7 @@ def test_plans_are_written_whole_or_not(command: Command, bare: Path, tmp_path: 
     result = command("plan", tmp_path / "measured", "--ratio", "6", "--out", tmp_path / "missing" / "plan.yaml")
     assert result.code == 1 and "plan.yaml: cannot be written" in result.said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["measured"]
-    assert not list((tmp_path / "measured").rglob("*.part"))
+    assert not list((tmp_path / "measured").rglob("*.octavo-new.*"))
 
 
 def heavy(lab: Any, file: Path) -> Path:
@@ -139,7 +139,7 @@ def test_work_that_cannot_be_written(lab: Any, tmp_path: Path) -> None:
     assert "error: OctavoError: " in result.err and "cannot be written: File too large" in result.err
     assert f"unfinished work is kept in {out.parent}/.out.octavo-work; --resume continues it" in result.err
     assert [path.name for path in out.parent.iterdir()] == [".out.octavo-work"]
-    assert not list(out.parent.rglob("*.part"))
+    assert not list(out.parent.rglob("*.octavo-new.*"))
     assert lab.spawn(*words, "--resume").code == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -187,7 +187,7 @@ def test_a_full_disk(command: Command, lab: Any, small_disk: Path, tmp_path: Pat
     assert result.code == 1 and "No space left on device" in result.said, result.err
     assert lab.tree(old) == {"octavo.json": b"mine"}
     assert {path.name for path in small_disk.iterdir()} <= {"out", ".out.octavo-work"}
-    assert not list(small_disk.rglob("*.part"))
+    assert not list(small_disk.rglob("*.octavo-new.*"))
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_a_sound_artifact_loads_without_a_word(copy):
     with warnings.catch_warnings():
         warnings.simplefilter("error", OctavoWarning)
         octavo.load(copy)
-        assert octavo.verify(copy)["outputs_match"]
+        assert octavo.verify(copy).outputs_match
 
 
 def test_a_changed_configuration_is_told_by_name(copy):
@@ -222,7 +222,7 @@ def test_a_folder_in_the_cache_of_the_hub_is_one_of_links(artifact, tmp_path):
     for k, file in enumerate(sorted(file for file in artifact.iterdir() if file.is_file())):
         shutil.copyfile(file, blobs / str(k))
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(k)))
-    assert octavo.verify(snapshot)["outputs_match"]
+    assert octavo.verify(snapshot).outputs_match
 
 
 def test_an_adapter_that_was_not_written_with_it_is_refused(copy):

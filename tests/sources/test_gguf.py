@@ -102,7 +102,7 @@ def test_nothing_is_lost_and_the_artifact_needs_no_gguf(source, folded):
         assert torch.equal(model(**tokens).logits, original(**tokens).logits)
     assert report["quality"]["value"] == 0 and "bit for bit" in report["artifact"]["note"]
     assert not list(out.glob("*.gguf"))
-    assert octavo.verify(out)["outputs_match"] is True
+    assert octavo.verify(out).outputs_match is True
 
 
 def test_a_folder_with_one_file_is_that_file(source):

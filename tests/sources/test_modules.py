@@ -199,7 +199,7 @@ class Reserved(nn.Module):
 def test_the_name_that_files_keep_for_themselves(tmp_path):
     check_measured(*round_trip(Reserved, tmp_path, ratio=1.5, recorded=True))
     assert set(octavo.load(tmp_path / "out")) == {"__metadata__", "__metadata"}
-    assert octavo.verify(tmp_path / "out")["weights_match"]
+    assert octavo.verify(tmp_path / "out").weights_match
 
 
 # Extra state.
@@ -310,7 +310,7 @@ def test_every_dtype_comes_back_bit_for_bit(name, tmp_path):
     assert loaded.extra.dtype == dtype and raw_bytes(loaded.extra) == raw_bytes(value)
     found = octavo.load(tmp_path / "out")["extra"]
     assert found.dtype == dtype and found.shape == value.shape and raw_bytes(found) == raw_bytes(value)
-    assert octavo.verify(tmp_path / "out")["weights_match"]
+    assert octavo.verify(tmp_path / "out").weights_match
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (64, 64)])

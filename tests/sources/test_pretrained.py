@@ -283,4 +283,4 @@ def test_models_of_every_dtype_are_verified(dtype, tmp_path):
     held = done.opened.held_data
     found = float(objective.measure(loaded.eval(), held, objective.reference(model.eval(), held)).mean())
     assert report["quality"]["value"] == pytest.approx(found, rel=1e-3)
-    assert octavo.verify(tmp_path / "out")["outputs_match"] is True
+    assert octavo.verify(tmp_path / "out").outputs_match is True

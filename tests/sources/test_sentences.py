@@ -229,7 +229,7 @@ def test_an_encoder_is_evaluated_as_a_whole(layout: str, bert: Path, tmp_path: P
     source, out = saved(layout, bert, tmp_path / "source"), tmp_path / "out"
     octavo.compress(source, ratio=4, preset="data-free").save(out, report=False)
     found = octavo.evaluate(out, against=source, data=TEXTS)
-    assert 0 < found["mean"] == pytest.approx(divergence(source, out, TEXTS), rel=1e-3)
+    assert 0 < found.mean == pytest.approx(divergence(source, out, TEXTS), rel=1e-3)
 
 
 def test_a_sparse_encoder_with_weights_of_its_own(bert: Path, tmp_path: Path) -> None:

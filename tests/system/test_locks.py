@@ -142,7 +142,7 @@ def test_saving_and_profiles_are_refused_as_well(bare: Path, tmp_path: Path) -> 
                 run()
     assert not (tmp_path / "out").exists()
     done.save(tmp_path / "out")
-    assert octavo.verify(tmp_path / "out")["weights_match"]
+    assert octavo.verify(tmp_path / "out").weights_match
 
 
 def test_a_workspace_is_held_for_as_long_as_its_forms_are_needed(bare: Path, tmp_path: Path) -> None:

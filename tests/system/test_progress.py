@@ -126,7 +126,7 @@ def test_an_artifact_without_a_report(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {"model.safetensors", "octavo.json", "README.md"}
     assert report["quality"]["value"] > 0
     found = octavo.verify(tmp_path / "alone")
-    assert found["weights_match"] is None and found["ratio"] >= 3
+    assert found.weights_match is None and found.ratio >= 3
     octavo.load(tmp_path / "alone", into=net())
     done.save(tmp_path / "both")
     assert (tmp_path / "both" / "report.json").exists()

@@ -13,6 +13,7 @@ import octavo
 from octavo.cli import app
 from octavo.errors import BudgetError, RequestError
 from octavo.runtimes.packed import PackedWeight, held_bytes, kernels_of
+from octavo.verification.verifying import PackedRun
 
 WORDS, WIDTH = 512, 64
 BATCHES = [
@@ -65,8 +66,8 @@ def test_the_budget_is_used_and_what_was_stated_is_held(folded):
 
 def test_the_packed_model_gives_the_outputs_of_the_decoded_one(folded):
     folder, _, report = folded
-    found = octavo.verify(folder / "out")["packed"]
-    assert 0 < found["error"] <= found["allowed"] < 0.1
+    found = octavo.verify(folder / "out").packed
+    assert 0 < found.error <= found.allowed < 0.1
     assert report["running"]["quality"] == pytest.approx(report["quality"]["value"], rel=0.1, abs=1e-4)
     decoded, packed = octavo.load(folder / "out").eval(), octavo.load(folder / "out", packed=True)
     with torch.inference_mode():
@@ -107,7 +108,7 @@ def test_inspect_and_verify_state_both_sizes(folded):
 def test_evaluate_measures_the_packed_model(folded):
     folder, _, report = folded
     found = octavo.evaluate(folder / "out", against=folder / "source", data=BATCHES, packed=True)
-    assert found["mean"] == pytest.approx(report["running"]["quality"], rel=0.5, abs=1e-3)
+    assert found.mean == pytest.approx(report["running"]["quality"], rel=0.5, abs=1e-3)
     with pytest.raises(RequestError, match="not an artifact, so it cannot run packed"):
         octavo.evaluate(folder / "source", against=folder / "source", data=BATCHES, packed=True)
 
@@ -212,8 +213,8 @@ def test_experts_that_are_one_tensor_while_they_run_are_counted_as_that(kind, da
         octavo.compress(tmp_path / "source", ratio=6, target="memory", **request)
     done = octavo.compress(tmp_path / "source", ratio=2.4, target="memory", **request)
     done.save(tmp_path / "out")
-    found = octavo.verify(tmp_path / "out")["packed"]
-    assert found["held"] == found["stated"] <= done.budget.bytes
+    found = octavo.verify(tmp_path / "out").packed
+    assert found.held == found.stated <= done.budget.bytes
 
 
 @pytest.mark.parametrize("kind", ["file", "module", "sharded"])
@@ -234,8 +235,8 @@ def test_what_has_no_model_to_run_is_verified_by_what_it_holds(kind, net, tmp_pa
     # Bytes are counted, and nothing is said that was not.
     assert report["running"]["held"] == report["running"]["stated"] == done.built.counted
     assert "not measured of memory" not in (tmp_path / "out" / "README.md").read_text()
-    packed = octavo.verify(tmp_path / "out")["packed"]
-    assert packed == {"stated": done.built.counted, "held": done.built.counted, "error": None, "allowed": None}
+    packed = octavo.verify(tmp_path / "out").packed
+    assert packed == PackedRun(stated=done.built.counted, held=done.built.counted)
     for words in (["verify"], ["verify", "--json"], ["inspect"]):
         result = CliRunner().invoke(app, [*words, str(tmp_path / "out")])
         assert result.exit_code == 0, result.output

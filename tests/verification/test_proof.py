@@ -18,6 +18,7 @@ import octavo
 from octavo.artifact import Artifact
 from octavo.cli import app
 from octavo.errors import ArtifactError
+from octavo.system.records import FieldError, plain_json, record_of
 from octavo.verification.probes import Outputs, fixed_input, probe
 from octavo.verification.proof import prove
 
@@ -67,7 +68,11 @@ def test_the_stated_quality_is_that_of_the_loaded_model(case):
     way = "{}, block by block" if case.blocks else "{}.from_pretrained(path)"
     assert stated["loader"] == way.format(case.kind.__name__)
     # Report, card and verify state the same.
-    assert octavo.verify(case.out)["quality"] == json.loads((case.out / "report.json").read_text())["quality"] == stated
+    assert (
+        plain_json(octavo.verify(case.out).quality)
+        == json.loads((case.out / "report.json").read_text())["quality"]
+        == stated
+    )
     card = (case.out / "README.md").read_text().replace("\\_", "_")
     assert f"{stated['value']:.3g}" in card and stated["loader"] in card
 
@@ -108,8 +113,8 @@ def artifact(request, tmp_path_factory):
 
 def test_what_was_not_changed_is_verified(artifact):
     found = octavo.verify(artifact)
-    assert found["outputs_match"] is True and found["outputs_difference"] == 0
-    assert found["loader"] == "BertModel.from_pretrained(path)"
+    assert found.outputs_match is True and found.outputs_difference == 0
+    assert found.loader == "BertModel.from_pretrained(path)"
     result = CliRunner().invoke(app, ["verify", str(artifact), "--json"])
     assert result.exit_code == 0 and json.loads(result.stdout)["outputs_match"] is True
 
@@ -149,13 +154,13 @@ def test_rounding_is_no_difference(artifact, tmp_path):
     outputs["samples"] = [value + 1e-4 * outputs["scale"] for value in outputs["samples"]]
     file.write_text(json.dumps(report))
     found = octavo.verify(tmp_path / "out")
-    assert found["outputs_match"] is True and 0 < found["outputs_difference"] < 2e-4
+    assert found.outputs_match is True and 0 < found.outputs_difference < 2e-4
 
 
 def test_without_a_report_nothing_is_claimed(artifact, tmp_path):
     shutil.copytree(artifact, tmp_path / "out", ignore=shutil.ignore_patterns("report.*"))
     found = octavo.verify(tmp_path / "out")
-    assert found["weights_match"] is found["outputs_match"] is found["quality"] is None
+    assert found.weights_match is found.outputs_match is found.quality is None
 
 
 def folder_of_a_model(folder):
@@ -281,7 +286,7 @@ def test_fixed_inputs_fit_their_models():
         assert set(fixed_input(model)) == keys
         one, other, third = probe(model), probe(model), probe(model, seed=1)
         assert one == other and one.differ(other) == 0 and one.differ(third) > 0
-        assert Outputs.recorded(json.loads(json.dumps(one.record()))) == one
+        assert record_of(Outputs, json.loads(json.dumps(plain_json(one)))) == one
     assert fixed_input(nn.Linear(3, 3)) is None and probe(nn.Linear(3, 3)) is None
 
 
@@ -297,4 +302,5 @@ def test_outputs_are_compared_by_their_size():
         {"sha256": "a", "scale": "x", "samples": []},
         {"sha256": "a", "scale": 1, "samples": 3},
     ):
-        assert Outputs.recorded(damaged) is None
+        with pytest.raises(FieldError):
+            record_of(Outputs, damaged)

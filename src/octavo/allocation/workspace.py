@@ -23,7 +23,7 @@ from octavo.calibration.calibrating import Calibration
 from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import RequestError
 from octavo.sources.witness import Witness
-from octavo.system.atomic import write_file
+from octavo.system.atomic import is_aside, sweep, write_file
 from octavo.system.locks import INSIDE
 from octavo.system.raw import raw_bytes
 from octavo.system.replacing import check_is_folder
@@ -65,7 +65,7 @@ class Workspace(WorkFolder):
         try:
             check_is_folder(path)
             names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
-            if names - {f"{_JOB}.part"} and _JOB not in names:
+            if _JOB not in names and not all(map(is_aside, names)):
                 # Removing it would delete the user's files.
                 raise RequestError(f"{path}: is neither empty nor a work folder of Octavo; choose another folder")
             if names and not resume:
@@ -83,6 +83,7 @@ class Workspace(WorkFolder):
                 (path / folder).mkdir(exist_ok=True)
             for left in path.glob(f"{SCRATCH}*"):
                 shutil.rmtree(left, ignore_errors=True)
+            sweep(path)
         except OSError as error:
             raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -7,7 +7,6 @@ factorisation as much again.
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from octavo.calibration.curvature import Curvature
 from octavo.calibration.evidence import Evidence
-from octavo.errors import OctavoError, RequestError
+from octavo.errors import RequestError
+from octavo.system.atomic import writing
 from octavo.system.raw import raw_bytes
 from octavo.system.sealed import digest, place_in
 
@@ -91,16 +91,10 @@ class EvidenceFolder(Mapping[str, Evidence]):
             for site, found in evidence.items()
         }
         file = self.path / f"{part}.safetensors"
-        aside, texts = file.with_suffix(".part"), (json.dumps(index), json.dumps(digests))
-        try:
+        texts = (json.dumps(index), json.dumps(digests))
+        with writing(file) as aside:
             self.path.mkdir(parents=True, exist_ok=True)
             save_file(tensors, aside, {"index": texts[0], "digests": texts[1], "sha256": self._seal(file, *texts)})
-            with open(aside, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(aside, file)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise OctavoError(f"{file}: cannot be written: {error}") from error
         self._digests[file] = digests
         self._index.update((site, (file, entry)) for site, entry in index.items())
 

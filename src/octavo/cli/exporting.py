@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,20 +13,6 @@ from octavo.cli.frame import command, console, show_json
 from octavo.runtimes.onnx import exporting
 
 MODEL = Annotated[str, typer.Argument(help="An artifact, or the folder of a transformers model.")]
-
-
-def tell_speed(speed: dict[str, Any]) -> None:
-    """Print the measurements of a file written for speed."""
-    batch, tokens = speed["shape"]
-    kernels = ", ".join(f"{count} on {name}" for name, count in sorted(speed["kernels"].items()))
-    far = speed["divergence"]
-    console.print(
-        f"{speed['file']}: {speed['speedup']:.2f} times as fast as PyTorch in float32 ({speed['seconds'] * 1e3:.3g} ms "
-        f"at {batch} x {tokens} tokens, {speed['machine']['threads']} threads), {far['metric']} {far['mean']:.3g} on "
-        f"{far['examples']} held-out examples; matrices: {kernels}",
-    )
-    for note in speed["notes"]:
-        console.print(f"note: {note}")
 
 
 @command
@@ -57,21 +43,21 @@ def export(
     if json_output:
         show_json(result)
         return
-    counts = Counter(result["kernels"].values())
+    counts = Counter(result.kernels.values())
     kernels = ", ".join(f"{count} on {kernel}" for kernel, count in sorted(counts.items()))
-    speed, far, artifact = result["latency"], result["divergence"], result["artifact_bytes"]
-    beside = f" (the artifact: {artifact:,})" if artifact else ""
-    console.print(f"{out}: {result['bytes']:,} bytes{beside}; sites by kernel: {kernels}")
-    moved = f"{far['metric']} {far['mean']:.3g} from MODEL on {far['data']}" if far else "not measured without data"
+    speed, far = result.latency, result.divergence
+    beside = f" (the artifact: {result.artifact_bytes:,})" if result.artifact_bytes else ""
+    console.print(f"{out}: {result.bytes:,} bytes{beside}; sites by kernel: {kernels}")
+    moved = f"{far.metric} {far.mean:.3g} from MODEL on {far.data}" if far else "not measured without data"
     console.print(
-        f"with float kernels its outputs are within {result['difference']:.2g} of MODEL's ({result['tolerance']:g} is "
+        f"with float kernels its outputs are within {result.difference:.2g} of MODEL's ({result.tolerance:g} is "
         f"allowed); as written, {moved}",
     )
-    examples, *tokens = speed["shape"]
+    examples, *tokens = speed.shape
     size = f"{examples} x {tokens[0]} tokens" if tokens else f"{examples} examples"
     console.print(
-        f"{speed['seconds'] * 1e3:.3g} ms at {size}, {speed['threads']} threads: "
-        f"{speed['speedup']:.2f} times as fast as MODEL in PyTorch (float32, dense)",
+        f"{speed.seconds * 1e3:.3g} ms at {size}, {speed.threads} threads: "
+        f"{speed.speedup:.2f} times as fast as MODEL in PyTorch (float32, dense)",
     )
-    if speed["note"]:
-        console.print(f"note: {speed['note']}")
+    if speed.note:
+        console.print(f"note: {speed.note}")

@@ -16,7 +16,6 @@ from rich.table import Table
 from octavo import pipeline, report
 from octavo.allocation.workspace import forget, holds_work
 from octavo.cli import options
-from octavo.cli.exporting import tell_speed
 from octavo.cli.frame import command, console, errors, show_json
 from octavo.errors import BudgetError, RequestError
 from octavo.request import Request, Role, flagged, names
@@ -24,7 +23,7 @@ from octavo.saving import check_writable, save
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
 from octavo.targets import get_target
-from octavo.verification.verifying import REPORT
+from octavo.verification.recorded import REPORT
 
 #: Lists in a report that are for pages, not for a terminal's JSON.
 _LONG = ("sites", "kept", "curve", "code_lengths")
@@ -89,14 +88,14 @@ def compress(
         if profile is None:
             done.forget_workspace()
     if json_output:
-        show_json({key: value for key, value in result.items() if key not in _LONG})
+        show_json({key: value for key, value in result.to_json().items() if key not in _LONG})
         return
     console.print(report.table(result))
-    if "speed" in result:
-        tell_speed(result["speed"])
-    console.print(report.measured(result))
-    if result["artifact"]["note"]:
-        console.print(f"note: {result['artifact']['note']}")
+    for part in report.told(result):
+        console.print(part)
+    console.print(report.measured(result.quality))
+    if result.artifact.note:
+        console.print(f"note: {result.artifact.note}")
     for note in done.notes:
         console.print(f"note: {note}")
     console.print(f"Artifact: {out}    Report: {out / REPORT}")

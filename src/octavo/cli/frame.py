@@ -22,6 +22,7 @@ from octavo.cli.net import unforeseen
 from octavo.cli.terminal import Terminal, UsageError
 from octavo.errors import BudgetError, OctavoError
 from octavo.system.notes import OctavoWarning
+from octavo.system.records import plain_json
 from octavo.system.visible import visible
 
 app = typer.Typer(
@@ -88,8 +89,8 @@ def _details(error: OctavoError) -> dict[str, Any]:
 
 
 def show_json(value: Any) -> None:
-    """Print JSON for machines on standard output, and nothing else."""
-    sys.stdout.write(json.dumps(value, default=str) + "\n")
+    """Print JSON, or a record as JSON, for machines on standard output, and nothing else."""
+    sys.stdout.write(json.dumps(plain_json(value), default=str) + "\n")
 
 
 def main() -> None:

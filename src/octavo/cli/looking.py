@@ -1,7 +1,8 @@
-"""Commands that inspect something: inspect, verify, evaluate, methods."""
+"""Commands that inspect something: inspect, verify, evaluate."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +10,11 @@ import typer
 from rich.table import Table
 
 from octavo import report
-from octavo.artifact import Artifact
 from octavo.cli import options
 from octavo.cli.frame import command, console, show_json
-from octavo.methods import methods as known_methods
 from octavo.system.paths import checked
 from octavo.verification import evaluating, verifying
+from octavo.verification.inspecting import inspected
 
 ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 
@@ -25,49 +25,22 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
     Example: octavo inspect folded
     """
-    opened = Artifact(checked(artifact))
-    sites = {
-        name: {"form": entry["form"]["form"], "shape": entry["shape"], "dtype": entry["dtype"], "bytes": _size(entry)}
-        for name, entry in opened.sites.items()
-    }
-    source = opened.manifest["source"]
-    summary = {
-        "path": str(artifact),
-        "source": source,
-        "bytes": opened.bytes,
-        "ratio": source["bytes"] / opened.bytes,
-        "bits_per_weight": opened.bytes * 8 / source["weights"],
-        "resident": opened.resident,
-        "kept": len(opened.kept) + len(opened.coded),
-        "tied": dict(opened.aliases),
-        "sites": sites,
-    }
+    found = inspected(checked(artifact))
     if json_output:
-        show_json(summary)
+        show_json(found)
         return
     table = Table("site", "form", "shape", "bytes", "bits/weight")
-    for name, entry in sites.items():
-        count = 1
-        for dimension in entry["shape"]:
-            count *= dimension
-        table.add_row(
-            name,
-            entry["form"],
-            "x".join(map(str, entry["shape"])),
-            f"{entry['bytes']:,}",
-            f"{entry['bytes'] * 8 / count:.2f}",
-        )
+    for name, site in found.sites.items():
+        shape = "x".join(map(str, site.shape))
+        table.add_row(name, site.form, shape, f"{site.bytes:,}", f"{site.bits_per_weight:.2f}")
     console.print(table)
+    source = found.source
     console.print(
-        f"{source['title']}: {source['bytes']:,} -> {opened.bytes:,} bytes, ratio {summary['ratio']:.3f}, "
-        f"{summary['bits_per_weight']:.2f} bits per weight; {summary['kept']} tensors kept",
+        f"{source['title']}: {source['bytes']:,} -> {found.bytes:,} bytes, ratio {found.ratio:.3f}, "
+        f"{found.bits_per_weight:.2f} bits per weight; {found.kept} tensors kept",
     )
-    if opened.resident is not None:
-        console.print(f"made for memory: {opened.resident:,} bytes while it runs packed")
-
-
-def _size(entry: dict) -> int:
-    return sum(part[1] for part in entry["parts"].values())
+    if found.resident is not None:
+        console.print(f"made for memory: {found.resident:,} bytes while it runs packed")
 
 
 @command
@@ -80,24 +53,23 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
     if json_output:
         show_json(result)
         return
-    if result["packed"] is not None:
-        packed = result["packed"]
+    packed = result.packed
+    if packed is not None:
         off = "not compared, since there is no model with a known input"
-        if packed["error"] is not None:
-            off = f"outputs are off by {packed['error']:.2g} (at most {packed['allowed']:.2g})"
-        console.print(f"packed: {packed['held']:,} bytes in memory, {packed['stated']:,} stated; {off}")
-    console.print(f"{result['tensors']} tensors, {result['bytes']:,} bytes, ratio {result['ratio']:.3f}")
-    weights = {True: "equal, bit for bit", None: "not recorded"}[result["weights_match"]]
-    apart = result["outputs_difference"]
+        if packed.error is not None:
+            off = f"outputs are off by {packed.error:.2g} (at most {packed.allowed:.2g})"
+        console.print(f"packed: {packed.held:,} bytes in memory, {packed.stated:,} stated; {off}")
+    console.print(f"{result.tensors} tensors, {result.bytes:,} bytes, ratio {result.ratio:.3f}")
+    weights = "not recorded" if result.weights_match is None else "equal, bit for bit"
+    apart = result.outputs_difference
     outputs = (
         "not recorded" if apart is None else "equal, bit for bit" if not apart else f"equal to rounding ({apart:.1g})"
     )
     console.print(f"weights: {weights}; outputs: {outputs}")
-    if result["loader"] is not None:
-        console.print(f"loaded with {result['loader']}: nothing missing")
-    quality = result["quality"]
-    if quality is not None:
-        console.print(f"When it was written: {report.measured({'quality': quality})}")
+    if result.loader is not None:
+        console.print(f"loaded with {result.loader}: nothing missing")
+    if result.quality is not None:
+        console.print(f"When it was written: {report.measured(result.quality)}")
 
 
 @command
@@ -124,27 +96,5 @@ def evaluate(
     if json_output:
         show_json(result)
         return
-    for key, value in result.items():
+    for key, value in asdict(result).items():
         console.print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
-
-
-@command
-def methods(json_output: options.JSON = False) -> None:
-    """List all methods with family, preset and source."""
-    rows = [
-        {
-            "name": cls.name,
-            "family": cls.family,
-            "preset": cls.preset,
-            "source": cls.source,
-            "what": (cls.__doc__ or "").split("\n")[0],
-        }
-        for cls in known_methods().values()
-    ]
-    if json_output:
-        show_json(rows)
-        return
-    table = Table("method", "family", "from preset", "what", "source")
-    for row in rows:
-        table.add_row(row["name"], row["family"], row["preset"], row["what"], row["source"])
-    console.print(table)

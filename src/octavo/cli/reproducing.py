@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from octavo.cli import options
 from octavo.cli.frame import command, console, errors, show_json
+from octavo.cli.listing import show_lines
 from octavo.errors import OctavoError, RequestError
 from octavo.recipes import Trial, get_recipe, recipes
 from octavo.recipes import results as store
@@ -95,7 +97,7 @@ def _check(results: Path | None, *, page: bool, listed: bool, quick: bool, seed:
     checked_output(results)
 
 
-def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str, Any]:
+def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> store.RecipeResult:
     if not json_output:
         console.print(f"{recipe.system}: {recipe.source}")
         console.print(f"claim: {recipe.claim}")
@@ -108,35 +110,37 @@ def _run(recipe: Any, *, quick: bool, seed: int, json_output: bool) -> dict[str,
     return result
 
 
-def _show(result: dict[str, Any]) -> None:
-    also = list(dict.fromkeys(key for arm in result["arms"] for key in arm["also"]))
-    table = Table("arm", "bytes", result["metric"], "spread", *also)
-    for arm in result["arms"]:
-        spread = "-" if arm["spread"] is None else store.figure(arm["spread"])
-        others = [store.figure(arm["also"][key]) if key in arm["also"] else "-" for key in also]
-        table.add_row(
-            arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", store.figure(arm["mean"]), spread, *others
-        )
+def _show(result: store.RecipeResult) -> None:
+    also = list(dict.fromkeys(key for arm in result.arms for key in arm.also))
+    table = Table("arm", "bytes", result.metric, "spread", *also)
+    for arm in result.arms:
+        spread = "-" if arm.spread is None else store.figure(arm.spread)
+        others = [store.figure(arm.also[key]) if key in arm.also else "-" for key in also]
+        table.add_row(arm.name, f"{arm.bytes:,}" if arm.bytes else "-", store.figure(arm.mean), spread, *others)
     console.print(table)
-    for check in result["checks"]:
-        console.print(f"{'holds' if check['holds'] else 'fails'}: {check['statement']} {check['figures']}")
-    console.print("holds" if result["holds"] else "does not hold at this scale", end=": ", style="bold")
-    console.print(result["reason"])
-    if result["quick"]:
+    for check in result.checks:
+        console.print(f"{'holds' if check.holds else 'fails'}: {check.statement} {check.figures}")
+    console.print("holds" if result.holds else "does not hold at this scale", end=": ", style="bold")
+    console.print(result.reason)
+    if result.quick:
         console.print("This was a quick run: a miniature that only shows that the code works.")
 
 
-def _list(found: list[dict[str, Any]], json_output: bool) -> None:
+def _list(found: Sequence[store.ListedRecipe], json_output: bool) -> None:
     if json_output:
         show_json(found)
         return
-    table = Table("recipe", "system", "source", "claim", "last full result")
+    verdicts = {None: "no result", True: "holds", False: "fails here"}
+    rows, old = [], False
     for entry in found:
-        result = entry["result"]
-        verdict = "none" if result is None else "holds" if result["holds"] else "does not hold at this scale"
-        when = "" if result is None else f" ({result['date']}{', before a change' * store.outdated(result)})"
-        table.add_row(entry["name"], entry["system"], entry["source"], entry["claim"], verdict + when)
-    console.print(table)
+        result = entry.result
+        changed = result is not None and store.outdated(result)
+        verdict = verdicts[None if result is None else result.holds] + "*" * changed
+        rows.append([entry.name, verdict, "" if result is None else result.date, entry.system])
+        old |= changed
+    show_lines(rows)
+    if old:
+        console.print("* The recipe was changed after this result.")
 
 
 class _Silent:

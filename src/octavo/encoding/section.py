@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 #: One cell of a section's table; None reads as "not measured".
 Cell = str | int | float | None
+_NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,9 @@ class Section:
     rows: tuple[tuple[Cell, ...], ...] = ()
     notes: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"section {self.name[:40]!r}: the name must be a lower-case word")
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"section {self.name!r}: every row needs {len(self.columns)} cells, one per column")

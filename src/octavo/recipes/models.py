@@ -13,6 +13,7 @@ from torch.nn import functional
 from octavo.errors import MissingExtraError
 from octavo.recipes import data
 from octavo.recipes.base import Trial
+from octavo.system.atomic import writing
 from octavo.training import cross_entropy, fit, next_token
 
 
@@ -103,9 +104,8 @@ def trained(trial: Trial, name: str, make: Callable[[], nn.Module], train: Calla
         return model.eval()
     trial.step(f"training {name}")
     train(model)
-    aside = path.with_suffix(".aside")
-    save_file({key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}, aside)
-    aside.replace(path)
+    with writing(path) as aside:
+        save_file({key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}, aside)
     return model.eval()
 
 

@@ -10,25 +10,88 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from octavo.errors import RequestError
-from octavo.recipes.base import Finding, Recipe, Trial, recipes
+from octavo.recipes.base import Check, Recipe, Trial, recipes
 from octavo.report.gather import environment
+from octavo.report.schema import Environment
 from octavo.system.atomic import write_file
+from octavo.system.records import plain_json, record_of
 from octavo.system.version import __version__
 
 _PACKAGES = ("octavo", "torch", "numpy", "transformers", "accelerate", "scikit-learn")
 
-#: What the list and the page need of a result.
-_KEYS = {
-    "name", "system", "source", "claim", "metric", "data", "holds", "reason", "checks", "arms", "seeds", "command",
-    "seconds", "date", "versions", "machine",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm: its stored bytes, its figure by seed with mean and standard deviation, and other figures by name."""
+
+    name: str
+    bytes: int
+    values: tuple[float, ...]
+    mean: float
+    spread: float | None
+    also: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeResult:
+    """What a run of a recipe found, as ``docs/results/NAME.json`` holds it.
+
+    Parameters
+    ----------
+    name, system, source, claim, metric, data
+        Those of the recipe.
+    quick
+        Whether it was a miniature.
+    holds, reason
+        The verdict.
+    recipe
+        The fingerprint of the code that ran.
+    seconds
+        The time that the run took.
+    date
+        The day in UTC, ``2026-11-22``.
+    versions
+        Version by package.
+    machine
+        As :func:`octavo.report.gather.environment`.
+    """
+
+    name: str
+    system: str
+    source: str
+    claim: str
+    metric: str
+    data: str
+    quick: bool = False
+    holds: bool
+    reason: str
+    checks: tuple[Check, ...]
+    arms: tuple[ArmRow, ...]
+    seeds: tuple[int, ...]
+    recipe: str = ""
+    command: str
+    seconds: float
+    date: str
+    versions: Mapping[str, str]
+    machine: Environment
+
+
+@dataclass(frozen=True)
+class ListedRecipe:
+    """A recipe with its last full result."""
+
+    name: str
+    system: str
+    source: str
+    claim: str
+    result: RecipeResult | None
 
 
 def folder() -> Path:
@@ -51,13 +114,13 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def outdated(result: dict[str, Any]) -> bool:
+def outdated(result: RecipeResult) -> bool:
     """Whether the recipe changed since it made this result."""
-    recipe = recipes().get(result["name"])
-    return recipe is not None and result.get("recipe") != fingerprint(recipe)
+    recipe = recipes().get(result.name)
+    return recipe is not None and result.recipe != fingerprint(recipe)
 
 
-def reproduce(recipe: Recipe, trial: Trial) -> dict[str, Any]:
+def reproduce(recipe: Recipe, trial: Trial) -> RecipeResult:
     """Run a recipe; returns the content of its result file.
 
     Raises
@@ -71,35 +134,35 @@ def reproduce(recipe: Recipe, trial: Trial) -> dict[str, Any]:
         if not all(math.isfinite(value) for value in (*arm.values, *arm.also.values())):
             raise RequestError(f"{recipe.name}: arm {arm.name!r} has figures that are not finite: {arm}")
     options = " --quick" * trial.quick + f" --seed {trial.first_seed}" * bool(trial.first_seed)
-    return {
-        "name": recipe.name,
-        "system": recipe.system,
-        "source": recipe.source,
-        "claim": recipe.claim,
-        "metric": recipe.metric,
-        "data": recipe.data,
-        "quick": trial.quick,
-        "holds": finding.holds,
-        "reason": finding.reason,
-        "checks": [
-            {"statement": check.statement, "holds": check.holds, "figures": check.figures} for check in finding.checks
-        ],
-        "arms": _arms(finding),
-        "seeds": list(trial.seeds),
-        "recipe": made_by,
-        "command": f"octavo reproduce {recipe.name}{options}",
-        "seconds": round(time.perf_counter() - started, 1),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": _versions(),
-        "machine": environment(),
-    }
+    return RecipeResult(
+        name=recipe.name,
+        system=recipe.system,
+        source=recipe.source,
+        claim=recipe.claim,
+        metric=recipe.metric,
+        data=recipe.data,
+        quick=trial.quick,
+        holds=finding.holds,
+        reason=finding.reason,
+        checks=tuple(finding.checks),
+        arms=tuple(
+            ArmRow(arm.name, arm.bytes, tuple(arm.values), arm.mean, arm.spread, arm.also) for arm in finding.arms
+        ),
+        seeds=tuple(trial.seeds),
+        recipe=made_by,
+        command=f"octavo reproduce {recipe.name}{options}",
+        seconds=round(time.perf_counter() - started, 1),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        versions=_versions(),
+        machine=environment(),
+    )
 
 
-def save(result: dict[str, Any], where: Path | None = None) -> Path:
+def save(result: RecipeResult, where: Path | None = None) -> Path:
     """Write a result as ``NAME.json``."""
     where = writable(where)
-    file = where / f"{result['name']}.json"
-    write_file(file, (json.dumps(result, indent=1) + "\n").encode())
+    file = where / f"{result.name}.json"
+    write_file(file, (json.dumps(plain_json(result), indent=1) + "\n").encode())
     return file
 
 
@@ -121,7 +184,7 @@ def writable(where: Path | None = None) -> Path:
     return where
 
 
-def last(name: str, where: Path | None = None) -> dict[str, Any] | None:
+def last(name: str, where: Path | None = None) -> RecipeResult | None:
     """The last full result of a recipe, or None.
 
     Raises
@@ -133,25 +196,15 @@ def last(name: str, where: Path | None = None) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        missing = _KEYS - set(result)
-    except (OSError, ValueError, TypeError) as error:
+        return record_of(RecipeResult, json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise RequestError(f"{file}: not a result of a recipe: {error}; remove it, or run the recipe again") from error
-    if missing:
-        raise RequestError(f"{file}: not a result of a recipe, {sorted(missing)[0]!r} is missing; run the recipe again")
-    return dict(result)
 
 
-def listing(where: Path | None = None) -> list[dict[str, Any]]:
+def listing(where: Path | None = None) -> list[ListedRecipe]:
     """Every recipe with its last full result."""
     return [
-        {
-            "name": recipe.name,
-            "system": recipe.system,
-            "source": recipe.source,
-            "claim": recipe.claim,
-            "result": last(recipe.name, where),
-        }
+        ListedRecipe(recipe.name, recipe.system, recipe.source, recipe.claim, last(recipe.name, where))
         for recipe in recipes().values()
     ]
 
@@ -161,9 +214,9 @@ def figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-def page(results: Iterable[dict[str, Any]]) -> str:
+def page(results: Iterable[RecipeResult]) -> str:
     """The text of ``docs/recipes.md``, from the results."""
-    results = sorted(results, key=lambda result: result["system"].lower())
+    results = sorted(results, key=lambda result: result.system.lower())
     verdict = {True: "holds", False: "does not hold at this scale"}
     lines = [
         "# Recipes",
@@ -175,42 +228,28 @@ def page(results: Iterable[dict[str, Any]]) -> str:
         "",
         "| recipe | system | claim | here |",
         "| --- | --- | --- | --- |",
-        *(f"| [{r['name']}](#{r['name']}) | {r['system']} | {r['claim']} | {verdict[r['holds']]} |" for r in results),
+        *(f"| [{r.name}](#{r.name}) | {r.system} | {r.claim} | {verdict[r.holds]} |" for r in results),
     ]
     for result in results:
-        also = list(dict.fromkeys(key for arm in result["arms"] for key in arm["also"]))
-        lines += ["", f"## {result['name']}", "", f"{result['system']}: {result['source']}.", ""]
-        lines += [f"Claim: {result['claim']} **{verdict[result['holds']].capitalize()}.** {result['reason']}", ""]
-        lines += [f"- {'holds' if c['holds'] else 'fails'}: {c['statement']} {c['figures']}" for c in result["checks"]]
+        also = list(dict.fromkeys(key for arm in result.arms for key in arm.also))
+        lines += ["", f"## {result.name}", "", f"{result.system}: {result.source}.", ""]
+        lines += [f"Claim: {result.claim} **{verdict[result.holds].capitalize()}.** {result.reason}", ""]
+        lines += [f"- {'holds' if c.holds else 'fails'}: {c.statement} {c.figures}" for c in result.checks]
         if outdated(result):
             lines += ["", "The recipe has changed since this run."]
-        lines += ["", f"Data: {result['data']}.", ""]
-        head = ["arm", "bytes", result["metric"], "spread", *also]
+        lines += ["", f"Data: {result.data}.", ""]
+        head = ["arm", "bytes", result.metric, "spread", *also]
         lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-        for arm in result["arms"]:
-            spread = "-" if arm["spread"] is None else figure(arm["spread"])
-            cells = [arm["name"], f"{arm['bytes']:,}" if arm["bytes"] else "-", figure(arm["mean"]), spread]
-            cells += [figure(arm["also"][key]) if key in arm["also"] else "-" for key in also]
+        for arm in result.arms:
+            spread = "-" if arm.spread is None else figure(arm.spread)
+            cells = [arm.name, f"{arm.bytes:,}" if arm.bytes else "-", figure(arm.mean), spread]
+            cells += [figure(arm.also[key]) if key in arm.also else "-" for key in also]
             lines.append(f"| {' | '.join(cells)} |")
-        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        machine = f"{result['machine']['platform']}, {result['machine']['threads']} threads"
-        ran = f"`{result['command']}`, {result['seconds'] / 60:.1f} minutes, {result['date']}"
-        lines += ["", f"{ran}; seeds {', '.join(map(str, result['seeds']))}; {versions}; {machine}."]
+        versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+        machine = f"{result.machine.platform}, {result.machine.threads} threads"
+        ran = f"`{result.command}`, {result.seconds / 60:.1f} minutes, {result.date}"
+        lines += ["", f"{ran}; seeds {', '.join(map(str, result.seeds))}; {versions}; {machine}."]
     return "\n".join(lines) + "\n"
-
-
-def _arms(finding: Finding) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": arm.name,
-            "bytes": arm.bytes,
-            "values": list(arm.values),
-            "mean": arm.mean,
-            "spread": arm.spread,
-            "also": arm.also,
-        }
-        for arm in finding.arms
-    ]
 
 
 def _versions() -> dict[str, str]:

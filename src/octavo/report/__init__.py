@@ -1,9 +1,10 @@
-"""Reports of a compression run: one offline page, a console table and a model card.
+"""What a compression run did, for people: one offline page, a console table and a model card.
 
-All three use the same data, so a report can be written again from its JSON file.
+All three read the same record, so that a report can be written again from the JSON beside it.
 """
 
-from octavo.report.page import write
-from octavo.report.summary import card, headline, measured, table
+from octavo.report.page import write, write_json
+from octavo.report.schema import Report
+from octavo.report.summary import card, headline, measured, table, told
 
-__all__ = ["card", "headline", "measured", "table", "write"]
+__all__ = ["Report", "card", "headline", "measured", "table", "told", "write", "write_json"]

@@ -1,4 +1,4 @@
-"""Gathering the report's data, measured on the artifact read back from disk."""
+"""Gathering the report, measured on the artifact read back from disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -28,12 +29,32 @@ from octavo.encoding.section import Section
 from octavo.errors import BudgetError
 from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
+from octavo.report.schema import (
+    Allowed,
+    BestUniform,
+    BitsHistogram,
+    Calibrated,
+    ChosenPoint,
+    CurvePoint,
+    Environment,
+    FamilyTotal,
+    KeptRow,
+    Latency,
+    Original,
+    Report,
+    SiteRow,
+    Tradeoff,
+    UniformPoint,
+    UnusedFamily,
+    WrittenArtifact,
+)
 from octavo.report.text import things
 from octavo.runtimes.packed.speed import interleaved
 from octavo.sources.batches import run, sequences_in
 from octavo.sources.sentences import transformer_folder
 from octavo.system.version import __version__
 from octavo.verification.proof import Proof
+from octavo.verification.recorded import Digests, Quality
 from octavo.verification.verifying import digest_of
 
 _PAIRS = 7
@@ -43,87 +64,79 @@ _PATIENCE = 5.0
 
 def report_data(
     done: Result, artifact: Artifact, proof: Proof, section: Section | None = None, command: str = ""
-) -> dict[str, Any]:
-    """The report's data; quality is that of the model loaded from the artifact."""
+) -> Report:
+    """The report; quality is that of the model loaded from the artifact."""
     opened, profile, built = done.opened, done.profile, done.built
-    losses = proof.losses
+    losses, outputs = proof.losses, proof.outputs
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
-    outputs = None if proof.outputs is None else proof.outputs.record()
-    digests = {"weights": digest_of(artifact, partial(done.run.progress, "verify")), "outputs": outputs}
-    sites = [_site_row(done, name) for name in built.packed]
-    families: dict[str, dict[str, Any]] = {}
-    for row in sites:
-        family = families.setdefault(row["family"], {"sites": 0, "bytes": 0, "expected_loss": 0.0})
-        family["sites"] += 1
-        family["bytes"] += row["bytes"]
-        family["expected_loss"] += row["expected_loss"]
+    sites = tuple(_site_row(done, name) for name in built.packed)
     codecs: dict[str, int] = {}
     for packed in built.packed.values():
         for codec, size in packed.codecs.items():
             codecs[codec] = codecs.get(codec, 0) + size
-    note = "" if built.counted >= done.budget.least else _why_less(done)
-    return {
-        "title": profile.title,
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "octavo_version": __version__,
-        "command": command or _call(done.budget),
-        "environment": environment(),
-        "seed": opened.request.seed,
-        "preset": opened.request.preset,
-        "source": {
+    return Report(
+        title=profile.title,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        octavo_version=__version__,
+        command=command or _call(done.budget),
+        environment=environment(),
+        seed=opened.request.seed,
+        preset=opened.request.preset,
+        source=Original(
             # Only the folder's name: cards are published, and a full path would reveal details of the machine.
-            "path": opened.source.path.name if opened.source.path else opened.source.title,
-            "fingerprint": profile.fingerprint,
-            "bytes": profile.original_bytes,
-            "parameters": profile.weights,
-            "dtypes": _dtypes(done),
-            "stored": opened.source.stored,
-            "dense_bytes": opened.source.dense_bytes,
-        },
-        "budget": {"asked": done.budget.asked, "bytes": done.budget.bytes, "target": done.budget.target},
-        "artifact": {
-            "bytes": artifact.bytes,
-            "ratio": profile.original_bytes / artifact.bytes,
-            "used": built.counted / done.budget.bytes,
-            "files": {file.relative_to(artifact.path).as_posix(): file.stat().st_size for file in artifact.files()},
-            "bits_per_weight": artifact.bytes * 8 / profile.weights,
-            "note": note,
-        },
-        "quality": {
-            "metric": opened.objective.metric,
-            "lower_is_better": True,
-            "loader": proof.loader,
-            "why": proof.why,
-            "data": f"{sum(map(_length, opened.held_data))} held-out examples of {opened.text}"
+            path=opened.source.path.name if opened.source.path else opened.source.title,
+            fingerprint=profile.fingerprint,
+            bytes=profile.original_bytes,
+            parameters=profile.weights,
+            dtypes=_dtypes(done),
+            stored=opened.source.stored,
+            dense_bytes=opened.source.dense_bytes,
+        ),
+        budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
+        artifact=WrittenArtifact(
+            bytes=artifact.bytes,
+            ratio=profile.original_bytes / artifact.bytes,
+            used=built.counted / done.budget.bytes,
+            files={file.relative_to(artifact.path).as_posix(): file.stat().st_size for file in artifact.files()},
+            bits_per_weight=artifact.bytes * 8 / profile.weights,
+            note="" if built.counted >= done.budget.least else _why_less(done),
+        ),
+        quality=Quality(
+            metric=opened.objective.metric,
+            loader=proof.loader,
+            why=proof.why,
+            data=f"{sum(map(sequences_in, opened.held_data))} held-out examples of {opened.text}"
             if opened.measurable
             else opened.text,
-            "value": quality,
-            "uniform": done.rival.quality if done.rival and losses is not None else None,
-            "p95": p95,
-        },
-        "latency": _latency(done, artifact),
-        "running": None,
-        **({} if section is None else {section.name: section.figures}),
-        "calibration": {
-            "text": done.run.calibration.text,
-            "sequences": done.run.calibration.sequences,
-            "tokens": done.run.calibration.tokens,
-            "warnings": opened.notes + done.run.calibration.warnings,
-        },
-        "winner": "uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
-        "uniform": _uniform_row(done),
-        "curve": curve_data(done, quality),
-        "sites": sites,
-        "kept": [_kept_row(done, name, reason) for name, reason in opened.left.items()],
-        "families": families,
-        "unused": unused(done),
-        "code_lengths": _code_lengths(sites),
-        "coding": codecs,
-        "digests": digests,
-        "timings": {},
-        "peak_memory": peak_memory(),
-    }
+            value=quality,
+            uniform=done.rival.quality if done.rival and losses is not None else None,
+            p95=p95,
+        ),
+        latency=_latency(done, artifact),
+        calibration=Calibrated(
+            done.run.calibration.text,
+            done.run.calibration.sequences,
+            done.run.calibration.tokens,
+            (*opened.notes, *done.run.calibration.warnings),
+        ),
+        winner="uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
+        uniform=_best_uniform(done),
+        curve=tradeoff(done, quality),
+        sites=sites,
+        kept=tuple(_kept_row(done, name, reason) for name, reason in opened.left.items()),
+        families=_families(sites),
+        unused=unused(done),
+        code_lengths=_code_lengths(sites),
+        coding=codecs,
+        digests=Digests(
+            weights=digest_of(artifact, partial(done.run.progress, "verify")),
+            # A model whose outputs are not finite is not known again by them.
+            outputs=outputs if outputs is not None and math.isfinite(outputs.scale) else None,
+        ),
+        peak_memory=peak_memory(),
+        sections=() if section is None else (section,),
+    )
 
 
 def _call(budget: Budget) -> str:
@@ -149,25 +162,21 @@ def _why_less(done: Result) -> str:
     return f"{less}: none of {known} that fit the remaining bytes lowers a site's expected loss"
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Versions and machine, without names of persons or paths."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cpu_count=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        platform=f"{platform.system()} {platform.machine()}",
+    )
 
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _length(batch: Any) -> int:
-    return sequences_in(batch)
 
 
 def _dtypes(done: Result) -> dict[str, int]:
@@ -178,52 +187,53 @@ def _dtypes(done: Result) -> dict[str, int]:
     return counts
 
 
-def _site_row(done: Result, name: str) -> dict[str, Any]:
+def _site_row(done: Result, name: str) -> SiteRow:
     site, point, packed = done.opened.site(name), done.built.plan.points[name], done.built.packed[name]
     curve = next(curve for curve in done.profile.curves if curve.site == name)
+    return SiteRow(
+        name=name,
+        kind=site.kind,
+        shape=tuple(site.shape),
+        parameters=site.parameters,
+        method=point.method,
+        family=get_method(point.method).family,
+        setting=point.setting,
+        bytes=packed.bytes,
+        original_bytes=site.parameters * site.dtype.itemsize,
+        bits_per_weight=packed.bytes * 8 / site.parameters,
+        expected_loss=done.profile.corrected(curve, point.loss),
+        form=packed.meta["form"],
+        tied=tuple(site.tied),
+    )
+
+
+def _families(sites: Sequence[SiteRow]) -> dict[str, FamilyTotal]:
+    won: dict[str, list[SiteRow]] = {}
+    for row in sites:
+        won.setdefault(row.family, []).append(row)
     return {
-        "name": name,
-        "kind": site.kind,
-        "shape": list(site.shape),
-        "parameters": site.parameters,
-        "method": point.method,
-        "family": get_method(point.method).family,
-        "setting": point.setting,
-        "bytes": packed.bytes,
-        "original_bytes": site.parameters * site.dtype.itemsize,
-        "bits_per_weight": packed.bytes * 8 / site.parameters,
-        "expected_loss": done.profile.corrected(curve, point.loss),
-        "form": packed.meta["form"],
-        "tied": list(site.tied),
+        family: FamilyTotal(len(rows), sum(row.bytes for row in rows), sum(row.expected_loss or 0.0 for row in rows))
+        for family, rows in won.items()
     }
 
 
-def _kept_row(done: Result, name: str, reason: str) -> dict[str, Any]:
+def _kept_row(done: Result, name: str, reason: str) -> KeptRow:
     kept = done.built.contents.kept[name]
     elements = math.prod(kept.shape)
     narrow = f": stored as {dtype_name(kept.stored)}" if kept.stored != kept.dtype else ": stored unchanged"
     if kept.coded and name in done.opened.source.folded:
         narrow = ": all elements are equal, stored once"
-    return {
-        "name": name,
-        "shape": list(kept.shape),
-        "bytes": kept.measured[0],
-        "original_bytes": elements * kept.dtype.itemsize,
-        "reason": reason if reason.startswith("not a floating") else reason + narrow,
-    }
+    return KeptRow(
+        name=name,
+        shape=tuple(kept.shape),
+        bytes=kept.measured[0],
+        original_bytes=elements * kept.dtype.itemsize,
+        reason=reason if reason.startswith("not a floating") else reason + narrow,
+    )
 
 
-def unused(done: Result) -> dict[str, dict[str, Any]]:
-    """Families that were tried but chosen at no site, and the loss of their best settings at the same bytes.
-
-    Returns
-    -------
-    dict
-        Maps each family to ``sites`` where it was tried; ``larger``, the sites where it had nothing as small as the
-        choice; ``exact``, the sites where it had, but the choice loses nothing; ``times``, minimum and median over the
-        remaining sites of its expected loss relative to the choice; and ``nearest``, the site of the minimum. The last
-        two are None if no sites remain.
-    """
+def unused(done: Result) -> dict[str, UnusedFamily]:
+    """Families that were tried but chosen at no site, and the loss of their best settings at the same bytes."""
     chosen = done.built.plan.points
     won = {get_method(point.method).family for point in chosen.values()}
     tried: dict[str, dict[str, float]] = {}
@@ -239,49 +249,48 @@ def unused(done: Result) -> dict[str, dict[str, Any]]:
                 least[family] = min(least.get(family, math.inf), within)
         for family, loss in least.items():
             tried.setdefault(family, {})[curve.site] = loss
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, UnusedFamily] = {}
     for family, losses in sorted(tried.items()):
         smaller = {site: loss for site, loss in losses.items() if math.isfinite(loss)}
         times = {site: loss / chosen[site].loss for site, loss in smaller.items() if chosen[site].loss > 0}
-        found[family] = {
-            "sites": len(losses),
-            "larger": len(losses) - len(smaller),
-            "exact": len(smaller) - len(times),
-            "times": [min(times.values()), statistics.median(times.values())] if times else None,
-            "nearest": min(times, key=lambda site: times[site]) if times else None,
-        }
+        found[family] = UnusedFamily(
+            sites=len(losses),
+            larger=len(losses) - len(smaller),
+            exact=len(smaller) - len(times),
+            times=(min(times.values()), statistics.median(times.values())) if times else None,
+            nearest=min(times, key=lambda site: times[site]) if times else None,
+        )
     return found
 
 
-def _uniform_row(done: Result) -> dict[str, Any]:
+def _best_uniform(done: Result) -> BestUniform | None:
     """The best uniform plan, and the number of sites that use its setting."""
     rival = done.rival
     if rival is None:
-        return {}
+        return None
     name = rival.plan.label.split()[0]
     own = [point.setting for point in rival.plan.points.values() if point.method == name]
     common = max(own, key=own.count)
     moving = get_method(name).elastic or ""
     same = [setting for setting in own if {**setting, moving: 0} == {**common, moving: 0}]
     in_memory = done.budget.target == "memory"
-    return {
-        "method": name,
-        "setting": common,
-        "sites": len(same),
-        "of": len(rival.plan.points),
-        "moved": any(setting != common for setting in same),
+    return BestUniform(
+        method=name,
+        setting=common,
+        sites=len(same),
+        of=len(rival.plan.points),
+        moved=any(setting != common for setting in same),
         # For a plan that was not built only the bytes that the budget counts are known.
-        "bytes": rival.bytes if rival.packed or not in_memory else None,
-        "held": rival.counted if in_memory else None,
-        "quality": rival.quality,
-    }
+        bytes=rival.bytes if rival.packed or not in_memory else None,
+        held=rival.counted if in_memory else None,
+        quality=rival.quality,
+    )
 
 
-def curve_data(done: Result, quality: float | None) -> dict[str, Any]:
+def tradeoff(done: Result, quality: float | None) -> Tradeoff:
     """Expected loss over ratios from the profile, and for uniform settings."""
-    profile = done.profile
-    points: list[dict[str, Any]] = []
-    rivals: list[dict[str, Any]] = []
+    profile, rival = done.profile, done.rival
+    points: list[CurvePoint] = []
     for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0):
         size = int(done.built.counted * share)
         try:
@@ -290,40 +299,27 @@ def curve_data(done: Result, quality: float | None) -> dict[str, Any]:
             continue
         if plan.bytes < 0.97 * size:
             continue  # beyond the profiled range the curve would only repeat its end
-        ratio = profile.original_bytes / plan.bytes
-        points.append({"ratio": ratio, "bytes": plan.bytes, "expected": plan.expected, "measured": None})
+        points.append(CurvePoint(profile.original_bytes / plan.bytes, plan.bytes, plan.expected))
+    rivals: list[UniformPoint] = []
     for plan in uniform(profile, done.budget):
         method, _, setting = plan.label.partition(" ")
+        measured = rival.quality if rival is not None and rival.plan.label.startswith(f"{method} ") else None
         ratio = profile.original_bytes / plan.bytes
-        rivals.append(
-            {
-                "method": method,
-                "setting": setting,
-                "ratio": ratio,
-                "bytes": plan.bytes,
-                "expected": plan.expected,
-                "measured": None,
-            }
-        )
-    if done.rival is not None:
-        for row in rivals:
-            if done.rival.plan.label.startswith(row["method"] + " "):
-                row["measured"] = done.rival.quality
-    chosen = {"ratio": done.ratio, "bytes": done.built.bytes, "quality": quality}
-    return {"points": points, "uniform": rivals, "chosen": chosen}
+        rivals.append(UniformPoint(method, setting, ratio, plan.bytes, plan.expected, measured))
+    return Tradeoff(tuple(points), tuple(rivals), ChosenPoint(done.ratio, done.built.bytes, quality))
 
 
-def _code_lengths(sites: list[dict[str, Any]]) -> dict[str, list[float]]:
-    top = max([1.0, *(row["bits_per_weight"] for row in sites)])
+def _code_lengths(sites: Sequence[SiteRow]) -> BitsHistogram:
+    top = max([1.0, *(row.bits_per_weight for row in sites)])
     step = 0.25 if top <= 8 else 0.5 if top <= 16 else 1.0
-    bins = [step * k for k in range(int(top / step) + 2)]
+    bins = tuple(step * k for k in range(int(top / step) + 2))
     weights = [0.0] * (len(bins) - 1)
     for row in sites:
-        weights[min(int(row["bits_per_weight"] / step), len(weights) - 1)] += row["parameters"]
-    return {"bins": bins, "weights": weights}
+        weights[min(int(row.bits_per_weight / step), len(weights) - 1)] += row.parameters
+    return BitsHistogram(bins, tuple(weights))
 
 
-def _latency(done: Result, artifact: Artifact) -> dict[str, Any] | None:
+def _latency(done: Result, artifact: Artifact) -> Latency | None:
     """Latency of a forward pass before and after, interleaved in one run so that the machine's load cancels."""
     opened = done.opened
     if opened.source.module is None or opened.source.is_skeleton or not opened.held_data:
@@ -342,11 +338,11 @@ def _latency(done: Result, artifact: Artifact) -> dict[str, Any] | None:
         return call
 
     seconds = interleaved({"original": pass_with({}), "artifact": pass_with(weights)}, _PAIRS, _PATIENCE)
-    result = {
-        "unit": "ms",
-        **{name: 1000 * value for name, value in seconds.items()},
-        "note": "median of interleaved passes of one batch; weights are decoded at load, both run dense",
-    }
+    result = Latency(
+        original=1000 * seconds["original"],
+        artifact=1000 * seconds["artifact"],
+        note="median of interleaved passes of one batch; weights are decoded at load, both run dense",
+    )
     if opened.source.is_transformers and opened.source.path is not None and opened.source.path.is_dir():
         source, written = (transformer_folder(path) for path in (opened.source.path, artifact.path))
         # Reading the original must touch its pages too, since a mapped file is only loaded when read.
@@ -354,7 +350,12 @@ def _latency(done: Result, artifact: Artifact) -> dict[str, Any] | None:
             "load_original": lambda: _touch(load_as_users_do(source).model),
             "load_artifact": lambda: _touch(load_as_users_do(written).model),
         }
-        result |= {name: 1000 * value for name, value in interleaved(loads, 3, _PATIENCE).items()}
+        seconds = interleaved(loads, 3, _PATIENCE)
+        result = replace(
+            result,
+            load_original=1000 * seconds["load_original"],
+            load_artifact=1000 * seconds["load_artifact"],
+        )
     return result
 
 

@@ -15,7 +15,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import MissingExtraError
+from octavo.report.schema import BitsHistogram, CurvePoint, Report, UniformPoint
 from octavo.report.text import figures, known, percent, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,16 +56,16 @@ STYLE = {
 }
 
 
-def curve(data: dict[str, Any]) -> str:
+def curve(report: Report) -> str:
     """Return the rate-quality curve as inline SVG: loss (log scale) over compression ratio."""
     label = "Expected loss over compression ratio"
-    extra = 0.0 if data["quality"]["lower_is_better"] else 2.0  # a second pair of axes
-    return _pair("curve", label, 4.6 + extra, 4.4 + extra, lambda figure, narrow: _curve(figure, data, narrow))
+    extra = 0.0 if report.quality.lower_is_better else 2.0  # a second pair of axes
+    return _pair("curve", label, 4.6 + extra, 4.4 + extra, lambda figure, narrow: _curve(figure, report, narrow))
 
 
-def lengths(data: dict[str, Any]) -> str:
+def lengths(report: Report) -> str:
     """Return the histogram of bits per weight as inline SVG."""
-    histogram = data["code_lengths"]
+    histogram = report.code_lengths
     label = "Share of the weights by bits per weight"
     return _pair("lengths", label, 3.1, 2.9, lambda figure, _: _lengths(figure, histogram))
 
@@ -104,41 +109,41 @@ def _inline(svg: str, prefix: str, label: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", svg)
 
 
-def _curve(figure: Figure, data: dict[str, Any], narrow: bool) -> None:
-    lines, chosen, quality = data["curve"], data["curve"]["chosen"], data["quality"]
-    together = bool(quality["lower_is_better"])
-    loss, measured = _axes(figure, together, plain(quality["metric"], 30))
-    values = [p[key] for p in lines["points"] + lines["uniform"] for key in ("expected", "measured")[: 1 + together]]
-    values += [chosen["quality"]] * together
+def _curve(figure: Figure, report: Report, narrow: bool) -> None:
+    lines, chosen, quality = report.curve, report.curve.chosen, report.quality
+    together = quality.lower_is_better
+    loss, measured = _axes(figure, together, plain(quality.metric, 30))
+    points: list[CurvePoint | UniformPoint] = [*lines.points, *lines.uniform]
+    values = [p.expected for p in points] + [p.measured for p in points if together] + [chosen.quality] * together
     positive = [value for value in values if known(value) and value > 0]
     # A log scale has no zero, so a lossless point is drawn at the bottom.
     floor = min(positive, default=1e-6) / 2
 
-    def show(points: Iterable[dict[str, Any]], role: str, marker: str, label: str, line: str) -> None:
+    def show(points: Iterable[CurvePoint | UniformPoint], role: str, marker: str, label: str, line: str) -> None:
         style: dict[str, Any] = {"color": COLOURS[role], "marker": marker, "markersize": 4.5}
-        drawn = sorted((p for p in points if known(p["expected"])), key=lambda p: float(p["ratio"]))
+        drawn = sorted((p for p in points if known(p.expected)), key=lambda p: p.ratio)
         if drawn:
-            heights = [max(p["expected"], floor) for p in drawn]
-            loss.plot([p["ratio"] for p in drawn], heights, linestyle=line, linewidth=1.6, label=label, **style)
+            heights = [max(p.expected or 0.0, floor) for p in drawn]
+            loss.plot([p.ratio for p in drawn], heights, linestyle=line, linewidth=1.6, label=label, **style)
         hollow = style | {"markersize": 6.5, "markerfacecolor": "none", "linestyle": "none"}
         for p in drawn:
-            if not known(p.get("measured")):
+            if not known(p.measured):
                 continue
-            height = max(p["measured"], floor) if together else p["measured"]
+            height = max(p.measured, floor) if together else p.measured
             if together:
-                loss.plot([p["ratio"]] * 2, [max(p["expected"], floor), height], color=COLOURS[role], linewidth=0.8)
-            measured.plot([p["ratio"]], [height], **hollow)
+                loss.plot([p.ratio] * 2, [max(p.expected or 0.0, floor), height], color=COLOURS[role], linewidth=0.8)
+            measured.plot([p.ratio], [height], **hollow)
 
-    show(lines["points"], "ink", "o", "site by site", "-")
-    methods = sorted({str(p["method"]) for p in lines["uniform"]})
+    show(lines.points, "ink", "o", "site by site", "-")
+    methods = sorted({p.method for p in lines.uniform})
     for number, method in enumerate(methods):
-        points = [p for p in lines["uniform"] if str(p["method"]) == method]
+        own = [p for p in lines.uniform if p.method == method]
         role, marker = SERIES[number % len(SERIES)], MARKERS[(number + 1) % len(MARKERS)]
-        show(points, role, marker, f"{plain(method, 30)} everywhere", "none")
-    if known(chosen["quality"]):
-        height = max(chosen["quality"], floor) if together else chosen["quality"]
+        show(own, role, marker, f"{plain(method, 30)} everywhere", "none")
+    if known(chosen.quality):
+        height = max(chosen.quality, floor) if together else chosen.quality
         star: dict[str, Any] = {"marker": "*", "markersize": 15, "color": COLOURS["accent"], "zorder": 5}
-        measured.plot([chosen["ratio"]], [height], linestyle="none", label="this artifact, measured", **star)
+        measured.plot([chosen.ratio], [height], linestyle="none", label="this artifact, measured", **star)
     _scales(loss, measured, together, not narrow)
     entries = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     if entries:
@@ -176,10 +181,10 @@ def _scales(loss: Axes, measured: Axes, together: bool, wide: bool) -> None:
         measured.yaxis.set_major_formatter(number)
 
 
-def _lengths(figure: Figure, histogram: dict[str, Any]) -> None:
+def _lengths(figure: Figure, histogram: BitsHistogram) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    weights, edges = list(histogram["weights"]), list(histogram["bins"])
+    weights, edges = list(histogram.weights), list(histogram.bins)
     if len(edges) == len(weights):  # left edges only
         edges.append(edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1))
     total = sum(weights) or 1

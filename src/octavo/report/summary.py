@@ -1,11 +1,13 @@
 """The main figures: one sentence, a console table and a model card."""
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
+from octavo.encoding.section import Cell, Section
+from octavo.report.schema import Latency, Report
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -22,6 +24,7 @@ from octavo.report.text import (
     timed,
 )
 from octavo.system.notes import by_kind
+from octavo.verification.recorded import Quality
 
 NOTHING = "–"
 
@@ -35,147 +38,130 @@ class Row(NamedTuple):
     uniform: str
 
 
-def headline(data: dict[str, Any]) -> str:
-    """Return the result in one sentence.
-
-    Parameters
-    ----------
-    data : dict
-        The report.
-
-    Returns
-    -------
-    str
-        Such as ``90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031``.
-    """
-    source, artifact, quality, memory = data["source"], data["artifact"], data["quality"], data.get("running")
-    sizes = f"{size(source['bytes'])} -> {size(artifact['bytes'])}"
-    smaller = f"{ratio(artifact['ratio'])} smaller"
+def headline(report: Report) -> str:
+    """The result in one sentence, such as ``90.87 MB -> 11.29 MB, 8.05x smaller, 1 - cosine 0.0031``."""
+    source, artifact, quality, memory = report.source, report.artifact, report.quality, report.running
+    sizes = f"{size(source.bytes)} -> {size(artifact.bytes)}"
+    smaller = f"{ratio(artifact.ratio)} smaller"
     if memory:
-        sizes = f"{size(source['bytes'])} -> {size(memory['stated'])} in memory"
-        smaller = f"{ratio(source['bytes'] / memory['stated'])} smaller"
+        sizes = f"{size(source.bytes)} -> {size(memory.stated)} in memory"
+        smaller = f"{ratio(source.bytes / memory.stated)} smaller"
     smaller = smaller.replace("×", "x")  # plain ASCII, for logs
-    if not known(quality["value"]):
+    if not known(quality.value):
         return f"{sizes}, {smaller}, quality {NOT_MEASURED}"
-    return f"{sizes}, {smaller}, {plain(quality['metric'], 60)} {figures(quality['value'])}"
+    return f"{sizes}, {smaller}, {plain(quality.metric, 60)} {figures(quality.value)}"
 
 
-def measured(data: dict[str, Any]) -> str:
+def measured(quality: Quality) -> str:
     """State the data and the model of the quality measurement, or why there is none."""
-    quality = data["quality"]
-    loader, why = plain(quality.get("loader") or "", 120), plain(quality.get("why") or "", 300)
+    loader, why = plain(quality.loader, 120), plain(quality.why, 300)
     loaded = f" The artifact was loaded with {loader}; nothing was missing." if loader else ""
-    if not known(quality.get("value")):
+    if not known(quality.value):
         return f"Quality was {NOT_MEASURED}{': ' + why if why else ''}.{loaded}"
-    value = f"{plain(quality.get('metric'), 60)} {figures(quality['value'])}"
-    return f"{value}, measured on {plain(quality.get('data'))}.{loaded}"
+    value = f"{plain(quality.metric, 60)} {figures(quality.value)}"
+    return f"{value}, measured on {plain(quality.data)}.{loaded}"
 
 
-def comparison(data: dict[str, Any]) -> list[Row]:
+def comparison(report: Report) -> list[Row]:
     """Return the rows of the before/after table: the original, the artifact, one setting for all."""
-    source, artifact, quality, uniform = data["source"], data["artifact"], data["quality"], data["uniform"]
-    smaller = source["bytes"] / uniform["bytes"] if uniform.get("bytes") else None
-    width = 8 * source["bytes"] / source["parameters"] if source["parameters"] else None
-    better = "lower is better" if quality["lower_is_better"] else "higher is better"
+    source, artifact, quality, uniform = report.source, report.artifact, report.quality, report.uniform
+    taken = uniform.bytes if uniform else None
+    width = 8 * source.bytes / source.parameters if source.parameters else None
+    better = "lower is better" if quality.lower_is_better else "higher is better"
     rows = [
-        Row("Size", size(source["bytes"]), size(artifact["bytes"]), size(uniform.get("bytes"))),
-        Row("Ratio", "1×", ratio(artifact["ratio"]), ratio(smaller)),
-        Row("Bits per weight", figures(width), figures(artifact["bits_per_weight"]), NOTHING),
+        Row("Size", size(source.bytes), size(artifact.bytes), size(taken)),
+        Row("Ratio", "1×", ratio(artifact.ratio), ratio(source.bytes / taken if taken else None)),
+        Row("Bits per weight", figures(width), figures(artifact.bits_per_weight), NOTHING),
         Row(
-            f"{plain(quality['metric'], 60)} ({better})",
+            f"{plain(quality.metric, 60)} ({better})",
             "reference",
-            figures(quality["value"]),
-            figures(quality.get("uniform")),
+            figures(quality.value),
+            figures(quality.uniform),
         ),
-        Row("  95th percentile", NOTHING, figures(quality.get("p95")), NOTHING),
+        Row("  95th percentile", NOTHING, figures(quality.p95), NOTHING),
     ]
-    if data.get("running"):
-        held = data["running"]["held"]
-        other = size(uniform["held"]) if known(uniform.get("held")) else NOTHING
-        rows.append(Row("In memory, running", size(source["bytes"]), size(held), other))
-        rows.append(Row("  quality, running", "reference", figures(data["running"]["quality"]), NOTHING))
-    latency = data.get("latency") or {}
-    unit = latency.get("unit", "ms")
+    if report.running:
+        other = size(uniform.held) if uniform and known(uniform.held) else NOTHING
+        rows.append(Row("In memory, running", size(source.bytes), size(report.running.held), other))
+        rows.append(Row("  quality, running", "reference", figures(report.running.quality), NOTHING))
+    latency = report.latency or Latency()
     for label, before, after in (
-        ("Latency", "original", "artifact"),
-        ("Load time", "load_original", "load_artifact"),
+        ("Latency", latency.original, latency.artifact),
+        ("Load time", latency.load_original, latency.load_artifact),
     ):
-        rows.append(Row(label, timed(latency.get(before), unit), timed(latency.get(after), unit), NOTHING))
+        rows.append(Row(label, timed(before, latency.unit), timed(after, latency.unit), NOTHING))
     return rows
 
 
-def verdict(data: dict[str, Any]) -> str:
+def verdict(report: Report) -> str:
     """State whether choosing site by site beat one setting for all."""
-    quality, uniform = data["quality"], data["uniform"]
-    named = f"{plain(uniform.get('method'), 60)} ({setting(uniform.get('setting'))})"
-    metric, value, other = plain(quality["metric"], 60), figures(quality["value"]), figures(quality.get("uniform"))
-    if data["winner"] == "uniform":
-        having, every = uniform.get("sites"), uniform.get("of")
-        who = "every site has" if having == every else f"{having:,} of {every:,} sites have"
-        rest = "" if having == every else "; at the others it does not exist or saves nothing"
-        moved = ", moved a little at some sites to use the budget" if uniform.get("moved") else ""
+    quality, uniform = report.quality, report.uniform
+    metric, value, other = plain(quality.metric, 60), figures(quality.value), figures(quality.uniform)
+    if uniform is None:
+        return "Methods were chosen site by site, and no single setting for all was measured."
+    named = f"{plain(uniform.method, 60)} ({setting(uniform.setting)})"
+    if report.winner == "uniform":
+        whole = uniform.sites is None or uniform.of is None or uniform.sites == uniform.of
+        who = "every site has" if whole else f"{uniform.sites:,} of {uniform.of:,} sites have"
+        rest = "" if whole else "; at the others it does not exist or saves nothing"
+        moved = ", moved a little at some sites to use the budget" if uniform.moved else ""
         return (
             f"Choosing site by site did not beat one setting for all, so {who} {named}{moved}{rest}: {metric} {value}."
         )
-    if not known(quality.get("uniform")):
-        if not uniform:
-            return "Methods were chosen site by site, and no single setting for all was measured."
+    if not known(quality.uniform):
         return f"Methods were chosen site by site; the best single setting, {named}, was {NOT_MEASURED}."
-    takes = f", which takes {size(uniform['held'])} in memory" if known(uniform.get("held")) else ""
-    takes = takes or (f", which takes {size(uniform['bytes'])}" if known(uniform.get("bytes")) else "")
+    takes = f", which takes {size(uniform.held)} in memory" if known(uniform.held) else ""
+    takes = takes or (f", which takes {size(uniform.bytes)}" if known(uniform.bytes) else "")
     return (
         f"Methods were chosen site by site: {metric} {value}, against {other} with the best single setting, "
         f"{named}{takes}."
     )
 
 
-def budget(data: dict[str, Any]) -> str:
+def budget(report: Report) -> str:
     """State the requested budget and how much of it was used."""
-    asked, used = data["budget"], data["artifact"]["used"]
-    return f"Budget: {plain(asked['asked'])}, at most {size(asked['bytes'])}, of which {percent(used)} is used."
+    asked, used = report.budget, report.artifact.used
+    return f"Budget: {plain(asked.asked)}, at most {size(asked.bytes)}, of which {percent(used)} is used."
 
 
-def running(data: dict[str, Any]) -> str:
-    """State the memory, kernels and speed of an artifact made for memory; empty for other artifacts."""
-    memory = data.get("running")
-    if not memory:
-        return ""
-    kernels = "; ".join(f"{plain(name, 100)}: {things(number, 'site')}" for name, number in memory["kernels"].items())
-    held, speed = size(memory["held"]), memory["speed"]
-    said = f"Running from packed codes, the weights take {held} of memory ({size(memory['stated'])} were stated)."
-    said += f" {kernels}." if kernels else ""
-    if speed:
-        ours, dense = (timed(1000 * speed[side], "ms") for side in ("packed", "dense"))
-        said += f" {plain(speed['what']).capitalize()} takes {ours}, in bfloat16 dense {dense}."
-    return f"{said} {plain(memory['note'])}".strip()
+def cell(value: Cell) -> str:
+    """A cell of a section's table, as text."""
+    if isinstance(value, str):
+        return plain(value)
+    return f"{value:,}" if isinstance(value, int) else figures(value)
 
 
-def table(data: dict[str, Any]) -> Table:
-    """Return the before/after comparison for the console.
-
-    Parameters
-    ----------
-    data : dict
-        The report.
-
-    Returns
-    -------
-    rich.table.Table
-        To be printed with a :class:`rich.console.Console`.
-    """
+def table(report: Report) -> Table:
+    """The before/after comparison, to be printed with a :class:`rich.console.Console`."""
     # Text, not str: rich would read "[bold]" in a name as markup.
     result = Table(
-        title=Text(f"{plain(data['title'])}: {headline(data)}"),
-        caption=Text(f"{verdict(data)} {budget(data)} {running(data)}".strip()),
+        title=Text(f"{plain(report.title)}: {headline(report)}"),
+        caption=Text(f"{verdict(report)} {budget(report)}"),
         title_justify="left",
         caption_justify="left",
     )
     result.add_column("")
     for name in ("original", "octavo", "best uniform"):
         result.add_column(name, justify="right", style="bold" if name == "octavo" else None)
-    for row in comparison(data):
-        result.add_row(*(Text(cell) for cell in row))
+    for row in comparison(report):
+        result.add_row(*(Text(text) for text in row))
     return result
+
+
+def told(report: Report) -> list[Table | Text]:
+    """What the target has to say, for the console: for every section its text, its table and its notes."""
+    parts: list[Table | Text] = []
+    for section in report.sections:
+        parts += [Text(f"{plain(section.title)}: {plain(section.text, 2000)}")] if section.text else []
+        if section.rows:
+            shown = Table(title=Text(plain(section.title)))
+            for column in section.columns:
+                shown.add_column(Text(plain(column)))
+            for row in section.rows:
+                shown.add_row(*(Text(cell(value)) for value in row))
+            parts.append(shown)
+        parts += [Text(f"note: {plain(note, 400)}") for note in section.notes]
+    return parts
 
 
 def _mark(value: object, limit: int = 160) -> str:
@@ -183,35 +169,34 @@ def _mark(value: object, limit: int = 160) -> str:
     return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", plain(value, limit))
 
 
-def _paragraph(text: str) -> str:
-    return f"\n\n{_mark(text, 2000)}" if text else ""
+def _card_section(section: Section) -> str:
+    blocks = [f"## {_mark(section.title)}"]
+    if section.text:
+        blocks.append(_mark(section.text, 2000))
+    if section.rows:
+        head = [" | ".join(map(_mark, section.columns)), " | ".join(["---"] * len(section.columns))]
+        body = [" | ".join(_mark(cell(value)) for value in row) for row in section.rows]
+        blocks.append("\n".join(f"| {line} |" for line in head + body))
+    if section.notes:
+        blocks.append("\n".join(f"- Note: {_mark(note, 400)}" for note in section.notes))
+    return "\n" + "\n\n".join(blocks) + "\n"
 
 
-def card(data: dict[str, Any]) -> str:
-    """Return a short model card for the folder of the artifact.
-
-    Parameters
-    ----------
-    data : dict
-        The report.
-
-    Returns
-    -------
-    str
-        Markdown, for ``README.md``.
-    """
-    source, calibration = data["source"], data["calibration"]
-    rows = "\n".join("| " + " | ".join(_mark(cell.strip()) for cell in row) + " |" for row in comparison(data))
+def card(report: Report) -> str:
+    """A short model card for the folder of the artifact: Markdown, for ``README.md``."""
+    source, calibration = report.source, report.calibration
+    rows = "\n".join("| " + " | ".join(_mark(cell.strip()) for cell in row) + " |" for row in comparison(report))
     families = ", ".join(
-        f"{_mark(name)} ({things(family['sites'], 'site')}, {size(family['bytes'])})"
-        for name, family in data["families"].items()
+        f"{_mark(name)} ({things(family.sites, 'site')}, {size(family.bytes)})"
+        for name, family in report.families.items()
     )
-    amount = f"{count(calibration['sequences'])} sequences, {count(calibration['tokens'])} tokens"
-    command = script(data["command"])
+    amount = f"{count(calibration.sequences)} sequences, {count(calibration.tokens)} tokens"
+    command = script(report.command)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
-    notes = by_kind(calibration["warnings"], (row["name"] for row in data["sites"]))
+    notes = by_kind(calibration.warnings, (row.name for row in report.sites))
     warnings = "".join(f"\n- Warning: {_mark(note, 400)}" for note in notes[:20])
-    note = f"\n{_mark(data['artifact']['note'])}\n" if data["artifact"]["note"] else ""
+    note = f"\n{_mark(report.artifact.note)}\n" if report.artifact.note else ""
+    sections = "".join(map(_card_section, report.sections))
     return f"""---
 library_name: octavo
 tags:
@@ -219,25 +204,25 @@ tags:
 - compressed
 ---
 
-# {_mark(data["title"])}, compressed
+# {_mark(report.title)}, compressed
 
-**{_mark(headline(data).replace(" -> ", " → ", 1))}**
+**{_mark(headline(report).replace(" -> ", " → ", 1))}**
 
-{_mark(verdict(data), 600)} {_mark(budget(data))}{_paragraph(running(data))}
+{_mark(verdict(report), 600)} {_mark(budget(report))}
 {note}
 | | Original | Octavo | Best uniform |
 |---|---:|---:|---:|
 {rows}
 
-{_mark(measured(data), 600)}
+{_mark(measured(report.quality), 600)}
 
-- Source: {_mark(source["path"])}, {count(source["parameters"])} parameters, {_mark(source["fingerprint"])}
+- Source: {_mark(source.path)}, {count(source.parameters)} parameters, {_mark(source.fingerprint)}
 - Methods: {families or "none"}
-- Not compressed: {things(len(data["kept"]), "tensor")}
-- Calibrated on {_mark(calibration["text"])}: {amount}{warnings}
-- Made by Octavo {_mark(data["octavo_version"])} on {moment(data["created"])}, seed {_mark(data["seed"])}
+- Not compressed: {things(len(report.kept), "tensor")}
+- Calibrated on {_mark(calibration.text)}: {amount}{warnings}
+- Made by Octavo {_mark(report.octavo_version)} on {moment(report.created)}, seed {_mark(report.seed)}
 
 {fence}sh
 {command}
 {fence}
-"""
+{sections}"""

@@ -1,6 +1,7 @@
 """Formatting numbers and strings for people."""
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
@@ -114,7 +115,7 @@ def moment(stamp: Any) -> str:
 
 def setting(value: Any) -> str:
     """Return a method's setting as ``bits=4, group=64``."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return plain(value, 120) if value else "–"
     shown = ((key, figures(item) if isinstance(item, float) else item) for key, item in value.items())
     return plain(", ".join(f"{key}={item}" for key, item in shown), 120) or "–"

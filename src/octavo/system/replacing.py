@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import tempfile
 from pathlib import Path
 
-from octavo.errors import OctavoError, RequestError
+from octavo.errors import RequestError
 from octavo.system.sealed import JOB
 
 #: The file of an artifact that says how to read the others.
 MANIFEST = "octavo.json"
 #: Every folder written by Octavo has one of these: the manifest of an artifact, or the job of a workspace.
 OWN = (MANIFEST, JOB)
-#: Suffixes of folders next to the output that are being written or were moved aside.
-NEW, OLD = ".octavo-new.", ".octavo-old."
-#: Suffix of files that test whether a file system is writable.
-TRIED = ".octavo-tried."
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -83,28 +77,6 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
             f"{path}: holds files that Octavo did not write (it has no {' or '.join(OWN)}), and --overwrite would "
             "remove them; choose another folder, or empty it yourself"
         )
-
-
-def made_aside(path: Path) -> Path:
-    """A new folder next to the output, in which it is written; the next run removes it if this one is killed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{path.name}{NEW}", dir=path.parent))
-    except OSError as error:
-        raise OctavoError(f"{path}: cannot be written: {error.strerror or error}; nothing was left there") from error
-
-
-def tidy(path: Path) -> None:
-    """Clean up after a run that was killed while writing ``path``: remove half a folder, or restore the old one."""
-    if not path.parent.is_dir():
-        return
-    for entry in path.parent.iterdir():
-        if entry.name.startswith(f".{path.name}{OLD}"):
-            if not path.exists() and (entry / "folder").exists():
-                os.replace(entry / "folder", path)
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name.startswith((f".{path.name}{NEW}", f".{path.name}{TRIED}")):
-            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _kind(path: Path) -> str | None:

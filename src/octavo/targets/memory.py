@@ -22,7 +22,7 @@ from octavo.request import Request
 from octavo.runtimes.packed import resident_bytes
 from octavo.sources.sites import Site, Source
 from octavo.targets.base import target
-from octavo.targets.held import running_data, section
+from octavo.targets.held import packed_figures, section
 from octavo.targets.sizes import Sizes
 
 #: Rows of a site that tell what it takes in memory: as many as the int4 kernel packs together.
@@ -110,7 +110,7 @@ class Memory(Sizes):
 
     def verify(self, result: Result, artifact: Artifact, written: Any) -> Section:
         """The section on bytes held, kernels, quality and speed of the packed model."""
-        return section(running_data(result, artifact))
+        return section(packed_figures(result, artifact))
 
     def _beside(self, opened: Opened) -> int:
         """Bytes of tensors that are not sites, and of buffers that are not stored."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from octavo.errors import MissingExtraError, RequestError
 from octavo.sources.sites import Progress
-from octavo.system.replacing import check_kind
+from octavo.system.atomic import writing
 from octavo.training.losses import Batch, Loss
 from octavo.training.regimens.base import Regimen
 
@@ -144,11 +143,9 @@ def _rate(step: int, steps: int, warmup: float) -> float:
 
 
 def _save(file: Path, state: dict[str, Any]) -> None:
-    check_kind(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.aside")
-    torch.save(state, aside)
-    os.replace(aside, file)
+    with writing(file) as aside:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, aside)
 
 
 def _resume(

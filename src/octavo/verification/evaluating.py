@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,52 @@ from octavo.system.matmul import fast_matmul
 from octavo.system.paths import checked, reason
 from octavo.verification.verifying import load
 
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a source or an artifact at ``path``, by ``metric``."""
+
+    path: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Divergence(Evaluation):
+    """How far outputs are from those of another model, in units of ``metric``.
+
+    Parameters
+    ----------
+    data
+        On what it was measured.
+    examples
+        Number of examples.
+    mean, p95
+        Over all examples; ``p95`` is the 95th percentile.
+    """
+
+    data: str
+    examples: int
+    mean: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Spearman(Evaluation):
+    """Rank correlation, -1 to 1, of cosine similarities with human scores over ``pairs`` of sentences."""
+
+    pairs: int
+    spearman: float
+
+
+@dataclass(frozen=True)
+class Perplexity(Evaluation):
+    """Exponential of the mean loss of the next token, in nats, over ``tokens`` of ``data``."""
+
+    data: str
+    tokens: int
+    perplexity: float
+
+
 METRICS = ("divergence", "spearman", "perplexity")
 #: Perplexity is measured on non-overlapping windows of this many tokens, or of the model's context if shorter.
 PERPLEXITY_WINDOW = 512
@@ -40,7 +87,7 @@ def evaluate(
     metric: str = "divergence",
     objective: str | Objective | None = None,
     packed: bool = False,
-) -> dict[str, Any]:
+) -> Any:
     """Measure a source or an artifact.
 
     Parameters
@@ -57,6 +104,11 @@ def evaluate(
         cosine similarities with human scores) or ``perplexity`` (of the next token, for causal language models).
     packed
         Whether an artifact runs from packed codes.
+
+    Returns
+    -------
+    Divergence or Spearman or Perplexity
+        What was measured, by ``metric``.
 
     Raises
     ------
@@ -76,13 +128,9 @@ def evaluate(
         raise RequestError("--objective is for comparing outputs, and perplexity does not compare; leave it out")
     source = _open(path, packed=packed)
     if metric == "perplexity":
-        return {"path": str(path), "metric": metric, **_perplexity(source, data)}
+        return _perplexity(path, source, data)
     if metric == "spearman":
-        return {
-            "path": str(path),
-            "metric": metric,
-            **_spearman(source, data, inputs.choose_objective(source, objective)),
-        }
+        return _spearman(path, source, data, inputs.choose_objective(source, objective))
     assert against is not None
     reference = inputs.open_source(against)
     batches, text = inputs.load_data(reference, data, limit=None)
@@ -98,14 +146,8 @@ def evaluate(
         raise RequestError(f"{path} against {against}: {error}") from error
     if not bool(losses.isfinite().all()):
         raise RequestError(f"{path}: the divergence from {against} is NaN or Inf on these data; check both models")
-    return {
-        "path": str(path),
-        "metric": wanted.metric,
-        "data": text,
-        "examples": len(losses),
-        "mean": float(losses.mean()),
-        "p95": float(losses.quantile(0.95)),
-    }
+    p95 = float(losses.quantile(0.95))
+    return Divergence(str(path), wanted.metric, text, len(losses), float(losses.mean()), p95)
 
 
 def _open(path: Path, *, packed: bool) -> Source:
@@ -140,7 +182,7 @@ def _model(source: Source) -> Runner:
     return inputs.model_of(source, blockwise=not fits(source, None))
 
 
-def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
+def _spearman(path: Path, source: Source, data: Any, wanted: Objective) -> Spearman:
     try:
         from scipy.stats import spearmanr
     except ImportError as error:
@@ -170,10 +212,10 @@ def _spearman(source: Source, data: Any, wanted: Objective) -> dict[str, Any]:
             f"{data}: no ranks to correlate: all scores or all similarities are equal or not finite; give pairs that "
             "differ, in words that the model knows"
         )
-    return {"pairs": len(rows), "spearman": float(spearmanr(similarity, scores).statistic)}
+    return Spearman(str(path), "spearman", len(rows), float(spearmanr(similarity, scores).statistic))
 
 
-def _perplexity(source: Source, data: Any) -> dict[str, Any]:
+def _perplexity(path: Path, source: Source, data: Any) -> Perplexity:
     if source.module is None or source.folder is None or not is_causal(source.module):
         raise RequestError(f"{source.title}: perplexity needs a causal language model from a transformers folder")
     texts, text = inputs.texts_of(data)
@@ -190,4 +232,4 @@ def _perplexity(source: Source, data: Any) -> dict[str, Any]:
             f"{source.title}: the loss per token is {total / count:g}, too large for a perplexity; check the model and "
             "the data"
         )
-    return {"data": text, "tokens": count, "perplexity": math.exp(total / count)}
+    return Perplexity(str(path), "perplexity", text, count, math.exp(total / count))

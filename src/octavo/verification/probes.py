@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,19 +47,6 @@ class Outputs:
             return float("inf")
         apart = float((one - two).abs().max()) if one.numel() else 0.0
         return max(apart, abs(self.scale - other.scale)) / max(self.scale, other.scale, 1e-30)
-
-    def record(self) -> dict[str, Any]:
-        """The probe as plain JSON."""
-        return {**asdict(self), "samples": list(self.samples)}
-
-    @classmethod
-    def recorded(cls, data: Any) -> Outputs | None:
-        """Inverse of :meth:`record`; None for anything else."""
-        try:
-            samples = tuple(float(value) for value in data["samples"][:_SAMPLES])
-            return cls(str(data["sha256"]), float(data["scale"]), samples)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            return None
 
 
 def probe(module: nn.Module, seed: int = 0) -> Outputs | None:

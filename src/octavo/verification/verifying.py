@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,11 @@ from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.sites import Progress
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
-from octavo.system.strict_json import read_object
 from octavo.verification.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.verification.probes import Outputs, first_output, probe
+from octavo.verification.recorded import Digests, Quality, recorded_beside
 from octavo.verification.restoring import fits_plainly, materialise, unless_refused
 
-REPORT = "report.html"
-#: Largest size of a report: 64 MB.
-_LARGEST_REPORT = 64 << 20
 #: Packed weights may change outputs by this many times the effect of rounding them to bfloat16.
 _TOLERANCE = 2.0
 
@@ -159,27 +157,83 @@ def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None)
     return digest.hexdigest()
 
 
-def packed_run(artifact: Artifact, seed: int = 0) -> dict[str, Any]:
-    """Run an artifact made for memory: its memory, and the difference of its outputs from decoded weights.
+@dataclass(frozen=True)
+class PackedRun:
+    """An artifact made for memory as it runs from packed codes.
 
-    Returns
-    -------
-    dict
-        ``held`` and ``stated`` bytes; ``error``, the relative error of the first output on fixed tokens against decoded
-        weights in float32, and ``allowed``, :data:`_TOLERANCE` times that of the same weights in bfloat16. The errors
-        are None for models without token ids.
+    Parameters
+    ----------
+    stated, held
+        Bytes of memory that its manifest states, and that its weights were seen to take.
+    error
+        Relative error of the first output on fixed tokens against decoded weights in float32; None for models
+        without token ids.
+    allowed
+        :data:`_TOLERANCE` times that of the same weights in bfloat16; None likewise.
     """
-    result: dict[str, Any] = {"stated": artifact.resident, "held": None, "error": None, "allowed": None}
+
+    stated: int | None
+    held: int
+    error: float | None = None
+    allowed: float | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found to be as it should be.
+
+    Parameters
+    ----------
+    path
+        The artifact, as it was given.
+    bytes
+        Artifact bytes.
+    ratio
+        Original bytes by artifact bytes.
+    tensors
+        Number of tensors, tied names counted.
+    weights_sha256
+        The digest of the decoded weights.
+    weights_match, outputs_match
+        True if they are those recorded; None if nothing was recorded.
+    outputs_difference
+        How far outputs on a fixed input are from those recorded, relative to the largest; None if none were recorded.
+    loader
+        How the model was loaded, as a user writes it; None if it has none that is known here.
+    quality
+        As it was measured when the artifact was written; None without a report.
+    packed
+        How it runs from packed codes, if it was made for memory.
+    """
+
+    path: str
+    bytes: int
+    ratio: float
+    tensors: int
+    weights_sha256: str
+    weights_match: bool | None = None
+    outputs_match: bool | None = None
+    outputs_difference: float | None = None
+    loader: str | None = None
+    quality: Quality | None = None
+    packed: PackedRun | None = None
+
+
+def packed_run(artifact: Artifact, seed: int = 0) -> PackedRun:
+    """Run an artifact made for memory: its memory, and the difference of its outputs from decoded weights."""
     packed = load(artifact.path, packed=True)
-    result["held"] = held_bytes(packed)
+    found = PackedRun(artifact.resident, held_bytes(packed))
     if not isinstance(packed, nn.Module):
-        return result
+        return found
     dense = load(artifact.path)
     exact = first_output(dense, seed)
-    if exact is not None:
-        result["error"] = _relative(first_output(packed, seed), exact)
-        result["allowed"] = _TOLERANCE * _relative(first_output(dense.to(torch.bfloat16), seed), exact)
-    return result
+    if exact is None:
+        return found
+    return replace(
+        found,
+        error=_relative(first_output(packed, seed), exact),
+        allowed=_TOLERANCE * _relative(first_output(dense.to(torch.bfloat16), seed), exact),
+    )
 
 
 def _relative(outputs: Tensor | None, exact: Tensor) -> float:
@@ -187,17 +241,13 @@ def _relative(outputs: Tensor | None, exact: Tensor) -> float:
     return float((outputs.float() - exact).norm() / exact.norm())
 
 
-def verify(path: str | Path) -> dict[str, Any]:
+def verify(path: str | Path) -> Verified:
     """Read an artifact from disk and check everything that can be checked without the source.
 
     Returns
     -------
-    dict
-        ``bytes``, ``ratio``, ``tensors``; ``weights_match`` and ``outputs_match`` (None if nothing was recorded);
-        ``outputs_difference``, how far outputs on a fixed input are from those recorded, relative to the largest;
-        ``loader``, how the model was loaded (None if it has none that is known here); ``quality`` as it was measured
-        when the artifact was written (None without a report); and ``packed``, the result of :func:`packed_run` if it
-        was made for memory.
+    Verified
+        What was found; where nothing was recorded, None stands for what could not be compared.
 
     Raises
     ------
@@ -212,49 +262,51 @@ def verify(path: str | Path) -> dict[str, Any]:
             f"{path}: {', '.join(changed)} since the artifact was written, so this is a different model; copy the "
             "artifact again, or compress the source with the new configuration"
         )
-    recorded = _recorded(artifact.path)
-    digests = recorded.get("digests") or {}
+    recorded = recorded_beside(artifact.path)
+    digests = recorded.digests or Digests()
     digest = digest_of(artifact)
-    result: dict[str, Any] = {
-        "path": str(path),
-        "bytes": artifact.bytes,
-        "ratio": artifact.manifest["source"]["bytes"] / artifact.bytes,
-        "tensors": len(artifact.names()) + len(artifact.aliases),
-        "weights_sha256": digest,
-        "weights_match": None if digests.get("weights") is None else digests["weights"] == digest,
-        "outputs_match": None,
-        "outputs_difference": None,
-        "loader": None,
-        "quality": recorded.get("quality"),
-        "packed": None,
-    }
-    if result["weights_match"] is False:
+    if digests.weights not in (None, digest):
         raise ArtifactError(
             f"{path}: the restored weights differ from those recorded when it was written; copy the artifact again"
         )
-    wanted = Outputs.recorded(digests.get("outputs"))
-    if wanted is not None:
-        result["loader"], result["outputs_difference"] = _outputs_of(artifact.path, wanted)
-        result["outputs_match"] = result["outputs_difference"] <= OUTPUTS_TOLERANCE
-        if not result["outputs_match"]:
+    loader = difference = None
+    if digests.outputs is not None:
+        loader, difference = _outputs_of(artifact.path, digests.outputs)
+        if not difference <= OUTPUTS_TOLERANCE:
             raise ArtifactError(
-                f"{path}: the loaded model's outputs differ from those recorded by {result['outputs_difference']:.3g} "
+                f"{path}: the loaded model's outputs differ from those recorded by {difference:.3g} "
                 f"of the largest, while rounding explains {OUTPUTS_TOLERANCE:g}; the configuration was changed, or "
                 "this machine or version of transformers computes something else"
             )
-    if artifact.resident is not None:
-        result["packed"] = packed = packed_run(artifact)
-        if packed["held"] is not None and packed["held"] > artifact.resident:
-            raise ArtifactError(
-                f"{path}: takes {packed['held']} bytes in memory while it runs packed, but its manifest says "
-                f"{artifact.resident}; this version of transformers creates other tensors"
-            )
-        if packed["error"] is not None and packed["error"] > packed["allowed"]:
-            raise ArtifactError(
-                f"{path}: running from packed codes changes outputs by {packed['error']:.3g} of their size, more than "
-                f"the {packed['allowed']:.3g} that bfloat16 explains; this machine computes something else"
-            )
-    return result
+    return Verified(
+        path=str(path),
+        bytes=artifact.bytes,
+        ratio=artifact.manifest["source"]["bytes"] / artifact.bytes,
+        tensors=len(artifact.names()) + len(artifact.aliases),
+        weights_sha256=digest,
+        weights_match=None if digests.weights is None else True,
+        outputs_match=None if difference is None else True,
+        outputs_difference=difference,
+        loader=loader,
+        quality=recorded.quality,
+        packed=None if artifact.resident is None else _checked_run(path, artifact, artifact.resident),
+    )
+
+
+def _checked_run(path: str | Path, artifact: Artifact, resident: int) -> PackedRun:
+    """How an artifact made for memory runs, refused if it takes more memory or loses more than it states."""
+    packed = packed_run(artifact)
+    if packed.held > resident:
+        raise ArtifactError(
+            f"{path}: takes {packed.held} bytes in memory while it runs packed, but its manifest says "
+            f"{resident}; this version of transformers creates other tensors"
+        )
+    if packed.error is not None and packed.allowed is not None and packed.error > packed.allowed:
+        raise ArtifactError(
+            f"{path}: running from packed codes changes outputs by {packed.error:.3g} of their size, more than "
+            f"the {packed.allowed:.3g} that bfloat16 explains; this machine computes something else"
+        )
+    return packed
 
 
 def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
@@ -266,16 +318,3 @@ def _outputs_of(path: Path, wanted: Outputs) -> tuple[str, float]:
         load_encoder(path)
         return "SentenceTransformer(path)", difference
     return f"{type(loaded.model).__name__}.from_pretrained(path)", difference
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    """The report in the artifact's folder, or None."""
-    file = (path / REPORT).with_suffix(".json")
-    if not file.exists():
-        return {}
-    data = read_object(file, most=_LARGEST_REPORT)
-    quality, digests = (data.get(key) for key in ("quality", "digests"))
-    return {
-        "quality": quality if isinstance(quality, dict) else None,
-        "digests": digests if isinstance(digests, dict) else None,
-    }

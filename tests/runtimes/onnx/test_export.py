@@ -20,9 +20,9 @@ def test_models_of_every_kind(kind: str, models: dict[str, Path], sentences: lis
     from transformers import AutoModel, AutoModelForCausalLM
 
     result = octavo.export(models[kind], tmp_path / "model.onnx", data=sentences)
-    assert result["difference"] <= result["tolerance"]
-    assert set(result["kernels"].values()) == {FLOAT}
-    assert result["divergence"]["mean"] < 1e-6
+    assert result.difference <= result.tolerance
+    assert set(result.kernels.values()) == {FLOAT}
+    assert result.divergence.mean < 1e-6
     # Other lengths than it was traced with, and padding.
     model = (AutoModel if kind == "bert" else AutoModelForCausalLM).from_pretrained(models[kind]).eval()
     tokens = torch.randint(0, 100, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -43,15 +43,15 @@ def test_an_artifact_runs_from_its_own_codes(models: dict[str, Path], sentences:
         folded, report=False
     )
     slower = octavo.export(folded, tmp_path / "float.onnx", data=sentences, loss=0.0, prefer="speed")
-    assert set(slower["kernels"].values()) == {FLOAT}
-    assert slower["divergence"]["mean"] < 1e-6
+    assert set(slower.kernels.values()) == {FLOAT}
+    assert slower.divergence.mean < 1e-6
     result = octavo.export(folded, tmp_path / "model.onnx", data=sentences, prefer="speed")
     # Which kernel is faster depends on the machine; those that are named are those in the file.
     stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
-    for name, kernel in result["kernels"].items():
+    for name, kernel in result.kernels.items():
         dtype = onnx.TensorProto.INT8 if kernel == INT8 or "embed" in name else onnx.TensorProto.FLOAT
         assert name not in stored or stored[name].data_type == dtype
-    assert result["divergence"]["mean"] < 0.05
+    assert result.divergence.mean < 0.05
 
 
 def test_the_command_writes_and_tells(models: dict[str, Path], tmp_path: Path) -> None:

@@ -73,9 +73,9 @@ def test_a_file_is_as_small_as_its_codes(kind: str, tmp_path: Path) -> None:
     data = [tokens(seed=seed) for seed in range(4)]
     octavo.compress(built(kind, tmp_path / "model"), ratio=6, data=data, preset="fast").save(folded, report=False)
     result = octavo.export(folded, out, data=data)
-    assert result["prefer"] == "size"
-    assert result["bytes"] == out.stat().st_size <= 2 * result["packed_bytes"]
-    assert abs(result["divergence"]["mean"]) < 1e-6
+    assert result.prefer == "size"
+    assert result.bytes == out.stat().st_size <= 2 * result.packed_bytes
+    assert abs(result.divergence.mean) < 1e-6
     # A table that is the head as well is there once.
     stored = {tensor.name: len(tensor.raw_data) for tensor in onnx.load(out).graph.initializer}
     table = sum(size for name, size in stored.items() if "embed_tokens" in name or "word_embeddings" in name)
@@ -87,17 +87,17 @@ def test_a_file_is_as_small_as_its_codes(kind: str, tmp_path: Path) -> None:
         return
     # Of a source in bfloat16, whose weights are rounded after they were decoded, float32 is exported as well.
     faster = octavo.export(folded, out, data=data, prefer="speed", overwrite=True)
-    assert faster["bytes"] > result["bytes"]
+    assert faster.bytes > result.bytes
 
 
 @pytest.mark.parametrize("prefer", ["size", "speed"])
 def test_forms_of_every_method_go_out(prefer: str, tmp_path: Path, mixed: Path) -> None:
     result = octavo.export(mixed, tmp_path / "model.onnx", data=[tokens(seed=seed) for seed in range(4)], prefer=prefer)
-    assert set(result["kernels"]) == set(METHODS)
-    assert result["difference"] <= 1e-5
+    assert set(result.kernels) == set(METHODS)
+    assert result.difference <= 1e-5
     if prefer == "size":
-        assert result["bytes"] <= 2 * result["packed_bytes"]
-        assert result["divergence"]["mean"] < 1e-9
+        assert result.bytes <= 2 * result.packed_bytes
+        assert result.divergence.mean < 1e-9
         found, wanted = outputs(Session(tmp_path / "model.onnx"), mixed, tokens(3, 7, seed=5))
         assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
 
@@ -132,16 +132,16 @@ def test_models_of_images_go_out(tmp_path: Path) -> None:
         tmp_path / "folded", report=False
     )
     result = octavo.export(tmp_path / "folded", tmp_path / "vit.onnx", data=data)
-    assert result["bytes"] <= 2 * result["packed_bytes"]
-    assert result["divergence"]["mean"] < 1e-6
-    assert result["latency"]["shape"] == [1]
+    assert result.bytes <= 2 * result.packed_bytes
+    assert result.divergence.mean < 1e-6
+    assert result.latency.shape == (1,)
     found, wanted = outputs(Session(tmp_path / "vit.onnx"), tmp_path / "folded", images(5, 16))
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
     # Without data the config says what images are like, and nothing is said of quality.
     out = tmp_path / "net.onnx"
     result = octavo.export(saved(net, tmp_path / "net"), out, prefer="speed")
-    assert result["difference"] <= result["tolerance"]
-    assert result["divergence"] is None
+    assert result.difference <= result.tolerance
+    assert result.divergence is None
     with torch.inference_mode():
         wanted = net(**images(2, 224)).logits
     assert torch.allclose(Session(out)(**images(2, 224)).logits, wanted, atol=1e-3 * float(wanted.abs().max()))
@@ -159,7 +159,7 @@ def test_what_takes_anything_else_needs_data(tmp_path: Path) -> None:
         octavo.export(tmp_path / "ast", tmp_path / "model.onnx")
     data = [{"input_values": torch.randn(8, 32, 16), "labels": torch.zeros(8).long()} for _ in range(3)]
     result = octavo.export(tmp_path / "ast", tmp_path / "model.onnx", data=data)
-    assert result["divergence"]["mean"] < 1e-6
+    assert result.divergence.mean < 1e-6
     T5ForConditionalGeneration(
         T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     ).save_pretrained(tmp_path / "t5")

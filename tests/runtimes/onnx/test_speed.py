@@ -47,10 +47,12 @@ def test_a_latency_is_met_and_measured_from_the_file(
     # Nothing has to be given up for that: all sites are as good as they can be stored.
     assert speed["divergence"]["mean"] < 1e-4
     assert Session(tmp_path / "fast" / MODEL).kernels == speed["sites"]
-    assert octavo.verify(tmp_path / "fast")["weights_match"]
+    assert octavo.verify(tmp_path / "fast").weights_match
     card = (tmp_path / "fast" / "README.md").read_text()
     assert "## Speed" in card
     assert "onnxruntime" in card
+    page = (tmp_path / "fast" / "report.html").read_text()
+    assert '<section id="speed">' in page and "torch bfloat16" in page
     assert json.loads((tmp_path / "fast" / "report.json").read_text())["speed"] == speed
     assert {"torch float32", "torch bfloat16", "onnxruntime float32"} <= set(speed["runtimes"])
     assert not [entry for entry in tmp_path.iterdir() if entry.name != "fast"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,23 @@ import torch
 from octavo.calibration import inputs
 from octavo.calibration.calibrating import calibrate
 from octavo.calibration.objective import Objective
-from octavo.errors import ArtifactError, OctavoError, RequestError
+from octavo.errors import ArtifactError, RequestError
 from octavo.forms import Dense, Form
 from octavo.runtimes.onnx.activations import rounding_losses, watch
 from octavo.runtimes.onnx.given import Inputs, Tokens, inputs_of, vocabulary
 from octavo.runtimes.onnx.graph import SITE, TIED, trace
 from octavo.runtimes.onnx.kernels import FLOAT, kernel_of, lower
-from octavo.runtimes.onnx.latency import Table, compare, machine
+from octavo.runtimes.onnx.latency import Machine, Table, compare, machine
 from octavo.runtimes.onnx.opened import open_model
 from octavo.runtimes.onnx.sessions import Session, require
 from octavo.runtimes.onnx.small import lower_small
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Source
-from octavo.system.atomic import write_file
+from octavo.system.atomic import tidy, writing
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
 from octavo.system.raw import narrowed
-from octavo.system.replacing import NEW, check_file, check_kind, tidy
+from octavo.system.replacing import check_file
 
 RUNTIMES = ("onnx",)
 SIZE, SPEED = "size", "speed"
@@ -44,6 +43,86 @@ SHAPE = (1, 32)
 MOST = 2**20
 
 
+@dataclass(frozen=True)
+class Moved:
+    """How far the file's outputs are from the model's on held-out ``data``: mean and 95th percentile of ``metric``."""
+
+    metric: str
+    mean: float
+    p95: float
+    data: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of the exported file, and of the module in PyTorch in float32, with the same threads.
+
+    Parameters
+    ----------
+    shape
+        Of the input that was timed: examples first.
+    threads
+        Threads of both.
+    torch_seconds, seconds
+        Of PyTorch, and of the file.
+    speedup
+        Median over the turns of the time of PyTorch by that of the file.
+    note
+        Says so if the file is slower.
+    """
+
+    shape: tuple[int, ...]
+    threads: int
+    torch_seconds: float
+    seconds: float
+    speedup: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and what was measured of it.
+
+    Parameters
+    ----------
+    path, source, to, prefer
+        What was written, of what, for which runtime, and for which preference.
+    bytes
+        Of the file.
+    packed_bytes
+        Of all tensors, with integers at 4, 8, 16 or 32 bits.
+    artifact_bytes
+        Of the artifact that was exported; None for another source.
+    kernels
+        Kernel by site.
+    expected_loss
+        Divergence that rounding inputs is expected to add, by site that rounds them.
+    difference, tolerance
+        Largest relative difference of the graph with float kernels from the module, and what is allowed.
+    divergence
+        From the source on held-out data; None without data.
+    latency
+        Next to PyTorch's.
+    machine
+        The machine that it was measured on.
+    """
+
+    path: str
+    source: str
+    to: str
+    prefer: str
+    bytes: int
+    packed_bytes: int
+    artifact_bytes: int | None
+    kernels: Mapping[str, str]
+    expected_loss: Mapping[str, float]
+    difference: float
+    tolerance: float
+    divergence: Moved | None
+    latency: Timing
+    machine: Machine
+
+
 def export(
     path: str | Path,
     out: str | Path,
@@ -55,7 +134,7 @@ def export(
     shape: str | Sequence[int] = SHAPE,
     prefer: str = SIZE,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Exported:
     """Write an artifact, or an uncompressed model, as a file that onnxruntime runs.
 
     With ``prefer="size"`` every matrix and table is stored with the fewest bits that are exact for its form.
@@ -90,10 +169,8 @@ def export(
 
     Returns
     -------
-    dict
-        ``kernels`` and ``expected_loss`` by site; ``bytes``, ``packed_bytes`` (all tensors, with integers at 4, 8, 16
-        or 32 bits) and ``artifact_bytes``; ``difference`` of the float graph and its ``tolerance``; ``divergence`` from
-        ``path`` on held-out data, None without data; and ``latency`` next to PyTorch's.
+    Exported
+        What was written, and what was measured of it.
 
     Raises
     ------
@@ -121,7 +198,7 @@ def _exported(
     loss: float | None,
     shape: str | Sequence[int],
     prefer: str,
-) -> dict[str, Any]:
+) -> Exported:
     size = parse_shape(shape)
     if to not in RUNTIMES:
         raise RequestError(f"--to {to!r} is not known; choose from {', '.join(RUNTIMES)}")
@@ -166,24 +243,24 @@ def _exported(
             _spare(forms, kernels, expected, table, loss)
         table.save()
         content = lower(model, forms, kernels).SerializeToString()
-    result = write_model(content, out, given)
+    written = write_model(content, out, given)
     session = Session(out)
-    return {
-        "path": str(out),
-        "source": str(path),
-        "to": to,
-        "prefer": prefer,
-        **result,
-        "packed_bytes": opened.packed_bytes,
-        "artifact_bytes": None if opened.artifact is None else opened.artifact.bytes,
-        "kernels": session.kernels,
-        "expected_loss": {name: value for name, value in expected.items() if session.kernels[name] != FLOAT},
-        "difference": difference,
-        "tolerance": TOLERANCE,
-        "divergence": _divergence(source, session, wanted, held, text),
-        "latency": latency(source, session, size, given),
-        "machine": machine(torch.get_num_threads()),
-    }
+    return Exported(
+        path=str(out),
+        source=str(path),
+        to=to,
+        prefer=prefer,
+        bytes=written,
+        packed_bytes=opened.packed_bytes,
+        artifact_bytes=None if opened.artifact is None else opened.artifact.bytes,
+        kernels=session.kernels,
+        expected_loss={name: value for name, value in expected.items() if session.kernels[name] != FLOAT},
+        difference=difference,
+        tolerance=TOLERANCE,
+        divergence=_divergence(source, session, wanted, held, text),
+        latency=latency(source, session, size, given),
+        machine=machine(torch.get_num_threads()),
+    )
 
 
 def _check_loss(loss: float, prefer: str) -> None:
@@ -203,19 +280,13 @@ def _data(source: Source, data: Any) -> tuple[list[Batch], str]:
     return inputs.load_data(source, data, limit=None)
 
 
-def _divergence(
-    source: Source, session: Session, wanted: Objective, held: Sequence[Batch], text: str
-) -> dict[str, Any] | None:
+def _divergence(source: Source, session: Session, wanted: Objective, held: Sequence[Batch], text: str) -> Moved | None:
     """The distance of the file's outputs from the model's on held-out data; None without data."""
     if not held or source.module is None:
         return None
     losses = wanted.measure(session, held, wanted.reference(source.module, held))
-    return {
-        "metric": wanted.metric,
-        "mean": float(losses.mean()),
-        "p95": float(losses.quantile(0.95)),
-        "data": f"{len(losses)} held-out examples of {text}",
-    }
+    p95 = float(losses.quantile(0.95))
+    return Moved(wanted.metric, float(losses.mean()), p95, f"{len(losses)} held-out examples of {text}")
 
 
 def parse_shape(shape: str | Sequence[int]) -> tuple[int, int]:
@@ -315,27 +386,20 @@ def compare_graph(source: Source, model: Any, given: Inputs) -> float:
     return difference
 
 
-def write_model(content: bytes, out: Path, given: Inputs) -> dict[str, Any]:
-    """Write a model atomically, after checking that it loads and runs from disk."""
-    try:
+def write_model(content: bytes, out: Path, given: Inputs) -> int:
+    """Write a model atomically, once it was loaded and run from the disk; returns its bytes."""
+    with writing(out) as aside:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}{NEW}", dir=out.parent) as folder:
-            aside = Path(folder) / out.name
-            write_file(aside, content)
-            outputs = Session(aside)(**given.example())
-            if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
-                raise ArtifactError(
-                    f"{out}: the exported model gives NaN or Inf; nothing was written. Please report this with the "
-                    "model"
-                )
-            check_kind(out)
-            os.replace(aside, out)
-    except OSError as error:
-        raise OctavoError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return {"bytes": out.stat().st_size}
+        aside.write_bytes(content)
+        outputs = Session(aside)(**given.example())
+        if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
+            raise ArtifactError(
+                f"{out}: the exported model gives NaN or Inf; nothing was written. Please report this with the model"
+            )
+    return out.stat().st_size
 
 
-def latency(source: Source, session: Session, shape: tuple[int, int], given: Inputs) -> dict[str, Any]:
+def latency(source: Source, session: Session, shape: tuple[int, int], given: Inputs) -> Timing:
     """Median seconds of the exported file and of the module in PyTorch, run alternately with the same threads."""
     batch = given.batch(shape)
     assert source.module is not None
@@ -345,11 +409,11 @@ def latency(source: Source, session: Session, shape: tuple[int, int], given: Inp
         "torch float32",
     )
     speedup = taken["onnxruntime"]["speedup"]
-    return {
-        "shape": given.shape(shape),
-        "threads": torch.get_num_threads(),
-        "torch_seconds": taken["torch float32"]["seconds"],
-        "seconds": taken["onnxruntime"]["seconds"],
-        "speedup": speedup,
-        "note": "" if speedup >= 1 else "the exported model is slower than the dense one in PyTorch",
-    }
+    return Timing(
+        shape=tuple(given.shape(shape)),
+        threads=torch.get_num_threads(),
+        torch_seconds=taken["torch float32"]["seconds"],
+        seconds=taken["onnxruntime"]["seconds"],
+        speedup=speedup,
+        note="" if speedup >= 1 else "the exported model is slower than the dense one in PyTorch",
+    )

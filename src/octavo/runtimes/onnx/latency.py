@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,21 @@ CACHE = "OCTAVO_CACHE"
 _ROUNDS, _SECONDS = 15, 0.15
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """The conditions of a latency besides shape and kernel."""
+@dataclass(frozen=True)
+class Machine:
+    """What a latency depends on beside shape and kernel: processor, cores, threads of the run, and versions."""
+
+    processor: str
+    cores: int | None
+    threads: int
+    onnxruntime: str
+    torch: str
+
+
+def machine(threads: int) -> Machine:
+    """What this machine is, when a run has so many threads."""
     _, runtime = require()
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "onnxruntime": runtime.__version__,
-        "torch": torch.__version__,
-    }
+    return Machine(_processor(), os.cpu_count(), threads, runtime.__version__, torch.__version__)
 
 
 def _processor() -> str:
@@ -69,7 +75,7 @@ class Table:
     def __init__(self, positions: int, *, threads: int | None = None, folder: Path | None = None) -> None:
         self.positions, self.threads = positions, threads or torch.get_num_threads()
         self.machine = machine(self.threads)
-        key = hashlib.sha256(json.dumps(self.machine, sort_keys=True).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps(asdict(self.machine), sort_keys=True).encode()).hexdigest()[:12]
         folder = folder or Path(os.environ.get(CACHE, Path.home() / ".cache" / "octavo"))
         self.file = folder / f"latency-{key}.json"
         self.entries: dict[str, float] = self._read()
@@ -96,7 +102,9 @@ class Table:
         if self.measured:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.entries = {**self._read(), **self.entries}
-            write_file(self.file, json.dumps({"machine": self.machine, "seconds": self.entries}, indent=1).encode())
+            write_file(
+                self.file, json.dumps({"machine": asdict(self.machine), "seconds": self.entries}, indent=1).encode()
+            )
             self.measured = 0
 
     def _measure(self, form: Form, kernel: str) -> float:

@@ -71,7 +71,7 @@ class Rows:
 ALL = Rows()
 
 
-#: How forms are worked out row by row: functions of nodes, name, form and :class:`Rows`, which give float32.
+#: How forms are computed row by row: functions of nodes, name, form and :class:`Rows`, which give float32.
 by_rows = Lowering[Callable[[Nodes, str, Any, Rows], str]]("matrix for ONNX")
 #: Nodes for ``x @ dense().T`` without the matrix: from nodes, name and ``x``.
 Multiply = Callable[[Nodes, str, str], str]
@@ -80,7 +80,7 @@ multiplies = Lowering[Callable[[Any], Multiply | None]]("product for ONNX")
 
 
 def whole(*kinds: type[Form]) -> Callable[[Callable], Callable]:
-    """Register how these forms are worked out as a whole: a function of nodes, name and form."""
+    """Register how these forms are computed as a whole: a function of nodes, name and form."""
 
     def register(decode: Callable[[Nodes, str, Any], str]) -> Callable[[Nodes, str, Any], str]:
         def lower(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:

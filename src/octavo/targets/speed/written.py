@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ class Written:
     difference
         How far outputs of the graph with float kernels are from the artifact's, relative to the largest.
     size
-        ``bytes`` of the file and ``packed_bytes`` of its tensors.
+        Bytes of the file.
     """
 
     difference: float
-    size: dict[str, int]
+    size: int
 
 
 def write(timed: Timed, folder: Path) -> Written:
@@ -63,7 +63,7 @@ def measured(result: Result, folder: Path, written: Written) -> dict[str, Any]:
     notes += [] if speedup >= 1 else ["the exported model is slower than the dense one in PyTorch"]
     return {
         "file": MODEL,
-        **written.size,
+        "bytes": written.size,
         "asked": asked.words,
         "met": met,
         "shape": list(asked.shape),
@@ -81,7 +81,7 @@ def measured(result: Result, folder: Path, written: Written) -> dict[str, Any]:
         "kernels": dict(Counter(session.kernels.values())),
         "sites": session.kernels,
         "runtimes": {name: {"seconds": value} for name, value in timed.anchors.seconds.items()},
-        "machine": machine(torch.get_num_threads()),
+        "machine": asdict(machine(torch.get_num_threads())),
         "notes": notes,
     }
 
