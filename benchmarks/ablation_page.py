@@ -15,7 +15,7 @@ VERDICTS: dict[str, tuple[bool, str]] = {
     "token frequencies to the power 0": (True, "the power is 1/2"),
     "token frequencies to the power 1": (True, "the power is 1/2"),
     "trellis codes": (False, "method `trellis`, presets `default` and `best`; the allocator chooses by site"),
-    "reconstruction of norms and biases": (False, "a step of its own, presets `default` and `best`, kept where held-back data say so"),
+    "reconstruction of norms and biases": (False, "a step of its own, presets `default` and `best`, kept where held-out data say so"),
     "reconstruction with row gains": (False, "the same"),
     "incoherence rotation of inputs": (False, "left out"),
     "low-rank correction, rank 8": (False, "method `eora`, preset `best`; the allocator chooses by site"),

@@ -86,7 +86,7 @@ the development set of the STS benchmark.{original}
 {table(["ratio asked", "artifact", "share of the budget", "1 − cosine", "best uniform", "best single family", "Spearman"], ratio_rows(results))}
 
 The best uniform plan and the best plan of a single family are built in the same bytes. They are measured on the same test sentences. The
-choice between them is made on held-back calibration data, so one of them may be slightly better on the test data. Norms, biases and row gains
+choice between them is made on held-out calibration data, so one of them may be slightly better on the test data. Norms, biases and row gains
 are fitted afterwards, for the winner only. That step gains 2 to 3% here (see the ablation).
 
 The next table compares with GPTQ with groups of 64, in the bytes of the rival's artifact. The rival's embeddings are rounded to the same bits, and its

@@ -111,7 +111,7 @@ def test_a_family_that_won_no_site_is_told_with_its_figures(trained, digits, tmp
     """A report names every family that was tried: with the sites it won, or with how far behind it was."""
     data, methods = list(digits[0][:128].split(64)), ["entropy", "magnitude", "svd", "keep"]
     done = octavo.compress(trained, ratio=8, data=data, methods=methods)
-    report = done.save(tmp_path / "out")
+    report = done.save(tmp_path / "out", report=False)
     assert {*report["families"], *report["unused"]} - {"keep"} == {"quantize", "prune", "factorize"}
     assert not set(report["families"]) & set(report["unused"]) and report["unused"]
     for found in report["unused"].values():
@@ -143,7 +143,9 @@ def test_same_seed_same_bytes(trained, digits, tmp_path):
     data = list(digits[0][:64].split(32))
     files = []
     for name in ("one", "two"):
-        octavo.compress(trained, ratio=8, data=data, preset="fast", methods=["entropy"], seed=7).save(tmp_path / name)
+        octavo.compress(trained, ratio=8, data=data, preset="fast", methods=["entropy"], seed=7).save(
+            tmp_path / name, report=False
+        )
         files.append([(tmp_path / name / f).read_bytes() for f in ("model.safetensors", "octavo.json")])
     assert files[0] == files[1]
 
@@ -175,7 +177,7 @@ def bare(tmp_path_factory):
 @pytest.mark.parametrize("ratio", [8, 16])
 def test_bare_tensors_are_compressed_without_data(bare, ratio, tmp_path):
     done = octavo.compress(bare, ratio=ratio, preset="fast")
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     original = load_file(bare)
     total = sum(t.numel() * t.element_size() for t in original.values())
     assert 0.98 * total / ratio <= on_disk(tmp_path / "out") <= total / ratio
@@ -214,7 +216,7 @@ def test_shards_compress_as_the_whole(bare, tmp_path):
 
 def test_ignored_sites_are_left_as_they_are(bare, tmp_path):
     done = octavo.compress(bare, ratio=2.5, preset="fast", ignore=["conv.*"], methods=["entropy"])
-    report = done.save(tmp_path / "out")
+    report = done.save(tmp_path / "out", report=False)
     assert torch.equal(octavo.load(tmp_path / "out")["conv.weight"], load_file(bare)["conv.weight"])
     assert set(done.built.packed) == {"embed.weight", "dense.weight"}
     (row,) = (row for row in report["kept"] if row["name"] == "conv.weight")
@@ -224,7 +226,7 @@ def test_ignored_sites_are_left_as_they_are(bare, tmp_path):
 def test_kept_sites_get_what_was_asked_for(bare, tmp_path):
     keep = {"conv.*": "float16", "embed*": "rtn:bits=4,group=64"}
     done = octavo.compress(bare, ratio=4, preset="fast", keep=keep, methods=["entropy"])
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     points = done.built.plan.points
     assert (points["conv.weight"].method, points["conv.weight"].setting) == ("keep", {"dtype": "float16"})
     assert (points["embed.weight"].method, points["embed.weight"].setting) == ("rtn", {"bits": 4, "group": 64})
@@ -340,7 +342,7 @@ def test_an_untied_head_is_a_site_of_its_own(tmp_path, sentences):
     source = gpt2_folder(tmp_path / "source", tie=False)
     done = octavo.compress(source, ratio=8, data=sentences, preset="fast", methods=["entropy"])
     assert done.opened.site("lm_head.weight").kind == "head"
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     loaded = octavo.load(tmp_path / "out")
     assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
     assert 0.98 * done.budget.bytes <= on_disk(tmp_path / "out") <= done.budget.bytes
@@ -367,7 +369,7 @@ def test_empty_tensors_come_back(tmp_path):
     module.weight = nn.Parameter(torch.randn(128, 128))
     module.register_buffer("nothing", torch.empty(0))
     module.register_buffer("no_rows", torch.empty(0, 5, dtype=torch.int64))
-    octavo.compress(module, ratio=4, preset="fast").save(tmp_path / "out")
+    octavo.compress(module, ratio=4, preset="fast").save(tmp_path / "out", report=False)
     state = octavo.load(tmp_path / "out")
     assert state["nothing"].shape == (0,) and state["no_rows"].shape == (0, 5)
     assert state["nothing"].dtype == torch.float32 and state["no_rows"].dtype == torch.int64
@@ -378,7 +380,7 @@ def test_tensors_that_share_memory_in_part_come_back(tmp_path):
     module.weight = nn.Parameter(torch.randn(128, 128))
     module.bias = nn.Parameter(torch.randn(64))
     module.register_buffer("first", module.bias.data[:16])
-    octavo.compress(module, ratio=4, preset="fast").save(tmp_path / "out")
+    octavo.compress(module, ratio=4, preset="fast").save(tmp_path / "out", report=False)
     state = octavo.load(tmp_path / "out")
     torch.testing.assert_close(state["first"], state["bias"][:16])
     torch.testing.assert_close(state["bias"], module.bias.data, rtol=2e-3, atol=1e-5)
@@ -389,7 +391,7 @@ def test_data_free_preset_needs_no_data(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
     done = octavo.compress(model, ratio=8, preset="data-free")
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     assert done.run.calibration.sequences == 0
     assert 0.98 <= done.built.bytes / done.budget.bytes <= 1
     restored = octavo.load(tmp_path / "out", into=nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)))

@@ -14,7 +14,7 @@ from fuzzing.draft import Draft, Inapplicable, mutation, pick
 from octavo import coding
 from octavo.coding.container import CHUNK, CODECS, DTYPES, NARROW, assemble
 from octavo.coding.fields import Reader, Writer
-from octavo.coding.layout import Layout
+from octavo.coding.layout import StreamLayout
 from octavo.errors import ArtifactError
 
 _VARINTS = [0, 1, 2, 3, 6, 7, 16, 17, 63, 64, 127, 128, 255, 256, 257, 1 << 16, 1 << 20, 1 << 24, 1 << 31, 1 << 32, (1 << 62) - 1, 1 << 63,
@@ -94,7 +94,7 @@ def _tables(codec: str, shape: list[int], reader: Reader) -> list[list]:
         if streams:
             merge, base = varint(), varint()
             rows, columns = (coding.decode(block()).numpy() for _ in range(2))
-            sizes = Layout(rows, columns, merge, base, streams).sizes
+            sizes = StreamLayout(rows, columns, merge, base, streams).sizes
         for size in sizes:
             if size:
                 varint()

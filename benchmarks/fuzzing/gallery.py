@@ -160,7 +160,7 @@ def cut(g: Gallery, rows: int, columns: int) -> Form:
     kept = [g.mask(0.7, n) for n in (rows, columns)]
     for mask in kept:
         mask[0] = True
-    return forms.Cut(g.inner(*(int(mask.sum()) for mask in kept)), *kept)
+    return forms.Trimmed(g.inner(*(int(mask.sum()) for mask in kept)), *kept)
 
 
 def scaled(g: Gallery, rows: int, columns: int) -> Form:

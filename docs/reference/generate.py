@@ -17,7 +17,7 @@ from typer.main import get_command
 import octavo
 import octavo.forms
 from octavo.cli import app
-from octavo.methods.base import methods
+from octavo.methods import methods
 
 HERE = Path(__file__).parent
 #: Headings of the sections of a NumPy docstring, each underlined by hyphens.

@@ -19,7 +19,7 @@ from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
 from octavo.calibration.runner import Runner
 from octavo.errors import OctavoError, RequestError
-from octavo.methods.base import DATA_FREE
+from octavo.methods import DATA_FREE
 from octavo.request import Request
 from octavo.sources.batches import Batch
 from octavo.sources.memory import fits, least_bytes

@@ -17,7 +17,7 @@ from octavo.allocation.workspace import Workspace, holds_profile
 from octavo.encoding.finish import finish, single_families
 from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
-from octavo.methods.base import dense_method
+from octavo.methods.selecting import dense_method
 from octavo.opening import begin, open_request
 from octavo.request import Choices, Request, Role, request_of, shows_options
 from octavo.saving import Compressed
@@ -263,7 +263,7 @@ class Reached:
     budget, bytes, used
         Bytes that were allowed and that the artifact takes, and the share of the budget that was used.
     quality, uniform
-        Mean divergence on held-back data, and that of the best uniform plan at the same bytes.
+        Mean divergence on held-out data, and that of the best uniform plan at the same bytes.
     winner
         The label of the best plan.
     families

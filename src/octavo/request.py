@@ -76,7 +76,15 @@ def option(default: Any, help: str, role: Role, **how: Any) -> Any:
 
 def listed(text: str | None) -> list[str] | None:
     """``a,b`` as a list. A knob of a method stays with it: ``entropy:rate=0.2,alds`` has two entries."""
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    if text is None:
+        return None
+    words: list[str] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        if words and ":" in words[-1] and "=" in part and ":" not in part:
+            words[-1] += f",{part}"
+        else:
+            words.append(part)
+    return words
 
 
 def pairs(items: Iterable[str] | None) -> dict[str, str]:
@@ -188,7 +196,8 @@ class Request:
     )
     methods: Sequence[Any] | None = option(
         None,
-        "Comma-separated methods or families to choose from; see 'octavo methods'.",
+        "Comma-separated methods or families to choose from, with knobs if need be, such as entropy:rate=0.2,alds; see "
+        "'octavo methods'.",
         Role.MEASURED,
         read=listed,
         check=_is_list,
@@ -250,7 +259,7 @@ class Request:
         Raises
         ------
         TypeError
-            If a choice is none of the fields.
+            If a choice is not a field.
         """
         refuse_unknown(type(self), choices)
         return replace(self, **choices)

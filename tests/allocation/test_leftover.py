@@ -156,5 +156,5 @@ def test_a_pinned_or_given_plan_is_not_said_to_be_without_alternative(tmp_path):
         module, plan=tmp_path / "plan.yaml", workspace=tmp_path / "measured", resume=True, target="memory", data=DATA,
         objective="kl",
     )  # fmt: skip
-    note = done.save(tmp_path / "out")["artifact"]["note"]
+    note = done.save(tmp_path / "out", report=False)["artifact"]["note"]
     assert note == "less than 98% of the budget is used by this plan"

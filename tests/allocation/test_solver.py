@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from octavo.allocation.budget import Budget, budget
 from octavo.allocation.plans import read_plan
 from octavo.allocation.profiles import Curve, Point, Profile, densified, envelope, family, interpolate
-from octavo.allocation.solver import Choices, allocate, uniform
+from octavo.allocation.solver import PointTable, allocate, uniform
 from octavo.errors import BudgetError, RequestError
 from octavo.methods import get_method
 
@@ -69,7 +69,7 @@ def best_by_trying(choices, room):
 @settings(max_examples=120, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1.1))
 def test_solve_stays_within_the_room_and_near_the_optimum(seed, share):
-    choices = Choices(random_profile(seed))
+    choices = PointTable(random_profile(seed))
     low, high = int(choices.bytes.min(1).sum()), int(np.where(choices.bytes < 2**60, choices.bytes, 0).max(1).sum())
     room = int(low + share * (high - low))
     chosen, rows = choices.solve(room), np.arange(4)
@@ -86,7 +86,7 @@ def test_solve_stays_within_the_room_and_near_the_optimum(seed, share):
 def test_solve_is_mostly_optimal():
     ratios = []
     for seed in range(40):
-        choices = Choices(random_profile(seed))
+        choices = PointTable(random_profile(seed))
         low = int(choices.bytes.min(1).sum())
         room = int(low * 1.8)
         chosen = choices.solve(room)

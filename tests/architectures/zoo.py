@@ -150,7 +150,7 @@ ENCODERS = [
     row("encoder", "BertForPreTraining", "BertConfig", TEXT, padded),
     row("encoder", "BertForMultipleChoice", "BertConfig", TEXT, lambda: choices(), wide=True),
     row("encoder", "RobertaForSequenceClassification", "RobertaConfig", {**TEXT, "num_labels": 5}, padded),
-    row("encoder", "RobertaForQuestionAnswering", "RobertaConfig", TEXT, padded),
+    row("encoder", "RobertaForQuestionAnswering", "RobertaConfig", TEXT, padded, wide=True),
     row("encoder", "XLMRobertaForTokenClassification", "XLMRobertaConfig", {**TEXT, "num_labels": 5}, padded, wide=True),
     row("encoder", "DistilBertModel", "DistilBertConfig",
         {"vocab_size": WORDS, "dim": WIDTH, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "pad_token_id": 1,
@@ -165,7 +165,7 @@ ENCODERS = [
         {"vocab_size": WORDS, "d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 96, **MARKS}, wide=True),
     row("encoder", "ModernBertForMaskedLM", "ModernBertConfig",
         {**TEXT, **MARKS, "cls_token_id": 2, "sep_token_id": 3, "attn_implementation": "eager"}, padded),
-    row("encoder", "NomicBertModel", "NomicBertConfig", TEXT, padded),
+    row("encoder", "NomicBertModel", "NomicBertConfig", TEXT, padded, wide=True),
     row("encoder", "FNetForMaskedLM", "FNetConfig", TEXT, wide=True),
     row("encoder", "LongformerForMaskedLM", "LongformerConfig",
         {**TEXT, "attention_window": 4, "max_position_embeddings": 66}, padded, wide=True),
@@ -184,7 +184,7 @@ DECODERS = [
         {"vocab_size": WORDS, "hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 64}, padded),
     row("decoder", "MistralForCausalLM", "MistralConfig", GROUPED, wide=True),
-    row("decoder", "Qwen2ForCausalLM", "Qwen2Config", {**GROUPED, "tie_word_embeddings": True}),
+    row("decoder", "Qwen2ForCausalLM", "Qwen2Config", {**GROUPED, "tie_word_embeddings": True}, wide=True),
     row("decoder", "Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 12}, wide=True),
     row("decoder", "GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 12}, wide=True),
     row("decoder", "Gemma2ForCausalLM", "Gemma2Config", {**GROUPED, "head_dim": 12}, wide=True),
@@ -211,7 +211,7 @@ ENCODER_DECODERS = [
     row("encoder-decoder", "BartForConditionalGeneration", "BartConfig", PAIRED, both),
     row("encoder-decoder", "MBartForConditionalGeneration", "MBartConfig", PAIRED, both, wide=True),
     row("encoder-decoder", "PegasusForConditionalGeneration", "PegasusConfig", PAIRED, both, wide=True),
-    row("encoder-decoder", "MarianMTModel", "MarianConfig", PAIRED, equally_long),
+    row("encoder-decoder", "MarianMTModel", "MarianConfig", PAIRED, equally_long, wide=True),
     row("encoder-decoder", "M2M100ForConditionalGeneration", "M2M100Config", PAIRED, both, wide=True),
 ]  # fmt: skip
 
@@ -290,7 +290,7 @@ def captioned() -> dict[str, Tensor]:
 SEEING = [
     Row("LlavaForConditionalGeneration", "vision-language", llava, told(5, 16)),
     Row("PaliGemmaForConditionalGeneration", "vision-language", paligemma, told(5, 16), wide=True),
-    Row("Idefics3ForConditionalGeneration", "vision-language", idefics3, seen_by_idefics),
+    Row("Idefics3ForConditionalGeneration", "vision-language", idefics3, seen_by_idefics, wide=True),
     Row("Qwen2VLForConditionalGeneration", "vision-language", qwen_vl, tokens),
     Row("VisionEncoderDecoderModel", "vision-language", vision_text, captioned, wide=True),
 ]
@@ -307,7 +307,7 @@ VISUAL = [
         {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 5}, images),
     row("vision", "ResNetForImageClassification", "ResNetConfig",
         {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}, images),
-    row("vision", "CLIPVisionModel", "CLIPVisionConfig", VISION, images),
+    row("vision", "CLIPVisionModel", "CLIPVisionConfig", VISION, images, wide=True),
     row("vision", "BeitForImageClassification", "BeitConfig",
         {**VISION, "num_labels": 5, "out_indices": [1, 2], "use_relative_position_bias": True}, images, wide=True),
     row("vision", "YolosForObjectDetection", "YolosConfig",
@@ -348,7 +348,7 @@ def sounds() -> dict[str, Tensor]:
 
 CONTRASTIVE = [
     Row("CLIPModel", "contrastive", clip, pairs),
-    Row("SiglipModel", "contrastive", siglip, pairs),
+    Row("SiglipModel", "contrastive", siglip, pairs, wide=True),
     Row("ClapModel", "contrastive", clap, sounds, wide=True),
     row("contrastive", "CLIPTextModelWithProjection", "CLIPTextConfig", {**TEXT, **MARKS, "projection_dim": 32}, padded,
         wide=True),
@@ -359,7 +359,7 @@ del WHISPER["max_position_embeddings"]
 
 HEARING = [
     row("speech", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, frames("input_values", 800)),
-    row("speech", "HubertForCTC", "HubertConfig", SPEECH, frames("input_values", 800)),
+    row("speech", "HubertForCTC", "HubertConfig", SPEECH, frames("input_values", 800), wide=True),
     row("speech", "WavLMModel", "WavLMConfig", {**SPEECH, "num_buckets": 20, "max_bucket_distance": 40},
         frames("input_values", 800), wide=True),
     row("speech", "WhisperForConditionalGeneration", "WhisperConfig", WHISPER, heard),

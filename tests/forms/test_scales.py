@@ -49,7 +49,9 @@ def test_any_scale_of_weights(scale, preset, tmp_path):
 def test_other_ways_through(request_, tmp_path):
     torch.manual_seed(0)
     module, x = Rescaled(1e-25), torch.randn(64, 64)
-    octavo.compress(module, ratio=3, preset="fast", data=[x], objective="squared", **request_).save(tmp_path / "out")
+    octavo.compress(module, ratio=3, preset="fast", data=[x], objective="squared", **request_).save(
+        tmp_path / "out", report=False
+    )
     packed = octavo.load(tmp_path / "out", into=Rescaled(1e-25), packed="target" in request_)
     factors = octavo.load(tmp_path / "out", into=Rescaled(1e-25), factors=True)
     for loaded in (packed, factors):
@@ -60,7 +62,7 @@ def test_other_ways_through(request_, tmp_path):
 def test_doubles_beyond_single_precision(tmp_path):
     torch.manual_seed(0)
     module, x = Rescaled(1e-200, dtype=torch.float64), torch.randn(64, 64, dtype=torch.float64)
-    octavo.compress(module, ratio=6, preset="data-free").save(tmp_path / "out")
+    octavo.compress(module, ratio=6, preset="data-free").save(tmp_path / "out", report=False)
     weights, outputs = errors(module, octavo.load(tmp_path / "out", into=Rescaled(1e-200, dtype=torch.float64)), x)
     assert weights < 0.08 and outputs < 0.01
 
@@ -71,7 +73,7 @@ def test_weights_that_no_output_shows(tmp_path):
     module, data = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), [torch.randn(32, 64)]
     module[0].weight.data *= 1e-25
     done = octavo.compress(module, ratio=4, data=data, preset="fast")
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     assert done.ratio >= 4 and set(octavo.load(tmp_path / "out")) == set(module.state_dict())
 
 
@@ -80,7 +82,7 @@ def test_convolutions_and_tables(tmp_path):
     module = nn.Sequential(nn.ConvTranspose1d(16, 16, 4, groups=2), nn.Embedding(64, 32))
     for part in module:
         part.weight.data *= 1e-20
-    octavo.compress(module, ratio=3, preset="data-free").save(tmp_path / "out")
+    octavo.compress(module, ratio=3, preset="data-free").save(tmp_path / "out", report=False)
     for name, weight in octavo.load(tmp_path / "out").items():
         if name.endswith("weight"):
             wanted = module.state_dict()[name]

@@ -134,7 +134,7 @@ def test_equal_matrices_of_a_plain_module_stay_apart(tmp_path):
     module[1].load_state_dict(module[0].state_dict())
     module[2].weight = module[0].weight
     done = octavo.compress(module, ratio=4, data=[torch.randn(32, 64)], preset="fast", methods=["rtn"])
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     artifact = octavo.Artifact(tmp_path / "out")
     assert artifact.aliases == {"2.weight": "0.weight"} and {"0.weight", "1.weight"} <= set(artifact.sites)
     other = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
@@ -146,7 +146,9 @@ def test_equal_matrices_of_a_plain_module_stay_apart(tmp_path):
 def test_equal_matrices_without_data(make, tmp_path):
     torch.manual_seed(0)
     make().save_pretrained(tmp_path / "source")
-    octavo.compress(tmp_path / "source", ratio=4, preset="data-free", methods=["rtn"]).save(tmp_path / "out")
+    octavo.compress(tmp_path / "source", ratio=4, preset="data-free", methods=["rtn"]).save(
+        tmp_path / "out", report=False
+    )
     old = T.AutoModelForCausalLM.from_pretrained(tmp_path / "source").state_dict()
     model, info = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]

@@ -63,7 +63,7 @@ def test_every_kind_meets_its_budget(kind, memory, tmp_path):
     source = write(kind, tmp_path / "model")
     done = octavo.compress(source, ratio=3, data=TEXTS, methods=["entropy"], preset="fast", memory=memory)
     assert done.opened.source.is_skeleton == (memory is not None)
-    data = done.save(tmp_path / "out")
+    data = done.save(tmp_path / "out", report=False)
     assert 0.98 * done.budget.bytes <= data["artifact"]["bytes"] <= done.budget.bytes
     assert data["quality"]["metric"] == "KL divergence" and 0 < data["quality"]["value"] < 1
     linear = [row for row in data["sites"] if row["kind"] == "linear"]
@@ -77,7 +77,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [("evidence", 2), ("evidence", 4), ("evidence", 6), ("profile", 3), ("encode", 4)])
+@pytest.mark.parametrize("at", [("evidence", 4), ("profile", 3), ("encode", 4)])
 def test_block_by_block_a_killed_run_writes_the_same_bytes(at, llama, tmp_path):
     def run(resume, stop=None):
         def progress(step, done, total):

@@ -101,7 +101,7 @@ def test_without_texts_that_serve_nothing_is_run_and_that_is_said(model, tokeniz
 
 def test_the_note_reaches_the_report(tmp_path):
     done = octavo.compress(write(vit(), tmp_path / "vit", tokenizer=False), ratio=3, preset="fast", methods=["rtn"])
-    assert any("pixel_values" in note for note in done.save(tmp_path / "out")["calibration"]["warnings"])
+    assert any("pixel_values" in note for note in done.save(tmp_path / "out", report=False)["calibration"]["warnings"])
 
 
 @pytest.mark.parametrize("model", [bart(), t5(), t5(T.T5Model)], ids=lambda model: type(model).__name__)

@@ -142,10 +142,6 @@ def test_bases_of_tables_fold_into_the_next_layer():
         folded(torch.zeros(6, 0), layer.bias, [])
 
 
-def test_edges(edge, check_edge):
-    check_edge("afm", edge)
-
-
 @pytest.mark.parametrize("rank", [8, 24])
 def test_the_method_keeps_the_largest_outputs(matrix, evidence, rank):
     """All outputs alike, it loses less than a truncation of the weights, and than one that weighs outputs unequally."""

@@ -11,7 +11,7 @@ from octavo.errors import RequestError
 from octavo.forms import GroupedLowRank
 from octavo.methods import get_method
 from octavo.methods.factorize.alds import decomposed
-from octavo.methods.factorize.minimax import Choice, Layer, allocate
+from octavo.methods.factorize.minimax import RankChoice, RankedLayer, allocate_ranks
 from octavo.sources.sites import from_module
 
 
@@ -26,8 +26,8 @@ def kernels() -> dict[str, tuple[torch.Tensor, int]]:
     return found
 
 
-def layers(**options) -> dict[str, Layer]:
-    return {name: Layer(matrix, channels, **options) for name, (matrix, channels) in kernels().items()}
+def layers(**options) -> dict[str, RankedLayer]:
+    return {name: RankedLayer(matrix, channels, **options) for name, (matrix, channels) in kernels().items()}
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
@@ -38,7 +38,9 @@ def test_the_error_is_within_the_bound(groups, rank):
     lost = torch.linalg.matrix_norm(matrix - decomposed(matrix, groups, rank).dense(), 2)
     largest = max(float(torch.linalg.svdvals(part)[rank]) for part in matrix.chunk(groups, 1))
     assert largest * 0.999 <= float(lost) <= math.sqrt(groups) * largest * 1.001
-    bound, plain = (Layer(matrix, channels, bound=bound).error(Choice(groups, rank)) for bound in (True, False))
+    bound, plain = (
+        RankedLayer(matrix, channels, bound=bound).error(RankChoice(groups, rank)) for bound in (True, False)
+    )
     norm = float(torch.linalg.matrix_norm(matrix, 2))
     assert plain * norm == pytest.approx(largest, rel=1e-4)
     assert bound == pytest.approx(math.sqrt(groups) * plain, rel=1e-9)
@@ -149,13 +151,13 @@ def test_groups_of_lower_rank_and_evidence_that_sees_little():
         assert evidence.loss(error) < 1e-3 * evidence.loss(weight)
 
 
-def constant(found: dict[str, Layer], share: float) -> dict[str, Choice]:
-    return {name: Choice(1, max(1, round(share * (len(layer.errors(1)) - 1)))) for name, layer in found.items()}
+def constant(found: dict[str, RankedLayer], share: float) -> dict[str, RankChoice]:
+    return {name: RankChoice(1, max(1, round(share * (len(layer.errors(1)) - 1)))) for name, layer in found.items()}
 
 
-def energy(found: dict[str, Layer], share: float) -> dict[str, Choice]:
+def energy(found: dict[str, RankedLayer], share: float) -> dict[str, RankChoice]:
     kept = {name: layer.errors(1).square().cumsum(0) for name, layer in found.items()}
-    return {name: Choice(1, 1 + int((sums[:-2] < share * sums[-1]).sum())) for name, sums in kept.items()}
+    return {name: RankChoice(1, 1 + int((sums[:-2] < share * sums[-1]).sum())) for name, sums in kept.items()}
 
 
 @pytest.mark.parametrize("bound", [True, False])
@@ -165,8 +167,8 @@ def test_no_ablation_of_that_size_has_a_smaller_largest_error(share, bound):
     for choices in (constant(found, share / 2), energy(found, share)):
         size = sum(layer.size(choices[name]) for name, layer in found.items())
         worst = max(layer.error(choices[name]) for name, layer in found.items())
-        ours = allocate(found, size)
-        single = allocate(found, size, groups=(1,))
+        ours = allocate_ranks(found, size)
+        single = allocate_ranks(found, size, groups=(1,))
         assert ours.elements <= size and single.elements <= size
         assert ours.error <= single.error <= worst
         assert {choice.groups for choice in single.choices.values() if choice} <= {1}
@@ -176,9 +178,9 @@ def test_the_level_is_the_least_for_one_group():
     """With one group the bisection is exact: no choice of ranks within the budget has a smaller largest error."""
     found = {name: layers()[name] for name in ("layer0", "layer2")}
     budget = sum(layer.dense for layer in found.values()) // 3
-    made = allocate(found, budget, groups=(1,))
+    made = allocate_ranks(found, budget, groups=(1,))
     first, second = found.values()
-    options = [[*(Choice(1, j) for j in range(1, len(layer.errors(1)))), None] for layer in (first, second)]
+    options = [[*(RankChoice(1, j) for j in range(1, len(layer.errors(1)))), None] for layer in (first, second)]
     best = min(
         max(first.error(a), second.error(b))
         for a in options[0]
@@ -191,22 +193,22 @@ def test_the_level_is_the_least_for_one_group():
 def test_errors_fall_as_the_budget_grows_until_all_is_dense():
     found = layers()
     dense = sum(layer.dense for layer in found.values())
-    errors = [allocate(found, int(share * dense)).error for share in (0.1, 0.2, 0.4, 0.8, 1.0)]
+    errors = [allocate_ranks(found, int(share * dense)).error for share in (0.1, 0.2, 0.4, 0.8, 1.0)]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0
-    assert set(allocate(found, dense).choices.values()) == {None}
-    assert allocate(found, dense // 3) == allocate(layers(), dense // 3)
+    assert set(allocate_ranks(found, dense).choices.values()) == {None}
+    assert allocate_ranks(found, dense // 3) == allocate_ranks(layers(), dense // 3)
 
 
 def test_budgets_and_groups_that_cannot_be():
     with pytest.raises(RequestError, match=r"20 coefficients are too few, as rank 1 in all layers takes 430"):
-        allocate(layers(), 20)
+        allocate_ranks(layers(), 20)
     with pytest.raises(RequestError, match="layers: none are given"):
-        allocate({}, 20)
+        allocate_ranks({}, 20)
     with pytest.raises(RequestError, match="starts is 0 and rounds is 4; both must be at least 1"):
-        allocate(layers(), 10_000, starts=0)
+        allocate_ranks(layers(), 10_000, starts=0)
     with pytest.raises(RequestError, match="starts is 15 and rounds is 0"):
-        allocate(layers(), 10_000, rounds=0)
+        allocate_ranks(layers(), 10_000, rounds=0)
     with pytest.raises(RequestError, match="channels: 5 do not divide the 108 columns"):
-        Layer(kernels()["layer0"][0], 5)
+        RankedLayer(kernels()["layer0"][0], 5)
     with pytest.raises(RequestError, match="5 groups do not divide 12 channels"):
         layers()["layer0"].errors(5)

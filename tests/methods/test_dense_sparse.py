@@ -26,10 +26,6 @@ def error(weight, shape, rounds=8):
     return float((weight - found.dense()).norm() / weight.norm())
 
 
-def test_edges(edge, check_edge):
-    check_edge(NAME, edge)
-
-
 @pytest.mark.parametrize("shape", [(256, 384), (384, 200)])
 def test_settings_fall_in_size(shape, evidence_of, size):
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.05

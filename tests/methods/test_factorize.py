@@ -21,11 +21,6 @@ NAMES = ("svd", "activation-svd", "eora")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_edges(name, edge, check_edge):
-    check_edge(name, edge)
-
-
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(256, 384), (384, 256)])
 def test_settings_fall_in_size(name, shape, evidence_of, size):
     generator = torch.Generator().manual_seed(0)

@@ -150,10 +150,6 @@ def test_counts_that_tell_nothing(counts):
     assert float(error.norm()) < 0.6 * float(weight.norm())
 
 
-def test_edges(edge, check_edge):
-    check_edge("groupreduce", edge)
-
-
 @pytest.mark.parametrize("shape", [(900, 32), (120, 200)])
 def test_settings_fall_in_size(shape, evidence_of, size):
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.05

@@ -10,10 +10,6 @@ from octavo.methods import get_method, select_methods
 NOTHING = Evidence(torch.ones(24), None)
 
 
-def test_edges(edge, check_edge):
-    check_edge("keep", edge)
-
-
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", 0.0), ("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
 def test_precision_and_size(dtype, precision, matrix):
     form = get_method("keep").encode(matrix, {"dtype": dtype}, NOTHING)

@@ -23,10 +23,6 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_edges(edge, check_edge):
-    check_edge("mpo", edge)
-
-
 @pytest.mark.parametrize("size", [1, 2, 7, 13, 31, 97, 216, 256, 384, 704, 30522])
 @pytest.mark.parametrize("sites", [1, 2, 3, 4])
 def test_modes_are_balanced_and_hold_the_size(size, sites):
@@ -162,14 +158,14 @@ def test_embeddings_and_heads_but_no_convolutions():
 
 
 def test_a_large_table_is_quick_and_near_the_best():
-    """The 30,522 x 384 embedding of a BERT: seconds, and within two percent of the exact cut."""
-    weight = random(30522, 384)
+    """A third of the embedding of a BERT: seconds, and within two percent of the exact cut."""
+    weight = random(10_000, 384)
     started = time.process_time()
     setting = {"sites": 2, "chi": 200, "bits": 3}
-    form = get_method("mpo").encode(weight, setting, Evidence(torch.ones(30522), None))
-    assert time.process_time() - started < 10
+    form = get_method("mpo").encode(weight, setting, Evidence(torch.ones(10_000), None))
+    assert time.process_time() - started < 5
     again = forms.restore(form.tensors(), form.meta(), form.shape)
-    assert torch.equal(again.lookup(torch.tensor([0, 30521])), form.dense()[[0, 30521]])
+    assert torch.equal(again.lookup(torch.tensor([0, 9999])), form.dense()[[0, 9999]])
     small = random(1100, 1200) @ torch.diag(torch.logspace(0, -1, 1200))
     subspace = decompose(small, (1100, 1), (1, 1200), 100)
     exact = float(factors.whitened(small).values[100:].square().sum())

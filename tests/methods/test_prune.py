@@ -15,11 +15,6 @@ NAMES = ("magnitude", "wanda", "sparsegpt")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_edges(name, edge, check_edge):
-    check_edge(name, edge)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_settings_fall_in_size(name, evidence_of, size):
     weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)) * 0.05
     evidence, method = evidence_of(256, 384), get_method(name)

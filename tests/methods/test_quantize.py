@@ -17,11 +17,6 @@ NAMES = ("rtn", "gptq", "kmeans")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_edges(name, edge, check_edge):
-    check_edge(name, edge)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_settings_fall_in_size_and_rise_in_loss(name, matrix, evidence, size):
     method = get_method(name)
     forms = list(method.encode_all(matrix, method.settings(matrix, evidence), evidence))

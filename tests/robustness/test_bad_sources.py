@@ -93,7 +93,7 @@ def test_a_file_without_tensors(refused: Refused, tmp_path: Path) -> None:
 def test_a_dtype_that_is_no_float_of_a_model_survives(lab: Any, tmp_path: Path) -> None:
     odd = torch.randn(4, 4).to(torch.float8_e4m3fn)
     file = lab.write_bare(tmp_path / "x.safetensors", odd=odd)
-    octavo.compress(file, ratio=3, preset="data-free").save(tmp_path / "out")
+    octavo.compress(file, ratio=3, preset="data-free").save(tmp_path / "out", report=False)
     found = octavo.load(tmp_path / "out")["odd"]
     assert found.dtype == odd.dtype and torch.equal(found.view(torch.uint8), odd.view(torch.uint8))
 
@@ -123,7 +123,7 @@ def test_odd_tensors_survive(lab: Any, tmp_path: Path) -> None:
         "same": torch.full((40, 30), 0.25, dtype=torch.bfloat16),
     }
     file = lab.write_bare(tmp_path / "x.safetensors", **odd)
-    octavo.compress(file, ratio=3, preset="fast").save(tmp_path / "out")
+    octavo.compress(file, ratio=3, preset="fast").save(tmp_path / "out", report=False)
     state = octavo.load(tmp_path / "out")
     for name, tensor in odd.items():
         assert state[name].shape == tensor.shape and state[name].dtype == tensor.dtype, name
@@ -188,7 +188,7 @@ def test_batches_of_any_size_are_divided(lab: Any, tmp_path: Path, size: int) ->
     batches = list(torch.randn(16, 3, 8, 8, generator=generator).split(size))
     done = octavo.compress(lab.net(), ratio=2, data=batches, preset="fast")
     assert sum(map(len, done.opened.held_data)) == 4 and sum(map(len, done.opened.calibration_data)) == 12
-    result = done.save(tmp_path / "out")
+    result = done.save(tmp_path / "out", report=False)
     assert result["quality"]["data"].startswith("4 held-out examples")
 
 

@@ -73,7 +73,7 @@ WRONG = {
     "--ratio 4 --preset {empty}": "preset '' is not known",
     "--ratio 4 --methods zip": "'zip' is neither a method nor a family",
     "--ratio 4 --methods ,": "name a method",
-    "--ratio 4 --curvature flat": "curvature 'flat' is not known",
+    "--ratio 4 --curvature flat": "curvature is 'flat'",
     "--ratio 4 --objective beauty": "objective 'beauty' is not known",
     "--ratio 4 --objective {empty}": "objective '' is not known",
     "--ratio 4 --ignore none*": "matches no site",
@@ -96,10 +96,10 @@ WRONG = {
     "--ratio 4 --executor local:2": "executor 'local:2' is not known",
     "--ratio 4 --executor ray://nowhere": "write it as host:port",
     "--ratio 4 --memory much": "write it like 11MB",
-    "--speedup 2": "speedup has no meaning",
-    "--latency 5ms": "latency has no meaning",
-    "--ratio 4 --shape 1x32": "shape has no meaning",
-    "--ratio 4 --shape nonsense": "shape has no meaning",
+    "--speedup 2": "cannot be combined with it: --speedup",
+    "--latency 5ms": "cannot be combined with it: --latency",
+    "--ratio 4 --shape 1x32": "cannot be combined with it: --shape",
+    "--ratio 4 --shape nonsense": "cannot be combined with it: --shape",
     "--ratio 4 --data {texts}": "so calibration data cannot be used",
     "--ratio 4 --objective kl": "nothing is run here",
     "--ratio 4 --curvature ekfac": "needs a model that runs",
@@ -114,13 +114,12 @@ NOT_OF_SPEED = (
 )  # fmt: skip
 LINES = [
     *lines("compress {bare} --out {out} --for disk *", 2, WRONG),
-    *lines("compress {bare} --out {out} --for memory *", 2, WRONG),
     *lines("profile {bare} --out {out} *", 2, {
         words.removeprefix("--ratio 4 "): says for words, says in WRONG.items()
         if words.startswith("--ratio 4 ") and "--bits" not in words and "--shape" not in words
     }),
     *lines("compress {bert} --out {out} --for speed --speedup 2 *", 2, {
-        words: f"{words.split()[0][2:]} has no meaning" for words in NOT_OF_SPEED
+        words: f"cannot be combined with it: {'--for' if '--profile' in words else words.split()[0]}" for words in NOT_OF_SPEED
     }),
     *lines("compress {bert} --out {out} --for speed *", 2, {
         "": "exactly one of speedup and latency",

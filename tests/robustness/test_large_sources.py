@@ -59,13 +59,13 @@ def peak_of(lab: Any, *words: object) -> tuple[int, str]:
 def test_peak_memory_does_not_grow_with_depth(lab: Any, tmp_path: Path) -> None:
     words = ("--preset", "data-free", "--ratio", "4", "--methods", "entropy,keep")
     peaks = {}
-    for count in (3, 15):
+    for count in (3, 11):
         source = write_shards(tmp_path / f"source-{count}", count)
         peaks[count], _ = peak_of(lab, "compress", source, *words, "--out", tmp_path / f"out-{count}")
         assert octavo.verify(tmp_path / f"out-{count}").weights_match
-    grown = 12 * SIDE * SIDE * 2
-    # Of 57 MB more of source, and 14 MB more of artifact, none stays; allocators waver by a few.
-    assert peaks[15] - peaks[3] < grown / 2, peaks
+    grown = 8 * SIDE * SIDE * 2
+    # Of 38 MB more of source, and 9 MB more of artifact, none stays; allocators waver by a few.
+    assert peaks[11] - peaks[3] < grown / 2, peaks
 
 
 def test_without_data_the_artifact_is_loaded_and_no_quality_is_stated(lab: Any, bert: Path, tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_work_of_a_call_without_workspace_lasts_until_it_is_saved(bare: Path, tm
     done = octavo.compress(bare, ratio=4, preset="data-free")
     work = done.run.workspace.path
     assert work.is_dir()
-    done.save(tmp_path / "out")
-    done.save(tmp_path / "again")
+    done.save(tmp_path / "out", report=False)
+    done.save(tmp_path / "again", report=False)
     del done
     assert not work.exists()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (

@@ -17,6 +17,7 @@ import octavo
 
 #: Fixtures of conftest.py: a command run in this process, and one that must be refused.
 Command = Refused = Callable[..., Any]
+FAST = ("--preset", "fast")
 
 
 def test_a_folder_in_use_is_left_alone(refused: Refused, bare: Path, tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_folder_in_use_is_left_alone(refused: Refused, bare: Path, tmp_path: P
 
 def test_an_empty_folder_is_used(command: Command, bare: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert command("compress", bare, "--ratio", "4", "--out", tmp_path / "out").code == 0
+    assert command("compress", bare, *FAST, "--ratio", "4", "--out", tmp_path / "out").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
@@ -37,7 +38,7 @@ def test_overwrite_replaces_all_of_it(command: Command, bare: Path, tmp_path: Pa
     (out / "deep").mkdir(parents=True)
     (out / "deep" / "notes.txt").write_text("old")
     (out / "octavo.json").write_text("{}")
-    result = command("compress", bare, "--ratio", "4", "--out", out, "--overwrite", "--json")
+    result = command("compress", bare, *FAST, "--ratio", "4", "--out", out, "--overwrite", "--json")
     assert result.code == 0 and json.loads(result.out)["artifact"]["ratio"] >= 4
     assert not (out / "deep").exists() and set(octavo.load(out)) >= {"first.weight", "steps"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -48,7 +49,7 @@ def test_overwrite_of_a_failure_leaves_the_old(refused: Refused, bare: Path, tmp
     out = tmp_path / "out"
     out.mkdir()
     (out / "octavo.json").write_text("mine")
-    refused(bare, "--ratio", "1e6", "--overwrite", code=3)
+    refused(bare, *FAST, "--ratio", "1e6", "--overwrite", code=3)
     refused(bare, "--ratio", "4", "--overwrite", "--keep", "first*=rtn:bits=99,group=0", says="bits is 99")
 
 
@@ -60,7 +61,7 @@ def test_the_source_is_never_replaced(refused: Refused, lab: Any, tmp_path: Path
     says = "holds the source, which would be replaced"
     refused(file, "--ratio", "4", "--overwrite", out=tmp_path / "models", says=says)
     with pytest.raises(octavo.RequestError, match=says):
-        octavo.compress(file, ratio=4).save(tmp_path / "models", overwrite=True)
+        octavo.compress(file, ratio=4, preset="fast").save(tmp_path / "models", overwrite=True, report=False)
 
 
 def test_an_output_that_is_a_file(refused: Refused, bare: Path, tmp_path: Path) -> None:
@@ -75,23 +76,23 @@ def test_an_output_that_is_a_file(refused: Refused, bare: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("out", ["/proc/out", "/proc/self/out", "/dev/null/out"])
 def test_an_output_that_cannot_be_written(command: Command, bare: Path, out: str) -> None:
-    result = command("compress", bare, "--ratio", "4", "--out", out)
+    result = command("compress", bare, *FAST, "--ratio", "4", "--out", out)
     assert result.code == 2 and f"{out}: cannot be written" in result.said.replace(str(os.getpid()), "self")
 
 
 def test_parents_are_made_for_a_success_only(command: Command, bare: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "er" / "out"
-    assert command("compress", bare, "--ratio", "1e6", "--out", out).code == 3
+    assert command("compress", bare, *FAST, "--ratio", "1e6", "--out", out).code == 3
     assert command("compress", bare, "--ratio", "0", "--out", out).code == 2
     assert list(tmp_path.iterdir()) == []
-    assert command("compress", bare, "--ratio", "4", "--out", out).code == 0
+    assert command("compress", bare, *FAST, "--ratio", "4", "--out", out).code == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_a_link_to_a_folder_stays_one(command: Command, bare: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert command("compress", bare, "--ratio", "4", "--out", tmp_path / "link").code == 0
+    assert command("compress", bare, *FAST, "--ratio", "4", "--out", tmp_path / "link").code == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "octavo.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
@@ -99,7 +100,7 @@ def test_a_link_to_a_folder_stays_one(command: Command, bare: Path, tmp_path: Pa
 def test_the_current_folder(command: Command, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert command("compress", bare, "--ratio", "4", "--out", ".").code == 0
+    assert command("compress", bare, *FAST, "--ratio", "4", "--out", ".").code == 0
     assert (tmp_path / "here" / "octavo.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
 
@@ -108,7 +109,7 @@ def test_the_user_s_module_is_as_it_was(lab: Any, tmp_path: Path) -> None:
     module = lab.net()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     batches = [torch.randn(16, 3, 8, 8)]
-    octavo.compress(module, ratio=2, data=batches, preset="fast").save(tmp_path / "out")
+    octavo.compress(module, ratio=2, data=batches, preset="fast").save(tmp_path / "out", report=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
     assert not any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules())

@@ -16,7 +16,7 @@ import octavo
 from octavo.artifact import pack
 from octavo.artifact.writing import Contents, Entry, Kept
 from octavo.errors import ArtifactError
-from octavo.forms import Cut, Dense, DenseSparse, Grid, GroupedLowRank, LowRank, RowBlocks, Separable, Sparse, Sum
+from octavo.forms import Dense, DenseSparse, Grid, GroupedLowRank, LowRank, RowBlocks, Separable, Sparse, Sum, Trimmed
 from octavo.sources.sites import Layout
 
 #: The promise: four times the files, and 200 MB.
@@ -103,7 +103,7 @@ def hollow(rows, columns):
     """A matrix of any size in a few bytes."""
     rows_kept, columns_kept = torch.zeros(rows, dtype=torch.bool), torch.zeros(columns, dtype=torch.bool)
     rows_kept[0] = columns_kept[0] = True
-    return Cut(TINY, rows_kept, columns_kept)
+    return Trimmed(TINY, rows_kept, columns_kept)
 
 
 def flat(rows, columns, dtype=torch.int8):

@@ -196,7 +196,7 @@ def test_a_loss_gets_the_labels(tmp_path):
     loss = Loss(lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1], reduction="none"))
     data = DataLoader(TensorDataset(torch.randn(96, 64), torch.randint(0, 10, (96,))), 32)
     done = octavo.compress(net(), ratio=2, data=data, objective=loss, preset="fast")
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     assert done.opened.notes == []
 
 

@@ -223,7 +223,7 @@ def test_what_the_class_has_no_place_for_is_told(change, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     _, info = T.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
     done = octavo.compress(source, ratio=4, data=[tokens()], preset="fast", methods=["rtn"])
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     (note,) = (note for note in done.notes if "LlamaForCausalLM does not use this weight" in note.text)
     sites = {site.name for site in done.opened.sites}
     assert set(note.sites) == info["unexpected_keys"] & sites and note.sites

@@ -190,7 +190,7 @@ def test_every_tensor_ends_in_the_artifact_in_its_shape_and_dtype(tmp_path, dtyp
     if as_file:
         source = tmp_path / "bare.safetensors"
         save_file(state, source)
-    octavo.compress(source, ratio=2, methods=["entropy"]).save(tmp_path / "out")
+    octavo.compress(source, ratio=2, methods=["entropy"]).save(tmp_path / "out", report=False)
     restored = octavo.load(tmp_path / "out")
     assert set(restored) == set(state)
     for name, tensor in state.items():
@@ -220,7 +220,7 @@ def test_tied_tensors_of_a_module_are_stored_once_and_stay_tied(tmp_path):
     assert "head.weight" not in source.shapes
     (site,) = (site for site in source.sites()[0] if site.name == "table.weight")
     assert (site.kind, site.tied) == ("embedding", ("head.weight",))
-    octavo.compress(module, ratio=2).save(tmp_path / "out")
+    octavo.compress(module, ratio=2).save(tmp_path / "out", report=False)
     state = octavo.load(tmp_path / "out")
     assert state["head.weight"].data_ptr() == state["table.weight"].data_ptr()
     assert octavo.Artifact(tmp_path / "out").names().count("head.weight") == 0
@@ -238,7 +238,7 @@ def test_tied_tensors_of_a_file_are_found_by_content(tmp_path):
     source = from_path(tmp_path / "m.safetensors")
     assert source.aliases == {"c": "a"}
     assert source.original_bytes == 3 * 64 * 32 * 4
-    octavo.compress(tmp_path / "m.safetensors", ratio=2).save(tmp_path / "out")
+    octavo.compress(tmp_path / "m.safetensors", ratio=2).save(tmp_path / "out", report=False)
     state = octavo.load(tmp_path / "out")
     assert set(state) == {"a", "b", "c", "d"}
     assert state["c"].data_ptr() == state["a"].data_ptr()
@@ -248,7 +248,7 @@ def test_a_transposed_view_is_not_taken_for_a_tie(tmp_path):
     module = nn.Module()
     module.forth = nn.Parameter(torch.randn(32, 32))
     module.back = nn.Parameter(module.forth.data.t())
-    octavo.compress(module, ratio=1.01, methods=["keep", "entropy"]).save(tmp_path / "out")
+    octavo.compress(module, ratio=1.01, methods=["keep", "entropy"]).save(tmp_path / "out", report=False)
     state = octavo.load(tmp_path / "out")
     torch.testing.assert_close(state["back"], module.back.data, rtol=0.05, atol=0.05)
     torch.testing.assert_close(state["forth"], module.forth.data, rtol=0.05, atol=0.05)

@@ -71,7 +71,7 @@ def test_the_report_names_them_and_the_artifact_loads(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     tensors = write(folder)
     put(folder / "consolidated.safetensors", {"orig." + name: tensor for name, tensor in tensors.items()})
-    report = octavo.compress(folder, ratio=3, preset="data-free").save(tmp_path / "out")
+    report = octavo.compress(folder, ratio=3, preset="data-free").save(tmp_path / "out", report=False)
     assert "not counted and not read: consolidated.safetensors" in report["calibration"]["warnings"]
     assert report["source"]["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
     _, info = GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -102,7 +102,7 @@ def test_whole_shards_need_no_index(tmp_path: Path) -> None:
     done = octavo.compress(tmp_path / "model", ratio=3, preset="fast")
     assert set(done.opened.source.shapes) == set(tensors)
     assert any("from_pretrained does not find model-00001-of-" in note for note in done.opened.notes)
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     _, info = GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
@@ -152,7 +152,7 @@ def test_the_config_names_the_file(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
     assert torch.equal(opened(folder).read("transformer.wte.weight"), tensors["transformer.wte.weight"] + 1)
-    octavo.compress(folder, ratio=3, preset="data-free").save(tmp_path / "out")
+    octavo.compress(folder, ratio=3, preset="data-free").save(tmp_path / "out", report=False)
     _, info = GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
 
@@ -185,5 +185,5 @@ def test_a_folder_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (folder / "below").mkdir()
     monkeypatch.chdir(folder / "below")
     assert opened(Path("..")).title == "deep"
-    report = octavo.compress("..", ratio=3, preset="data-free").save(tmp_path / "out")
+    report = octavo.compress("..", ratio=3, preset="data-free").save(tmp_path / "out", report=False)
     assert report["title"] == report["source"]["path"] == "deep"

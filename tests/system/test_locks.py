@@ -150,7 +150,7 @@ def test_a_workspace_is_held_for_as_long_as_its_forms_are_needed(bare: Path, tmp
     words = [sys.executable, "-c", code, str(work)]
     done = octavo.compress(bare, ratio=3, preset="fast", workspace=work)
     assert b"is in use by another run" in subprocess.run(words, capture_output=True, check=False).stderr
-    done.save(tmp_path / "out")
+    done.save(tmp_path / "out", report=False)
     del done
     assert subprocess.run(words, check=False).returncode == 0
 

@@ -79,7 +79,7 @@ def test_python_warns_once_a_kind(told):
 
 def test_the_report_keeps_every_note_as_text(told, tmp_path):
     done, _ = told
-    kept = done.save(tmp_path / "out")["calibration"]["warnings"]
+    kept = done.save(tmp_path / "out", report=False)["calibration"]["warnings"]
     assert len(kept) >= 4 and all(isinstance(text, str) for text in kept)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("Warning:") == len(done.notes) and "4 sites" in card

@@ -16,19 +16,24 @@ from torch import nn
 import octavo
 from octavo.system.progress import Estimates, spoken
 
+#: Compresses once with each kind of progress, with a line of :data:`NEXT` between what was said of them.
 RUN = """
-import sys, torch, octavo
+import builtins, sys, torch, octavo
 from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-done = octavo.compress(model, ratio=3, data=[torch.randn(32, 64)], objective="squared", preset="fast"{options})
-done.save(sys.argv[1]{options})
-"""
-NOTEBOOK = """
-import builtins
 class ZMQInteractiveShell: pass
-builtins.get_ipython = lambda: ZMQInteractiveShell()
+for number, progress in enumerate({kinds}):
+    if progress == "notebook":
+        builtins.get_ipython = lambda: ZMQInteractiveShell()
+        progress = None
+    done = octavo.compress(
+        model, ratio=3, data=[torch.randn(32, 64)], objective="squared", preset="fast", methods=["rtn"], progress=progress
+    )
+    done.save(f"{{sys.argv[1]}}-{{number}}", progress=progress, report=False)
+    print("next", file=sys.stderr)
 """
+NEXT = "next"
 
 
 def in_terminal(code: str, *words: str) -> str:
@@ -63,22 +68,19 @@ STEPS = ("Gathering evidence", "Measuring curves", "Encoding", "Writing", "Readi
 
 
 def test_bars_in_a_terminal(tmp_path: Path) -> None:
-    said = in_terminal(RUN.format(options=""), str(tmp_path / "out"))
+    bars, silence, _ = in_terminal(RUN.format(kinds="(None, False)"), str(tmp_path / "out")).split(NEXT)
     for step in STEPS:
-        assert step in said
+        assert step in bars
+    assert "Encoding" not in silence
 
 
-def test_silence_where_nobody_looks(tmp_path: Path) -> None:
-    assert in_file(RUN.format(options=""), str(tmp_path / "out")) == ""
-    assert "Encoding" not in in_terminal(RUN.format(options=", progress=False"), str(tmp_path / "quiet"))
-    assert "Encoding" in in_file(RUN.format(options=", progress=True"), str(tmp_path / "loud"))
-
-
-def test_a_line_in_a_notebook(tmp_path: Path) -> None:
-    said = in_file(NOTEBOOK + RUN.format(options=""), str(tmp_path / "out"))
+def test_silence_where_nobody_looks_and_a_line_in_a_notebook(tmp_path: Path) -> None:
+    kinds = '(None, True, "notebook")'
+    silence, loud, notebook, _ = in_file(RUN.format(kinds=kinds), str(tmp_path / "out")).split(NEXT)
+    assert silence == "" and "Encoding" in loud
     for step in STEPS:
-        assert f"\r{step}" in said
-    assert "\x1b" not in said and " 2/2 " in said
+        assert f"\r{step}" in notebook
+    assert "\x1b" not in notebook and " 2/2 " in notebook
 
 
 def net() -> nn.Module:

@@ -8,11 +8,7 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.forms import Dense, LowRank
-from octavo.methods.factorize.dictionaries import Shape
-from octavo.training import Regimen, accuracy, cross_entropy, distillation, fit, formed, forms_of, settle
-from octavo.training.comera import CoMERA
-from octavo.training.dsformer import StraightThroughFactorizer
-from octavo.training.maestro import OrderedDropout
+from octavo.training import accuracy, cross_entropy, distillation, fit, formed, forms_of, settle
 
 
 def task():
@@ -50,39 +46,6 @@ def test_settling_a_copy_leaves_the_model_in_its_forms():
     settle(other)
     assert torch.equal(model(x), before) and torch.equal(other(x), before)
     assert forms_of(model).keys() == {"0.weight"} and not forms_of(other)
-
-
-REGIMENS = {
-    "none": Regimen,
-    "ordered dropout": lambda: OrderedDropout(pressure=1e-3, threshold=0.05),
-    "straight-through": lambda: StraightThroughFactorizer({"0.weight": Shape(8, 12, 2)}, rounds=2),
-    "tensor trains": lambda: CoMERA(rank=6, smallest=64),
-}
-
-
-@pytest.mark.parametrize("kind", REGIMENS)
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kind, tmp_path):
-    class Stop(Exception):
-        pass
-
-    batches = task()
-
-    def interrupted(number):
-        if number == 2:
-            raise Stop
-        return batches(number)
-
-    whole, halved, again = net(), net(), net(seed=5)
-    ours, theirs = REGIMENS[kind](), REGIMENS[kind]()
-    how = {"loss": cross_entropy, "epochs": 4, "lr": 1e-2}
-    expected = fit(whole, batches, regimen=ours, **how)
-    with pytest.raises(Stop):
-        fit(halved, interrupted, regimen=REGIMENS[kind](), checkpoint=tmp_path / "state", **how)
-    found = fit(again, batches, regimen=theirs, checkpoint=tmp_path / "state", **how)
-    assert found == expected
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
-    forms = [regimen.forms(model) for regimen, model in ((ours, whole), (theirs, again))]
-    assert all(torch.equal(form.dense(), forms[1][name].dense()) for name, form in forms[0].items())
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

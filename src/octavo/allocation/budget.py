@@ -87,8 +87,7 @@ def budget(
             raise RequestError(f"{name} {value!r} is not a positive finite number")
         if name == "ratio" and number < 1:
             raise RequestError(
-                f"ratio {value} is below 1: the artifact would be larger than the source; give at least 1; give at "
-                "least 1"
+                f"ratio {value} is below 1: the artifact would be larger than the source; give at least 1"
             )
         asked = f"ratio {number:g}" if name == "ratio" else f"{number:g} bits per weight"
         total = _whole(original_bytes / number if name == "ratio" else weights * number / 8, asked)

@@ -172,23 +172,23 @@ def profile_site(
     for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
         if not method.accepts(site):
             continue
-        method = method.at_site(site)
+        asked, method = method, method.at_site(site)
         try:
             if sample is not None and method.by_rows:
                 for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
                     packed, loss = sample.packed(form, target.resident), sample.loss(form)
-                    keep(method, setting, packed)
-                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss, estimated=True))
+                    keep(asked, setting, packed)
+                    curve.points.append(Point(str(asked), setting, target.bytes(packed), loss, estimated=True))
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
                     packed = pack(form, target.resident)
-                    keep(method, setting, packed)
+                    keep(asked, setting, packed)
                     loss = evidence.loss(form.dense() - weight)
-                    curve.points.append(Point(method.name, setting, target.bytes(packed), loss))
+                    curve.points.append(Point(str(asked), setting, target.bytes(packed), loss))
         except RequestError as error:
             raise RequestError(f"site {site.name!r}: {error}") from error
     if not curve.points:
-        names = ", ".join(method.name for method in methods)
+        names = ", ".join(map(str, methods))
         raise RequestError(f"site {site.name!r}: {names} cannot compress it; add another method, such as entropy")
     return curve
 

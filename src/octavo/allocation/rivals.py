@@ -14,7 +14,7 @@ from octavo.allocation.solver import labelled, uniform
 from octavo.allocation.tasks import weighed
 from octavo.calibration.evidence_folder import EvidenceFolder
 from octavo.methods import Setting, get_method
-from octavo.methods.base import dense_names, plain_method
+from octavo.methods.selecting import dense_names, plain_method
 
 #: If every site was measured, the plain method is skipped when its expected loss is this many times larger.
 _HOPELESS = 8.0
@@ -82,7 +82,7 @@ def _gaps(opened: Opened, profile: Profile, tried: Mapping[str, Point], asked: B
     return [] if lost >= limit else [curve.site for curve in free if curve.site not in tried]
 
 
-class Plain:
+class PlainRival:
     """The plain method with the finest single setting that fits.
 
     Sites where the setting does not apply are kept in 16 bits; pinned sites stay pinned.

@@ -13,7 +13,7 @@ from octavo.allocation.plans import MIXED, Plan
 from octavo.allocation.profiles import Point, Profile, densified, family, interpolate
 from octavo.errors import BudgetError
 from octavo.methods import Setting, get_method
-from octavo.methods.base import dense_names
+from octavo.methods.selecting import dense_names
 
 
 def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
@@ -58,7 +58,7 @@ def filled(costs: np.ndarray, losses: np.ndarray, chosen: np.ndarray, room: int)
         chosen[row] = column
 
 
-class Choices:
+class PointTable:
     """All points of all sites as arrays, so that solving for one multiplier takes microseconds."""
 
     def __init__(self, profile: Profile, methods: Iterable[str] | None = None, *, interpolate: bool = True) -> None:
@@ -127,7 +127,7 @@ def allocate(
     BudgetError
         If even the smallest points do not fit.
     """
-    choices = Choices(profile, methods, interpolate=interpolate)
+    choices = PointTable(profile, methods, interpolate=interpolate)
     smallest = int(choices.bytes.min(1).sum()) + profile.fixed_bytes
     if smallest > budget.bytes:
         raise unreachable(budget, profile.original_bytes, smallest)

@@ -47,7 +47,7 @@ def profiled(
     def keep(method: Method, setting: Setting, packed: Packed) -> None:
         # Dense forms are not kept on disk: making them again is as fast as reading them.
         if not method.dense and not isinstance(packed.content, Sized):
-            made.append((method.name, setting, packed))
+            made.append((str(method), setting, packed))
         outlines.append(replace(packed, content=Sized(packed.bytes, packed.crc)))
 
     if pinned is None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.artifact import Packed, Stored
+from octavo.artifact import Packed, StoredBytes
 from octavo.calibration.calibrating import Calibration
 from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import RequestError
@@ -125,7 +125,7 @@ class Workspace(WorkFolder):
         self.witness.check()
         # Not flushed to disk one by one: a form lost in a power cut is encoded again.
         write_file(path, head_bytes, packed.blob, flush=False)
-        return replace(packed, content=Stored(path, len(head_bytes), packed.bytes, packed.crc))
+        return replace(packed, content=StoredBytes(path, len(head_bytes), packed.bytes, packed.crc))
 
     def load_packed(self, site: str, method: str, setting: dict[str, Any]) -> Packed | None:
         """A kept encoded form, or None if it is missing or incomplete."""
@@ -141,7 +141,7 @@ class Workspace(WorkFolder):
         if not whole or zlib.crc32(content[split:]) != head["crc"]:
             self.note_damage(name)
             return None
-        stored = Stored(path, split, len(content) - split, head["crc"])
+        stored = StoredBytes(path, split, len(content) - split, head["crc"])
         return Packed(stored, head["parts"], head["meta"], head["codecs"], head["resident"])
 
     def _point(self, site: str, method: str, setting: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredBytes:
     """Bytes that stay in a file until they are needed.
 
     Parameters
@@ -98,7 +98,7 @@ class Packed:
         Bytes that the form takes while it runs; None where they are not counted.
     """
 
-    content: bytes | Stored | Sized
+    content: bytes | StoredBytes | Sized
     parts: dict[str, list]
     meta: dict[str, Any]
     codecs: dict[str, int]
@@ -113,7 +113,7 @@ class Packed:
         """The content."""
         if isinstance(self.content, Sized):
             raise ValueError("only the size of this form is known")
-        return self.content.read() if isinstance(self.content, Stored) else self.content
+        return self.content.read() if isinstance(self.content, StoredBytes) else self.content
 
     @property
     def bytes(self) -> int:

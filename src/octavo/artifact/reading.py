@@ -1,7 +1,7 @@
 """Reading artifacts.
 
-Artifacts are untrusted. The checksums of the manifest and of every tensor are verified, file names may not leave the
-folder, shapes are checked against the file sizes before memory is allocated, and nothing is ever executed.
+Artifacts are untrusted. The checksums of the manifest and of every tensor are verified, and file names may not leave
+the folder. Shapes are checked against the file sizes before memory is allocated. Nothing is ever executed.
 
 Files are read and not mapped, since pages of a mapping stay in memory. An artifact is verified tensor by tensor in less
 memory than its size.
@@ -237,7 +237,7 @@ class Artifact:
             if not _dtype(name, entry.get("dtype")).is_floating_point:
                 raise ArtifactError(f"{self.path}: site {name!r} has dtype {entry['dtype']}; expected floats")
             kind = entry["form"].get("form") if isinstance(entry.get("form"), dict) else None
-            if not isinstance(kind, str) or kind not in forms.form_names():
+            if not isinstance(kind, str) or kind not in forms.FORMS:
                 raise ArtifactError(f"{self.path}: site {name!r} has the unknown form {kind!r}")
             try:
                 check_parts(entry.get("parts"), self._tensors[name].length)

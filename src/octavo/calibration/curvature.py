@@ -1,8 +1,8 @@
 """Curvature of the loss in a site's weights, in the eigenbasis of its inputs and output gradients (K-FAC, EK-FAC).
 
-With inputs ``a`` and gradients ``g`` at the outputs of one layer, summed over the positions of an example into ``G =
-sum g a^T`` (rows, columns), the Fisher matrix of its weights is ``F = E[vec(G) vec(G)^T]``. With the eigenbases of
-``A = E[a a^T]`` and ``S = E[g g^T]``
+A layer has inputs ``a`` and output gradients ``g``. Summed over the positions of an example they give ``G = sum g a^T``
+(rows, columns). The Fisher matrix of its weights is ``F = E[vec(G) vec(G)^T]``. With the eigenbases of ``A = E[a a^T]``
+and ``S = E[g g^T]``
 
     A = Q_A diag(alpha) Q_A^T,    S = Q_S diag(sigma) Q_S^T,
     F ~ (Q_S x Q_A) diag(Lam) (Q_S x Q_A)^T

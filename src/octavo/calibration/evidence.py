@@ -1,7 +1,7 @@
 """Evidence: the statistics that calibration gathers at each site.
 
 One forward and one backward pass over the calibration data give, for every site, the second-order cost of an error
-``E`` in its matrix for the whole model:
+``E`` in its matrix:
 
     expected loss = 1/2 * sum_i rows[i] * E[i] @ columns @ E[i].T
 

@@ -120,8 +120,8 @@ class OfOutputs(Objective):
 class Cosine(OfOutputs):
     """``1 - cosine`` of one vector per example.
 
-    The vector is the ``sentence_embedding``, or the concatenated unit embeddings of a model with several kinds of input
-    (text, image, sound), or the last hidden states pooled over tokens without padding.
+    The vector is the ``sentence_embedding`` if there is one. A model with several kinds of input (text, image, sound)
+    gives its concatenated unit embeddings. Otherwise the last hidden states are pooled over tokens without padding.
 
     Parameters
     ----------

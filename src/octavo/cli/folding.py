@@ -202,7 +202,7 @@ def _budgets(axis: str, given: dict[str, str | None]) -> list[float]:
     Raises
     ------
     RequestError
-        If others are given, none are where a default is missing, or one is no number.
+        If others are given, none are where a default is missing, or one is not a number.
     """
     odd = [name for name, text in given.items() if text is not None and name != axis]
     if odd:

@@ -1,7 +1,7 @@
 """Asymmetric numeral systems (ANS): within a fraction of a percent of the entropy, but slower to decode.
 
-The model of a byte of several digits is the product of the models of its digits, so the stored
-table has one entry a digit while one decoding step yields several symbols.
+The model of a byte with several digits is the product of the digit models. So the stored table has one entry per digit,
+but one decoding step yields several symbols.
 """
 
 import constriction

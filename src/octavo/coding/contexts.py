@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from octavo.coding.layout import MAX_CLASSES, Layout
+from octavo.coding.layout import MAX_CLASSES, StreamLayout
 
 # Fine steps of a magnitude per octave; classes are multiples of it.
 _FINE = 4
@@ -18,14 +18,14 @@ _VECTOR_BITS = 300
 
 
 @dataclass(frozen=True)
-class Plan:
+class ContextPlan:
     """A layout (None: one stream) and the expected bits of its streams and classes."""
 
-    layout: Layout | None
+    layout: StreamLayout | None
     bits: float
 
 
-def plan(matrix: np.ndarray, middle: int) -> list[Plan]:
+def plan(matrix: np.ndarray, middle: int) -> list[ContextPlan]:
     """Return the best layout and the single stream, cheapest first.
 
     Parameters
@@ -46,7 +46,7 @@ def plan(matrix: np.ndarray, middle: int) -> list[Plan]:
     hidden = scale * float(total @ _LETTER_BITS)
     joint = joint[:, :, total > 0].astype(np.float64)
 
-    single = Plan(None, hidden + scale * _entropy(total) + _TABLE_BITS)
+    single = ContextPlan(None, hidden + scale * _entropy(total) + _TABLE_BITS)
     best = single
     for step, merge in _GRIDS:
         for use_rows, use_columns in ((1, 1), (1, 0), (0, 1)):
@@ -58,7 +58,7 @@ def plan(matrix: np.ndarray, middle: int) -> list[Plan]:
             bits += _entropy(np.bincount(column_class, column_counts)) + _VECTOR_BITS
             if bits < best.bits:
                 vectors = row_class[rows].astype(np.uint8), column_class[columns].astype(np.uint8)
-                best = Plan(Layout(*vectors, merge, low, high - low), bits)
+                best = ContextPlan(StreamLayout(*vectors, merge, low, high - low), bits)
     return [best] if best is single else [best, single]
 
 

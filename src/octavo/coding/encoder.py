@@ -8,7 +8,7 @@ import torch
 
 from octavo.coding import bitpack, packed
 from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, NARROW, STORAGE, assemble
-from octavo.coding.contexts import Plan, plan
+from octavo.coding.contexts import ContextPlan, plan
 from octavo.coding.parallel import run
 from octavo.errors import RequestError
 
@@ -84,14 +84,14 @@ def _packed(
     flat = values.reshape(-1)
     probe = flat[:: -(-flat.size // 4096)]
     middle = int(np.partition(probe, len(probe) // 2)[len(probe) // 2])
-    plans = [Plan(None, 0.0)]
+    plans = [ContextPlan(None, 0.0)]
     if depth == 0 and values.ndim > 1 and values.size >= CONTEXT_ELEMENTS and 1 < len(values) < values.size:
         plans = plan(values.reshape(len(values), -1), middle)
         if plans[0].bits > 8.1 * fixed_bytes:
             return []
     escape_bits = math.inf if depth == MAX_DEPTH else 4.0 + min((high - low).bit_length(), 12)
 
-    def attempt(codec: str, layout_plan: Plan) -> tuple[str, bytes, list[bytes]]:
+    def attempt(codec: str, layout_plan: ContextPlan) -> tuple[str, bytes, list[bytes]]:
         layout = layout_plan.layout
         source = values.reshape(len(values), -1) if layout else flat
         nested = partial(_encode, depth=depth + 1)

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from octavo.coding.container import CHUNK
-from octavo.coding.radix import Window
+from octavo.coding.radix import RadixWindow
 
 MAX_CLASSES = 64
 
@@ -23,7 +23,7 @@ class Stream:
 
     start: int
     size: int
-    window: Window
+    window: RadixWindow
     table: np.ndarray | None
 
     def pieces(self) -> list[tuple[int, int]]:
@@ -33,7 +33,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StreamLayout:
     """The place of every element of a matrix.
 
     Attributes

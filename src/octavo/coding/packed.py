@@ -8,7 +8,7 @@ import torch
 
 from octavo.coding import ans, huffman, windows
 from octavo.coding.fields import Writer
-from octavo.coding.layout import Layout, Stream
+from octavo.coding.layout import Stream, StreamLayout
 from octavo.coding.parallel import run
 
 # Encodes a vector that belongs to the tables.
@@ -16,7 +16,7 @@ Nested = Callable[[torch.Tensor], bytes]
 
 
 def encode(
-    values: np.ndarray, layout: Layout | None, codec: str, middle: int, escape_bits: float, nested: Nested
+    values: np.ndarray, layout: StreamLayout | None, codec: str, middle: int, escape_bits: float, nested: Nested
 ) -> tuple[bytes, list[bytes]]:
     """Return the tables and chunks of a flat array, or of a matrix if there is a layout.
 
@@ -24,7 +24,7 @@ def encode(
     ----------
     values : numpy.ndarray
         Integers of the narrowest type that holds them.
-    layout : Layout or None
+    layout : StreamLayout or None
         Context classes of a matrix.
     codec : str
         ``huffman`` or ``ans``.

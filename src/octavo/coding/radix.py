@@ -1,6 +1,6 @@
 """Several small symbols in one byte, as the digits of a number.
 
-A `Window` of `span` consecutive values is coded as digits ``0..span-1``; ``digits`` of them make one byte. Values
+A `RadixWindow` of `span` consecutive values is coded as digits ``0..span-1``; ``digits`` of them make one byte. Values
 outside the window are *escapes*: their digit is a placeholder, and position and value are stored elsewhere. So one
 outlier does not widen the alphabet of the other values.
 """
@@ -21,7 +21,7 @@ def digits_of(span: int) -> int:
 
 
 @dataclass(frozen=True)
-class Window:
+class RadixWindow:
     """The values ``low..low+span-1``; `filler` is the digit that replaces escapes."""
 
     low: int

@@ -10,9 +10,9 @@ from octavo.coding import ans, huffman
 from octavo.coding.allowance import Allowance
 from octavo.coding.container import Parsed
 from octavo.coding.fields import Reader
-from octavo.coding.layout import MAX_CLASSES, Layout, Stream
+from octavo.coding.layout import MAX_CLASSES, Stream, StreamLayout
 from octavo.coding.parallel import run
-from octavo.coding.radix import Window
+from octavo.coding.radix import RadixWindow
 from octavo.errors import ArtifactError
 
 # Decodes a vector of the tables, with at most the given number of elements.
@@ -50,7 +50,7 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
     return layout.scatter(values) if layout else values
 
 
-def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> Layout | None:
+def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> StreamLayout | None:
     streams = tables.unsigned()
     if streams == 0:
         return None
@@ -64,11 +64,11 @@ def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> Layo
         if vector.dtype != torch.uint8 or vector.shape != (length,) or int(vector.max()) >= MAX_CLASSES:
             raise ArtifactError(f"coded tensor: context classes are not {length} bytes below {MAX_CLASSES}")
         vectors.append(vector.numpy())
-    return Layout(vectors[0], vectors[1], merge, base, streams)
+    return StreamLayout(vectors[0], vectors[1], merge, base, streams)
 
 
 def _read_stream(tables: Reader, start: int, size: int, codec: str, storage: np.dtype) -> Stream:
-    window = Window(tables.signed(), tables.unsigned())
+    window = RadixWindow(tables.signed(), tables.unsigned())
     window.check(storage)
     table = np.frombuffer(tables.take(window.span), np.uint8) if codec == "ans" else None
     return Stream(start, size, window, table)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from octavo.coding.radix import SPANS, Window, digits_of
+from octavo.coding.radix import SPANS, RadixWindow, digits_of
 
 # Values further than this from the middle are always escapes, since a window spans at most 256.
 _REACH = 1024
@@ -33,7 +33,7 @@ def histogram(values: np.ndarray, middle: int) -> tuple[int, np.ndarray]:
     return first, bins
 
 
-def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: Cost) -> tuple[Window, np.ndarray]:
+def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: Cost) -> tuple[RadixWindow, np.ndarray]:
     """Return the cheapest window and the count of each of its digits, including escapes.
 
     Parameters
@@ -51,7 +51,7 @@ def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: C
     """
     used = np.flatnonzero(bins)
     start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-    best: tuple[float, Window, np.ndarray] | None = None
+    best: tuple[float, RadixWindow, np.ndarray] | None = None
     for span in SPANS.values():
         low, high = _heaviest(bins, start, stop, span)
         weights = bins[low:high].copy()
@@ -63,7 +63,7 @@ def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: C
         if best is None or side < best[0]:
             bits = side + cost(weights, digits_of(high - low))
             if best is None or bits < best[0]:
-                best = bits, Window(first + low, high - low, filler), weights
+                best = bits, RadixWindow(first + low, high - low, filler), weights
         if high - low >= stop - start:
             break
     assert best is not None

@@ -144,14 +144,14 @@ class _Carried:
         ]
         evidence = self.run.calibration.evidence
         work = (
-            (site, self.run.opened.matrix(site), evidence[site.name], method.name, setting, self.run.opened.target)
+            (site, self.run.opened.matrix(site), evidence[site.name], str(method), setting, self.run.opened.target)
             for site, method, setting in wanted
         )
         for (site, method, setting), found in zip(wanted, self.run.executor.map(weighed, work), strict=True):
             if found is not None:
                 packed, loss = found
-                self.run.workspace.save_packed(site.name, method.name, setting, packed)
-                point = Point(method.name, setting, self.run.opened.target.bytes(packed), loss)
+                self.run.workspace.save_packed(site.name, str(method), setting, packed)
+                point = Point(str(method), setting, self.run.opened.target.bytes(packed), loss)
                 self.unprofiled[site.name].points.append(point)
         used = {point.method for point in plan.points.values()}
 

@@ -15,12 +15,12 @@ from octavo.allocation.leftover import upgrades
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import MIXED, ONE_FAMILY, Plan
 from octavo.allocation.profiles import Point, Profile, slope
-from octavo.allocation.rivals import Plain, best_uniform
+from octavo.allocation.rivals import PlainRival, best_uniform
 from octavo.allocation.solver import allocate, unreachable
 from octavo.artifact import Contents, Packed
 from octavo.errors import BudgetError, OctavoError, RequestError
 from octavo.methods import Setting, get_method
-from octavo.methods.base import dense_names
+from octavo.methods.selecting import dense_names
 from octavo.sources.narrowing import Narrowing
 from octavo.system.raw import Lazily
 
@@ -207,7 +207,7 @@ def contest(
 
 def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) -> list[Built]:
     """Plain round-to-nearest at the same bytes, if it may win and was not built yet."""
-    for plan in Plain(run, profile, asked).plans(min(other.quality for other in built)):
+    for plan in PlainRival(run, profile, asked).plans(min(other.quality for other in built)):
         if _among(built, plan) is not None:
             break
         try:

@@ -1,7 +1,7 @@
 """Reconstruction: correcting the effect of rounding on a model's outputs with parameters that cost almost no bytes.
 
-Codes are not changed. Tensors stored as floats anyway (norms, biases) and one small factor per row of every linear
-layer are fitted to the source's outputs by gradient descent on the calibration data. This is the learned part of norm
+Codes are not changed. Gradient descent on the calibration data fits the source's outputs with tensors that are stored
+as floats anyway (norms, biases) and one small factor per row of every linear layer. This is the learned part of norm
 tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118, section
 3.3). It optimizes the measured objective and not single blocks. The result is kept only if it is better on held-out
 data.
@@ -78,7 +78,7 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
 
 def _possible(opened: Opened) -> bool:
     # A loss with labels is not a distance from the source: lowering it further would be training. A model that does not
-    # fit in memory has no end-to-end gradients. A kernel that runs packed codes has no place for gains.
+    # fit in memory has no end-to-end gradients. A kernel that runs packed codes cannot apply gains.
     whole = opened.measurable and not opened.source.is_skeleton and opened.target.tunable
     return whole and bool(opened.calibration_data) and not isinstance(opened.objective, Loss)
 

@@ -1,9 +1,8 @@
 """Forms: how a site's content is stored and run. Many methods find a few kinds of forms, which nest."""
 
 from octavo.forms.affine import Affine
-from octavo.forms.base import Form, form, form_names, restore, with_leaves
+from octavo.forms.base import FORMS, Form, form, form_names, restore, with_leaves
 from octavo.forms.codebook import Codebook
-from octavo.forms.cut import Cut
 from octavo.forms.dense import Dense
 from octavo.forms.dense_sparse import DenseSparse
 from octavo.forms.folded import Folded
@@ -17,11 +16,12 @@ from octavo.forms.sparse import Sparse
 from octavo.forms.sum import Sum
 from octavo.forms.tensor_train import TensorTrain
 from octavo.forms.trellis import Trellis
+from octavo.forms.trimmed import Trimmed
 
 __all__ = [
+    "FORMS",
     "Affine",
     "Codebook",
-    "Cut",
     "Dense",
     "DenseSparse",
     "Folded",
@@ -36,6 +36,7 @@ __all__ = [
     "Sum",
     "TensorTrain",
     "Trellis",
+    "Trimmed",
     "form",
     "form_names",
     "restore",

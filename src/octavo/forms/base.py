@@ -13,10 +13,10 @@ from torch import Tensor
 
 from octavo.coding.allowance import Allowance
 from octavo.errors import ArtifactError
+from octavo.system.registry import Registry
 
 #: The key of the manifest entry under which :func:`restore` passes the nesting depth to :func:`child`.
 _WITHIN = "_within"
-_FORMS: dict[str, type[Form]] = {}
 
 #: Forms nest (``Sum(Grid, LowRank(Grid, Grid))``); an untrusted manifest may not nest deeper than this.
 MAX_DEPTH = 6
@@ -112,14 +112,16 @@ def apply_by_rows(form: Form, x: Tensor) -> Tensor:
     return torch.cat([x @ part.to(x.dtype).t() for part in parts], -1)
 
 
+#: A name in a manifest never decides what is imported: files of this folder and installed packages alone are.
+FORMS = Registry[type[Form]]("form", "octavo.forms")
+
+
 def form(name: str) -> Callable[[type[Form]], type[Form]]:
     """Register a form class under the name used in manifests."""
 
     def register(cls: type[Form]) -> type[Form]:
-        if name in _FORMS:
-            raise ValueError(f"a form named {name!r} is already registered: {_FORMS[name].__qualname__}")
+        FORMS.add(name, cls)
         cls.name = name
-        _FORMS[name] = cls
         return cls
 
     return register
@@ -127,12 +129,12 @@ def form(name: str) -> Callable[[type[Form]], type[Form]]:
 
 def form_names() -> list[str]:
     """Names of all registered forms."""
-    return sorted(_FORMS)
+    return FORMS.names()
 
 
 def form_class(name: object) -> type[Form] | None:
     """The class of a form by its name; None if there is none."""
-    return _FORMS.get(name) if isinstance(name, str) else None
+    return FORMS.get(name) if isinstance(name, str) and name in FORMS else None
 
 
 def allowance_for(shape: tuple[int, int]) -> Allowance:
@@ -167,11 +169,12 @@ def restore(
     if depth > MAX_DEPTH:
         raise ArtifactError(f"forms nest deeper than {MAX_DEPTH}; this manifest was not written by Octavo")
     kind = meta.get("form") if isinstance(meta, Mapping) else None
-    if not isinstance(kind, str) or kind not in _FORMS:
+    cls = form_class(kind)
+    if cls is None:
         raise ArtifactError(f"unknown form {kind!r}; this version knows {', '.join(form_names())}")
     try:
-        allowance.take(_FORMS[kind].work(tensors, meta, shape), f"a {kind} form of shape {shape}")
-        made = _FORMS[kind].restore(tensors, {**meta, _WITHIN: _Within(depth, allowance)}, shape)
+        allowance.take(cls.work(tensors, meta, shape), f"a {kind} form of shape {shape}")
+        made = cls.restore(tensors, {**meta, _WITHIN: _Within(depth, allowance)}, shape)
         own = made.meta()
     except ArtifactError:
         raise

@@ -1,9 +1,9 @@
 """Codes split into streams of similar distribution, which the scales and offsets of their groups determine.
 
-The distribution of a group's codes follows from the position of zero among them, ``-offset / step``, and from how fine
-the step is compared to the usual weights of the row and column. Both are known before the codes are read, so they cost
-nothing. Codes of one *cell* (position of zero, fineness) stay together, and cells with similar distributions share a
-stream, and with it a table.
+The distribution of a group's codes follows from two numbers: the position of zero among them, ``-offset / step``, and
+the fineness of the step relative to the usual weights of row and column. Both are known before the codes are read, so
+they cost nothing. Codes of one *cell* (position of zero, fineness) stay together, and cells with similar distributions
+share a stream, and with it a table.
 """
 
 from __future__ import annotations

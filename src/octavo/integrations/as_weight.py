@@ -1,4 +1,4 @@
-"""How weights are made from forms while a library's own loader builds a model around them."""
+"""The choice of weight class for forms while a library's own loader builds a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHOSEN: ContextVar[AsWeight | None] = ContextVar("octavo_as_weight", default=No
 
 @contextmanager
 def made_by(as_weight: AsWeight) -> Iterator[None]:
-    """A context in which weights that stay packed are made so."""
+    """A context that sets how packed weights are created."""
     token = _CHOSEN.set(as_weight)
     try:
         yield
@@ -22,5 +22,5 @@ def made_by(as_weight: AsWeight) -> Iterator[None]:
 
 
 def chosen() -> AsWeight | None:
-    """What makes weights here; None where nothing was chosen."""
+    """The current function that creates weights; None if none was set."""
     return _CHOSEN.get()

@@ -1,5 +1,20 @@
 """Algorithms that find forms for sites: one file a method, registered by decorator."""
 
-from octavo.methods.base import Method, Setting, get_method, method, methods, select_methods
+from octavo.methods.base import METHODS, Method, Setting, method
+from octavo.methods.selecting import DATA_FREE, Usable, dense_method, dense_names, methods, plain_method, select_methods
+from octavo.methods.spelling import get_method
 
-__all__ = ["Method", "Setting", "get_method", "method", "methods", "select_methods"]
+__all__ = [
+    "DATA_FREE",
+    "METHODS",
+    "Method",
+    "Setting",
+    "Usable",
+    "dense_method",
+    "dense_names",
+    "get_method",
+    "method",
+    "methods",
+    "plain_method",
+    "select_methods",
+]  # fmt: skip

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -17,16 +13,15 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import Form
+from octavo.methods.words import spelled
 from octavo.sources.sites import Site
+from octavo.system.registry import Registry
 
 #: One choice of a method's knobs as plain JSON: ``{"bits": 4, "group": 64}``.
 Setting = dict[str, Any]
 
 PRESETS = ("fast", "default", "best")
-#: The methods of `default`, without data.
-DATA_FREE = "data-free"
 
-_METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -60,10 +55,18 @@ class Method(ABC):
     #: Whether its :meth:`speed_settings` scale the inputs. Sites that read the same inputs then get the same setting.
     scales_inputs: ClassVar[bool] = False
 
-    #: Whether each row is encoded independently of the others, so that a sample of rows represents the whole matrix.
-    by_rows: ClassVar[bool] = True
+    #: Whether each row is encoded independently of the others. Then a sample of rows represents a large matrix.
+    #: A method that does not state this always gets the whole matrix.
+    by_rows: ClassVar[bool] = False
     #: Whether it uses the curvature of the whole matrix. A sample has none, so the method is not screened on a sample.
     by_curvature: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        """The name with the knobs that differ from their defaults: ``entropy:rate=0.2``.
+
+        Equal methods have equal words, others have different ones; :func:`octavo.methods.get_method` reads them back.
+        """
+        return spelled(self.name, self)
 
     def accepts(self, site: Site) -> bool:
         """Whether the method makes sense at this site."""
@@ -106,10 +109,6 @@ class Method(ABC):
         """How fine a setting is: bits a weight, and then a number that is larger for the finer of two."""
         raise NotImplementedError(f"{self.name} does not say how fine its settings are")
 
-    def offered(self, weight: Tensor, evidence: Evidence, target: str) -> list[Setting]:
-        """The settings to try for a disk or memory budget."""
-        return self.kernel_settings(weight, evidence) if target == "memory" else self.settings(weight, evidence)
-
     @abstractmethod
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
         """Encode ``weight`` (rows, columns), float32, as a form."""
@@ -124,6 +123,9 @@ class Method(ABC):
             yield self.encode(weight, setting, evidence)
 
 
+METHODS = Registry[type[Method]]("method", "octavo.methods")
+
+
 def method(name: str, *, family: str, source: str, preset: str = "default") -> Callable[[M], M]:
     """Register a method.
 
@@ -132,7 +134,7 @@ def method(name: str, *, family: str, source: str, preset: str = "default") -> C
     name
         The name that users write.
     family
-        ``quantize``, ``prune``, ``factorize``, ``structure`` or ``share``.
+        ``quantize``, ``prune``, ``factorize`` or ``share``.
     source
         The publication of the algorithm.
     preset
@@ -140,83 +142,10 @@ def method(name: str, *, family: str, source: str, preset: str = "default") -> C
     """
 
     def register(cls: M) -> M:
-        if name in _METHODS:
-            raise ValueError(f"a method named {name!r} is already registered: {_METHODS[name].__qualname__}")
         if preset not in PRESETS:
             raise ValueError(f"method {name!r} has the unknown preset {preset!r}; choose from {PRESETS}")
+        METHODS.add(name, cls)
         cls.name, cls.family, cls.source, cls.preset = name, family, source, preset
-        _METHODS[name] = cls
         return cls
 
     return register
-
-
-@cache
-def _load_all() -> None:
-    """Import every method file of this package and of the ``octavo.methods`` entry points; each registers itself."""
-    import octavo.methods as package
-
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
-    for entry in entry_points(group="octavo.methods"):
-        entry.load()
-
-
-def methods() -> dict[str, type[Method]]:
-    """All registered methods by name."""
-    _load_all()
-    return dict(sorted(_METHODS.items()))
-
-
-def get_method(name: str) -> Method:
-    """The method with that name and default knobs."""
-    _load_all()
-    if name not in _METHODS:
-        raise RequestError(f"method {name!r} is not known; choose from {', '.join(methods())}")
-    return _METHODS[name]()
-
-
-def dense_method() -> Method:
-    """The method that keeps matrices as they are."""
-    return next(cls() for cls in methods().values() if cls.dense)
-
-
-def plain_method() -> Method:
-    """The method of which one setting for all sites is what every plan must beat."""
-    return next(cls() for cls in methods().values() if cls.plain)
-
-
-def dense_names() -> frozenset[str]:
-    """Names of the methods that keep matrices as they are."""
-    return frozenset(name for name, cls in methods().items() if cls.dense)
-
-
-def select_methods(names: Sequence[str] | None, preset: str, target: str = "disk") -> list[Method]:
-    """The methods of a preset, or those named by method or family; for memory only those with a kernel."""
-    if preset not in (*PRESETS, DATA_FREE):
-        raise RequestError(f"preset {preset!r} is not known; choose from {', '.join((*PRESETS, DATA_FREE))}")
-    known = methods()
-    if target == "memory":
-        # Few settings have a kernel, so every preset tries all of them.
-        known = {name: cls for name, cls in known.items() if cls.kernel_settings is not Method.kernel_settings}
-        preset = "default" if preset == "fast" else preset
-    if names is None:
-        allowed = PRESETS[: PRESETS.index("default" if preset == DATA_FREE else preset) + 1]
-        return [cls() for cls in known.values() if cls.preset in allowed]
-    if not names:
-        raise RequestError("methods: the list is empty; name a method, or leave it out to use those of the preset")
-    chosen: dict[str, Method] = {}
-    for name in names:
-        matches = [cls for cls in known.values() if name in (cls.name, cls.family)]
-        if not matches:
-            families = sorted({cls.family for cls in known.values()})
-            if target == "memory" and name in {word for cls in methods().values() for word in (cls.name, cls.family)}:
-                raise RequestError(
-                    f"method {name!r} has no setting that runs from memory; choose from {', '.join(known)}"
-                )
-            raise RequestError(
-                f"{name!r} is neither a method nor a family; choose from {', '.join(known)}, or from the families "
-                f"{', '.join(families)}"
-            )
-        chosen.update((cls.name, cls()) for cls in matches)
-    return list(chosen.values())

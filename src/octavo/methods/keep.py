@@ -22,6 +22,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class Keep(Method):
     """The matrix itself, in float32, bfloat16 (8 bits of precision, any range) or float16 (11 bits, below 65504)."""
 
+    by_rows = True
     takes = ("dtype",)
     dense = True
     words = MappingProxyType({name: {"dtype": name} for name in _DTYPES})

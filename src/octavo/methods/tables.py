@@ -1,8 +1,8 @@
-"""Tables: matrices of so many more rows than columns that a rotation of the columns costs next to nothing."""
+"""Tables: matrices with so many more rows than columns that rotating the columns costs almost nothing."""
 
 from __future__ import annotations
 
-#: Rows for each column that a table has more than.
+#: A table has more rows per column than this.
 _TALL = 8
 
 
@@ -12,5 +12,5 @@ def is_table(rows: int, columns: int) -> bool:
 
 
 def least_of_table(columns: int) -> int:
-    """The fewest rows of a table."""
+    """The smallest number of rows of a table."""
     return _TALL * columns + 1

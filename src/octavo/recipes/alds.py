@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from octavo.forms import Dense, Form
 from octavo.methods.factorize.alds import SOURCE, decomposed
-from octavo.methods.factorize.minimax import Choice, Layer, allocate
+from octavo.methods.factorize.minimax import RankChoice as Choice
+from octavo.methods.factorize.minimax import RankedLayer as Layer
+from octavo.methods.factorize.minimax import allocate_ranks as allocate
 from octavo.recipes import Arm, Check, Difference, Finding, Trial, data, difference, recipe
 from octavo.recipes.models import classifier, flipped, in_batches, momentum, shuffled
 from octavo.recipes.stored import Stored, quantized, through_file

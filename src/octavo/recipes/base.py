@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import RequestError
+from octavo.system.registry import Registry
 
 #: The folder of trained models and downloaded data of recipes.
 CACHE = Path(os.environ.get("OCTAVO_CACHE", Path.home() / ".cache" / "octavo")) / "recipes"
-
-_RECIPES: dict[str, Recipe] = {}
 
 
 @dataclass(frozen=True)
@@ -193,37 +188,26 @@ class Recipe:
     run: Callable[[Trial], Finding]
 
 
+RECIPES = Registry[Recipe]("recipe", "octavo.recipes", group="octavo.studies")
+
+
 def recipe(
     name: str, *, system: str, source: str, claim: str, metric: str, data: str
 ) -> Callable[[Callable[[Trial], Finding]], Callable[[Trial], Finding]]:
     """Register an experiment under the name that users write."""
 
     def register(run: Callable[[Trial], Finding]) -> Callable[[Trial], Finding]:
-        if name in _RECIPES:
-            raise ValueError(f"a recipe named {name!r} is already registered: {_RECIPES[name].run.__module__}")
-        _RECIPES[name] = Recipe(name, system, source, claim, metric, data, run)
+        RECIPES.add(name, Recipe(name, system, source, claim, metric, data, run))
         return run
 
     return register
 
 
-@cache
-def _load_all() -> None:
-    """Import every file of this package; each registers its recipe."""
-    import octavo.recipes as package
-
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
-
-
 def recipes() -> dict[str, Recipe]:
     """All recipes by name."""
-    _load_all()
-    return dict(sorted(_RECIPES.items()))
+    return RECIPES.all()
 
 
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name."""
-    if name not in recipes():
-        raise RequestError(f"recipe {name!r} is not known; choose from {', '.join(recipes())}")
-    return recipes()[name]
+    return RECIPES.get(name)

@@ -19,7 +19,7 @@ from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.adaptive_trains import fold
-from octavo.training.comera import PENALTIES, CoMERA, rates
+from octavo.training.regimens.comera import PENALTIES, CoMERA, rates
 
 #: Epochs of the early and the late stage; every other arm has as many in all.
 _EARLY, _LATE = 2, 2

@@ -176,7 +176,7 @@ def _split_clicks(fields: Tensor, labels: Tensor, names: tuple[str, ...]) -> Cli
 
 @dataclass(frozen=True)
 class Texts:
-    """Runner text to train on, to calibrate and choose by, and to report."""
+    """Running text to train on, to calibrate and choose by, and to report."""
 
     train: str
     development: str

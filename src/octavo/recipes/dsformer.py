@@ -27,7 +27,7 @@ from octavo.sources.sites import Layout
 from octavo.sources.texts import builtin_texts
 from octavo.sources.tokens import text_batches
 from octavo.training import Regimen, fit, formed, settle
-from octavo.training.dsformer import SOURCE, StraightThroughFactorizer
+from octavo.training.regimens.dsformer import SOURCE, StraightThroughFactorizer
 
 #: Blocks of 16 columns with 32 atoms, of which a row takes so many: about 2 and 4 times smaller than float16.
 SHAPES = (Shape(16, 32, 6), Shape(16, 32, 3))

@@ -19,7 +19,8 @@ from octavo.errors import OctavoError
 from octavo.forms import Dense, Form, LowRank, RowBlocks
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
-from octavo.methods.factorize.grouping import Block, grouped
+from octavo.methods.factorize.grouping import RowGroup as Block
+from octavo.methods.factorize.grouping import grouped
 from octavo.methods.factorize.groupreduce import quantized
 from octavo.methods.quantize.entropy import Entropy
 from octavo.recipes import data

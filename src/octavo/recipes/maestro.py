@@ -17,7 +17,8 @@ from octavo.recipes import Arm, Check, Difference, Finding, Trial, data, differe
 from octavo.recipes.models import ResNet, flipped, in_batches, momentum, shuffled, trained
 from octavo.recipes.stored import quantized, through_file
 from octavo.training import Regimen, accuracy, cross_entropy, fit
-from octavo.training.maestro import SOURCE, OrderedDropout, allocated, factorizable, ladder, recalibrate, truncated
+from octavo.training.regimens.maestro import SOURCE, OrderedDropout
+from octavo.training.widths import allocated, factorizable, ladder, recalibrate, truncated
 
 #: Weights of the factorized layers, as shares of the dense ones.
 SIZES = (0.1, 0.2, 0.3, 0.4)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.cuts.decoder import PROJECTIONS, Block, Moments, blocks, observe
+from octavo.cuts.decomposition import TYPES, allocate, decompose, pairs
 from octavo.errors import MissingExtraError
-from octavo.forms import Cut, Dense, Form, LowRank
+from octavo.forms import Dense, Form, LowRank
+from octavo.forms import Trimmed as Cut
 from octavo.methods.factorize.factors import Factors, whitened
-from octavo.methods.structure.decoder import PROJECTIONS, Block, Moments, blocks, observe
-from octavo.methods.structure.modegpt import TYPES, allocate, decompose, pairs
 from octavo.recipes import data
 from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.models import language_model

@@ -14,7 +14,7 @@ from octavo.recipes import Arm, Check, Difference, Finding, Trial, data, differe
 from octavo.recipes.models import ResNet, classifier, flipped, in_batches, momentum, shuffled, trained
 from octavo.recipes.stored import quantized, through_file
 from octavo.training import accuracy, cross_entropy, fit, formed, settle
-from octavo.training.trp import SOURCE, TrainedRankPruning, decomposed, kernels
+from octavo.training.regimens.trp import SOURCE, TrainedRankPruning, decomposed, kernels
 
 #: The share of energy that a projection keeps. That of the paper, 0.9, leaves rank 5 to 7 in every layer of so short a
 #: training; this one leaves about a third of the weights.

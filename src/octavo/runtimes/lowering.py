@@ -1,4 +1,4 @@
-"""How runtimes say what they do with which form: a table of classes that every runtime fills, and plugins as well."""
+"""How runtimes lower forms: a table by form class, which runtimes and plugins fill."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ L = TypeVar("L")
 
 
 class Lowering(Generic[L]):
-    """What a runtime has for which forms: functions, or classes of kernels.
+    """The functions or kernel classes of a runtime, by form class.
 
-    ``@lowering(Grid)`` registers what it decorates for a class and its subclasses. A form of another package registers
-    in the same way, where the package is imported.
+    ``@lowering(Grid)`` registers the decorated object for a class and its subclasses. A form of another package
+    registers in the same way when its package is imported.
 
     Parameters
     ----------
     what
-        What runtimes are asked for, for messages.
+        Description of the registered objects for messages.
     """
 
     def __init__(self, what: str) -> None:
@@ -27,7 +27,7 @@ class Lowering(Generic[L]):
         self._known: dict[type[Form], list[L]] = {}
 
     def __call__(self, *kinds: type[Form]) -> Callable[[L], L]:
-        """Register for these classes of forms; what is registered first is preferred."""
+        """Register for these form classes; earlier registrations are preferred."""
 
         def register(lower: L) -> L:
             for kind in kinds:
@@ -37,13 +37,13 @@ class Lowering(Generic[L]):
         return register
 
     def every(self, form: Form) -> list[L]:
-        """Everything that is registered for a form, for its own class first and for that it derives from last."""
+        """All registrations for a form, those of its own class first and those of base classes last."""
         return [lower for kind in type(form).__mro__ for lower in self._known.get(kind, ())]
 
     def find(self, form: Form) -> L | None:
-        """What is preferred for a form; None if nothing is registered, as :meth:`missing` says."""
+        """The preferred registration for a form; None if there is none (:meth:`missing` gives the reason)."""
         return next(iter(self.every(form)), None)
 
     def missing(self, form: Form) -> str | None:
-        """Why a form is decoded to a dense matrix; None if there is something registered for it."""
+        """The reason why a form is decoded to a dense matrix; None if it has a registration."""
         return None if self.every(form) else f"no {self.what} is registered for the form {form.name!r}: it runs decoded"

@@ -1,7 +1,7 @@
 """The faster of PyTorch's two libraries for float32 matrix products on a CPU.
 
 By default PyTorch calls MKL, which reaches less than half of the possible speed on CPUs that are not Intel's. oneDNN,
-also part of PyTorch, has fast kernels for all CPUs (2.2x on an AMD EPYC with AVX-512), but PyTorch uses it only where
+also part of PyTorch, has fast kernels for all CPUs (2.2x on an AMD EPYC with AVX-512). But PyTorch uses it only where
 bfloat16 arithmetic is permitted. On hardware without fast bfloat16, oneDNN still computes in float32. This is tested at
 run time, and the permission is given only if no precision is lost.
 """

@@ -12,7 +12,7 @@ from octavo.artifact import Packed, pack
 from octavo.calibration.calibrating import data_free
 from octavo.calibration.evidence import Evidence
 from octavo.methods import get_method
-from octavo.methods.base import dense_method
+from octavo.methods.selecting import dense_method
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.sites import Site
 from octavo.targets.base import target
@@ -48,7 +48,7 @@ class Disk(Sizes):
             return None
         if not opened.measurable:
             return seal(opened, packed, assembly.narrowing(None)).bytes
-        # With data, steps differ by row and column, up to a byte each, and what is no site may not bear 16 bits.
+        # With data, steps differ by row and column, up to a byte each, and other tensors may need more than 16 bits.
         steps = sum(site.rows + site.columns for site in opened.sites)
         return int(1.15 * (seal(opened, packed, Narrowing.EXACT).bytes + steps))
 

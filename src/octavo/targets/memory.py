@@ -17,7 +17,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.forms import Form
-from octavo.methods import Method, Setting, get_method, select_methods
+from octavo.methods import Method, Setting, Usable, get_method, select_methods
 from octavo.request import Request
 from octavo.runtimes.packed import resident_bytes
 from octavo.sources.sites import Site, Source
@@ -29,6 +29,11 @@ from octavo.targets.sizes import Sizes
 _ROWS = 64
 
 
+_WITH_KERNEL = Usable(
+    lambda cls: cls.kernel_settings is not Method.kernel_settings, "has no setting that runs from memory"
+)
+
+
 @target("memory")
 class Memory(Sizes):
     """Bytes of all tensors while the model runs: sites, other tensors, and buffers that are not stored."""
@@ -37,14 +42,16 @@ class Memory(Sizes):
     # Every setting has a kernel and a known size: all are tried, and nothing is left to interpolate.
     margin = 0.0
     exhaustive = True
-    # A kernel that runs packed codes has no place for gains.
+    # A kernel that runs packed codes cannot apply gains.
     tunable = False
     unit = "bytes in memory"
     loads = True
 
     def methods(self, request: Request) -> list[Method]:
         """The methods that a kernel can run."""
-        return select_methods(request.methods, request.preset, self.name)
+        # Few settings have a kernel, so every preset tries all of them.
+        preset = "default" if request.preset == "fast" else request.preset
+        return select_methods(request.methods, preset, _WITH_KERNEL)
 
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """The settings that a kernel runs."""
@@ -106,7 +113,7 @@ class Memory(Sizes):
         return section(packed_figures(result, artifact))
 
     def _beside(self, opened: Opened) -> int:
-        """Bytes of what is no site, and of buffers that are not stored."""
+        """Bytes of tensors that are not sites, and of buffers that are not stored."""
         source, total = opened.source, 0
         for name in opened.left:
             dtype = source.dtypes[name]

@@ -9,53 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from octavo.errors import MissingExtraError, RequestError
-from octavo.forms import Form
 from octavo.sources.sites import Progress
 from octavo.system.atomic import writing
-from octavo.training.formed import forms_of
 from octavo.training.losses import Batch, Loss
+from octavo.training.regimens.base import Regimen
 
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-class Regimen:
-    """A compression method that acts while a model trains; hooks do nothing unless overridden.
-
-    A step calls :meth:`before`, the loss by :meth:`loss`, backward, :meth:`gradients`, the optimizer, :meth:`after`.
-    """
-
-    def begin(self, model: nn.Module, steps: int) -> None:
-        """Called first, with the number of steps: replace weights by forms, allocate state."""
-
-    def before(self, step: int) -> None:
-        """Called before the forward pass: project or resample weights."""
-
-    def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-        """The loss to differentiate: the task's loss, optionally with a penalty."""
-        return loss(model, batch)
-
-    def gradients(self, step: int) -> None:
-        """Called after backward, before the optimizer's step."""
-
-    def after(self, step: int) -> None:
-        """Called after the optimizer's step."""
-
-    def epoch(self, number: int) -> None:
-        """Called after an epoch."""
-
-    def state(self) -> dict[str, Any]:
-        """State for checkpoints besides the model's parameters and buffers: tensors and plain values."""
-        return {}
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Called after :meth:`begin`: continue from the result of :meth:`state`."""
-
-    def forms(self, model: nn.Module) -> dict[str, Form]:
-        """The forms to store, by parameter name."""
-        return forms_of(model)
 
 
 def fit(
@@ -131,18 +93,18 @@ def fit(
     for number in range(len(losses), epochs):
         total = 0.0
         for batch in batches(number):
-            regimen.before(step)
+            regimen.before_step(step)
             value = regimen.loss(ready, batch, loss)
             if not math.isfinite(value.item()):
                 raise RequestError(f"the loss is {value.item()} in step {step} of {steps}; lower the learning rate")
             accelerator.backward(value)
-            regimen.gradients(step)
+            regimen.after_backward(step)
             if clip is not None:
                 accelerator.clip_grad_norm_(model.parameters(), clip)
             made.step()
             schedule.step()
             made.zero_grad()
-            regimen.after(step)
+            regimen.after_step(step)
             total += value.item()
             step += 1
             progress(step, steps)
@@ -151,7 +113,7 @@ def fit(
             raise RequestError(
                 f"epoch {number} has {had} batches, but epoch 0 has {a_batch_each}; give every epoch as many"
             )
-        regimen.epoch(number)
+        regimen.after_epoch(number)
         losses.append(total / a_batch_each)
         if checkpoint is not None:
             state = {

@@ -18,7 +18,8 @@ def write_model(kind: str, folder: Path) -> Path:
     from tokenizers.pre_tokenizers import Whitespace
 
     torch.manual_seed(0)
-    size = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # One layer: tracing takes seconds a layer, and a second one is traced like the first.
+    size = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     decoder = {**size, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
     if kind == "bert":
         config = transformers.BertConfig(**size, intermediate_size=96, max_position_embeddings=64)
@@ -29,7 +30,7 @@ def write_model(kind: str, folder: Path) -> Path:
         model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**decoder))
     else:
         model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=100, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+            transformers.GPT2Config(vocab_size=100, n_positions=64, n_embd=64, n_layer=1, n_head=4)
         )
     # Norms of other than one and zero, which an export could lose.
     with torch.no_grad():

@@ -39,7 +39,9 @@ def test_an_artifact_runs_from_its_own_codes(models: dict[str, Path], sentences:
     import onnx
 
     folded = tmp_path / "folded"
-    octavo.compress(models["llama"], ratio=2, data=sentences, keep={"*": "int8:smoothing=0.5"}).save(folded)
+    octavo.compress(models["llama"], ratio=2, data=sentences, keep={"*": "int8:smoothing=0.5"}).save(
+        folded, report=False
+    )
     slower = octavo.export(folded, tmp_path / "float.onnx", data=sentences, loss=0.0, prefer="speed")
     assert set(slower.kernels.values()) == {FLOAT}
     assert slower.divergence.mean < 1e-6

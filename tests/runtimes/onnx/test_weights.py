@@ -8,7 +8,6 @@ import octavo.forms
 from octavo.forms import (
     Affine,
     Codebook,
-    Cut,
     Dense,
     DenseSparse,
     Folded,
@@ -23,6 +22,7 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
 )  # fmt: skip
 from octavo.runtimes.onnx.codes import store, window_of
 from octavo.runtimes.onnx.graph import OPSET
@@ -67,7 +67,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "trellis of many rows": (Trellis(Grid(heavy(2000, COLUMNS), real(2000, 1))), True),
     "sparse": (Sparse(whole(0, 3, ROWS, COLUMNS) == 0, Grid(heavy(1, int((whole(0, 3, ROWS, COLUMNS) == 0).sum())), real(1, 1))), True),
     "sparse, all zero": (Sparse(torch.zeros(ROWS, COLUMNS, dtype=torch.bool), Dense(torch.zeros(1, 0))), True),
-    "cut": (Cut(Grid(heavy(ROWS - 2, COLUMNS - 3), real(1, 1)), torch.arange(ROWS) > 1, torch.arange(COLUMNS) % 16 > 0), True),
+    "cut": (Trimmed(Grid(heavy(ROWS - 2, COLUMNS - 3), real(1, 1)), torch.arange(ROWS) > 1, torch.arange(COLUMNS) % 16 > 0), True),
     "row blocks": (RowBlocks((torch.arange(ROWS) % 3).to(torch.uint8), tuple(Grid(heavy(ROWS // 3, COLUMNS), real(1, 1) * k) for k in (1, 2, 3))), True),
     "folded": (Folded(Dense(real(32, ROWS * COLUMNS // 32)), "spatial", (16, 2, COLUMNS // 32 or 1)), True)
     if COLUMNS % 32 == 0

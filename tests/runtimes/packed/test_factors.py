@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 import octavo
 from octavo.errors import ArtifactError, RequestError
 from octavo.forms import (
-    Cut,
     Dense,
     Folded,
     Grid,
@@ -28,9 +27,10 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
 )
 from octavo.runtimes.packed import PackedWeight, factored, factors, held_bytes, kernels_of
-from octavo.runtimes.packed.factors import Factors, is_factorization, run_as_factors
+from octavo.runtimes.packed.factors import FactorKernel, is_factorization, run_as_factors
 from octavo.sources.sites import Layout
 
 
@@ -63,7 +63,7 @@ MATRICES = {
     "sum": lambda: Sum(grid(40, 24), LowRank(dense(40, 2), dense(2, 24))),
     "scaled": lambda: Scaled(LowRank(grid(40, 5), grid(5, 24)), gains(40)),
     "correction of a trellis": lambda: Sum(Trellis(grid(40, 24)), LowRank(dense(40, 2), dense(2, 24))),
-    "cut": lambda: Cut(LowRank(dense(30, 4), dense(4, 20)), torch.arange(40) < 30, torch.arange(24) > 3),
+    "cut": lambda: Trimmed(LowRank(dense(30, 4), dense(4, 20)), torch.arange(40) < 30, torch.arange(24) > 3),
     "deep": lambda: LowRank(LowRank(grid(40, 6), dense(6, 5)), Sparse(torch.eye(5, 24) > 0, Dense(torch.randn(1, 5)))),
 }
 #: Forms of a convolution of 12 filters over 8 channels of 3 x 5.
@@ -314,11 +314,11 @@ def test_factors_of_a_module_in_half_precision(always):
 
 
 def test_parts_are_decoded_once():
-    kernel = Factors(MATRICES["low rank"](), (40, 24))
+    kernel = FactorKernel(MATRICES["low rank"](), (40, 24))
     assert all(part.dtype == torch.float32 for part in kernel.tensors())
     assert kernel.form.left.dense() is kernel.form.left.weight
     # Stages of a convolution are views of the same numbers where no order is changed.
-    kernel = Factors(KERNELS["low rank"](), (12, 8, 3, 5))
+    kernel = FactorKernel(KERNELS["low rank"](), (12, 8, 3, 5))
     assert len({part.data_ptr() for part in kernel.tensors()}) == 2
 
 
@@ -332,7 +332,7 @@ def test_an_artifact_runs_as_factors(tmp_path, always):
 
     batches = [torch.randn(16, 8, 12, 12) for _ in range(2)]
     octavo.compress(make(), ratio=8, data=batches, objective="squared", methods=["svd"], preset="fast").save(
-        tmp_path / "a"
+        tmp_path / "a", report=False
     )
     plain, other = (
         octavo.load(tmp_path / "a", make()),
@@ -357,7 +357,9 @@ def test_a_transformers_artifact_runs_as_factors(tmp_path, always):
     )
     BertModel(config).save_pretrained(tmp_path / "bert")
     batches = [{"input_ids": torch.randint(0, 64, (8, 6))} for _ in range(2)]
-    octavo.compress(tmp_path / "bert", ratio=3, data=batches, methods=["svd"], preset="fast").save(tmp_path / "a")
+    octavo.compress(tmp_path / "bert", ratio=3, data=batches, methods=["svd"], preset="fast").save(
+        tmp_path / "a", report=False
+    )
     plain, other = octavo.load(tmp_path / "a"), octavo.load(tmp_path / "a", factors=True, batch=batches[0])
     assert sum(choice.as_factors for choice in factored(other).values()) >= 6
     with torch.inference_mode():
@@ -536,7 +538,7 @@ def test_a_description_without_end_is_refused(saved):
 
 
 def test_requests_that_make_no_sense_are_refused(tmp_path):
-    octavo.compress(nn.Linear(64, 64), ratio=4, preset="data-free").save(tmp_path / "a")
+    octavo.compress(nn.Linear(64, 64), ratio=4, preset="data-free").save(tmp_path / "a", report=False)
     with pytest.raises(RequestError, match="into="):
         octavo.load(tmp_path / "a", factors=True)
     with pytest.raises(RequestError, match="packed"):

@@ -7,7 +7,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.forms import Codebook, Dense, Grid, LowRank, Sparse, Sum
 from octavo.methods import methods
 from octavo.runtimes.packed import kernel_for, resident_bytes
-from octavo.runtimes.packed.kernels import GROUPS, Plain, int4_layout
+from octavo.runtimes.packed.kernels import GROUPS, DenseKernel, int4_layout
 
 INT4, INT8, BFLOAT16, PLAIN = "int4", "int8", "bfloat16", "none"
 
@@ -109,7 +109,7 @@ def test_settings_for_memory_have_a_kernel(name, columns):
     sizes = []
     for setting in settings:
         form = method.encode(weight, setting, evidence)
-        assert not isinstance(kernel_for(form), Plain), setting
+        assert not isinstance(kernel_for(form), DenseKernel), setting
         sizes.append(resident_bytes(form))
         bits = setting.get("bits", 16)
         overhead = (

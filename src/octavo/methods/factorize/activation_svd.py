@@ -29,7 +29,6 @@ class ActivationSVD(Method):
 
     takes = ("rank", "bits")
 
-    by_rows = False
     elastic = "bits"
 
     def octaves(self, setting: Setting) -> float:  # noqa: D102

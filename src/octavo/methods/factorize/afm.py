@@ -135,8 +135,6 @@ class AFM(Method):
 
     takes = ("rank", "bits")
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:  # noqa: D102
         return site.kind in ("linear", "head")
 

@@ -48,8 +48,6 @@ class ALDS(Method):
 
     groups: tuple[int, ...] = (1, 2, 4, 8)
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:
         """Linear layers, and convolutions with several input channels per group, so not depthwise ones."""
         return site.kind != "embedding" and (site.kind != "convolution" or _channels(site) > 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence, require_finite
 from octavo.forms import DenseSparse, Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.factorize.dictionaries import Factors, Shape, learn, narrow, pursue, split
+from octavo.methods.factorize.dictionaries import DictionaryFactors, Shape, learn, narrow, pursue, split
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 
@@ -44,8 +44,6 @@ class DenseSparseFactors(Method):
 
     rounds: int = 8
 
-    by_rows = False
-
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Widths, atoms, non-zeros and bits that fit the matrix, from largest to smallest."""
         rows, columns = weight.shape
@@ -72,7 +70,7 @@ class DenseSparseFactors(Method):
         unit = float(weight.abs().max()) or 1.0
         weight = weight.float() / unit
         weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30).float()
-        known: dict[Shape, tuple[Tensor | None, Factors]] = {}
+        known: dict[Shape, tuple[Tensor | None, DictionaryFactors]] = {}
         for setting in settings:
             width = whole(self.name, setting, "width", 1, columns)
             # With more atoms than rows, the atoms would be the rows.
@@ -86,7 +84,9 @@ class DenseSparseFactors(Method):
             yield _quantized(weight, unit, found, root, bits, weights)
 
 
-def _quantized(weight: Tensor, unit: float, found: Factors, root: Tensor | None, bits: float, weights: Tensor) -> Form:
+def _quantized(
+    weight: Tensor, unit: float, found: DictionaryFactors, root: Tensor | None, bits: float, weights: Tensor
+) -> Form:
     """Dictionaries as stored, then codes for them."""
     blocks, atoms, width = found.dictionary.shape
     plain, nonzeros = Evidence(weights, None), found.index.shape[2]

@@ -30,7 +30,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Factors:
+class DictionaryFactors:
     """``S D`` of every block.
 
     Parameters
@@ -63,7 +63,7 @@ def split(weight: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(weight, (0, padding)).unflatten(1, (-1, width)).transpose(0, 1).contiguous()
 
 
-def learn(targets: Tensor, shape: Shape, rounds: int, weights: Tensor | None = None) -> Factors:
+def learn(targets: Tensor, shape: Shape, rounds: int, weights: Tensor | None = None) -> DictionaryFactors:
     """Dictionaries of blocks (blocks, rows, width), initialised with right singular vectors and random mixtures."""
     blocks, rows, width = targets.shape
     basis = torch.linalg.eigh((targets.mT @ targets).double()).eigenvectors.flip(-1).mT.to(targets)
@@ -71,13 +71,13 @@ def learn(targets: Tensor, shape: Shape, rounds: int, weights: Tensor | None = N
     mixture = torch.randn(max(0, shape.atoms - width), rows, generator=generator).to(targets) @ targets
     start = _unit(torch.cat([basis, mixture.expand(blocks, -1, -1)], 1)[:, : shape.atoms])
     index, values = pursue(targets, start, shape.nonzeros)
-    found = Factors(index, values, start)
+    found = DictionaryFactors(index, values, start)
     for _ in range(rounds):
         found = again(targets, found, weights)
     return found
 
 
-def again(targets: Tensor, factors: Factors, weights: Tensor | None = None) -> Factors:
+def again(targets: Tensor, factors: DictionaryFactors, weights: Tensor | None = None) -> DictionaryFactors:
     """One round: the best dictionaries for these codes, then new codes."""
     sparse = factors.sparse()
     heavy = sparse if weights is None else sparse * weights[:, None]
@@ -92,7 +92,7 @@ def again(targets: Tensor, factors: Factors, weights: Tensor | None = None) -> F
     instead = targets.gather(1, worst[..., None].expand(-1, -1, targets.shape[2]))
     unused = normal.diagonal(dim1=1, dim2=2)[..., None] == 0
     dictionary = _unit(torch.where(unused, instead, dictionary))
-    return Factors(*pursue(targets, dictionary, factors.index.shape[2]), dictionary)
+    return DictionaryFactors(*pursue(targets, dictionary, factors.index.shape[2]), dictionary)
 
 
 def pursue(targets: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,12 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import Form, Sum
-from octavo.methods.base import Method, Setting, get_method, method
+from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 from octavo.methods.quantize.trellis import TrellisCoded
+from octavo.methods.spelling import get_method
 
 #: From this many bits per weight, a trellis base is better: 1 dB at equal bytes on MiniLM's matrices. Pruned bases and
 #: bases on group grids lost 2 to 6 dB against it at every size, and are not offered.
@@ -54,8 +55,6 @@ class EoRA(Method):
     ranks: tuple[int, ...] = (32, 16, 8)
     bits: int = 4
     levels: tuple[float, ...] = (3.25, 2.5, 1.9, 1.4, 0.9)
-
-    by_rows = False
 
     def refuse_unknown(self, setting: Setting) -> None:
         """Settings of the base are checked by its method."""

@@ -19,7 +19,7 @@ _GAIN = 1e-3
 
 
 @dataclass(frozen=True)
-class Block:
+class RowGroup:
     """Some rows of a table: ``weight`` (rows, columns), the cost of their errors, and their factors (None if dense)."""
 
     weight: Tensor
@@ -34,14 +34,14 @@ class Grouping:
     member: Tensor
     ranks: tuple[int, ...]
 
-    def blocks(self, weight: Tensor, evidence: Evidence) -> list[Block]:
+    def blocks(self, weight: Tensor, evidence: Evidence) -> list[RowGroup]:
         """All blocks with the best factors of their rank."""
         found, weights = [], _weights(evidence).float()
         for number, rank in enumerate(self.ranks):
             rows, here = weight[self.member == number], weights[self.member == number]
             # The cache depends only on the columns, which are those of the whole table.
             seen = Evidence(here, evidence.columns, evidence.samples, evidence.cache)
-            found.append(Block(rows, seen, None if rank >= weight.shape[1] else factors.factors(rows, seen, rank)))
+            found.append(RowGroup(rows, seen, None if rank >= weight.shape[1] else factors.factors(rows, seen, rank)))
         return found
 
 

@@ -13,7 +13,7 @@ from octavo.forms import Form, RowBlocks
 from octavo.forms.rowblocks import MOST_BLOCKS
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
-from octavo.methods.factorize.grouping import Block, Grouping, grouped
+from octavo.methods.factorize.grouping import Grouping, RowGroup, grouped
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 from octavo.sources.sites import Site
@@ -52,8 +52,6 @@ class GroupReduce(Method):
     blocks: int = 8
     rounds: int = 6
 
-    by_rows = False
-
     def accepts(self, site: Site) -> bool:
         """Rows must be tokens, whose frequencies differ."""
         return site.kind in ("embedding", "head")
@@ -84,7 +82,7 @@ class GroupReduce(Method):
             yield RowBlocks(grouping.member, quantized(grouping.blocks(weight, evidence), bits))
 
 
-def quantized(blocks: Sequence[Block], bits: float) -> tuple[Form, ...]:
+def quantized(blocks: Sequence[RowGroup], bits: float) -> tuple[Form, ...]:
     """Quantize all blocks with one step in units of the loss, at about ``bits`` per coefficient."""
     levels = [_level(block) for block in blocks]
     # Blocks of zeros take no bits at any step.
@@ -95,18 +93,18 @@ def quantized(blocks: Sequence[Block], bits: float) -> tuple[Form, ...]:
     return tuple(_stored(block, level, step) for block, level in zip(blocks, levels, strict=True))
 
 
-def _stored(block: Block, level: float, step: float) -> Form:
+def _stored(block: RowGroup, level: float, step: float) -> Form:
     """Quantize a block; level and step are given as logarithms."""
     if block.parts is None:
         return Entropy().encode(block.weight, {"step": 2**step}, block.evidence)
     return factors.quantized(block.parts, level - step, block.evidence)
 
 
-def _coefficients(block: Block) -> int:
+def _coefficients(block: RowGroup) -> int:
     return block.weight.numel() if block.parts is None else block.parts.left.numel() + block.parts.right.numel()
 
 
-def _level(block: Block) -> float:
+def _level(block: RowGroup) -> float:
     """Logarithm of the step at which coefficients take zero bits by the high-rate formula."""
     if block.parts is not None:
         return math.log2(factors.step_for(block.parts, 0))

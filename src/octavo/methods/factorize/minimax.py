@@ -32,7 +32,7 @@ _STARTS = (1, 3, 5, 7, 9)
 
 
 @dataclass(frozen=True)
-class Choice:
+class RankChoice:
     """Groups and rank of one layer."""
 
     groups: int
@@ -53,12 +53,12 @@ class Allocation:
         Coefficients of all layers.
     """
 
-    choices: dict[str, Choice | None]
+    choices: dict[str, RankChoice | None]
     error: float
     elements: int
 
 
-class Layer:
+class RankedLayer:
     """A layer's matrix, and the errors and sizes of its decompositions; singular values are computed once.
 
     Parameters
@@ -92,17 +92,17 @@ class Layer:
             self._errors[groups] = torch.cat([largest / norm, torch.zeros(1, dtype=largest.dtype)])
         return self._errors[groups]
 
-    def size(self, choice: Choice | None) -> int:
+    def size(self, choice: RankChoice | None) -> int:
         """Number of stored coefficients."""
         return self.dense if choice is None else choice.rank * self._unit(choice.groups)
 
-    def error(self, choice: Choice | None) -> float:
+    def error(self, choice: RankChoice | None) -> float:
         """The relative error (bound) of a choice."""
         return 0.0 if choice is None else float(self.errors(choice.groups)[choice.rank])
 
-    def within(self, groups: int, level: float) -> Choice | None:
+    def within(self, groups: int, level: float) -> RankChoice | None:
         """The smallest rank, at least 1, with an error of at most ``level``; None if dense is as small."""
-        choice = Choice(groups, max(1, int((self.errors(groups) > level).sum())))
+        choice = RankChoice(groups, max(1, int((self.errors(groups) > level).sum())))
         return choice if self.size(choice) < self.dense else None
 
     def of_size(self, size: int, allowed: Sequence[int]) -> int:
@@ -114,8 +114,8 @@ class Layer:
         return groups * self.matrix.shape[0] + self.matrix.shape[1]
 
 
-def allocate(
-    layers: Mapping[str, Layer],
+def allocate_ranks(
+    layers: Mapping[str, RankedLayer],
     budget: int,
     *,
     groups: Sequence[int] | None = None,
@@ -167,14 +167,14 @@ def allocate(
             }
     feasible = [made for made in found.values() if made is not None]
     if not feasible:
-        least = sum(min(layer.dense, layer.size(Choice(allowed[name][0], 1))) for name, layer in layers.items())
+        least = sum(min(layer.dense, layer.size(RankChoice(allowed[name][0], 1))) for name, layer in layers.items())
         raise RequestError(
             f"budget: {budget} coefficients are too few, as rank 1 in all layers takes {least}; give at least that"
         )
     return min(feasible, key=lambda made: (made.error, made.elements))
 
 
-def _leveled(layers: Mapping[str, Layer], groups: Mapping[str, int], budget: int) -> Allocation | None:
+def _leveled(layers: Mapping[str, RankedLayer], groups: Mapping[str, int], budget: int) -> Allocation | None:
     """The allocation of the least common level within the budget; None if there is none."""
     levels = torch.cat([layer.errors(groups[name]) for name, layer in layers.items()]).unique()
 

@@ -25,8 +25,8 @@ _CHOICES: tuple[tuple[int, float, float], ...] = (
     (2, 1.0, 6), (2, 1.0, 4), (2, 1.0, 3), (3, 1.0, 3), (2, 0.5, 4), (2, 0.5, 3), (3, 0.5, 3), (2, 0.5, 2.5),
     (2, 0.25, 3), (3, 0.25, 3), (2, 0.25, 2), (2, 0.125, 2), (3, 0.125, 2),
 )  # fmt: skip
-#: If the smaller side is above this size and at most half of the components are needed, an SVD uses a random subspace
-#: with half as many additional dimensions and this many products. It discards 1% more than an exact SVD.
+#: Above this smaller side, an SVD that needs at most half of the components uses a random subspace. It has half as many
+#: additional dimensions and this many products, and discards 1% more than an exact SVD.
 _LARGE, _PRODUCTS = 1024, 5
 
 
@@ -256,8 +256,6 @@ class MPO(Method):
     """
 
     takes = ("sites", "chi", "bits")
-
-    by_rows = False
 
     def accepts(self, site: Site) -> bool:
         """Matrices only; convolutions are tensorized differently."""

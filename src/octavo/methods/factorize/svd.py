@@ -25,8 +25,6 @@ class SVD(Method):
 
     takes = ("rank", "bits")
 
-    by_rows = False
-
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Ranks, from the one at which the factors are as large as the matrix, times bits per coefficient."""
         return factors.settings(*weight.shape)

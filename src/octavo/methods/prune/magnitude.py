@@ -21,6 +21,7 @@ class Magnitude(Method):
     survivors rounds to zero (:mod:`octavo.methods.prune.masks`).
     """
 
+    by_rows = True
     takes = ("bits", "sparsity", "pattern")
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

@@ -33,7 +33,7 @@ _LARGEST_CODE = 2.0**23
 
 
 @dataclass(frozen=True)
-class Request:
+class MaskRequest:
     """A parsed setting: a share of zeros or an n:m pattern, and the bits of the survivors."""
 
     bits: int
@@ -45,11 +45,11 @@ class Request:
         return total - round(self.sparsity * total)
 
 
-def read(method: str, setting: Setting, columns: int) -> Request:
+def read(method: str, setting: Setting, columns: int) -> MaskRequest:
     """Check a setting ``{"sparsity": 0.5, "bits": 4}`` or ``{"pattern": "2:4", "bits": 4}``."""
     bits = whole(method, setting, "bits", 2, 16)
     if "pattern" not in setting:
-        return Request(bits, real(method, setting, "sparsity", 0.0, 1.0), None)
+        return MaskRequest(bits, real(method, setting, "sparsity", 0.0, 1.0), None)
     parts = str(setting["pattern"]).split(":")
     if "sparsity" in setting or len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise RequestError(
@@ -63,7 +63,7 @@ def read(method: str, setting: Setting, columns: int) -> Request:
             f"{method}: pattern {keep}:{group} does not divide the {columns} columns of this matrix; choose a group "
             "that does, or a sparsity"
         )
-    return Request(bits, 1 - keep / group, (keep, group))
+    return MaskRequest(bits, 1 - keep / group, (keep, group))
 
 
 def settings(columns: int) -> list[Setting]:
@@ -118,7 +118,7 @@ def largest_by_group(scores: Tensor, pattern: tuple[int, int]) -> Tensor:
     return (rank < keep).t().reshape(scores.shape)
 
 
-def choose(scores: Tensor, request: Request, by_row: bool) -> Tensor:
+def choose(scores: Tensor, request: MaskRequest, by_row: bool) -> Tensor:
     """The mask of a request."""
     if request.pattern is not None:
         return largest_by_group(scores, request.pattern)

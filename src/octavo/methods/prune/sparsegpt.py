@@ -40,6 +40,7 @@ class SparseGPT(Method):
         Columns of large inputs first. n:m patterns need adjacent columns and keep their order.
     """
 
+    by_rows = True
     takes = ("bits", "sparsity", "pattern")
 
     order: bool = True
@@ -66,7 +67,7 @@ class SparseGPT(Method):
             yield _sweep(weight, rows, request, factors)
 
 
-def _sweep(weight: Tensor, rows: Tensor, request: masks.Request, factors: tuple[Tensor, ...]) -> Form:
+def _sweep(weight: Tensor, rows: Tensor, request: masks.MaskRequest, factors: tuple[Tensor, ...]) -> Form:
     """One pass over the columns in the order of their factors."""
     order, curvature, feedback = factors
     costs = rows[:, None] * curvature

@@ -22,6 +22,7 @@ class Wanda(Method):
     scores are magnitudes.
     """
 
+    by_rows = True
     takes = ("bits", "sparsity", "pattern")
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:

@@ -17,7 +17,7 @@ from octavo.methods.base import Setting, method
 from octavo.methods.compiled import compiled
 from octavo.methods.feedback import round_blocks, round_columns
 from octavo.methods.knobs import real
-from octavo.methods.quantize.units import Magnitudes, Stepped, Units
+from octavo.methods.quantize.units import Magnitudes, Stepped, StepUnits
 
 
 @method(
@@ -31,8 +31,8 @@ class Entropy(Stepped):
     """Uniform quantization without clipping, for an entropy coder, with steps set by sensitivity.
 
     In units of its steps (:mod:`octavo.methods.quantize.units`) a matrix is rounded column by column with error
-    feedback, and the level taken is the one of least ``error^2 + rate * bits``, where ``bits`` is its code length under
-    the distribution of its magnitude class. The row and column steps are entropy-coded as well.
+    feedback. The chosen level minimizes ``error^2 + rate * bits``, where ``bits`` is its code length under the
+    distribution of its magnitude class. The row and column steps are entropy-coded as well.
 
     Parameters
     ----------
@@ -43,6 +43,7 @@ class Entropy(Stepped):
         Steps to try, stated as the bits per Gaussian weight at a high rate.
     """
 
+    by_rows = True
     takes = ("step",)
 
     rate: float = 0.1
@@ -50,7 +51,7 @@ class Entropy(Stepped):
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""
-        units = Units(self.name, weight, evidence)
+        units = StepUnits(self.name, weight, evidence)
         at_once, in_turn = partial(_round_at_once, rate=self.rate), partial(_round_in_turn, rate=self.rate)
         for setting in settings:
             yield units.grid(real(self.name, setting, "step", 1e-38), at_once, in_turn)

@@ -31,7 +31,7 @@ class GPTQ(Method):
     Minimises ``tr(E C E^T)`` greedily, column after column: ``codes[:, j] = round(target[:, j] / scale) + zero`` with
     ``target = W - sum_k F[:, k] inverse(V)[k, j]`` (:mod:`octavo.methods.feedback`); ``W``, ``E`` are (rows, columns),
     ``C`` (columns, columns) is the second moment of the inputs. The grids are fitted to the groups of the original
-    matrix before the first column is rounded ("static groups"), so columns can go in any order and keep their groups.
+    matrix before the first column is rounded ("static groups"). So columns can have any order and keep their groups.
     Without a moment it is ``rtn``.
 
     Parameters
@@ -43,6 +43,7 @@ class GPTQ(Method):
         Grids around zero, without zero points.
     """
 
+    by_rows = True
     takes = ("bits", "group", "symmetric", "scale")
 
     order: bool = True

@@ -41,6 +41,7 @@ class Int8(Method):
     coordinates of ``x / s``.
     """
 
+    by_rows = True
     takes = ("smoothing",)
     scales_inputs = True
 

@@ -47,6 +47,8 @@ class KMeans(Method):
         Largest number of Lloyd iterations; most matrices need fewer.
     """
 
+    # The codebook is learned from all rows; those of a sample give nearly the same one.
+    by_rows = True
     takes = ("values",)
 
     row_scale: bool = True

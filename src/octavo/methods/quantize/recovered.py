@@ -45,8 +45,6 @@ class SourceGrid(Method):
     widths: tuple[int, ...] = (256, 128, 64, 32, 16)
 
     lossless = True
-    # A single row off the grid would make it lossy.
-    by_rows = False
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """The widest group size at which every sampled group is on a grid, or None."""

@@ -26,6 +26,7 @@ class RoundToNearest(Method):
         Grids around zero, without zero points.
     """
 
+    by_rows = True
     takes = ("bits", "group", "symmetric", "scale")
     plain = True
 

@@ -37,7 +37,7 @@ _AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Window:
+class CodeWindow:
     """How integers are stored: ``bits`` each starting at ``low``, and the number ``beyond`` the window."""
 
     bits: int
@@ -46,18 +46,18 @@ class Window:
     bytes: int
 
 
-def window_of(integers: Tensor) -> Window:
+def window_of(integers: Tensor) -> CodeWindow:
     """The window in which integers take the fewest bytes."""
     low, high = (int(value) for value in torch.aminmax(integers))
     size, span = integers.numel(), high - low + 1
     if span > _MOST_VALUES:
-        return Window(32, 0, 0, 4 * size)
+        return CodeWindow(32, 0, 0, 4 * size)
     counts = sum(np.bincount(part.long() - low, minlength=span) for part in integers.flatten().split(_AT_ONCE))
     before = np.concatenate([[0], np.cumsum(counts)])
     return min(_windows(before, low, size), key=lambda window: window.bytes)
 
 
-def _windows(before: np.ndarray, low: int, size: int) -> Iterator[Window]:
+def _windows(before: np.ndarray, low: int, size: int) -> Iterator[CodeWindow]:
     """The best window of every number of bits; ``before`` counts integers below each value from ``low`` on."""
     for bits, (_, nodes) in _WIDTHS.items():
         width = min(2**bits, len(before) - 1)
@@ -65,7 +65,7 @@ def _windows(before: np.ndarray, low: int, size: int) -> Iterator[Window]:
         start = int(inside.argmax())
         beyond = size - int(inside[start])
         apart = round(beyond * _BEYOND_BYTES) + _BEYOND_NODES if beyond else 0
-        yield Window(bits, low + start, beyond, -(-size * bits // 8) + apart + nodes)
+        yield CodeWindow(bits, low + start, beyond, -(-size * bits // 8) + apart + nodes)
 
 
 def store(nodes: Nodes, name: str, integers: Tensor) -> tuple[str, int]:

@@ -24,7 +24,6 @@ from torch import Tensor
 from octavo.forms import (
     Affine,
     Codebook,
-    Cut,
     Dense,
     DenseSparse,
     Folded,
@@ -39,6 +38,7 @@ from octavo.forms import (
     Sum,
     TensorTrain,
     Trellis,
+    Trimmed,
 )
 from octavo.forms.folded import FOLDS
 from octavo.forms.grid import exponent_steps
@@ -71,7 +71,7 @@ class Rows:
 ALL = Rows()
 
 
-#: How forms are worked out row by row: functions of nodes, name, form and :class:`Rows`, which give float32.
+#: How forms are computed row by row: functions of nodes, name, form and :class:`Rows`, which give float32.
 by_rows = Lowering[Callable[[Nodes, str, Any, Rows], str]]("matrix for ONNX")
 #: Nodes for ``x @ dense().T`` without the matrix: from nodes, name and ``x``.
 Multiply = Callable[[Nodes, str, str], str]
@@ -80,7 +80,7 @@ multiplies = Lowering[Callable[[Any], Multiply | None]]("product for ONNX")
 
 
 def whole(*kinds: type[Form]) -> Callable[[Callable], Callable]:
-    """Register how these forms are worked out as a whole: a function of nodes, name and form."""
+    """Register how these forms are computed as a whole: a function of nodes, name and form."""
 
     def register(decode: Callable[[Nodes, str, Any], str]) -> Callable[[Nodes, str, Any], str]:
         def lower(nodes: Nodes, name: str, form: Form, rows: Rows) -> str:
@@ -311,8 +311,8 @@ def _scaled(nodes: Nodes, name: str, form: Scaled, rows: Rows) -> str:
     return str(nodes.add("Mul", [decoded(nodes, name, form.base, rows), factors]))
 
 
-@whole(Cut)
-def _cut(nodes: Nodes, name: str, form: Cut) -> str:
+@whole(Trimmed)
+def _cut(nodes: Nodes, name: str, form: Trimmed) -> str:
     # Cut rows and columns read from an appended row and column of zeros.
     value = nodes.add("Pad", [decoded(nodes, name, form.inner, ALL), nodes.sizes(0, 0, 1, 1)])
     for axis, kept in enumerate((form.rows, form.columns)):

@@ -1,4 +1,4 @@
-"""Runner as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
+"""Running as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from octavo.errors import OctavoError, RequestError
 from octavo.forms import Dense, Form
 from octavo.forms.base import MAX_DEPTH, form_class
-from octavo.runtimes.packed.kernels import Geometry, Plain
+from octavo.runtimes.packed.kernels import DenseKernel, Geometry
 from octavo.runtimes.packed.speed import interleaved
 from octavo.runtimes.packed.staged import chains, staged
 from octavo.runtimes.packed.weight import PackedWeight, decode_in_state, without_packed
@@ -53,7 +53,7 @@ class Choice:
     reason: str
 
 
-class Factors(Plain):
+class FactorKernel(DenseKernel):
     """A form with all parts decoded once to float32.
 
     Inputs of other dtypes are cast to float32, and outputs back.
@@ -215,7 +215,7 @@ def _choose(
         return stays(f"on {dense.device}: factors run on a CPU")
     if any(getattr(owner, "groups", 1) != 1 for owner, _ in users):
         return stays("a convolution in groups")
-    kernel = Factors(form, tuple(dense.shape))
+    kernel = FactorKernel(form, tuple(dense.shape))
     if dense.ndim > 2 and not kernel.convolves:
         return stays("its factors are not convolutions")
     weight = nn.Parameter(PackedWeight(kernel, layout, tuple(dense.shape), dense.dtype), requires_grad=False)

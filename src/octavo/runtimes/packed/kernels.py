@@ -195,7 +195,7 @@ class Int4(Kernel[Grid]):
 
 
 @runs(Grid)
-class Int8(Kernel[Grid]):
+class Int8Kernel(Kernel[Grid]):
     """Codes of 8 bits with one bfloat16 scale per row. Column steps of a grid are multiplied into the inputs."""
 
     name = "int8 (aten._weight_int8pack_mm)"
@@ -288,7 +288,7 @@ class Total(_Pair[Sum]):
         return self.first.lookup(index) + self.second.lookup(index)
 
 
-class Plain(Kernel[Form]):
+class DenseKernel(Kernel[Form]):
     """Any form on any machine: its unchanged parts, multiplied by :meth:`octavo.forms.Form.apply`."""
 
     name = "none (decoded while running)"
@@ -332,7 +332,7 @@ def _choose(form: Form) -> type[Kernel]:
         return found
     # Without a kernel of its own a form runs from its parts, unless the matrix takes no more memory and runs faster.
     rows = form.shape[0]
-    return BFloat16 if BFloat16.bytes(form, rows) <= Plain.bytes(form, rows) else Plain
+    return BFloat16 if BFloat16.bytes(form, rows) <= DenseKernel.bytes(form, rows) else DenseKernel
 
 
 def _inputs(x: Tensor, steps: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from octavo.errors import RequestError
 from octavo.forms import Form
-from octavo.runtimes.packed.kernels import Geometry, Kernel, Plain, kernel_for
+from octavo.runtimes.packed.kernels import DenseKernel, Geometry, Kernel, kernel_for
 from octavo.sources.sites import Layout
 
 
@@ -223,4 +223,4 @@ def _kernel_name(weight: PackedWeight, owners: list[nn.Module]) -> str:
         return " + ".join(weight.kernel.names)
     if all(isinstance(owner, nn.Embedding) for owner in owners):
         return "lookup (rows decoded)"
-    return Plain.name
+    return DenseKernel.name

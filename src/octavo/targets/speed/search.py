@@ -274,7 +274,7 @@ def _points(candidates: Sequence[Candidate]) -> list[Point]:
 
 
 def divergences(opened: Opened, session: Session) -> torch.Tensor:
-    """Divergence of every held-back example when onnxruntime runs the model."""
+    """Divergence of every held-out example when onnxruntime runs the model."""
     assert opened.source.module is not None
     return opened.objective.measure(
         session, opened.held_data, opened.objective.reference(opened.source.module, opened.held_data)

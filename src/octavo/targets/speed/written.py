@@ -94,7 +94,7 @@ def section(speed: dict[str, Any]) -> Section:
         f"{speed['file']} runs with onnxruntime {device['onnxruntime']}: {speed['speedup']:.2f} times as fast as "
         f"PyTorch {device['torch']} in float32 ({speed['seconds'] * 1e3:.3g} ms against "
         f"{speed['torch_seconds'] * 1e3:.3g} ms at {batch} x {tokens} tokens, {device['threads']} threads, "
-        f"{device['processor']}), {far['metric']} {far['mean']:.3g} on {far['examples']} held-back examples. Matrices "
+        f"{device['processor']}), {far['metric']} {far['mean']:.3g} on {far['examples']} held-out examples. Matrices "
         f"by kernel: {kernels}."
     )
     rows = [("this file", 1e3 * speed["seconds"]), *((n, 1e3 * row["seconds"]) for n, row in speed["runtimes"].items())]

@@ -14,7 +14,7 @@ from octavo.forms.base import Form, child, elements, expect, expect_integers, fo
 
 @form("cut")
 @dataclass(frozen=True)
-class Cut(Form):
+class Trimmed(Form):
     """``weight[i, j]`` is the next element of ``inner`` where row ``i`` and column ``j`` are kept, and 0 elsewhere.
 
     Each removed neuron, head or channel costs one bit, and the module keeps its shapes.
@@ -43,7 +43,7 @@ class Cut(Form):
         return {"form": self.name, "inner": self.inner.meta()}
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Cut:  # noqa: D102
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Trimmed:  # noqa: D102
         rows = expect_integers(tensors["rows"], (shape[0],), "rows").bool()
         columns = expect_integers(tensors["columns"], (shape[1],), "columns").bool()
         expect(bool(rows.any()) and bool(columns.any()), "no row or no column is kept")

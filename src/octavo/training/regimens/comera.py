@@ -13,12 +13,14 @@ from octavo.errors import RequestError
 from octavo.forms import Form, TensorTrain
 from octavo.methods.factorize.mpo import modes
 from octavo.training.adaptive_trains import attach, random_train, trains
-from octavo.training.loop import Optimizers, Regimen
+from octavo.training.loop import Optimizers
 from octavo.training.losses import Batch, Loss
+from octavo.training.regimens.base import Regimen, regimen
 
 PENALTIES = ("size", "mean")
 
 
+@regimen("comera", source="CoMERA (Yang et al., 2024, arXiv 2405.14377)")
 @dataclass
 class CoMERA(Regimen):
     """Linear layers and embeddings as ``W = G_1 D_1 G_2 D_2 .. G_N`` with sparse diagonals ``D``.
@@ -102,19 +104,22 @@ class CoMERA(Regimen):
                 "that"
             )
 
+    def penalty_of(self, model: nn.Module) -> Tensor | None:
+        """That of the early stage."""
+        return self.gamma * self._penalty() if self.gamma else None
+
     def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
         """The task's loss with the penalties of the stage."""
-        task = loss(model, batch)
         if self.target is None:
-            return task + self.gamma * self._penalty() if self.gamma else task
-        now = self.size
+            return super().loss(model, batch, loss)
+        task, now = loss(model, batch), self.size
         if now <= self.target:
             return task
         penalty = self._penalty()
         too_large = (task.item() - self.loss_target) / max(task.item(), 1e-12) < (now - self.target) / now
         return (penalty if too_large else task) + 0.1 * task + 0.01 * penalty
 
-    def after(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Cut entries below the threshold."""
         if not self.gamma and self.target is None:
             return

@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from octavo.errors import RequestError
-from octavo.forms import Cut
-from octavo.methods.structure.decoder import blocks, observe
-from octavo.methods.structure.modegpt import (
+from octavo.cuts.decoder import blocks, observe
+from octavo.cuts.decomposition import (
     LIMIT,
     TYPES,
     allocate,
@@ -20,6 +18,8 @@ from octavo.methods.structure.modegpt import (
     refitted,
     value_bases,
 )
+from octavo.errors import RequestError
+from octavo.forms import Trimmed
 from octavo.recipes.stored import through_file
 
 transformers = pytest.importorskip("transformers")
@@ -147,7 +147,7 @@ def test_moments_of_rank_one_and_of_zeros_are_cut_too():
 def test_a_cut_model_computes_what_the_sliced_one_would(kind, heads, shared, bias):
     model = decoder(kind, heads=heads, shared=shared, bias=bias)
     found = decompose(model, observe(model, BATCHES), [0.4, 0.6])
-    assert all(isinstance(form, Cut) for form in found.forms.values()) and len(found.forms) == 14
+    assert all(isinstance(form, Trimmed) for form in found.forms.values()) and len(found.forms) == 14
     cut = found.load(copy.deepcopy(model))
     expected = logits(cut)
     # The same blocks, computed from the small matrices alone.

@@ -12,7 +12,7 @@ from octavo.methods.factorize.dictionaries import Shape, learn, split
 from octavo.recipes.stored import through_file
 from octavo.sources.sites import Layout
 from octavo.training import Regimen, accuracy, cross_entropy, fit, formed, settle
-from octavo.training.dsformer import StraightThroughFactorizer
+from octavo.training.regimens.dsformer import StraightThroughFactorizer
 
 SHAPE = Shape(8, 12, 2)
 

@@ -8,7 +8,7 @@ from octavo.errors import RequestError
 from octavo.forms import Folded, GroupedLowRank, LowRank
 from octavo.recipes.stored import through_file
 from octavo.training import cross_entropy, fit
-from octavo.training.trp import FOLDINGS, TrainedRankPruning, decomposed, kernels
+from octavo.training.regimens.trp import FOLDINGS, TrainedRankPruning, decomposed, kernels
 
 
 class Net(nn.Module):
@@ -95,15 +95,15 @@ def test_the_pressure_is_the_gradient_of_the_nuclear_norm():
     regimen.begin(model, 3)
     weight = model.body[5].weight
     kept = weight.detach().clone()
-    regimen.before(0)
+    regimen.before_step(0)
     assert torch.equal(weight, kept), "with all energy kept nothing is projected"
     weight.grad = torch.zeros_like(weight)
-    regimen.gradients(0)
+    regimen.after_backward(0)
     leaf = kept.clone().requires_grad_()
     torch.linalg.matrix_norm(leaf.flatten(1), "nuc").backward()
     assert torch.allclose(weight.grad, 0.5 * leaf.grad, atol=1e-4)
-    regimen.before(1)
-    regimen.gradients(1)
+    regimen.before_step(1)
+    regimen.after_backward(1)
     assert torch.allclose(weight.grad, 0.5 * leaf.grad, atol=1e-4)
 
 
@@ -112,14 +112,14 @@ def test_projection_every_few_steps():
     regimen = TrainedRankPruning(energy=0.6, every=2, nuclear=0.0)
     regimen.begin(model, 4)
     weight, full = model.body[5].weight, ranks(model.body[5].weight, "channel")
-    regimen.before(0)
+    regimen.before_step(0)
     assert ranks(weight, "channel") < full
     with torch.no_grad():
         weight.add_(0.05 * torch.randn_like(weight))
-    regimen.before(1)
-    regimen.after(1)
+    regimen.before_step(1)
+    regimen.after_step(1)
     assert ranks(weight, "channel") == full
-    regimen.after(3)
+    regimen.after_step(3)
     assert ranks(weight, "channel") < full, "after the last step there is one more"
 
 

@@ -131,7 +131,7 @@ def observe(model: nn.Module, batches: Iterable[Batch]) -> list[Moments]:
 
 
 class _Sums:
-    """Runner sums of one block, fed by hooks."""
+    """Running sums of one block, fed by hooks."""
 
     def __init__(self, block: Block) -> None:
         self.block = block

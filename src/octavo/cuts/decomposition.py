@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from octavo.cuts.decoder import Block, Moments, blocks
 from octavo.errors import RequestError
-from octavo.forms import Cut, Dense, Form
-from octavo.methods.factorize.factors import whitened
-from octavo.methods.structure.decoder import Block, Moments, blocks
+from octavo.forms import Dense, Form, Trimmed
+from octavo.methods.factorize.factors import Factors, whitened
 
 #: The pairs that can be decomposed: the MLP (type I), queries with keys (type II), values with the output (type III).
 TYPES = ("mlp", "query-key", "value-output")
@@ -41,7 +41,7 @@ class Decomposition:
     Parameters
     ----------
     forms
-        Forms of weights by parameter name: a :class:`octavo.forms.Cut` each.
+        Forms of weights by parameter name: a :class:`octavo.forms.Trimmed` each.
     biases
         Changed biases by parameter name.
     """
@@ -107,7 +107,7 @@ def decompose(
     Parameters
     ----------
     moments
-        The result of :func:`octavo.methods.structure.decoder.observe`, one per block.
+        The result of :func:`octavo.cuts.decoder.observe`, one per block.
     shares
         The share cut from every block, from 0 to below 1; at least one unit of each kind is kept.
     types
@@ -131,12 +131,36 @@ def decompose(
     if unknown := sorted(set(types) - set(TYPES)):
         raise RequestError(f"modegpt: type {unknown[0]!r} is not known; choose from {', '.join(TYPES)}")
     result = Decomposition({}, {})
-    work = {"mlp": _mlp, "query-key": _query_key, "value-output": _value_output}
     for block, seen, share in zip(found, moments, shares, strict=True):
         for kind in TYPES:
             if kind in types and share > 0:
-                work[kind](block, seen, 1 - share, ridge, result)
+                remove(kind, block, seen, _most(kind, block, seen, 1 - share, ridge), ridge, result)
     return result
+
+
+def remove(kind: str, block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
+    """Add to ``result`` what is left of one type of module in a block.
+
+    Parameters
+    ----------
+    kept
+        Bools: (neurons,) of the MLP; (shared, size) rotated dimensions of the keys, both of a pair alike; or (shared,
+        size) directions of values, from the one that matters most.
+    """
+    {"mlp": _mlp, "query-key": _query_key, "value-output": _value_output}[kind](block, seen, kept, ridge, result)
+
+
+def _most(kind: str, block: Block, seen: Moments, keep: float, ridge: float) -> Tensor:
+    """The units of a block that matter most, as many as are to stay."""
+    if kind == "query-key":
+        return pairs(seen.queries, seen.keys, _count(keep, block.size // 2))
+    if kind == "value-output":
+        first = torch.arange(block.size) < _count(keep, block.size)
+        return first.to(block.linear("self_attn.v_proj").weight.device).expand(block.shared, -1)
+    scores = leverage(seen.neurons, ridge)
+    kept = torch.zeros(len(scores), dtype=torch.bool, device=block.linear("mlp.down_proj").weight.device)
+    kept[_largest(scores, _count(keep, len(kept)))] = True
+    return kept
 
 
 def leverage(moment: Tensor, ridge: float) -> Tensor:
@@ -165,11 +189,16 @@ def pairs(queries: Tensor, keys: Tensor, count: int) -> Tensor:
     Tensor
         (shared, size) bools, ``2 * count`` of them true in every row.
     """
-    shared, size = keys.shape
-    ours, theirs = (energy.view(len(energy), 2, size // 2).sum(1).sqrt() for energy in (queries, keys))
-    scores = ours.view(shared, -1, size // 2).sum(1) * theirs
+    scores = pair_scores(queries, keys)
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, _largest(scores, count), True)
     return kept.repeat(1, 2)
+
+
+def pair_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """What every pair of rotated dimensions adds to the scores of attention: (shared, size / 2)."""
+    shared, size = keys.shape
+    ours, theirs = (energy.view(len(energy), 2, size // 2).sum(1).sqrt() for energy in (queries, keys))
+    return ours.view(shared, -1, size // 2).sum(1) * theirs
 
 
 def value_bases(outputs: Tensor, moment: Tensor, rank: int, ridge: float) -> tuple[list[Tensor], Tensor]:
@@ -188,31 +217,32 @@ def value_bases(outputs: Tensor, moment: Tensor, rank: int, ridge: float) -> tup
         One (d, rank) for each head of the group, and the (rank, size) by which values are multiplied; the rank is lower
         where the matrices have no more.
     """
-    alone = outputs.shape[1] == 1
-    target = outputs[:, 0] if alone else torch.eye(outputs.shape[2]).to(outputs)
-    found = whitened(target, None, moment, rank, damping=ridge)
+    found, alone = value_factors(outputs, moment, rank, ridge), outputs.shape[1] == 1
     left, right = found.left[:, :rank].double(), found.right[:rank].double()
     return [left] if alone else [outputs[:, member] @ left for member in range(outputs.shape[1])], right
 
 
-def _mlp(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
+def value_factors(outputs: Tensor, moment: Tensor, rank: int | None, ridge: float) -> Factors:
+    """The decomposition behind :func:`value_bases`; its ``values`` say what each direction is worth."""
+    target = outputs[:, 0] if outputs.shape[1] == 1 else torch.eye(outputs.shape[2]).to(outputs)
+    return whitened(target, None, moment, rank, damping=ridge)
+
+
+def _mlp(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
     gate, up, down = (block.linear(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
-    kept = torch.zeros(down.in_features, dtype=torch.bool, device=down.weight.device)
-    kept[_largest(leverage(seen.neurons, ridge), _count(keep, len(kept)))] = True
     for name, linear in (("gate", gate), ("up", up)):
         _cut_rows(block, f"mlp.{name}_proj", linear.weight, linear.bias, kept, result)
     weight = refitted(down.weight, seen.neurons, kept, ridge).to(down.weight)
-    result.forms[f"{block.name}.mlp.down_proj.weight"] = Cut(Dense(weight), _all(len(weight), kept), kept)
+    result.forms[f"{block.name}.mlp.down_proj.weight"] = Trimmed(Dense(weight), _all(len(weight), kept), kept)
 
 
-def _query_key(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
-    kept = pairs(seen.queries, seen.keys, _count(keep, block.size // 2))
+def _query_key(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
     for name, rows in (("q", kept.repeat_interleave(block.group, 0)), ("k", kept)):
         linear = block.linear(f"self_attn.{name}_proj")
         _cut_rows(block, f"self_attn.{name}_proj", linear.weight, linear.bias, rows.flatten(), result)
 
 
-def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result: Decomposition) -> None:
+def _value_output(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
     value, output, name = block.linear("self_attn.v_proj"), block.linear("self_attn.o_proj"), f"{block.name}.self_attn"
     values = value.weight.double().view(block.shared, block.size, -1)
     outputs = output.weight.double().view(-1, block.shared, block.group, block.size)
@@ -226,15 +256,18 @@ def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result
     rows = torch.zeros_like(bias, dtype=torch.bool)
     first, second = [], []
     for head in range(block.shared):
-        lefts, right = value_bases(outputs[:, head], seen.values[head], _count(keep, block.size), ridge)
-        rows[head, : len(right)] = True
-        bias[head, : len(right)] = right @ moved[head]
-        first.append(right @ values[head])
-        second += lefts
+        last = int(kept[head].nonzero().max()) + 1
+        lefts, right = value_bases(outputs[:, head], seen.values[head], last, ridge)
+        # The matrices may have no direction that is kept.
+        rows[head] = kept[head] & (torch.arange(block.size).to(kept.device) < len(right))
+        chosen = rows[head, : len(right)]
+        bias[head, rows[head]] = (right @ moved[head])[chosen]
+        first.append((right @ values[head])[chosen])
+        second += [left[:, chosen] for left in lefts]
     columns = rows.repeat_interleave(block.group, 0).flatten()
     made = torch.cat(first).to(value.weight), torch.cat(second, 1).to(output.weight)
-    result.forms[f"{name}.v_proj.weight"] = Cut(Dense(made[0]), rows.flatten(), _all(value.in_features, rows))
-    result.forms[f"{name}.o_proj.weight"] = Cut(Dense(made[1]), _all(output.out_features, rows), columns)
+    result.forms[f"{name}.v_proj.weight"] = Trimmed(Dense(made[0]), rows.flatten(), _all(value.in_features, rows))
+    result.forms[f"{name}.o_proj.weight"] = Trimmed(Dense(made[1]), _all(output.out_features, rows), columns)
     if value.bias is not None:
         result.biases[f"{name}.v_proj.bias"] = bias.flatten().to(value.bias)
 
@@ -242,7 +275,9 @@ def _value_output(block: Block, seen: Moments, keep: float, ridge: float, result
 def _cut_rows(
     block: Block, path: str, weight: Tensor, bias: Tensor | None, kept: Tensor, result: Decomposition
 ) -> None:
-    result.forms[f"{block.name}.{path}.weight"] = Cut(Dense(weight[kept].clone()), kept, _all(weight.shape[1], kept))
+    result.forms[f"{block.name}.{path}.weight"] = Trimmed(
+        Dense(weight[kept].clone()), kept, _all(weight.shape[1], kept)
+    )
     if bias is not None:
         result.biases[f"{block.name}.{path}.bias"] = bias * kept
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Dense, Folded, Form, GroupedLowRank, LowRank
 from octavo.forms.folded import FOLDS, fold
-from octavo.training.loop import Regimen
+from octavo.training.regimens.base import Regimen, regimen
 
 SOURCE = "Trained Rank Pruning (Xu et al., 2020, IJCAI; arXiv 2004.14566)"
 
@@ -23,6 +23,7 @@ _ROUNDING = 1e-6
 Kernel = tuple[int, int, int]
 
 
+@regimen("trp", source=SOURCE)
 @dataclass
 class TrainedRankPruning(Regimen):
     """Project the kernels to low rank every few steps, and shrink their nuclear norm in the same steps.
@@ -78,12 +79,12 @@ class TrainedRankPruning(Regimen):
                 "are skipped; give a model with other convolutions"
             )
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Project every few steps."""
         if step % self.every == 0:
             self._project()
 
-    def gradients(self, step: int) -> None:
+    def after_backward(self, step: int) -> None:
         """Add the sub-gradient of the nuclear norm in the same steps."""
         for name, pressure in self._pressure.items():
             gradient = self._kernels[name].grad
@@ -91,7 +92,7 @@ class TrainedRankPruning(Regimen):
                 gradient.add_(pressure, alpha=self.nuclear)
         self._pressure = {}
 
-    def after(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Project the changes of the last steps."""
         if step == self._last:
             self._project()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from octavo.forms import Dense, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.sources.sites import Layout
 from octavo.training.formed import unparametrized
-from octavo.training.loop import Regimen
 from octavo.training.losses import Batch, Loss, divergence, logits_of, outputs_of
+from octavo.training.regimens.base import Regimen, regimen
+from octavo.training.widths import factorizable, ladder
 
 SOURCE = "Maestro (Horvath, Laskaridis, Rajput & Wang, 2024, ICML; arXiv 2308.14929)"
 
@@ -25,14 +25,15 @@ SOURCE = "Maestro (Horvath, Laskaridis, Rajput & Wang, 2024, ICML; arXiv 2308.14
 _EPS = 1e-12
 
 
+@regimen("maestro", source=SOURCE)
 @dataclass
 class OrderedDropout(Regimen):
     """Train ``W = U V^T`` such that its first columns matter most.
 
     Every layer starts at its full inner width ``min(rows, columns)``, with the SVD of its own initial weights split as
-    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, all pairs with equal probability,
-    and runs that layer with its first ``b`` columns and every other layer with all of its columns. The hierarchical
-    group lasso ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers is added to the loss; it penalizes the last
+    ``U S^(1/2)`` and ``V S^(1/2)``. Each step draws one layer and one width ``b``, all pairs with equal probability.
+    That layer runs with its first ``b`` columns, and every other layer with all of its columns. The hierarchical group
+    lasso ``pressure * sum_i (|U[:, i:]| + |V[:, i:]|)`` of all layers is added to the loss; it penalizes the last
     columns most. After every epoch the last columns are dropped permanently while ``|U[:, i:]| |V[:, i:]| < threshold
     |U| |V|``. For a linear map this finds the ordered SVD of ``W C^(1/2)``, where ``C`` is the second moment of the
     inputs.
@@ -93,7 +94,7 @@ class OrderedDropout(Regimen):
             parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._layers[name])
             self._layers[name].chain.append(getattr(model.get_submodule(prefix).parametrizations, parameter))
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Draw a layer and a width."""
         pairs = [(layer, width) for layer in self._layers.values() for width in ladder(layer.rank, self.growth)]
         layer, width = pairs[int(torch.randint(len(pairs), (), generator=self._generator))]
@@ -101,8 +102,7 @@ class OrderedDropout(Regimen):
 
     def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
         """The loss of the narrowed network, or of both, plus the group lasso."""
-        value = self._distilled(model, batch, loss) if self.distil else loss(model, batch)
-        return value + self.pressure * self.penalty() if self.pressure else value
+        return super().loss(model, batch, partial(self._distilled, loss=loss) if self.distil else loss)
 
     def _distilled(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
         layer, width = next((layer, layer.width) for layer in self._layers.values() if layer.width)
@@ -118,17 +118,19 @@ class OrderedDropout(Regimen):
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
         return value + divergence(outputs[0].detach(), outputs_of(model, inputs))
 
-    def penalty(self) -> Tensor:
+    def penalty_of(self, model: nn.Module) -> Tensor | None:
         """The hierarchical group lasso of all layers."""
+        if not self.pressure:
+            return None
         norms = [(layer.suffixes(0).sum() + layer.suffixes(1).sum()) for layer in self._layers.values()]
-        return torch.stack(norms).sum()
+        return self.pressure * torch.stack(norms).sum()
 
-    def after(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Restore all columns of all layers."""
         for layer in self._layers.values():
             layer.width = None
 
-    def epoch(self, number: int) -> None:
+    def after_epoch(self, number: int) -> None:
         """Drop the columns that hardly matter."""
         for layer in self._layers.values():
             layer.shrink(self.threshold)
@@ -159,126 +161,6 @@ class OrderedDropout(Regimen):
             unparametrized(model.get_submodule(prefix), parameter)
         self._layers = {}
         return dict(self._forms)
-
-
-def factorizable(model: nn.Module) -> tuple[str, ...]:
-    """Weights of all linear layers, and of all convolutions without groups."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return tuple(
-        f"{name}.weight".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
-    )
-
-
-def ladder(rank: int, growth: float) -> list[int]:
-    """Widths from 1 to ``rank``, each about ``growth`` times the last and at least one larger."""
-    widths = [1]
-    while widths[-1] < rank:
-        widths.append(min(rank, max(widths[-1] + 1, round(widths[-1] * growth))))
-    return widths
-
-
-def truncated(forms: Mapping[str, LowRank], widths: Mapping[str, int]) -> dict[str, LowRank]:
-    """The given number of first columns of the factors, without retraining.
-
-    Raises
-    ------
-    RequestError
-        If a layer has fewer columns.
-    """
-    cut = {}
-    for name, width in widths.items():
-        left, right = forms[name].left.dense(), forms[name].right.dense()
-        if not 1 <= width <= left.shape[1]:
-            raise RequestError(
-                f"{name!r}: has {left.shape[1]} columns and cannot be cut to {width}; choose at most as many"
-            )
-        cut[name] = LowRank(Dense(left[:, :width].contiguous()), Dense(right[:width].contiguous()))
-    return cut
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Recompute the statistics of batch normalization, since layers of another rank change means and variances.
-
-    They become the averages over these inputs; everything else is unchanged.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    training = model.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    for inputs in batches:
-        model(inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.train(training)
-
-
-def allocated(
-    curves: Mapping[str, Mapping[int, float]], shapes: Mapping[str, tuple[int, int]], budget: int
-) -> dict[str, int]:
-    """Widths of least loss whose weights fit a budget, chosen greedily by loss per weight.
-
-    Parameters
-    ----------
-    curves
-        For each layer, the loss on development data when only it is cut to a width. It is linear between measured
-        widths, and only the lower convex hull counts.
-    shapes
-        Rows and columns of each layer. A width whose factors have at least as many weights as the matrix costs as much
-        as the matrix.
-    budget
-        Total number of weights of all layers.
-
-    Raises
-    ------
-    RequestError
-        If a width of 1 everywhere does not fit.
-    """
-
-    def size(name: str, width: int) -> int:
-        rows, columns = shapes[name]
-        return min(width * (rows + columns), rows * columns)
-
-    chosen = dict.fromkeys(curves, 1)
-    total = sum(size(name, 1) for name in curves)
-    if total > budget:
-        raise RequestError(
-            f"budget: {budget} weights are too few, as a width of 1 in all layers takes {total}; give at least that"
-        )
-    gains = []
-    for name, curve in curves.items():
-        hull = _hull([(size(name, width), loss, width) for width, loss in sorted(curve.items())])
-        for (small, high, _), (large, low, width) in pairwise(hull):
-            gains.append(((high - low) / (large - small), name, width))
-        # Whatever remains is spent too, even if it no longer lowers the loss.
-        gains.append((0.0, name, max(curve)))
-    for _, name, wide in sorted(gains, reverse=True):
-        # As wide as fits: the rest of the budget goes to the next best.
-        for width in range(wide, chosen[name], -1):
-            more = size(name, width) - size(name, chosen[name])
-            if total + more <= budget:
-                total, chosen[name] = total + more, width
-                break
-    return chosen
-
-
-def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
-    """The falling part of the lower convex hull of (size, loss), with its widths."""
-    hull: list[tuple[int, float, int]] = []
-    for point in points:
-        if hull and (point[0] <= hull[-1][0] or point[1] >= hull[-1][1]):
-            continue
-        while len(hull) > 1 and (hull[-1][1] - point[1]) * (hull[-1][0] - hull[-2][0]) >= (
-            hull[-2][1] - hull[-1][1]
-        ) * (point[0] - hull[-1][0]):
-            hull.pop()
-        hull.append(point)
-    return hull
 
 
 class _Ordered(nn.Module):

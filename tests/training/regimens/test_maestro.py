@@ -10,7 +10,8 @@ from octavo.errors import RequestError
 from octavo.recipes.maestro import _angles
 from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
-from octavo.training.maestro import OrderedDropout, allocated, factorizable, ladder, recalibrate, truncated
+from octavo.training.regimens.maestro import OrderedDropout
+from octavo.training.widths import allocated, factorizable, ladder, recalibrate, truncated
 
 
 def net():
@@ -48,7 +49,7 @@ def test_one_layer_is_narrowed_at_a_time():
     full = {name: model.get_submodule(name[0]).weight.detach().clone() for name in regimen.ranks}
     seen = set()
     for step in range(200):
-        regimen.before(step)
+        regimen.before_step(step)
         narrowed = []
         for name, weight in full.items():
             matrix = model.get_submodule(name[0]).weight.detach().flatten(1)
@@ -57,7 +58,7 @@ def test_one_layer_is_narrowed_at_a_time():
                 narrowed.append((name, rank))
         assert len(narrowed) <= 1
         seen.update(narrowed)
-        regimen.after(step)
+        regimen.after_step(step)
     assert seen == {
         ("0.weight", 1),
         ("0.weight", 2),
@@ -76,12 +77,12 @@ def test_the_narrowed_network_learns_from_the_whole_one():
     whole, logs = cross_entropy(model, batch), model(batch[0]).log_softmax(-1).detach()
     divergences = []
     for step in range(10):
-        regimen.before(step)
+        regimen.before_step(step)
         narrow = model(batch[0]).log_softmax(-1)
         value = float(regimen.loss(model, batch, cross_entropy).detach())
         divergences.append(float((logs.exp() * (logs - narrow)).sum(-1).mean().detach()))
         assert value == pytest.approx(float(whole.detach()) + divergences[-1], rel=1e-4)
-        regimen.after(step)
+        regimen.after_step(step)
     assert max(divergences) > 1e-3
     losses = fit(net(), task(), cross_entropy, epochs=20, lr=2e-2, regimen=OrderedDropout(pressure=0.0, distil=True))
     assert losses[-1] < losses[0] / 2
@@ -100,7 +101,7 @@ def test_later_columns_are_penalized_more_and_zero_has_a_slope():
     with torch.no_grad():
         left.fill_(1.0)
         right.zero_()
-    penalty = regimen.penalty()
+    penalty = regimen.penalty_of(model)
     assert float(penalty.detach()) == pytest.approx(sum((5 * (5 - i)) ** 0.5 for i in range(5)), rel=1e-4)
     penalty.backward()
     slopes = left.grad.norm(dim=0)

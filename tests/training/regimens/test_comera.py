@@ -13,7 +13,7 @@ from octavo.methods.factorize.mpo import modes
 from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.adaptive_trains import attach, fold, random_train, trains
-from octavo.training.comera import CoMERA, rates
+from octavo.training.regimens.comera import CoMERA, rates
 
 VOCABULARY, LABELS = 600, 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,15 @@ from torch.nn.utils import parametrize
 
 from octavo.errors import RequestError
 from octavo.forms import Form
-from octavo.methods.factorize.dictionaries import Factors, Shape, again, learn, split
+from octavo.methods.factorize.dictionaries import DictionaryFactors, Shape, again, learn, split
 from octavo.sources.sites import Layout
 from octavo.training.formed import unparametrized
-from octavo.training.loop import Regimen
+from octavo.training.regimens.base import Regimen, regimen
 
 SOURCE = "DSFormer (Chand, Prabhu & Kumar, 2023, arXiv 2312.13211)"
 
 
+@regimen("dsformer", source=SOURCE)
 @dataclass
 class StraightThroughFactorizer(Regimen):
     """Forward with ``What = S D``, backward as if it were ``W``.
@@ -48,6 +49,19 @@ class StraightThroughFactorizer(Regimen):
     _found: dict[str, _Factorized] = field(default_factory=dict, init=False, repr=False)
     _forms: dict[str, Form] = field(default_factory=dict, init=False, repr=False)
 
+    @classmethod
+    def suited_to(cls, model: nn.Module) -> Self:
+        """Linear layers at about a quarter of their weights: blocks of 16 columns, 16 atoms, 2 of them a row."""
+        found = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                width = min(16, module.in_features)
+                atoms = min(16, max(module.out_features, width))
+                found[f"{name}.weight".lstrip(".")] = Shape(width, atoms, min(2, atoms, width))
+        if not found:
+            raise RequestError(f"dsformer: {type(model).__name__} has no linear layer; give shapes of other weights")
+        return cls(found)
+
     def begin(self, model: nn.Module, steps: int) -> None:
         """Factorize every weight, and run the network with the products."""
         for name, shape in self.shapes.items():
@@ -69,7 +83,7 @@ class StraightThroughFactorizer(Regimen):
             self._found[name] = _Factorized(weight, layout, shape, self.rounds)
             parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._found[name])
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Run one warm round for the current values of every weight."""
         for factorized in self._found.values():
             factorized.factorize()
@@ -82,7 +96,7 @@ class StraightThroughFactorizer(Regimen):
         """Continue with the given dictionaries and codes."""
         for name, factorized in self._found.items():
             device = factorized.product.device
-            factorized.factors = Factors(**{key: part.to(device) for key, part in state[name].items()})
+            factorized.factors = DictionaryFactors(**{key: part.to(device) for key, part in state[name].items()})
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """Factorize a last time; the model only keeps the products. Later calls return the same forms."""
@@ -104,7 +118,7 @@ class _Factorized(nn.Module):
     def __init__(self, weight: Tensor, layout: Layout, shape: Shape, rounds: int) -> None:
         super().__init__()
         self.layout, self.width, self.shadow = layout, shape.width, [weight]
-        self.factors: Factors = learn(self._blocks(), shape, rounds)
+        self.factors: DictionaryFactors = learn(self._blocks(), shape, rounds)
         self.register_buffer("product", self._product(), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""Which units stay: those with the highest scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from octavo.errors import RequestError
+
+
+def best(scores: Mapping[str, Tensor], shares: float | Mapping[str, float]) -> dict[str, Tensor]:
+    """The units with the highest scores, at every place all but the share that it gives up.
+
+    One unit stays at least. Of equal scores the first stays, on every machine.
+
+    Parameters
+    ----------
+    scores
+        (count,) by the units' name, as :meth:`octavo.cuts.Cut.scores` gives them.
+    shares
+        From 0 to below 1: one for all, or one for each name.
+
+    Returns
+    -------
+    dict
+        (count,) bools by the units' name, True for what stays.
+
+    Raises
+    ------
+    RequestError
+        If a share is missing or out of range, or a score is not finite.
+
+    Examples
+    --------
+    >>> best({"mlp": torch.tensor([0.1, 3.0, 2.0, 0.5])}, 0.5)["mlp"].tolist()
+    [False, True, True, False]
+    """
+    kept = {}
+    for name, values in scores.items():
+        share = shares.get(name) if isinstance(shares, Mapping) else shares
+        if share is None or not 0 <= share < 1:
+            raise RequestError(f"{name!r}: the share of units to remove is {share!r}; it must be from 0 to below 1")
+        if not bool(torch.isfinite(values).all()):
+            raise RequestError(f"{name!r}: a score is not finite; check the model and the data")
+        count = max(1, round((1 - share) * len(values)))
+        first = values.sort(descending=True, stable=True).indices[:count]
+        kept[name] = torch.zeros(len(values), dtype=torch.bool, device=values.device).index_fill(0, first, True)
+    return kept

@@ -1,0 +1,124 @@
+"""What flows: names, shapes and dtypes of tensors, on which a sender and a receiver agree once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.artifact import dtype_name
+from octavo.errors import RequestError
+
+#: Floating dtypes by the name that plans hold.
+_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+#: More elements than memory addresses are no shape of anything.
+_MOST = 1 << 40
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Floating tensors by name, in their order.
+
+    Parameters
+    ----------
+    names, dtypes, shapes
+        One of each for every tensor.
+    """
+
+    names: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Schema:
+        """That of some tensors.
+
+        Raises
+        ------
+        RequestError
+            If there are none, or one is not floating.
+        """
+        if not tensors:
+            raise RequestError("a flow carries tensors: there are none; give at least one by its name")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES.values():
+                raise RequestError(f"{name!r} has dtype {tensor.dtype}; a flow carries {', '.join(_DTYPES)}")
+        return cls(
+            tuple(tensors), tuple(t.dtype for t in tensors.values()), tuple(tuple(t.shape) for t in tensors.values())
+        )
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of every tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(self.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are."""
+        return sum(size * dtype.itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Eight bytes that tell this schema from others."""
+        return hashlib.sha256(json.dumps(self.plain()).encode()).digest()[:8]
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise :class:`RequestError` unless the tensors are those that were agreed on, and finite."""
+        if extra := sorted(tensors.keys() - set(self.names)):
+            raise RequestError(f"{extra[0]!r} is not in the plan; fit a new plan, and send it to the receiver")
+        for name, dtype, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
+            if name not in tensors:
+                raise RequestError(f"{name!r} is in the plan and was not given; send zeros where nothing changed")
+            tensor = tensors[name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise RequestError(
+                    f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, the plan says {dtype} of {shape}; "
+                    "fit a new plan, and send it to the receiver"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise RequestError(f"{name!r} has values that are not finite; nothing was sent")
+
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """All elements in a row, float32, in memory of their own."""
+        return torch.cat([tensors[name].detach().float().flatten() for name in self.names])
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`flat`, in each tensor's own dtype; what that dtype cannot hold is clamped."""
+        found = {}
+        for name, dtype, shape, part in zip(self.names, self.dtypes, self.shapes, flat.split(self.sizes), strict=True):
+            largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+            found[name] = part.clamp(-largest, largest).to(dtype).view(shape)
+        return found
+
+    def plain(self) -> list[list[Any]]:
+        """As JSON holds it: name, dtype and shape of every tensor."""
+        rows = zip(self.names, self.dtypes, self.shapes, strict=True)
+        return [[name, dtype_name(dtype), list(shape)] for name, dtype, shape in rows]
+
+    @classmethod
+    def from_plain(cls, rows: Any) -> Schema:
+        """The inverse of :meth:`plain`; raises :class:`ValueError` where it is none."""
+        names, dtypes, shapes = list[str](), list[torch.dtype](), list[tuple[int, ...]]()
+        for name, dtype, shape in rows:
+            if not isinstance(name, str) or dtype not in _DTYPES or not isinstance(shape, list):
+                raise ValueError(f"{name!r}: not a name, a floating dtype and a shape")
+            if not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) > _MOST:
+                raise ValueError(f"{name!r}: {shape} is no shape")
+            names.append(name)
+            dtypes.append(_DTYPES[dtype])
+            shapes.append(tuple(shape))
+        if not names or len(set(names)) < len(names):
+            raise ValueError("there are no tensors, or two of one name")
+        return cls(tuple(names), tuple(dtypes), tuple(shapes))

@@ -1,0 +1,166 @@
+"""What codecs of updates share: the budget, error feedback, the frame, and steps that are counted."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from octavo.errors import ArtifactError, BudgetError, RequestError
+from octavo.flows.base import Flow
+from octavo.flows.filling import FILLED, most_within
+from octavo.flows.payload import seal, unseal
+from octavo.flows.plan import FlowPlan
+from octavo.flows.schema import Schema
+
+#: Share of the budget that is filled where choices are compared.
+_ROUGHLY = 0.93
+
+
+@dataclass
+class UpdateState:
+    """What one side remembers.
+
+    Parameters
+    ----------
+    plan
+        What was agreed on.
+    step
+        Number of the next payload.
+    amount, choice
+        How much the sender sent last, and which of the codec's choices it follows.
+    missing
+        Error feedback of the sender: what was not sent so far, (elements,) float32. It takes as much memory as the
+        update in float32.
+    """
+
+    plan: FlowPlan
+    step: int = 0
+    amount: int = 0
+    choice: dict[str, Any] = field(default_factory=dict)
+    missing: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UpdateCodec(Flow[UpdateState]):
+    """A codec of updates; a member says how so much of a flat vector becomes parts, and back.
+
+    Parameters
+    ----------
+    feedback
+        Whether what was not sent is added to the next update (Seide et al., 2014; Karimireddy et al., 2019, arXiv
+        1901.09847). Without it, what a biased codec leaves out is lost.
+    """
+
+    carries: ClassVar[str] = "updates"
+    #: How many parts :meth:`pack` makes.
+    parts: ClassVar[int]
+
+    feedback: bool = True
+
+    @abstractmethod
+    def most(self, schema: Schema) -> int:
+        """The largest amount that can be sent; 0 where every payload is alike."""
+
+    def choices(self) -> list[dict[str, Any]]:
+        """Plain values among which :meth:`fit` chooses those of least error at the budget."""
+        return [{}]
+
+    @abstractmethod
+    def pack(self, flat: Tensor, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
+        """The parts of a payload with so much of ``flat`` (elements,), float32 and finite."""
+
+    @abstractmethod
+    def unpack(self, parts: Sequence[memoryview], schema: Schema) -> Tensor:
+        """The vector (elements,) that parts stand for; raises :class:`ArtifactError` before memory is taken."""
+
+    def fit(self, samples: Sequence[Mapping[str, Tensor]], budget: int) -> FlowPlan:  # noqa: D102
+        if not samples:
+            raise RequestError(f"{self.name}: there are no samples to fit; give at least one update")
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            raise RequestError(f"{self.name}: the budget is {budget!r}; give the bytes of a payload, such as 100_000")
+        schema = Schema.of(samples[0])
+        for sample in samples:
+            schema.check(sample)
+        plan, flats = FlowPlan(self.name, self._knobs(), budget, schema), [schema.flat(sample) for sample in samples]
+        choices = self.choices()
+        errors = [self._error(flats[0], plan, choice) for choice in choices] if len(choices) > 1 else [0.0]
+        choice, amount = choices[errors.index(min(errors))], budget
+        for flat in flats:
+            amount = min(amount, self._filled(flat, plan, 0, amount, choice)[0])
+        return replace(plan, setting={"amount": amount, **choice})
+
+    def start(self, plan: FlowPlan) -> UpdateState:  # noqa: D102
+        if plan.flow != self.name or plan.knobs != self._knobs():
+            raise RequestError(f"{self.name}: the plan is of {plan.flow!r} with {plan.knobs}; use flow_of(plan)")
+        choice = {name: value for name, value in plan.setting.items() if name != "amount"}
+        amount = plan.setting.get("amount")
+        if isinstance(amount, bool) or not isinstance(amount, int) or choice not in self.choices():
+            raise RequestError(f"{self.name}: the plan's setting is {plan.setting!r}; fit it again")
+        return UpdateState(plan, amount=amount, choice=choice)
+
+    @torch.no_grad()
+    def encode(self, tensors: Mapping[str, Tensor], state: UpdateState) -> bytes:  # noqa: D102
+        schema = state.plan.schema
+        schema.check(tensors)
+        flat = schema.flat(tensors)
+        if state.missing is not None:
+            flat += state.missing
+        if not bool(torch.isfinite(flat).all()):
+            raise RequestError(f"{self.name}: the update with what is missing leaves float32; nothing was sent")
+        amount, payload = self._filled(flat, state.plan, state.step, state.amount, state.choice)
+        if self.feedback:
+            # As the receiver will have it, each tensor in its own dtype.
+            given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), schema)
+            state.missing = flat - schema.flat(given)
+        state.step, state.amount = state.step + 1, amount
+        return payload
+
+    @torch.no_grad()
+    def decode(self, payload: bytes, state: UpdateState) -> dict[str, Tensor]:  # noqa: D102
+        given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), state.plan.schema)
+        state.step += 1
+        return given
+
+    def _knobs(self) -> dict[str, Any]:
+        """The knobs as a plan holds them: tuples are lists in JSON."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def _unpacked(self, parts: Sequence[memoryview], schema: Schema) -> dict[str, Tensor]:
+        try:
+            return schema.split(self.unpack(parts, schema))
+        except (ValueError, IndexError, OverflowError, RuntimeError) as error:
+            raise ArtifactError(f"payload: its parts do not fit together: {error}") from error
+
+    def _error(self, flat: Tensor, plan: FlowPlan, choice: Mapping[str, Any]) -> float:
+        """Squared error of a sample, about at the budget."""
+        # A byte an entry is a guess that is quickly made.
+        _, payload = self._filled(flat, plan, 0, plan.budget, choice, filled=_ROUGHLY)
+        given = plan.schema.flat(self._unpacked(unseal(payload, plan, 0, self.parts), plan.schema))
+        return float((flat.double() - given).square().sum())
+
+    def _filled(
+        self,
+        flat: Tensor,
+        plan: FlowPlan,
+        step: int,
+        guess: int,
+        choice: Mapping[str, Any],
+        filled: float = FILLED,
+    ) -> tuple[int, bytes]:
+        def make(amount: int) -> bytes:
+            return seal(plan, step, self.pack(flat, plan.schema, amount, choice))
+
+        found = most_within(plan.budget, self.most(plan.schema), guess, make, filled)
+        if found is None:
+            smallest = len(make(0))
+            raise BudgetError(
+                f"{self.name}: a payload takes at least {smallest} bytes, the budget is {plan.budget}; ask for more",
+                plan.schema.nbytes / smallest,
+            )
+        return found

@@ -1,0 +1,132 @@
+"""Inner widths of factorized layers: which there are, how they are chosen, and what a net needs after it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import RequestError
+from octavo.forms import Dense, LowRank
+
+
+def factorizable(model: nn.Module) -> tuple[str, ...]:
+    """Weights of all linear layers, and of all convolutions without groups."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return tuple(
+        f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1
+    )
+
+
+def ladder(rank: int, growth: float) -> list[int]:
+    """Widths from 1 to ``rank``, each about ``growth`` times the last and at least one larger."""
+    widths = [1]
+    while widths[-1] < rank:
+        widths.append(min(rank, max(widths[-1] + 1, round(widths[-1] * growth))))
+    return widths
+
+
+def truncated(forms: Mapping[str, LowRank], widths: Mapping[str, int]) -> dict[str, LowRank]:
+    """The given number of first columns of the factors, without retraining.
+
+    Raises
+    ------
+    RequestError
+        If a layer has fewer columns.
+    """
+    cut = {}
+    for name, width in widths.items():
+        left, right = forms[name].left.dense(), forms[name].right.dense()
+        if not 1 <= width <= left.shape[1]:
+            raise RequestError(
+                f"{name!r}: has {left.shape[1]} columns and cannot be cut to {width}; choose at most as many"
+            )
+        cut[name] = LowRank(Dense(left[:, :width].contiguous()), Dense(right[:width].contiguous()))
+    return cut
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Recompute the statistics of batch normalization, since layers of another rank change means and variances.
+
+    They become the averages over these inputs; everything else is unchanged.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    training = model.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    for inputs in batches:
+        model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.train(training)
+
+
+def allocated(
+    curves: Mapping[str, Mapping[int, float]], shapes: Mapping[str, tuple[int, int]], budget: int
+) -> dict[str, int]:
+    """Widths of least loss whose weights fit a budget, chosen greedily by loss per weight.
+
+    Parameters
+    ----------
+    curves
+        For each layer, the loss on development data when only it is cut to a width. It is linear between measured
+        widths, and only the lower convex hull counts.
+    shapes
+        Rows and columns of each layer. A width whose factors have at least as many weights as the matrix costs as much
+        as the matrix.
+    budget
+        Total number of weights of all layers.
+
+    Raises
+    ------
+    RequestError
+        If a width of 1 everywhere does not fit.
+    """
+
+    def size(name: str, width: int) -> int:
+        rows, columns = shapes[name]
+        return min(width * (rows + columns), rows * columns)
+
+    chosen = dict.fromkeys(curves, 1)
+    total = sum(size(name, 1) for name in curves)
+    if total > budget:
+        raise RequestError(
+            f"budget: {budget} weights are too few, as a width of 1 in all layers takes {total}; give at least that"
+        )
+    gains = []
+    for name, curve in curves.items():
+        hull = _hull([(size(name, width), loss, width) for width, loss in sorted(curve.items())])
+        for (small, high, _), (large, low, width) in pairwise(hull):
+            gains.append(((high - low) / (large - small), name, width))
+        # Whatever remains is spent too, even if it no longer lowers the loss.
+        gains.append((0.0, name, max(curve)))
+    for _, name, wide in sorted(gains, reverse=True):
+        # As wide as fits: the rest of the budget goes to the next best.
+        for width in range(wide, chosen[name], -1):
+            more = size(name, width) - size(name, chosen[name])
+            if total + more <= budget:
+                total, chosen[name] = total + more, width
+                break
+    return chosen
+
+
+def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+    """The falling part of the lower convex hull of (size, loss), with its widths."""
+    hull: list[tuple[int, float, int]] = []
+    for point in points:
+        if hull and (point[0] <= hull[-1][0] or point[1] >= hull[-1][1]):
+            continue
+        while len(hull) > 1 and (hull[-1][1] - point[1]) * (hull[-1][0] - hull[-2][0]) >= (
+            hull[-2][1] - hull[-1][1]
+        ) * (point[0] - hull[-1][0]):
+            hull.pop()
+        hull.append(point)
+    return hull

@@ -1,0 +1,215 @@
+"""The contract of every flow: it passes by being registered, on samples of what it carries."""
+
+import json
+import subprocess
+import sys
+import zlib
+
+import pytest
+import torch
+
+from octavo.errors import ArtifactError, BudgetError, RequestError
+from octavo.flows import FLOWS, FlowPlan, Schema, flow_of
+
+NAMES = FLOWS.names()
+
+
+def _updates(seed, scale=1e-2):
+    """A few tensors of odd shapes and dtypes, heavy-tailed as gradients are."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = {
+        "layer.weight": ((96, 130), torch.float32), "layer.bias": ((96,), torch.float32),
+        "half": ((33, 7, 3), torch.bfloat16), "small": ((17,), torch.float16), "wide": ((5, 1), torch.float64),
+        "single": ((), torch.float32), "nothing": ((0, 4), torch.float32),
+    }  # fmt: skip
+    return {
+        name: (torch.randn(shape, generator=g) * torch.randn(shape, generator=g).exp() * scale).to(dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+#: What flows, by what a flow carries: a sample for every seed.
+SAMPLES = {"updates": _updates}
+
+
+@pytest.fixture(params=NAMES)
+def flow(request):
+    return FLOWS.get(request.param)()
+
+
+def sample(flow, seed=0):
+    return SAMPLES[flow.carries](seed)
+
+
+def budget_of(flow):
+    return Schema.of(sample(flow)).nbytes // 20
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+def test_payloads_never_exceed_the_budget_and_fill_it(flow):
+    def sizes(budget):
+        plan = flow.fit([sample(flow, seed) for seed in range(2)], budget)
+        state = flow.start(plan)
+        assert plan.budget == budget
+        return [len(flow.encode(sample(flow, seed), state)) for seed in range(4)]
+
+    for budget in (budget_of(flow) // 3, budget_of(flow), 40 * budget_of(flow)):
+        found = sizes(budget)
+        assert max(found) <= budget
+        if min(found) < 0.98 * budget:
+            assert max(sizes(2 * budget)) <= budget, "more bytes would have helped"
+
+
+def test_shapes_and_dtypes_come_back_and_both_sides_stay_in_step(flow):
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    sender, receiver = flow.start(plan), flow_of(FlowPlan.from_json(plan.to_json())).start(plan)
+    for seed in range(4):
+        sent = sample(flow, seed)
+        before = {name: tensor.clone() for name, tensor in sent.items()}
+        found = flow.decode(flow.encode(sent, sender), receiver)
+        assert equal(sent, before), "what is sent stays as it is"
+        assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in sent.items()}
+        assert sender.step == receiver.step == seed + 1
+        top = sent["layer.weight"].abs().argmax()
+        assert found["layer.weight"].flatten()[top] * sent["layer.weight"].flatten()[top] > 0
+
+
+FRESH = """
+import json, sys, torch
+from octavo.flows import FlowPlan, flow_of
+plan = FlowPlan.from_json(open(sys.argv[1]).read())
+flow, found = flow_of(plan), []
+state = flow.start(plan)
+for file in sys.argv[3:]:
+    found.append(flow.decode(open(file, "rb").read(), state))
+torch.save(found, sys.argv[2])
+"""
+
+
+def test_a_fresh_process_decodes_the_same_bits(flow, tmp_path):
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    sender, receiver = flow.start(plan), flow.start(plan)
+    (tmp_path / "plan").write_text(plan.to_json())
+    files, expected = [], []
+    for seed in range(2):
+        payload = flow.encode(sample(flow, seed), sender)
+        files.append(tmp_path / f"payload{seed}")
+        files[-1].write_bytes(payload)
+        expected.append(flow.decode(payload, receiver))
+    command = [sys.executable, "-c", FRESH, *map(str, (tmp_path / "plan", tmp_path / "out", *files))]
+    subprocess.run(command, check=True, timeout=120)
+    found = torch.load(tmp_path / "out", weights_only=True)
+    assert all(equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_the_same_tensors_give_the_same_bytes(flow):
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    assert plan == flow.fit([sample(flow)], budget_of(flow))
+    assert flow.encode(sample(flow, 1), flow.start(plan)) == flow.encode(sample(flow, 1), flow.start(plan))
+
+
+def test_zeros_constants_and_single_elements_are_carried(flow):
+    for tensors in (
+        {"zeros": torch.zeros(40, 3)}, {"same": torch.full((64,), -0.25)}, {"one": torch.tensor(3.0)},
+        {"tiny": torch.full((9,), 1e-38)}, {"huge": torch.full((9,), 3e38)}, {"none": torch.zeros(0)},
+        {"half": torch.full((40,), 65504.0).half()},
+    ):  # fmt: skip
+        plan = flow.fit([tensors], 4000)
+        state, other = flow.start(plan), flow.start(plan)
+        for _ in range(2):
+            found = flow.decode(flow.encode(tensors, state), other)
+            assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+            if "zeros" in tensors:
+                assert not found["zeros"].any()
+
+
+def test_damaged_payloads_are_refused_and_the_receiver_waits_for_the_right_one(flow):
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    payload, receiver = flow.encode(sample(flow), flow.start(plan)), flow.start(plan)
+    g = torch.Generator().manual_seed(1)
+    damaged = [b"", payload[:5], payload[:-1], payload + b"\0", b"\xff" * len(payload), bytes(len(payload))]
+    for place in [*range(30), *torch.randint(len(payload), (60,), generator=g).tolist()]:
+        flipped = bytearray(payload)
+        flipped[place] ^= 1 + int(torch.randint(255, (), generator=g))
+        damaged.append(bytes(flipped))
+    for bad in damaged:
+        with pytest.raises(ArtifactError):
+            flow.decode(bad, receiver)
+    assert receiver.step == 0 and flow.decode(payload, receiver)
+
+
+def test_payloads_with_a_right_checksum_are_not_believed_either(flow):
+    """Whoever writes payloads by hand can compute checksums, too."""
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    payload = flow.encode(sample(flow), flow.start(plan))
+    g = torch.Generator().manual_seed(2)
+    for _ in range(150):
+        forged = bytearray(payload)
+        for place in torch.randint(22, len(payload), (3,), generator=g).tolist():
+            forged[place] = int(torch.randint(256, (), generator=g))
+        forged[18:22] = zlib.crc32(forged[22:], zlib.crc32(forged[:18])).to_bytes(4, "little")
+        try:
+            found = flow.decode(bytes(forged), flow.start(plan))
+        except ArtifactError:
+            continue
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+
+
+def test_lost_repeated_and_foreign_payloads_are_told(flow):
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    sender, receiver = flow.start(plan), flow.start(plan)
+    first, second = (flow.encode(sample(flow, seed), sender) for seed in range(2))
+    with pytest.raises(ArtifactError, match="lost"):
+        flow.decode(second, receiver)
+    flow.decode(first, receiver)
+    with pytest.raises(ArtifactError, match="received before"):
+        flow.decode(first, receiver)
+    flow.decode(second, receiver)
+    other = flow.fit([{"elsewhere": torch.randn(4000)}], 1000)
+    with pytest.raises(ArtifactError, match="another plan"):
+        flow.decode(flow.encode({"elsewhere": torch.randn(4000)}, flow.start(other)), flow.start(plan))
+
+
+def test_what_cannot_be_sent_is_refused_and_nothing_moves(flow):
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    state, fine = flow.start(plan), sample(flow)
+    wrong = {
+        "not finite": {**fine, "layer.bias": fine["layer.bias"] / 0},
+        "is not in the plan": {**fine, "new": torch.ones(3)},
+        "was not given": {name: tensor for name, tensor in fine.items() if name != "half"},
+        "the plan says": {**fine, "small": fine["small"].float()},
+    }
+    for says, tensors in wrong.items():
+        with pytest.raises(RequestError, match=says):
+            flow.encode(tensors, state)
+    assert state.step == 0 and flow.encode(fine, state) == flow.encode(fine, flow.start(plan))
+    for samples, says in (([], "no samples"), ([{}], "there are none"), ([{"ids": torch.ones(3).long()}], "int64")):
+        with pytest.raises(RequestError, match=says):
+            flow.fit(samples, 1000)
+    with pytest.raises(RequestError, match="budget is"):
+        flow.fit([fine], 0)
+    with pytest.raises(BudgetError) as refused:
+        flow.fit([fine], 3)
+    assert refused.value.limit > 20
+
+
+def test_plans_are_checked(flow):
+    plan = flow.fit([sample(flow)], budget_of(flow))
+    text = plan.to_json()
+    assert FlowPlan.from_json(text) == plan
+    data = json.loads(text)
+    for change in (
+        {"schema": []}, {"schema": [["a", "float32", [-1]]]}, {"schema": [["a", "int8", [1]]]}, {"budget": 0},
+        {"schema": [["a", "float32", [1 << 50]]]}, {"knobs": 3}, {"flow": None}, {"schema": None},
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match="not the plan of a flow"):
+            FlowPlan.from_json(json.dumps({**data, **change}))
+    with pytest.raises(RequestError, match="is not known"):
+        flow_of(FlowPlan.from_json(json.dumps({**data, "flow": "nothing"})))
+    with pytest.raises(RequestError, match="does not take the knobs"):
+        flow_of(FlowPlan.from_json(json.dumps({**data, "knobs": {"unheard": 1}})))
