@@ -44,7 +44,7 @@ def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
     Raises
     ------
     RequestError
-        If there is something at ``path`` that is no regular file.
+        If there is something at ``path`` that is not a regular file.
     OctavoError
         If it cannot be written; what was there is as it was.
     """
