@@ -1,8 +1,8 @@
 """The layout of ``src/octavo``: rooms, floors, arrows, circles. ``python tests/layout.py`` prints them.
 
 A room is a folder or a file beside ``__init__.py``. Imports go down: a file imports from its own room and from rooms on
-lower floors. It fails on a circle of files, on an arrow to the same or a higher floor, and on a function that imports
-Octavo's own code.
+lower floors. It fails on a circle of files, on an arrow to the same or a higher floor, on a function that imports
+Octavo's own code, and on two public classes with one name.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Layout:
     head: Mapping[str, set[str]]
     inner: Mapping[str, set[str]]
     rooms: frozenset[str] = field(default=frozenset())
+    classes: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def arrows(self) -> set[tuple[str, str]]:
@@ -58,13 +59,18 @@ def read(source: Path) -> Layout:
     for file in sorted((source / PACKAGE).rglob("*.py")):
         files[".".join(file.relative_to(source).with_suffix("").parts).removesuffix(".__init__")] = file
     head, inner = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    classes = defaultdict[str, list[str]](list)
     for module, file in files.items():
-        for name, nested in imports(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes[node.name].append(module)
+        for name, nested in imports(tree):
             while name and name not in files:
                 name = name.rpartition(".")[0]
             if name and name != module:
                 (inner if nested else head)[module].add(name)
-    return Layout(head, inner, frozenset(map(room, files)) - {"roof"})
+    return Layout(head, inner, frozenset(map(room, files)) - {"roof"}, classes)
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
@@ -114,6 +120,9 @@ def faults(layout: Layout) -> list[str]:
         for name in sorted(layout.inner)
         if layout.inner[name]
     ]
+    # A recipe is read on its own.
+    twice = {name: [m for m in found if room(m) != "recipes"] for name, found in layout.classes.items()}
+    said += [f"{name}: a class of {' and of '.join(found)}" for name, found in twice.items() if len(found) > 1]
     return said
 
 

@@ -212,6 +212,24 @@ def test_methods():
         assert row["family"] and row["source"] and row["what"] and row["preset"] in ("fast", "default", "best")
 
 
+@pytest.mark.parametrize("kind", ["methods", "forms", "cuts", "regimens", "targets", "flows", "studies"])
+def test_lists_have_one_line_each_that_fits_a_terminal(kind, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = read("methods", "--kind", kind)
+    lines = CliRunner().invoke(app, ["methods", "--kind", kind]).stdout.splitlines()
+    assert rows and [line.split()[0] for line in lines] == [row["name"] for row in rows]
+    assert max(map(len, lines)) <= 80 and all(row["what"] for row in rows)
+    refused = CliRunner().invoke(app, ["methods", "--kind", f"{kind}s"])
+    assert refused.exit_code == 2 and "choose from methods, forms, cuts" in refused.output.replace("\n", " ")
+
+
+def test_the_list_of_recipes_fits_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = CliRunner().invoke(app, ["reproduce", "--list"]).stdout.splitlines()
+    names = [row["name"] for row in read("methods", "--kind", "studies")]
+    assert [line.split()[0] for line in lines[: len(names)]] == names and max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     "words, code, error",
     [

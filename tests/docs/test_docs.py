@@ -26,6 +26,7 @@ from octavo.flows import FLOWS
 from octavo.forms import FORMS
 from octavo.methods import METHODS
 from octavo.recipes.base import RECIPES
+from octavo.targets import TARGETS
 from octavo.training.regimens import REGIMENS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +134,7 @@ def command_lines() -> list[Any]:
 def own_registries() -> Iterator[None]:
     """Let a page register parts without other tests finding them."""
     with ExitStack() as stack:
-        for registry in (CUTS, FLOWS, FORMS, METHODS, RECIPES, REGIMENS):
+        for registry in (CUTS, FLOWS, FORMS, METHODS, RECIPES, REGIMENS, TARGETS):
             stack.enter_context(registry.temporary())
         yield
 

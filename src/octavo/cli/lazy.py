@@ -39,7 +39,7 @@ COMMANDS = {
         "looking", "Read an artifact back: sizes, checksums, weights and outputs as recorded when it was written."
     ),
     "evaluate": Listed("looking", "Measure a model or an artifact on data."),
-    "methods": Listed("looking", "List all methods with family, preset and source."),
+    "methods": Listed("listing", "List all methods, or all parts of another --kind, such as forms, cuts or targets."),
     "reproduce": Listed("reproducing", "Rebuild a published system, and check its claim on real data."),
 }
 #: The commands of imported files.

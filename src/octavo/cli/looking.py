@@ -1,4 +1,4 @@
-"""Commands that inspect something: inspect, verify, evaluate, methods."""
+"""Commands that inspect something: inspect, verify, evaluate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.table import Table
 from octavo import report
 from octavo.cli import options
 from octavo.cli.frame import command, console, show_json
-from octavo.methods import methods as known_methods
 from octavo.system.paths import checked
 from octavo.verification import evaluating, verifying
 from octavo.verification.inspecting import inspected
@@ -99,25 +98,3 @@ def evaluate(
         return
     for key, value in asdict(result).items():
         console.print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
-
-
-@command
-def methods(json_output: options.JSON = False) -> None:
-    """List all methods with family, preset and source."""
-    rows = [
-        {
-            "name": cls.name,
-            "family": cls.family,
-            "preset": cls.preset,
-            "source": cls.source,
-            "what": (cls.__doc__ or "").split("\n")[0],
-        }
-        for cls in known_methods().values()
-    ]
-    if json_output:
-        show_json(rows)
-        return
-    table = Table("method", "family", "from preset", "what", "source")
-    for row in rows:
-        table.add_row(row["name"], row["family"], row["preset"], row["what"], row["source"])
-    console.print(table)

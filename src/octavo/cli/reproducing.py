@@ -12,6 +12,7 @@ from rich.text import Text
 
 from octavo.cli import options
 from octavo.cli.frame import command, console, errors, show_json
+from octavo.cli.listing import show_lines
 from octavo.errors import OctavoError, RequestError
 from octavo.recipes import Trial, get_recipe, recipes
 from octavo.recipes import results as store
@@ -129,13 +130,17 @@ def _list(found: Sequence[store.ListedRecipe], json_output: bool) -> None:
     if json_output:
         show_json(found)
         return
-    table = Table("recipe", "system", "source", "claim", "last full result")
+    verdicts = {None: "no result", True: "holds", False: "fails here"}
+    rows, old = [], False
     for entry in found:
         result = entry.result
-        verdict = "none" if result is None else "holds" if result.holds else "does not hold at this scale"
-        when = "" if result is None else f" ({result.date}{', before a change' * store.outdated(result)})"
-        table.add_row(entry.name, entry.system, entry.source, entry.claim, verdict + when)
-    console.print(table)
+        changed = result is not None and store.outdated(result)
+        verdict = verdicts[None if result is None else result.holds] + "*" * changed
+        rows.append([entry.name, verdict, "" if result is None else result.date, entry.system])
+        old |= changed
+    show_lines(rows)
+    if old:
+        console.print("* The recipe was changed after this result.")
 
 
 class _Silent:

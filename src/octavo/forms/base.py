@@ -169,9 +169,9 @@ def restore(
     if depth > MAX_DEPTH:
         raise ArtifactError(f"forms nest deeper than {MAX_DEPTH}; this manifest was not written by Octavo")
     kind = meta.get("form") if isinstance(meta, Mapping) else None
-    if not isinstance(kind, str) or kind not in FORMS:
+    cls = form_class(kind)
+    if cls is None:
         raise ArtifactError(f"unknown form {kind!r}; this version knows {', '.join(form_names())}")
-    cls = FORMS.get(kind)
     try:
         allowance.take(cls.work(tensors, meta, shape), f"a {kind} form of shape {shape}")
         made = cls.restore(tensors, {**meta, _WITHIN: _Within(depth, allowance)}, shape)

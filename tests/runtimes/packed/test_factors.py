@@ -30,7 +30,7 @@ from octavo.forms import (
     Trimmed,
 )
 from octavo.runtimes.packed import PackedWeight, factored, factors, held_bytes, kernels_of
-from octavo.runtimes.packed.factors import Factors, is_factorization, run_as_factors
+from octavo.runtimes.packed.factors import FactorKernel, is_factorization, run_as_factors
 from octavo.sources.sites import Layout
 
 
@@ -314,11 +314,11 @@ def test_factors_of_a_module_in_half_precision(always):
 
 
 def test_parts_are_decoded_once():
-    kernel = Factors(MATRICES["low rank"](), (40, 24))
+    kernel = FactorKernel(MATRICES["low rank"](), (40, 24))
     assert all(part.dtype == torch.float32 for part in kernel.tensors())
     assert kernel.form.left.dense() is kernel.form.left.weight
     # Stages of a convolution are views of the same numbers where no order is changed.
-    kernel = Factors(KERNELS["low rank"](), (12, 8, 3, 5))
+    kernel = FactorKernel(KERNELS["low rank"](), (12, 8, 3, 5))
     assert len({part.data_ptr() for part in kernel.tensors()}) == 2
 
 

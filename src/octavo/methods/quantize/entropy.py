@@ -17,7 +17,7 @@ from octavo.methods.base import Setting, method
 from octavo.methods.compiled import compiled
 from octavo.methods.feedback import round_blocks, round_columns
 from octavo.methods.knobs import real
-from octavo.methods.quantize.units import Magnitudes, Stepped, Units
+from octavo.methods.quantize.units import Magnitudes, Stepped, StepUnits
 
 
 @method(
@@ -51,7 +51,7 @@ class Entropy(Stepped):
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""
-        units = Units(self.name, weight, evidence)
+        units = StepUnits(self.name, weight, evidence)
         at_once, in_turn = partial(_round_at_once, rate=self.rate), partial(_round_in_turn, rate=self.rate)
         for setting in settings:
             yield units.grid(real(self.name, setting, "step", 1e-38), at_once, in_turn)

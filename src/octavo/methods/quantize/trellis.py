@@ -16,7 +16,7 @@ from octavo.methods.base import Setting, method
 from octavo.methods.feedback import round_blocks, round_columns
 from octavo.methods.knobs import real
 from octavo.methods.quantize import viterbi
-from octavo.methods.quantize.units import Magnitudes, Stepped, Units
+from octavo.methods.quantize.units import Magnitudes, Stepped, StepUnits
 
 #: Codes from -32 to 31 have individual lengths; further out the length hardly changes.
 _CODES = 64
@@ -60,7 +60,7 @@ class TrellisCoded(Stepped):
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""
-        units = Units(self.name, weight, evidence)
+        units = StepUnits(self.name, weight, evidence)
         for setting in settings:
             search = _Search(weight.shape[1], self.rate)
             # The step of the grid is the distance between the levels of both quantizers.

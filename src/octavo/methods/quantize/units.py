@@ -27,7 +27,7 @@ _LOW, _HIGH = -20, 44
 _LARGEST = 2**30
 
 
-class Units:
+class StepUnits:
     """A matrix in units of its steps, for the method with the given name."""
 
     def __init__(self, method: str, weight: Tensor, evidence: Evidence) -> None:
@@ -131,7 +131,7 @@ class Stepped(Method):
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Steps from fine to coarse, found from the spread of the weights in units of their steps."""
-        return [{"step": step} for step in Units(self.name, weight, evidence).steps(self.levels)]
+        return [{"step": step} for step in StepUnits(self.name, weight, evidence).steps(self.levels)]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
         return next(iter(self.encode_all(weight, [setting], evidence)))

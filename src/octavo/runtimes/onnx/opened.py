@@ -26,7 +26,7 @@ from octavo.system.paths import checked
 
 
 @dataclass
-class Opened:
+class OpenedModel:
     """A source or an artifact, with the form of every site."""
 
     source: Source
@@ -46,7 +46,7 @@ class Opened:
         return rest + sum(packed_bytes(form) for form in self.forms.values())
 
 
-def open_model(path: str | Path) -> Opened:
+def open_model(path: str | Path) -> OpenedModel:
     """An artifact or a model folder, ready to be traced."""
     path = checked(path)
     if not (path / MANIFEST).exists():
@@ -55,7 +55,7 @@ def open_model(path: str | Path) -> Opened:
         # The graph covers the transformer; later steps of an encoder are not part of the file.
         if source.is_skeleton:
             load_transformer(source, path)
-            return Opened(source, dense_forms(source))
+            return OpenedModel(source, dense_forms(source))
     artifact = trusted(path)
     if not (path / CONFIG).exists() or not is_known(path):
         raise RequestError(
@@ -73,7 +73,7 @@ def open_model(path: str | Path) -> Opened:
     source.module = nn.Module.float(module)
     bind(source, module)
     check_exportable(source)
-    return Opened(source, {name: _form(artifact, name) for name in shapes}, artifact)
+    return OpenedModel(source, {name: _form(artifact, name) for name in shapes}, artifact)
 
 
 def dense_forms(source: Source) -> dict[str, Form]:

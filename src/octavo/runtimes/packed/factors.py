@@ -53,7 +53,7 @@ class Choice:
     reason: str
 
 
-class Factors(DenseKernel):
+class FactorKernel(DenseKernel):
     """A form with all parts decoded once to float32.
 
     Inputs of other dtypes are cast to float32, and outputs back.
@@ -215,7 +215,7 @@ def _choose(
         return stays(f"on {dense.device}: factors run on a CPU")
     if any(getattr(owner, "groups", 1) != 1 for owner, _ in users):
         return stays("a convolution in groups")
-    kernel = Factors(form, tuple(dense.shape))
+    kernel = FactorKernel(form, tuple(dense.shape))
     if dense.ndim > 2 and not kernel.convolves:
         return stays("its factors are not convolutions")
     weight = nn.Parameter(PackedWeight(kernel, layout, tuple(dense.shape), dense.dtype), requires_grad=False)
