@@ -140,10 +140,10 @@ def test_a_source_with_nothing_to_compress(refused: Refused, bare: Path, tmp_pat
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("t.txt", b"", "0 calibration texts, at least 10 are needed"),
-        ("t.txt", b"\n \n\n", "0 calibration texts, at least 10 are needed"),
-        ("t.txt", b"one line only\n", "1 calibration texts, at least 10 are needed"),
-        ("t.txt", b"a line\n" * 8, "8 calibration texts, at least 10 are needed"),
+        ("t.txt", b"", "0 calibration texts; at least 10 are needed"),
+        ("t.txt", b"\n \n\n", "0 calibration texts; at least 10 are needed"),
+        ("t.txt", b"one line only\n", "1 calibration texts; at least 10 are needed"),
+        ("t.txt", b"a line\n" * 8, "8 calibration texts; at least 10 are needed"),
         ("t.txt", "zażółć\n".encode("utf-16"), "cannot be read as UTF-8 text"),
         ("t.jsonl", b'{"text": "fine"}\n' * 4 + b'{"text": \n' + b'{"text": "fine"}\n' * 9, "line 5 is not JSON"),
         ("t.jsonl", b'{"text": "fine"}\n' * 9 + b'{"words": "no"}\n', "line 10 has no string under 'text'"),
