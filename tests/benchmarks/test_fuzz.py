@@ -27,11 +27,11 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mutants_of_every_kind_are_refused_or_restored(tmp_path: Path) -> None:
-    words = [sys.executable, str(BENCHMARKS / "fuzz.py"), "--mutants", "300", "--workers", "1", "--keep", str(tmp_path)]
+    words = [sys.executable, str(BENCHMARKS / "fuzz.py"), "--mutants", "150", "--workers", "1", "--keep", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(octavo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert re.search(r"^300 mutants in \d+ s: \d+ refused, ", done.stdout, re.MULTILINE), done.stdout[-2000:]
+    assert re.search(r"^150 mutants in \d+ s: \d+ refused, ", done.stdout, re.MULTILINE), done.stdout[-2000:]
     mutations = importlib.import_module("fuzzing.run").MUTATIONS
     missing = [name for name in mutations if not re.search(rf"^{re.escape(name)} +\d", done.stdout, re.MULTILINE)]
     assert len(missing) < len(mutations) // 10, missing

@@ -67,7 +67,7 @@ def test_the_source_is_never_replaced(refused: Refused, lab: Any, tmp_path: Path
 def test_an_output_that_is_a_file(refused: Refused, bare: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     for option in ([], ["--overwrite"]):
-        refused(bare, "--ratio", "4", *option, says="out: is a file; name a folder")
+        refused(bare, "--ratio", "4", *option, says="out: is a file, not a folder; name a folder")
     (tmp_path / "out").unlink()
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):

@@ -28,7 +28,7 @@ REQUEST = ("--ratio", "3", "--methods", "entropy,rtn")
 def sources(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model that takes some seconds, so that it can be killed at every stage, and its texts."""
     folder = tmp_path_factory.mktemp("sources")
-    return lab.write_bert(folder / "bert", layers=2, hidden=32), lab.write_texts(folder / "texts.txt", 320)
+    return lab.write_bert(folder / "bert", layers=2, hidden=32), lab.write_texts(folder / "texts.txt", 160)
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ def test_bad_requests_say_what_to_do(net, tmp_path):
     plan = octavo.plan(tmp_path / "measured", ratio=6)
     assert plan.bytes <= plan.budget.bytes and plan.budget.target == "memory"
     plan.save(tmp_path / "plan.yaml")
-    with pytest.raises(RequestError, match="counts the bytes of memory, not of disk"):
+    with pytest.raises(RequestError, match="counts bytes for memory, not for disk"):
         octavo.compress(net, plan=tmp_path / "plan.yaml", preset="data-free")
     done = octavo.compress(net, plan=tmp_path / "plan.yaml", target="memory", preset="data-free")
     assert done.built.counted == plan.bytes
