@@ -1,7 +1,7 @@
 """The plot of the README: quality against size, from docs/results/bench.json. `python benchmarks/front_plot.py`.
 
 Writes docs/quality-by-size.svg. The file has its own background and follows the reader's choice of light or dark, so it
-can be read on any page. It needs no library, and the same rows give the same file.
+can be read on any page. The same rows give the same file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from bench_page import NAMES, front
 from common import RESULTS
 from models import TITLES
+
+from octavo.system.atomic import write_file
 
 FILE = RESULTS.parent / "quality-by-size.svg"
 Row = dict[str, Any]
@@ -162,7 +164,8 @@ def drawing(rows: Sequence[Row]) -> str:
 
 def write() -> None:
     """Draw the rows of docs/results/bench.json."""
-    FILE.write_text(drawing(json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))), encoding="utf-8")
+    rows = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
+    write_file(FILE, drawing(rows).encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the reference pages from the code: commands, the Python API, methods and forms. `make reference` runs it.
+"""Make the reference pages from the code: commands, Python API, methods, forms, report. `make reference` runs it.
 
 A test compares the pages with what this makes, so they cannot fall behind the code.
 """
@@ -9,8 +9,9 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from typer.main import get_command
 
@@ -18,6 +19,7 @@ import octavo
 import octavo.forms
 from octavo.cli import app
 from octavo.methods import methods
+from octavo.report.schema import Report
 
 HERE = Path(__file__).parent
 #: Headings of the sections of a NumPy docstring, each underlined by hyphens.
@@ -223,11 +225,55 @@ def stored() -> str:
     )
 
 
+def report() -> str:
+    """The keys of ``report.json``, record by record."""
+    parts = [
+        "# The report\n",
+        MADE,
+        "`report.html` is the page for people. `report.json` has the same content for machines. `save` returns it too, "
+        'as a record: `report["artifact"]["bytes"]` and `report.artifact.bytes` are the same value.\n',
+        "Sizes are bytes. Times are seconds unless a field says otherwise. A number that was not measured is null.\n",
+    ]
+    for kind in _records(Report, []):
+        said = sections(kind.__doc__ or "")
+        named = {name: text for names, text in entries(said.get("Parameters", "")) for name in names.split(", ")}
+        hints = get_type_hints(kind)
+        rows = [
+            [f"`{part.name}`", f"`{part.type}`", named.get(part.name) or _linked(hints[part.name])]
+            for part in fields(kind)
+        ]
+        title = "The whole" if kind is Report else kind.__name__
+        parts += [f"## {title}\n", f"{markdown(said[''])}\n", table(["key", "type", "meaning"], rows)]
+    return "\n".join(parts)
+
+
+def _records(kind: type, found: list[type]) -> list[type]:
+    """The record and those inside it, each once, in the order of their fields."""
+    if kind not in found:
+        found.append(kind)
+        for hint in get_type_hints(kind).values():
+            for inner in _inside(hint):
+                _records(inner, found)
+    return found
+
+
+def _linked(hint: Any) -> str:
+    """Links to the records of a field that says nothing itself."""
+    return ", ".join(f"[{kind.__name__}](#{kind.__name__.lower()})" for kind in _inside(hint))
+
+
+def _inside(hint: Any) -> Iterator[type]:
+    if inspect.isclass(hint) and is_dataclass(hint):
+        yield hint
+    for part in get_args(hint):
+        yield from _inside(part)
+
+
 def _summary(kind: type) -> str:
     return markdown((kind.__doc__ or "").split("\n\n")[0])
 
 
-PAGES = {"commands.md": commands, "api.md": api, "methods.md": found, "forms.md": stored}
+PAGES = {"commands.md": commands, "api.md": api, "methods.md": found, "forms.md": stored, "report.md": report}
 
 
 def main() -> None:

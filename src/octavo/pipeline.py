@@ -193,6 +193,14 @@ def profile(source: Any, out: str | Path, *, progress: Shown = None, **choices: 
     ------
     RequestError
         If something about the request or the source cannot be served, or it states a budget.
+
+    Examples
+    --------
+    >>> import octavo, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    >>> found = octavo.profile(net, "measured", methods=["rtn"], progress=False)
+    >>> [curve.site for curve in found.curves]
+    ['0.weight', '2.weight']
     """
     request = request_of(source, choices)
     target = get_target(request.target)
@@ -242,6 +250,15 @@ def plan(folder: str | Path, **budget: Any) -> Plan:
         If the budget is stated wrongly, or the profile's target has no plans without a model.
     BudgetError
         If the budget cannot be reached.
+
+    Examples
+    --------
+    >>> import octavo, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    >>> found = octavo.profile(net, "curves", methods=["rtn"], progress=False)
+    >>> plan = octavo.plan("curves", ratio=4)
+    >>> plan.bytes <= plan.budget.bytes
+    True
     """
     saved = Profile.load(Path(folder) / "profile.json")
     target = get_target(saved.options["target"])
@@ -316,6 +333,14 @@ def frontier(
         If something about the request cannot be served.
     BudgetError
         If none of the budgets can be reached.
+
+    Examples
+    --------
+    >>> import octavo, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    >>> rows = octavo.frontier(net, [3, 4], workspace="steps", methods=["rtn"], progress=False)
+    >>> [row.ratio >= row.asked for row in rows]
+    [True, True]
     """
     request = replace(request_of(source, choices), resume=True)
     target = get_target(request.target)

@@ -158,7 +158,8 @@ class Request:
     bits: float | None = option(None, "Bits per weight of the whole model, such as 3.5.", Role.BUDGET, kind=float)
     target: str = option(
         "disk",
-        "What the budget counts: disk (bytes of the files), memory (bytes of the weights while it runs), or speed.",
+        "What the budget counts, such as disk (bytes of the files) or memory (bytes while the model runs); "
+        "'octavo methods --kind targets' lists all.",
         Role.MEASURED,
         flag="for",
         check=_is_name,
@@ -269,7 +270,7 @@ class Request:
         return {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if (not roles or _option(item).role in roles) and getattr(self, item.name) != default_of(item)
+            if (not roles or _option(item).role in roles) and not _is_default(item, getattr(self, item.name))
         }
 
     def saved(self) -> dict[str, Any]:
@@ -329,6 +330,12 @@ def _option(item: Field) -> Option:
 def default_of(item: Field) -> Any:
     """The default of a field."""
     return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def _is_default(item: Field, value: Any) -> bool:
+    default = default_of(item)
+    # Arrays compare element by element, and are never a default.
+    return value is default or (type(value) is type(default) and value == default)
 
 
 def options(kind: type[Request], *roles: Role) -> dict[str, tuple[Field, Option]]:

@@ -4,7 +4,10 @@ Links, and the pages that are made from the code, are checked too. All Python bl
 texts and one artifact of it in their folder, so that no page has to make its own.
 """
 
+import doctest
+import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import shutil
@@ -181,6 +184,32 @@ def test_python_blocks_run(page: Path, workplace: Path, tmp_path: Path, monkeypa
             # Leading newlines, so that a traceback names the line of the page.
             code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
             exec(code, module.__dict__)
+
+
+def modules_with_examples() -> list[str]:
+    """Modules whose docstrings have examples."""
+    source = Path(octavo.__file__).parent
+    return sorted(
+        ".".join(file.relative_to(source.parent).with_suffix("").parts).removesuffix(".__init__")
+        for file in source.rglob("*.py")
+        if ">>> " in file.read_text(encoding="utf-8")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::octavo.OctavoWarning")
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_in_docstrings_run(
+    name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize("name", [name for name in octavo.__all__ if name.islower()])
+def test_every_verb_has_an_example(name: str) -> None:
+    assert ">>> " in (inspect.getdoc(getattr(octavo, name)) or ""), f"octavo.{name}: show how it is called"
 
 
 @pytest.mark.parametrize("words", command_lines())

@@ -141,7 +141,7 @@ def test_a_matrix_of_neighbours_is_not_divided(sparse):
 
 
 def test_one_graph_alone_is_refused():
-    with pytest.raises(octavo.RequestError, match=r"the one batch of \[\(32, 64\) float32, \(2, 80\) int64\]"):
+    with pytest.raises(octavo.RequestError, match=r"the only batch \(\[\(32, 64\) float32, \(2, 80\) int64\]\)"):
         compressed(Graph(), graphs(1))
 
 

@@ -240,4 +240,5 @@ def test_what_has_no_model_to_run_is_verified_by_what_it_holds(kind, net, tmp_pa
     for words in (["verify"], ["verify", "--json"], ["inspect"]):
         result = CliRunner().invoke(app, [*words, str(tmp_path / "out")])
         assert result.exit_code == 0, result.output
-    assert "no model" in " ".join(CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).output.split())
+    said = CliRunner().invoke(app, ["verify", str(tmp_path / "out")]).output
+    assert "no model" in " ".join(said.split())

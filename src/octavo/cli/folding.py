@@ -207,7 +207,9 @@ def _budgets(axis: str, given: dict[str, str | None]) -> list[float]:
     odd = [name for name, text in given.items() if text is not None and name != axis]
     if odd:
         raise RequestError(f"--{odd[0]}s: this target's budget is a {axis}; give --{axis}s in its place")
-    text = given.get(axis) or ("4,6,8,12,16" if axis == "ratio" else "")
+    text = given.get(axis)
+    if text is None:
+        text = "4,6,8,12,16" if axis == "ratio" else ""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

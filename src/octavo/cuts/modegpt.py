@@ -30,7 +30,7 @@ from octavo.sources.batches import Batch
 @cut("modegpt", source="MoDeGPT (Lin et al., 2024, arXiv 2408.09632)")
 @dataclass(frozen=True)
 class MoDeGPT(Cut[list[Moments]]):
-    """Units of decoders of the Llama kind; what stays makes up for what goes, without any training.
+    """Units of Llama-like decoders; the kept units compensate for the removed ones, without training.
 
     The formulas are in :mod:`octavo.cuts.decomposition`. Neurons really go: the MLPs become thinner and faster. The
     attention of ``transformers`` knows one size of heads, so pairs and directions of its heads become zeros. If all
@@ -56,7 +56,7 @@ class MoDeGPT(Cut[list[Moments]]):
             raise RequestError(f"modegpt: types has {what}; choose from {', '.join(TYPES)}")
 
     def units(self, model: nn.Module) -> list[Units]:
-        """Those of every block: one place for its MLP, and one for each head of keys and of values."""
+        """Units of every block: one group for its MLP, and one for each key and value head."""
         return [part for block in blocks(model) for kind in TYPES if kind in self.types for part in _units(block, kind)]
 
     def observe(self, model: nn.Module, batches: Iterable[Batch]) -> list[Moments]:

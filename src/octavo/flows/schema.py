@@ -120,5 +120,5 @@ class Schema:
             dtypes.append(_DTYPES[dtype])
             shapes.append(tuple(shape))
         if not names or len(set(names)) < len(names):
-            raise ValueError("there are no tensors, or two of one name")
+            raise ValueError("names are missing or not unique")
         return cls(tuple(names), tuple(dtypes), tuple(shapes))

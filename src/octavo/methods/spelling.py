@@ -17,7 +17,7 @@ def get_method(word: str) -> Method:
     Raises
     ------
     RequestError
-        If there is no such method, or it has no such knob or cannot take its value.
+        If the method or a knob is not known, or a value is not valid.
     """
     name, colon, knobs = word.partition(":")
     cls = METHODS.get(name)

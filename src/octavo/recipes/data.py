@@ -176,7 +176,7 @@ def _split_clicks(fields: Tensor, labels: Tensor, names: tuple[str, ...]) -> Cli
 
 @dataclass(frozen=True)
 class Texts:
-    """Running text to train on, to calibrate and choose by, and to report."""
+    """Running text for training, for calibration and choices, and for reporting."""
 
     train: str
     development: str

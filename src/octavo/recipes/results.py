@@ -268,5 +268,5 @@ def write_page(where: Path | None = None) -> Path:
     file = (where or folder().parent) / "recipes.md"
     writable(file.parent)
     found = [result for name in recipes() if (result := last(name, where)) is not None]
-    file.write_text(page(found), encoding="utf-8")
+    write_file(file, page(found).encode())
     return file

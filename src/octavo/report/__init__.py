@@ -1,4 +1,4 @@
-"""What a compression run did, for people: one offline page, a console table and a model card.
+"""Reports of a compression run: one offline page, a console table and a model card.
 
 All three read the same record, so that a report can be written again from the JSON beside it.
 """

@@ -23,7 +23,7 @@ from octavo.system.replacing import check_kind
 
 #: What the names of files and folders go on with that are being written, and of folders that make room for new ones.
 NEW, OLD = ".octavo-new.", ".octavo-old."
-#: And of those by which a file system is asked whether it can be written.
+#: Suffix of files that test whether a file system is writable.
 TRIED = ".octavo-tried."
 #: What a file system says that cannot flush a folder.
 _NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
@@ -44,7 +44,7 @@ def write_file(path: Path, *content: bytes, flush: bool = True) -> None:
     Raises
     ------
     RequestError
-        If there is something at ``path`` that is no regular file.
+        If what is at ``path`` is not a regular file.
     OctavoError
         If it cannot be written; what was there is as it was.
     """
@@ -77,7 +77,7 @@ def writing(path: Path, *, flush: bool = True) -> Iterator[Path]:
 
 
 def made_aside(path: Path) -> Path:
-    """A new folder beside the output, in which it is written; the next run sweeps it if this one is killed.
+    """A new folder next to the output, in which it is written; the next run removes it if this one is killed.
 
     Raises
     ------

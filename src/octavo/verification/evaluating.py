@@ -114,6 +114,13 @@ def evaluate(
     ------
     RequestError
         If the metric is unknown, or something that it needs is missing.
+
+    Examples
+    --------
+    >>> import octavo
+    >>> found = octavo.evaluate("folded", against="path/to/model", data="held-out.txt")
+    >>> found.mean < 0.1
+    True
     """
     if metric not in METRICS:
         raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")

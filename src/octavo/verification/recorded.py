@@ -12,7 +12,7 @@ from octavo.system.strict_json import read_object
 from octavo.verification.probes import Outputs
 
 REPORT = "report.html"
-#: Bytes that a report has at most: 64 MB.
+#: Largest size of a report: 64 MB.
 _LARGEST_REPORT = 64 << 20
 
 

@@ -63,6 +63,13 @@ def load(
         If the artifact is damaged, or does not fit ``into``.
     RequestError
         If factors are combined with ``packed``, no module is loaded, or the module fails on the batch.
+
+    Examples
+    --------
+    >>> import octavo
+    >>> model = octavo.load("folded")  # an artifact of a transformers model
+    >>> type(model).__name__
+    'BertModel'
     """
     path = Path(path)
     if factors:
@@ -254,6 +261,12 @@ def verify(path: str | Path) -> Verified:
     ArtifactError
         At the first thing that is wrong: damage, a configuration that was changed, weights or outputs other than
         recorded, a model that the artifact does not fill.
+
+    Examples
+    --------
+    >>> import octavo
+    >>> octavo.verify("folded").weights_match
+    True
     """
     artifact = Artifact(path)
     changed = artifact.changed()

@@ -181,6 +181,13 @@ def export(
         If the file does not give the expected outputs.
     MissingExtraError
         If the extra ``onnx`` is not installed.
+
+    Examples
+    --------
+    >>> import octavo
+    >>> done = octavo.export("folded", "model.onnx", data="held-out.txt")
+    >>> done.difference <= done.tolerance
+    True
     """
     require()
     out = check_file(checked_output(out), overwrite=overwrite, source=path)

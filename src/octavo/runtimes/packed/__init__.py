@@ -1,4 +1,4 @@
-"""Running from packed codes or as factors: kernels, and weights that hold no dense matrix."""
+"""Running from packed codes or factors: kernels, and weights without a dense matrix."""
 
 from octavo.runtimes.packed.factors import Choice, factored
 from octavo.runtimes.packed.kernels import Kernel, kernel_for, resident_bytes

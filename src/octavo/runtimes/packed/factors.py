@@ -1,4 +1,4 @@
-"""Running as factors: where a product of decoded factors is measured to be cheaper than the dense one, it is taken."""
+"""Running as factors: a product of decoded factors is used if it is measured to be faster than the dense one."""
 
 from __future__ import annotations
 

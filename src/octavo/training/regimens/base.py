@@ -33,7 +33,7 @@ class HandOver:
 
 
 class Regimen:
-    """What a compression method does while a model trains; every hook does nothing unless it is overridden.
+    """A compression method that acts while a model trains; hooks do nothing unless overridden.
 
     A step calls :meth:`before_step`, the loss by :meth:`loss`, backward, :meth:`after_backward`, the optimizer,
     :meth:`after_step`. A regimen serves one run of :func:`octavo.training.fit`; then :meth:`hand_over` is called.
@@ -48,10 +48,10 @@ class Regimen:
         return cls()
 
     def begin(self, model: nn.Module, steps: int) -> None:
-        """Before anything else, with the number of steps to come: replace weights by forms, allocate state."""
+        """Called first, with the number of steps: replace weights by forms, allocate state."""
 
     def before_step(self, step: int) -> None:
-        """Before the forward pass: project or resample weights."""
+        """Called before the forward pass: project or resample weights."""
 
     def penalty_of(self, model: nn.Module) -> Tensor | None:
         """A scalar that is added to the task's loss, or None."""
@@ -71,14 +71,14 @@ class Regimen:
         """After an epoch."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the model's parameters and buffers: tensors and plain values."""
+        """State for checkpoints besides the model's parameters and buffers: tensors and plain values."""
         return {}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """After :meth:`begin`, go on from what :meth:`state` gave."""
+        """Called after :meth:`begin`: continue from the result of :meth:`state`."""
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
-        """The forms to store, by parameter name: those that the model is trained in."""
+        """The forms to store, by parameter name."""
         return forms_of(model)
 
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
