@@ -22,6 +22,7 @@ from octavo.request import Request, Role, flagged, names
 from octavo.saving import check_writable, save
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
+from octavo.system.visible import visible
 from octavo.targets import get_target
 from octavo.verification.recorded import REPORT
 
@@ -66,7 +67,6 @@ def compress(
 
     Example: octavo compress all-MiniLM-L6-v2 --ratio 8 --out folded
     """
-    get_target(request.target).refuse_named(Request, options.given(context, Request))
     out = checked_output(out)
     # Beside the output, so that it is on the same disk, and found again by --resume.
     workspace = profile or out.resolve().parent / f".{out.resolve().name}.octavo-work"
@@ -78,6 +78,7 @@ def compress(
                 "them out, since it brings those that it was made with, or measure again without --profile"
             )
         request = request.restored(pipeline.saved_choices(profile))
+    get_target(request.target).refuse_named(Request, options.given(context, Request))
     request = replace(request, workspace=workspace, resume=request.resume or profile is not None)
     with Lock(out):
         others = [request.data, request.plan, profile]
@@ -115,13 +116,20 @@ def profile_(
         with _work(out, "--resume continues it", remove=not request.resume):
             result = pipeline.profile(request, out, progress=_progress(json_output))
     points = sum(len(curve.points) for curve in result.curves)
-    summary = {"profile": str(out), "sites": len(result.curves), "points": points, "smallest_bytes": result.smallest}
-    summary["largest_ratio"] = round(result.original_bytes / result.smallest, 2)
+    summary = {"profile": str(out), "sites": len(result.curves), "points": points}
+    axis = get_target(request.target).budget[0]
+    said, then = "", f"octavo compress {visible(request.source)} --profile {out} --{axis} 2 --out DIR"
+    if axis == "ratio":
+        summary |= {
+            "smallest_bytes": result.smallest,
+            "largest_ratio": round(result.original_bytes / result.smallest, 2),
+        }
+        said, then = f"; ratios up to {summary['largest_ratio']:g}", f"octavo plan {out} --ratio 8"
     if json_output:
         show_json(summary)
     else:
-        console.print(f"{summary['sites']} sites, {points} points; ratios up to {summary['largest_ratio']:g}")
-        console.print(f"Next: octavo plan {out} --ratio 8")
+        console.print(f"{summary['sites']} sites, {points} points{said}")
+        console.print(f"Next: {then}")
 
 
 @command

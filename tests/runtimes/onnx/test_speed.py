@@ -76,6 +76,21 @@ def test_what_cannot_be_reached_names_what_can(models: dict[str, Path], tmp_path
     assert not (tmp_path / "fast").exists()
 
 
+def test_a_profile_for_speed_is_solved_by_compress(
+    models: dict[str, Path], sentences: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(sentences))
+    words = ["profile", str(models["bert"]), "--for", "speed", "--data", str(tmp_path / "texts.txt")]
+    said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "p")])
+    assert said.exit_code == 0 and "--speedup 2" in " ".join(said.output.split()), said.output
+    with pytest.raises(octavo.RequestError, match="run octavo compress with --profile"):
+        octavo.plan(tmp_path / "p", speedup=2)
+    words = ["compress", str(models["bert"]), "--profile", str(tmp_path / "p"), "--latency", "2s", "--shape", "1x16"]
+    said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "fast"), "--json"])
+    assert said.exit_code == 0 and json.loads(said.stdout)["speed"]["met"], said.output
+    assert "<h2" in (tmp_path / "fast" / "report.html").read_text().partition(">Speed<")[0]
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

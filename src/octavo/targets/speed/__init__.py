@@ -103,6 +103,8 @@ class Speed(Target):
     def profile(self, run: Run, goal: Goal | None) -> Profile:
         """Every way to store and run every site, encoded, kept in the workspace, and timed."""
         search = self._search(run, goal)
+        search.profile.options = {"target": self.name, "pinned": sorted(run.opened.pinned)}
+        search.profile.save(run.workspace.path / "profile.json")
         run.clock.lap("profile")
         return Timetable(**vars(search.profile), search=search)
 
