@@ -105,7 +105,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     artifact = octavo.Artifact(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(octavo.ArtifactError, match="shorter"):
+    with pytest.raises(octavo.ArtifactError, match="truncated"):
         artifact.state()
 
 

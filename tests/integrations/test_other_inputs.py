@@ -171,5 +171,5 @@ def test_batches_of_models_without_a_table_of_tokens_are_taken(model, batch):
 
 def test_tokens_of_a_decoder_are_checked():
     ids = torch.ones(2, 5, dtype=torch.long)
-    with pytest.raises(RequestError, match="token 100, and BartForConditionalGeneration knows tokens 0 to 99"):
+    with pytest.raises(RequestError, match="token 100, but BartForConditionalGeneration knows tokens 0 to 99"):
         check_tokens(bart(), [{"input_ids": ids, "decoder_input_ids": ids + 99}])

@@ -96,7 +96,7 @@ def test_bad_ranks_and_starts_are_told():
             low_rank(net(), rank)
     with pytest.raises(RequestError, match="choose from random, svd, semi-nmf"):
         low_rank(net(), 3, "pca")
-    with pytest.raises(RequestError, match="give a module that holds the layer"):
+    with pytest.raises(RequestError, match="give the module that holds it"):
         low_rank(nn.Linear(9, 9), 3)
 
 

@@ -431,7 +431,7 @@ def inflate(folder: Path) -> None:
 def test_parts_that_inflate(zoo_artifact: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(zoo_artifact, tmp_path / "zoo")
     inflate(folder)
-    with pytest.raises(ArtifactError, match=r"takes [0-9]+ bytes of memory"):
+    with pytest.raises(ArtifactError, match=r"needs [0-9]+ bytes of memory"):
         read_all(folder)
 
 

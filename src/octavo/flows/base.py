@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.flows.plan import FlowPlan
+from octavo.flows.flow_plan import FlowPlan
 from octavo.system.registry import Registry
 
 #: What one side remembers from payload to payload.

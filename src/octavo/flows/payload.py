@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from octavo.errors import ArtifactError
-from octavo.flows.plan import FlowPlan
+from octavo.flows.flow_plan import FlowPlan
 
 _MAGIC, _VERSION = b"OctF", 1
 _HEAD = struct.Struct("<4sBB8sII")

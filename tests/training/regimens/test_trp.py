@@ -146,5 +146,5 @@ def test_unusable_options_are_named(options, word):
 
 def test_a_net_without_such_kernels_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8))
-    with pytest.raises(RequestError, match="Sequential has no convolution"):
+    with pytest.raises(RequestError, match="Sequential: has no convolution"):
         TrainedRankPruning().begin(model, 10)
