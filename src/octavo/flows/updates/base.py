@@ -14,8 +14,8 @@ from torch import Tensor
 from octavo.errors import ArtifactError, BudgetError, RequestError
 from octavo.flows.base import Flow
 from octavo.flows.filling import FILLED, most_within
-from octavo.flows.payload import seal, unseal
 from octavo.flows.flow_plan import FlowPlan
+from octavo.flows.payload import seal, unseal
 from octavo.flows.schema import Schema
 
 #: Share of the budget that is filled where choices are compared.
