@@ -45,7 +45,6 @@ class Direct(Sided):
 
 MODELS = {
     "lstm": lambda: Recurrent(nn.LSTM(24, 32, 2, batch_first=True), 32),
-    "gru": lambda: Recurrent(nn.GRU(24, 32, 2, batch_first=True), 32),
     "attention": lambda: Attention(nn.MultiheadAttention(24, 4, batch_first=True), 24),
     "direct": lambda: Direct(nn.ParameterList([torch.randn(96, 24) / 6, torch.randn(32, 96) / 10]), 32),
 }

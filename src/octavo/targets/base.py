@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ class Goal:
     bare: bool = False
 
 
-class Target(Counting):
+class Target(Counting, ABC):
     """What a budget counts, and what must be able to run the result. One file each.
 
     A target states what it counts (:class:`~octavo.allocation.counting.Counting`), refuses what it cannot serve, and
