@@ -62,8 +62,8 @@ def test_a_call_is_refused(choices: dict, says: str) -> None:
 
 
 def test_a_request_is_what_keyword_arguments_make() -> None:
-    one = octavo.compress(Request(net(), ratio=3, data=DATA, methods=["rtn"], seed=3))
-    other = octavo.compress(net(), ratio=3, data=DATA, methods=["rtn"], seed=3)
+    one = octavo.compress(Request(net(), ratio=3, data=DATA, methods=["rtn"], seed=3, preset="fast"))
+    other = octavo.compress(net(), ratio=3, data=DATA, methods=["rtn"], seed=3, preset="fast")
     assert one.built.plan.points == other.built.plan.points and one.opened.request.seed == 3
 
 

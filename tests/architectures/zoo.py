@@ -147,7 +147,7 @@ def row(
 ENCODERS = [
     row("encoder", "BertForMaskedLM", "BertConfig", TEXT, padded),
     row("encoder", "BertModel", "BertConfig", TEXT, padded, wide=True),
-    row("encoder", "BertForPreTraining", "BertConfig", TEXT, padded),
+    row("encoder", "BertForPreTraining", "BertConfig", TEXT, padded, wide=True),
     row("encoder", "BertForMultipleChoice", "BertConfig", TEXT, lambda: choices(), wide=True),
     row("encoder", "RobertaForSequenceClassification", "RobertaConfig", {**TEXT, "num_labels": 5}, padded),
     row("encoder", "RobertaForQuestionAnswering", "RobertaConfig", TEXT, padded, wide=True),
@@ -157,7 +157,7 @@ ENCODERS = [
          "max_position_embeddings": 64}, padded),
     row("encoder", "AlbertForMaskedLM", "AlbertConfig", {**TEXT, "embedding_size": 32}, padded),
     row("encoder", "ElectraForPreTraining", "ElectraConfig", {**TEXT, "embedding_size": 32}, padded),
-    row("encoder", "MPNetForMaskedLM", "MPNetConfig", TEXT, padded),
+    row("encoder", "MPNetForMaskedLM", "MPNetConfig", TEXT, padded, wide=True),
     row("encoder", "DebertaV2ForMaskedLM", "DebertaV2Config",
         {**TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "legacy": False},
         padded),

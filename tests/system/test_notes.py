@@ -62,7 +62,12 @@ def told(deep):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         done = octavo.compress(
-            deep, ratio=4, data=[torch.randn(8, 64) for _ in range(3)], objective="squared", methods=["rtn"]
+            deep,
+            ratio=4,
+            data=[torch.randn(8, 64) for _ in range(3)],
+            objective="squared",
+            methods=["rtn"],
+            preset="fast",
         )
     return done, [warning for warning in caught if issubclass(warning.category, OctavoWarning)]
 

@@ -36,6 +36,8 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 failed, 2 bad request or bad input, 3 budget unreachable.",
 )
 list_all(app)
+#: Exit code of a command that the user interrupted.
+_INTERRUPTED = 130
 console = Terminal()
 errors = Terminal(stderr=True)
 
@@ -69,7 +71,7 @@ def _interrupted(*, resumes: bool) -> NoReturn:
     # Pressing keys again while the process closes would kill it before it prints how to continue.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     errors.print(f"interrupted; run the same command {'with --resume to continue' if resumes else 'again'}")
-    sys.exit(130)
+    sys.exit(_INTERRUPTED)
 
 
 def _fail(error: OctavoError, *, as_json: bool) -> NoReturn:
@@ -103,9 +105,22 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         # The option may be before or after the command.
-        _interrupted(resumes=False)
+        with suppress(SystemExit):
+            _interrupted(resumes=False)
+        _leave()
+    except SystemExit as error:
+        if error.code == _INTERRUPTED:
+            _leave()
+        raise
     finally:
         _flush()
+
+
+def _leave() -> NoReturn:
+    """End the process at once: threads that still compute could abort it while the interpreter closes."""
+    _flush()
+    sys.stderr.flush()
+    os._exit(_INTERRUPTED)
 
 
 def _flush() -> None:

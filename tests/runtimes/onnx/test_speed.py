@@ -39,7 +39,17 @@ def test_a_latency_is_met_and_measured_from_the_file(
     models: dict[str, Path], sentences: list[str], tmp_path: Path
 ) -> None:
     # Any machine runs so small a model in two seconds; which forms that takes is the machine's affair.
-    done = octavo.compress(models["bert"], target="speed", latency="2s", shape="1x16", data=sentences)
+    (tmp_path / "texts.txt").write_text("\n".join(sentences))
+    asked = octavo.Request(models["bert"], target="speed", shape="1x16", data=tmp_path / "texts.txt")
+    octavo.profile(asked, tmp_path / "p")
+    with pytest.raises(octavo.RequestError, match="run octavo compress with --profile"):
+        octavo.plan(tmp_path / "p", speedup=2)
+    # On the command line the profile brings its target, and with it the options that may stand beside it.
+    words = ["compress", str(models["bert"]), "--profile", str(tmp_path / "p"), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, [*words, "--ratio", "3"])
+    assert said.exit_code == 2 and "--for speed: these options cannot be combined with it: --ratio" in said.output
+    assert "exactly one of speedup and latency" in CliRunner().invoke(app, words).output
+    done = octavo.compress(asked.asked(latency="2s", workspace=tmp_path / "p", resume=True))
     report = done.save(tmp_path / "fast")
     speed = report["speed"]
     assert speed["met"]
@@ -55,7 +65,8 @@ def test_a_latency_is_met_and_measured_from_the_file(
     assert '<section id="speed">' in page and "torch bfloat16" in page
     assert json.loads((tmp_path / "fast" / "report.json").read_text())["speed"] == speed
     assert {"torch float32", "torch bfloat16", "onnxruntime float32"} <= set(speed["runtimes"])
-    assert not [entry for entry in tmp_path.iterdir() if entry.name != "fast"]
+    assert {entry.name for entry in tmp_path.iterdir() if "lock" not in entry.name} == {"fast", "p", "texts.txt"}
+    assert ">Speed<" in (tmp_path / "fast" / "report.html").read_text()
 
 
 def test_what_is_kept_runs_as_it_is_kept(models: dict[str, Path], sentences: list[str], tmp_path: Path) -> None:
@@ -74,21 +85,6 @@ def test_what_cannot_be_reached_names_what_can(models: dict[str, Path], tmp_path
     assert said.exit_code == 3, said.output
     assert 0 < json.loads(said.stdout)["limit"] < 1e6
     assert not (tmp_path / "fast").exists()
-
-
-def test_a_profile_for_speed_is_solved_by_compress(
-    models: dict[str, Path], sentences: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "texts.txt").write_text("\n".join(sentences))
-    words = ["profile", str(models["bert"]), "--for", "speed", "--data", str(tmp_path / "texts.txt")]
-    said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "p")])
-    assert said.exit_code == 0 and "--speedup 2" in " ".join(said.output.split()), said.output
-    with pytest.raises(octavo.RequestError, match="run octavo compress with --profile"):
-        octavo.plan(tmp_path / "p", speedup=2)
-    words = ["compress", str(models["bert"]), "--profile", str(tmp_path / "p"), "--latency", "2s", "--shape", "1x16"]
-    said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "fast"), "--json"])
-    assert said.exit_code == 0 and json.loads(said.stdout)["speed"]["met"], said.output
-    assert "<h2" in (tmp_path / "fast" / "report.html").read_text().partition(">Speed<")[0]
 
 
 @pytest.mark.parametrize(
