@@ -37,7 +37,7 @@ def test_every_system_has_its_recipe():
 QUICKER = {
     "dsformer": {"RATES": (3e-4,), "ROUNDS": 2},
     "ekfac": {"_RANKS": (0.5,), "_ZEROS": (0.5,)},
-    "maestro": {"RATES": (0.1,)},
+    "maestro": {"RATES": (0.1,), "EPOCHS": 2},
 }
 
 
