@@ -48,16 +48,15 @@ def source() -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("minilm") / "profile"
-    octavo.profile(source, folder, preset="fast")
-    return folder
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of work, which holds the profile once the model was compressed."""
+    return tmp_path_factory.mktemp("minilm") / "profile"
 
 
 @pytest.fixture(scope="module")
 def folded(source: Path, measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("folded") / "eighth"
-    octavo.compress(source, ratio=8, preset="fast", workspace=measured, resume=True).save(out)
+    octavo.compress(source, ratio=8, preset="fast", workspace=measured).save(out)
     return out
 
 
@@ -100,6 +99,7 @@ def test_sentence_transformers_reads_the_folder(folded: Path) -> None:
     assert torch.allclose(vectors, _vectors(folded), atol=1e-5)
 
 
+@pytest.mark.usefixtures("folded")
 def test_plan_from_the_saved_profile(measured: Path) -> None:
     plan = octavo.plan(measured, ratio=12)
     assert plan.bytes <= plan.budget.bytes
