@@ -22,14 +22,14 @@ demo: $(READY) ## compress a sentence encoder to an eighth of its bytes; writes 
 test: $(READY) ## run all tests in WORKERS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
-wide: $(READY) ## test all other architectures of transformers (10 minutes)
+wide: $(READY) ## test all other architectures of transformers
 	$(BIN)/python -m pytest -q -m wide tests/architectures
 
-fuzz: $(READY) ## load 50,000 damaged artifacts in WORKERS processes (20 minutes); writes docs/results/fuzz.json
+fuzz: $(READY) ## load 50,000 damaged artifacts in WORKERS processes; writes docs/results/fuzz.json
 	$(BIN)/python benchmarks/fuzz.py --mutants 50000 --seed 0 --workers $(WORKERS) --save
 	$(BIN)/python benchmarks/robustness_page.py
 
-chaos: $(READY) ## kill runs, fill disks, change sources, damage kept work (10 minutes); writes docs/results/chaos.json
+chaos: $(READY) ## kill runs, fill disks, change sources, damage kept work; writes docs/results/chaos.json
 	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/python benchmarks/robustness_page.py
 

@@ -39,6 +39,10 @@ def test_it_says_what_it_is(target: Target) -> None:
     assert set(SAID) == set(names(Request)) - {"source", "target"}, "give the new option a value above"
 
 
+#: Targets that any machine serves in a moment. That for speed is run in tests/runtimes/onnx/test_speed.py.
+OF_BYTES = [name for name in targets() if isinstance(get_target(name), Sizes)]
+
+
 @pytest.mark.parametrize("name", sorted(SAID))
 def test_an_option_is_used_or_refused_by_name(target: Target, name: str) -> None:
     request = Request(None, target=target.name, **{name: SAID[name]})
@@ -58,26 +62,24 @@ def test_a_target_that_is_not_known_is_refused(verb: Callable) -> None:
         verb(net(), target="disc")
 
 
-def test_a_budget_of_bytes_is_met_by_what_is_written(target: Target, tmp_path: Path) -> None:
-    if not isinstance(target, Sizes):
-        pytest.skip("its budget is no number of bytes")
-    done = octavo.compress(net(), ratio=3, target=target.name, data=DATA, preset="fast")
+@pytest.mark.parametrize("name", OF_BYTES)
+def test_a_budget_of_bytes_is_met_by_what_is_written(name: str, tmp_path: Path) -> None:
+    done = octavo.compress(net(), ratio=3, target=name, data=DATA, preset="fast")
     assert done.opened.target.total(done.built.contents) == done.built.counted <= done.budget.bytes
     report = done.save(tmp_path / "out").to_json()
     artifact = octavo.Artifact(tmp_path / "out")
-    assert artifact.bytes == done.built.bytes and report["budget"]["target"] == target.name
+    assert artifact.bytes == done.built.bytes and report["budget"]["target"] == name
     assert done.built.counted >= done.budget.least or report["artifact"]["note"]
     octavo.verify(tmp_path / "out")
 
 
-def test_profiles_and_frontiers_take_it(target: Target, tmp_path: Path) -> None:
-    if not isinstance(target, Sizes):
-        pytest.skip("tests/runtimes/onnx/test_speed.py: it needs a model that onnxruntime runs")
-    asked = Request(net(), target=target.name, data=DATA, preset="fast", workspace=tmp_path / "p")
+@pytest.mark.parametrize("name", OF_BYTES)
+def test_profiles_and_frontiers_take_it(name: str, tmp_path: Path) -> None:
+    asked = Request(net(), target=name, data=DATA, preset="fast", workspace=tmp_path / "p")
     near, far = octavo.frontier(asked, [3, 1e6])
     assert near.ratio is not None and near.ratio >= 3 and near.error is None
     # What can be reached stands beside what cannot.
     assert far.ratio is None and far.limit is not None and "at most" in str(far.error)
-    assert octavo.plan(tmp_path / "p", ratio=3).budget.target == target.name
+    assert octavo.plan(tmp_path / "p", ratio=3).budget.target == name
     with pytest.raises(octavo.BudgetError):
         octavo.frontier(asked, [1e6])

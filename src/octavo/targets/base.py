@@ -35,14 +35,11 @@ class Goal:
     ----------
     plan
         The plan to carry out, if one was given in place of a budget.
-    bits
-        Bits per weight around which curves are wanted; None for all.
     bare
         Whether the plan is carried out without a profile of its sites.
     """
 
     plan: Plan | None = None
-    bits: float | None = None
     bare: bool = False
 
 

@@ -50,13 +50,13 @@ class Sizes(Target):
         request, source = opened.request, opened.source
         if request.plan is not None:
             plan = self._requested_plan(opened, Path(request.plan))
-            return SizeGoal(plan, plan.budget.bytes * 8 / source.weights, budget=plan.budget)
+            return SizeGoal(plan, budget=plan.budget)
         asked = self._of(source.original_bytes, source.weights, request)
         # What is close to the limit goes through, and is decided when the profile is known.
         smallest = self.smallest(opened, asked)
         if smallest is not None:
             raise unreachable(asked, source.original_bytes, smallest)
-        return SizeGoal(None, asked.bytes * 8 / source.weights, budget=asked)
+        return SizeGoal(budget=asked)
 
     def prepare(self, opened: Opened, goal: Goal | None, folder: Path) -> None:
         """Refuse a disk on which the run will not fit."""
@@ -65,9 +65,12 @@ class Sizes(Target):
 
     def profile(self, run: Run, goal: Goal | None) -> Profile:
         """The curves of all sites around a budget, or of all sizes."""
-        bare = goal is not None and goal.bare
-        profile = build_profile(run, None if goal is None or bare else goal.bits, corrected=not bare)
-        if isinstance(goal, SizeGoal) and profile.smallest > goal.budget.bytes and not bare:
+        if not isinstance(goal, SizeGoal) or goal.bare:
+            profile = build_profile(run, None, corrected=goal is None)
+            run.clock.lap("profile")
+            return profile
+        profile = build_profile(run, goal.budget.bytes * 8 / run.opened.source.weights)
+        if profile.smallest > goal.budget.bytes:
             # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
             profile = build_profile(run, 0.0)
         run.clock.lap("profile")

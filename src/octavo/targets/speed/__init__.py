@@ -25,9 +25,10 @@ from octavo.runtimes.onnx.sessions import require
 from octavo.sources.sentences import members
 from octavo.sources.sites import Source
 from octavo.targets.base import Goal, Target, target
-from octavo.targets.speed import written
 from octavo.targets.speed.asked import Asked, asked_for
 from octavo.targets.speed.search import Search, offered
+from octavo.targets.speed.written import Written, measured, section
+from octavo.targets.speed.written import write as write_model
 
 
 @dataclass
@@ -121,13 +122,13 @@ class Speed(Target):
         timed = result.own
         return {"speedup": timed.speedup, "seconds": timed.seconds, "kernels": dict(timed.kernels)}
 
-    def write(self, result: Result, folder: Path) -> written.Written:
+    def write(self, result: Result, folder: Path) -> Written:
         """Write ``model.onnx``."""
-        return written.write(result.own, folder)
+        return write_model(result.own, folder)
 
-    def verify(self, result: Result, artifact: Artifact, done: Any) -> Section:
+    def verify(self, result: Result, artifact: Artifact, written: Any) -> Section:
         """The section on speed and loss of ``model.onnx``, measured from the disk."""
-        return written.section(written.measured(result, artifact.path, done))
+        return section(measured(result, artifact.path, written))
 
     def _asked(self, request: Request) -> Asked:
         return asked_for(request.speedup, request.latency, SHAPE if request.shape is None else request.shape)
