@@ -300,7 +300,7 @@ class Lab:
         whole
             Whether the knob is an integer.
         near
-            The file must hold at least ``1 - near`` of ``size``.
+            The file must hold at least ``1 - near`` of ``size``; quick runs take the nearest.
 
         Raises
         ------
@@ -319,7 +319,7 @@ class Lab:
             low, high = (middle + whole, high) if stored.bytes <= size else (low, middle - whole)
             if low > high or high - low < 1e-4 * max(1.0, abs(high)):
                 break
-        if best is None or best[1].bytes < (1 - near) * size:
+        if best is None or (best[1].bytes < (1 - near) * size and not self.quick):
             held = "none fits" if best is None else f"the nearest has {best[1].bytes}"
             raise OctavoError(f"no value of the knob gives a file of {size} bytes ({held}); widen its range")
         return best
@@ -334,7 +334,7 @@ class Lab:
         def at(bits: float) -> Stored:
             return through_file(model, {name: quantized(Dense(matrix), bits) for name, matrix in matrices.items()})
 
-        return self.fit(at, size, 0.05, 12.0)[1]
+        return self.fit(at, size, 0.05, 16.0)[1]
 
     def thinner(self, make: Callable[[int], nn.Module], size: int, widths: range) -> int:
         """The largest width whose net, stored dense in 16 bits, is no larger than ``size`` bytes."""
