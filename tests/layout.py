@@ -27,7 +27,7 @@ FLOORS = (
     ("report", "targets"),
     ("opening", "saving"),
     ("flows", "pipeline", "recipes"),
-    ("cli",),
+    ("cli", "storing"),
 )
 PACKAGE = "octavo"
 

@@ -227,7 +227,12 @@ class Source:
 
     @property
     def weights(self) -> int:
-        """Number of elements of the distinct tensors."""
+        """Number of weights of the model: elements of the distinct tensors."""
+        return self.elements
+
+    @property
+    def elements(self) -> int:
+        """Number of elements that are coded, of which there are fewer if weights are products of factors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def fingerprint(self) -> str:
@@ -323,12 +328,16 @@ class Source:
             elif math.prod(shape) < SMALLEST_SITE:
                 reasons[name] = f"fewer than {SMALLEST_SITE} weights"
             else:
-                kind, layout = self._kind(name, shape, tuple(tied.get(name, ())))
+                kind, layout = self._kind(name, shape)
                 layout = replace(layout, exponent=self.exponents.get(name, 0))
                 sites.append(Site(name, kind, shape, dtype, layout, tuple(tied.get(name, ()))))
         return sites, reasons
 
-    def _kind(self, name: str, shape: tuple[int, ...], tied: tuple[str, ...]) -> tuple[str, Layout]:
+    def layout_of(self, name: str) -> Layout:
+        """How a weight is read as a matrix."""
+        return self._kind(name, self.shapes[name])[1]
+
+    def _kind(self, name: str, shape: tuple[int, ...]) -> tuple[str, Layout]:
         owner = self.owner(name)
         if isinstance(owner, _TRANSPOSED):
             return "convolution", Layout("transposed", owner.groups)

@@ -62,6 +62,8 @@ class Target(Counting, ABC):
         Whether batch normalisation may be folded into the layers before it.
     loads
         Whether the model is needed even where nothing is measured.
+    compresses
+        Whether there must be something to compress.
     """
 
     about: ClassVar[str] = ""
@@ -69,6 +71,7 @@ class Target(Counting, ABC):
     unused: ClassVar[frozenset[str]] = frozenset()
     folds: ClassVar[bool] = True
     loads: ClassVar[bool] = False
+    compresses: ClassVar[bool] = True
 
     def refuse(self, request: Request) -> None:
         """Refuse choices that mean nothing for this target.
