@@ -6,7 +6,7 @@ from octavo.training.losses import accuracy, cross_entropy, distillation, next_t
 from octavo.training.low_rank import low_rank
 from octavo.training.one_way import in_stages, one_way
 from octavo.training.regimens import REGIMENS, HandOver, Regimen, regimen
-from octavo.training.regimens.comera import CoMERA
+from octavo.training.regimens.comera import CoMERA, core_rates
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.regimens.trp import TrainedRankPruning
@@ -21,6 +21,7 @@ __all__ = [
     "StraightThroughFactorizer",
     "TrainedRankPruning",
     "accuracy",
+    "core_rates",
     "cross_entropy",
     "distillation",
     "fit",

@@ -15,7 +15,7 @@ from octavo.methods.factorize.mpo import modes
 from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.adaptive_trains import attach, fold, random_train, trains
-from octavo.training.regimens.comera import CoMERA, rates
+from octavo.training.regimens.comera import CoMERA, core_rates
 
 VOCABULARY, LABELS = 600, 4
 
@@ -57,7 +57,7 @@ def early():
     model, stage = net(), regimen(gamma=0.5)
     stage.begin(model, 1)
     start = stage.size
-    losses = fit(model, task(), cross_entropy, epochs=8, regimen=stage, optimizer=rates(1e-2, 1e-2, 2e-2))
+    losses = fit(model, task(), cross_entropy, epochs=8, regimen=stage, optimizer=core_rates(1e-2, 1e-2, 2e-2))
     return start, model, stage.forms(model), losses
 
 
@@ -203,7 +203,7 @@ def test_the_late_stage_meets_its_target(early, share):
     _, model, forms, _ = early
     late, target = copy.deepcopy(model), round(share * sum(map(count, forms.values())))
     stage = regimen(target=target, loss_target=0.4)
-    fit(late, task(), cross_entropy, epochs=6, regimen=stage, optimizer=rates(1e-2, 1e-2, 5e-2))
+    fit(late, task(), cross_entropy, epochs=6, regimen=stage, optimizer=core_rates(1e-2, 1e-2, 5e-2))
     # Not above, and below by less than what one rank of so small a table takes.
     assert 0.9 * target <= stage.size <= target
     assert accuracy(late, task()(0)) > 0.7
@@ -222,7 +222,7 @@ def test_a_second_stage_goes_on_from_the_first(early):
 
 def test_without_a_penalty_ranks_stay():
     model, stage = net(), regimen(gamma=0.0)
-    losses = fit(model, task(), cross_entropy, epochs=2, regimen=stage, optimizer=rates(1e-2, 1e-2, 1e-2))
+    losses = fit(model, task(), cross_entropy, epochs=2, regimen=stage, optimizer=core_rates(1e-2, 1e-2, 1e-2))
     fresh = regimen()
     fresh.begin(net(), 1)
     assert stage.size == fresh.size and losses[-1] < losses[0]

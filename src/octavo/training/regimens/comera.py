@@ -46,7 +46,7 @@ class CoMERA(Regimen):
 
     A diagonal must fall from 1 to the threshold: its learning rate times the number of steps must be well above 1.
     Recommended are at least 1,000 steps, 1e-2 for diagonals and cores (the rate of :func:`octavo.training.fit`, or
-    those of :func:`rates`), and a ``gamma`` from 0.3 to 3. Ranks stay if ``gamma`` is much below the first loss.
+    those of :func:`core_rates`), and a ``gamma`` from 0.3 to 3. Ranks stay if ``gamma`` is much below the first loss.
 
     Source: Yang et al. (2024), arXiv 2405.14377. There are differences, since stages last for tens of thousands of
     steps there. Cutting stops at the target, and diagonals are folded into the cores only by :meth:`forms`. If they
@@ -180,7 +180,7 @@ class CoMERA(Regimen):
         return found
 
 
-def rates(cores: float, dense: float, ranks: float) -> Optimizers:
+def core_rates(cores: float, dense: float, ranks: float) -> Optimizers:
     """AdamW with separate learning rates for cores, dense weights, and diagonals, which do not decay."""
 
     def made(model: nn.Module) -> torch.optim.Optimizer:
