@@ -22,7 +22,7 @@ FLOORS = (
     ("forms", "sources"),
     ("artifact", "calibration"),
     ("integrations", "methods"),
-    ("allocation", "cuts", "runtimes", "training"),
+    ("allocation", "architectures", "cuts", "runtimes", "training"),
     ("encoding", "verification"),
     ("report", "targets"),
     ("opening", "saving"),
