@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 
 from torch import Tensor
@@ -43,7 +44,7 @@ class Assembly:
             name: Entry(item, self.sites[name].shape, self.sites[name].dtype, self.sites[name].layout)
             for name, item in packed.items()
         }
-        return Contents(
+        made = Contents(
             source,
             entries,
             self.kept(how),
@@ -54,6 +55,8 @@ class Assembly:
             self._configurations,
             self._unfilled,
         )
+        # A cut alone leaves an ordinary model.
+        return replace(made, configurations=configurations(self.source, plain=True)) if made.is_plain else made
 
     def kept(self, how: Narrowing) -> dict[str, Kept]:
         """Tensors that are not sites, in 16 bits if ``how`` allows it."""
