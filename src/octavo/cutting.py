@@ -22,7 +22,7 @@ from octavo.allocation.profiles import Profile
 from octavo.allocation.solver import unreachable
 from octavo.allocation.workspace import Workspace
 from octavo.calibration import inputs
-from octavo.calibration.calibrating import Calibration
+from octavo.calibration.calibrating import Calibration, tokens_in
 from octavo.calibration.runner import Runner
 from octavo.cuts import Cut, Units, best, removed, saved, split_cut
 from octavo.encoding.cut_trials import CutLevel, CutTrials
@@ -31,6 +31,7 @@ from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
 from octavo.methods.selecting import dense_method
 from octavo.request import Request
+from octavo.sources.batches import sequences_in
 from octavo.sources.memory import fits
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.thinned import thinned
@@ -182,10 +183,16 @@ def cut_alone(found: Cutter, goal: Goal, run: Callable[[Opened, Runner, Calibrat
         raise unreachable(asked, found.opened.source.original_bytes, left(MOST))
     source = thin.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, contents.bytes, [])
-    started = run(thin, inputs.model_of(source, blockwise=False), Calibration({}))
+    started = run(thin, inputs.model_of(source, blockwise=False), _seen(thin))
     built = measured(started, profile, Plan(asked, {}, 0.0, contents.bytes, ALONE), {}, contents)
     level = CutLevel(share, weights, started.at_rest, built.quality)
     return Result(started, profile, asked, built, cut=found.trials([level], share))
+
+
+def _seen(opened: Opened) -> Calibration:
+    """What a cut rests on; no site has evidence where nothing is encoded."""
+    data = opened.calibration_data
+    return Calibration({}, sum(map(sequences_in, data)), sum(map(tokens_in, data)), opened.text)
 
 
 def _bytes_left(found: Cutter, whole: int, share: float) -> int:

@@ -98,6 +98,8 @@ def verdict(report: Report) -> str:
     quality, uniform = report.quality, report.uniform
     metric, value, other = plain(quality.metric, 60), figures(quality.value), figures(quality.uniform)
     if uniform is None:
+        if not report.sites:
+            return "Units were removed, and every tensor that is left is stored as it is."
         return "Methods were chosen site by site, and no single setting for all was measured."
     named = f"{plain(uniform.method, 60)} ({setting(uniform.setting)})"
     if report.winner == "uniform":
