@@ -28,7 +28,7 @@ from octavo.cuts import CUTS
 from octavo.flows import FLOWS
 from octavo.forms import FORMS
 from octavo.methods import METHODS
-from octavo.recipes.base import RECIPES
+from octavo.recipes.frame import STUDIES
 from octavo.targets import TARGETS
 from octavo.training.regimens import REGIMENS
 
@@ -137,7 +137,7 @@ def command_lines() -> list[Any]:
 def own_registries() -> Iterator[None]:
     """Let a page register parts without other tests finding them."""
     with ExitStack() as stack:
-        for registry in (CUTS, FLOWS, FORMS, METHODS, RECIPES, REGIMENS, TARGETS):
+        for registry in (CUTS, FLOWS, FORMS, METHODS, REGIMENS, STUDIES, TARGETS):
             stack.enter_context(registry.temporary())
         yield
 

@@ -238,9 +238,9 @@ LINES = [
     Line("export {bare} {out}.onnx", 2, "only transformers models can be exported"),
     Line("export {bert} {texts}", 2, "already exists"),
     *lines("reproduce *", 2, {
-        "": "recipe: none is given",
-        "nothing": "recipe 'nothing' is not known",
-        "{odd}": "recipe '\\x1b]0;title\\x07' is not known",
+        "": "study: none is given",
+        "nothing": "study 'nothing' is not known",
+        "{odd}": "study '\\x1b]0;title\\x07' is not known",
         "--list --quick": "leave them out",
         "--list --seed 3": "leave them out",
         "--list --results /nope": "no such folder",

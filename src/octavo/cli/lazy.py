@@ -40,7 +40,7 @@ COMMANDS = {
     ),
     "evaluate": Listed("looking", "Measure a model or an artifact on data."),
     "methods": Listed("listing", "List all methods, or all parts of another --kind, such as forms, cuts or targets."),
-    "reproduce": Listed("reproducing", "Rebuild a published system, and check its claim on real data."),
+    "reproduce": Listed("reproducing", "Rebuild a published system, and check its claims on real data."),
 }
 #: The commands of imported files.
 registered = typer.Typer(rich_markup_mode="rich")

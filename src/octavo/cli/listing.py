@@ -15,7 +15,7 @@ from octavo.errors import RequestError
 from octavo.flows import FLOWS
 from octavo.forms import FORMS
 from octavo.methods import METHODS
-from octavo.recipes.base import RECIPES
+from octavo.recipes.frame import STUDIES
 from octavo.system.registry import Registry
 from octavo.targets import TARGETS
 from octavo.training import REGIMENS
@@ -44,7 +44,7 @@ KINDS = {
     "regimens": _Kind(REGIMENS, _described()),
     "targets": _Kind(TARGETS, lambda part: {"what": part.about or _first_sentence(part)}),
     "flows": _Kind(FLOWS, _described("carries")),
-    "studies": _Kind(RECIPES, lambda part: {"system": part.system, "what": part.claim}),
+    "studies": _Kind(STUDIES, lambda part: {"what": f"{part.system}: {next(iter(part.claims.values()))}"}),
 }
 
 

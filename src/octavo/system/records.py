@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
@@ -54,8 +55,8 @@ def record_of(kind: type[Record], value: Any, where: str = "") -> Record:
     Parameters
     ----------
     kind
-        A dataclass whose fields are annotated with numbers, texts, other dataclasses, tuples, mappings with texts as
-        keys, unions of these, or ``Any``.
+        A dataclass whose fields are annotated with numbers, texts, enumerations of texts, other dataclasses, tuples,
+        mappings with texts as keys, unions of these, or ``Any``.
     value
         What :func:`json.loads` gave.
     where
@@ -103,6 +104,10 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _unfit(value, "an object", where)
         return {key: _read(get_args(hint)[1], item, f"{where}[{key[:_SHOWN]!r}]") for key, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        if value not in list(hint):
+            raise _unfit(value, f"one of {', '.join(hint)}", where)
+        return hint(value)
     if not _is(hint, value):
         raise _unfit(value, _WORDS[hint], where)
     return value

@@ -1,0 +1,1 @@
+"""Studies of systems that compress by factors: low rank, tensor trains, separable filters."""

@@ -1,0 +1,457 @@
+"""The lab: what the experiments of all studies share, from trained bases to judged claims."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from octavo.errors import OctavoError
+from octavo.forms import Dense, Form
+from octavo.recipes.frame.fingerprints import code_of, joined
+from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, together
+from octavo.recipes.frame.stored import Stored, quantized, through_file
+from octavo.recipes.frame.study import Study
+from octavo.sources.sites import Layout
+from octavo.system.atomic import writing
+from octavo.training import fit
+from octavo.training.losses import Loss
+
+#: The folder of trained models and other slow work of studies.
+CACHE = Path(os.environ.get("OCTAVO_CACHE", Path.home() / ".cache" / "octavo")) / "recipes"
+#: How often a grid may grow beyond its edge.
+WIDENED = 3
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the compared variants.
+
+    Parameters
+    ----------
+    name
+        The treatment and its size.
+    bytes
+        Bytes of the artifact's files, the mean over seeds; 0 if nothing is stored.
+    values
+        The study's metric, one value per seed.
+    also
+        Other figures by name, one value per seed each.
+    steps
+        Training steps that led to it, those of its base included.
+    """
+
+    name: str
+    bytes: int
+    values: tuple[float, ...]
+    also: Mapping[str, tuple[float, ...]]
+    steps: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean over all seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds, None of a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def shown(self) -> str:
+        """Mean and spread, for texts."""
+        return f"{self.mean:.4g}" if self.spread is None else f"{self.mean:.4g} ± {self.spread:.2g}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A knob that was chosen on development data.
+
+    Parameters
+    ----------
+    name
+        What was chosen, and for which arm.
+    value
+        The winner.
+    scores
+        Development figure by the value that was tried.
+    edge
+        Whether the winner lies at the edge of everything that was tried.
+    """
+
+    name: str
+    value: float
+    scores: Mapping[str, float]
+    edge: bool
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained model that a study started from.
+
+    Parameters
+    ----------
+    name
+        Its name and the key of its cache: code, data and settings.
+    seconds
+        How long it took to make, on ``device``.
+    """
+
+    name: str
+    seconds: float
+    device: str
+
+
+@dataclass
+class Lab:
+    """One run of a study.
+
+    A study calls :meth:`base` for its trained model, :meth:`choose` for rates, :meth:`train` for every arm, :meth:`fit`
+    for arms of equal bytes, :meth:`add` for every figure, and at the end :meth:`gate` and :meth:`judge`.
+
+    Parameters
+    ----------
+    quick
+        Whether to run a miniature: the same code on tiny real data, whose figures prove nothing.
+    show
+        Called with a description of the current step.
+    device
+        Where models are trained; everything else happens on the CPU.
+    """
+
+    study: Study
+    quick: bool = False
+    first_seed: int = 0
+    show: Callable[[str], Any] = lambda text: None
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def __post_init__(self) -> None:
+        self.bases: dict[str, Base] = {}
+        self.choices: dict[str, Choice] = {}
+        self.gates: list[Gate] = []
+        self.judged: dict[str, Judged] = {}
+        self.reason: list[str] = []
+        self._rows: dict[str, list[tuple[float, int, dict[str, float]]]] = {}
+        self._steps: dict[tuple[str, int], int] = {}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the study, or one in a quick run."""
+        return tuple(range(self.first_seed, self.first_seed + (1 if self.quick else self.study.seeds)))
+
+    def step(self, text: str) -> None:
+        """Say what happens now."""
+        self.show(text)
+
+    # Models
+
+    def base(
+        self,
+        name: str,
+        make: Callable[[], nn.Module],
+        train: Callable[[nn.Module], Any],
+        *,
+        data: str,
+        **settings: Any,
+    ) -> nn.Module:
+        """A model that is trained once, and kept under the hash of code, data and settings.
+
+        Parameters
+        ----------
+        make, train
+            Return the untrained model, and train it in place. Their modules and what these import are the code.
+        data
+            A digest of the training data.
+        settings
+            Everything else that determines the weights, the seed included: plain values.
+        """
+        key = joined({**code_of(make, train), "data": data, "settings": json.dumps(settings, sort_keys=True)})
+        file = self.cached(f"{name}-{key}.safetensors")
+        model = make()
+        if file.exists():
+            model.load_state_dict(load_file(file))
+            with safe_open(file, "pt") as opened:
+                known = opened.metadata() or {}
+        else:
+            self.step(f"training {name}")
+            started = time.perf_counter()
+            train(model)
+            model.to("cpu")
+            where = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+            known = {"seconds": f"{time.perf_counter() - started:.1f}", "device": where}
+            with writing(file) as aside:
+                state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+                save_file(state, aside, metadata=known)
+        self.bases[name] = Base(f"{name} ({key})", float(known.get("seconds", 0)), known.get("device", ""))
+        return model.eval()
+
+    def cached(self, name: str) -> Path:
+        """A file kept between runs; quick runs use a separate folder."""
+        folder = CACHE / ("quick" if self.quick else "full")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Callable[[int], Iterable[Any]],
+        loss: Loss,
+        *,
+        steps: int,
+        seed: int,
+        arm: str | None = None,
+        before: int = 0,
+        epochs: int = 1,
+        **options: Any,
+    ) -> nn.Module:
+        """Train a model in place on the lab's device; returns it on the CPU.
+
+        Parameters
+        ----------
+        batches
+            The batches of an epoch by its number; as many epochs are drawn as ``steps`` need.
+        arm
+            The arm that this training is part of; None for trials. The steps of an arm add up, and all trained arms
+            must have as many in the end.
+        before
+            Steps that the model had already, in its base.
+        epochs
+            How often the regimen's ``after_epoch`` is called.
+        options
+            As for :func:`octavo.training.fit`.
+        """
+        each = max(1, steps // epochs)
+
+        def part(epoch: int) -> Iterator[Any]:
+            for batch in itertools.islice(_endless(batches, epoch * steps), each):
+                yield tree_map(lambda part: part.to(self.device) if isinstance(part, Tensor) else part, batch)
+
+        model.to(self.device)
+        fit(model, part, loss, epochs=epochs, seed=seed, **options)
+        if arm is not None:
+            self._steps[arm, seed] = self._steps.get((arm, seed), 0) + before + each * epochs
+        return model.to("cpu").eval()
+
+    # Choices
+
+    def choose(
+        self, name: str, score: Callable[[float], float], grid: Sequence[float], *, higher: bool | None = None
+    ) -> float:
+        """The value of best development score; a grid whose edge wins grows by its own factor.
+
+        A second call of the same name returns the first winner, so that one seed decides for all.
+
+        Parameters
+        ----------
+        score
+            Returns a figure on development data, never on test data.
+        grid
+            Rising values to try.
+        higher
+            Whether more is better; by default as the study's metric.
+        """
+        if name in self.choices:
+            return self.choices[name].value
+        better = 1 if (self.study.higher if higher is None else higher) else -1
+        tried: dict[float, float] = {}
+        values = list(grid[:1]) if self.quick else list(grid)
+        for _ in range(WIDENED + 1):
+            for value in values:
+                if value not in tried:
+                    self.step(f"{name}: trying {value:g}")
+                    tried[value] = score(value)
+            best = max(tried, key=lambda value: better * tried[value])
+            known = sorted(tried)
+            edge = best in (known[0], known[-1])
+            if self.quick or len(grid) < 2 or not edge:
+                break
+            values = [best * grid[0] / grid[1] if best == known[0] else best * grid[-1] / grid[-2]]
+        self.choices[name] = Choice(name, best, {f"{value:g}": tried[value] for value in sorted(tried)}, edge)
+        return best
+
+    def fit(
+        self,
+        make: Callable[[float], Stored],
+        size: int,
+        low: float,
+        high: float,
+        *,
+        whole: bool = False,
+        near: float = 0.02,
+    ) -> tuple[float, Stored]:
+        """Find the largest knob whose file is no larger than ``size`` bytes, by bisection.
+
+        Parameters
+        ----------
+        make
+            Returns what is stored at a value of the knob; bytes rise with it.
+        whole
+            Whether the knob is an integer.
+        near
+            The file must hold at least ``1 - near`` of ``size``; quick runs take the nearest.
+
+        Raises
+        ------
+        OctavoError
+            If no value fits, or none fills the bytes.
+        """
+        best: tuple[float, Stored] | None = None
+        for _ in range(40):
+            middle = float(round((low + high) / 2)) if whole else (low + high) / 2
+            stored = make(middle)
+            if stored.bytes <= size:
+                if best is None or stored.bytes > best[1].bytes:
+                    best = middle, stored
+                if stored.bytes >= (1 - near / 8) * size:
+                    break
+            low, high = (middle + whole, high) if stored.bytes <= size else (low, middle - whole)
+            if low > high or high - low < 1e-4 * max(1.0, abs(high)):
+                break
+        if best is None or (best[1].bytes < (1 - near) * size and not self.quick):
+            held = "none fits" if best is None else f"the nearest has {best[1].bytes}"
+            raise OctavoError(f"no value of the knob gives a file of {size} bytes ({held}); widen its range")
+        return best
+
+    # Rivals
+
+    def quantization_alone(self, model: nn.Module, size: int, weights: Mapping[str, Tensor] | None = None) -> Stored:
+        """The model with entropy-constrained quantization of its matrices, in a file of ``size`` bytes."""
+        given = {n: w for n, w in model.named_parameters() if w.ndim > 1} if weights is None else weights
+        matrices = {name: weight.detach().flatten(1) for name, weight in given.items()}
+
+        def at(bits: float) -> Stored:
+            return through_file(model, {name: quantized(Dense(matrix), bits) for name, matrix in matrices.items()})
+
+        return self.fit(at, size, 0.05, 16.0)[1]
+
+    def thinner(self, make: Callable[[int], nn.Module], size: int, widths: range) -> int:
+        """The largest width whose net, stored dense in 16 bits, is no larger than ``size`` bytes."""
+
+        def at(width: float) -> Stored:
+            return through_file(make(int(width)))
+
+        return int(self.fit(at, size, widths[0], widths[-1], whole=True, near=1)[0])
+
+    # Figures
+
+    def stored(
+        self,
+        model: nn.Module,
+        forms: Mapping[str, Form] | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> Stored:
+        """Write a model to a file, read it back, and count its bytes (:func:`through_file`)."""
+        return through_file(model, forms, layouts=layouts)
+
+    def add(self, arm: str, value: float, size: Stored | int = 0, **also: float) -> None:
+        """Record a figure of an arm; call it once for every seed, in the order of the seeds.
+
+        Parameters
+        ----------
+        value
+            The study's metric on test data.
+        size
+            What was stored, or its bytes.
+        also
+            Other figures; underscores in their names are shown as spaces.
+        """
+        row = {name.replace("_", " "): float(figure) for name, figure in also.items()}
+        size = size.bytes if isinstance(size, Stored) else size
+        self._rows.setdefault(arm, []).append((float(value), size, row))
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """Everything recorded so far, by name."""
+        found = {}
+        for name, rows in self._rows.items():
+            values, sizes, others = zip(*rows, strict=True)
+            also = {key: tuple(row[key] for row in others if key in row) for row in others for key in row}
+            steps = max((count for (arm, _), count in self._steps.items() if arm == name), default=0)
+            found[name] = Arm(name, round(statistics.fmean(sizes)), values, also, steps)
+        return found
+
+    def ahead(
+        self, ours: str, theirs: str, margin: float = 0.0, *, of: str | None = None, higher: bool | None = None
+    ) -> Gap:
+        """By how much one arm is better than another, seed by seed.
+
+        Parameters
+        ----------
+        margin
+            What it must be ahead by; a negative one allows a loss.
+        of
+            Another figure than the metric, by its name.
+        higher
+            Whether more of that figure is better; by default as the metric.
+        """
+        arms = self.arms
+        left, right = (arms[name].values if of is None else arms[name].also[of] for name in (ours, theirs))
+        text = f"{ours} over {theirs}" + (f", {of}" if of else "")
+        better = self.study.higher if higher is None else higher
+        return gap(text, left, right, margin) if better else gap(text, right, left, margin)
+
+    def gate(self, text: str, *gaps: Gap) -> None:
+        """State a condition without which nothing can be shown; claims need all gates unless they name theirs."""
+        self.gates.append(Gate(text, gaps))
+
+    def judge(self, key: str, *gaps: Gap, needs: Sequence[str] | None = None) -> None:
+        """Judge a claim or extra by comparisons that must all hold.
+
+        Parameters
+        ----------
+        key
+            The key of the statement in the study.
+        needs
+            Texts of the gates that it depends on; all by default.
+        """
+        published = key in self.study.claims
+        text = self.study.claims[key] if published else self.study.extras[key]
+        failed = tuple(g.text for g in self.gates if not g.passed and (needs is None or g.text in needs))
+        verdict = Verdict.NOT_TESTABLE if failed else together(gaps)
+        self.judged[key] = Judged(text, published, verdict, gaps, failed)
+
+    def say(self, text: str) -> None:
+        """Add a sentence on why, no more than the arms show."""
+        self.reason.append(text)
+
+    def check(self) -> None:
+        """Refuse a run that is not fair or not whole.
+
+        Raises
+        ------
+        OctavoError
+            If trained arms differ in steps, a claim was not judged, or an arm lacks a seed.
+        """
+        totals = {(arm, seed): count for (arm, seed), count in self._steps.items()}
+        if len(set(totals.values())) > 1:
+            told = ", ".join(f"{arm} (seed {seed}): {count}" for (arm, seed), count in totals.items())
+            raise OctavoError(f"{self.study.name}: trained arms have different steps ({told}); train all alike")
+        if missing := [key for key in (*self.study.claims, *self.study.extras) if key not in self.judged]:
+            raise OctavoError(f"{self.study.name}: not judged: {', '.join(missing)}; call lab.judge for each")
+        for name, arm in self.arms.items():
+            if len(arm.values) not in (1, len(self.seeds)):
+                count = len(arm.values)
+                raise OctavoError(f"{self.study.name}: arm {name!r} has {count} figures; add one for every seed")
+
+
+def _endless(batches: Callable[[int], Iterable[Any]], first: int) -> Iterator[Any]:
+    """The batches of all epochs from a first one on."""
+    for number in itertools.count(first):
+        epoch = iter(batches(number))
+        batch = next(epoch, None)
+        if batch is None:
+            raise OctavoError(f"batches: epoch {number} has none; give smaller batches or more examples")
+        yield batch
+        yield from epoch
