@@ -26,6 +26,7 @@ FLOORS = (
     ("encoding", "verification"),
     ("report", "targets"),
     ("opening", "saving"),
+    ("cutting",),
     ("flows", "pipeline", "recipes"),
     ("cli", "storing"),
 )
