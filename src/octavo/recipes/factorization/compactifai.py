@@ -20,7 +20,7 @@ from octavo.training import formed, next_token, settle
 
 #: Elements of the factors as a share of those of the matrices; 0.3 is the paper's.
 HALF, LESS = 0.5, 0.3
-RATES, STEPS, BATCH = (3e-4, 1e-3, 3e-3), 200, 4
+RATES, STEPS, BATCH = (1e-4, 3e-4, 1e-3), 200, 4
 DENSE, LONGER, CODED = "dense", "dense, with the steps of healing", "dense, quantized alone"
 SVD, MPO, LONG = "SVD", "MPO, 2 sites", "MPO, 3 sites"
 ACCURACY = "token accuracy (%)"
@@ -50,7 +50,7 @@ Healed = tuple[nn.Module, dict[str, Form]]
 def run(lab: Lab) -> None:
     """MPO of two and three sites against SVD at equal elements, before and after healing; by depth; then quantized."""
     model, parts = language_model(lab)
-    few, test = parts.development[:64], parts.test[: 8 if lab.quick else 256]
+    few, test = parts.development[:64], parts.test[: 8 if lab.quick else 128]
     steps = 4 if lab.quick else STEPS
     matrices = {name: w.detach() for name, w in model.named_parameters() if ".layers." in name and w.ndim == 2}
 
@@ -73,7 +73,7 @@ def run(lab: Lab) -> None:
 
     def heal(arm: str, forms: Mapping[str, Form], *, four_bits: bool = False) -> None:
         def score(lr: float) -> float:
-            return float(measured(healed(forms, lr, lab.first_seed, max(2, steps // 4))[0], few)[0].mean())
+            return float(measured(healed(forms, lr, lab.first_seed, max(2, steps // 8))[0], few)[0].mean())
 
         lr = lab.choose(f"rate of {arm}", score, RATES)
         for seed in lab.seeds:
