@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from octavo.methods.factorize.mimicking import Mimicking
-from octavo.recipes.frame import Lab, study
+from octavo.recipes.frame import Lab, Study
 from octavo.recipes.frame.ctr import CTR, MOVIELENS, ClickData, FilmMeans, auc, click_loss, clicks, clicks_model
 from octavo.recipes.frame.nets import shuffled
 
@@ -25,7 +25,7 @@ Plan = tuple[dict[str, int], list[int]]
 DENSE, SVD, LINEAR, OURS, SMALL = "dense", "SVD", "AFM without ReLU", "AFM", "smaller dense"
 
 
-@study(
+@Study(
     "afm",
     system="Atomic Feature Mimicking",
     source="Yu et al. (2024), arXiv 2405.18146",

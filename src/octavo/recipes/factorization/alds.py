@@ -14,7 +14,7 @@ from octavo.forms import Form
 from octavo.methods.factorize.alds import SOURCE
 from octavo.methods.factorize.alds_network import chosen_forms, ranked_layers
 from octavo.methods.factorize.minimax import RankChoice, RankedLayer, allocate_ranks, constant_ranks, energy_ranks
-from octavo.recipes.frame import Lab, Stored, gap, rank_correlation, study
+from octavo.recipes.frame import Lab, Stored, Study, gap, rank_correlation
 from octavo.recipes.frame.bases import classifier
 from octavo.recipes.frame.data import FASHION, fashion
 from octavo.recipes.frame.nets import augmented, in_batches, momentum
@@ -29,7 +29,7 @@ DENSE, OURS, BOUND, CODED = "dense", "ALDS", "ALDS with sqrt(k)", "quantization 
 SINGLE, CONSTANT, ENERGY = "one group by the same allocator", "constant relative rank", "energy threshold"
 
 
-@study(
+@Study(
     "alds",
     system="ALDS",
     source=SOURCE,
