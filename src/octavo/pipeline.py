@@ -130,17 +130,16 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
     >>> done.ratio >= 4
     True
     """
-    request = request_of(source, choices)
-    target = get_target(request.target)
-    target.refuse(request)
-    target.stated(request)
-    done = _compressed(request, target, callback(progress))
+    done = compressed(request_of(source, choices), callback(progress))
     warn(done.notes, _DEPTH)
     return done
 
 
-def _compressed(request: Request, target: Target, progress: Progress) -> Compressed:
-    """The way through."""
+def compressed(request: Request, progress: Progress) -> Compressed:
+    """The way through, without warnings: they are the result's notes. Errors are those of :func:`compress`."""
+    target = get_target(request.target)
+    target.refuse(request)
+    target.stated(request)
     clock, work = Clock(), None if request.workspace is None else checked_output(request.workspace)
     request, cut, alone = split_request(request)
     opened = open_request(request, target, progress, work=work if request.resume else None)

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 from torch import Tensor
 
+from octavo.allocation.formed_source import FormedSource
 from octavo.artifact import Contents, Entry, Kept, Packed, is_constant
 from octavo.artifact.configuring import configurations
 from octavo.sources.narrowing import Narrowing, stored_dtype
@@ -44,10 +45,13 @@ class Assembly:
             name: Entry(item, self.sites[name].shape, self.sites[name].dtype, self.sites[name].layout)
             for name, item in packed.items()
         }
+        kept = self.kept(how)
+        if isinstance(self.source, FormedSource):
+            entries, kept = self.source.gathered(entries, kept)
         made = Contents(
             source,
             entries,
-            self.kept(how),
+            kept,
             self.source.aliases,
             None,
             self._named,

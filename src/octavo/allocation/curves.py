@@ -107,7 +107,7 @@ def correct(run: Run, profile: Profile, bits: float) -> None:
         groups.setdefault(curve.group, []).append(curve)
     plans = []
     for share in (1.0, 0.6):
-        size = max(int(profile.weights * bits * share / 8), profile.smallest)
+        size = max(int(run.opened.source.elements * bits * share / 8), profile.smallest)
         plans.append(allocate(profile, Budget(size, "correction")))
     total = max(plan.expected for plan in plans)
     for done, (name, curves) in enumerate(groups.items()):

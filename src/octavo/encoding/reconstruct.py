@@ -172,7 +172,11 @@ class _Fit:
         kept = dict(old.contents.kept)
         for name, tensor in self.kept().items():
             kept[name] = replace(kept[name], read=_Value(tensor))
-        entries = {name: replace(entry, packed=packed[name]) for name, entry in old.contents.entries.items()}
+        # A weight that is a form gets no gains.
+        entries = {
+            name: replace(entry, packed=packed[name]) if name in packed else entry
+            for name, entry in old.contents.entries.items()
+        }
         contents = replace(old.contents, entries=entries, kept=kept)
         points = {name: replace(point, bytes=packed[name].bytes) for name, point in old.plan.points.items()}
         total = contents.bytes

@@ -8,7 +8,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -72,8 +72,8 @@ def report_data(
     p95 = None if losses is None else float(losses.quantile(0.95))
     sites = tuple(_site_row(done, name) for name in built.packed)
     codecs: dict[str, int] = {}
-    for packed in built.packed.values():
-        for codec, size in packed.codecs.items():
+    for entry in built.contents.entries.values():
+        for codec, size in entry.packed.codecs.items():
             codecs[codec] = codecs.get(codec, 0) + size
     return Report(
         title=profile.title,
@@ -124,7 +124,10 @@ def report_data(
         uniform=_best_uniform(done),
         curve=tradeoff(done, quality),
         sites=sites,
-        kept=tuple(_kept_row(done, name, reason) for name, reason in opened.left.items()),
+        kept=(
+            *(_kept_row(done, name, reason) for name, reason in opened.left.items() if name in built.contents.kept),
+            *_form_rows(done),
+        ),
         families=_families(sites),
         unused=unused(done),
         code_lengths=_code_lengths(sites),
@@ -232,6 +235,16 @@ def _kept_row(done: Result, name: str, reason: str) -> KeptRow:
         original_bytes=elements * kept.dtype.itemsize,
         reason=reason if reason.startswith("not a floating") else reason + narrow,
     )
+
+
+def _form_rows(done: Result) -> Iterator[KeptRow]:
+    """What weights that are forms take beside those parts of them that are sites."""
+    for name, entry in done.built.contents.entries.items():
+        parts = [packed.bytes for part, packed in done.built.packed.items() if part.startswith(f"{name}/")]
+        rest = entry.packed.bytes - sum(parts)
+        if name not in done.built.packed and rest:
+            reason = f"{'the rest of ' if parts else ''}a form: stored as it was trained"
+            yield KeptRow(name, entry.shape, rest, math.prod(entry.shape) * entry.dtype.itemsize, reason)
 
 
 def unused(done: Result) -> dict[str, UnusedFamily]:

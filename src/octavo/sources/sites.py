@@ -234,8 +234,13 @@ class Source:
 
     @property
     def weights(self) -> int:
-        """Number of elements of the distinct tensors, before anything was cut."""
-        return sum(math.prod(shape) for shape in self.original.shapes.values())
+        """Number of weights of the model before anything was cut: elements of the distinct tensors."""
+        return self.original.elements
+
+    @property
+    def elements(self) -> int:
+        """Number of elements that are coded, of which there are fewer if weights are products of factors."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints, cut or not."""
@@ -332,12 +337,16 @@ class Source:
             elif math.prod(shape) < SMALLEST_SITE:
                 reasons[name] = f"fewer than {SMALLEST_SITE} weights"
             else:
-                kind, layout = self._kind(name, shape, tuple(tied.get(name, ())))
+                kind, layout = self._kind(name, shape)
                 layout = replace(layout, exponent=self.exponents.get(name, 0))
                 sites.append(Site(name, kind, shape, dtype, layout, tuple(tied.get(name, ()))))
         return sites, reasons
 
-    def _kind(self, name: str, shape: tuple[int, ...], tied: tuple[str, ...]) -> tuple[str, Layout]:
+    def layout_of(self, name: str) -> Layout:
+        """How a weight is read as a matrix."""
+        return self._kind(name, self.shapes[name])[1]
+
+    def _kind(self, name: str, shape: tuple[int, ...]) -> tuple[str, Layout]:
         owner = self.owner(name)
         if isinstance(owner, _TRANSPOSED):
             return "convolution", Layout("transposed", owner.groups)
