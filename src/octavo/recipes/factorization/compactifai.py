@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from octavo.forms import Dense, Form, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.methods.factorize.mpo import bond, decompose, elements, modes
-from octavo.recipes.frame import Lab, gap, quantized, study
+from octavo.recipes.frame import Lab, Study, gap, quantized
 from octavo.recipes.frame.bases import language_model
 from octavo.recipes.frame.data import TEXT
 from octavo.recipes.frame.nets import shuffled
@@ -29,7 +29,7 @@ ACCURACY = "token accuracy (%)"
 Healed = tuple[nn.Module, dict[str, Form]]
 
 
-@study(
+@Study(
     "compactifai",
     system="CompactifAI",
     source="Tomut et al. (2024), arXiv 2401.14109",
