@@ -132,9 +132,9 @@ def pretrained_decoder(lab: Lab, train: int, development: int, test: int) -> tup
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     counts = ((found.train, train), (found.development, development), (found.test, test))
-    windows = [spread(tokenizer, text, count, 512) for text, count in counts]
+    train_part, development_part, test_part = (spread(tokenizer, text, count, 512) for text, count in counts)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), Parts(*windows, found.digest)
+    return model.eval(), Parts(train_part, development_part, test_part, found.digest)
 
 
 @dataclass(frozen=True)
