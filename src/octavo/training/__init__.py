@@ -2,7 +2,7 @@
 
 from octavo.training.formed import formed, forms_of, settle
 from octavo.training.loop import fit
-from octavo.training.losses import accuracy, cross_entropies, cross_entropy, distillation, next_token
+from octavo.training.losses import accuracy, cross_entropy, distillation, next_token
 from octavo.training.low_rank import low_rank
 from octavo.training.one_way import in_stages, one_way
 from octavo.training.regimens import REGIMENS, HandOver, Regimen, regimen
@@ -22,7 +22,6 @@ __all__ = [
     "TrainedRankPruning",
     "accuracy",
     "core_rates",
-    "cross_entropies",
     "cross_entropy",
     "distillation",
     "fit",

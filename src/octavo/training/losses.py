@@ -32,12 +32,6 @@ def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
     return functional.cross_entropy(outputs_of(module, inputs), labels)
 
 
-def cross_entropies(module: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy of every example of a batch ``(inputs, labels)``, as (examples,)."""
-    inputs, labels = batch
-    return functional.cross_entropy(outputs_of(module, inputs), labels, reduction="none")
-
-
 def next_token(module: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of a language model on ``{"input_ids": (sequences, tokens)}``, averaged over predicted tokens."""
     logits, labels = outputs_of(module, batch)[:, :-1], batch["input_ids"][:, 1:]

@@ -17,16 +17,16 @@ from octavo.methods.prune.surgeon import pruned
 from octavo.recipes.frame import Gap, Lab, Study, gap, rank_correlation
 from octavo.recipes.frame.bases import classifier
 from octavo.recipes.frame.data import FASHION, Split, fashion
-from octavo.recipes.frame.nets import in_batches, shuffled, small_images, small_net
+from octavo.recipes.frame.nets import in_batches, shuffled
+from octavo.recipes.frame.small_nets import cross_entropies, small_images, small_net
 from octavo.sources.sites import from_module
-from octavo.training import cross_entropies, cross_entropy
+from octavo.training import cross_entropy
 
-LOSSES = Loss(cross_entropies)
 #: Solver, most passes of an iteration, and the curvature's labels, which are drawn but for one arm.
 SOLVERS: dict[str, tuple[str, int, Any]] = {
     "EK-FAC": ("ekfac", 0, "kl"), "LiSSA": ("lissa", 30, "kl"), "conjugate gradients": ("cg", 100, "kl"),
     "2 steps of these": ("cg", 2, "kl"), "K-FAC": ("kfac", 0, "kl"), "diagonal": ("diagonal", 0, "kl"),
-    "EK-FAC of true labels": ("ekfac", 0, LOSSES),
+    "EK-FAC of true labels": ("ekfac", 0, Loss(cross_entropies)),
 }  # fmt: skip
 OURS, LISSA, EXACT, SHORT, KFAC, DIAGONAL, TRUE = SOLVERS
 #: Shares of the rank at which two factors are as large as the matrix, and of zeros; and what errors are weighed by.
@@ -126,5 +126,5 @@ def compressed(lab: Lab, split: Split, seed: int) -> None:
     }
     for name, made in {"ResNet-8": {}, **forms}.items():
         stored = lab.stored(model, made)
-        lost = LOSSES.reference(stored.load(model), in_batches(split.test))
+        lost = Loss(cross_entropies).reference(stored.load(model), in_batches(split.test))
         lab.add(name, -float(torch.cat(lost).mean()), stored)

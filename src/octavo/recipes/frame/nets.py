@@ -95,22 +95,6 @@ class _Residual(nn.Module):
         return functional.relu(y + short)
 
 
-def small_images(pair: tuple[Tensor, Tensor], count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Some images, drawn by the seed and averaged to (count, channels, 8, 8), float64, with their labels."""
-    which = torch.randperm(len(pair[0]), generator=torch.Generator().manual_seed(seed))[:count]
-    return functional.adaptive_avg_pool2d(pair[0][which], 8).double(), pair[1][which]
-
-
-def small_net(convolutional: bool, seed: int, channels: int = 1) -> nn.Module:
-    """A net for 8 x 8 images, float64: for one channel dense with 1,210 weights, or convolutional with 1,954."""
-    torch.manual_seed(seed)
-    layers = [nn.Flatten(), nn.Linear(64 * channels, 16), nn.Tanh(), nn.Linear(16, 10)]
-    if convolutional:
-        front = [nn.Conv2d(channels, 8, 3, 1, 1), nn.Tanh(), nn.Conv2d(8, 8, 3, 2, 1), nn.Tanh()]
-        layers = [*front, nn.Flatten(), nn.Linear(128, 10)]
-    return nn.Sequential(*layers).double()
-
-
 def momentum(lr: float, decay: float = 5e-4) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """Stochastic gradient descent with Nesterov momentum, the standard for convolutional nets."""
     return lambda model: torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=decay, nesterov=True)
