@@ -72,8 +72,8 @@ class Mimicking:
         Raises
         ------
         RequestError
-            If there are no batches, a name is not that of a linear layer or table, a layer is not used, a rank is not possible, or a fold
-            changes the outputs.
+            If there are no batches, a name is not that of a linear layer or table, a layer is not used, a rank is not
+            possible, or a fold changes the outputs.
         """
         if not batches:
             raise RequestError("batches: none are given to mimic outputs on; give some inputs of the module")
