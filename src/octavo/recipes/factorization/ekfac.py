@@ -87,7 +87,7 @@ def run(lab: Lab) -> None:
 
 def retrained(lab: Lab, split: Split, net: str, seed: int) -> None:
     """Influence by every solver, and how it ranks the losses after training on random halves."""
-    count, queries, halves, epochs = (60, 6, 4, 4) if lab.quick else (500, 50, 32, 30)
+    count, queries, halves, epochs = (60, 6, 4, 4) if lab.quick else (500, 20, 32, 30)
     (x, y), asked = small_images(split.train, count, seed), small_images(split.test, queries, seed)
 
     def learned(which: Tensor) -> nn.Module:
