@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from octavo.recipes.frame.lab import Lab
 
 #: Blocks and epochs of the classifiers of every data set.
-CLASSIFIERS = {"fashion": (1, 10), "cifar10": (2, 16)}
+CLASSIFIERS = {"fashion": (1, 12), "cifar10": (2, 16)}
 #: Epochs of language models.
 EPOCHS = 3
 
@@ -78,7 +78,7 @@ def language_model(lab: Lab, tied: bool = True, seed: int = 0) -> tuple[Any, Par
     parts, layers, width = text_windows(lab), 2 if lab.quick else 6, 64 if lab.quick else 256
     config = LlamaConfig(
         vocab_size=512 if lab.quick else 4096, hidden_size=width, intermediate_size=11 * width // 4,
-        num_hidden_layers=layers, num_attention_heads=width // 32 or 2, num_key_value_heads=width // 64,
+        num_hidden_layers=layers, num_attention_heads=width // 32, num_key_value_heads=width // 64,
         max_position_embeddings=256, tie_word_embeddings=tied, attention_bias=False,
     )  # fmt: skip
 
@@ -132,9 +132,9 @@ def pretrained_decoder(lab: Lab, train: int, development: int, test: int) -> tup
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     counts = ((found.train, train), (found.development, development), (found.test, test))
-    windows = [spread(tokenizer, text, count, 512) for text, count in counts]
+    train_part, development_part, test_part = (spread(tokenizer, text, count, 512) for text, count in counts)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), Parts(*windows, found.digest)
+    return model.eval(), Parts(train_part, development_part, test_part, found.digest)
 
 
 @dataclass(frozen=True)
