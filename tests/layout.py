@@ -26,8 +26,9 @@ FLOORS = (
     ("encoding", "verification"),
     ("report", "targets"),
     ("opening", "saving"),
+    ("cutting",),
     ("flows", "pipeline", "recipes"),
-    ("cli",),
+    ("cli", "storing"),
 )
 PACKAGE = "octavo"
 

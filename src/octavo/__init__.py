@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from octavo.request import Request
     from octavo.runtimes.onnx.exporting import export
     from octavo.saving import Compressed
+    from octavo.storing import save
     from octavo.verification.evaluating import evaluate
     from octavo.verification.verifying import load, verify
 
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "plan",
     "profile",
+    "save",
     "verify",
 ]
 #: Where the names are that the block above shows to type checkers alone.
@@ -53,6 +55,7 @@ _HOMES = {
     "load": "octavo.verification.verifying",
     "plan": "octavo.pipeline",
     "profile": "octavo.pipeline",
+    "save": "octavo.storing",
     "verify": "octavo.verification.verifying",
 }
 

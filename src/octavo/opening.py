@@ -65,7 +65,7 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
     where = source.path or source.title
     sites, left = target.admitted(source, *source.sites())
     sites, left, pinned = apply_patterns(sites, left, request.ignore, request.keep or {})
-    if not sites:
+    if not sites and target.compresses:
         raise RequestError(
             f"{where}: there is nothing to compress, no matrix of at least {SMALLEST_SITE} weights that is not ignored"
         )

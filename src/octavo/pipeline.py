@@ -8,12 +8,15 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Profile
 from octavo.allocation.workspace import Workspace, holds_profile
+from octavo.cutting import best_level, cut_alone, cutter, refuse_cut, split_request
 from octavo.encoding.finish import finish, single_families
 from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
@@ -73,7 +76,9 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
         measures both together in a second pass over the data (:mod:`octavo.calibration.curvature`): more exact, for
         more memory. It needs data and a model that fits in memory.
     methods
-        Names of methods or families to use, or methods with knobs; those of the preset if not given.
+        Names of methods or families to use, or methods with knobs; those of the preset if not given. One may be a cut,
+        such as ``modegpt``: alone it removes as many units as the budget asks for and nothing is encoded; beside others
+        a few of its levels are tried, and forms are solved under each (:mod:`octavo.cutting`).
     preset
         ``fast``, ``default`` or ``best``; or ``data-free``.
     ignore, keep
@@ -125,18 +130,18 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
     >>> done.ratio >= 4
     True
     """
-    request = request_of(source, choices)
-    target = get_target(request.target)
-    target.refuse(request)
-    target.stated(request)
-    done = _compressed(request, target, callback(progress))
+    done = compressed(request_of(source, choices), callback(progress))
     warn(done.notes, _DEPTH)
     return done
 
 
-def _compressed(request: Request, target: Target, progress: Progress) -> Compressed:
-    """The way through."""
+def compressed(request: Request, progress: Progress) -> Compressed:
+    """The way through, without warnings: they are the result's notes. Errors are those of :func:`compress`."""
+    target = get_target(request.target)
+    target.refuse(request)
+    target.stated(request)
     clock, work = Clock(), None if request.workspace is None else checked_output(request.workspace)
+    request, cut, alone = split_request(request)
     opened = open_request(request, target, progress, work=work if request.resume else None)
     goal = target.goal(opened)
     target.prepare(opened, goal, Path(work or tempfile.gettempdir()))
@@ -148,10 +153,19 @@ def _compressed(request: Request, target: Target, progress: Progress) -> Compres
             # To carry out a plan nothing needs to be measured but what sites there are.
             opened, goal = replace(opened, methods=[dense_method()]), replace(goal, bare=True)
         room = Workspace(folder, opened.identity(), resume=request.resume, witness=opened.witness)
-        run = begin(opened, room, executor, progress, clock)
-        clock.lap("evidence")
-        profile = target.profile(run, goal)
-        result = target.choose(run, profile, goal)
+
+        def solved(opened: Opened, room: Workspace) -> Result:
+            run = begin(opened, room, executor, progress, clock)
+            clock.lap("evidence")
+            return target.choose(run, target.profile(run, goal), goal)
+
+        if cut is None:
+            result = solved(opened, room)
+        else:
+            found = cutter(cut, opened)
+            clock.lap("cut")
+            run = partial(Run, workspace=room, executor=executor, progress=progress, clock=clock)
+            result = cut_alone(found, goal, run) if alone else best_level(found, room, solved)
         opened.witness.check(every=True)
     done = Compressed(**vars(replace(result, timings=clock.laps)), lock=lock)
     if lock is not None:
@@ -205,6 +219,7 @@ def profile(source: Any, out: str | Path, *, progress: Shown = None, **choices: 
     request = request_of(source, choices)
     target = get_target(request.target)
     target.refuse(request)
+    refuse_cut(request)
     stated = [name for name in request.made(Role.BUDGET) if name != "shape"]
     if stated or request.plan is not None:
         raise RequestError(f"a profile is of all budgets: leave {', '.join(stated or ['plan'])} out, and plan it later")

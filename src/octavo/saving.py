@@ -65,16 +65,16 @@ class Compressed(Result):
         ArtifactError
             If what was read back is not what was written.
         """
-        return save(self, path, overwrite=overwrite, report=report, progress=progress)
+        return save_result(self, path, overwrite=overwrite, report=report, progress=progress)
 
     def forget_workspace(self) -> None:
         """Remove the folder of unfinished work, once the compression is saved: the encoded forms lie there."""
-        forget(self.run.workspace.path)
+        forget(self.run.workspace.root)
         if self.lock is not None:
             self.lock.release()
 
 
-def save(
+def save_result(
     done: Result,
     path: str | Path,
     *,
@@ -166,10 +166,10 @@ def _write(done: Result, folder: Path) -> None:
 
 def _compare(done: Result, artifact: Artifact) -> None:
     """What was read from the disk must be, bit for bit, what was measured."""
-    packed, kept = done.built.packed, done.built.contents.kept
+    entries, kept = done.built.contents.entries, done.built.contents.kept
     if artifact.bytes != done.built.bytes:
         raise ArtifactError(f"{artifact.path}: {artifact.bytes} bytes on disk, {done.built.bytes} were planned")
-    if set(artifact.names()) != {*packed, *kept} or artifact.aliases != done.opened.source.aliases:
+    if set(artifact.names()) != {*entries, *kept} or artifact.aliases != done.opened.source.aliases:
         raise ArtifactError(f"{artifact.path}: the tensors read back are not those written")
 
     def same(name: str) -> bool:
@@ -177,11 +177,11 @@ def _compare(done: Result, artifact: Artifact) -> None:
             found, wanted = artifact.tensor(name), kept[name].given()
             # Bit for bit, since NaN equals nothing.
             return (found.dtype, found.shape) == (wanted.dtype, wanted.shape) and raw_bytes(found) == raw_bytes(wanted)
-        return artifact.sites[name] == done.built.contents.entries[name].describe() and (
-            artifact.content(name) == packed[name].blob
+        return artifact.sites[name] == entries[name].describe() and (
+            artifact.content(name) == entries[name].packed.blob
         )
 
-    names = [*packed, *kept]
+    names = [*entries, *kept]
     for name, equal in zip(names, in_order(same, names), strict=True):
         if not equal:
             raise ArtifactError(f"{artifact.path}: tensor {name!r} reads back differently")

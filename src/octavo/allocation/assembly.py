@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 
 from torch import Tensor
 
+from octavo.allocation.formed_source import FormedSource
 from octavo.artifact import Contents, Entry, Kept, Packed, is_constant
 from octavo.artifact.configuring import configurations
 from octavo.sources.narrowing import Narrowing, stored_dtype
@@ -43,10 +45,13 @@ class Assembly:
             name: Entry(item, self.sites[name].shape, self.sites[name].dtype, self.sites[name].layout)
             for name, item in packed.items()
         }
-        return Contents(
+        kept = self.kept(how)
+        if isinstance(self.source, FormedSource):
+            entries, kept = self.source.gathered(entries, kept)
+        made = Contents(
             source,
             entries,
-            self.kept(how),
+            kept,
             self.source.aliases,
             None,
             self._named,
@@ -54,6 +59,8 @@ class Assembly:
             self._configurations,
             self._unfilled,
         )
+        # A cut alone leaves an ordinary model.
+        return replace(made, configurations=configurations(self.source, plain=True)) if made.is_plain else made
 
     def kept(self, how: Narrowing) -> dict[str, Kept]:
         """Tensors that are not sites, in 16 bits if ``how`` allows it."""

@@ -107,7 +107,7 @@ def correct(run: Run, profile: Profile, bits: float) -> None:
         groups.setdefault(curve.group, []).append(curve)
     plans = []
     for share in (1.0, 0.6):
-        size = max(int(profile.weights * bits * share / 8), profile.smallest)
+        size = max(int(run.opened.source.elements * bits * share / 8), profile.smallest)
         plans.append(allocate(profile, Budget(size, "correction")))
     total = max(plan.expected for plan in plans)
     for done, (name, curves) in enumerate(groups.items()):
@@ -118,7 +118,7 @@ def correct(run: Run, profile: Profile, bits: float) -> None:
             if expected <= 1e-3 * total:
                 continue
             packed = dict(encode_all(run, nearest))
-            pairs.append((expected, float(run.measure(as_weights(run.opened, packed)).mean())))
+            pairs.append((expected, float(run.measure(as_weights(run.opened, packed)).mean()) - run.at_rest))
         profile.correction[name] = fit_power(pairs)
         run.progress("correct", done + 1, len(groups))
 

@@ -40,8 +40,10 @@ class _Use:
 class _Moment:
     """A column moment of one site or several."""
 
-    def __init__(self, columns: int) -> None:
-        self.sum = torch.zeros(columns, columns, dtype=torch.float64) if columns <= _WIDEST else None
+    def __init__(self, rows: int, columns: int) -> None:
+        # That of a vector would say nothing of other rows, and take the square of its size.
+        useful = rows > 1 and columns <= _WIDEST
+        self.sum = torch.zeros(columns, columns, dtype=torch.float64) if useful else None
         self.weight = 0.0
 
     def add(self, matrix: Tensor) -> None:
@@ -173,7 +175,7 @@ class Gradients:
         self.rows[site.name] = self.rows[site.name] + squares if site.name in self.rows else squares
         self.passes[site.name] = self.passes.get(site.name, 0) + 1
         key = moment or site.name
-        self._moments.setdefault(key, _Moment(site.columns)).add(matrix)
+        self._moments.setdefault(key, _Moment(site.rows, site.columns)).add(matrix)
         self._moments[site.name] = self._moments[key]
 
 

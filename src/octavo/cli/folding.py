@@ -19,7 +19,7 @@ from octavo.cli import options
 from octavo.cli.frame import command, console, errors, show_json
 from octavo.errors import BudgetError, RequestError
 from octavo.request import Request, Role, flagged, names
-from octavo.saving import check_writable, save
+from octavo.saving import check_writable, save_result
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output
 from octavo.system.visible import visible
@@ -85,7 +85,7 @@ def compress(
         check_writable(out, overwrite=overwrite, source=request.source, others=others)
         with _work(workspace, "--resume continues it", remove=not request.resume):
             done = pipeline.compress(request, progress=_progress(json_output))
-            result = save(done, out, overwrite=overwrite, command=shlex.join(["octavo", *sys.argv[1:]]))
+            result = save_result(done, out, overwrite=overwrite, command=shlex.join(["octavo", *sys.argv[1:]]))
         if profile is None:
             done.forget_workspace()
     if json_output:

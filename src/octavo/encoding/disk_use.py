@@ -71,10 +71,10 @@ def refuse_full_disk(opened: Opened, folder: Path, budget: int) -> None:
 
 def disk_use(opened: Opened, budget: int) -> int:
     """Largest disk use of a run in bytes: kept work, and temporary copies of files being written."""
-    bits = budget * 8 / opened.source.weights if budget else None
+    bits = budget * 8 / opened.source.elements if budget else None
     kept, new = _points(opened, bits), 0.0
     for site in opened.sites:
-        share = _NEW[opened.measurable, site.parameters > MEDIUM] * site.parameters / opened.source.weights
+        share = _NEW[opened.measurable, site.parameters > MEDIUM] * site.parameters / opened.source.elements
         new += share * budget
     beside = opened.witness.beside if budget else 0
     output = budget + beside + _REPORT + _PER_SITE * len(opened.sites) if budget else 0

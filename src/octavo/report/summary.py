@@ -97,7 +97,11 @@ def verdict(report: Report) -> str:
     """State whether choosing site by site beat one setting for all."""
     quality, uniform = report.quality, report.uniform
     metric, value, other = plain(quality.metric, 60), figures(quality.value), figures(quality.uniform)
+    if not report.sites:
+        return "Nothing was compressed: all is stored as it was given."
     if uniform is None:
+        if not report.sites:
+            return "Units were removed, and every tensor that is left is stored as it is."
         return "Methods were chosen site by site, and no single setting for all was measured."
     named = f"{plain(uniform.method, 60)} ({setting(uniform.setting)})"
     if report.winner == "uniform":
@@ -121,6 +125,8 @@ def verdict(report: Report) -> str:
 def budget(report: Report) -> str:
     """State the requested budget and how much of it was used."""
     asked, used = report.budget, report.artifact.used
+    if not report.sites:
+        return f"No budget was given; the files take {size(asked.bytes)}."
     return f"Budget: {plain(asked.asked)}, at most {size(asked.bytes)}, of which {percent(used)} is used."
 
 

@@ -114,7 +114,7 @@ class Site:
     name
         Name of the tensor in the source.
     kind
-        ``linear``, ``convolution``, ``embedding`` or ``head``.
+        ``linear``, ``convolution``, ``embedding`` or ``head``; ``vector`` for the values of a mask, which are one row.
     shape
         Shape of the tensor; :attr:`rows` and :attr:`columns` are those of its matrix.
     dtype
@@ -208,12 +208,19 @@ class Source:
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     #: Tensors that :func:`octavo.calibration.folds.fold` changed. ``read`` gives them; the module holds the originals.
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    #: The source that lost some of its units to become this one. Bytes, weights and fingerprint are still its own.
+    uncut: Source | None = field(default=None, repr=False)
     _direct: tuple[list[Conversion], dict[str, str]] | None = field(default=None, repr=False, init=False)
 
     @property
+    def original(self) -> Source:
+        """The source before anything was cut."""
+        return self if self.uncut is None else self.uncut
+
+    @property
     def original_bytes(self) -> int:
-        """Bytes of the distinct tensors as stored."""
-        return sum(self.stored.values()) or self.dense_bytes
+        """Bytes of the distinct tensors as stored, before anything was cut."""
+        return sum(self.stored.values()) or self.original.dense_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -227,11 +234,18 @@ class Source:
 
     @property
     def weights(self) -> int:
-        """Number of elements of the distinct tensors."""
+        """Number of weights of the model before anything was cut: elements of the distinct tensors."""
+        return self.original.elements
+
+    @property
+    def elements(self) -> int:
+        """Number of elements that are coded, of which there are fewer if weights are products of factors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints."""
+        """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints, cut or not."""
+        if self.uncut is not None:
+            return self.uncut.fingerprint()
         examine(self)
         digest = hashlib.sha256()
         for name in sorted(self.shapes):
@@ -323,12 +337,16 @@ class Source:
             elif math.prod(shape) < SMALLEST_SITE:
                 reasons[name] = f"fewer than {SMALLEST_SITE} weights"
             else:
-                kind, layout = self._kind(name, shape, tuple(tied.get(name, ())))
+                kind, layout = self._kind(name, shape)
                 layout = replace(layout, exponent=self.exponents.get(name, 0))
                 sites.append(Site(name, kind, shape, dtype, layout, tuple(tied.get(name, ()))))
         return sites, reasons
 
-    def _kind(self, name: str, shape: tuple[int, ...], tied: tuple[str, ...]) -> tuple[str, Layout]:
+    def layout_of(self, name: str) -> Layout:
+        """How a weight is read as a matrix."""
+        return self._kind(name, self.shapes[name])[1]
+
+    def _kind(self, name: str, shape: tuple[int, ...]) -> tuple[str, Layout]:
         owner = self.owner(name)
         if isinstance(owner, _TRANSPOSED):
             return "convolution", Layout("transposed", owner.groups)

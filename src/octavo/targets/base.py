@@ -62,6 +62,10 @@ class Target(Counting, ABC):
         Whether batch normalisation may be folded into the layers before it.
     loads
         Whether the model is needed even where nothing is measured.
+    compresses
+        Whether there must be something to compress.
+    cuts
+        Whether units may be removed before forms are found.
     """
 
     about: ClassVar[str] = ""
@@ -69,6 +73,8 @@ class Target(Counting, ABC):
     unused: ClassVar[frozenset[str]] = frozenset()
     folds: ClassVar[bool] = True
     loads: ClassVar[bool] = False
+    compresses: ClassVar[bool] = True
+    cuts: ClassVar[bool] = False
 
     def refuse(self, request: Request) -> None:
         """Refuse choices that mean nothing for this target.

@@ -31,6 +31,7 @@ class Disk(Sizes):
     """Bytes of the artifact's files."""
 
     about = "bytes of the artifact's files, as stat counts them"
+    cuts = True
 
     def smallest(self, opened: Opened, asked: Budget) -> int | None:
         """The smallest artifact, if the budget is surely below it.
@@ -40,7 +41,7 @@ class Disk(Sizes):
         """
         source, assembly = opened.source, opened.assembly
         beside = _ENTRY * len(source.shapes) + sum(2 * math.prod(source.shapes[name]) for name in opened.left)
-        if (asked.bytes - beside) * 8 > _SUSPICIOUS * source.weights:
+        if (asked.bytes - beside) * 8 > _SUSPICIOUS * source.elements:
             return None
         evidence = data_free(source, opened.sites).evidence
         packed = {site.name: _coarsest(opened, site, evidence[site.name]) for site in opened.sites}

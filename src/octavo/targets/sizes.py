@@ -69,7 +69,7 @@ class Sizes(Target):
             profile = build_profile(run, None, corrected=goal is None)
             run.clock.lap("profile")
             return profile
-        profile = build_profile(run, goal.budget.bytes * 8 / run.opened.source.weights)
+        profile = build_profile(run, goal.budget.bytes * 8 / run.opened.source.elements)
         if profile.smallest > goal.budget.bytes:
             # Settings far coarser than the budget were not tried; what can be reached at all depends on them.
             profile = build_profile(run, 0.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -47,12 +49,31 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
 def forms_of(module: nn.Module) -> dict[str, Form]:
     """The forms of all parameters that :func:`formed` replaced, with the current values of their leaves."""
     found = {}
-    for prefix, owner in module.named_modules():
-        for parameter, chain in getattr(owner, "parametrizations", {}).items():
-            if isinstance(chain[0], _Formed):
-                leaves = [getattr(chain, f"original{k}").detach().clone() for k in range(len(chain[0].leaves))]
-                found[f"{prefix}.{parameter}".lstrip(".")] = chain[0].rebuilt(leaves)
+    for name, chain in _chains(module):
+        leaves = [getattr(chain, f"original{k}").detach().clone() for k in range(len(chain[0].leaves))]
+        found[name] = chain[0].rebuilt(leaves)
     return found
+
+
+def layouts_of(module: nn.Module) -> dict[str, Layout]:
+    """How the parameters that :func:`formed` replaced are read as matrices."""
+    return {name: chain[0].layout for name, chain in _chains(module)}
+
+
+def plain_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy of a module in which some parameters are tensors, whatever they were computed from.
+
+    Raises
+    ------
+    RequestError
+        If one of the parameters does not exist.
+    """
+    copied = copy.deepcopy(module)
+    for name in names:
+        owner, parameter = _owner(copied, name)
+        if parametrize.is_parametrized(owner, parameter):
+            unparametrized(owner, parameter)
+    return copied
 
 
 def settle(module: nn.Module) -> dict[str, Form]:
@@ -69,6 +90,14 @@ def unparametrized(owner: nn.Module, parameter: str) -> None:
     kind = type(owner)
     owner.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     parametrize.remove_parametrizations(owner, parameter)
+
+
+def _chains(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The parametrizations from :func:`formed`, by the name of their parameter."""
+    for prefix, owner in module.named_modules():
+        for parameter, chain in getattr(owner, "parametrizations", {}).items():
+            if isinstance(chain[0], _Formed):
+                yield f"{prefix}.{parameter}".lstrip("."), chain
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
