@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from octavo.recipes.frame import Lab, gap, study
+from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.frame.waves import GRID, Simulator, Waves, error, error_of_last, pairs, waves
 from octavo.sources.sites import Layout
@@ -29,7 +29,7 @@ TERMS = (1, 2, 3, 4)
 FULL, OURS, THIN, DEPTHWISE = "full filters", "one-way filters", "thinner net", "depthwise-separable"
 
 
-@study(
+@Study(
     "one-way-filters",
     system="A-priori one-way filters",
     source="Boukraichi et al. (2023), arXiv 2304.04964",
@@ -74,8 +74,8 @@ def run(lab: Lab) -> None:
     lab.judge("stable", lab.ahead(ours[MANY], full[MANY], of="error after 10 steps"))
     told = ", ".join(f"{arms[_name(OURS, terms, MANY)].mean:.3f} ({terms})" for terms in TERMS)
     lab.say(
-        f"By terms a filter, the error is {told}; full filters have {arms[full[MANY]].mean:.3f} in {fewer:.1f} times the "
-        f"bytes of {TERMS[-1]} terms. On {FEW} runs full filters have {arms[full[FEW]].mean:.3f}, {TERMS[-1]} terms "
+        f"By terms a filter, the error is {told}; full filters have {arms[full[MANY]].mean:.3f} in {fewer:.1f} times "
+        f"the bytes of {TERMS[-1]} terms. On {FEW} runs they have {arms[full[FEW]].mean:.3f} and "
         f"{arms[ours[FEW]].mean:.3f}."
     )
 
@@ -94,7 +94,7 @@ def compare(lab: Lab, sets: dict[int, Waves], development: Waves, test: Waves, s
     def full(width: int = WIDTH) -> nn.Module:
         return Simulator(width, 2 * width)
 
-    def measure(net: str, make: Callable[[], nn.Module], terms: int | None = None) -> None:
+    def measure(net: str, make: Callable[[], nn.Module], lr: float, terms: int | None = None) -> None:
         for runs in sets:
             name = _name(net, terms, runs)
             model = trained(make, runs, lr, name)
@@ -104,14 +104,13 @@ def compare(lab: Lab, sets: dict[int, Waves], development: Waves, test: Waves, s
             also = {"error_on_training_runs": error(model, sets[runs]), "ms_for_16_snapshots": took}
             lab.add(name, error(model, test), stored, **also, error_after_10_steps=error_of_last(model, test))
 
-    lr = chosen(OURS, lambda: one_way(full(), TERMS[-1]))
+    rate = chosen(OURS, lambda: one_way(full(), TERMS[-1]))
     for terms in TERMS:
-        measure(OURS, lambda terms=terms: one_way(full(), terms), terms)  # type: ignore[misc]
+        measure(OURS, lambda terms=terms: one_way(full(), terms), rate, terms)  # type: ignore[misc]
     width = lab.thinner(full, lab.arms[_name(OURS, TERMS[-1], MANY)].bytes, range(2, WIDTH))
     rivals = {FULL: full, THIN: lambda: full(width), DEPTHWISE: lambda: Simulator(WIDTH, 2 * WIDTH, depthwise=True)}
     for net, make in rivals.items():
-        lr = chosen(net, make)
-        measure(net, make)
+        measure(net, make, chosen(net, make))
 
 
 def _name(net: str, terms: int | None, runs: int) -> str:
