@@ -82,8 +82,12 @@ class FormedSource(Source):
         for site in sites:
             if site.name in leaves and site.layout.exponent:
                 reasons[site.name] = "too large or too small for a part of a form"
-        plain = (Site(s.name, "linear", s.shape, s.dtype) if s.name in leaves else s for s in sites)
-        return [site for site in plain if site.name not in reasons], reasons
+
+        def as_it_stands(site: Site) -> Site:
+            return Site(site.name, "linear" if site.shape[0] > 1 else "vector", site.shape, site.dtype)
+
+        found = (as_it_stands(site) if site.name in leaves else site for site in sites)
+        return [site for site in found if site.name not in reasons], reasons
 
     def gathered(
         self, entries: Mapping[str, Entry], kept: Mapping[str, Kept]

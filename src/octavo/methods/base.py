@@ -69,8 +69,8 @@ class Method(ABC):
         return spelled(self.name, self)
 
     def accepts(self, site: Site) -> bool:
-        """Whether the method makes sense at this site."""
-        return True
+        """Whether the method makes sense at this site; what finds structure between rows does not at a single row."""
+        return site.kind != "vector" or self.by_rows or self.lossless
 
     def at_site(self, site: Site) -> Self:
         """The method with knobs adapted to a site that it accepts."""

@@ -114,7 +114,7 @@ class Site:
     name
         Name of the tensor in the source.
     kind
-        ``linear``, ``convolution``, ``embedding`` or ``head``.
+        ``linear``, ``convolution``, ``embedding`` or ``head``; ``vector`` for the values of a mask, which are one row.
     shape
         Shape of the tensor; :attr:`rows` and :attr:`columns` are those of its matrix.
     dtype

@@ -50,7 +50,7 @@ class ALDS(Method):
 
     def accepts(self, site: Site) -> bool:
         """Linear layers, and convolutions with several input channels per group, so not depthwise ones."""
-        return site.kind != "embedding" and (site.kind != "convolution" or _channels(site) > 1)
+        return site.kind not in ("embedding", "vector") and (site.kind != "convolution" or _channels(site) > 1)
 
     def at_site(self, site: Site) -> ALDS:
         """For a convolution only the numbers of groups that divide its channels; 1 always does."""

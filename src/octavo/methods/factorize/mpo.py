@@ -259,7 +259,7 @@ class MPO(Method):
 
     def accepts(self, site: Site) -> bool:
         """Matrices only; convolutions are tensorized differently."""
-        return site.kind != "convolution"
+        return site.kind not in ("convolution", "vector")
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Two and three cores, bond dimensions by the number of elements, and bits per coefficient."""

@@ -17,6 +17,7 @@ from octavo.methods.feedback import round_blocks, round_columns
 from octavo.methods.knobs import real
 from octavo.methods.quantize import viterbi
 from octavo.methods.quantize.units import Magnitudes, Stepped, StepUnits
+from octavo.sources.sites import Site
 
 #: Codes from -32 to 31 have individual lengths; further out the length hardly changes.
 _CODES = 64
@@ -57,6 +58,10 @@ class TrellisCoded(Stepped):
 
     rate: float = 0.1
     levels: tuple[float, ...] = (10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1.25)
+
+    def accepts(self, site: Site) -> bool:
+        """Paths go down the columns, so there must be several rows."""
+        return site.kind != "vector"
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """All settings share the factorisation; each is one pass over the columns."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import MissingExtraError
-from octavo.recipes.frame.data import Parts, Split, cifar10, fashion, package_folder
+from octavo.recipes.frame.data import Parts, Split, cifar10, fashion, package_folder, texts
 from octavo.recipes.frame.nets import ResNet, augmented, in_batches, momentum, shuffled
-from octavo.recipes.frame.windows import perplexity, text_windows
+from octavo.recipes.frame.windows import perplexity, spread, text_windows
 from octavo.system.atomic import made_aside, move_into_place
 from octavo.training import accuracy, cross_entropy, fit, next_token
 
@@ -120,6 +120,21 @@ def smollm2(lab: Lab) -> Path:
         AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float16, **given).save_pretrained(aside)
         move_into_place(aside, folder)
     return folder
+
+
+def pretrained_decoder(lab: Lab, train: int, development: int, test: int) -> tuple[Any, Parts[Tensor]]:
+    """SmolLM2 in float32 and so many windows of 512 tokens of each part; in quick runs :func:`language_model`."""
+    if lab.quick:
+        model, parts = language_model(lab)
+        return model, Parts(parts.train[:train], parts.development[:development], parts.test[:test], parts.digest)
+    folder, found = smollm2(lab), texts(lab)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    counts = ((found.train, train), (found.development, development), (found.test, test))
+    train_part, development_part, test_part = (spread(tokenizer, text, count, 512) for text, count in counts)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), Parts(train_part, development_part, test_part, found.digest)
 
 
 @dataclass(frozen=True)
