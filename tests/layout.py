@@ -22,10 +22,11 @@ FLOORS = (
     ("forms", "sources"),
     ("artifact", "calibration"),
     ("integrations", "methods"),
-    ("allocation", "cuts", "runtimes", "training"),
+    ("allocation", "architectures", "cuts", "runtimes", "training"),
     ("encoding", "verification"),
     ("report", "targets"),
     ("opening", "saving"),
+    ("cutting",),
     ("flows", "pipeline", "recipes"),
     ("cli", "storing"),
 )

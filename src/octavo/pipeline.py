@@ -8,12 +8,15 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Profile
 from octavo.allocation.workspace import Workspace, holds_profile
+from octavo.cutting import best_level, cut_alone, cutter, refuse_cut, split_request
 from octavo.encoding.finish import finish, single_families
 from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
@@ -136,6 +139,7 @@ def compressed(request: Request, progress: Progress) -> Compressed:
     target.refuse(request)
     target.stated(request)
     clock, work = Clock(), None if request.workspace is None else checked_output(request.workspace)
+    request, cut, alone = split_request(request)
     opened = open_request(request, target, progress, work=work if request.resume else None)
     goal = target.goal(opened)
     target.prepare(opened, goal, Path(work or tempfile.gettempdir()))
@@ -147,10 +151,19 @@ def compressed(request: Request, progress: Progress) -> Compressed:
             # To carry out a plan nothing needs to be measured but what sites there are.
             opened, goal = replace(opened, methods=[dense_method()]), replace(goal, bare=True)
         room = Workspace(folder, opened.identity(), resume=request.resume, witness=opened.witness)
-        run = begin(opened, room, executor, progress, clock)
-        clock.lap("evidence")
-        profile = target.profile(run, goal)
-        result = target.choose(run, profile, goal)
+
+        def solved(opened: Opened, room: Workspace) -> Result:
+            run = begin(opened, room, executor, progress, clock)
+            clock.lap("evidence")
+            return target.choose(run, target.profile(run, goal), goal)
+
+        if cut is None:
+            result = solved(opened, room)
+        else:
+            found = cutter(cut, opened)
+            clock.lap("cut")
+            run = partial(Run, workspace=room, executor=executor, progress=progress, clock=clock)
+            result = cut_alone(found, goal, run) if alone else best_level(found, room, solved)
         opened.witness.check(every=True)
     done = Compressed(**vars(replace(result, timings=clock.laps)), lock=lock)
     if lock is not None:
@@ -204,6 +217,7 @@ def profile(source: Any, out: str | Path, *, progress: Shown = None, **choices: 
     request = request_of(source, choices)
     target = get_target(request.target)
     target.refuse(request)
+    refuse_cut(request)
     stated = [name for name in request.made(Role.BUDGET) if name != "shape"]
     if stated or request.plan is not None:
         raise RequestError(f"a profile is of all budgets: leave {', '.join(stated or ['plan'])} out, and plan it later")

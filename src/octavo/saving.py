@@ -69,7 +69,7 @@ class Compressed(Result):
 
     def forget_workspace(self) -> None:
         """Remove the folder of unfinished work, once the compression is saved: the encoded forms lie there."""
-        forget(self.run.workspace.path)
+        forget(self.run.workspace.root)
         if self.lock is not None:
             self.lock.release()
 

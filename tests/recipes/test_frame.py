@@ -31,7 +31,10 @@ def made(run=None, seeds=3):
         lab.say("As the arms show.")
 
     claims = {"better": "Theirs is below plain."}
-    return Study("tiny", "Tiny", "Nobody (2026)", "loss", False, "none", claims, run or default, seeds=seeds)
+    return Study(
+        "tiny", system="Tiny", source="Nobody (2026)", metric="loss", higher=False, data="none", claims=claims,
+        seeds=seeds, run=run or default,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 
 from torch import Tensor
@@ -47,7 +48,7 @@ class Assembly:
         kept = self.kept(how)
         if isinstance(self.source, FormedSource):
             entries, kept = self.source.gathered(entries, kept)
-        return Contents(
+        made = Contents(
             source,
             entries,
             kept,
@@ -58,6 +59,8 @@ class Assembly:
             self._configurations,
             self._unfilled,
         )
+        # A cut alone leaves an ordinary model.
+        return replace(made, configurations=configurations(self.source, plain=True)) if made.is_plain else made
 
     def kept(self, how: Narrowing) -> dict[str, Kept]:
         """Tensors that are not sites, in 16 bits if ``how`` allows it."""

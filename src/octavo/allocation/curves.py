@@ -118,7 +118,7 @@ def correct(run: Run, profile: Profile, bits: float) -> None:
             if expected <= 1e-3 * total:
                 continue
             packed = dict(encode_all(run, nearest))
-            pairs.append((expected, float(run.measure(as_weights(run.opened, packed)).mean())))
+            pairs.append((expected, float(run.measure(as_weights(run.opened, packed)).mean()) - run.at_rest))
         profile.correction[name] = fit_power(pairs)
         run.progress("correct", done + 1, len(groups))
 

@@ -64,4 +64,6 @@ def seal(opened: Opened, packed: Mapping[str, Packed], how: Narrowing) -> Conten
 
 def narrowing_of(run: Run) -> Narrowing:
     """How tensors that are not sites are narrowed: as far as this has no measurable cost."""
-    return run.opened.assembly.narrowing(run.measure if run.opened.measurable else None)
+    return run.opened.assembly.narrowing(
+        (lambda weights: run.measure(weights) - run.at_rest) if run.opened.measurable else None
+    )

@@ -123,6 +123,11 @@ class Run:
     progress: Progress
     clock: Clock = field(default_factory=Clock)
 
+    @cached_property
+    def at_rest(self) -> float:
+        """Mean divergence from the source before anything is encoded: what a cut costs, and zero without one."""
+        return float(self.measure({}).mean()) if self.opened.source.uncut is not None else 0.0
+
     def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Divergence of every held-out example with some tensors of the source replaced, (examples,)."""
         if self.model is None or not self.opened.held_data:

@@ -62,6 +62,8 @@ class Workspace(WorkFolder):
         witness: Witness | None = None,
     ) -> None:
         super().__init__(path, witness or Witness(None))
+        #: The folder of the whole job, of which this may be a part.
+        self.root = path
         try:
             check_is_folder(path)
             names = {entry.name for entry in path.iterdir()} - {INSIDE} if path.exists() else set()
@@ -103,6 +105,12 @@ class Workspace(WorkFolder):
             f"{self.path}: holds the work of another job (different: {', '.join(odd) or 'files'}){since}; repeat the "
             "earlier request, undo the changes, choose another folder, or run without --resume to start over"
         )
+
+    def part(self, name: str, job: dict[str, Any]) -> Workspace:
+        """The folder inside of this one for a part of its job, such as one level of a cut, with its finished steps."""
+        made = Workspace(self.path / name, job, resume=True, witness=self.witness)
+        made.root = self.root
+        return made
 
     def save_calibration(self, calibration: Calibration) -> None:
         """Record that the evidence of all sites is complete, and its origin."""

@@ -59,13 +59,15 @@ def changes(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
     return said + [f"{name} was added" for name in found if name not in recorded]
 
 
-def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, Any]:
+def check_config(file: Path, shapes: Collection[tuple[int, ...]], *, plain: bool = False) -> dict[str, Any]:
     """Read the ``config.json`` of an artifact's model and refuse dangerous entries.
 
     Parameters
     ----------
     shapes
         Shapes of the artifact's tensors.
+    plain
+        Whether the artifact's tensors are stored as every loader reads them, so that the config need not name Octavo.
 
     Raises
     ------
@@ -73,7 +75,7 @@ def check_config(file: Path, shapes: Collection[tuple[int, ...]]) -> dict[str, A
         If it is malformed, or names other weights, code, or more parts than the tensors can fill.
     """
     config = parse_object(read_plain(file, most=_MOST), file)
-    method = config.get("quantization_config")
+    method = config.get("quantization_config", {"quant_method": "octavo"} if plain else None)
     if (
         not isinstance(method, dict)
         or method.get("quant_method") != "octavo"

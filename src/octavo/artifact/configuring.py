@@ -16,10 +16,15 @@ from octavo.sources.sites import Source
 from octavo.sources.weight_files import NAMED
 
 
-def configurations(source: Source) -> dict[str, bytes]:
+def configurations(source: Source, *, plain: bool = False) -> dict[str, bytes]:
     """The configuration files of a source's artifact by relative path.
 
     They are those of the source, except a model's ``config.json``, which states that its weights are an artifact.
+
+    Parameters
+    ----------
+    plain
+        Whether nothing is encoded, so that the files are an ordinary model of ``transformers``, and the config says so.
     """
     if source.folder is None:
         return {}
@@ -32,20 +37,20 @@ def configurations(source: Source) -> dict[str, bytes]:
     if is_model:
         # This includes architectures defined by code in the folder: users who trust that code can load the artifact.
         dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)
-        text = json.dumps(_model_config(inner, dtype), indent=2) + "\n"
+        text = json.dumps(_model_config(inner, dtype, plain=plain), indent=2) + "\n"
         found[(inner / "config.json").relative_to(source.folder).as_posix()] = text.encode()
     return found
 
 
-def _model_config(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config with the entry by which ``from_pretrained`` finds Octavo.
+def _model_config(folder: Path, dtype: torch.dtype | None, *, plain: bool) -> dict[str, Any]:
+    """The source's config with the entry by which ``from_pretrained`` finds Octavo, if something is encoded.
 
     Parameters
     ----------
     dtype
         The dtype of the source's weights. If the config names none, loaders would use the stored dtype.
     """
-    config = {**read_config(folder), "quantization_config": {"quant_method": "octavo"}}
+    config = read_config(folder) | ({} if plain else {"quantization_config": {"quant_method": "octavo"}})
     # The artifact's file has the standard name.
     config.pop(NAMED, None)
     if dtype is not None and config.get("dtype") is None and config.get("torch_dtype") is None:

@@ -100,6 +100,11 @@ class Artifact:
         """Bytes of all tensors while the model runs packed, from the manifest; None if it was made for disk."""
         return self.manifest.get("resident")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every loader of safetensors files reads its tensors as they are."""
+        return not (self.sites or self.coded or self.named)
+
     def files(self) -> list[Path]:
         """The files that count as artifact bytes."""
         return [self.path / name for name in (MANIFEST, *self.manifest["files"])]

@@ -201,6 +201,11 @@ class Contents:
     unfilled: Sequence[str] | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether every loader of safetensors files reads them as they are: nothing is encoded."""
+        return not self.entries and not self.named and all(kept.is_raw for kept in self.kept.values())
+
+    @property
     def bytes(self) -> int:
         """Artifact bytes, exactly."""
         return sum(file.bytes for file in self._files().values())

@@ -74,7 +74,7 @@ def calibrate(
         batches = _smaller(batches, sequences)
 
     def go_through(watches: Watches, before: int) -> None:
-        with _differentiating(module), watches.watching():
+        with differentiating(module), watches.watching():
             for done, batch in enumerate(batches):
                 watches.begin(batch)
                 outputs = objective.outputs(module, batch)
@@ -112,7 +112,7 @@ def _reads_gradients(
     assert source.module is not None
     few = select(batch, slice(0, min(4, sequences_in(batch))))
     watches = Watches([*sites], source)
-    with _differentiating(source.module), watches.watching():
+    with differentiating(source.module), watches.watching():
         watches.begin(few)
         outputs = objective.outputs(source.module, few)
         check_outputs(outputs, 0)
@@ -169,7 +169,7 @@ def check_outputs(outputs: Tensor, number: int) -> None:
 
 
 @contextmanager
-def _differentiating(module: nn.Module) -> Iterator[None]:
+def differentiating(module: nn.Module) -> Iterator[None]:
     """A context in which a module is in evaluation mode and no parameter requires a gradient."""
     training = {submodule: submodule.training for submodule in module.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}

@@ -31,6 +31,8 @@ class InMemory(Runner):
     def __init__(self, source: Source) -> None:
         assert source.module is not None
         self.source, self.module = source, source.module
+        #: The module whose outputs are to be kept; another one if units were cut.
+        self.original = source.original.module or source.module
         #: The module's tensors while tensors of the source are replaced or evidence is gathered.
         self.folded = source.placed(source.folded)
         self._reference: _Outputs | _LastStates | None = None
@@ -65,7 +67,8 @@ class InMemory(Runner):
         with replaced(self.module, new) as change, torch.inference_mode():
             for number, batch in enumerate(batches):
                 outputs = objective.outputs(self.module, batch)
-                losses.append(objective.divergence(self._reference.of(number, batch, change.old), outputs))
+                old = change.old if self.original is self.module else {}
+                losses.append(objective.divergence(self._reference.of(number, batch, old), outputs))
         return torch.cat(losses)
 
     @fast_matmul()
@@ -80,7 +83,7 @@ class InMemory(Runner):
             Values of the source's module by name, if they were changed since it was measured.
         """
         self._reference = self._reference or self._refer(batches, objective)
-        losses = []
+        losses, old = [], old if self.original is self.module else {}
         with torch.inference_mode():
             for number, batch in enumerate(batches):
                 outputs = objective.outputs(module, batch)
@@ -88,8 +91,8 @@ class InMemory(Runner):
         return torch.cat(losses)
 
     def _refer(self, batches: Sequence[Batch], objective: Objective) -> _Outputs | _LastStates:
-        with replaced(self.module, {}), torch.inference_mode():
-            return _reference(self.module, batches, objective)
+        with replaced(self.original, {}), torch.inference_mode():
+            return _reference(self.original, batches, objective)
 
     def outputs(self, batches: Sequence[Batch], objective: Objective) -> Iterator[Tensor]:
         """The outputs that the objective compares, batch by batch."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from octavo.sources.sites import Site
 
 _CLASSES: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -47,3 +50,21 @@ def scale_of_table(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fl
         scale = float((rows.float() * output.float()).sum()) / power if power else 0.0
         same = torch.allclose(output.float(), scale * rows.float(), rtol=1e-2, atol=1e-3 * float(output.abs().max()))
     return scale if same and scale else None
+
+
+def columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
+    """Input vectors of a site as (samples, columns); for grouped layers, all groups concatenated."""
+    if site.layout.kind == "transposed":
+        channels = inputs.movedim(1, -1).reshape(-1, inputs.shape[1] // site.layout.groups)
+        return channels
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        for axis, (kernel, stride, dilation) in enumerate(windows, 2):
+            patches = patches.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+        # (examples, channels, *positions, *kernel)
+        positions = math.prod(patches.shape[2 : 2 + len(module.kernel_size)])
+        split = patches.reshape(len(patches), module.groups, site.shape[1], positions, -1)
+        return split.movedim(2, 3).reshape(-1, site.columns)
+    return inputs.reshape(-1, site.columns)

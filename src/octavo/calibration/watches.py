@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from octavo.calibration.curvature import Curvature, eigen
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.gradients import Gradients, Seen
-from octavo.calibration.layers import is_layer, scale_of_table
+from octavo.calibration.layers import columns_of, is_layer, scale_of_table
 from octavo.calibration.sides import Masks, sides_of
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.sites import Site, Source
@@ -153,7 +152,8 @@ class _Watch:
         # Query, key and value read the same tensor: its moment is computed once, keyed by identity while it is alive.
         key = (id(inputs), inputs._version, self.site.columns, _geometry(self.module))
         if key not in self.shared:
-            flat = _columns_of(self.module, self.site, inputs.detach() if keep is None else inputs.detach()[keep])
+            seen = inputs.detach() if keep is None else inputs.detach()[keep]
+            flat = columns_of(self.module, self.site, seen.float())
             if len(flat) > _PATCHES and keep is None:
                 flat = flat[:: -(-len(flat) // _PATCHES)]
             moment = (flat.t() @ flat).double().cpu()
@@ -205,7 +205,7 @@ class _Correction(_Watch):
         self.values = torch.zeros(site.rows, site.columns, dtype=torch.float64)
 
     def _layer(self, inputs: Tensor, output: Tensor, keep: Tensor | None) -> Callable[[Tensor], None]:
-        flat = _columns_of(self.module, self.site, inputs.detach())
+        flat = columns_of(self.module, self.site, inputs.detach().float())
         # Layers that receive tokens without a sequence dimension treat each as an example.
         examples = self.shared["sequences"] if len(flat) % self.shared["sequences"] == 0 else len(flat)
         columns = flat.view(examples, -1, self.site.columns)
@@ -256,25 +256,6 @@ def _geometry(module: nn.Module) -> str:
     """Settings that determine the patches of a convolution; empty for other layers."""
     parts = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "groups")
     return " ".join(str(getattr(module, part, "")) for part in parts)
-
-
-def _columns_of(module: nn.Module, site: Site, inputs: Tensor) -> Tensor:
-    """Input vectors of a site as (samples, columns); for grouped layers, all groups concatenated."""
-    inputs = inputs.float()
-    if site.layout.kind == "transposed":
-        channels = inputs.movedim(1, -1).reshape(-1, inputs.shape[1] // site.layout.groups)
-        return channels
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        patches = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-        windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        for axis, (kernel, stride, dilation) in enumerate(windows, 2):
-            patches = patches.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
-        # (examples, channels, *positions, *kernel)
-        positions = math.prod(patches.shape[2 : 2 + len(module.kernel_size)])
-        split = patches.reshape(len(patches), module.groups, site.shape[1], positions, -1)
-        return split.movedim(2, 3).reshape(-1, site.columns)
-    return inputs.reshape(-1, site.columns)
 
 
 class Watches:

@@ -53,12 +53,15 @@ class Units:
         How many there are.
     slices
         All that goes with them: one removal in every tensor that a unit hangs on.
+    resizes
+        Whether these tensors become smaller. Otherwise zeros take the place of what is removed.
     """
 
     name: str
     kind: str
     count: int
     slices: tuple[Slice, ...]
+    resizes: bool = True
 
 
 class Cut(ABC, Generic[E]):
@@ -149,7 +152,12 @@ def left(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -
     return masks
 
 
+def removed(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many elements of every tensor go with the units that are not kept."""
+    masks = left(model, units, kept).items()
+    return {name: math.prod(map(len, mask)) - math.prod(int(part.sum()) for part in mask) for name, mask in masks}
+
+
 def saved(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> int:
     """How many weights go with the units that are not kept."""
-    masks = left(model, units, kept).values()
-    return sum(math.prod(map(len, mask)) - math.prod(int(part.sum()) for part in mask) for mask in masks)
+    return sum(removed(model, units, kept).values())

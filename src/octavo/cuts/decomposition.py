@@ -8,8 +8,8 @@ Source: Lin et al. (2024), arXiv 2408.09632. With the moments of one forward pas
   ``sqrt(E|q|^2) sqrt(E|k|^2)``, summed over the query heads of a group, are kept. This score is invariant to the
   rotation.
 - Values and output. With values ``v = W_V x`` of moment ``M`` (size, size), ``W_O W_V`` of a head becomes the low-rank
-  product with the least output error: the truncated SVD of ``W_O M^(1/2)``. If several query heads share the values,
-  only the values are truncated by the SVD of ``M^(1/2)``, and each ``W_O`` is projected.
+  product with the least output error: the truncated SVD of ``W_O M^(1/2)``. Query heads that share the values share one
+  basis: that of their stacked ``W_O``, so that a direction is worth what all readers lose without it.
 
 The share of weights cut from a layer depends on its influence on the residual stream (:func:`allocate`).
 """
@@ -217,15 +217,14 @@ def value_bases(outputs: Tensor, moment: Tensor, rank: int, ridge: float) -> tup
         One (d, rank) for each head of the group, and the (rank, size) by which values are multiplied; the rank is lower
         where the matrices have no more.
     """
-    found, alone = value_factors(outputs, moment, rank, ridge), outputs.shape[1] == 1
+    found, (width, group, _) = value_factors(outputs, moment, rank, ridge), outputs.shape
     left, right = found.left[:, :rank].double(), found.right[:rank].double()
-    return [left] if alone else [outputs[:, member] @ left for member in range(outputs.shape[1])], right
+    return list(left.view(group, width, -1)), right
 
 
 def value_factors(outputs: Tensor, moment: Tensor, rank: int | None, ridge: float) -> Factors:
     """The decomposition behind :func:`value_bases`; its ``values`` say what each direction is worth."""
-    target = outputs[:, 0] if outputs.shape[1] == 1 else torch.eye(outputs.shape[2]).to(outputs)
-    return whitened(target, None, moment, rank, damping=ridge)
+    return whitened(outputs.transpose(0, 1).flatten(0, 1), None, moment, rank, damping=ridge)
 
 
 def _mlp(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:

@@ -145,12 +145,12 @@ def _units(block: Block, kind: str) -> list[Units]:
             own = torch.arange(size // 2)[:, None] + torch.tensor([0, size // 2])
             queries = (own[:, None] + readers[:, None]).flatten(1)
             slices = [*_rows(block, "self_attn.q_proj", queries), *_rows(block, "self_attn.k_proj", own + head * size)]
-            found.append(Units(_name(block, kind, head), "pair of rotated dimensions", size // 2, tuple(slices)))
+            found.append(Units(_name(block, kind, head), "pair of rotated dimensions", size // 2, tuple(slices), False))
         else:
             own = torch.arange(size)[:, None]
             slices = [*_rows(block, "self_attn.v_proj", own + head * size)]
             slices.append(Slice(f"{prefix}.o_proj.weight", 1, own + readers))
-            found.append(Units(_name(block, kind, head), "direction of values", size, tuple(slices)))
+            found.append(Units(_name(block, kind, head), "direction of values", size, tuple(slices), False))
     return found
 
 

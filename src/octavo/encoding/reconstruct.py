@@ -101,7 +101,7 @@ class _Fit:
         opened, calibration = run.opened, run.calibration
         self.run, self.opened, self.old = run, opened, built
         assert opened.source.module is not None
-        self.module = opened.source.module
+        self.module, self.original = opened.source.module, opened.source.original.module or opened.source.module
         self.parameters = opened.source.direct
         self.weights = {**opened.source.folded, **as_weights(opened, built.packed)}
         self.examples = max(sum(map(sequences_in, opened.calibration_data)), 1)
@@ -150,8 +150,8 @@ class _Fit:
         coarse = self.old.quality > _COARSE
         state = own_tensors(self.module)
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
-            with torch.no_grad(), replaced(self.module, {}):
-                reference = objective.outputs(self.module, batch)
+            with torch.no_grad(), replaced(self.original, {}):
+                reference = objective.outputs(self.original, batch)
             new = self.opened.source.placed({**self.weights, **kept})
             learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
             rows = {name: change.requires_grad_(True) for name, change in self.rows.items()}

@@ -8,6 +8,7 @@ from typing import Any
 from octavo.allocation.budget import Budget
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.profiles import Profile
+from octavo.encoding.cut_trials import CutTrials
 from octavo.encoding.finish import Built
 from octavo.system.notes import Note, by_kind
 
@@ -32,6 +33,8 @@ class Result:
         Further results of the target, such as the kernels of a plan for speed.
     timings
         Seconds by step.
+    cut
+        What was tried of a cut, and which of it was kept; None if no cut was asked for.
     """
 
     run: Run
@@ -41,6 +44,7 @@ class Result:
     rival: Built | None = None
     own: Any = None
     timings: dict[str, float] = field(default_factory=dict)
+    cut: CutTrials | None = None
 
     @property
     def opened(self) -> Opened:

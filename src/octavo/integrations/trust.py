@@ -53,7 +53,7 @@ def trusted(path: Path) -> Artifact:
     artifact = Artifact(path)
     folder = transformer_folder(path)
     if (folder / CONFIG).exists():
-        check_config(folder / CONFIG, artifact.loadable_shapes().values())
+        check_config(folder / CONFIG, artifact.loadable_shapes().values(), plain=artifact.is_plain)
     changed = artifact.changed()
     adapter = (folder / _ADAPTER).relative_to(path).as_posix()
     if (folder / _ADAPTER).exists() and (adapter not in artifact.configurations or f"{adapter} was changed" in changed):

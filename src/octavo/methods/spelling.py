@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import Field
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.errors import RequestError
 from octavo.methods.base import METHODS, Method
 from octavo.methods.words import BETWEEN, default_of, knobs_of, written
+
+T = TypeVar("T")
 
 
 def get_method(word: str) -> Method:
@@ -19,8 +21,18 @@ def get_method(word: str) -> Method:
     RequestError
         If the method or a knob is not known, or a value is not valid.
     """
+    return made_of(word, METHODS.get(word.partition(":")[0]))
+
+
+def made_of(word: str, cls: type[T]) -> T:
+    """An instance of a dataclass, such as a method or a cut, with the knobs that a word sets after its name.
+
+    Raises
+    ------
+    RequestError
+        If a knob is not known, or a value is not valid.
+    """
     name, colon, knobs = word.partition(":")
-    cls = METHODS.get(name)
     if not colon:
         return cls()
     known, values = {knob.name: knob for knob in knobs_of(cls)}, dict[str, Any]()

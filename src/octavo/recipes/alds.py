@@ -171,7 +171,7 @@ def _codes(model: nn.Module, layers: Mapping[str, Layer], size: int) -> Stored:
 def _layers(model: nn.Module) -> dict[str, Layer]:
     """All matrices: convolutions as (f, c h w), whose groups split channels."""
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.ndim > 1}
-    return {name: Layer(weight.flatten(1), weight.shape[1]) for name, weight in weights.items()}
+    return {name: Layer(weight.flatten(1), weight.shape[1], bound=True) for name, weight in weights.items()}
 
 
 def _forms(layers: Mapping[str, Layer], choices: Choices) -> dict[str, Form]:

@@ -19,7 +19,7 @@ from octavo.recipes.base import Arm, Check, Finding, Trial, difference, recipe
 from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.adaptive_trains import fold
-from octavo.training.regimens.comera import PENALTIES, CoMERA, rates
+from octavo.training.regimens.comera import PENALTIES, CoMERA, core_rates
 
 #: Epochs of the early and the late stage; every other arm has as many in all.
 _EARLY, _LATE = 2, 2
@@ -98,7 +98,7 @@ class _Bench:
         """One stage of training, from random tensor trains or from those of ``start``."""
         model = self.make(seed) if start is None else copy.deepcopy(start)
         regimen = CoMERA(smallest=512 if self.trial.quick else 4096, **options)
-        optimizer = rates(lr, _BESIDE, diagonals)
+        optimizer = core_rates(lr, _BESIDE, diagonals)
         losses = fit(
             model, self.batches(seed), cross_entropy, epochs=epochs, optimizer=optimizer, regimen=regimen, seed=seed
         )

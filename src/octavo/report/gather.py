@@ -91,7 +91,7 @@ def report_data(
             parameters=profile.weights,
             dtypes=_dtypes(done),
             stored=opened.source.stored,
-            dense_bytes=opened.source.dense_bytes,
+            dense_bytes=opened.source.original.dense_bytes,
         ),
         budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
         artifact=WrittenArtifact(
@@ -138,7 +138,7 @@ def report_data(
             outputs=outputs if outputs is not None and math.isfinite(outputs.scale) else None,
         ),
         peak_memory=peak_memory(),
-        sections=() if section is None else (section,),
+        sections=(*((done.cut.section(),) if done.cut else ()), *((section,) if section else ())),
     )
 
 
@@ -151,6 +151,8 @@ def _call(budget: Budget) -> str:
 
 def _why_less(done: Result) -> str:
     plan, pinned = done.built.plan, done.opened.pinned
+    if done.cut is not None and not plan.points:
+        return "less than 98% of the budget is used: with one more unit at every place it would be exceeded"
     if not any(point.loss for point in plan.points.values()) and not pinned:
         return "less than the budget is used: the source is restored bit for bit, so more bytes cannot lower the loss"
     less = "less than 98% of the budget is used"
@@ -185,7 +187,7 @@ def peak_memory() -> int:
 def _dtypes(done: Result) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, dtype in done.opened.source.dtypes.items():
-        elements = int(torch.tensor(done.opened.source.shapes[name]).prod())
+        elements = math.prod(done.opened.source.original.shapes[name])
         counts[dtype_name(dtype)] = counts.get(dtype_name(dtype), 0) + elements
     return counts
 
@@ -304,6 +306,7 @@ def tradeoff(done: Result, quality: float | None) -> Tradeoff:
     """Expected loss over ratios from the profile, and for uniform settings."""
     profile, rival = done.profile, done.rival
     points: list[CurvePoint] = []
+    # After a cut alone there is nothing to choose.
     for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0) if profile.curves else ():
         size = int(done.built.counted * share)
         try:
@@ -312,13 +315,14 @@ def tradeoff(done: Result, quality: float | None) -> Tradeoff:
             continue
         if plan.bytes < 0.97 * size:
             continue  # beyond the profiled range the curve would only repeat its end
-        points.append(CurvePoint(profile.original_bytes / plan.bytes, plan.bytes, plan.expected))
+        expected = plan.expected + done.run.at_rest
+        points.append(CurvePoint(profile.original_bytes / plan.bytes, plan.bytes, expected))
     rivals: list[UniformPoint] = []
     for plan in uniform(profile, done.budget):
         method, _, setting = plan.label.partition(" ")
         measured = rival.quality if rival is not None and rival.plan.label.startswith(f"{method} ") else None
         ratio = profile.original_bytes / plan.bytes
-        rivals.append(UniformPoint(method, setting, ratio, plan.bytes, plan.expected, measured))
+        rivals.append(UniformPoint(method, setting, ratio, plan.bytes, plan.expected + done.run.at_rest, measured))
     return Tradeoff(tuple(points), tuple(rivals), ChosenPoint(done.ratio, done.built.bytes, quality))
 
 
@@ -338,19 +342,21 @@ def _latency(done: Result, artifact: Artifact) -> Latency | None:
     if opened.source.module is None or opened.source.is_skeleton or not opened.held_data:
         return None
     module, batch = opened.source.module, opened.held_data[0]
+    original = opened.source.original.module or module
     weights = opened.source.placed(artifact.state())
 
     # A user's objective may use parts of a batch that the module does not take.
     call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs
 
-    def pass_with(tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
+    def pass_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
         def call() -> None:
             with replaced(module, tensors):
                 call_on(module, batch)
 
         return call
 
-    seconds = interleaved({"original": pass_with({}), "artifact": pass_with(weights)}, _PAIRS, _PATIENCE)
+    both = {"original": pass_of(original, {}), "artifact": pass_of(module, weights)}
+    seconds = interleaved(both, _PAIRS, _PATIENCE)
     result = Latency(
         original=1000 * seconds["original"],
         artifact=1000 * seconds["artifact"],

@@ -100,6 +100,8 @@ def verdict(report: Report) -> str:
     if not report.sites:
         return "Nothing was compressed: all is stored as it was given."
     if uniform is None:
+        if not report.sites:
+            return "Units were removed, and every tensor that is left is stored as it is."
         return "Methods were chosen site by site, and no single setting for all was measured."
     named = f"{plain(uniform.method, 60)} ({setting(uniform.setting)})"
     if report.winner == "uniform":

@@ -208,12 +208,19 @@ class Source:
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     #: Tensors that :func:`octavo.calibration.folds.fold` changed. ``read`` gives them; the module holds the originals.
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    #: The source that lost some of its units to become this one. Bytes, weights and fingerprint are still its own.
+    uncut: Source | None = field(default=None, repr=False)
     _direct: tuple[list[Conversion], dict[str, str]] | None = field(default=None, repr=False, init=False)
 
     @property
+    def original(self) -> Source:
+        """The source before anything was cut."""
+        return self if self.uncut is None else self.uncut
+
+    @property
     def original_bytes(self) -> int:
-        """Bytes of the distinct tensors as stored."""
-        return sum(self.stored.values()) or self.dense_bytes
+        """Bytes of the distinct tensors as stored, before anything was cut."""
+        return sum(self.stored.values()) or self.original.dense_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -227,8 +234,8 @@ class Source:
 
     @property
     def weights(self) -> int:
-        """Number of weights of the model: elements of the distinct tensors."""
-        return self.elements
+        """Number of weights of the model before anything was cut: elements of the distinct tensors."""
+        return self.original.elements
 
     @property
     def elements(self) -> int:
@@ -236,7 +243,9 @@ class Source:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints."""
+        """SHA-256 over names, dtypes, shapes and contents; equal sources have equal fingerprints, cut or not."""
+        if self.uncut is not None:
+            return self.uncut.fingerprint()
         examine(self)
         digest = hashlib.sha256()
         for name in sorted(self.shapes):

@@ -64,6 +64,8 @@ class Target(Counting, ABC):
         Whether the model is needed even where nothing is measured.
     compresses
         Whether there must be something to compress.
+    cuts
+        Whether units may be removed before forms are found.
     """
 
     about: ClassVar[str] = ""
@@ -72,6 +74,7 @@ class Target(Counting, ABC):
     folds: ClassVar[bool] = True
     loads: ClassVar[bool] = False
     compresses: ClassVar[bool] = True
+    cuts: ClassVar[bool] = False
 
     def refuse(self, request: Request) -> None:
         """Refuse choices that mean nothing for this target.

@@ -31,6 +31,7 @@ class Disk(Sizes):
     """Bytes of the artifact's files."""
 
     about = "bytes of the artifact's files, as stat counts them"
+    cuts = True
 
     def smallest(self, opened: Opened, asked: Budget) -> int | None:
         """The smallest artifact, if the budget is surely below it.

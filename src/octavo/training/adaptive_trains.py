@@ -1,12 +1,18 @@
-"""Tensor trains with a diagonal on every bond, as parametrizations of trained weights."""
+"""Tensor trains with a diagonal on every bond, trained in place of the weights of linear layers and embeddings.
+
+A layer runs on the two halves of its train. Those of a linear layer are two thin matrices; an embedding multiplies one
+row of each half. Neither a forward nor a backward pass makes the dense matrix.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from octavo.forms import Dense, TensorTrain
@@ -31,9 +37,20 @@ def random_train(
 
 
 def attach(model: nn.Module, forms: Mapping[str, TensorTrain]) -> None:
-    """Compute weights, by parameter name, from trains, with diagonals of 1 between the cores."""
+    """Train weights, by parameter name, as trains, with diagonals of 1 between the cores.
+
+    Embeddings, and linear layers whose train has cores of the inputs before those of the outputs, never make their
+    matrix. Other layers compute it in every forward pass.
+    """
     for name, form in forms.items():
-        parametrize.register_parametrization(model.get_submodule(name.rpartition(".")[0]), "weight", Train(form))
+        owner = model.get_submodule(name.rpartition(".")[0])
+        kind, train = type(owner), Train(form)
+        parametrize.register_parametrization(owner, "weight", train)
+        # PyTorch made a class for this module alone; it is removed together with the train.
+        if kind is nn.Linear and train.inputs:
+            type(owner).forward = _linear
+        elif kind is nn.Embedding and train.count > 1:
+            type(owner).forward = _embedding
 
 
 def trains(model: nn.Module) -> dict[str, Train]:
@@ -42,7 +59,7 @@ def trains(model: nn.Module) -> dict[str, Train]:
     for prefix, owner in model.named_modules():
         if isinstance(owner, parametrize.ParametrizationList) and isinstance(owner[0], Train):
             train = owner[0]
-            train.held = [getattr(owner, f"original{k}") for k in range(2 * train.count - 1)]
+            train.held = _parts(owner)
             found[prefix.replace("parametrizations.", "")] = train
     return found
 
@@ -73,24 +90,31 @@ class Train(nn.Module):
         return [*(core.to(weight) for core in self.start), *ones]
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """The matrix of cores and diagonals."""
-        return self._form(parts[: self.count], [d * self.kept(k) for k, d in enumerate(parts[self.count :])]).dense()
+        """The matrix of cores and diagonals, for code that reads the weight."""
+        whole = multiplied(self.effective(parts))[0, ..., 0]
+        return whole[: self.matrix[0], : self.matrix[1]]
 
-    def form(self) -> TensorTrain:
-        """The train without the cut ranks."""
-        parts = [part.detach() for part in self.held]
+    def effective(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Cores (r_(k-1), o_k, i_k, r_k) with the diagonals after them, without the cut ranks."""
         ones = torch.ones(1, dtype=torch.bool)
         kept = [ones, *(self.kept(bond) for bond in range(self.count - 1)), ones]
-        cores = []
-        for k, core in enumerate(parts[: self.count]):
-            wide = core.unflatten(0, (len(kept[k]), -1))[kept[k]]
-            wide = wide * parts[self.count + k] if k < self.count - 1 else wide
-            cores.append(Dense(wide[..., kept[k + 1]].flatten(0, 1).clone()))
-        return TensorTrain(tuple(cores), *self.modes, *self.matrix)
+        found = []
+        for k, modes in enumerate(zip(*self.modes, strict=True)):
+            core = parts[k] * parts[self.count + k] if k < self.count - 1 else parts[k]
+            wide = core.unflatten(0, (len(kept[k]), *modes))
+            found.append(wide[kept[k]][..., kept[k + 1]])
+        return found
 
-    def _form(self, cores: tuple[Tensor, ...], diagonals: list[Tensor]) -> TensorTrain:
-        scaled = [Dense(core * d) for core, d in zip(cores, diagonals, strict=False)]
-        return TensorTrain((*scaled, Dense(cores[-1])), *self.modes, *self.matrix)
+    def form(self) -> TensorTrain:
+        """The train that is to be stored."""
+        cores = self.effective([part.detach() for part in self.held])
+        return TensorTrain(tuple(Dense(core.flatten(0, 2)) for core in cores), *self.modes, *self.matrix)
+
+    @property
+    def inputs(self) -> int:
+        """The number of cores of the inputs, if only those of the outputs follow; else 0."""
+        rows, columns = self.modes
+        return next((k for k in range(1, self.count) if math.prod(rows[:k]) == math.prod(columns[k:]) == 1), 0)
 
     def cores(self) -> list[Tensor]:
         """Parameters of shape (r_(k-1) * o_k * i_k, r_k), without the diagonals."""
@@ -127,3 +151,48 @@ class Train(nn.Module):
         if int(self.kept(bond).sum()) > 1:
             self.kept(bond)[place] = False
         return before - self.size()
+
+
+def multiplied(cores: Sequence[Tensor]) -> Tensor:
+    """Successive cores (a, o, i, b) multiplied out to one of all their modes."""
+    whole = cores[0]
+    for core in cores[1:]:
+        whole = torch.einsum("aRCc,coib->aRoCib", whole, core).flatten(1, 2).flatten(2, 3)
+    return whole
+
+
+def _parts(chain: Any) -> list[Tensor]:
+    return [getattr(chain, f"original{k}") for k in range(2 * chain[0].count - 1)]
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """``x A B + bias`` with the products ``A`` of the inputs' cores and ``B`` of the outputs'."""
+    chain = layer.parametrizations.weight
+    cores, split = chain[0].effective(_parts(chain)), chain[0].inputs
+    inputs, outputs = multiplied(cores[:split])[0, 0], multiplied(cores[split:])[:, :, 0, 0]
+    thin = functional.linear(x, inputs[: layer.in_features].t())
+    return functional.linear(thin, outputs[:, : layer.out_features].t(), layer.bias)
+
+
+def _embedding(layer: Any, index: Tensor) -> Tensor:
+    """The needed rows, each computed once."""
+    chain = layer.parametrizations.weight
+    cores = chain[0].effective(_parts(chain))
+    split = _balanced(cores)
+    first, second = multiplied(cores[:split]), multiplied(cores[split:])
+    needed, places = index.unique(return_inverse=True)
+    high, low = needed // second.shape[1], needed % second.shape[1]
+    rows = torch.einsum("nCc,cni->nCi", first[0, high], second[:, low, :, 0]).flatten(1)[:, : layer.embedding_dim]
+    if layer.padding_idx is not None:
+        # As in PyTorch, uses of this row do not train it.
+        rows = torch.where((needed == layer.padding_idx)[:, None], rows.detach(), rows)
+    return functional.embedding(places, rows)
+
+
+def _balanced(cores: Sequence[Tensor]) -> int:
+    """Where to divide the cores so that both halves together have the fewest elements."""
+    sizes = [core.shape[1] * core.shape[2] for core in cores]
+    return min(
+        range(1, len(cores)),
+        key=lambda k: cores[k].shape[0] * (math.prod(sizes[:k]) + math.prod(sizes[k:])),
+    )

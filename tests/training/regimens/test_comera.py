@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.errors import RequestError
 from octavo.forms import TensorTrain
@@ -13,7 +15,7 @@ from octavo.methods.factorize.mpo import modes
 from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.adaptive_trains import attach, fold, random_train, trains
-from octavo.training.regimens.comera import CoMERA, rates
+from octavo.training.regimens.comera import CoMERA, core_rates
 
 VOCABULARY, LABELS = 600, 4
 
@@ -55,7 +57,7 @@ def early():
     model, stage = net(), regimen(gamma=0.5)
     stage.begin(model, 1)
     start = stage.size
-    losses = fit(model, task(), cross_entropy, epochs=8, regimen=stage, optimizer=rates(1e-2, 1e-2, 2e-2))
+    losses = fit(model, task(), cross_entropy, epochs=8, regimen=stage, optimizer=core_rates(1e-2, 1e-2, 2e-2))
     return start, model, stage.forms(model), losses
 
 
@@ -113,6 +115,70 @@ def test_a_cut_is_what_the_matrix_is_without_it():
     assert train.form().ranks[1] == 1
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def layers():
+    """A layer and its inputs of every kind, with modes that exceed rows and columns."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 0, 3], [996, 17, 250]])
+    return [
+        (nn.Linear(101, 203), torch.randn(2, 3, 101)),
+        (nn.Linear(128, 256, bias=False), torch.randn(4, 128)),
+        (nn.Embedding(997, 30, padding_idx=0), ids),
+        (nn.Embedding(997, 30), ids),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_layers_compute_what_the_matrix_does_without_making_it(which):
+    layer, x = layers()[which]
+    model, stage = nn.Sequential(layer), regimen()
+    stage.begin(model, 1)
+    (train,) = trains(model).values()
+    with torch.no_grad():
+        for diagonal in train.diagonals():
+            diagonal.uniform_(0.5, 2)
+        train.cut(1, 2)
+
+    def dense(x):
+        if isinstance(layer, nn.Embedding):
+            return functional.embedding(x, layer.weight, layer.padding_idx)
+        return functional.linear(x, layer.weight, layer.bias)
+
+    def gradients(call):
+        for parameter in model.parameters():
+            parameter.grad = None
+        out = call(x)
+        out.sin().sum().backward()
+        return out.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected, theirs = gradients(dense)
+    with Largest() as largest:
+        found, ours = gradients(model)
+        stage.loss(model, (x, None), lambda module, batch: module(batch[0]).square().mean()).backward()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
+    rows, columns = train.matrix
+    assert 0 < largest.elements < rows * columns / 2
+
+
+def test_tables_that_are_read_as_a_whole_stay_dense():
+    model = nn.Sequential(nn.Embedding(600, 24, max_norm=1.0), nn.Linear(24, 96))
+    regimen().begin(model, 1)
+    assert set(trains(model)) == {"1.weight"}
+
+
 def test_folding_keeps_the_weights_and_shrinks_the_cores(early):
     start, model, forms, _ = early
     other = copy.deepcopy(model)
@@ -137,7 +203,7 @@ def test_the_late_stage_meets_its_target(early, share):
     _, model, forms, _ = early
     late, target = copy.deepcopy(model), round(share * sum(map(count, forms.values())))
     stage = regimen(target=target, loss_target=0.4)
-    fit(late, task(), cross_entropy, epochs=6, regimen=stage, optimizer=rates(1e-2, 1e-2, 5e-2))
+    fit(late, task(), cross_entropy, epochs=6, regimen=stage, optimizer=core_rates(1e-2, 1e-2, 5e-2))
     # Not above, and below by less than what one rank of so small a table takes.
     assert 0.9 * target <= stage.size <= target
     assert accuracy(late, task()(0)) > 0.7
@@ -156,7 +222,7 @@ def test_a_second_stage_goes_on_from_the_first(early):
 
 def test_without_a_penalty_ranks_stay():
     model, stage = net(), regimen(gamma=0.0)
-    losses = fit(model, task(), cross_entropy, epochs=2, regimen=stage, optimizer=rates(1e-2, 1e-2, 1e-2))
+    losses = fit(model, task(), cross_entropy, epochs=2, regimen=stage, optimizer=core_rates(1e-2, 1e-2, 1e-2))
     fresh = regimen()
     fresh.begin(net(), 1)
     assert stage.size == fresh.size and losses[-1] < losses[0]

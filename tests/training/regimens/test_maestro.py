@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from octavo.errors import RequestError
@@ -130,6 +131,16 @@ def test_columns_without_use_are_dropped():
     form = regimen.forms(model)["0.weight"]
     assert form.left.shape == (10, 3) and regimen.ranks == {"0.weight": 3}
     assert float((form.dense() - planted).norm() / planted.norm()) < 0.05
+
+
+def test_ranks_fall_at_the_defaults_while_a_network_learns():
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images[:1280]).float() / 8 - 1, torch.tensor(labels[:1280])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    regimen, batches = OrderedDropout(names=("0.weight", "2.weight")), list(zip(x.split(64), y.split(64), strict=True))
+    fit(model, lambda epoch: batches, cross_entropy, epochs=12, lr=1e-2, regimen=regimen)
+    assert accuracy(model, batches) > 0.95 and max(regimen.ranks.values()) < 40
 
 
 def test_a_trained_network_is_cut_stored_and_read_back():

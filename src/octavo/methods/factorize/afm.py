@@ -8,6 +8,7 @@ eigenvectors of the ``r`` largest eigenvalues of ``Sigma``
 which is two linear layers. The loss, the sum of the other eigenvalues, is minimal among all affine maps of rank ``r``.
 An embedding table ``D`` is a layer whose inputs are the occurrences of its rows: ``D[i] ~ U_r U_r^T (D[i] - mu) + mu``
 with rows weighted by frequency. ``U_r`` and ``mu`` are merged into the next layer if that reads the rows directly.
+:class:`octavo.methods.factorize.mimicking.Mimicking` splits a whole module.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class OutputMoments:
         self._count = self._count.to(vectors) + counts.sum()
         self._sum = self._sum.to(vectors) + counts @ vectors
         self._products = self._products.to(vectors) + vectors.t() @ (vectors * counts[:, None])
+
+    @property
+    def count(self) -> float:
+        """The number of vectors."""
+        return float(self._count)
 
     @property
     def mean(self) -> Tensor:

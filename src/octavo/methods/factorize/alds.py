@@ -36,7 +36,7 @@ class ALDS(Method):
     sigma_{j+1}(W_i)``. Here the SVD is that of ``diag(sqrt r) W_i L_i`` with ``C_ii = L_i L_i^T``: the factors of
     ``activation-svd`` with the evidence of the group, which without evidence are those of the paper. The search ignores
     moments between groups, but the expected loss of a point includes them. The allocator chooses ``(k, j)`` of a layer;
-    the paper's allocation over all layers is in :mod:`octavo.methods.factorize.minimax`.
+    the paper's allocation over all layers of a network is :func:`octavo.methods.factorize.alds_network.alds_forms`.
 
     Parameters
     ----------

@@ -4,7 +4,8 @@ With ``k`` groups of rank ``j`` a layer's matrix ``W = [W_1 ... W_k]`` of (f, co
 
     |W - W'|_2 / |W|_2 <= eps(k, j) = sqrt(k) / |W|_2 * max_i sigma_{j+1}(W_i)
 
-and takes ``j (k f + columns)`` coefficients. The goal is ``min max_l eps_l(k_l, j_l)`` within the budget. Two steps
+and takes ``j (k f + columns)`` coefficients. The authors' program leaves ``sqrt(k)`` out, and so does
+:class:`RankedLayer` unless it is told otherwise. The goal is ``min max_l eps_l(k_l, j_l)`` within the budget. Two steps
 alternate from several starts, and the best of all rounds is used:
 
 1. With ``k`` fixed, the least common level ``eps`` is found by bisection: each layer takes the smallest rank with at
@@ -48,7 +49,7 @@ class Allocation:
     choices
         Groups and rank by layer; None for dense layers.
     error
-        The largest relative error bound of all layers.
+        The largest relative error of all layers.
     elements
         Coefficients of all layers.
     """
@@ -68,10 +69,10 @@ class RankedLayer:
     channels
         ``c``, which groups split; it divides the columns.
     bound
-        Whether errors include the factor ``sqrt(k)`` of the bound; the authors' program omits it.
+        Whether errors include the factor ``sqrt(k)`` of the bound, as in the paper. The authors' program leaves it out.
     """
 
-    def __init__(self, matrix: Tensor, channels: int, *, bound: bool = True) -> None:
+    def __init__(self, matrix: Tensor, channels: int, *, bound: bool = False) -> None:
         if channels < 1 or matrix.shape[1] % channels:
             raise RequestError(
                 f"channels: {channels} do not divide the {matrix.shape[1]} columns of a layer's matrix; give a divisor"
@@ -97,7 +98,7 @@ class RankedLayer:
         return self.dense if choice is None else choice.rank * self._unit(choice.groups)
 
     def error(self, choice: RankChoice | None) -> float:
-        """The relative error (bound) of a choice."""
+        """The relative error of a choice."""
         return 0.0 if choice is None else float(self.errors(choice.groups)[choice.rank])
 
     def within(self, groups: int, level: float) -> RankChoice | None:

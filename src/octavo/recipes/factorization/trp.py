@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from octavo.forms import Form
-from octavo.recipes.frame import Lab, gap, study
+from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.frame.nets import ResNet, augmented, in_batches, momentum
 from octavo.training import accuracy, cross_entropy, formed, settle
@@ -28,7 +28,7 @@ NUCLEAR, OURS, BOTH, THIN = "nuclear norm, then SVD", "TRP", "TRP with nuclear n
 CODED = "quantization alone"
 
 
-@study(
+@Study(
     "trp",
     system="Trained Rank Pruning",
     source=SOURCE,

@@ -3,9 +3,12 @@
 from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, tally
 from octavo.recipes.frame.lab import Arm, Lab
 from octavo.recipes.frame.stored import Stored, quantized, through_file
-from octavo.recipes.frame.study import STUDIES, Study, get_study, studies, study
+from octavo.recipes.frame.study import STUDIES, Study, get_study, studies
+
+#: The old name of the decorator, until all studies are ported.
+study = Study
 
 __all__ = [
     "STUDIES", "Arm", "Gap", "Gate", "Judged", "Lab", "Stored", "Study", "Verdict", "gap", "get_study", "quantized",
-    "studies", "study", "tally", "through_file",
+    "studies", "tally", "through_file",
 ]  # fmt: skip

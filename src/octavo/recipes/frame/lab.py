@@ -151,6 +151,11 @@ class Lab:
         """The seeds of the study, or one in a quick run."""
         return tuple(range(self.first_seed, self.first_seed + (1 if self.quick else self.study.seeds)))
 
+    @property
+    def trained_on(self) -> str:
+        """The name of the lab's device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
     def step(self, text: str) -> None:
         """Say what happens now."""
         self.show(text)
@@ -189,8 +194,7 @@ class Lab:
             started = time.perf_counter()
             train(model)
             model.to("cpu")
-            where = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-            known = {"seconds": f"{time.perf_counter() - started:.1f}", "device": where}
+            known = {"seconds": f"{time.perf_counter() - started:.1f}", "device": self.trained_on}
             with writing(file) as aside:
                 state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
                 save_file(state, aside, metadata=known)

@@ -75,7 +75,7 @@ def page(result: StudyResult) -> str:
     if old := changed(result):
         lines += [f"Changed since this run: {', '.join(f'`{name}`' for name in old)}.", ""]
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
-    machine = f"{result.machine.platform}, {result.machine.threads} threads"
+    machine = f"{result.machine.platform}, {result.machine.threads} threads, trained on {result.trained_on}"
     ran = f"`{result.command}`, {result.seconds / 60:.1f} minutes, {result.date}"
     lines.append(f"{ran}; seeds {', '.join(map(str, result.seeds))}; {versions}; {machine}.")
     return "\n".join(lines) + "\n"

@@ -44,6 +44,8 @@ class StudyResult:
         Digests of the code that ran, by module: study, frame, methods, cuts, regimens and bases.
     seconds
         The time that the run took, without the bases that it found in the cache.
+    trained_on
+        The device of all training: ``CPU`` or the name of a GPU.
     date
         The day in UTC, ``2026-11-22``.
     """
@@ -65,6 +67,7 @@ class StudyResult:
     made_by: Mapping[str, str]
     command: str
     seconds: float
+    trained_on: str
     date: str
     versions: Mapping[str, str]
     machine: Environment
@@ -137,6 +140,7 @@ def reproduce(study: Study, lab: Lab) -> StudyResult:
         made_by=made_by,
         command=f"octavo reproduce {study.name}{options}",
         seconds=round(time.perf_counter() - started, 1),
+        trained_on=lab.trained_on,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         versions=_versions(),
         machine=environment(),

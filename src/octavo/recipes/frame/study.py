@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from octavo.system.registry import Registry
@@ -11,13 +11,14 @@ from octavo.system.registry import Registry
 if TYPE_CHECKING:
     from octavo.recipes.frame.lab import Lab
 
+Run = Callable[["Lab"], None]
 #: The most words of a claim.
 LONGEST = 12
 
 
 @dataclass(frozen=True)
 class Study:
-    """A published system and the experiment that checks its claims.
+    """A published system and the experiment that checks its claims; as a decorator it registers the experiment.
 
     Parameters
     ----------
@@ -35,22 +36,23 @@ class Study:
         Published statements by a short key, at most 12 words each.
     extras
         Statements of our own.
-    run
-        The experiment: it fills the lab, and judges every claim.
     seeds
         How many seeds a full run has.
+    run
+        The experiment: it fills the lab, and judges every claim.
     """
 
     name: str
+    _: KW_ONLY
     system: str
     source: str
     metric: str
     higher: bool
     data: str
     claims: Mapping[str, str]
-    run: Callable[[Lab], None]
     extras: Mapping[str, str] = field(default_factory=dict)
     seeds: int = 5
+    run: Run = field(default=lambda lab: None)
 
     def __post_init__(self) -> None:
         for text in (*self.claims.values(), *self.extras.values()):
@@ -59,29 +61,13 @@ class Study:
         if twice := set(self.claims) & set(self.extras):
             raise ValueError(f"study {self.name!r}: {twice} is both a claim and an extra; rename one")
 
-
-STUDIES = Registry[Study]("study", "octavo.recipes", group="octavo.studies")
-
-
-def study(
-    name: str,
-    *,
-    system: str,
-    source: str,
-    metric: str,
-    higher: bool,
-    data: str,
-    claims: Mapping[str, str],
-    extras: Mapping[str, str] | None = None,
-    seeds: int = 5,
-) -> Callable[[Callable[[Lab], None]], Callable[[Lab], None]]:
-    """Register an experiment under the name that users write; parameters as in :class:`Study`."""
-
-    def register(run: Callable[[Lab], None]) -> Callable[[Lab], None]:
-        STUDIES.add(name, Study(name, system, source, metric, higher, data, claims, run, extras or {}, seeds))
+    def __call__(self, run: Run) -> Run:
+        """Register the study with this experiment."""
+        STUDIES.add(self.name, replace(self, run=run))
         return run
 
-    return register
+
+STUDIES = Registry[Study]("study", "octavo.recipes", group="octavo.studies")
 
 
 def studies() -> dict[str, Study]:

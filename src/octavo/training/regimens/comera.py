@@ -26,15 +26,16 @@ class CoMERA(Regimen):
     """Linear layers and embeddings as ``W = G_1 D_1 G_2 D_2 .. G_N`` with sparse diagonals ``D``.
 
     A linear layer is a tensor train over the modes of its inputs, then over those of its outputs. An embedding is a
-    train whose cores each have a mode of the rows and one of the columns. With ``r_k`` nonzero entries of ``D_k`` the
-    size is ``S = sum_k r_(k-1) n_k r_k``, where ``n_k`` is the product of both modes of a core. Without ``target`` (the
-    early stage) the regimen minimises
+    train whose cores each have a mode of the rows and one of the columns. Activations are multiplied with the cores,
+    and embeddings compute the rows that they need, so training never holds the dense matrix.
+
+    With ``r_k`` nonzero entries of ``D_k`` the size is ``S = sum_k r_(k-1) n_k r_k``, where ``n_k`` is the product of
+    both modes of a core. Without ``target`` (the early stage) the regimen minimises
 
         loss + gamma * R
 
-    where ``R`` is a surrogate of ``S``; the decay of the cores (:func:`rates`) keeps them from growing as diagonals
-    shrink. With it (the late stage) every step minimises the one of two objectives that is further from its target, as
-    achievement scalarisation asks for,
+    where ``R`` is a surrogate of ``S``. With it (the late stage) every step minimises the one of two objectives that is
+    further from its target, as achievement scalarisation asks for,
 
         R + 0.1 * loss + 0.01 * R       if  (loss - loss_target) / loss < (S - target) / S,
         loss + 0.1 * loss + 0.01 * R    otherwise,
@@ -43,17 +44,21 @@ class CoMERA(Regimen):
     the late stage only until the target is reached. A run on a model that already has such layers continues with their
     diagonals.
 
-    Source: Yang et al. (2024), arXiv 2405.14377. There are two differences, since stages last for tens of thousands of
+    A diagonal must fall from 1 to the threshold: its learning rate times the number of steps must be well above 1.
+    Recommended are at least 1,000 steps, 1e-2 for diagonals and cores (the rate of :func:`octavo.training.fit`, or
+    those of :func:`core_rates`), and a ``gamma`` from 0.3 to 3. Ranks stay if ``gamma`` is much below the first loss.
+
+    Source: Yang et al. (2024), arXiv 2405.14377. There are differences, since stages last for tens of thousands of
     steps there. Cutting stops at the target, and diagonals are folded into the cores only by :meth:`forms`. If they
     were reset to 1 between the stages, all would have to shrink again, and within hundreds of steps they would do so
-    together.
+    together. The default of ``gamma`` is 1; the released code has 0.01.
 
     Parameters
     ----------
     rank
         Initial rank of all bonds, or their full rank if that is less.
     gamma
-        Weight of the penalty in the early stage; with 0 the ranks stay.
+        Weight of the penalty in the early stage, in units of the loss: ``R`` is 1 at first. With 0 the ranks stay.
     penalty
         ``size``: ``S`` with ``|D_k|_1`` for ``r_k``, as a share of the size at the beginning. ``mean``: mean of the
         remaining entries, whatever they cost.
@@ -70,7 +75,7 @@ class CoMERA(Regimen):
     """
 
     rank: int = 30
-    gamma: float = 0.01
+    gamma: float = 1.0
     penalty: str = "size"
     target: int | None = None
     loss_target: float = 0.0
@@ -161,6 +166,9 @@ class CoMERA(Regimen):
                 continue
             if owners[id(module.weight)] > 1:
                 continue
+            # Such embeddings change or read their whole table.
+            if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+                continue
             (rows, columns), weight = module.weight.shape, module.weight
             if isinstance(module, nn.Embedding):
                 split = modes(rows, self.sites), modes(columns, self.sites)[::-1]
@@ -172,7 +180,7 @@ class CoMERA(Regimen):
         return found
 
 
-def rates(cores: float, dense: float, ranks: float) -> Optimizers:
+def core_rates(cores: float, dense: float, ranks: float) -> Optimizers:
     """AdamW with separate learning rates for cores, dense weights, and diagonals, which do not decay."""
 
     def made(model: nn.Module) -> torch.optim.Optimizer:

@@ -41,6 +41,9 @@ class OrderedDropout(Regimen):
     With ``distil`` every step runs the network twice, whole and narrowed. The loss is ``loss(whole) + KL(whole ||
     narrowed)`` of their output distributions, with that of the whole as fixed target.
 
+    Ranks fall within about 500 steps at the defaults and a learning rate of 3e-3 with AdamW, or of 0.1 with momentum.
+    The authors' ``pressure`` of 1e-6 to 5e-3 needs many more steps at its lower end.
+
     Parameters
     ----------
     pressure
@@ -58,8 +61,8 @@ class OrderedDropout(Regimen):
         Seed of the draws.
     """
 
-    pressure: float = 1e-5
-    threshold: float = 1e-3
+    pressure: float = 1e-3
+    threshold: float = 1e-2
     growth: float = 1.5
     distil: bool = False
     names: tuple[str, ...] | None = None
