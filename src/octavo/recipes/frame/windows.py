@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from octavo.errors import MissingExtraError
 from octavo.recipes.frame.data import Parts, digest, texts
 from octavo.system.atomic import writing
+from octavo.system.matmul import fast_matmul
 from octavo.training import next_token
 
 if TYPE_CHECKING:
@@ -50,6 +51,20 @@ def _tokenized(whole: dict[str, str], vocabulary: int, length: int) -> dict[str,
         # In random order, so that the first few are of every kind of text.
         parts[name] = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     return parts
+
+
+def spread(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
+    """Windows (count, length) of token ids, evenly spaced over a text."""
+    size = 8 * length
+    starts = [number * (len(text) - size) // count for number in range(count)]
+    return torch.tensor([tokenizer(text[start : start + size])["input_ids"][:length] for start in starts])
+
+
+@fast_matmul()
+@torch.inference_mode()
+def nats(model: nn.Module, part: Tensor) -> list[float]:
+    """Nats per token of every window (N, tokens)."""
+    return [float(next_token(model.eval(), {"input_ids": row[None]})) for row in part]
 
 
 @torch.inference_mode()
