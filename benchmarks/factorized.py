@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.calibration.objective import KL, Objective
-from octavo.recipes import Trial, data
-from octavo.recipes.ctr import Clicks, auc, clicks_model
-from octavo.recipes.models import classifier, in_batches
+from octavo.recipes.frame import Lab, get_study
+from octavo.recipes.frame.bases import classifier, images
+from octavo.recipes.frame.ctr import ClickKL, auc, clicks, clicks_model
+from octavo.recipes.frame.nets import in_batches
 from octavo.runtimes.packed import factored
 from octavo.runtimes.packed.speed import interleaved
 from octavo.training import accuracy
@@ -48,18 +49,18 @@ class Case:
 
 def cases() -> list[Case]:
     """Trained now or before."""
-    trial = Trial(step=print)
-    images, clicks = data.images(trial), data.clicks(trial)
-    right = lambda model: 100 * accuracy(model, in_batches(images.test))  # noqa: E731
-    area = lambda model: auc(model, clicks.test)  # noqa: E731
+    lab = Lab(get_study("trp"), show=print)
+    pictures, found = images(lab, "cifar10"), clicks(lab)
+    right = lambda model: 100 * accuracy(model, in_batches(pictures.test))  # noqa: E731
+    area = lambda model: auc(model, found.test)  # noqa: E731
     # At coarser ratios the widest layers alone have ranks at which two products are less work than one.
     small, wide = (8,), (8, 16, 32)
-    nets = {"ResNet-8, width 16": (small, {}), "ResNet-8, width 32": (wide, {"width": 32, "epochs": 5})}
+    nets = {"ResNet-14, width 16": (small, 16), "ResNet-14, width 32": (wide, 32)}
     layers = {"CTR, MLP 256-128": (small, (256, 128)), "CTR, MLP 1024-1024": (wide, (1024, 1024))}
     return [
-        *(Case(name, ratios, classifier(trial, 0, **how), KL(), images.train[0][:256], "test accuracy (%)", right)
-          for name, (ratios, how) in nets.items()),
-        *(Case(name, ratios, clicks_model(trial, 0, hidden=hidden), Clicks(), clicks.train[0][:4096], "test AUC (%)", area)
+        *(Case(name, ratios, classifier(lab, 0, "cifar10", width=width), KL(), pictures.train[0][:256], "test accuracy (%)", right)
+          for name, (ratios, width) in nets.items()),
+        *(Case(name, ratios, clicks_model(lab, found, 0, hidden=hidden), ClickKL(), found.train[0][:4096], "test AUC (%)", area)
           for name, (ratios, hidden) in layers.items()),
     ]  # fmt: skip
 

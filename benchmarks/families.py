@@ -1,6 +1,6 @@
 """What factorization adds: the chosen plan with all families against the best plan without it, at the same bytes.
 
-On MiniLM, SmolLM2-135M and the small Llama of the recipes, preset best, ratios 8, 12 and 16, judged on texts that neither
+On MiniLM, SmolLM2-135M and the small Llama of the studies, preset best, ratios 8, 12 and 16, judged on texts that neither
 calibration nor the choice of the plan saw. What was measured and encoded before is used again. Writes docs/results/families.json.
 
     python benchmarks/families.py [minilm] [smollm2] [llama]
@@ -26,8 +26,8 @@ from octavo.calibration.objective import KL, Cosine, Objective
 from octavo.encoding.finish import Built, contest
 from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.methods import methods
-from octavo.recipes import Trial
-from octavo.recipes.models import language_model
+from octavo.recipes.frame import Lab, get_study
+from octavo.recipes.frame.bases import language_model
 from octavo.saving import Compressed
 from octavo.sources.tokens import text_batches
 
@@ -65,9 +65,10 @@ def smollm2() -> Case:
 
 
 def llama() -> Case:
-    """The Llama of six layers that the recipes train."""
-    model, found = language_model(Trial())
-    calibration, test = found["train"][:: len(found["train"]) // 256][:256], found["test"]
+    """The Llama of six layers that the studies train."""
+    model, found = language_model(Lab(get_study("trp")))
+    # Windows are in random order.
+    calibration, test = found.train[:256], found.test[:512]
     return Case(model, _batches(calibration, 32), KL(), _batches(test, 32), lambda: model)
 
 

@@ -76,7 +76,9 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
         measures both together in a second pass over the data (:mod:`octavo.calibration.curvature`): more exact, for
         more memory. It needs data and a model that fits in memory.
     methods
-        Names of methods or families to use, or methods with knobs; those of the preset if not given.
+        Names of methods or families to use, or methods with knobs; those of the preset if not given. One may be a cut,
+        such as ``modegpt``: alone it removes as many units as the budget asks for and nothing is encoded; beside others
+        a few of its levels are tried, and forms are solved under each (:mod:`octavo.cutting`).
     preset
         ``fast``, ``default`` or ``best``; or ``data-free``.
     ignore, keep

@@ -198,7 +198,7 @@ class Request:
     methods: Sequence[Any] | None = option(
         None,
         "Comma-separated methods or families to choose from, with knobs if need be, such as entropy:rate=0.2,alds; see "
-        "'octavo methods'.",
+        "'octavo methods'. One may be a cut, such as modegpt.",
         Role.MEASURED,
         read=listed,
         check=_is_list,

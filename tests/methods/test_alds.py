@@ -11,7 +11,7 @@ from octavo.errors import RequestError
 from octavo.forms import GroupedLowRank
 from octavo.methods import get_method
 from octavo.methods.factorize.alds import decomposed
-from octavo.methods.factorize.minimax import RankChoice, RankedLayer, allocate_ranks
+from octavo.methods.factorize.minimax import RankChoice, RankedLayer, allocate_ranks, constant_ranks, energy_ranks
 from octavo.sources.sites import from_module
 
 
@@ -151,20 +151,11 @@ def test_groups_of_lower_rank_and_evidence_that_sees_little():
         assert evidence.loss(error) < 1e-3 * evidence.loss(weight)
 
 
-def constant(found: dict[str, RankedLayer], share: float) -> dict[str, RankChoice]:
-    return {name: RankChoice(1, max(1, round(share * (len(layer.errors(1)) - 1)))) for name, layer in found.items()}
-
-
-def energy(found: dict[str, RankedLayer], share: float) -> dict[str, RankChoice]:
-    kept = {name: layer.errors(1).square().cumsum(0) for name, layer in found.items()}
-    return {name: RankChoice(1, 1 + int((sums[:-2] < share * sums[-1]).sum())) for name, sums in kept.items()}
-
-
 @pytest.mark.parametrize("bound", [True, False])
 @pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.8])
 def test_no_ablation_of_that_size_has_a_smaller_largest_error(share, bound):
     found = layers(bound=bound)
-    for choices in (constant(found, share / 2), energy(found, share)):
+    for choices in (constant_ranks(found, share / 2), energy_ranks(found, share)):
         size = sum(layer.size(choices[name]) for name, layer in found.items())
         worst = max(layer.error(choices[name]) for name, layer in found.items())
         ours = allocate_ranks(found, size)

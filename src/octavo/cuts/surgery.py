@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from octavo.cuts.base import Units, check_kept, left
 from octavo.errors import RequestError
+from octavo.forms import Dense, Form, Trimmed
 
 
 def without(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> nn.Module:
@@ -43,6 +44,32 @@ def without(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]
         smaller[name] = tensor
     resize(thinner, smaller)
     return thinner
+
+
+def trimmed(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> dict[str, Form]:
+    """Forms of all matrices that lose slices, which store what is left of them and run as zeros elsewhere.
+
+    Raises
+    ------
+    RequestError
+        If ``kept`` does not fit the units.
+
+    Examples
+    --------
+    >>> from octavo.cuts import Slice
+    >>> net, places = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.arange(4)[:, None]
+    >>> hidden = Units("0", "neuron", 4, (Slice("0.weight", 0, places), Slice("2.weight", 1, places)))
+    >>> forms = trimmed(net, [hidden], {"0": torch.tensor([True, False, True, False])})
+    >>> {name: tuple(form.inner.weight.shape) for name, form in forms.items()}
+    {'0.weight': (2, 3), '2.weight': (2, 2)}
+    """
+    check_kept(units, kept)
+    own, forms = model.state_dict(), dict[str, Form]()
+    for name, masks in left(model, units, kept).items():
+        if len(masks) == 2:
+            rows, columns = masks
+            forms[name] = Trimmed(Dense(own[name][rows][:, columns].clone()), rows, columns)
+    return forms
 
 
 def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:

@@ -192,3 +192,23 @@ def _leveled(layers: Mapping[str, RankedLayer], groups: Mapping[str, int], budge
         middle = (low + high) // 2
         low, high = (low, middle) if at(middle).elements <= budget else (middle + 1, high)
     return at(high)
+
+
+def constant_ranks(layers: Mapping[str, RankedLayer], share: float) -> dict[str, RankChoice | None]:
+    """A plain SVD with the same share of the full rank in every layer, for comparisons."""
+    return _single({name: max(1, round(share * (len(layer.errors(1)) - 1))) for name, layer in layers.items()}, layers)
+
+
+def energy_ranks(layers: Mapping[str, RankedLayer], share: float) -> dict[str, RankChoice | None]:
+    """A plain SVD with the smallest ranks that keep the same share of every layer's energy, for comparisons."""
+    squares = {name: layer.errors(1)[:-1].square() for name, layer in layers.items()}
+    kept = {name: values.cumsum(0) / values.sum().clamp_min(1e-300) for name, values in squares.items()}
+    return _single({name: 1 + int((values[:-1] < share).sum()) for name, values in kept.items()}, layers)
+
+
+def _single(ranks: Mapping[str, int], layers: Mapping[str, RankedLayer]) -> dict[str, RankChoice | None]:
+    """One group of these ranks; layers that would not shrink stay dense."""
+    choices = {name: RankChoice(1, rank) for name, rank in ranks.items()}
+    return {
+        name: choice if layers[name].size(choice) < layers[name].dense else None for name, choice in choices.items()
+    }

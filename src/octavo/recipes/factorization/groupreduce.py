@@ -20,8 +20,8 @@ from octavo.methods.quantize.entropy import Entropy
 from octavo.recipes.frame import Lab, Stored, Study, gap
 from octavo.recipes.frame.bases import language_model, minilm
 from octavo.recipes.frame.data import TEXT, texts
-from octavo.recipes.frame.windows import nats
 from octavo.sources.model_classes import require_transformers
+from octavo.training import next_token
 
 #: Times smaller than tables in 32 bits, as published for reduced ranks; with quantized factors 26 are.
 RATIO, QUARTER, BLOCKS, ROUNDS = 6.6, 4, (2, 4, 8), 6
@@ -57,10 +57,11 @@ def run(lab: Lab) -> None:
     places = {"embedding": model.get_input_embeddings().weight, "softmax": model.get_output_embeddings().weight}
     tables = {name: place.detach().clone() for name, place in places.items()}
 
+    @torch.inference_mode()
     def lost(stored: Stored, windows: Tensor = few) -> Tensor:
         for name, place in places.items():
-            place.data.copy_(stored.tensors[f"{name}.weight"])
-        return nats(model, windows)
+            place.copy_(stored.tensors[f"{name}.weight"])
+        return torch.stack([next_token(model, {"input_ids": window[None]}) for window in windows])
 
     loss = dict[str, list[float]]()
     for arm, stored in arms(lab, "the language model", tables, counts, lambda stored: float(lost(stored).mean())):

@@ -1,6 +1,6 @@
 """What all studies share: bases, the lab, verdicts, results and pages."""
 
-from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, tally
+from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, rank_correlation, tally
 from octavo.recipes.frame.lab import Arm, Lab
 from octavo.recipes.frame.stored import Stored, quantized, through_file
 from octavo.recipes.frame.study import STUDIES, Study, get_study, studies
@@ -10,5 +10,5 @@ study = Study
 
 __all__ = [
     "STUDIES", "Arm", "Gap", "Gate", "Judged", "Lab", "Stored", "Study", "Verdict", "gap", "get_study", "quantized",
-    "studies", "tally", "through_file",
+    "rank_correlation", "studies", "tally", "through_file",
 ]  # fmt: skip

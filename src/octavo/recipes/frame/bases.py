@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import MissingExtraError
-from octavo.recipes.frame.data import Parts, Split, cifar10, fashion, package_folder
+from octavo.recipes.frame.data import Parts, Split, cifar10, fashion, package_folder, texts
 from octavo.recipes.frame.nets import ResNet, augmented, in_batches, momentum, shuffled
-from octavo.recipes.frame.windows import perplexity, text_windows
+from octavo.recipes.frame.windows import perplexity, spread, text_windows
 from octavo.system.atomic import made_aside, move_into_place
 from octavo.training import accuracy, cross_entropy, fit, next_token
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from octavo.recipes.frame.lab import Lab
 
 #: Blocks and epochs of the classifiers of every data set.
-CLASSIFIERS = {"fashion": (1, 10), "cifar10": (2, 16)}
+CLASSIFIERS = {"fashion": (1, 12), "cifar10": (2, 16)}
 #: Epochs of language models.
 EPOCHS = 3
 
@@ -78,7 +78,7 @@ def language_model(lab: Lab, tied: bool = True, seed: int = 0) -> tuple[Any, Par
     parts, layers, width = text_windows(lab), 2 if lab.quick else 6, 64 if lab.quick else 256
     config = LlamaConfig(
         vocab_size=512 if lab.quick else 4096, hidden_size=width, intermediate_size=11 * width // 4,
-        num_hidden_layers=layers, num_attention_heads=width // 32 or 2, num_key_value_heads=width // 64,
+        num_hidden_layers=layers, num_attention_heads=width // 32, num_key_value_heads=width // 64,
         max_position_embeddings=256, tie_word_embeddings=tied, attention_bias=False,
     )  # fmt: skip
 
@@ -120,6 +120,21 @@ def smollm2(lab: Lab) -> Path:
         AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float16, **given).save_pretrained(aside)
         move_into_place(aside, folder)
     return folder
+
+
+def pretrained_decoder(lab: Lab, train: int, development: int, test: int) -> tuple[Any, Parts[Tensor]]:
+    """SmolLM2 in float32 and so many windows of 512 tokens of each part; in quick runs :func:`language_model`."""
+    if lab.quick:
+        model, parts = language_model(lab)
+        return model, Parts(parts.train[:train], parts.development[:development], parts.test[:test], parts.digest)
+    folder, found = smollm2(lab), texts(lab)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    counts = ((found.train, train), (found.development, development), (found.test, test))
+    train_part, development_part, test_part = (spread(tokenizer, text, count, 512) for text, count in counts)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), Parts(train_part, development_part, test_part, found.digest)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,15 @@ def quantile(freedom: int) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation of two series."""
+    try:
+        from scipy.stats import spearmanr
+    except ImportError as error:
+        raise MissingExtraError("studies need scipy: pip install 'octavo[recipes]'") from error
+    return float(spearmanr(one, other).statistic)
+
+
 def together(gaps: Iterable[Gap]) -> Verdict:
     """The verdict of a statement that needs all of these: refuted by any, undecided if any is."""
     found = {gap.verdict for gap in gaps}

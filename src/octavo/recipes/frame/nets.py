@@ -25,12 +25,12 @@ def shuffled(*tensors: Tensor, size: int, seed: int = 0) -> Batches:
 
 
 def augmented(x: Tensor, y: Tensor, *, size: int = 128, seed: int = 0) -> Batches:
-    """Shuffled batches of images, each mirrored or not, and shifted by up to an eighth of its height.
+    """Shuffled batches of images, each mirrored or not, and shifted by up to two pixels.
 
     The draws are those of :func:`shuffled`, so they are the same on every device; the images stay where ``x`` is.
     """
     height, width = x.shape[-2:]
-    most = height // 8
+    most = 2
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = torch.Generator().manual_seed(1000 * seed + epoch + 1)
