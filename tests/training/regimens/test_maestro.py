@@ -9,7 +9,7 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.recipes.maestro import _angles
-from octavo.recipes.stored import through_file
+from octavo.recipes.frame import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.widths import allocated, factorizable, ladder, recalibrate, truncated

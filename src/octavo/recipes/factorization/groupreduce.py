@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -123,13 +123,16 @@ def arms(
     def store(make: Callable[..., Form], **how: float | Evidence) -> Stored:
         return lab.stored(holder, {f"{key}.weight": make(key, **how) for key in tables})
 
+    def at(make: Callable[..., Form], bits: float) -> Stored:
+        return store(make, bits=bits)
+
     best = lab.choose(f"blocks of {name}", lambda count: score(store(grouped_form, blocks=count)), BLOCKS)
     full = store(grouped_form)
     yield from ((DENSE, lab.stored(holder)), (SVD, store(low, evidence=plain)), (WEIGHTED, store(low)), (FULL, full))
     yield from ((CUT, store(grouped_form, rounds=0)), (LOWER, store(grouped_form, rank=rank // QUARTER)))
     for arm, make in ((CODED, grouped_form), (ROTATED, low), (ALONE, alone)):
         lab.step(f"{name}: {arm}")
-        yield arm, lab.fit(lambda bits, make=make: store(make, bits=bits), full.bytes // QUARTER, 1, 9)[1]
+        yield arm, lab.fit(partial(at, make), full.bytes // QUARTER, 1, 9)[1]
 
 
 def minilm_counts(lab: Lab) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
