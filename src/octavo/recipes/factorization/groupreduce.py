@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -20,14 +22,18 @@ from octavo.methods.quantize.entropy import Entropy
 from octavo.recipes.frame import Lab, Stored, Study, gap
 from octavo.recipes.frame.bases import language_model, minilm
 from octavo.recipes.frame.data import TEXT, texts
+from octavo.recipes.frame.windows import nats
 from octavo.sources.model_classes import require_transformers
-from octavo.training import next_token
 
 #: Times smaller than tables in 32 bits, as published for reduced ranks; with quantized factors 26 are.
 RATIO, QUARTER, BLOCKS, ROUNDS = 6.6, 4, (2, 4, 8), 6
 DENSE, SVD, WEIGHTED, CUT, FULL = "dense", "SVD", "weighted SVD", "blocks, not refined", "GroupReduce"
 CODED, LOWER = "GroupReduce, quantized to a quarter", "GroupReduce, a quarter of the ranks"
 ROTATED, ALONE = "weighted SVD, quantized to a quarter", "quantization alone, to the same bytes"
+PAIRS = {
+    "weighted": (WEIGHTED, SVD), "blocks": (FULL, WEIGHTED), "refined": (FULL, CUT),
+    "lower": (CODED, LOWER), "rotated": (CODED, ROTATED), "alone": (CODED, ALONE),
+}  # fmt: skip
 
 
 @Study(
@@ -57,34 +63,27 @@ def run(lab: Lab) -> None:
     places = {"embedding": model.get_input_embeddings().weight, "softmax": model.get_output_embeddings().weight}
     tables = {name: place.detach().clone() for name, place in places.items()}
 
-    @torch.inference_mode()
-    def lost(stored: Stored, windows: Tensor = few) -> Tensor:
+    def lost(stored: Stored, windows: Tensor) -> list[float]:
         for name, place in places.items():
-            place.copy_(stored.tensors[f"{name}.weight"])
-        return torch.stack([next_token(model, {"input_ids": window[None]}) for window in windows])
+            place.data.copy_(stored.tensors[f"{name}.weight"])
+        return nats(model, windows)
 
+    blocks = lab.choose("blocks", lambda count: sum(lost(next(arms(lab, tables, counts, count))[1], few)), BLOCKS)
     loss = dict[str, list[float]]()
-    for arm, stored in arms(lab, "the language model", tables, counts, lambda stored: float(lost(stored).mean())):
-        loss[arm] = lost(stored, test).tolist()
+    for arm, stored in arms(lab, tables, counts, blocks):
+        loss[arm] = lost(stored, test)
         lab.add(arm, math.exp(sum(loss[arm]) / len(test)), stored)
     for table, learned, unseen in minilm_counts(lab):
-
-        def energy(stored: Stored, table: Tensor = table, learned: Tensor = learned) -> float:
-            return float((table - stored.tensors["words.weight"]).square().sum(1) @ (learned + 1).float())
-
-        for arm, stored in arms(lab, "MiniLM", {"words": table}, learned, energy):
+        for arm, stored in arms(lab, {"words": table}, learned, BLOCKS[-1]):
             away = 1 - cosine_similarity(table.double(), stored.tensors["words.weight"].double())
             lab.add(f"MiniLM: {arm}", 100 * float(away @ unseen.double() / unseen.sum()), stored)
     told = {name: arm.shown for name, arm in lab.arms.items()}
     unigram = math.exp(-float(((counts + 1) / (counts + 1).sum()).log()[test.flatten()].mean()))
-    dense = lab.arms[DENSE].mean
-    lab.gate("perplexity is below a third of counting tokens", gap("a third of counting", [unigram / 3], [dense]))
+    third = gap("a third of counting", [unigram / 3], [lab.arms[DENSE].mean])
+    lab.gate("perplexity is below a third of counting tokens", third)
     lab.gate("a plain SVD does damage, over 0.05 nats", gap("nats, SVD over dense", loss[SVD], loss[DENSE], 0.05))
     lab.judge("quantized", gap(f"nats, {CODED} over {FULL}", loss[FULL], loss[CODED], -math.log(1.02)))
-    pairs = {"weighted": (WEIGHTED, SVD), "blocks": (FULL, WEIGHTED), "refined": (FULL, CUT)}
-    for key, (ours, theirs) in (
-        pairs | {"lower": (CODED, LOWER), "rotated": (CODED, ROTATED), "alone": (CODED, ALONE)}
-    ).items():
+    for key, (ours, theirs) in PAIRS.items():
         windows = gap(f"nats, {ours} over {theirs}", loss[theirs], loss[ours])
         lab.judge(key, windows, lab.ahead(f"MiniLM: {ours}", f"MiniLM: {theirs}"))
     lab.say(
@@ -94,9 +93,7 @@ def run(lab: Lab) -> None:
     )
 
 
-def arms(
-    lab: Lab, name: str, tables: Mapping[str, Tensor], counts: Tensor, score: Callable[[Stored], float]
-) -> Iterator[tuple[str, Stored]]:
+def arms(lab: Lab, tables: Mapping[str, Tensor], counts: Tensor, count: float) -> Iterator[tuple[str, Stored]]:
     """Tables through files of their own: as many coefficients in 16 bits for all, then a quarter of these bytes."""
     # Tokens that were not counted are not worthless.
     seen, plain = Evidence((counts + 1).float(), None), Evidence(torch.ones(len(counts)), None)
@@ -105,12 +102,12 @@ def arms(
     rank = round(4 * math.prod(shape) / RATIO / 2 / sum(shape))
 
     @cache
-    def cut(key: str, rank: int, blocks: int, rounds: int) -> tuple[Tensor, list[RowGroup]]:
-        grouping = grouped(tables[key], seen, rank, blocks, rounds)
+    def cut(key: str, rank: int, rounds: int) -> tuple[Tensor, list[RowGroup]]:
+        grouping = grouped(tables[key], seen, rank, max(2, round(count)), rounds)
         return grouping.member, grouping.blocks(tables[key], seen)
 
-    def grouped_form(key: str, bits: float = 0, rank: int = rank, blocks: float = 0, rounds: int = ROUNDS) -> Form:
-        member, found = cut(key, rank, round(blocks or best), rounds)
+    def blocks(key: str, bits: float = 0, rank: int = rank, rounds: int = ROUNDS) -> Form:
+        member, found = cut(key, rank, rounds)
         return RowBlocks(member, quantized(found, bits) if bits else exact(found))
 
     def low(key: str, bits: float = 0, evidence: Evidence = seen) -> Form:
@@ -120,29 +117,25 @@ def arms(
     def alone(key: str, bits: float) -> Form:
         return Entropy().encode(tables[key], Entropy(levels=(bits,)).settings(tables[key], seen)[0], seen)
 
-    def store(make: Callable[..., Form], **how: float | Evidence) -> Stored:
+    def store(make: Callable[..., Form], **how: Any) -> Stored:
         return lab.stored(holder, {f"{key}.weight": make(key, **how) for key in tables})
 
-    def at(make: Callable[..., Form], bits: float) -> Stored:
-        return store(make, bits=bits)
-
-    best = lab.choose(f"blocks of {name}", lambda count: score(store(grouped_form, blocks=count)), BLOCKS)
-    full = store(grouped_form)
-    yield from ((DENSE, lab.stored(holder)), (SVD, store(low, evidence=plain)), (WEIGHTED, store(low)), (FULL, full))
-    yield from ((CUT, store(grouped_form, rounds=0)), (LOWER, store(grouped_form, rank=rank // QUARTER)))
-    for arm, make in ((CODED, grouped_form), (ROTATED, low), (ALONE, alone)):
-        lab.step(f"{name}: {arm}")
-        yield arm, lab.fit(partial(at, make), full.bytes // QUARTER, 1, 9)[1]
+    full = store(blocks)
+    yield FULL, full
+    yield from ((DENSE, lab.stored(holder)), (SVD, store(low, evidence=plain)), (WEIGHTED, store(low)))
+    yield from ((CUT, store(blocks, rounds=0)), (LOWER, store(blocks, rank=rank // QUARTER)))
+    for arm, make in ((CODED, blocks), (ROTATED, low), (ALONE, alone)):
+        lab.step(f"{', '.join(tables)}: {arm}")
+        yield arm, lab.fit(lambda bits, make=make: store(make, bits=bits), full.bytes // QUARTER, 1, 9)[1]  # type: ignore[misc]
 
 
 def minilm_counts(lab: Lab) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """MiniLM's table, and how often its rows are read in training and in test text, for every seed's part of both."""
-    given, transformers = {"local_files_only": True}, require_transformers()
-    table = transformers.AutoModel.from_pretrained(minilm(), **given).get_input_embeddings().weight.detach()
-    tokenizer, text = transformers.AutoTokenizer.from_pretrained(minilm(), **given), texts(lab)
+    table = load_file(minilm() / "model.safetensors")["embeddings.word_embeddings.weight"].float()
+    tokenizer, text = require_transformers().AutoTokenizer.from_pretrained(minilm(), local_files_only=True), texts(lab)
     for seed in lab.seeds:
         lines = [part.splitlines()[seed :: 12 if lab.quick else 8 * len(lab.seeds)] for part in (text.train, text.test)]
         ids = [torch.cat([torch.tensor(line) for line in tokenizer(some).input_ids]) for some in lines]
         learned, unseen = (torch.bincount(tokens, minlength=len(table)) for tokens in ids)
-        rows = (learned + unseen > 0) if lab.quick else torch.ones(len(table), dtype=torch.bool)
-        yield table[rows].clone(), learned[rows], unseen[rows]
+        rows = learned + unseen >= (1 if lab.quick else 0)
+        yield table[rows], learned[rows], unseen[rows]
