@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from octavo.recipes.maestro import _angles
 from sklearn.datasets import load_digits
 from torch import nn
 
 from octavo.errors import RequestError
-from octavo.recipes.maestro import _angles
 from octavo.recipes.frame import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.regimens.maestro import OrderedDropout
