@@ -62,7 +62,10 @@ def correlation(one, other):
     return float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])
 
 
-@pytest.mark.parametrize(("solver", "least"), [("cg", 0.99999), ("lissa", 0.98), ("ekfac", 0.8)])
+@pytest.mark.parametrize(
+    ("solver", "least"),
+    [("cg", 0.99999), ("lissa", 0.98), ("ekfac", 0.8), ("kfac", 0.7), ("diagonal", 0.3)],
+)
 def test_scores_are_those_of_the_dense_matrix(trained, exact, solver, least):
     net, batches, queries = trained
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -137,7 +140,7 @@ def test_regressions_have_another_curvature():
 def test_requests_that_cannot_be_met_are_explained(trained):
     net, batches, queries = trained
     for change, message in (
-        ({"solver": "qr"}, "solver is 'qr'; choose one of ekfac, cg, lissa"),
+        ({"solver": "qr"}, "solver is 'qr'; choose one of ekfac, kfac, diagonal, cg, lissa"),
         ({"damping": 0.0}, "damping is 0.0; give a share above 0"),
         ({"queries": []}, "there are no queries; give at least one batch"),
         ({"module": nn.Embedding(3, 2)}, "has neither a linear layer nor a convolution"),

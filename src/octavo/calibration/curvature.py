@@ -93,6 +93,12 @@ class Curvature:
         """A curvature with these bases and ``Lam`` measured on gradients (examples, rows, columns)."""
         return replace(self, values=self.rotated(gradients).square().mean(0))
 
+    def simplified(self, *, inputs: bool = True, outputs: bool = True) -> Curvature:
+        """The product of both moments without correction, or of one of them with the identity, for comparisons."""
+        left = self.output_values if outputs else torch.ones_like(self.output_values)
+        right = self.input_values if inputs else torch.ones_like(self.input_values)
+        return replace(self, output_values=left, input_values=right, values=left[:, None] * right)
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """``S`` (rows, rows) and ``A`` (columns, columns), whose product is the curvature without correction."""
         outputs = (self.outputs * self.output_values) @ self.outputs.t()

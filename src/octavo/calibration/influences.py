@@ -15,6 +15,7 @@ Sources: Grosse et al. (2023), arXiv 2308.03296; Koh and Liang (2017), arXiv 170
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,8 @@ from octavo.errors import RequestError
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.sites import Progress
 
-SOLVERS = ("ekfac", "cg", "lissa")
+#: Models of the curvature that are solved exactly, and iterations on the whole of it.
+MODELS, ITERATIONS = ("ekfac", "kfac", "diagonal"), ("cg", "lissa")
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,14 @@ class Influence:
         Names of the layers that take part.
     left_out
         Names of the parameters that do not: embeddings, normalizations, grouped convolutions.
+    seconds
+        Time that the solver took, from measuring the curvature to the solved gradients of all queries.
     """
 
     scores: Tensor
     layers: tuple[str, ...]
     left_out: tuple[str, ...]
+    seconds: float
 
 
 def influence(
@@ -62,6 +67,7 @@ def influence(
     objective: str | Objective = "kl",
     damping: float = 0.1,
     solver: str = "ekfac",
+    steps: int = 200,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Influence:
@@ -81,8 +87,11 @@ def influence(
     damping
         Share of a layer's mean eigenvalue that is added to all of its eigenvalues.
     solver
-        ``ekfac``; or, for a check on a few queries, the iterations ``cg`` and ``lissa``, which take the whole ``F`` and
-        many passes over the examples for it (:mod:`octavo.calibration.iterated`).
+        ``ekfac``. For comparisons ``kfac`` and ``diagonal``, which are simpler models of ``F``. For a check on a few
+        queries the iterations ``cg`` and ``lissa``, which take the whole ``F``, and many passes over the examples
+        (:mod:`octavo.calibration.iterated`).
+    steps
+        The most passes of an iteration over the examples.
     seed
         Seed of the labels that are drawn.
     progress
@@ -113,8 +122,8 @@ def influence(
     >>> found.scores.shape, bool((found.scores[0, 0] > 0))
     (torch.Size([3, 64]), True)
     """
-    if solver not in SOLVERS:
-        raise RequestError(f"influence: solver is {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if solver not in MODELS + ITERATIONS:
+        raise RequestError(f"influence: solver is {solver!r}; choose one of {', '.join(MODELS + ITERATIONS)}")
     if not damping > 0:
         raise RequestError(f"influence: damping is {damping}; give a share above 0, such as 0.1")
     for name, batches in (("examples", examples), ("queries", queries)):
@@ -123,27 +132,57 @@ def influence(
     wanted, losses, gradients = objective_named(objective), Loss(loss), ExampleGradients(module)
     with gradients.watching():
         asked = _together(gradients, queries, losses)
-        if solver == "ekfac":
-            curvatures = layer_curvatures(gradients, examples, wanted, seed=seed)
+        progress(1, 3)
+        started = time.perf_counter()
+        if solver in MODELS:
+            curvatures = layer_curvatures(gradients, examples, wanted, seed=seed, kind=solver)
             levels = {name: damping * float(curvature.values.mean()) for name, curvature in curvatures.items()}
-            progress(2, 3)
             solved = {name: curvatures[name].solve(asked[name], level) for name, level in levels.items() if level > 0}
         else:
-            solved = _iterated(gradients, GaussNewton(gradients, examples, wanted), asked, damping, solver, seed)
-            progress(2, 3)
+            matrix = GaussNewton(gradients, examples, wanted)
+            solved = _iterated(matrix, asked, damping, solver, steps, seed)
+        seconds = time.perf_counter() - started
+        progress(2, 3)
         scores = torch.cat([_scores(traces, solved) for traces in _traced(gradients, examples, losses)], 1)
         progress(3, 3)
-    return Influence(scores, tuple(layer.name for layer in gradients.layers), gradients.left_out)
+    return Influence(scores, tuple(layer.name for layer in gradients.layers), gradients.left_out, seconds)
 
 
 def layer_curvatures(
-    gradients: ExampleGradients, batches: Sequence[Batch], objective: Objective, *, seed: int = 0
+    gradients: ExampleGradients, batches: Sequence[Batch], objective: Objective, *, seed: int = 0, kind: str = "ekfac"
 ) -> dict[str, Curvature]:
-    """The curvature of every layer's matrix ``[weight | bias]`` by EK-FAC, in two passes over the batches.
+    """The curvature of every layer's matrix ``[weight | bias]``, in two passes over the batches.
 
     Labels are drawn again for the second pass, so that a basis is not evaluated on the samples that defined it. The
     eigenvalues are not damped. This runs inside :meth:`ExampleGradients.watching`.
+
+    Parameters
+    ----------
+    kind
+        ``ekfac``; ``kfac``, which needs the first pass alone; or ``diagonal``, whose basis is that of the weights.
     """
+    total = sum(map(sequences_in, batches))
+    if kind == "diagonal":
+        eyes = {
+            layer.name: [torch.eye(size, dtype=torch.float64) for size in layer.shape] for layer in gradients.layers
+        }
+        found = {name: kronecker(*pair) for name, pair in eyes.items()}
+    else:
+        found = _kronecker(gradients, batches, objective, seed, total)
+    if kind == "kfac":
+        return found
+    squares = {name: torch.zeros_like(curvature.values) for name, curvature in found.items()}
+    for traces in _traced(gradients, batches, objective, seed + 1):
+        for name, trace in traces.items():
+            for _, matrices in trace.matrices():
+                squares[name] += found[name].rotated(matrices).square().sum(0).double()
+    return {name: replace(curvature, values=squares[name] / total) for name, curvature in found.items()}
+
+
+def _kronecker(
+    gradients: ExampleGradients, batches: Sequence[Batch], objective: Objective, seed: int, total: int
+) -> dict[str, Curvature]:
+    """The product of both moments of every layer that is used."""
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     for traces in _traced(gradients, batches, objective, seed):
         for name, trace in traces.items():
@@ -152,15 +191,8 @@ def layer_curvatures(
             inputs, outputs = trace.inputs[live].double(), trace.gradients[live].double()
             left, right, count = sums.get(name, (0.0, 0.0, 0))
             sums[name] = left + outputs.t() @ outputs, right + inputs.t() @ inputs, count + len(inputs)
-    total = sum(map(sequences_in, batches))
     # A sum over the positions of an example on one side, a mean on the other.
-    found = {name: kronecker(left / total, right / max(count, 1)) for name, (left, right, count) in sums.items()}
-    squares = {name: torch.zeros_like(curvature.values) for name, curvature in found.items()}
-    for traces in _traced(gradients, batches, objective, seed + 1):
-        for name, trace in traces.items():
-            for _, matrices in trace.matrices():
-                squares[name] += found[name].rotated(matrices).square().sum(0).double()
-    return {name: replace(curvature, values=squares[name] / total) for name, curvature in found.items()}
+    return {name: kronecker(left / total, right / max(count, 1)) for name, (left, right, count) in sums.items()}
 
 
 def mean_eigenvalues(
@@ -201,13 +233,9 @@ def _together(gradients: ExampleGradients, batches: Sequence[Batch], losses: Los
 
 
 def _iterated(
-    gradients: ExampleGradients,
-    matrix: GaussNewton,
-    asked: Mapping[str, Tensor],
-    damping: float,
-    solver: str,
-    seed: int,
+    matrix: GaussNewton, asked: Mapping[str, Tensor], damping: float, solver: str, steps: int, seed: int
 ) -> dict[str, Tensor]:
+    gradients = matrix.gradients
     levels = mean_eigenvalues(gradients, matrix.batches, matrix.objective, seed=seed)
     ridge = gradients.flat({n: torch.full_like(part[:1], damping * levels[n]) for n, part in asked.items()})[0]
     if not bool((ridge > 0).all()):
@@ -215,8 +243,8 @@ def _iterated(
         raise RequestError(f"influence: the outputs do not depend on {names}; solver {solver} needs all layers")
     vectors = gradients.flat(dict(asked))
     if solver == "cg":
-        return gradients.unflat(conjugate_gradients(matrix.times, vectors, ridge))
-    return gradients.unflat(lissa(matrix, vectors, ridge, seed=seed))
+        return gradients.unflat(conjugate_gradients(matrix.times, vectors, ridge, most=steps))
+    return gradients.unflat(lissa(matrix, vectors, ridge, most=steps, seed=seed))
 
 
 def _scores(traces: Mapping[str, Trace], solved: Mapping[str, Tensor]) -> Tensor:

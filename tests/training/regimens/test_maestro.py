@@ -8,8 +8,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from octavo.errors import RequestError
+from octavo.recipes.frame import through_file
 from octavo.recipes.frame.linear_maps import angles
-from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.widths import allocated, factorizable, ladder, recalibrate, truncated

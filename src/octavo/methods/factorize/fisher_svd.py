@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.calibration.curvature import Curvature
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.forms import Form
+from octavo.forms import Dense, Form, LowRank
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
@@ -93,6 +93,16 @@ class Fitting:
             found = factors.whitened(left @ right.t(), curvature.output_values, curvature.input_values, rank)
         left, right = curvature.outputs @ found.left, found.right @ curvature.inputs.t()
         return factors.Factors(left, right, found.values)
+
+
+def fitted(weight: Tensor, curvature: Curvature, share: float, *, sweeps: int = 10) -> LowRank:
+    """The unquantized product of nearly the least loss under a curvature, to be trained or compared.
+
+    ``share`` is that of the rank at which both factors are as large as the matrix.
+    """
+    rank = max(1, round(share * weight.numel() / sum(weight.shape)))
+    parts = Fitting(weight, curvature).of(rank, sweeps)
+    return LowRank(Dense(parts.left), Dense(parts.right))
 
 
 def _solved(factor: Tensor, values: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from octavo.errors import MissingExtraError
 
 #: The confidence of every interval.
@@ -95,13 +98,14 @@ def quantile(freedom: int) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's rank correlation of two series."""
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
+    """Spearman's rank correlation of two series; of two tables (rows, columns), the mean over rows."""
     try:
         from scipy.stats import spearmanr
     except ImportError as error:
         raise MissingExtraError("studies need scipy: pip install 'octavo[recipes]'") from error
-    return float(spearmanr(one, other).statistic)
+    pairs = zip(np.atleast_2d(one), np.atleast_2d(other), strict=True)
+    return statistics.fmean(float(spearmanr(*pair).statistic) for pair in pairs)
 
 
 def together(gaps: Iterable[Gap]) -> Verdict:
