@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from octavo.recipes.maestro import _angles
 from sklearn.datasets import load_digits
 from torch import nn
 
