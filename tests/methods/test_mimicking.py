@@ -113,3 +113,5 @@ def test_requests_that_cannot_be_met_are_explained(model, data):
     model.spare = nn.Linear(3, 3)
     with pytest.raises(RequestError, match="spare: no batch passes this layer"):
         Mimicking({"spare": 2}).of(model, data)
+    with pytest.raises(RequestError, match="batches: none are given"):
+        Mimicking({"mlp.0": 2}).of(model, [])

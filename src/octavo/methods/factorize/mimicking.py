@@ -72,9 +72,11 @@ class Mimicking:
         Raises
         ------
         RequestError
-            If a name is not that of a linear layer or table, a layer is not used, a rank is not possible, or a fold
-            changes the outputs.
+            If there are no batches, a name is not that of a linear layer or table, a layer is not used, a rank is not
+            possible, or a fold changes the outputs.
         """
+        if not batches:
+            raise RequestError("batches: none are given to mimic outputs on; give some inputs of the module")
         parts = _mimicked(module, self.ranks, batches)
         split = self._split(module, parts)
         made = self._folded(split, parts)
@@ -89,7 +91,7 @@ class Mimicking:
         return self._folded(self._split(module, parts), parts)
 
     def shaped(self, module: nn.Module) -> nn.Module:
-        """A copy of the module with parts of the same shapes and no values, to load an artifact into."""
+        """A copy of the module with parts of the same shapes, all zeros, to load an artifact into."""
         parts = {}
         for name, layer in _layers(module, self.ranks).items():
             rank = self.ranks[name]

@@ -1,4 +1,4 @@
-"""The optimal brain surgeon under a layer's curvature: what to prune, and how the other weights make up for it."""
+"""The optimal brain surgeon under the curvature of a layer: which weights are pruned, and how the others compensate."""
 
 from __future__ import annotations
 

@@ -99,7 +99,13 @@ def quantile(freedom: int) -> float:
 
 
 def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
-    """Spearman's rank correlation of two series; of two tables (rows, columns), the mean over rows."""
+    """Spearman's rank correlation of two series; of two tables (rows, columns), the mean over rows.
+
+    Examples
+    --------
+    >>> rank_correlation([[1, 2, 3], [1, 2, 3]], [[10, 30, 20], [4, 5, 6]])
+    0.75
+    """
     try:
         from scipy.stats import spearmanr
     except ImportError as error:
