@@ -14,8 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form, RowBlocks
-from octavo.methods.factorize.factors import factors
-from octavo.methods.factorize.factors import quantized as in_bits
+from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import RowGroup, grouped
 from octavo.methods.factorize.groupreduce import exact, quantized
 from octavo.methods.quantize.entropy import Entropy
@@ -79,13 +78,12 @@ def run(lab: Lab) -> None:
             lab.add(f"MiniLM: {arm}", 100 * float(away @ unseen.double() / unseen.sum()), stored)
     told = {name: arm.shown for name, arm in lab.arms.items()}
     unigram = math.exp(-float(((counts + 1) / (counts + 1).sum()).log()[test.flatten()].mean()))
-    third = gap("a third of counting", [unigram / 3], [lab.arms[DENSE].mean])
-    lab.gate("perplexity is below a third of counting tokens", third)
+    lab.gate("perplexity is below a third of counting tokens", gap("a third", [unigram / 3], [lab.arms[DENSE].mean]))
     lab.gate("a plain SVD does damage, over 0.05 nats", gap("nats, SVD over dense", loss[SVD], loss[DENSE], 0.05))
     lab.judge("quantized", gap(f"nats, {CODED} over {FULL}", loss[FULL], loss[CODED], -math.log(1.02)))
     for key, (ours, theirs) in PAIRS.items():
-        windows = gap(f"nats, {ours} over {theirs}", loss[theirs], loss[ours])
-        lab.judge(key, windows, lab.ahead(f"MiniLM: {ours}", f"MiniLM: {theirs}"))
+        words = lab.ahead(f"MiniLM: {ours}", f"MiniLM: {theirs}")
+        lab.judge(key, gap(f"nats, {ours} over {theirs}", loss[theirs], loss[ours]), words)
     lab.say(
         f"Dense perplexity is {told[DENSE]}. Tables {RATIO:g} times smaller give {told[SVD]} by SVD, {told[WEIGHTED]} "
         f"weighted, {told[FULL]} in blocks; {QUARTER} times smaller again, {told[CODED]}, and {told[ALONE]} by "
@@ -111,8 +109,8 @@ def arms(lab: Lab, tables: Mapping[str, Tensor], counts: Tensor, count: float) -
         return RowBlocks(member, quantized(found, bits) if bits else exact(found))
 
     def low(key: str, bits: float = 0, evidence: Evidence = seen) -> Form:
-        found = factors(tables[key], evidence).first(rank)
-        return in_bits(found, bits, evidence) if bits else found.form
+        found = factors.factors(tables[key], evidence).first(rank)
+        return factors.quantized(found, bits, evidence) if bits else found.form
 
     def alone(key: str, bits: float) -> Form:
         return Entropy().encode(tables[key], Entropy(levels=(bits,)).settings(tables[key], seen)[0], seen)
