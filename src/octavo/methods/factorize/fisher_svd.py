@@ -95,7 +95,7 @@ class Fitting:
         return factors.Factors(left, right, found.values)
 
 
-def fitted(weight: Tensor, curvature: Curvature, share: float, *, sweeps: int = 10) -> LowRank:
+def fitted(weight: Tensor, curvature: Curvature, share: float, *, sweeps: int = 3) -> LowRank:
     """The unquantized product of nearly the least loss under a curvature, to be trained or compared.
 
     ``share`` is that of the rank at which both factors are as large as the matrix.
