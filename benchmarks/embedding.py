@@ -11,11 +11,12 @@ GroupReduce has a choice of ranks, the one of least expected loss is taken, whic
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import brown, minilm, save_results
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.calibration.calibrating import calibrate
 from octavo.calibration.evidence import Evidence
@@ -25,7 +26,7 @@ from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import grouped
 from octavo.methods.factorize.groupreduce import quantized
 from octavo.methods.quantize.entropy import Entropy
-from octavo.recipes.groupreduce import Maker, blocks_rank, matched
+from octavo.recipes.frame import Lab, Stored, get_study, through_file
 from octavo.sources.files import from_path
 from octavo.sources.loading import load_weights
 from octavo.sources.tokens import text_batches
@@ -35,6 +36,9 @@ RATIOS = (6, 9, 13, 19, 28)
 #: Ranks of GroupReduce, as shares of the full one, at which its blocks are whole, and its blocks and rounds of
 #: refinement.
 SHARES, BLOCKS, ROUNDS = (1.0, 0.95, 0.85, 0.7, 0.5, 0.35), 8, 6
+
+#: Makes a form at a number of bits.
+Maker = Callable[[float], Form]
 
 
 def makers(table: Tensor, evidence: Evidence) -> dict[str, list[tuple[dict[str, Any], Maker]]]:
@@ -46,7 +50,7 @@ def makers(table: Tensor, evidence: Evidence) -> dict[str, list[tuple[dict[str, 
         "groupreduce": [],
     }
     for share in SHARES:
-        rank = blocks_rank(table, share)
+        rank = table.shape[1] if share == 1 else round(share / sum(1 / n for n in table.shape))
         grouping = grouped(table, evidence, rank, BLOCKS, ROUNDS)
         blocks = grouping.blocks(table, evidence)
         setting = {"rank": rank, "ranks": list(grouping.ranks), "rows": grouping.member.bincount().tolist()}
@@ -54,6 +58,17 @@ def makers(table: Tensor, evidence: Evidence) -> dict[str, list[tuple[dict[str, 
             (setting, lambda bits, g=grouping, found=blocks: RowBlocks(g.member, quantized(found, bits)))
         )
     return found
+
+
+def matched(table: Tensor, make: Maker, size: float) -> tuple[Stored, float]:
+    """A table in a file of about ``size`` bytes, and its bits."""
+    holder = nn.Embedding.from_pretrained(table)
+
+    def at(bits: float) -> Stored:
+        return through_file(holder, {"weight": make(bits)})
+
+    bits, stored = Lab(get_study("groupreduce")).fit(at, round(size), 0.05, 16.0)
+    return stored, bits
 
 
 def _entropy(table: Tensor, evidence: Evidence, bits: float) -> Form:
@@ -81,7 +96,7 @@ def main() -> None:
         for method, offered in choices.items():
             began, best = time.perf_counter(), None
             for setting, make in offered:
-                stored, bits = matched(table, make, 32 / ratio, size)
+                stored, bits = matched(table, make, size)
                 restored = stored.tensors["weight"]
                 loss = evidence.loss(table - restored)
                 if best is None or loss < best[0]:

@@ -79,6 +79,8 @@ def test_a_cut_alone_is_an_ordinary_model_of_the_size_asked_for(made):
     assert loaded[:2] == [[32, width], [width, 32]]
     assert loaded[2] == pytest.approx(logit_of(octavo.load(folder / "alone")), abs=1e-5)
     assert octavo.verify(folder / "alone").outputs_match
+    with pytest.raises(RequestError, match="nothing is encoded here that could run packed"):
+        octavo.load(folder / "alone", packed=True)
 
 
 def test_the_report_has_the_cut_and_measures_against_the_source(made):

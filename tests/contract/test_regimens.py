@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from octavo.artifact import pack, unpack
-from octavo.recipes.stored import through_file
+from octavo.recipes.frame import through_file
 from octavo.sources.sites import Layout
 from octavo.training import REGIMENS, HandOver, Regimen, accuracy, cross_entropy, fit
 

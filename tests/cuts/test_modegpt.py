@@ -20,7 +20,7 @@ from octavo.cuts.decomposition import (
 )
 from octavo.errors import RequestError
 from octavo.forms import Trimmed
-from octavo.recipes.stored import through_file
+from octavo.recipes.frame import through_file
 
 transformers = pytest.importorskip("transformers")
 

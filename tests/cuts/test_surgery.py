@@ -8,7 +8,10 @@ from torch import nn
 
 import octavo.cuts.choosing
 import octavo.cuts.surgery
-from octavo.cuts import Slice, Units, best, resize, skeleton, without
+from octavo.cuts import Slice, Units, best, resize, skeleton, trimmed, without
+from octavo.cuts.decoder import observe
+from octavo.cuts.modegpt import MoDeGPT
+from octavo.cuts.scoring import magnitudes, output_energies
 from octavo.errors import RequestError
 
 
@@ -85,3 +88,34 @@ def test_one_unit_stays_and_scores_must_be_finite():
     assert best({"a": torch.tensor([1.0, 2.0, 2.0])}, 0.9)["a"].tolist() == [False, True, False]
     with pytest.raises(RequestError, match="score is not finite"):
         best({"a": torch.tensor([1.0, float("nan")])}, 0.5)
+
+
+def test_slices_as_forms_hold_what_is_left_and_scores_say_what_goes():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, :11] = 0
+            layer.mlp.gate_proj.weight[:11] = 1.0
+    units = MoDeGPT().units(model)
+    moments = observe(model, [{"input_ids": torch.randint(0, 64, (8, 16))}])
+    for scores in (magnitudes(model, units), output_energies(model, moments)):
+        assert {name: len(value) for name, value in scores.items()} == {part.name: part.count for part in units}
+        kept = best(scores, 0.25)
+        assert not kept["model.layers.1:mlp"][:11].any() and kept["model.layers.1:mlp"][11:].all()
+        forms = trimmed(model, units, kept)
+        assert len(forms) == 14 and forms["model.layers.0.mlp.down_proj.weight"].inner.weight.shape == (32, 33)
+        weight = model.model.layers[0].self_attn.o_proj.weight
+        dense = forms["model.layers.0.self_attn.o_proj.weight"].dense()
+        gone = (dense == 0).all(0)
+        assert int(gone.sum()) == 8 and torch.equal(dense[:, ~gone], weight[:, ~gone])

@@ -12,7 +12,7 @@ from octavo.forms import Grid, LowRank, RowBlocks
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.grouping import Grouping, grouped
-from octavo.methods.factorize.groupreduce import GroupReduce
+from octavo.methods.factorize.groupreduce import GroupReduce, exact
 from octavo.sources.sites import Layout, Site
 
 
@@ -29,8 +29,8 @@ def product(weight: Tensor, evidence: Evidence, grouping: Grouping) -> Tensor:
     """What blocks stand for before quantization."""
     restored = torch.empty_like(weight)
     for number, block in enumerate(grouping.blocks(weight, evidence)):
-        exact = block.weight if block.parts is None else block.parts.left @ block.parts.right
-        restored[grouping.member == number] = exact
+        values = block.weight if block.parts is None else block.parts.left @ block.parts.right
+        restored[grouping.member == number] = values
     return restored
 
 
@@ -220,3 +220,11 @@ def test_unusable_settings_are_named(setting, word):
     weight, evidence = table()
     with pytest.raises(RequestError, match=f"groupreduce.*{word}"):
         get_method("groupreduce").encode(weight, setting, evidence)
+
+
+def test_exact_blocks_hold_the_factors_as_found():
+    weight, evidence = table()
+    grouping = grouped(weight, evidence, 8, 4, 2)
+    form = RowBlocks(grouping.member, exact(grouping.blocks(weight, evidence)))
+    assert torch.allclose(form.dense(), product(weight, evidence, grouping))
+    assert [type(block).__name__ for block in form.blocks][-1] == "LowRank"

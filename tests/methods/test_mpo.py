@@ -15,7 +15,7 @@ from octavo.forms import Dense, TensorTrain
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.mpo import bond, decompose, elements, modes
-from octavo.recipes.stored import quantized
+from octavo.recipes.frame import quantized
 from octavo.sources.sites import Site
 
 

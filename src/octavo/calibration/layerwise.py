@@ -14,6 +14,7 @@ from octavo.calibration.blocks import Blocks
 from octavo.calibration.objective import Objective
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, mask_of
+from octavo.system.matmul import fast_matmul
 
 
 @contextmanager
@@ -50,6 +51,7 @@ def input_moments(layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> 
             handle.remove()
 
 
+@fast_matmul()
 @torch.no_grad()
 def change_layers(
     model: nn.Module,
@@ -67,8 +69,8 @@ def change_layers(
     objective
         How the model is called on a batch.
     changed
-        Returns the new weight of a layer by the name of its weight, the layer, and the sum of ``x x^T`` over what it
-        reads, (inputs, inputs).
+        Returns the new weight of a layer by the name of its weight (``0.self_attn.q_proj.weight`` in the first block),
+        the layer, and the sum of ``x x^T`` over what it reads, (inputs, inputs).
     layers
         How many blocks are changed; all by default.
     in_order
@@ -91,9 +93,7 @@ def change_layers(
             return [blocks.run(number, state, calls[number]) for state, (_, calls) in zip(states, begun, strict=True)]
 
         linears = {
-            f"{blocks.prefix}.{number}.{name}.weight": module
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
+            f"{number}.{name}.weight": module for name, module in block.named_modules() if isinstance(module, nn.Linear)
         }
         with input_moments(linears, batches) as moments:
             after = through(states)

@@ -51,6 +51,8 @@ def load_model(artifact: Artifact, as_weight: AsWeight | None = None) -> nn.Modu
 
 
 def _load(folder: Path, options: Mapping[str, Any], artifact: Artifact, as_weight: AsWeight | None = None) -> Loaded:
+    if as_weight is not None and artifact.is_plain:
+        raise RequestError(f"{folder}: nothing is encoded here that could run packed; leave packed out")
     given = dict(options)
     if read_config(folder).get("use_pretrained_backbone"):
         # All weights are in the artifact; backbone weights would be requested from a hub.

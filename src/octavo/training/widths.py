@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
-from octavo.forms import Dense, LowRank
+from octavo.forms import Dense, Form, LowRank
+from octavo.methods.factorize.factors import whitened
 
 
 def factorizable(model: nn.Module) -> tuple[str, ...]:
@@ -47,6 +49,62 @@ def truncated(forms: Mapping[str, LowRank], widths: Mapping[str, int]) -> dict[s
             )
         cut[name] = LowRank(Dense(left[:, :width].contiguous()), Dense(right[:width].contiguous()))
     return cut
+
+
+def components(model: nn.Module) -> dict[str, LowRank]:
+    """All singular components of the weights that can be factorized, by name."""
+    found = {}
+    for name in factorizable(model):
+        parts = whitened(model.get_parameter(name).detach().flatten(1))
+        found[name] = LowRank(Dense(parts.left), Dense(parts.right))
+    return found
+
+
+def with_weights(model: nn.Module, forms: Mapping[str, Form]) -> nn.Module:
+    """A copy of the model with the given weights."""
+    made, state = copy.deepcopy(model), model.state_dict()
+    made.load_state_dict({**state, **{name: form.dense().view_as(state[name]) for name, form in forms.items()}})
+    return made
+
+
+def costs(
+    model: nn.Module, forms: Mapping[str, LowRank], loss: Callable[[nn.Module], float], growth: float = 2.0
+) -> dict[str, dict[int, float]]:
+    """The loss when only one layer is cut to a width, for every layer and some of its widths.
+
+    Parameters
+    ----------
+    loss
+        Returns the loss of a model on development data.
+    growth
+        Ratio of successive widths.
+    """
+    return {
+        name: {
+            width: loss(with_weights(model, truncated(forms, {name: width})))
+            for width in ladder(form.left.shape[1], growth)
+        }
+        for name, form in forms.items()
+    }
+
+
+def within_share(
+    forms: Mapping[str, LowRank], curves: Mapping[str, Mapping[int, float]], share: float
+) -> dict[str, LowRank]:
+    """Factors of least loss that have a share of the weights of all matrices, without retraining.
+
+    Layers whose factors would not be smaller than the matrix are left out: they stay dense.
+
+    Parameters
+    ----------
+    curves
+        What :func:`costs` returned.
+    """
+    shapes = {name: form.shape for name, form in forms.items()}
+    widths = allocated(curves, shapes, round(share * sum(rows * columns for rows, columns in shapes.values())))
+    return truncated(
+        forms, {name: k for name, k in widths.items() if k * sum(shapes[name]) < shapes[name][0] * shapes[name][1]}
+    )
 
 
 @torch.no_grad()

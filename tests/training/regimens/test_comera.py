@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from octavo.errors import RequestError
 from octavo.forms import TensorTrain
 from octavo.methods.factorize.mpo import modes
-from octavo.recipes.stored import through_file
+from octavo.recipes.frame import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.adaptive_trains import attach, fold, random_train, trains
 from octavo.training.regimens.comera import CoMERA, core_rates

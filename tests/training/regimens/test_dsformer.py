@@ -9,7 +9,7 @@ from torch import nn
 from octavo.errors import RequestError
 from octavo.forms import DenseSparse
 from octavo.methods.factorize.dictionaries import Shape, learn, split
-from octavo.recipes.stored import through_file
+from octavo.recipes.frame import through_file
 from octavo.sources.sites import Layout
 from octavo.training import Regimen, accuracy, cross_entropy, fit, formed, settle
 from octavo.training.regimens.dsformer import StraightThroughFactorizer

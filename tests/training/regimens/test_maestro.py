@@ -8,8 +8,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from octavo.errors import RequestError
-from octavo.recipes.maestro import _angles
-from octavo.recipes.stored import through_file
+from octavo.recipes.frame import through_file
+from octavo.recipes.frame.linear_maps import angles
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.widths import allocated, factorizable, ladder, recalibrate, truncated
@@ -111,7 +111,7 @@ def test_later_columns_are_penalized_more_and_zero_has_a_slope():
 
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 def test_a_linear_map_is_found_in_the_order_of_its_svd(spread):
-    plain, weighted = _angles(spread)
+    plain, weighted = angles(0, spread)
     assert weighted < 5
     assert (plain < 5) == (spread == 0), "unequal inputs give another order than the weights have"
 

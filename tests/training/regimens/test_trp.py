@@ -6,7 +6,7 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.forms import Folded, GroupedLowRank, LowRank
-from octavo.recipes.stored import through_file
+from octavo.recipes.frame import through_file
 from octavo.training import cross_entropy, fit
 from octavo.training.regimens.trp import FOLDINGS, TrainedRankPruning, decomposed, kernels
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from octavo.calibration.evidence import Evidence
+from octavo.calibration.layerwise import change_layers
+from octavo.calibration.objective import Objective
 from octavo.errors import RequestError
 from octavo.forms import Form, Sum
 from octavo.methods.base import Method, Setting, method
@@ -17,6 +21,7 @@ from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
 from octavo.methods.quantize.trellis import TrellisCoded
 from octavo.methods.spelling import get_method
+from octavo.sources.batches import Batch
 
 #: From this many bits per weight, a trellis base is better: 1 dB at equal bytes on MiniLM's matrices. Pruned bases and
 #: bases on group grids lost 2 to 6 dB against it at every size, and are not offered.
@@ -135,3 +140,45 @@ def compensated(weight: Tensor, base: Form, evidence: Evidence, rank: int, bits:
     It has the least expected loss among all corrections of that rank, up to its quantization.
     """
     return Sum(base, factors.quantized(lost(weight, base, evidence, rank).first(rank), bits, evidence))
+
+
+def compensated_blocks(
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    forms: Mapping[str, Form],
+    rank: int,
+    bits: float,
+    *,
+    known: Callable[[Tensor], Tensor | None] = lambda moment: moment,
+    ridge: float = 1e-6,
+    layers: int | None = None,
+    in_order: bool = True,
+) -> dict[str, Form]:
+    """Correct the compressed linear layers of a model's blocks, first block to last; the model stays as it is.
+
+    Parameters
+    ----------
+    objective, batches, layers, in_order
+        As for :func:`octavo.calibration.layerwise.change_layers`. In order, what a layer reads has passed the layers
+        corrected before it.
+    forms
+        What every layer was compressed to, by the name of its weight there.
+    rank, bits
+        Of each correction, and of its coefficients.
+    known
+        What a correction knows of the second moment of a layer's inputs, (inputs, inputs): all by default; None for a
+        plain SVD of the error.
+    ridge
+        Added to the diagonal of each moment, as a share of its mean.
+    """
+    found: dict[str, Form] = {}
+
+    def changed(name: str, layer: nn.Linear, moment: Tensor) -> Tensor:
+        moment.diagonal().add_(ridge * moment.diagonal().mean())
+        weight, evidence = layer.weight.detach(), Evidence(torch.ones(len(layer.weight)), known(moment))
+        found[name] = compensated(weight, forms[name], evidence, rank, bits)
+        return found[name].dense()
+
+    change_layers(copy.deepcopy(model), objective, batches, changed, layers=layers, in_order=in_order)
+    return found

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.calibration.evidence import Evidence, require_finite
 from octavo.errors import RequestError
-from octavo.forms import Form, LowRank
+from octavo.forms import Dense, Form, LowRank
 from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import real, whole
@@ -61,6 +61,11 @@ class Factors:
     def first(self, rank: int) -> Factors:
         """The best factors of the given rank."""
         return Factors(self.left[:, :rank], self.right[:rank], self.values[:rank])
+
+    @property
+    def form(self) -> LowRank:
+        """The product, with both factors as they are."""
+        return LowRank(Dense(self.left), Dense(self.right))
 
 
 def factors(weight: Tensor, evidence: Evidence, most: int | None = None) -> Factors:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
-from octavo.forms import Form, RowBlocks
+from octavo.forms import Dense, Form, RowBlocks
 from octavo.forms.rowblocks import MOST_BLOCKS
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
@@ -80,6 +80,11 @@ class GroupReduce(Method):
                 known[rank, blocks] = grouped(weight, evidence, rank, blocks, self.rounds)
             grouping = known[rank, blocks]
             yield RowBlocks(grouping.member, quantized(grouping.blocks(weight, evidence), bits))
+
+
+def exact(blocks: Sequence[RowGroup]) -> tuple[Form, ...]:
+    """All blocks with their factors as found, to be trained or stored as they are."""
+    return tuple(Dense(block.weight) if block.parts is None else block.parts.form for block in blocks)
 
 
 def quantized(blocks: Sequence[RowGroup], bits: float) -> tuple[Form, ...]:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,7 +60,7 @@ class Parts(Generic[Part]):
 
 @dataclass(frozen=True)
 class Split(Parts[tuple[Tensor, Tensor]]):
-    """Images (N, channels, H, W) and labels (N,) of ten classes."""
+    """Examples, such as images (N, channels, H, W), and their labels (N,)."""
 
     classes: int = 10
 
@@ -220,6 +221,38 @@ def sentiment(lab: Lab) -> Parts[list[tuple[str, int]]]:
         for path in (file("sst2-train.tsv"), file("sst2-dev.tsv"))
     )
     return _listed(learn, 692, shown)
+
+
+def origins(lab: Lab, words: int = 16, vocabulary: int = 4096, each: int = 4_000) -> Split:
+    """Passages as numbers of words, (N, words), and the number of the text that each is from.
+
+    Every file of :func:`texts` gives as many passages, spread over all of it; a tenth is for choices, and a fifth for
+    reporting. Words are numbered by falling frequency; 0 fills up, 1 is any word beyond the vocabulary. Quick runs have
+    the sentences of :func:`sentiment`.
+    """
+    parts: list[list[tuple[str, int]]] = [[], [], []]
+    if lab.quick:
+        found = sentiment(lab)
+        parts, made = [found.train, found.development, found.test], found.digest
+    else:
+        content = [path.read_bytes() for path in sorted(file("text").glob("*.txt"))]
+        made = digest(*content)
+        for label, text in enumerate(content):
+            all_words = text.decode().split()
+            step = max(1, len(all_words) // words // each) * words
+            for number, start in enumerate(range(0, min(len(all_words) - words, each * step), step)):
+                # Neighbours go to the same part.
+                part = parts[{0: 1, 1: 2, 2: 2}.get(number // 20 % 10, 0)]
+                part.append((" ".join(all_words[start : start + words]), label))
+    counts = Counter(word for passage, _ in parts[0] for word in passage.lower().split())
+    known = {word: number for number, (word, _) in enumerate(counts.most_common(vocabulary - 2), start=2)}
+
+    def numbered(rows: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
+        ids = [[known.get(word, 1) for word in passage.lower().split()][:words] for passage, _ in rows]
+        return torch.tensor([row + [0] * (words - len(row)) for row in ids]), torch.tensor([y for _, y in rows])
+
+    train, development, test = (numbered(part) for part in parts)
+    return Split(train, development, test, made, int(train[1].max()) + 1)
 
 
 def likeness(lab: Lab) -> Parts[list[tuple[str, str, float]]]:

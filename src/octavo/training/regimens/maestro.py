@@ -51,8 +51,8 @@ class OrderedDropout(Regimen):
     threshold
         Share of a layer's product of norms below which its last columns are dropped.
     growth
-        Ratio of successive widths to draw, from 1 up to all columns; 1 draws every width. With fewer widths, each is
-        drawn more often.
+        Ratio of successive widths to draw, from 1 up to all columns; 1 draws every width, as in the paper. A larger one
+        draws narrow widths more often, at the expense of the whole network.
     distil
         Whether the narrowed network learns from the whole one, and the whole one from the labels.
     names
@@ -63,7 +63,7 @@ class OrderedDropout(Regimen):
 
     pressure: float = 1e-3
     threshold: float = 1e-2
-    growth: float = 1.5
+    growth: float = 1.0
     distil: bool = False
     names: tuple[str, ...] | None = None
     seed: int = 0

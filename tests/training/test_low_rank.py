@@ -1,4 +1,4 @@
-"""Layers that are low-rank by design, and the encoders they are compared in."""
+"""Layers that are low-rank by design."""
 
 import copy
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from octavo.architectures import SequenceClassifier
 from octavo.errors import RequestError
-from octavo.recipes.greenformers import KINDS, crossover, encoder, patches
-from octavo.recipes.stored import through_file
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.low_rank import STARTS, low_rank, semi_nmf
 
@@ -100,42 +99,13 @@ def test_bad_ranks_and_starts_are_told():
         low_rank(nn.Linear(9, 9), 3)
 
 
-def test_encoders_differ_in_what_they_save():
-    models = {kind: encoder(kind, 12, 64, 32, 16, 0) for kind in KINDS}
-    x = torch.randn(2, 64, 12)
-    assert all(model(x).shape == (2, 10) for model in models.values())
-    stored = {kind: through_file(model).bytes for kind, model in models.items()}
-    assert stored["LRT"] < stored["full"] < stored["Linformer"]
-    assert size(models["Linformer"]) - size(models["full"]) == 2 * 2 * 16 * 64
-    # Linformer mixes all positions, and so it is bound to one length.
-    with pytest.raises(RuntimeError):
-        models["Linformer"](x[:, :32])
-
-
-def test_linformer_with_all_positions_kept_is_full_attention():
-    full, thin = encoder("full", 12, 16, 32, 16, 0), encoder("Linformer", 12, 16, 32, 16, 0)
-    for layer in thin.layers:
-        layer.mix_keys.data = layer.mix_values.data = torch.eye(16)
-    thin.load_state_dict(full.state_dict(), strict=False)
-    x = torch.randn(3, 16, 12)
-    assert torch.allclose(full(x), thin(x), atol=1e-5)
-
-
 def test_a_low_rank_encoder_learns():
     torch.manual_seed(0)
     x, y = torch.randn(256, 8, 6), torch.arange(256) % 4
     x[:, 0] += 3 * nn.functional.one_hot(y, 6)
-    model = encoder("LRT", 6, 8, 32, 0, 0)
+    model = SequenceClassifier(6, 8, 10, width=32)
+    whole = size(model)
+    low_rank(model.layers, 8)
+    assert size(model) < 0.6 * whole
     fit(model, lambda epoch: list(zip(x.split(32), y.split(32), strict=True)), cross_entropy, epochs=8, lr=1e-2)
     assert accuracy(model, [(x, y)]) > 0.8
-
-
-def test_the_crossover_lies_between_the_lengths_where_order_changes():
-    assert crossover([64, 256, 1024], [1, 2, 8], [2, 2.5, 4]) == pytest.approx(256 * 4 ** (0.32193 / 1.32193), rel=1e-3)
-    assert crossover([64, 256], [1, 2], [2, 3]) is None and crossover([64, 256], [3, 4], [2, 3]) is None
-
-
-def test_patches_are_squares_of_the_image():
-    image = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
-    cut = patches(image, 4)
-    assert cut.shape == (2, 4, 48) and torch.equal(cut[1, 1], image[1, :, :4, 4:].flatten())
