@@ -23,7 +23,7 @@ from octavo.training import accuracy, cross_entropy, formed, settle
 #: Coefficients of all layers together, as shares of the dense ones.
 SIZES = (0.2, 0.35)
 #: Rates of fine-tuning, its steps, and images of a step.
-RATES, STEPS, BATCH = (0.003, 0.01, 0.03), 120, 64
+RATES, STEPS, BATCH = (0.003, 0.01, 0.03), 100, 64
 
 DENSE, OURS, BOUND, CODED = "dense", "ALDS", "ALDS with sqrt(k)", "quantization alone"
 SINGLE, CONSTANT, ENERGY = "one group by the same allocator", "constant relative rank", "energy threshold"
