@@ -88,7 +88,7 @@ def compare(lab: Lab, seed: int) -> None:
     """All arms of one seed, at equal bytes and with equal steps of fine-tuning."""
     split, model = fashion(lab), classifier(lab, seed)
     layers, bound = ranked_layers(model), ranked_layers(model, bound=True)
-    test, steps = in_batches(split.test), 4 if lab.quick else STEPS
+    test, steps = in_batches(split.test), 1 if lab.quick else STEPS
     # The first three count coefficients; shares of ranks and of energy are searched for equal bytes.
     counting = {
         OURS: partial(minimax, layers),
