@@ -1,11 +1,13 @@
 """Moments of what layers read, and models changed layer by layer."""
 
 import copy
+import doctest
 
 import pytest
 import torch
 from torch import nn
 
+import octavo.calibration.layerwise
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.layerwise import change_layers, input_moments
 from octavo.calibration.objective import Squared
@@ -39,6 +41,10 @@ class Chain(nn.Module):
 def chain():
     torch.manual_seed(0)
     return Chain().eval(), [torch.randn(32, 8) for _ in range(3)]
+
+
+def test_the_example_says_what_happens():
+    assert doctest.testmod(octavo.calibration.layerwise, extraglobs={"torch": torch}).failed == 0
 
 
 def test_moments_are_those_of_the_tokens_that_are_no_padding():

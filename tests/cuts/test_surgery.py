@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import octavo.cuts.asked
 import octavo.cuts.choosing
 import octavo.cuts.surgery
 from octavo.cuts import Slice, Units, best, resize, skeleton, trimmed, without
@@ -15,7 +16,7 @@ from octavo.cuts.scoring import magnitudes, output_energies
 from octavo.errors import RequestError
 
 
-@pytest.mark.parametrize("module", [octavo.cuts.choosing, octavo.cuts.surgery])
+@pytest.mark.parametrize("module", [octavo.cuts.asked, octavo.cuts.choosing, octavo.cuts.surgery])
 def test_examples_say_what_happens(module):
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
