@@ -95,6 +95,14 @@ def test_ladders():
     assert ladder(5, 1.0) == [1, 2, 3, 4, 5]
 
 
+def test_linear_layers_run_on_their_factors_as_the_matrix_does():
+    model, regimen, x = nn.Sequential(nn.Linear(7, 5)), OrderedDropout(), torch.randn(2, 3, 7)
+    regimen.begin(model, 1)
+    for width in (None, 3):
+        regimen._layers["0.weight"].width = width
+        assert torch.allclose(model(x), nn.functional.linear(x, model[0].weight, model[0].bias), atol=1e-5)
+
+
 def test_later_columns_are_penalized_more_and_zero_has_a_slope():
     model, regimen = nn.Sequential(nn.Linear(6, 5, bias=False)), OrderedDropout(pressure=1.0)
     regimen.begin(model, 1)

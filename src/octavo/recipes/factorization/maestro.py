@@ -22,9 +22,9 @@ from octavo.training.widths import components, costs, with_weights, within_share
 #: Weights of the factorized layers as shares of the dense ones, as published; the last is a question of ours.
 SIZES = (0.11, 0.06, 0.03)
 #: Width of the net; steps of every arm, and how often ranks may fall in them.
-WIDTH, STEPS, EPOCHS = 256, 3000, 12
+WIDTH, STEPS, EPOCHS = 256, 5000, 20
 #: Learning rates, and weights of the group lasso, that are chosen from.
-RATES, PRESSURES = (0.03, 0.1, 0.3), (3e-4, 1e-3, 3e-3)
+RATES, PRESSURES = (0.02, 0.05, 0.15), (1e-4, 3e-4, 1e-3)
 #: The largest angle, in degrees, at which two spans count as one.
 SAME = 5.0
 
@@ -87,13 +87,8 @@ def compare(lab: Lab, split: Split, seed: int) -> None:
         return nn.Sequential(nn.Flatten(), layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
     def trained(arm: str | None, model: nn.Module, lr: float, **options: Any) -> nn.Module:
-        steps, batches = 12 if lab.quick else STEPS, shuffled(*split.train, size=64, seed=seed)
-        return lab.train(
-            model, batches, cross_entropy, steps=steps, seed=seed, arm=arm, optimizer=momentum(lr), **options
-        )
-
-    def dense(arm: str | None, lr: float, width: int = WIDTH) -> nn.Module:
-        return trained(arm, plain(width), lr)
+        options |= {"steps": 12 if lab.quick else STEPS, "seed": seed, "arm": arm, "optimizer": momentum(lr)}
+        return lab.train(model, shuffled(*split.train, size=64, seed=seed), cross_entropy, **options)
 
     def ours(arm: str | None, lr: float, pressure: float, *, distil: bool) -> tuple[nn.Module, dict[str, LowRank]]:
         regimen = OrderedDropout(pressure=pressure, distil=distil, seed=seed)
@@ -112,10 +107,10 @@ def compare(lab: Lab, split: Split, seed: int) -> None:
         model, forms = ours(None, lr, pressure, distil=True)
         return accuracy(with_weights(model, within_share(forms, costs(model, forms, loss), SIZES[0])), development)
 
-    rate = lab.choose("rate of dense", lambda lr: accuracy(dense(None, lr), development), RATES)
+    rate = lab.choose("rate of dense", lambda lr: accuracy(trained(None, plain(), lr), development), RATES)
     own = lab.choose("rate of Maestro", lambda lr: score(lr, PRESSURES[1]), RATES)
     pressure = lab.choose("weight of the group lasso", lambda pressure: score(own, pressure), PRESSURES)
-    model = dense(DENSE, rate)
+    model = trained(DENSE, plain(), rate)
     nets = {SVD: (model, components(model))}
     nets |= {name: ours(name, own, pressure, distil=name == OURS) for name in (OURS, NARROW)}
     for name, (net, forms) in nets.items():
@@ -127,8 +122,10 @@ def compare(lab: Lab, split: Split, seed: int) -> None:
             add(_at(name, size), net, within_share(forms, curves, size))
     most = lab.arms[_at(OURS, SIZES[0])].bytes
     width = lab.thinner(plain, most, range(2, WIDTH))
-    thin = lab.choose("rate of the thinner net", lambda lr: accuracy(dense(None, lr, width), development), RATES)
-    add(THIN, dense(THIN, thin, width), {})
+    thin = lab.choose(
+        "rate of the thinner net", lambda lr: accuracy(trained(None, plain(width), lr), development), RATES
+    )
+    add(THIN, trained(THIN, plain(width), thin), {})
     coded = lab.quantization_alone(model, most)
     lab.add(CODED, 100 * accuracy(coded.load(model), test), coded)
 
