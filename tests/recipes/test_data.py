@@ -11,7 +11,7 @@ from octavo.recipes.frame import Lab, Study, ctr, data
 from octavo.recipes.frame.bases import images
 from octavo.recipes.frame.nets import augmented, shuffled
 
-LAB = Lab(Study("none", "", "", "", True, "", {}, lambda lab: None), quick=True)
+LAB = Lab(Study("none", system="", source="", metric="", higher=True, data="", claims={}), quick=True)
 FULL = Lab(LAB.study)
 
 
@@ -57,6 +57,16 @@ def test_text_is_dealt_in_pieces_that_do_not_overlap(folders):
     assert sum(map(len, lines)) == len(set.union(*lines)) == 50_000
     assert all({line[0] for line in part} == {"a", "b"} for part in lines)
     assert 0.8 < len(parts.train) / len("".join([parts.train, parts.development, parts.test])) < 0.9
+
+
+def test_passages_know_the_text_that_they_are_from(folders):
+    split = data.origins(FULL, words=4, vocabulary=50, each=400)
+    parts = (split.train, split.development, split.test)
+    assert [len(y) for _, y in parts] == [560, 80, 160] and split.classes == 2
+    x, y = split.train
+    # Every line begins with the name of its text; of the words of a line only few are known by number.
+    assert x.shape == (560, 4) and int(x.max()) < 50 and y.bincount().tolist() == [280, 280]
+    assert set(x[y == 0].flatten().tolist()) != set(x[y == 1].flatten().tolist())
 
 
 def test_quick_runs_need_no_files_and_share_their_images(monkeypatch):

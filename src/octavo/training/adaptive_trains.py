@@ -64,6 +64,11 @@ def trains(model: nn.Module) -> dict[str, Train]:
     return found
 
 
+def elements(model: nn.Module) -> int:
+    """Elements of all trains with the remaining ranks."""
+    return sum(train.size() for train in trains(model).values())
+
+
 def fold(model: nn.Module) -> dict[str, TensorTrain]:
     """Replace every train by its current dense matrix; returns the trains."""
     found = {name: train.form() for name, train in trains(model).items()}

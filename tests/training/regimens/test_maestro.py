@@ -12,7 +12,17 @@ from octavo.recipes.frame import through_file
 from octavo.recipes.frame.linear_maps import angles
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.regimens.maestro import OrderedDropout
-from octavo.training.widths import allocated, factorizable, ladder, recalibrate, truncated
+from octavo.training.widths import (
+    allocated,
+    components,
+    costs,
+    factorizable,
+    ladder,
+    recalibrate,
+    truncated,
+    with_weights,
+    within_share,
+)
 
 
 def net():
@@ -93,6 +103,14 @@ def test_ladders():
     assert ladder(1, 2.0) == [1]
     assert ladder(20, 2.0) == [1, 2, 4, 8, 16, 20]
     assert ladder(5, 1.0) == [1, 2, 3, 4, 5]
+
+
+def test_linear_layers_run_on_their_factors_as_the_matrix_does():
+    model, regimen, x = nn.Sequential(nn.Linear(7, 5)), OrderedDropout(), torch.randn(2, 3, 7)
+    regimen.begin(model, 1)
+    for width in (None, 3):
+        regimen._layers["0.weight"].width = width
+        assert torch.allclose(model(x), nn.functional.linear(x, model[0].weight, model[0].bias), atol=1e-5)
 
 
 def test_later_columns_are_penalized_more_and_zero_has_a_slope():
@@ -195,6 +213,25 @@ def test_a_width_that_is_no_smaller_costs_what_the_matrix_does():
     curves = {"a": {1: 2.0, 4: 1.0, 8: 0.0}}
     assert allocated(curves, {"a": (8, 8)}, 63) == {"a": 3}
     assert allocated(curves, {"a": (8, 8)}, 64) == {"a": 8}
+
+
+def test_ranks_of_a_share_are_chosen_by_what_each_costs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10, bias=False), nn.Linear(10, 10, bias=False))
+    # Only one direction of the first layer matters, and all of the second.
+    model[0].weight.data = torch.outer(torch.randn(10), torch.randn(12)) + 0.01 * torch.randn(10, 12)
+    model[1].weight.data = torch.linalg.qr(torch.randn(10, 10))[0]
+    forms, x = components(model), torch.randn(64, 12) @ torch.randn(12, 12)
+    whole = model(x).detach()
+    with torch.no_grad():
+        assert torch.allclose(with_weights(model, forms)(x), whole, atol=1e-4)
+        curves = costs(model, forms, lambda net: float((net(x) - whole).square().mean()))
+    assert curves["0.weight"][1] < curves["1.weight"][1] and curves["0.weight"][10] == pytest.approx(0, abs=1e-6)
+    cut = within_share(forms, curves, 0.5)
+    assert cut["0.weight"].left.shape[1] < cut["1.weight"].left.shape[1]
+    assert sum(part.numel() for form in cut.values() for part in form.tensors().values()) <= 110
+    # What would not be smaller as factors stays dense.
+    assert "1.weight" not in within_share(forms, curves, 1.0)
 
 
 def test_bad_requests_are_told():

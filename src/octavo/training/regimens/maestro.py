@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from octavo.errors import RequestError
@@ -93,9 +94,13 @@ class OrderedDropout(Regimen):
                     f"{type(model).__name__}: has no matrix {name!r} that can be factorized; name one of its weights"
                 )
             prefix, _, parameter = name.rpartition(".")
-            self._layers[name] = _Ordered(known[name])
-            parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._layers[name])
-            self._layers[name].chain.append(getattr(model.get_submodule(prefix).parametrizations, parameter))
+            self._layers[name], owner = _Ordered(known[name]), model.get_submodule(prefix)
+            kind = type(owner)
+            parametrize.register_parametrization(owner, parameter, self._layers[name])
+            self._layers[name].chain.append(getattr(owner.parametrizations, parameter))
+            if kind is nn.Linear:
+                # PyTorch made a class for this module alone; it is removed together with the factors.
+                type(owner).forward = _linear
 
     def before_step(self, step: int) -> None:
         """Draw a layer and a width."""
@@ -187,8 +192,12 @@ class _Ordered(nn.Module):
         return left, right
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        width = self.width or self.rank
-        return self.layout.from_matrix(left[:, :width] @ right[:width], self.shape)
+        return self.layout.from_matrix(left[:, : self.used] @ right[: self.used], self.shape)
+
+    @property
+    def used(self) -> int:
+        """Columns that run in this step."""
+        return self.width or self.rank
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """``U`` and ``V^T``, without the columns that were dropped."""
@@ -204,3 +213,10 @@ class _Ordered(nn.Module):
         """Drop last columns while they hardly matter; at least one is kept."""
         importance = self.suffixes(0) * self.suffixes(1)
         self.rank = max(1, int((importance >= threshold * importance[0]).sum()))
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """``(x V) U^T + bias``, cheaper than multiplying the factors out."""
+    chain = layer.parametrizations.weight
+    used = chain[0].used
+    return functional.linear(functional.linear(x, chain.original1[:used]), chain.original0[:, :used], layer.bias)
