@@ -54,12 +54,10 @@ def run(lab: Lab) -> None:
     """All feed-forward matrices of the last layers; fine-tuned by distillation of the dense embeddings."""
     base, rounds = FeedForward(lab, 1 if lab.quick else 3), 1 if lab.quick else ROUNDS
     base.add(DENSE, base.stored({}))
-    made: dict[str, Forms] = {}
-    near: list[Gap] = []
+    made, near, steps = dict[str, Forms](), list[Gap](), 2 if lab.quick else STEPS
     for size, (nonzeros, pattern) in list(SIZES.items())[: 1 if lab.quick else None]:
-        ours = {
-            name: dense_sparse(base.matrices[name], shape, rounds) for name, shape in shapes(base, nonzeros).items()
-        }
+        ours = {name: dense_sparse(base.matrices[name], shape, rounds)
+                for name, shape in shapes(base, nonzeros).items()}  # fmt: skip
         most = base.stored(ours).bytes
         groups = base.each(partial(pruned, pattern=pattern), 1)
         for name, forms in (("dense-sparse", ours), ("SVD", base.fit(low_rank, most)),
@@ -74,8 +72,8 @@ def run(lab: Lab) -> None:
         for arm in (OURS, FIXED, SVD, LARGER, PRUNED):
             lab.step(f"{arm}, seed {seed}")
             train = partial(tuned, base, made.get(arm), seed)
-            score = lambda lr, train=train: base.scored(base.stored(train(lr, STEPS // 2)))  # noqa: E731
-            forms = train(lab.choose(f"rate of {arm}", score, RATES), arm=arm)
+            score = lambda lr, train=train: base.scored(base.stored(train(lr, steps // 2)))  # noqa: E731
+            forms = train(lab.choose(f"rate of {arm}", score, RATES), steps, arm)
             base.add(arm, base.stored(forms), **({MOVED: moved(made[FIXED], forms)} if arm == OURS else {}))
     found = lab.arms
     lab.gate("the SVD without training loses over 1 point", lab.ahead(DENSE, "SVD, 2.8x", 1.0))
@@ -88,17 +86,16 @@ def run(lab: Lab) -> None:
     lab.say(f"Points lost of {found[DENSE].shown}: {'; '.join(lost)}. All but the last store 16-bit values.")
 
 
-def tuned(base: FeedForward, forms: Forms | None, seed: int, lr: float, steps: int = STEPS, arm: str = "") -> Forms:
+def tuned(base: FeedForward, forms: Forms | None, seed: int, lr: float, steps: int, arm: str | None = None) -> Forms:
     """Train forms with fixed ranks and supports; without any, train through the factorizer."""
     model = copy.deepcopy(base.upper).requires_grad_(False)
-    steps, rounds = (2, 1) if base.lab.quick else (steps, ROUNDS)
+    rounds = 1 if base.lab.quick else ROUNDS
     for name in base.weights:
         model.get_parameter(name).requires_grad_(True)
     through = None if forms else StraightThroughFactorizer(shapes(base, SIZES["2.8x"][0]), base.layouts, rounds)
     if forms:
         formed(model, forms, base.layouts)
-    batches = base.batches(steps, seed)
-    base.lab.train(model, batches, distilled, steps=steps, seed=seed, arm=arm or None, lr=lr, regimen=through)
+    base.lab.train(model, base.batches(steps, seed), distilled, steps=steps, seed=seed, arm=arm, lr=lr, regimen=through)
     return settle(model) if through is None else through.forms(model)
 
 

@@ -128,7 +128,10 @@ class _Factorized(nn.Module):
     @torch.no_grad()
     def factorize(self) -> None:
         """Run one round."""
-        self.factors = again(self._blocks(), self.factors)
+        blocks, last = self._blocks(), self.factors
+        # The model may have been moved since the last round.
+        parts = (part.to(blocks.device) for part in (last.index, last.values, last.dictionary))
+        self.factors = again(blocks, DictionaryFactors(*parts))
         self.product = self._product()
 
     def form(self) -> Form:
