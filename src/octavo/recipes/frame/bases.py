@@ -163,7 +163,7 @@ def make_all(lab: Lab) -> list[Quality]:
     found: list[Quality] = []
 
     def note(metric: str, value: float) -> None:
-        _, made = lab.bases.popitem()
+        made = list(lab.bases.values())[-1]
         found.append(Quality(made.name, metric, value, made.seconds, made.device))
 
     for data in CLASSIFIERS:
