@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from octavo.allocation.budget import Budget
-from octavo.allocation.composed import dense_leaves
 from octavo.allocation.formed_source import with_forms
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import MIXED, Plan
@@ -23,6 +22,7 @@ from octavo.encoding.finish import Built
 from octavo.encoding.result import Result
 from octavo.errors import RequestError
 from octavo.forms import Form
+from octavo.forms.leaves import dense_leaves
 from octavo.methods import DATA_FREE, Method
 from octavo.methods.selecting import dense_method
 from octavo.opening import open_request
@@ -219,7 +219,7 @@ def _bare(given: Mapping[str, Form | Tensor]) -> Source:
 def _dtype_of(form: Form) -> torch.dtype:
     """The dtype in which a form was trained."""
     leaves = dense_leaves(form)
-    return leaves[0].weight.dtype if leaves else torch.float32
+    return leaves[0].dtype if leaves else torch.float32
 
 
 class _AsGiven(Disk):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from octavo.artifact import Entry, Packed
 from octavo.artifact.joining import Outline
-from octavo.forms import Dense, Form, with_leaves
+from octavo.forms import Form
+from octavo.forms.leaves import dense_leaves, with_dense_leaves
 from octavo.sources.conversions import Conversion
 from octavo.sources.sites import Layout
 
@@ -43,7 +44,7 @@ class Composed:
     def leaves(self) -> dict[str, Tensor]:
         """The leaves by the weight's name and their place in the form: ``0.weight/left``."""
         places = {id(tensor): part.rpartition("/")[0] for part, tensor in self.form.tensors().items()}
-        return {f"{self.name}/{places[id(leaf.weight)]}": leaf.weight for leaf in dense_leaves(self.form)}
+        return {f"{self.name}/{places[id(leaf)]}": leaf for leaf in dense_leaves(self.form)}
 
     @cached_property
     def outline(self) -> Outline:
@@ -52,9 +53,7 @@ class Composed:
 
     def weight(self, leaves: Iterable[Tensor]) -> Tensor:
         """The weight for other values of the leaves, float32."""
-        coming = iter(leaves)
-        form = with_leaves(self.form, lambda leaf: Dense(next(coming)) if isinstance(leaf, Dense) else leaf)
-        return self.layout.from_matrix(form.dense(), self.shape)
+        return self.layout.from_matrix(with_dense_leaves(self.form, leaves).dense(), self.shape)
 
     @property
     def conversion(self) -> Conversion:
@@ -85,16 +84,3 @@ class Chained(Conversion):
             leaves = [leaf.detach().float().requires_grad_(True) for leaf in self.weight.leaves.values()]
             weight = self.weight.weight(leaves)
             return list(torch.autograd.grad(weight, leaves, gradients[self.weight.target].to(weight)))
-
-
-def dense_leaves(form: Form) -> list[Dense]:
-    """The dense leaves of a form, in the order in which :func:`octavo.forms.with_leaves` finds them."""
-    found: list[Dense] = []
-
-    def collected(leaf: Form) -> Form:
-        if isinstance(leaf, Dense):
-            found.append(leaf)
-        return leaf
-
-    with_leaves(form, collected)
-    return found

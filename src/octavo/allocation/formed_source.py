@@ -13,7 +13,8 @@ from torch import Tensor
 from octavo.allocation.composed import Composed
 from octavo.artifact import Entry, Kept, Packed, pack
 from octavo.errors import RequestError
-from octavo.forms import Dense, Form, with_leaves
+from octavo.forms import Form
+from octavo.forms.leaves import dense_form, dense_leaves, is_dense, with_dense_leaves
 from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
 from octavo.sources.sites import Layout, Site, Source
@@ -95,7 +96,7 @@ class FormedSource(Source):
         """Entries and kept tensors of an artifact, with the leaves inside their forms."""
         leaves = self.leaves
         inside = {
-            name: entries[name].packed if name in entries else pack(Dense(kept[name].tensor())) for name in leaves
+            name: entries[name].packed if name in entries else pack(dense_form(kept[name].tensor())) for name in leaves
         }
         alone = {name: entry for name, entry in entries.items() if name not in leaves}
         found = {weight.name: weight.entry(inside) for weight in self.composed}
@@ -135,7 +136,7 @@ def with_forms(
                 f"{source.title}: {given!r} is one tensor with another that has a form; give one of them"
             )
         # Leaves are told apart by their tensors, so each gets its own.
-        form = with_leaves(form, _alone)
+        form = with_dense_leaves(form, map(_alone, dense_leaves(form)))
         target, shape, kind = source.parameters.get(name, name), source.shapes[name], source.dtypes[name]
         weight = Composed(name, target, form, layout, shape, kind)
         value = weight.weight(weight.leaves.values())
@@ -144,7 +145,7 @@ def with_forms(
         if source.module is not None:
             with torch.no_grad():
                 own_tensors(source.module)[target].copy_(value)
-        if isinstance(form, Dense):
+        if is_dense(form):
             values[name] = value.to(kind)
         else:
             composed[name] = weight
@@ -192,9 +193,7 @@ def _checked(source: Source, given: str, name: str, form: Form, layout: Layout |
     return layout
 
 
-def _alone(leaf: Form) -> Form:
-    """A leaf with a tensor of its own; forms compute in float32."""
-    if not isinstance(leaf, Dense):
-        return leaf
-    tensor = leaf.weight.detach()
-    return Dense(tensor.float() if tensor.dtype == torch.float64 else tensor)
+def _alone(leaf: Tensor) -> Tensor:
+    """A leaf's tensor of its own; forms compute in float32."""
+    tensor = leaf.detach()
+    return tensor.float() if tensor.dtype == torch.float64 else tensor

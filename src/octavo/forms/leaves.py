@@ -1,0 +1,39 @@
+"""The dense leaves of forms: floats that can be trained or compressed further, such as factors, cores and kept values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from octavo.forms.base import Form, with_leaves
+from octavo.forms.dense import Dense
+
+
+def dense_leaves(form: Form) -> list[Tensor]:
+    """The tensors of the dense leaves of a form, in the order in which :func:`with_leaves` finds them."""
+    found: list[Tensor] = []
+
+    def collected(leaf: Form) -> Form:
+        if isinstance(leaf, Dense):
+            found.append(leaf.weight)
+        return leaf
+
+    with_leaves(form, collected)
+    return found
+
+
+def with_dense_leaves(form: Form, leaves: Iterable[Tensor]) -> Form:
+    """The form with other tensors in its dense leaves, in the order of :func:`dense_leaves`."""
+    coming = iter(leaves)
+    return with_leaves(form, lambda leaf: Dense(next(coming)) if isinstance(leaf, Dense) else leaf)
+
+
+def dense_form(tensor: Tensor) -> Form:
+    """A matrix stored as it is."""
+    return Dense(tensor)
+
+
+def is_dense(form: Form) -> bool:
+    """Whether a form is a matrix stored as it is."""
+    return isinstance(form, Dense)
