@@ -1,4 +1,4 @@
-"""The dense leaves of forms: floats that can be trained or compressed further, such as factors, cores and kept values."""
+"""The dense leaves of forms: floats that can be trained or compressed further, such as factors and kept values."""
 
 from __future__ import annotations
 
