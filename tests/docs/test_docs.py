@@ -251,8 +251,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    index = ROOT / "docs" / "README.md"
-    linked = {(index.parent / target.partition("#")[0]).resolve() for target in targets(index.read_text("utf-8"))}
+    index, studies = ROOT / "docs" / "README.md", ROOT / "docs" / "recipes.md"
+    linked = {
+        (index.parent / target.partition("#")[0]).resolve()
+        for listing in (index, studies)
+        for target in targets(listing.read_text("utf-8"))
+    }
     missing = {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - linked - {index}
     assert not missing, f"docs/README.md does not link to {sorted(page.name for page in missing)}"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from octavo.errors import MissingExtraError
-from octavo.recipes.frame.lab import Arm
+from octavo.recipes.frame.lab import Arm, Base
 from octavo.recipes.frame.results import StudyResult, changed, folder, last, writable
 from octavo.recipes.frame.study import studies
 from octavo.system.atomic import write_file
@@ -70,15 +71,26 @@ def page(result: StudyResult) -> str:
         lines.append("")
     lines += [f"Data: {result.data}.", ""]
     if result.bases:
-        told = "; ".join(f"{base.name} in {base.seconds:.0f} s on {base.device}" for base in result.bases)
-        lines += [f"Bases, trained once and cached: {told}.", ""]
+        lines += [f"Bases, trained once and cached: {_bases(result.bases)}.", ""]
     if old := changed(result):
         lines += [f"Changed since this run: {', '.join(f'`{name}`' for name in old)}.", ""]
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     machine = f"{result.machine.platform}, {result.machine.threads} threads, trained on {result.trained_on}"
     ran = f"`{result.command}`, {result.seconds / 60:.1f} minutes, {result.date}"
-    lines.append(f"{ran}; seeds {', '.join(map(str, result.seeds))}; {versions}; {machine}.")
+    lines.append(f"{ran}; {len(result.seeds)} seeds from {result.seeds[0]}; {versions}; {machine}.")
     return "\n".join(lines) + "\n"
+
+
+def _bases(bases: Sequence[Base]) -> str:
+    """Bases that differ in their seed alone are told together; the key of the cache is left out."""
+    groups: dict[str, list[Base]] = {}
+    for base in bases:
+        groups.setdefault(re.sub(r"(-s\d+)? \(\w+\)$", "", base.name), []).append(base)
+    return "; ".join(
+        f"{name} in {statistics.fmean(base.seconds for base in group):.0f} s on {group[0].device}"
+        + (f" ({len(group)} seeds)" if len(group) > 1 else "")
+        for name, group in groups.items()
+    )
 
 
 def _table(result: StudyResult) -> list[str]:
@@ -112,9 +124,13 @@ def picture(result: StudyResult) -> str:
         values = [value for arm in arms for value in arm.values]
         if min(values) > 0 and max(values) > 20 * min(values):
             axes.set_xscale("log")
+            # What is nearly lossless would press all others together.
+            axes.set_xlim(left=max(min(values) / 1.5, max(values) / 2_000))
         names = [f"{arm.name} ({arm.bytes:,} bytes)" if arm.bytes else arm.name for arm in arms]
         axes.set_yticks(range(len(arms)), names)
-        axes.set_xlabel(f"{result.metric}: {'more' if result.higher else 'less'} is better; bars are ± one deviation")
+        drawn.supxlabel(
+            f"{result.metric}\n{'more' if result.higher else 'less'} is better; bars: one deviation", size=8
+        )
         axes.grid(axis="y", alpha=0.3)
         written = io.StringIO()
         drawn.savefig(written, format="svg", metadata={"Date": None})
