@@ -23,8 +23,8 @@ import octavo
 from octavo.calibration.objective import KL, Objective
 from octavo.recipes.frame import Lab, get_study
 from octavo.recipes.frame.bases import classifier, images
-from octavo.recipes.frame.ctr import ClickKL, auc, clicks, clicks_model
 from octavo.recipes.frame.nets import in_batches
+from octavo.recipes.testbeds.ctr import ClickKL, auc, clicks, clicks_model
 from octavo.runtimes.packed import factored
 from octavo.runtimes.packed.speed import interleaved
 from octavo.training import accuracy

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from octavo.recipes.frame.costs import crossing, held, milliseconds
+from octavo.recipes.testbeds.costs import crossing, held, milliseconds
 
 
 def test_the_longer_call_takes_longer():

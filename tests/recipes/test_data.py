@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from octavo.errors import RequestError
-from octavo.recipes.frame import Lab, Study, ctr, data
+from octavo.recipes.frame import Lab, Study, data
 from octavo.recipes.frame.bases import images
 from octavo.recipes.frame.nets import augmented, shuffled
+from octavo.recipes.testbeds import ctr
 
 LAB = Lab(Study("none", system="", source="", metric="", higher=True, data="", claims={}), quick=True)
 FULL = Lab(LAB.study)

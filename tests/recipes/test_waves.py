@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from octavo.recipes.frame.waves import BETWEEN, GRID, SNAPSHOTS, error, error_of_last, pairs, snapshots, waves
+from octavo.recipes.testbeds.waves import BETWEEN, GRID, SNAPSHOTS, error, error_of_last, pairs, snapshots, waves
 
 
 def test_waves_obey_the_equation():

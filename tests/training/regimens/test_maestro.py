@@ -9,7 +9,7 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.recipes.frame import through_file
-from octavo.recipes.frame.linear_maps import angles
+from octavo.recipes.testbeds.linear_maps import angles
 from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.widths import (

@@ -10,8 +10,8 @@ from torch import nn
 
 from octavo.methods.factorize.mimicking import Mimicking
 from octavo.recipes.frame import Lab, Study
-from octavo.recipes.frame.ctr import CTR, MOVIELENS, ClickData, FilmMeans, auc, click_loss, clicks, clicks_model
 from octavo.recipes.frame.nets import shuffled
+from octavo.recipes.testbeds.ctr import CTR, MOVIELENS, ClickData, FilmMeans, auc, click_loss, clicks, clicks_model
 
 #: Times smaller than the dense network, both in half precision.
 RATIOS = (3, 5)

@@ -16,7 +16,7 @@ from octavo.methods.factorize.factors import whitened
 from octavo.methods.prune.masks import largest, largest_by_group
 from octavo.recipes.frame import Gap, Lab, Study, gap
 from octavo.recipes.frame.data import STSB
-from octavo.recipes.frame.sentences import ERROR, FeedForward, distilled
+from octavo.recipes.testbeds.sentences import ERROR, FeedForward, distilled
 from octavo.training import formed, settle
 from octavo.training.regimens.dsformer import SOURCE, StraightThroughFactorizer
 

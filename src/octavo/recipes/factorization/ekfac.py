@@ -18,7 +18,7 @@ from octavo.recipes.frame import Gap, Lab, Study, gap, rank_correlation
 from octavo.recipes.frame.bases import classifier
 from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.frame.nets import in_batches, shuffled
-from octavo.recipes.frame.small_nets import cross_entropies, small_images, small_net
+from octavo.recipes.testbeds.small_nets import cross_entropies, small_images, small_net
 from octavo.sources.sites import from_module
 from octavo.training import cross_entropy
 

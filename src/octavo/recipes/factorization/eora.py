@@ -18,7 +18,7 @@ from octavo.opening import open_request
 from octavo.recipes.frame import Lab, Stored, Study, gap
 from octavo.recipes.frame.bases import minilm, pretrained_decoder
 from octavo.recipes.frame.data import TEXT
-from octavo.recipes.frame.drift import Drift
+from octavo.recipes.testbeds.drift import Drift
 from octavo.request import Request
 from octavo.sources.batches import Batch
 from octavo.system.progress import silent

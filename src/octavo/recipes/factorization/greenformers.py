@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from octavo.architectures import SequenceClassifier
 from octavo.recipes.frame import Lab, Study, gap
-from octavo.recipes.frame.costs import crossing, held, milliseconds
 from octavo.recipes.frame.data import FASHION, fashion
 from octavo.recipes.frame.nets import in_batches, shuffled
+from octavo.recipes.testbeds.costs import crossing, held, milliseconds
 from octavo.training import accuracy, cross_entropy, low_rank
 
 FULL, LRT, LIN = "full layers", "LRT", "Linformer"

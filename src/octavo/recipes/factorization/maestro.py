@@ -13,8 +13,8 @@ from torch import nn
 from octavo.forms import LowRank
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.data import FASHION, Split, fashion
-from octavo.recipes.frame.linear_maps import angles
 from octavo.recipes.frame.nets import in_batches, momentum, shuffled
+from octavo.recipes.testbeds.linear_maps import angles
 from octavo.training import accuracy, cross_entropy
 from octavo.training.regimens.maestro import SOURCE, OrderedDropout
 from octavo.training.widths import components, costs, with_weights, within_share

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.nets import shuffled
-from octavo.recipes.frame.waves import GRID, Simulator, Waves, error, error_of_last, pairs, waves
+from octavo.recipes.testbeds.waves import GRID, Simulator, Waves, error, error_of_last, pairs, waves
 from octavo.sources.sites import Layout
 from octavo.training import in_stages, one_way, settle
 
