@@ -9,8 +9,9 @@ from torch import Tensor
 
 from octavo.artifact import Contents, Packed
 from octavo.calibration.evidence import Evidence
-from octavo.forms import Form
+from octavo.forms import Form, row_scaled
 from octavo.methods import Method, Setting
+from octavo.sources.sites import Site
 
 if TYPE_CHECKING:
     from octavo.allocation.opened import Opened
@@ -37,6 +38,8 @@ class Counting:
     foreign
         Whether the result is another runtime's file. Then the artifact serves only to verify what was written, and is
         not kept.
+    free_gains
+        Whether :meth:`scaled` takes no bytes, since its factors go into scales that are stored anyway.
     """
 
     name: str = ""
@@ -45,6 +48,7 @@ class Counting:
     tunable: bool = True
     unit: str = "bytes"
     foreign: bool = False
+    free_gains: bool = False
 
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """The settings of a method that can be used here, from largest to smallest."""
@@ -53,6 +57,14 @@ class Counting:
     def resident(self, form: Form, rows: int) -> int | None:
         """Bytes that a form of so many rows takes while it runs; None where they are not counted."""
         return None
+
+    def joined(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Sites that need the same setting as others, by name, each with a word that these share."""
+        return {}
+
+    def scaled(self, form: Form, factors: Tensor) -> Form:
+        """A form with its rows multiplied by factors (rows,); the form itself if none of them is worth it."""
+        return row_scaled(form, factors)
 
     def bytes(self, packed: Packed) -> int:
         """The counted bytes of one encoded site."""

@@ -53,6 +53,9 @@ def build_profile(run: Run, bits: float | None, *, corrected: bool = True) -> Pr
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
     profile.options = {"bits": bits, "preset": preset, "kept": narrowing.value, "target": target.name}
     profile.options["pinned"] = sorted(opened.pinned)
+    joined = target.joined(opened.sites)
+    if joined:
+        profile.options["joined"] = joined
     profile.fixed_bytes = target.total(seal(opened, smallest, narrowing)) - sum(map(target.bytes, smallest.values()))
     if corrected and opened.measurable and preset != "fast":
         correct(run, profile, bits or 4.0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from octavo.allocation.profiles import Point, Profile
+from octavo.allocation.profiles import Curve, Point, Profile, alike
 
 
 def upgrades(
@@ -23,21 +23,27 @@ def upgrades(
         Sites whose form the user chose.
     """
     now, found = dict(points), list[tuple[str, Point]]()
-    curves = [curve for curve in profile.curves if curve.site not in pinned]
+    rows = [curves for curves in profile.joint() if not any(curve.site in pinned for curve in curves)]
+
+    def total(curves: Sequence[Curve], chosen: Sequence[Point]) -> tuple[int, float]:
+        """Bytes and expected loss of some sites."""
+        losses = (profile.corrected(curve, point.loss) for curve, point in zip(curves, chosen, strict=True))
+        return sum(point.bytes for point in chosen), sum(losses)
+
     while True:
         best, most = None, 0.0
-        for curve in curves:
-            old = now[curve.site]
-            loss = profile.corrected(curve, old.loss)
-            for point in curve.points:
-                more = point.bytes - old.bytes
-                gain = loss - profile.corrected(curve, point.loss)
+        for curves in rows:
+            size, loss = total(curves, [now[curve.site] for curve in curves])
+            for chosen in alike([curve.points for curve in curves]):
+                new, lost = total(curves, chosen)
+                more, gain = new - size, loss - lost
                 # Points that are both smaller and better come first.
                 worth = gain / max(more, 1)
                 if more <= left and gain > 0 and worth > most:
-                    best, most = (curve.site, point), worth
+                    best, most = (curves, chosen, more), worth
         if best is None:
             return found
-        left -= best[1].bytes - now[best[0]].bytes
-        now[best[0]] = best[1]
-        found.append(best)
+        left -= best[2]
+        raised = [(curve.site, point) for curve, point in zip(best[0], best[1], strict=True)]
+        now.update(raised)
+        found += raised

@@ -99,6 +99,14 @@ class Profile:
         factor, exponent = self.correction.get(curve.group, (1.0, 1.0))
         return float(factor * loss**exponent) if loss > 0 else 0.0
 
+    def joint(self) -> list[list[Curve]]:
+        """The curves, those of sites that need the same setting together (:meth:`Counting.joined`)."""
+        joined, found = self.options.get("joined", {}), dict[str, list[Curve]]()
+        for curve in self.curves:
+            found.setdefault(joined.get(curve.site, curve.site), []).append(curve)
+        # If the user chose other settings for some of them, nothing is left to have in common.
+        return [part for curves in found.values() for part in ([curves] if alike_at(curves) else [[c] for c in curves])]
+
     @property
     def smallest(self) -> int:
         """Bytes of the smallest artifact that the curves allow."""
@@ -287,6 +295,20 @@ def envelope(curve: Curve) -> Callable[[float], float] | None:
 def lossless_bytes(curve: Curve) -> float:
     """The fewest bytes with zero loss at a site; infinite if there is no such point."""
     return min((point.bytes for point in curve.points if point.loss == 0), default=math.inf)
+
+
+def alike(choices: Sequence[Sequence[Point]]) -> list[tuple[Point, ...]]:
+    """Points of several curves of one method and setting: each a point of every curve."""
+    if len(choices) == 1:
+        return [(point,) for point in choices[0]]
+    rest = [{(point.method, repr(point.setting)): point for point in points} for points in choices[1:]]
+    keys = [(point, (point.method, repr(point.setting))) for point in choices[0]]
+    return [(point, *(points[key] for points in rest)) for point, key in keys if all(key in points for points in rest)]
+
+
+def alike_at(curves: Sequence[Curve]) -> bool:
+    """Whether some method and setting was tried at all of these sites."""
+    return bool(alike([curve.points for curve in curves]))
 
 
 def densified(curve: Curve, between: int = 7) -> list[Point]:

@@ -10,7 +10,7 @@ import numpy as np
 from octavo.allocation.budget import Budget
 from octavo.allocation.knapsack import knapsack
 from octavo.allocation.plans import MIXED, Plan
-from octavo.allocation.profiles import Point, Profile, densified, family, interpolate
+from octavo.allocation.profiles import Point, Profile, alike, densified, family, interpolate
 from octavo.errors import BudgetError
 from octavo.methods import Setting, get_method
 from octavo.methods.selecting import dense_names
@@ -63,26 +63,31 @@ class PointTable:
 
     def __init__(self, profile: Profile, methods: Iterable[str] | None = None, *, interpolate: bool = True) -> None:
         allowed, dense = None if methods is None else set(methods), dense_names()
-        self.profile = profile
-        self.points: list[list[Point]] = []
-        for curve in profile.curves:
-            every = densified(curve) if interpolate else curve.points
-            points = [p for p in every if allowed is None or p.method in allowed]
-            if not points:
-                points = [p for p in curve.points if p.method in dense] or list(curve.points)
-            self.points.append(points)
+        self.profile, self.rows = profile, profile.joint()
+        #: For each row the choices: one point of every curve in it.
+        self.points: list[list[tuple[Point, ...]]] = []
+        for curves in self.rows:
+            found = []
+            for curve in curves:
+                every = densified(curve) if interpolate else curve.points
+                points = [p for p in every if allowed is None or p.method in allowed]
+                found.append(points or [p for p in curve.points if p.method in dense] or list(curve.points))
+            self.points.append(alike(found))
         width = max(map(len, self.points), default=0)
         self.bytes = np.full((len(self.points), width), 2**62, dtype=np.int64)
         self.loss = np.full((len(self.points), width), np.inf)
-        for row, (curve, points) in enumerate(zip(profile.curves, self.points, strict=True)):
-            self.bytes[row, : len(points)] = [p.bytes for p in points]
-            self.loss[row, : len(points)] = [profile.corrected(curve, p.loss) for p in points]
+        for row, (curves, choices) in enumerate(zip(self.rows, self.points, strict=True)):
+            self.bytes[row, : len(choices)] = [sum(p.bytes for p in points) for points in choices]
+            self.loss[row, : len(choices)] = [
+                sum(profile.corrected(curve, p.loss) for curve, p in zip(curves, points, strict=True))
+                for points in choices
+            ]
 
     def solve(self, room: int, *, thorough: bool = True) -> np.ndarray:
         """Index of the chosen point of every site, at most ``room`` bytes in total; by a multiplier, or better."""
         chosen = solve(self.bytes, self.loss, room)
         if not thorough or any(
-            get_method(name).elastic for name in {point.method for points in self.points for point in points}
+            get_method(name).elastic for name in {point.method for row in self.points for points in row for point in points}
         ):
             return chosen
         # Without a continuous setting nothing fills the gap that a multiplier leaves.
@@ -96,7 +101,11 @@ class PointTable:
     def plan(self, budget: Budget, room: int, label: str = MIXED, *, thorough: bool = True) -> Plan:
         """The best plan within ``room`` bytes for all sites."""
         chosen = self.solve(room, thorough=thorough)
-        points = {curve.site: self.points[row][chosen[row]] for row, curve in enumerate(self.profile.curves)}
+        points = {
+            curve.site: point
+            for row, curves in enumerate(self.rows)
+            for curve, point in zip(curves, self.points[row][chosen[row]], strict=True)
+        }
         return Plan(budget, points, self.total(chosen), self.profile.fixed_bytes, label)
 
 

@@ -24,7 +24,6 @@ from octavo.artifact import Packed, pack
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Loss
 from octavo.encoding.finish import Built
-from octavo.forms import row_scaled
 from octavo.sources.batches import Batch, Whole, select, sequences_in
 from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
@@ -46,7 +45,7 @@ _LARGEST_SHARE = 0.006
 
 def reserve(opened: Opened, budget: int) -> int:
     """Bytes to leave free for gains, 0 if there will be none."""
-    if opened.request.preset not in POSITIONS or not _possible(opened):
+    if opened.target.free_gains or opened.request.preset not in POSITIONS or not _possible(opened):
         return 0
     sites = [opened.site(name) for name in _linear(opened)]
     wanted = math.ceil(sum(_ROW_BYTES * site.rows + _SITE_BYTES for site in sites))
@@ -68,7 +67,7 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
     fit.learn(POSITIONS[preset])
     for gains in (True, False):
         found = fit.built(gains=gains)
-        if found.bytes <= budget and found.quality < built.quality:
+        if found.counted <= budget and found.quality < built.quality:
             return found
     run.opened.notes.append(
         "reconstruction of norms, biases and row gains did not lower the loss on held-out data and was skipped"
@@ -178,17 +177,18 @@ class _Fit:
             for name, entry in old.contents.entries.items()
         }
         contents = replace(old.contents, entries=entries, kept=kept)
-        points = {name: replace(point, bytes=packed[name].bytes) for name, point in old.plan.points.items()}
-        total = contents.bytes
-        plan = replace(old.plan, points=points, fixed_bytes=total - sum(item.bytes for item in packed.values()))
+        target = opened.target
+        points = {name: replace(point, bytes=target.bytes(packed[name])) for name, point in old.plan.points.items()}
+        total = target.total(contents)
+        plan = replace(old.plan, points=points, fixed_bytes=total - sum(map(target.bytes, packed.values())))
         stored = {name: item.given for name, item in kept.items()}
         losses = self.run.measure(Lazily({**as_weights(opened, packed).made, **stored})).double()
         return Built(
             plan,
             packed,
             contents,
+            contents.bytes,
             total,
-            opened.target.total(contents),
             float(losses.mean()),
             float(losses.quantile(0.95)),
         )
@@ -197,9 +197,9 @@ class _Fit:
         result = {}
         for name, change in self.rows.items():
             base = form_of(self.opened.site(name), self.old.packed[name])
-            form = row_scaled(base, 1 + change)
+            form = self.opened.target.scaled(base, 1 + change)
             if form is not base:
-                result[name] = pack(form)
+                result[name] = pack(form, self.opened.target.resident)
         return result
 
 

@@ -19,8 +19,6 @@ from octavo.sources.sites import Layout, Site
 
 #: Group sizes of the kernels that run such weights.
 GROUPS = (32, 64, 128)
-#: Widths of which none is divided by a group cannot be packed by all of these kernels.
-_LEAST = GROUPS[0]
 #: Scales to try, as shares of the one that reaches a group's extreme.
 _SHARES = (1.05, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.62, 0.56)
 #: Times that scales are fitted to codes and codes descend again.
@@ -56,10 +54,9 @@ class WeightOnlyIntegers(Method):
         return site.kind in ("linear", "head") and site.layout == Layout() and not site.tied
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """8 bits with one scale per row, then 4 bits with ever fewer scales; nothing for widths that no group divides."""
-        if weight.shape[1] % _LEAST:
-            return []
-        groups: list[int | str] = [group for group in GROUPS if weight.shape[1] % group == 0 and group < weight.shape[1]]
+        """8 bits with one scale per row, then 4 bits with ever fewer scales."""
+        columns = weight.shape[1]
+        groups = [group for group in GROUPS if columns % group == 0 and group < columns]
         return [{"bits": 8, "group": "row"}, *({"bits": 4, "group": group} for group in [*groups, "row"])]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:  # noqa: D102
