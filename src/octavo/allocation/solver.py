@@ -87,7 +87,8 @@ class PointTable:
         """Index of the chosen point of every site, at most ``room`` bytes in total; by a multiplier, or better."""
         chosen = solve(self.bytes, self.loss, room)
         if not thorough or any(
-            get_method(name).elastic for name in {point.method for row in self.points for points in row for point in points}
+            get_method(name).elastic
+            for name in {point.method for row in self.points for points in row for point in points}
         ):
             return chosen
         # Without a continuous setting nothing fills the gap that a multiplier leaves.

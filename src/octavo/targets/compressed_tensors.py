@@ -200,7 +200,8 @@ class CompressedTensors(FixedSizes):
             words = Stored.of_packed(item, (site.rows, site.columns)).words(site.columns)
             kinds[words] += 1
             weights[words] += site.parameters
-        text = f"transformers loads the folder without Octavo, and its {len(result.built.packed)} matrices are those measured."
+        count = len(result.built.packed)
+        text = f"transformers loads the folder without Octavo, and its {count} matrices are those measured."
         figures: dict[str, Any] = {"weights": dict(weights)}
         if opened.measurable and not opened.source.is_skeleton:
             # Its class refuses to widen what was packed; nothing is now.
