@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,11 +37,16 @@ from octavo.runtimes.gguf.files import (
     read_file,
     write_file,
 )
+from octavo.runtimes.gguf.llama import Ran, llama_cpp, ran
 from octavo.sources.sites import Site, Source
+from octavo.system.records import plain_json
 from octavo.targets.base import target
 from octavo.targets.fixed import FixedSizes
+from octavo.verification.verifying import load
 
 FILE = "model.gguf"
+#: Held-out sequences that llama.cpp runs, and the lengths that they are cut to and need.
+_COMPARED, _LONGEST, _SHORTEST = 8, 256, 8
 #: A group of columns of the smallest blocks.
 _GROUP = 32
 
@@ -160,7 +165,19 @@ class Gguf(FixedSizes):
                 raise ArtifactError(f"{FILE}: tensor {placed.name!r} reads back differently")
         rows = tuple((name, types[name], sizes[name]) for name in sorted(types, key=lambda name: -sizes[name]))
         text = f"{FILE} holds {len(found)} tensors, read back and equal to what was measured."
-        return Section("gguf", "For llama.cpp", text, ("type", "tensors", "bytes"), rows)
+        given = Section("gguf", "For llama.cpp", text, ("type", "tensors", "bytes"), rows)
+        if llama_cpp() is None:
+            note = "llama.cpp did not run it: pip install 'octavo[llama]' measures the file by llama.cpp itself"
+            return replace(given, notes=(note,))
+        figures = _ran(result, artifact)
+        if figures is None:
+            return replace(given, notes=("llama.cpp did not run it: there was no text to compare",))
+        told = (
+            f" llama.cpp runs it {figures.divergence:.4f} nats a token from the source, at perplexity "
+            f"{figures.perplexity:.2f} where the source has {figures.source_perplexity:.2f}, on {figures.tokens} "
+            f"held-out tokens; it generates {figures.per_second:.1f} tokens a second on {figures.threads} threads."
+        )
+        return replace(given, text=text + told, figures=plain_json(figures))
 
     @property
     def _laid_out(self) -> Laid:
@@ -185,6 +202,34 @@ class Gguf(FixedSizes):
 
     def _wide(self, source: Source, name: str) -> Any:
         return self._placed(name).array(source.read(name)).numpy()
+
+
+def _ran(result: Result, artifact: Artifact) -> Ran | None:
+    """What llama.cpp makes of held-out sequences, beside the source and the artifact; None if there are none."""
+    opened, source = result.opened, result.opened.source
+    if source.module is None or source.is_skeleton:
+        return None
+    rows = [row for batch in opened.held_data for row in _sequences(batch)][:_COMPARED]
+    if not rows:
+        return None
+    decoded = load(artifact.path).float()
+    logits = ([_outputs(module, row) for row in rows] for module in (source.module, decoded))
+    return ran(artifact.path.parent / FILE, rows, *logits)
+
+
+def _sequences(batch: Any) -> list[Tensor]:
+    """Token numbers of every sequence of a batch, without padding."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return []
+    numbers, mask = batch["input_ids"], batch.get("attention_mask")
+    kept = torch.ones_like(numbers, dtype=torch.bool) if mask is None else mask.bool()
+    found = (row[keep][:_LONGEST] for row, keep in zip(numbers, kept, strict=True))
+    return [row for row in found if len(row) >= _SHORTEST]
+
+
+@torch.inference_mode()
+def _outputs(module: Any, row: Tensor) -> Tensor:
+    return module(input_ids=row[None]).logits[0]
 
 
 _NUMBERS = {**{name: kind.number for name, kind in TYPES.items()}, "f32": 0, "f16": 1, "bf16": 30}

@@ -23,7 +23,12 @@ from octavo.methods.quantize.ggml_steps import fitted, nearest
 _CHUNK = 1 << 24
 
 
-@method("ggml", family="quantize", source="Block types of ggml; error feedback of GPTQ (arXiv 2210.17323)")
+@method(
+    "ggml",
+    family="quantize",
+    source="Block types of ggml; error feedback of GPTQ (arXiv 2210.17323)",
+    preset="fast",
+)
 @dataclass(frozen=True)
 class Ggml(Method):
     """One of ggml's block types, whose steps are fitted to the inputs and whose codes compensate each other's errors.
