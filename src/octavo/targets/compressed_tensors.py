@@ -23,7 +23,7 @@ from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, RequestError
 from octavo.forms import Form, Grid
-from octavo.methods import Method, Setting, get_method, of_runtime, select_methods
+from octavo.methods import Method, Setting, dense_method, get_method, of_runtime, select_methods
 from octavo.request import Request
 from octavo.runtimes.pack_quantized import (
     CONFIG,
@@ -72,14 +72,19 @@ class CompressedTensors(FixedSizes):
     free_gains = True
     unit = "bytes of model.safetensors and config.json"
 
+    def __init__(self) -> None:
+        #: Names of the linear layers of the model, tied ones included.
+        self._linear: frozenset[str] = frozenset()
+
     def stated(self, request: Request) -> None:
         """Refuse a budget that is stated wrongly, or a missing package, before anything is read."""
         require_compressed_tensors()
         super().stated(request)
 
     def methods(self, request: Request) -> list[Method]:
-        """The integers of this format, and 16 bits."""
-        return select_methods(request.methods, request.preset, of_runtime(self.name))
+        """The integers of this format, and 16 bits for what has no codes."""
+        chosen = select_methods(request.methods, request.preset, of_runtime(self.name))
+        return chosen if any(method.dense for method in chosen) else [*chosen, dense_method()]
 
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """Floats of 16 bits; codes where they fill whole words."""
@@ -116,8 +121,10 @@ class CompressedTensors(FixedSizes):
         if transformer_folder(source.folder) != source.folder or any("/" in name for name in source.shapes):
             raise RequestError(
                 f"{where}: has modules beside its transformer, which the loader of transformers does not read; give "
-                f"the folder of the transformer alone, or use --for disk"
+                "the folder of the transformer alone, or use --for disk"
             )
+        layers = source.module.named_modules(remove_duplicate=False)
+        self._linear = frozenset(name for name, module in layers if isinstance(module, nn.Linear))
         return source
 
     def admitted(self, source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
@@ -244,8 +251,8 @@ class CompressedTensors(FixedSizes):
     def _config(self, opened: Opened, contents: Contents, stored: Mapping[str, Stored]) -> bytes:
         source = opened.source
         modules = {_module(source, name): (item, opened.site(name).columns) for name, item in stored.items()}
-        matrices = [name for name, kept in contents.kept.items() if len(kept.shape) > 1]
-        ignore = {_module(source, name) for name in (*matrices, *source.aliases)} - set(modules)
+        matrices = {_module(source, name) for name, kept in contents.kept.items() if len(kept.shape) > 1}
+        ignore = (self._linear | matrices) - set(modules)
         return config_text(json.loads(contents.configurations[CONFIG]), modules, ignore)
 
 
