@@ -167,7 +167,7 @@ def test_what_it_cannot_serve_is_refused_with_the_mend(tmp_path, monkeypatch):
         return octavo.compress(given, target="compressed-tensors", progress=False, **how)
 
     with pytest.raises(
-        RequestError, match="Sequential: --for compressed-tensors needs a model folder.*save_pretrained"
+        RequestError, match=r"Sequential: --for compressed-tensors needs a model folder.*save_pretrained"
     ):
         compress(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), data=torch.randn(16, 64))
     with pytest.raises(RequestError, match=r"model\.safetensors: --for compressed-tensors needs a model folder"):

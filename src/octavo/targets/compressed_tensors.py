@@ -158,7 +158,7 @@ class CompressedTensors(FixedSizes):
         return Stored.of_form(form).bytes((rows, form.shape[1]))
 
     def beside(self, opened: Opened) -> int:
-        """Bytes of the configuration and of all tensors that are no site."""
+        """Bytes of the configuration and of all tensors that are not sites."""
         contents = opened.assembly.contents({}, self._narrowing(opened))
         return self._bytes(opened, contents, {})
 
