@@ -22,7 +22,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.coding.ggml import TYPES
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
-from octavo.errors import ArtifactError, RequestError
+from octavo.errors import ArtifactError, MissingExtraError, RequestError
 from octavo.forms import Form
 from octavo.methods import Method, Setting, of_runtime, select_methods
 from octavo.request import Request
@@ -169,7 +169,10 @@ class Gguf(FixedSizes):
         if not has_llama_cpp():
             note = "llama.cpp did not run it: pip install 'octavo[llama]' measures the file by llama.cpp itself"
             return replace(given, notes=(note,))
-        figures = self._ran(result, artifact)
+        try:
+            figures = self._ran(result, artifact)
+        except MissingExtraError as error:
+            return replace(given, notes=(f"llama.cpp did not run it: {error}",))
         if figures is None:
             return replace(given, notes=("llama.cpp did not run it: there was no text to compare",))
         told = (

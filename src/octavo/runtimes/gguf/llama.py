@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.errors import ArtifactError
+from octavo.errors import ArtifactError, MissingExtraError
 
 #: Tokens of a run that is timed.
 _TIMED = 64
 #: Seconds after which a run is given up.
 _PATIENCE = 1800
+#: The exit status of a process in which the package does not start.
+_ABSENT = 75
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def ran(file: Path, rows: Sequence[Tensor], source: Sequence[Tensor], decoded: S
     ------
     ArtifactError
         If llama.cpp cannot run the file.
+    MissingExtraError
+        If ``llama-cpp-python`` does not start.
     """
     threads = torch.get_num_threads()
     found, apart, own, given = 0.0, 0.0, 0.0, 0.0
@@ -107,6 +111,8 @@ def _in_child(file: Path, rows: Sequence[Tensor], context: int, threads: int, fo
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE, check=False)
     except subprocess.TimeoutExpired as error:
         raise ArtifactError(f"{file}: llama.cpp ran for {_PATIENCE} seconds; try the file by hand") from error
+    if done.returncode == _ABSENT:
+        raise MissingExtraError(f"llama-cpp-python is installed but does not start: {done.stderr.strip()[-300:]}")
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()[-1:]
         raise ArtifactError(
@@ -126,7 +132,11 @@ def _likelihood(logits: Tensor, row: Tensor) -> float:
 
 def _main(file: str, request: str, out: str) -> None:
     """Write the logits of every sequence, and the speed of generation."""
-    import llama_cpp
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(_ABSENT)
 
     asked = json.loads(Path(request).read_text())
     rows, threads = asked["rows"], asked["threads"]
