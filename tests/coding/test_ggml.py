@@ -96,9 +96,9 @@ def test_steps_are_as_good_as_llama_cpps_own(kind: BlockType) -> None:
     assert plain.loss(encoded(kind, feedback=False) - weight) < 1.1 * theirs
 
 
-def test_a_zero_group_stays_zero() -> None:
+def test_a_zero_row_stays_zero() -> None:
     weight, evidence = seen()
-    weight[:, :256] = 0
+    weight[::2] = 0
     for kind in TYPES.values():
         form = get_method("ggml").encode(weight, {"type": kind.name}, evidence)
-        assert not form.dense()[:, :256].any(), kind.name
+        assert not form.dense()[::2].any(), kind.name
