@@ -69,6 +69,8 @@ def test_other_programs_read_what_was_measured(kind: str, tmp_path: Path) -> Non
     model = saved(kind, tmp_path / "source")
     report = compressed(str(tmp_path / "source")).save(tmp_path / "out")
     assert (tmp_path / "out/model.gguf").stat().st_size == report.artifact.bytes
+    with pytest.raises(octavo.ArtifactError, match="another runtime.*octavo verify"):
+        octavo.load(tmp_path / "out")
     (section,) = (section for section in report.sections if section.name == "gguf")
     if not has_llama_cpp():
         assert "octavo[llama]" in section.notes[0]
