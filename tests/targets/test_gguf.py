@@ -32,7 +32,7 @@ KINDS = {
         T.Gemma3TextConfig(**{**SIZES, "num_attention_heads": 1, "num_key_value_heads": 1}, sliding_window=16)
     ),
     "gpt2": lambda: T.GPT2LMHeadModel(
-        T.GPT2Config(vocab_size=320, n_positions=64, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0)
+        T.GPT2Config(vocab_size=320, n_positions=1024, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0)
     ),
 }
 
@@ -67,9 +67,11 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_programs_read_what_was_measured(kind: str, tmp_path: Path) -> None:
     model = saved(kind, tmp_path / "source")
-    report = compressed(str(tmp_path / "source")).save(tmp_path / "out")
+    # GPT-2's table of positions stays in float32.
+    budget = {"ratio": 2.2} if kind == "gpt2" else {"bits": 9}
+    report = compressed(str(tmp_path / "source"), **budget).save(tmp_path / "out")
     assert (tmp_path / "out/model.gguf").stat().st_size == report.artifact.bytes
-    with pytest.raises(octavo.ArtifactError, match="another runtime.*octavo verify"):
+    with pytest.raises(octavo.ArtifactError, match=r"another runtime.*octavo verify"):
         octavo.load(tmp_path / "out")
     (section,) = (section for section in report.sections if section.name == "gguf")
     if not has_llama_cpp():
@@ -195,3 +197,29 @@ def test_a_pinned_type_is_kept(tmp_path: Path) -> None:
     settings = {name: point.setting for name, point in done.built.plan.points.items()}
     assert settings["model.embed_tokens.weight"] == {"type": "q8_0"}
     assert settings["model.layers.0.self_attn.q_proj.weight"] == {"dtype": "float16"}
+
+
+def test_a_damaged_file_is_told_by_verify(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "source")
+    compressed(str(tmp_path / "source")).save(tmp_path / "out", report=False)
+    file, record = tmp_path / "out/model.gguf", tmp_path / "out/octavo-files.json"
+    assert octavo.verify(tmp_path / "out").bytes == file.stat().st_size
+    whole, told = file.read_bytes(), record.read_text()
+    outside = told.replace("model.gguf", "../source/model.safetensors")
+    for content, words in (
+        (whole[:-1] + b"\7", told),
+        (whole[:-32], told),
+        (whole, outside),
+        (whole, "{"),
+        (whole, "[]"),
+    ):
+        file.write_bytes(content)
+        record.write_text(words)
+        with pytest.raises(octavo.ArtifactError, match="copy the folder again"):
+            octavo.verify(tmp_path / "out")
+    # A folder that Octavo wrote is replaced on request.
+    file.write_bytes(whole)
+    record.write_text(told)
+    with pytest.raises(octavo.RequestError, match="not empty"):
+        compressed(str(tmp_path / "source")).save(tmp_path / "out")
+    compressed(str(tmp_path / "source")).save(tmp_path / "out", overwrite=True)
