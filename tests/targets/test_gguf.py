@@ -69,14 +69,16 @@ def test_other_programs_read_what_was_measured(kind: str, tmp_path: Path) -> Non
     model = saved(kind, tmp_path / "source")
     report = compressed(str(tmp_path / "source")).save(tmp_path / "out")
     assert (tmp_path / "out/model.gguf").stat().st_size == report.artifact.bytes
+    with pytest.raises(octavo.ArtifactError, match=r"another runtime.*octavo verify"):
+        octavo.load(tmp_path / "out")
     (section,) = (section for section in report.sections if section.name == "gguf")
     if not has_llama_cpp():
         assert "octavo[llama]" in section.notes[0]
     elif section.figures:
         # llama.cpp rounds inputs of matrices to 8 bits.
         assert section.figures["apart"] < 2e-3 and section.figures["divergence"] < 0.02
-    if kind in ("llama stretched", "qwen3", "gemma3"):
-        return  # transformers reads neither the table of frequencies nor the size of heads
+    if kind in ("llama stretched", "qwen3", "gemma3", "gpt2"):
+        return  # transformers reads neither the table of frequencies, nor the size of heads, nor GPT-2's sizes
     read = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
     wanted, found = logits(model), logits(read)
     divergence = float((wanted.exp() * (wanted - found)).sum(-1).mean())
@@ -193,3 +195,29 @@ def test_a_pinned_type_is_kept(tmp_path: Path) -> None:
     settings = {name: point.setting for name, point in done.built.plan.points.items()}
     assert settings["model.embed_tokens.weight"] == {"type": "q8_0"}
     assert settings["model.layers.0.self_attn.q_proj.weight"] == {"dtype": "float16"}
+
+
+def test_a_damaged_file_is_told_by_verify(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "source")
+    compressed(str(tmp_path / "source")).save(tmp_path / "out", report=False)
+    file, record = tmp_path / "out/model.gguf", tmp_path / "out/octavo-files.json"
+    assert octavo.verify(tmp_path / "out").bytes == file.stat().st_size
+    whole, told = file.read_bytes(), record.read_text()
+    outside = told.replace("model.gguf", "../source/model.safetensors")
+    for content, words in (
+        (whole[:-1] + b"\7", told),
+        (whole[:-32], told),
+        (whole, outside),
+        (whole, "{"),
+        (whole, "[]"),
+    ):
+        file.write_bytes(content)
+        record.write_text(words)
+        with pytest.raises(octavo.ArtifactError, match="copy the folder again"):
+            octavo.verify(tmp_path / "out")
+    # A folder that Octavo wrote is replaced on request.
+    file.write_bytes(whole)
+    record.write_text(told)
+    with pytest.raises(octavo.RequestError, match="not empty"):
+        compressed(str(tmp_path / "source")).save(tmp_path / "out")
+    compressed(str(tmp_path / "source")).save(tmp_path / "out", overwrite=True)
