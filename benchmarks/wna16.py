@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 
 #: llm-compressor's preset has groups of 128, which do not divide the 576 columns of this model.
 GROUPS = (128, 64)
+PINNED = llmcompressor.PACKAGES[0].partition("==")[2]
 HOME = CACHE / "compressed-tensors"
 FILES = ("model.safetensors", "config.json")
 
@@ -70,16 +72,14 @@ def half(judge: Judge) -> Path:
 def peer(python: Path, source: Path, data: Path, group: int) -> dict[str, Any]:
     """Run llm-compressor; where it wrote, or its error."""
     out = HOME / f"llm-compressor-g{group}"
+    tag = {"tool": "llm-compressor", "version": PINNED, "setting": f"GPTQ W4A16 g{group}"}
     started = time.perf_counter()
     if not (out / FILES[0]).exists():
         done = subprocess.run([python, "-c", PEER, source, data, out, str(group)], capture_output=True, text=True, check=False)  # fmt: skip
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "Error" in line]
-            return {"tool": "llm-compressor", "setting": f"GPTQ W4A16 g{group}", "error": " ".join(lines[-1:])[:300]}
-    return {
-        "tool": "llm-compressor", "setting": f"GPTQ W4A16 g{group}", "folder": out,
-        "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+            return {**tag, "error": " ".join(lines[-1:])[:300]}
+    return {**tag, "folder": out, "seconds": time.perf_counter() - started}
 
 
 def own(source: Path, ids: torch.Tensor, budget: int, setting: str, **choices: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def own(source: Path, ids: torch.Tensor, budget: int, setting: str, **choices: A
     kinds = Counter(f"{point.method} {point.setting}" for point in done.built.plan.points.values())
     uniform = None if done.rival is None else done.rival.quality
     return {
-        "tool": "octavo", "setting": setting, "folder": out, "seconds": time.perf_counter() - started,
+        "tool": "octavo", "version": version("octavo"), "setting": setting, "folder": out, "seconds": time.perf_counter() - started,
         "plan": done.built.plan.label, "points": dict(kinds), "held_out": done.built.quality, "uniform": uniform,
     }  # fmt: skip
 
