@@ -207,7 +207,7 @@
     overlays.forEach((overlay, number) => {
       const [fill, kind] = look(number);
       const sorted = [...overlay.line].sort((one, other) => other[0] - one[0]);
-      line(sorted.map(([bytes, loss]) => [ratioOf(bytes), loss]), { stroke: fill, "stroke-dasharray": "6 4" });
+      if (sorted.length) line(sorted.map(([bytes, loss]) => [ratioOf(bytes), loss]), { stroke: fill, "stroke-dasharray": "6 4" });
       for (const [bytes, loss] of overlay.marks) svg.append(mark(kind, x(ratioOf(bytes)), y(loss), 5, { fill, class: "peer" }));
     });
     line(stops.map((stop) => [stop.ratio, stop.expected]), { stroke: "var(--ink)" });

@@ -42,7 +42,7 @@ def explorer_of(
         return Explorer(why="Nothing was encoded, so there is nothing to choose.")
     if request.plan is not None:
         return Explorer(why="A plan was carried out, so no other choices were measured.")
-    ratios = _ratios(profile, request.ratio)
+    ratios = _ratios(profile, done.opened.target.margin, request.ratio)
     if len(ratios) < 2:
         return Explorer(why="The settings that were tried allow no other size.")
     try:
@@ -52,10 +52,10 @@ def explorer_of(
     return _told(profile, ratios, solved, done.run.at_rest, pieces(command, call), _notes(done))
 
 
-def _ratios(profile: Profile, asked: float | None) -> list[float]:
+def _ratios(profile: Profile, margin: float, asked: float | None) -> list[float]:
     """Ratios of three digits in even steps of the logarithm, with the one that was asked for among them."""
     finest = sum(min(curve.points, key=lambda point: (point.loss, point.bytes)).bytes for curve in profile.curves)
-    least = max(1.0, _short(profile.original_bytes / (profile.fixed_bytes + finest)))
+    least = max(1.0, _short(profile.original_bytes * (1 - margin) / (profile.fixed_bytes + finest)))
     most = _short(profile.original_bytes / profile.smallest)
     if most < least * _APART:
         return []

@@ -98,7 +98,7 @@ def _of_points(data: Any) -> list[Overlay]:
     for number, item in enumerate(data):
         point = record_of(Peer, item, f"[{number}]")
         if point.bytes <= 0 or point.loss < 0:
-            raise FieldError(f"[{number}] has {point.bytes} bytes and loss {point.loss:g}; neither may be negative")
+            raise FieldError(f"[{number}] has {point.bytes} bytes and loss {point.loss:g}; write both as measured")
         series.setdefault(plain(point.name, 60), []).append((point.bytes, point.loss))
     if len(series) > _SERIES:
         raise FieldError(f"{len(series)} names are more than a page can tell apart ({_SERIES})")
