@@ -70,6 +70,7 @@ def test_a_budget_of_bytes_is_met_by_what_is_written(name: str, tmp_path: Path) 
     artifact = octavo.Artifact(tmp_path / "out")
     assert artifact.bytes == done.built.bytes and report["budget"]["target"] == name
     assert done.built.counted >= done.budget.least or report["artifact"]["note"]
+    assert report["explorer"]["stops"] or report["explorer"]["why"]
     octavo.verify(tmp_path / "out")
 
 

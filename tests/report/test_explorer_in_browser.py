@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import octavo
+from octavo.report import Report, write_page
+from octavo.report.overlays import Overlay
 from octavo.report.text import figures, percent, size
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -172,3 +174,25 @@ def test_nothing_is_wider_than_the_page(opened: Any) -> None:
     # The dial stays in sight while the bars below are read.
     opened.locator("#explorer-sites").scroll_into_view_if_needed()
     assert opened.locator("#explorer-ratio").evaluate("one => one.getBoundingClientRect().top >= 0")
+
+
+def test_no_script_of_a_hostile_report_runs(browser: Any, explored: Any, tmp_path: Path) -> None:
+    hostile = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+    data = json.loads((explored.artifact / "report.json").read_text())
+    data["title"] = hostile
+    for site in (data["explorer"]["rows"][0], data["sites"][0]):
+        site["name"] = hostile
+    data["explorer"]["methods"] = [hostile] * len(data["explorer"]["methods"])
+    data["explorer"]["bars"] = [hostile] * len(data["explorer"]["bars"])
+    data["explorer"]["command"][0] = hostile
+    write_page(Report.from_json(data), tmp_path / "page.html", [Overlay(hostile, marks=((9000, 0.5),))])
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    page.locator("#explorer-ratio").press("ArrowRight")
+    assert page.title().startswith("</script>") and shown(page, "command").startswith("</script>")
+    assert page.locator("img").count() == 0
+    # Were markup ever to slip through, the page's policy stops what it would run.
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=\"x\" onerror=\"document.title=1\">')")
+    page.wait_for_timeout(100)
+    assert page.title().startswith("</script>")
+    page.close()

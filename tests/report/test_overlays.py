@@ -32,12 +32,13 @@ def test_points_of_one_name_are_one_series(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("[{", "neither a report.json nor points: .*; give a list of objects with name, bytes and loss"),
-        ("{}", "a list of points is needed"),
+        ("[{", "not a list of points: .*; give objects with name, bytes and loss, or a report.json"),
+        ("[]", "it is empty"),
+        ("5", "not a JSON object"),
+        ("{}", "peers.json: not a report: title is missing"),
         ('[{"name": "a", "bytes": 5}]', r"\[0\].loss is missing"),
         ('[{"name": "a", "bytes": "5", "loss": 1}]', r"\[0\].bytes is \"5\"; an integer is needed"),
         ('[{"name": "a", "bytes": 0, "loss": 1}]', "has 0 bytes and loss 1; write both as measured"),
-        ('{"schema_version": 1}', "peers.json: not a report: title is missing"),
     ],
 )
 def test_what_is_neither_is_refused_by_its_first_wrong_value(text: str, said: str, tmp_path: Path) -> None:

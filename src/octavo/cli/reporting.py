@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,8 @@ import typer
 
 from octavo.cli import options
 from octavo.cli.frame import command, console, show_json
-from octavo.errors import RequestError
-from octavo.report import Report, read_overlays, write_page
-from octavo.system.paths import checked, checked_output, reason
+from octavo.report import read_overlays, read_report, write_page
+from octavo.system.paths import checked, checked_output
 from octavo.system.replacing import check_file
 from octavo.verification.recorded import REPORT
 
@@ -41,17 +39,8 @@ def report(
     page = checked(artifact) / REPORT
     file = page if out is None else check_file(checked_output(out), overwrite=overwrite)
     overlays = [overlay for path in over or () for overlay in read_overlays(path)]
-    write_page(_read(page.with_suffix(".json")), file, overlays)
+    write_page(read_report(page.with_suffix(".json")), file, overlays)
     if json_output:
         show_json({"report": str(file), "over": [overlay.name for overlay in overlays]})
     else:
         console.print(f"Report: {file}" + "".join(f"\nlaid over: {overlay.name}" for overlay in overlays))
-
-
-def _read(path: Path) -> Report:
-    try:
-        return Report.from_json(json.loads(checked(path).read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(
-            f"{path}: cannot be read: {reason(error)}; name an artifact saved with its report"
-        ) from error

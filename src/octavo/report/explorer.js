@@ -285,7 +285,7 @@
     };
   };
   const ofPoints = (points) => {
-    if (!Array.isArray(points) || !points.length) throw new Error("it is neither a report.json nor a list of points");
+    if (!points.length) throw new Error("it is empty");
     const series = new Map();
     points.slice(0, 400).forEach((point, place) => {
       if (typeof point?.name !== "string") throw new Error(`point ${place} has no name`);
@@ -303,11 +303,11 @@
     } catch {
       throw new Error("it is not JSON");
     }
-    if (!found?.schema_version) return ofPoints(found);
+    if (Array.isArray(found)) return ofPoints(found);
     try {
       return [ofReport(found)];
     } catch (error) {
-      throw new Error(`it is not a whole report (${error.message})`);
+      throw new Error(`it is neither a list of points nor a whole report (${error.message})`);
     }
   };
   byId("file").addEventListener("change", async (event) => {

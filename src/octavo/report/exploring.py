@@ -19,8 +19,8 @@ from octavo.request import Request
 
 #: About so many plans are solved.
 STOPS = 60
-#: More sites than this are told by their roles, which keeps the page under two megabytes.
-DETAILED = 256
+#: More sites than this are told by at most so many roles, which keeps the page under two megabytes.
+DETAILED, _ROLES = 256, 64
 #: A ratio this many times another is worth a stop of its own.
 _APART = 1.004
 
@@ -96,7 +96,7 @@ def _told(
         rows = [ExplorerRow(curve.site, 1, bar) for curve, bar in zip(curves, bar_of, strict=True)]
         row_of = list(range(len(curves)))
     else:
-        labels, row_of = _largest(roles, curves, DETAILED)
+        labels, row_of = _largest(roles, curves, _ROLES)
         rows = [ExplorerRow(label, row_of.count(row), bar_of[row_of.index(row)]) for row, label in enumerate(labels)]
     methods, settings = _Numbers(), _Numbers()
 

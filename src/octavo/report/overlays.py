@@ -10,11 +10,13 @@ from typing import Any
 from octavo.errors import ArtifactError, RequestError
 from octavo.report.schema import Report
 from octavo.report.text import known, plain, ratio
-from octavo.system.paths import checked, reason
+from octavo.system.paths import checked
 from octavo.system.records import FieldError, record_of
+from octavo.system.strict_json import read_object, read_plain
+from octavo.verification.recorded import LARGEST_REPORT
 
 #: Limits on what one file may bring to the page.
-_SERIES, _POINTS = 40, 400
+_SERIES, _POINTS, _LARGEST_LIST = 40, 400, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class Overlay:
     source: str = ""
 
 
+def read_report(path: Path) -> Report:
+    """Read a ``report.json``.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be read.
+    ArtifactError
+        If it is not a report, naming the first value that is wrong.
+    """
+    return Report.from_json(read_object(checked(path), most=LARGEST_REPORT, error=RequestError), str(path))
+
+
 def read_overlays(path: Path) -> list[Overlay]:
     """Read a ``report.json``, or a JSON list of points such as ``[{"name": "GPTQ", "bytes": 5, "loss": 0.1}]``.
 
@@ -57,17 +72,18 @@ def read_overlays(path: Path) -> list[Overlay]:
     RequestError
         If it is neither, naming the first value that is wrong.
     """
+    content = read_plain(checked(path), most=LARGEST_REPORT, error=RequestError)
     try:
-        data = json.loads(checked(path).read_text(encoding="utf-8"))
-        if isinstance(data, dict) and "schema_version" in data:
-            return [of_report(Report.from_json(data, str(path)))]
-        return _of_points(data)
+        if not content.lstrip().startswith(b"["):
+            return [of_report(read_report(path))]
+        if len(content) > _LARGEST_LIST:
+            raise FieldError(f"{len(content):,} bytes are more than a list of points takes ({_LARGEST_LIST:,})")
+        return _of_points(json.loads(content))
     except ArtifactError as error:
         raise RequestError(str(error)) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(
-            f"{path}: neither a report.json nor points: {reason(error)}; give a list of objects with name, bytes and "
-            "loss"
+            f"{path}: not a list of points: {error}; give objects with name, bytes and loss, or a report.json"
         ) from error
 
 
@@ -90,8 +106,8 @@ def of_report(report: Report) -> Overlay:
 
 
 def _of_points(data: Any) -> list[Overlay]:
-    if not isinstance(data, list) or not data:
-        raise FieldError("a list of points is needed")
+    if not data:
+        raise FieldError("it is empty")
     if len(data) > _POINTS:
         raise FieldError(f"{len(data):,} points are more than a page can show ({_POINTS})")
     series: dict[str, list[tuple[int, float]]] = {}
