@@ -57,7 +57,7 @@
 
   const track = (parts, label) => {
     const line = made("span", "track");
-    for (const [share, fill] of parts) {
+    for (const [share, fill] of parts.filter((part) => part[0] > 0)) {
       const piece = made("i", "");
       piece.style.width = `${(100 * share).toFixed(2)}%`;
       piece.style.background = fill;
@@ -68,6 +68,9 @@
   const heads = () => made("div", "row heads", ...["", "Bytes", "Expected loss"].map((text) => made("span", "", text)));
   const row = (name, ...tracks) => made("div", "row", made("div", "name", ...name), ...tracks);
 
+  // The same rows at every stop, so that nothing jumps while the slider moves.
+  const taken = methods.map((_, method) => total(stops.map((stop) => total(stop.cells.map((cell) => (cell[1] === method ? cell[4] : 0))))));
+  const order = [...methods.keys()].sort((one, other) => taken[other] - taken[one]);
   const drawMethods = (stop) => {
     const sums = methods.map(() => [0, 0, 0]);
     for (const [, method, , number, bytes, loss] of stop.cells) {
@@ -77,17 +80,16 @@
     }
     const every = total(sums.map((sum) => sum[1])) + data.fixed;
     const lost = total(sums.map((sum) => sum[2]));
-    const used = sums.map((sum, method) => [method, ...sum]).filter((sum) => sum[1]);
-    used.sort((one, other) => other[2] - one[2]);
     byId("methods").replaceChildren(
       heads(),
-      ...used.map(([method, number, bytes, loss]) =>
-        row(
+      ...order.map((method) => {
+        const [number, bytes, loss] = sums[method];
+        return row(
           [methods[method], " ", made("small", "", sites(number))],
           track([[bytes / every, colour(method)]], `${size(bytes)} · ${percent(bytes, every)}`),
           track([[lost ? loss / lost : 0, colour(method)]], `${figures(loss)} · ${percent(loss, lost)}`),
-        ),
-      ),
+        );
+      }),
       row(
         ["the rest ", made("small", "", "what is not a site")],
         track([[data.fixed / every, "var(--muted)"]], `${size(data.fixed)} · ${percent(data.fixed, every)}`),
@@ -112,7 +114,7 @@
       heads(),
       ...bars.map((name, bar) => {
         const pieces = [...parts[bar]].sort((one, other) => one[0] - other[0]);
-        const count = members[bar] > 1 && !name.startsWith("the rest: ") ? [" ", made("small", "", `× ${members[bar]}`)] : [];
+        const count = members[bar] > 1 && !name.startsWith("the rest: ") ? [" ", made("small", "", `×\u00a0${members[bar]}`)] : [];
         return row(
           [name.startsWith("the rest: ") ? name : dotted(name), ...count],
           track(pieces.map(([method, part]) => [part / most, colour(method)]), `${size(bytes[bar])} · ${percent(bytes[bar], every)}`),
@@ -341,6 +343,7 @@
     const stop = stops[slider.value];
     const used = percent(stop.bytes, stop.budget);
     byId("shown").textContent = `${stop.ratio}×`;
+    byId("brief").textContent = `${size(stop.bytes)}, loss ${figures(stop.expected)}`;
     state("loss", stop.expected, figures(stop.expected));
     state("bytes", stop.bytes, size(stop.bytes));
     state("budget", stop.budget, size(stop.budget));

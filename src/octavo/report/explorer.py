@@ -20,7 +20,8 @@ _CONTROLS = """\
 <noscript><p class="note">The slider needs JavaScript. The command octavo plan gives the same numbers.</p></noscript>
 <div id="explorer-app" hidden>
 <div class="dial">
-<label for="explorer-ratio">How many times smaller</label>
+<label for="explorer-ratio">Ratio</label>
+<span id="explorer-brief" aria-hidden="true"></span>
 <output id="explorer-shown" for="explorer-ratio"></output>
 <input id="explorer-ratio" type="range" min="0" max="{last}" step="1" value="{start}">
 </div>
