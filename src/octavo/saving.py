@@ -26,6 +26,7 @@ from octavo.system.progress import Shown, showing
 from octavo.system.raw import raw_bytes
 from octavo.system.replacing import check_folder
 from octavo.targets import Target
+from octavo.verification.foreign import record
 from octavo.verification.proof import prove
 from octavo.verification.recorded import REPORT
 
@@ -131,6 +132,8 @@ def _written(done: Result, folder: Path, command: str, *, report: bool) -> Repor
     data = report_data(done, artifact, files, proof, target.plans, section, command)
     if target.foreign:
         shutil.rmtree(home)
+        contents = done.built.contents
+        record(folder, target.name, files, done.profile.original_bytes, len(contents.entries) + len(contents.kept))
     clock.lap("measure")
     timings = {**done.timings, **clock.laps}
     data = replace(data, timings={**timings, "total": sum(timings.values())})
