@@ -13,6 +13,7 @@ from octavo.forms import restore
 from octavo.methods import get_method
 
 gguf = pytest.importorskip("gguf")
+WITHOUT = "pip install llama-cpp-python compares with llama.cpp itself"
 KINDS = pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
 ROWS, COLUMNS = 6, 512
 
@@ -80,7 +81,7 @@ def test_feedback_lowers_the_loss_of_every_type(kind: BlockType) -> None:
 @KINDS
 def test_steps_are_as_good_as_llama_cpps_own(kind: BlockType) -> None:
     """Without error feedback the loss is near that of llama.cpp's encoder with the same importance matrix."""
-    package = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python compares with llama.cpp itself")
+    package = pytest.importorskip("llama_cpp", reason=WITHOUT, exc_type=Exception)
     weight, evidence = seen()
     rows, columns = weight.shape
     quantize = ctypes.CDLL(package.llama_cpp._lib._name).ggml_quantize_chunk
@@ -95,9 +96,9 @@ def test_steps_are_as_good_as_llama_cpps_own(kind: BlockType) -> None:
     assert plain.loss(encoded(kind, feedback=False) - weight) < 1.1 * theirs
 
 
-def test_a_zero_group_stays_zero() -> None:
+def test_a_zero_row_stays_zero() -> None:
     weight, evidence = seen()
-    weight[:, :256] = 0
+    weight[::2] = 0
     for kind in TYPES.values():
         form = get_method("ggml").encode(weight, {"type": kind.name}, evidence)
-        assert not form.dense()[:, :256].any(), kind.name
+        assert not form.dense()[::2].any(), kind.name

@@ -318,7 +318,7 @@ def _best_uniform(done: Result) -> BestUniform | None:
         of=len(rival.plan.points),
         moved=any(setting != common for setting in same),
         # For a plan that was not built only the bytes that the budget counts are known.
-        bytes=rival.bytes if rival.packed or not in_memory else None,
+        bytes=rival.counted if done.opened.target.foreign else rival.bytes if rival.packed or not in_memory else None,
         held=rival.counted if in_memory else None,
         quality=rival.quality,
     )

@@ -33,7 +33,7 @@ class FixedSizes(Sizes):
 
     @abstractmethod
     def beside(self, opened: Opened) -> int:
-        """Bytes of everything that is no site."""
+        """Bytes of everything beside the sites."""
 
     def bytes(self, packed: Packed) -> int:
         """The counted bytes of one encoded site."""

@@ -22,7 +22,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.coding.ggml import TYPES
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
-from octavo.errors import ArtifactError, RequestError
+from octavo.errors import ArtifactError, MissingExtraError, RequestError
 from octavo.forms import Form
 from octavo.methods import Method, Setting, of_runtime, select_methods
 from octavo.request import Request
@@ -37,7 +37,7 @@ from octavo.runtimes.gguf.files import (
     read_file,
     write_file,
 )
-from octavo.runtimes.gguf.llama import Ran, llama_cpp, ran
+from octavo.runtimes.gguf.llama import Ran, has_llama_cpp, ran
 from octavo.sources.sites import Site, Source
 from octavo.system.records import plain_json
 from octavo.targets.base import target
@@ -166,10 +166,13 @@ class Gguf(FixedSizes):
         rows = tuple((name, types[name], sizes[name]) for name in sorted(types, key=lambda name: -sizes[name]))
         text = f"{FILE} holds {len(found)} tensors, read back and equal to what was measured."
         given = Section("gguf", "For llama.cpp", text, ("type", "tensors", "bytes"), rows)
-        if llama_cpp() is None:
+        if not has_llama_cpp():
             note = "llama.cpp did not run it: pip install 'octavo[llama]' measures the file by llama.cpp itself"
             return replace(given, notes=(note,))
-        figures = _ran(result, artifact)
+        try:
+            figures = self._ran(result, artifact)
+        except MissingExtraError as error:
+            return replace(given, notes=(f"llama.cpp did not run it: {error}",))
         if figures is None:
             return replace(given, notes=("llama.cpp did not run it: there was no text to compare",))
         told = (
@@ -178,6 +181,18 @@ class Gguf(FixedSizes):
             f"held-out tokens; it generates {figures.per_second:.1f} tokens a second on {figures.threads} threads."
         )
         return replace(given, text=text + told, figures=plain_json(figures))
+
+    def _ran(self, result: Result, artifact: Artifact) -> Ran | None:
+        """What llama.cpp makes of held-out sequences, beside the source and the artifact; None if there are none."""
+        opened, source, config = result.opened, result.opened.source, self._laid_out.config
+        if source.module is None or source.is_skeleton:
+            return None
+        context = int(config.get("max_position_embeddings") or config["n_positions"])
+        rows = [row[:context] for batch in opened.held_data for row in _sequences(batch)][:_COMPARED]
+        if not rows:
+            return None
+        logits = [[_outputs(module, row) for row in rows] for module in (source.module, load(artifact.path).float())]
+        return ran(artifact.path.parent / FILE, rows, logits[0], logits[1], context)
 
     @property
     def _laid_out(self) -> Laid:
@@ -202,19 +217,6 @@ class Gguf(FixedSizes):
 
     def _wide(self, source: Source, name: str) -> Any:
         return self._placed(name).array(source.read(name)).numpy()
-
-
-def _ran(result: Result, artifact: Artifact) -> Ran | None:
-    """What llama.cpp makes of held-out sequences, beside the source and the artifact; None if there are none."""
-    opened, source = result.opened, result.opened.source
-    if source.module is None or source.is_skeleton:
-        return None
-    rows = [row for batch in opened.held_data for row in _sequences(batch)][:_COMPARED]
-    if not rows:
-        return None
-    decoded = load(artifact.path).float()
-    logits = ([_outputs(module, row) for row in rows] for module in (source.module, decoded))
-    return ran(artifact.path.parent / FILE, rows, *logits)
 
 
 def _sequences(batch: Any) -> list[Tensor]:

@@ -17,10 +17,13 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.compiled import compiled
 from octavo.methods.feedback import factored, round_blocks, round_columns
 from octavo.methods.knobs import choice
+from octavo.methods.quantize.ggml_refit import refitted
 from octavo.methods.quantize.ggml_steps import fitted, nearest
 
 #: Rounded at once, in weights.
 _CHUNK = 1 << 24
+#: Bits a weight from which fitting steps again gains nothing that shows.
+_FINE = 6.0
 
 
 @method(
@@ -35,7 +38,8 @@ class Ggml(Method):
 
     Steps and offsets of all groups are searched first (:mod:`octavo.methods.quantize.ggml_steps`). Then columns are
     rounded one after another, each after adding the error feedback of those before it
-    (:mod:`octavo.methods.feedback`). Without a moment every weight gets its nearest level.
+    (:mod:`octavo.methods.feedback`), and steps and offsets are fitted to the codes
+    (:mod:`octavo.methods.quantize.ggml_refit`). Without a moment every weight gets its nearest level.
 
     Parameters
     ----------
@@ -61,15 +65,19 @@ class Ggml(Method):
                 f"{self.name}: blocks of {kind.name} have {kind.block} columns, which do not divide "
                 f"{weight.shape[1]}; choose another type"
             )
-        weight, columns = weight.float(), evidence.columns
+        weight = original = weight.float()
+        columns = evidence.columns
         fields = fitted(weight, kind, None if columns is None else columns.diagonal())
         levels = torch.tensor(kind.levels, dtype=torch.float32)
         step, offset = kind.affine(fields)
         if self.feedback and columns is not None:
-            weight = _swept(weight, evidence, kind, step, offset, levels)
+            weight = _swept(original, evidence, kind, step, offset, levels)
         wide = None if offset is None else offset[:, :, None]
         codes = nearest(weight.unflatten(1, (-1, kind.group)), step[:, :, None], wide, levels)
-        return GgmlBlocks(kind.packed(replace(fields, codes=codes.flatten(1).to(torch.uint8))), kind.name)
+        fields = replace(fields, codes=codes.flatten(1).to(torch.uint8))
+        if self.feedback and columns is not None and kind.bits < _FINE:
+            fields = refitted(original, columns, kind, fields)
+        return GgmlBlocks(kind.packed(fields), kind.name)
 
 
 def _swept(

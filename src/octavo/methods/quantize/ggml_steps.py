@@ -24,6 +24,8 @@ _AGAIN = (None, None, None)
 _AT_ONCE = 1 << 18
 _LARGEST, _TINY = 65504.0, 1e-30
 
+Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
 
 def fitted(weight: Tensor, kind: BlockType, importance: Tensor | None) -> Fields:
     """Fields of a type without codes.
@@ -45,14 +47,24 @@ def fitted(weight: Tensor, kind: BlockType, importance: Tensor | None) -> Fields
     return Fields(torch.empty(0, dtype=torch.uint8), d, base, scales, minima)
 
 
-Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
 def _chunks(groups: Tensor, weights: Tensor, kind: BlockType) -> Iterator[Parts]:
     height = max(1, _AT_ONCE // (groups.shape[1] * groups.shape[2]))
     for part in groups.split(height):
         step, offset = (_affine if kind.offset else _scaled)(part, weights, kind)
         yield _small(step, offset) if kind.scales is None else _two_level(part, weights, kind, step, offset)
+
+
+def stored(step: Tensor, offset: Tensor | None, kind: BlockType) -> Parts:
+    """``d``, ``base``, ``scales`` and ``minima`` nearest to steps and offsets (rows, groups)."""
+    if kind.scales is None:
+        return _small(step, offset)
+    share = kind.block // kind.group
+    d, scales = _rounded(step if kind.scales[0] < 0 else step.clamp_min(0), share, kind.scales)
+    if offset is None:
+        return d, None, scales.short(), None
+    assert kind.minima is not None
+    base, minima = _rounded((-offset).clamp_min(0), share, kind.minima)
+    return d, base, scales.short(), minima.short()
 
 
 def nearest(values: Tensor, step: Tensor, offset: Tensor | None, levels: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from octavo.errors import MissingExtraError, RequestError
 from octavo.sources.sites import Source
 
 Config = Mapping[str, Any]
-_REASON = "llama.cpp reads it in float32"
 
 
 def require_gguf() -> Any:
@@ -173,6 +172,7 @@ def _gpt2(writer: Any, config: Config) -> None:
     writer.add_feed_forward_length(config.get("n_inner") or 4 * config["n_embd"])
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    writer.add_vocab_size(config["vocab_size"])
 
 
 def _head(config: Config) -> int:
