@@ -72,7 +72,7 @@ class PointTable:
                 every = densified(curve) if interpolate else curve.points
                 points = [p for p in every if allowed is None or p.method in allowed]
                 found.append(points or [p for p in curve.points if p.method in dense] or list(curve.points))
-            self.points.append(alike(found))
+            self.points.append(alike(found) or alike([curve.points for curve in curves]))
         width = max(map(len, self.points), default=0)
         self.bytes = np.full((len(self.points), width), 2**62, dtype=np.int64)
         self.loss = np.full((len(self.points), width), np.inf)
