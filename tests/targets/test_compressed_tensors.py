@@ -12,9 +12,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import octavo
 from octavo.allocation.encoded import as_weights
+from octavo.artifact import Packed, Sized
 from octavo.calibration.evidence import Evidence
 from octavo.errors import BudgetError, MissingExtraError, RequestError
 from octavo.methods import get_method
+from octavo.runtimes.pack_quantized import Stored
 from octavo.targets import get_target
 
 pytest.importorskip("compressed_tensors")
@@ -174,10 +176,22 @@ def test_what_it_cannot_serve_is_refused_with_the_mend(tmp_path, monkeypatch):
         compress(folder / "model.safetensors", data=None)
     with pytest.raises(RequestError, match=r"--keep 'model\.embed_tokens\.weight'.*16 bits alone; choose bfloat16"):
         compress(folder, keep={"*embed*": "wna16:bits=4,group=32"})
-    with pytest.raises(RequestError, match="method 'rtn' has no form in the formats of compressed-tensors"):
+    with pytest.raises(RequestError, match=r"--keep 'model.*gptq has no form in the formats of compressed-tensors"):
+        compress(folder, keep={"*q_proj*": "gptq:bits=4,group=32"})
+    with pytest.raises(RequestError, match=r"method 'rtn' has no form in the formats of compressed-tensors"):
         compress(folder, methods=["rtn"])
     with pytest.raises(BudgetError, match=r"needs at least .* bytes of model\.safetensors and config\.json"):
         compress(folder, ratio=60)
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'octavo\[compressed-tensors\]'"):
         compress(folder)
+
+
+@pytest.mark.parametrize("columns", [32, 96, 576, 4096])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_tell_how_a_weight_is_stored(columns, bits):
+    for groups in {1, *(columns // group for group in (32, 64, 128) if columns % group == 0)}:
+        stored = Stored(bits, groups, torch.bfloat16)
+        parts = {"codes": [0, 9], "scale": [9, 7, "bfloat16", 1, groups]}
+        packed = Packed(Sized(16), parts, {"form": "grid"}, {}, stored.bytes((48, columns)))
+        assert Stored.of_packed(packed, (48, columns)) == stored

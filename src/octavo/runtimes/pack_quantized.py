@@ -83,9 +83,16 @@ class Stored:
         """How a packed form of a shape is stored, from its sizes alone."""
         if "weight" in packed.parts:
             return cls(0, 0, DTYPES[packed.parts["weight"][2]])
-        dtype, _, groups = packed.parts["scale"][2:]
-        choices = [cls(bits, groups, DTYPES[dtype]) for bits in _BITS]
-        return next(stored for stored in choices if stored.bytes(shape) == packed.resident)
+        dtype = DTYPES[packed.parts["scale"][2]]
+        assert packed.resident is not None
+        # Of a form found for a sample of rows only the counted bytes are those of the whole matrix. They tell one kind
+        # from another, since a row's scales take as many bytes as are left beside its codes.
+        for bits in _BITS:
+            left = packed.resident - cls(bits, 0, dtype).bytes(shape)
+            groups, rest = divmod(left, shape[0] * dtype.itemsize)
+            if groups > 0 and rest == 0 and shape[1] % groups == 0:
+                return cls(bits, groups, dtype)
+        raise ValueError(f"{packed.resident} bytes are not those of a weight of shape {shape}")
 
     def outlines(self, name: str, shape: tuple[int, int]) -> dict[str, Outline]:
         """The tensors of a weight of that name and shape."""

@@ -136,7 +136,13 @@ class CompressedTensors(FixedSizes):
     def check(self, opened: Opened) -> None:
         """Say what keeps 16 bits, and refuse codes where the loader reads none."""
         for name, (method, _) in opened.pinned.items():
-            if not get_method(method).accepts(opened.site(name)) or self._is_odd(opened.site(name), method):
+            chosen = get_method(method)
+            if not chosen.dense and self.name not in chosen.runtimes:
+                raise RequestError(
+                    f"--keep {name!r}: {method} has no form in the formats of {self.name}; choose wna16:bits=4,group=64 "
+                    "or a floating dtype"
+                )
+            if not chosen.dense and (not chosen.accepts(opened.site(name)) or opened.site(name).columns % _LEAST):
                 raise RequestError(
                     f"--keep {name!r}: the loader of transformers reads this weight in 16 bits alone; choose bfloat16 "
                     "or float16"
@@ -159,8 +165,7 @@ class CompressedTensors(FixedSizes):
 
     def beside(self, opened: Opened) -> int:
         """Bytes of the configuration and of all tensors that are not sites."""
-        contents = opened.assembly.contents({}, self._narrowing(opened))
-        return self._bytes(opened, contents, {})
+        return self._bytes(opened, opened.assembly.contents({}, opened.assembly.narrowing(None)), {})
 
     def described(self, contents: Contents, opened: Opened, packed: Mapping[str, Packed]) -> Contents:
         """The contents with the bytes of both files."""
@@ -222,10 +227,11 @@ class CompressedTensors(FixedSizes):
         """Matrices that a loaded model has otherwise than the artifact, and how far they are apart."""
         state = model.state_dict()
         for name in result.built.packed:
-            found = state[result.opened.source.parameters[name]]
-            wanted = artifact.tensor(name).to(found.dtype)
-            far = float((found.float() - wanted.float()).abs().max())
-            if far > (_HALF_STEP if found.dtype == torch.float16 else 0.0) or not bool(torch.isfinite(found).all()):
+            found, wanted = state[result.opened.source.parameters[name]], artifact.tensor(name)
+            # A model may hold some layers in a wider dtype than its files.
+            dtype = min(found.dtype, wanted.dtype, key=lambda dtype: dtype.itemsize)
+            far = float((found.to(dtype).float() - wanted.to(dtype).float()).abs().max())
+            if not far <= (_HALF_STEP if dtype == torch.float16 else 0.0):
                 yield name, far
 
     def _served(self, source: Source, site: Site) -> bool:
@@ -233,12 +239,6 @@ class CompressedTensors(FixedSizes):
         if site.kind == "embedding" or site.layout.kind != "rows_first" or len(site.shape) != 2:
             return True
         return isinstance(source.owner(site.name), nn.Linear) and site.name.endswith(".weight")
-
-    def _is_odd(self, site: Site, method: str) -> bool:
-        return not get_method(method).dense and bool(site.columns % _LEAST)
-
-    def _narrowing(self, opened: Opened) -> Any:
-        return opened.assembly.narrowing(None)
 
     def _bytes(self, opened: Opened, contents: Contents, stored: Mapping[str, Stored]) -> int:
         """Bytes of both files."""

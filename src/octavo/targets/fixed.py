@@ -59,7 +59,8 @@ class FixedSizes(Sizes):
                 name, setting = opened.pinned[site.name]
                 choices = [(get_method(name), setting)]
             else:
-                offered = ((method, self.offers(method, rows, evidence)) for method in opened.methods)
+                fitting = [method for method in opened.methods if method.accepts(site)]
+                offered = ((method, self.offers(method, rows, evidence)) for method in fitting)
                 choices = [(method, settings[-1]) for method, settings in offered if settings]
             forms = (method.encode(rows, setting, evidence) for method, setting in choices)
             smallest += min(self.resident(form, site.rows) for form in forms)
