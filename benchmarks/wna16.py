@@ -91,6 +91,12 @@ class Task:
         """Where its results are kept."""
         return self.source.parent
 
+    @property
+    def text(self) -> str:
+        """How much of it there is."""
+        counts = (f"{len(part)} windows of {part.shape[1]} tokens" for part in (self.calibration, self.held))
+        return "calibration {}, held out {}".format(*counts)
+
     @torch.inference_mode()
     def distance(self, folder: Path) -> dict[str, float]:
         """Mean KL of the source to a folder that plain transformers loads, and its perplexity, in float32."""
@@ -177,7 +183,7 @@ def main() -> None:
     peers = [peer(python, given, group) for group in GROUPS]
     least = min((row for row in peers if "kl" in row), key=lambda row: row["bytes"])
     found = own(given, least["bytes"], asked.preset)
-    found |= {"of_peer": found["kl"] / least["kl"], "source_bytes": size(given.source)}
+    found |= {"of_peer": found["kl"] / least["kl"], "source_bytes": size(given.source), "text": given.text}
     others = [row for row in load_results("compressed-tensors").get("rows", []) if row["model"] != given.name]
     save_results("compressed-tensors", {"rows": [*others, *peers, found]})
     print(f"{given.name}: KL {found['of_peer']:.2f} times that of llm-compressor")
