@@ -100,7 +100,9 @@ def measured(run: Run, profile: Profile, plan: Plan, packed: dict[str, Packed], 
     stored = {name: kept.given for name, kept in contents.kept.items()}
     losses = run.measure(Lazily({**as_weights(opened, packed).made, **stored})).numpy()
     # A module may divide by a weight's norm: without a number, a plan is the worst.
-    quality, p95 = (float(loss) if math.isfinite(loss) else math.inf for loss in (losses.mean(), np.quantile(losses, 0.95)))
+    quality, p95 = (
+        float(loss) if math.isfinite(loss) else math.inf for loss in (losses.mean(), np.quantile(losses, 0.95))
+    )
     return Built(done, packed, contents, contents.bytes, total, quality, p95)
 
 

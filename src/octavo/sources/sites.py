@@ -369,7 +369,6 @@ class Source:
         # Without a module, only its name distinguishes a token table from a layer.
         return ("embedding" if owner is None and "embed" in name.lower() else "linear"), Layout()
 
-
     def _parametrized(self, name: str, shape: tuple[int, ...]) -> nn.Module | None:
         """The layer whose weight is computed from a tensor of the same shape, such as the direction of weight norm."""
         assert self.module is not None
