@@ -153,7 +153,7 @@ def test_codes_are_read_as_the_floats_that_they_stand_for(name, tmp_path):
     assert any("already quantized" in note for note in source.notes)
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "packed", "integers"])
+@pytest.mark.parametrize("name", ["gptq", "integers"])
 def test_the_grid_is_kept_and_the_artifact_is_an_ordinary_model(name, tmp_path):
     folder, floats = written(name, tmp_path / "quantized")
     done = octavo.compress(folder, size="90kB", preset="data-free", methods=["source-grid", "keep"], progress=False)

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo.errors import RequestError
+from octavo.sources.coded_weights import CodedWeight, coded_weights, is_dropped
 from octavo.sources.companions import copy_companions
 from octavo.sources.model_classes import read_config
-from octavo.sources.coded_weights import CodedWeight, coded_weights, is_dropped
 from octavo.sources.sites import Source
 
 #: Bytes of a file of floats.
@@ -59,7 +59,8 @@ def write_floats(source: Source, folder: Path, place: Path) -> dict[str, int]:
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RequestError(
-            f"{folder / 'config.json'}: quantization_config cannot be read ({type(error).__name__}: {error}); copy it again"
+            f"{folder / 'config.json'}: quantization_config cannot be read ({type(error).__name__}: {error}); copy it "
+            "again"
         ) from error
     copy_companions(folder, place)
     for name in _REPEATED:
