@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +26,12 @@ from octavo.system.progress import Shown, showing
 from octavo.system.raw import raw_bytes
 from octavo.system.replacing import check_folder
 from octavo.targets import Target
+from octavo.verification.foreign import record
 from octavo.verification.proof import prove
 from octavo.verification.recorded import REPORT
+
+#: The folder of an artifact that only verifies another runtime's file.
+_PROOF = ".proof"
 
 
 @dataclass(frozen=True)
@@ -113,19 +117,38 @@ def _written(done: Result, folder: Path, command: str, *, report: bool) -> Repor
     """Write everything into a folder and measure it there."""
     clock, target = Clock(), done.opened.target
     assert isinstance(target, Target)
-    _write(done, folder)
+    home = folder
+    if target.foreign:
+        home = folder / _PROOF
+        home.mkdir()
+    _write(done, home)
     written = target.write(done, folder)
-    artifact = Artifact(folder)
+    artifact = Artifact(home)
     _compare(done, artifact)
     proof = prove(done.run, artifact)
     clock.lap("verify")
     section = target.verify(done, artifact, written)
-    data = report_data(done, artifact, proof, section, command)
+    files = _files(done, folder, artifact.files() if not target.foreign else target.files(folder))
+    data = report_data(done, artifact, files, proof, section, command)
+    if target.foreign:
+        shutil.rmtree(home)
+        contents = done.built.contents
+        record(folder, target.name, files, done.profile.original_bytes, len(contents.entries) + len(contents.kept))
     clock.lap("measure")
     timings = {**done.timings, **clock.laps}
     data = replace(data, timings={**timings, "total": sum(timings.values())})
     _write_report(data, folder, page=report)
     return data
+
+
+def _files(done: Result, folder: Path, files: Sequence[Path]) -> dict[str, int]:
+    """Bytes on disk by relative path; those of another runtime must be what was stated."""
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    target = done.opened.target
+    assert isinstance(target, Target)
+    if target.foreign and sum(sizes.values()) != done.built.counted:
+        raise ArtifactError(f"{folder}: {sum(sizes.values())} bytes on disk, {done.built.counted} were planned")
+    return sizes
 
 
 def check_writable(

@@ -278,9 +278,7 @@ def tables() -> dict[str, str]:
 def written(text: str) -> str:
     """The page with its tables made again."""
     for name, made in tables().items():
-        text, count = re.subn(
-            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda match: match[1] + made + match[2], text, flags=re.DOTALL
-        )
+        text, count = re.subn(rf"(?s)(<!-- {name} -->\n).*?(\n<!-- end -->)", rf"\g<1>{made}\g<2>", text)
         if count != 1:
             sys.exit(f"{PAGE}: has {count} places for the table {name!r}")
     return text

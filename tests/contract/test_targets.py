@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,31 @@ SAID = {
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, which targets of other runtimes need."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("decoder")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tokens() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 256, (4, 24), generator=generator)} for _ in range(3)]
+
+
+@pytest.fixture
+def given(name: str, decoder: Path) -> tuple[Any, list[Any]]:
+    """A source and data that a target serves."""
+    return (str(decoder), tokens()) if get_target(name).foreign else (net(), DATA)
 
 
 @pytest.fixture(params=targets())
@@ -63,19 +89,22 @@ def test_a_target_that_is_not_known_is_refused(verb: Callable) -> None:
 
 
 @pytest.mark.parametrize("name", OF_BYTES)
-def test_a_budget_of_bytes_is_met_by_what_is_written(name: str, tmp_path: Path) -> None:
-    done = octavo.compress(net(), ratio=3, target=name, data=DATA, preset="fast")
+def test_a_budget_of_bytes_is_met_by_what_is_written(name: str, given: tuple[Any, list[Any]], tmp_path: Path) -> None:
+    source, data = given
+    done = octavo.compress(source, ratio=3, target=name, data=data, preset="fast")
     assert done.opened.target.total(done.built.contents) == done.built.counted <= done.budget.bytes
     report = done.save(tmp_path / "out").to_json()
-    artifact = octavo.Artifact(tmp_path / "out")
-    assert artifact.bytes == done.built.bytes and report["budget"]["target"] == name
+    written = sum((tmp_path / "out" / file).stat().st_size for file in report["artifact"]["files"])
+    size = done.built.counted if done.opened.target.foreign else done.built.bytes
+    assert written == size == report["artifact"]["bytes"] and report["budget"]["target"] == name
     assert done.built.counted >= done.budget.least or report["artifact"]["note"]
-    octavo.verify(tmp_path / "out")
+    assert octavo.verify(tmp_path / "out").bytes == written
 
 
 @pytest.mark.parametrize("name", OF_BYTES)
-def test_profiles_and_frontiers_take_it(name: str, tmp_path: Path) -> None:
-    asked = Request(net(), target=name, data=DATA, preset="fast", workspace=tmp_path / "p")
+def test_profiles_and_frontiers_take_it(name: str, given: tuple[Any, list[Any]], tmp_path: Path) -> None:
+    source, data = given
+    asked = Request(source, target=name, data=data, preset="fast", workspace=tmp_path / "p")
     near, far = octavo.frontier(asked, [3, 1e6])
     assert near.ratio is not None and near.ratio >= 3 and near.error is None
     # What can be reached stands beside what cannot.

@@ -34,6 +34,9 @@ class Counting:
         Whether small learned corrections (norms, biases, row gains) may be added to the forms.
     unit
         The unit of sizes in errors, such as ``bytes in memory``.
+    foreign
+        Whether the result is another runtime's file. Then the artifact serves only to verify what was written, and is
+        not kept.
     """
 
     name: str = ""
@@ -41,6 +44,7 @@ class Counting:
     exhaustive: bool = False
     tunable: bool = True
     unit: str = "bytes"
+    foreign: bool = False
 
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """The settings of a method that can be used here, from largest to smallest."""

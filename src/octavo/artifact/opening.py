@@ -17,6 +17,7 @@ from octavo.artifact.writing import FORMAT_VERSION, INDEX, MANIFEST, WEIGHTS, un
 from octavo.errors import ArtifactError
 from octavo.sources.sentences import SUBFOLDER
 from octavo.sources.sites import DTYPES as CODES
+from octavo.system.replacing import FOREIGN
 from octavo.system.strict_json import parse_object, read_plain
 from octavo.system.tensor_files import Place
 
@@ -31,6 +32,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of an artifact's folder, with the folder, checksum and version checked."""
     file = path / MANIFEST
     if not path.is_dir() or not file.is_file():
+        if (path / FOREIGN).is_file():
+            raise ArtifactError(f"{path}: holds files for another runtime, which opens them; octavo verify checks them")
         raise ArtifactError(f"{path}: not an artifact, since it has no {MANIFEST}; name the folder that Octavo wrote")
     check_folder(path)
     content = read_plain(file, most=_MANIFEST_LIMIT)

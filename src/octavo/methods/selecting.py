@@ -30,6 +30,13 @@ class Usable:
 
 
 _ALL = Usable()
+#: Methods whose forms Octavo's own artifact holds.
+ORDINARY = Usable(lambda cls: not cls.runtimes, "is for the formats of another runtime (octavo methods --kind targets)")
+
+
+def of_runtime(target: str) -> Usable:
+    """The methods whose forms are formats of another runtime."""
+    return Usable(lambda cls: cls.dense or target in cls.runtimes, f"has no form in the formats of {target}")
 
 
 def methods() -> dict[str, type[Method]]:

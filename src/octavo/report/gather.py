@@ -63,13 +63,25 @@ _PATIENCE = 5.0
 
 
 def report_data(
-    done: Result, artifact: Artifact, proof: Proof, section: Section | None = None, command: str = ""
+    done: Result,
+    artifact: Artifact,
+    files: Mapping[str, int],
+    proof: Proof,
+    section: Section | None = None,
+    command: str = "",
 ) -> Report:
-    """The report; quality is that of the model loaded from the artifact."""
+    """The report; quality is that of the model loaded from the artifact.
+
+    Parameters
+    ----------
+    files
+        Bytes of the files written, by relative path: those of the artifact, or those of another runtime.
+    """
     opened, profile, built = done.opened, done.profile, done.built
     losses, outputs = proof.losses, proof.outputs
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
+    written = sum(files.values())
     sites = tuple(_site_row(done, name) for name in built.packed)
     codecs: dict[str, int] = {}
     for entry in built.contents.entries.values():
@@ -95,11 +107,11 @@ def report_data(
         ),
         budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
         artifact=WrittenArtifact(
-            bytes=artifact.bytes,
-            ratio=profile.original_bytes / artifact.bytes,
+            bytes=written,
+            ratio=profile.original_bytes / written,
             used=built.counted / done.budget.bytes,
-            files={file.relative_to(artifact.path).as_posix(): file.stat().st_size for file in artifact.files()},
-            bits_per_weight=artifact.bytes * 8 / profile.weights,
+            files=dict(files),
+            bits_per_weight=written * 8 / profile.weights,
             note="" if built.counted >= done.budget.least else _why_less(done),
         ),
         quality=Quality(
@@ -195,6 +207,9 @@ def _dtypes(done: Result) -> dict[str, int]:
 def _site_row(done: Result, name: str) -> SiteRow:
     site, point, packed = done.opened.site(name), done.built.plan.points[name], done.built.packed[name]
     curve = next(curve for curve in done.profile.curves if curve.site == name)
+    target = done.opened.target
+    # In another runtime's file a site takes what the budget counts; in an artifact it takes its own bytes.
+    size = target.bytes(packed) if target.foreign else packed.bytes
     return SiteRow(
         name=name,
         kind=site.kind,
@@ -203,9 +218,9 @@ def _site_row(done: Result, name: str) -> SiteRow:
         method=point.method,
         family=get_method(point.method).family,
         setting=point.setting,
-        bytes=packed.bytes,
+        bytes=size,
         original_bytes=site.parameters * site.dtype.itemsize,
-        bits_per_weight=packed.bytes * 8 / site.parameters,
+        bits_per_weight=size * 8 / site.parameters,
         expected_loss=done.profile.corrected(curve, point.loss),
         form=packed.meta["form"],
         tied=tuple(site.tied),
@@ -296,7 +311,7 @@ def _best_uniform(done: Result) -> BestUniform | None:
         of=len(rival.plan.points),
         moved=any(setting != common for setting in same),
         # For a plan that was not built only the bytes that the budget counts are known.
-        bytes=rival.bytes if rival.packed or not in_memory else None,
+        bytes=rival.counted if done.opened.target.foreign else rival.bytes if rival.packed or not in_memory else None,
         held=rival.counted if in_memory else None,
         quality=rival.quality,
     )
@@ -323,7 +338,11 @@ def tradeoff(done: Result, quality: float | None) -> Tradeoff:
         measured = rival.quality if rival is not None and rival.plan.label.startswith(f"{method} ") else None
         ratio = profile.original_bytes / plan.bytes
         rivals.append(UniformPoint(method, setting, ratio, plan.bytes, plan.expected + done.run.at_rest, measured))
-    return Tradeoff(tuple(points), tuple(rivals), ChosenPoint(done.ratio, done.built.bytes, quality))
+    return Tradeoff(
+        tuple(points),
+        tuple(rivals),
+        ChosenPoint(done.ratio, done.built.counted if done.opened.target.foreign else done.built.bytes, quality),
+    )
 
 
 def _code_lengths(sites: Sequence[SiteRow]) -> BitsHistogram:

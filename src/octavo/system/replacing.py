@@ -11,8 +11,10 @@ from octavo.system.sealed import JOB
 
 #: The file of an artifact that says how to read the others.
 MANIFEST = "octavo.json"
-#: Every folder written by Octavo has one of these: the manifest of an artifact, or the job of a workspace.
-OWN = (MANIFEST, JOB)
+#: The file beside those of another runtime that says what Octavo wrote.
+FOREIGN = "octavo-files.json"
+#: Every folder written by Octavo has one of these: the manifest of an artifact, that record, or the job of a workspace.
+OWN = (MANIFEST, FOREIGN, JOB)
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",

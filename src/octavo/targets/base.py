@@ -16,7 +16,7 @@ from octavo.artifact import Artifact
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import RequestError
-from octavo.methods import Method, select_methods
+from octavo.methods import ORDINARY, Method, select_methods
 from octavo.request import Request, Role, flagged, names
 from octavo.sources.sites import Site, Source
 from octavo.system.registry import Registry
@@ -101,8 +101,8 @@ class Target(Counting, ABC):
         return request.preset
 
     def methods(self, request: Request) -> list[Method]:
-        """The methods to choose from."""
-        return select_methods(request.methods, request.preset)
+        """The methods to choose from; those for other runtimes are left out."""
+        return select_methods(request.methods, request.preset, ORDINARY)
 
     def adapted(self, source: Source) -> Source:
         """The source as this target takes it."""
@@ -158,6 +158,10 @@ class Target(Counting, ABC):
     def write(self, result: Result, folder: Path) -> Any:
         """Write what this target needs beside the artifact's own files; what is returned goes to :meth:`verify`."""
         return None
+
+    def files(self, folder: Path) -> Sequence[Path]:
+        """The files that the budget counts, of a target whose result is another runtime's."""
+        raise NotImplementedError(f"--for {self.name}: its result is the artifact, which knows its own files")
 
     def verify(self, result: Result, artifact: Artifact, written: Any) -> Section | None:
         """Measure what was written, read back from the disk: a section of the report, or None."""

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from octavo.allocation.budget import Budget
 from octavo.allocation.opened import Opened
-from octavo.artifact import Artifact, Contents, Packed
+from octavo.artifact import Artifact
 from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.forms import Form
-from octavo.methods import Method, Setting, Usable, get_method, select_methods
+from octavo.methods import Method, Setting, Usable, select_methods
 from octavo.request import Request
 from octavo.runtimes.packed import resident_bytes
 from octavo.sources.sites import Site, Source
 from octavo.targets.base import target
+from octavo.targets.fixed import FixedSizes
 from octavo.targets.held import packed_figures, section
-from octavo.targets.sizes import Sizes
-
-#: Rows of a site that tell what it takes in memory: as many as the int4 kernel packs together.
-_ROWS = 64
-
 
 _WITH_KERNEL = Usable(
     lambda cls: cls.kernel_settings is not Method.kernel_settings, "has no setting that runs from memory"
@@ -35,15 +30,10 @@ _WITH_KERNEL = Usable(
 
 
 @target("memory")
-class Memory(Sizes):
+class Memory(FixedSizes):
     """Bytes of all tensors while the model runs: sites, other tensors, and buffers that are not stored."""
 
     about = "bytes of the weights while the model runs from packed codes"
-    # Every setting has a kernel and a known size: all are tried, and nothing is left to interpolate.
-    margin = 0.0
-    exhaustive = True
-    # A kernel that runs packed codes cannot apply gains.
-    tunable = False
     unit = "bytes in memory"
     loads = True
 
@@ -60,20 +50,6 @@ class Memory(Sizes):
     def resident(self, form: Form, rows: int) -> int:
         """Bytes that the form's kernel holds."""
         return resident_bytes(form, rows)
-
-    def bytes(self, packed: Packed) -> int:
-        """Bytes that a site takes while it runs."""
-        assert packed.resident is not None
-        return packed.resident
-
-    def total(self, contents: Contents) -> int:
-        """Bytes of all tensors, as the manifest states them."""
-        assert contents.resident is not None
-        return contents.resident
-
-    def described(self, contents: Contents, opened: Opened, packed: Mapping[str, Packed]) -> Contents:
-        """The contents with what they take in memory."""
-        return replace(contents, resident=self._beside(opened) + sum(map(self.bytes, packed.values())))
 
     def adapted(self, source: Source) -> Source:
         """The source with the bytes of its buffers that no file holds."""
@@ -94,25 +70,14 @@ class Memory(Sizes):
 
     def smallest(self, opened: Opened, asked: Budget) -> int | None:
         """What the coarsest settings with a kernel take; their sizes depend on shapes, so a few rows tell them."""
-        smallest = self._beside(opened)
-        for site in opened.sites:
-            rows = opened.matrix(site)[:_ROWS]
-            evidence = Evidence(torch.ones(len(rows)), None)
-            if site.name in opened.pinned:
-                name, setting = opened.pinned[site.name]
-                choices = [(get_method(name), setting)]
-            else:
-                offered = ((method, method.kernel_settings(rows, evidence)) for method in opened.methods)
-                choices = [(method, settings[-1]) for method, settings in offered if settings]
-            forms = (method.encode(rows, setting, evidence) for method, setting in choices)
-            smallest += min(resident_bytes(form, site.rows) for form in forms)
+        smallest = self.least(opened)
         return smallest if asked.bytes < smallest else None
 
     def verify(self, result: Result, artifact: Artifact, written: Any) -> Section:
         """The section on bytes held, kernels, quality and speed of the packed model."""
         return section(packed_figures(result, artifact))
 
-    def _beside(self, opened: Opened) -> int:
+    def beside(self, opened: Opened) -> int:
         """Bytes of tensors that are not sites, and of buffers that are not stored."""
         source, total = opened.source, 0
         for name in opened.left:

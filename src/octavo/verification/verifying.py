@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.sites import Progress
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
+from octavo.verification.foreign import is_foreign, verify_foreign
 from octavo.verification.probes import TOLERANCE as OUTPUTS_TOLERANCE
 from octavo.verification.probes import Outputs, first_output, probe
-from octavo.verification.recorded import Digests, Quality, recorded_beside
+from octavo.verification.recorded import Digests, recorded_beside
 from octavo.verification.restoring import fits_plainly, materialise, unless_refused
+from octavo.verification.verified import PackedRun, Verified
 
 #: Packed weights may change outputs by this many times the effect of rounding them to bfloat16.
 _TOLERANCE = 2.0
@@ -164,68 +166,6 @@ def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None)
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class PackedRun:
-    """An artifact made for memory as it runs from packed codes.
-
-    Parameters
-    ----------
-    stated, held
-        Bytes of memory that its manifest states, and that its weights were seen to take.
-    error
-        Relative error of the first output on fixed tokens against decoded weights in float32; None for models
-        without token ids.
-    allowed
-        :data:`_TOLERANCE` times that of the same weights in bfloat16; None likewise.
-    """
-
-    stated: int | None
-    held: int
-    error: float | None = None
-    allowed: float | None = None
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What was found to be as it should be.
-
-    Parameters
-    ----------
-    path
-        The artifact, as it was given.
-    bytes
-        Artifact bytes.
-    ratio
-        Original bytes by artifact bytes.
-    tensors
-        Number of tensors, tied names counted.
-    weights_sha256
-        The digest of the decoded weights.
-    weights_match, outputs_match
-        True if they are those recorded; None if nothing was recorded.
-    outputs_difference
-        How far outputs on a fixed input are from those recorded, relative to the largest; None if none were recorded.
-    loader
-        How the model was loaded, as a user writes it; None if it has none that is known here.
-    quality
-        As it was measured when the artifact was written; None without a report.
-    packed
-        How it runs from packed codes, if it was made for memory.
-    """
-
-    path: str
-    bytes: int
-    ratio: float
-    tensors: int
-    weights_sha256: str
-    weights_match: bool | None = None
-    outputs_match: bool | None = None
-    outputs_difference: float | None = None
-    loader: str | None = None
-    quality: Quality | None = None
-    packed: PackedRun | None = None
-
-
 def packed_run(artifact: Artifact, seed: int = 0) -> PackedRun:
     """Run an artifact made for memory: its memory, and the difference of its outputs from decoded weights."""
     packed = load(artifact.path, packed=True)
@@ -268,6 +208,8 @@ def verify(path: str | Path) -> Verified:
     >>> octavo.verify("folded").weights_match
     True
     """
+    if is_foreign(path):
+        return verify_foreign(path)
     artifact = Artifact(path)
     changed = artifact.changed()
     if changed:

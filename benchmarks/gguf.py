@@ -1,0 +1,148 @@
+"""GGUF files of Octavo beside those of llama.cpp's own mixes with an importance matrix, at the same bytes.
+
+`python benchmarks/gguf.py smollm2 --tools BUILD/bin` writes docs/results/gguf-smollm2.json. BUILD is a build of
+llama.cpp with llama-quantize, llama-imatrix, llama-perplexity and llama-bench. Models are `smollm2` and `gemma` (GGUF
+files in packages) and `decoder`, a folder given with --folder, whose float16 GGUF file is the source of both.
+
+llama.cpp's importance matrix and Octavo's moments are of the same text. Divergence, perplexity and speed are measured
+by llama.cpp on other text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common import CACHE, save_results
+from models import TITLES, gguf_file
+
+import octavo
+
+#: llama.cpp's mixes, from the smallest.
+MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+#: Windows of 512 tokens that the importance matrix and the figures are of.
+SEEN, JUDGED = 96, 48
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Figures of a file by llama.cpp: divergence in nats a token with its error, perplexity, and tokens a second."""
+
+    bytes: int
+    divergence: float
+    error: float
+    perplexity: float
+    per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The programs of a build of llama.cpp."""
+
+    folder: Path
+    threads: int
+
+    def call(self, program: str, *words: object) -> str:
+        """What a program prints; an error stops the benchmark."""
+        command = [str(self.folder / f"llama-{program}"), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        return done.stdout + done.stderr
+
+    def matrix(self, model: Path, text: Path, out: Path) -> Path:
+        """The importance matrix of a text."""
+        if not out.exists():
+            self.call("imatrix", "-m", model, "-f", text, "-o", out, "--chunks", SEEN, "-t", self.threads, "-c", 512)
+        return out
+
+    def mixed(self, model: Path, matrix: Path, mix: str, out: Path) -> Path:
+        """llama.cpp's own file of a mix."""
+        if not out.exists():
+            self.call("quantize", "--allow-requantize", "--imatrix", matrix, model, out, mix, self.threads)
+        return out
+
+    def judged(self, file: Path, base: Path, text: Path) -> Judged:
+        """Divergence and perplexity beside the logits of the source in ``base``, which is made if it is missing."""
+        common = ("-f", text, "-c", 512, "--chunks", JUDGED, "-t", self.threads, "--kl-divergence-base", base)
+        if not base.exists():
+            self.call("perplexity", "-m", file, *common)
+        told = self.call("perplexity", "-m", file, *common, "--kl-divergence")
+        mean = re.search(r"Mean\s+KLD:\s+(-?[\d.]+) ±\s+([\d.]+)", told)
+        perplexity = re.search(r"Mean PPL\(Q\)\s+:\s+([\d.]+)", told)
+        assert mean is not None and perplexity is not None, told[-3000:]
+        return Judged(file.stat().st_size, float(mean[1]), float(mean[2]), float(perplexity[1]))
+
+    def speeds(self, files: list[Path], rounds: int = 3) -> list[float]:
+        """Tokens a second of each file, the median of rounds in turn, so that the machine's load cancels."""
+        taken: list[list[float]] = [[] for _ in files]
+        for _ in range(rounds):
+            for file, found in zip(files, taken, strict=True):
+                told = self.call("bench", "-m", file, "-p", 0, "-n", 48, "-r", 1, "-t", self.threads, "-o", "json")
+                found.append(float(json.loads(told[told.index("[") : told.rindex("]") + 1])[0]["avg_ts"]))
+        return [sorted(found)[len(found) // 2] for found in taken]
+
+
+def main() -> None:
+    """Make and judge all files, and save what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("smollm2", "gemma", "decoder"))
+    parser.add_argument("--folder", type=Path, help="the folder of decoder")
+    parser.add_argument("--tools", type=Path, required=True, help="folder of llama.cpp's programs")
+    parser.add_argument("--seen", type=Path, required=True, help="text for calibration")
+    parser.add_argument("--judged", type=Path, required=True, help="text for the figures")
+    parser.add_argument("--mixes", nargs="*", default=MIXES)
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    work = CACHE / "gguf-bench" / given.model
+    work.mkdir(parents=True, exist_ok=True)
+    tools = Tools(given.tools, given.threads)
+    if given.model == "decoder":
+        plain, original = work / "plain" / "model.gguf", given.folder
+        if not plain.exists():
+            octavo.compress(original, target="gguf", bits=16.5, methods=["keep"], preset="data-free").save(plain.parent)
+    else:
+        plain = original = gguf_file(given.model)
+    matrix = tools.matrix(plain, given.seen, work / "matrix.gguf")
+    asked = {"target": "gguf", "data": given.seen, "preset": given.preset}
+    profile = work / f"profile-{given.preset}"
+    if not (profile / "profile.json").exists():
+        octavo.profile(original, profile, **asked)
+    with tempfile.TemporaryDirectory(prefix="octavo-") as aside:
+        base = Path(aside) / "logits"
+        source = tools.judged(plain, base, given.judged)
+        rows = []
+        for mix in given.mixes:
+            theirs = tools.mixed(plain, matrix, mix, work / f"{mix}.gguf")
+            ours = work / f"octavo-{mix}-{given.preset}"
+            if not (ours / "model.gguf").exists():
+                done = octavo.compress(original, size=theirs.stat().st_size, workspace=profile, resume=True, **asked)
+                done.save(ours)
+            found = [tools.judged(file, base, given.judged) for file in (theirs, ours / "model.gguf")]
+            uniform = json.loads((ours / "report.json").read_text())["quality"]["uniform"]
+            speeds = tools.speeds([theirs, ours / "model.gguf"])
+            both = [{**asdict(figures), "per_second": speed} for figures, speed in zip(found, speeds, strict=True)]
+            share = found[1].divergence / found[0].divergence if found[0].divergence > 0 else None
+            rows.append(
+                {"mix": mix, "llama.cpp": both[0], "octavo": both[1], "share": share, "uniform": uniform,
+                 "speed": speeds[1] / speeds[0]}
+            )  # fmt: skip
+            print(mix, f"{found[0].bytes:,} {found[1].bytes:,} bytes", f"KL {found[0].divergence:.5f} {found[1].divergence:.5f}",
+                  f"share {share:.3f}" if share is not None else "", f"speed {speeds[1] / speeds[0]:.2f}", flush=True)  # fmt: skip
+    title = TITLES.get(given.model, "a Llama of 256 columns, trained here")
+    save_results(
+        f"gguf-{given.model}",
+        {"model": title, "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
+         "judged": given.judged.name, "rows": rows},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

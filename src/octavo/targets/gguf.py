@@ -1,0 +1,237 @@
+"""A GGUF file for llama.cpp and everything built on it, mixed from its block types to the bytes asked for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.allocation.budget import Budget
+from octavo.allocation.encoded import form_of
+from octavo.allocation.opened import Opened
+from octavo.artifact import Artifact
+from octavo.calibration.evidence import Evidence
+from octavo.coding.ggml import TYPES
+from octavo.encoding.result import Result
+from octavo.encoding.section import Section
+from octavo.errors import ArtifactError, MissingExtraError, RequestError
+from octavo.forms import Form
+from octavo.methods import Method, Setting, of_runtime, select_methods
+from octavo.request import Request
+from octavo.runtimes.gguf.architectures import Laid, laid_out, require_gguf
+from octavo.runtimes.gguf.files import (
+    Outlined,
+    aligned,
+    form_bytes,
+    header_bytes,
+    kind_of,
+    raw,
+    read_file,
+    write_file,
+)
+from octavo.runtimes.gguf.llama import Ran, has_llama_cpp, ran
+from octavo.sources.sites import Site, Source
+from octavo.system.records import plain_json
+from octavo.targets.base import target
+from octavo.targets.fixed import FixedSizes
+from octavo.verification.verifying import load
+
+FILE = "model.gguf"
+#: Held-out sequences that llama.cpp runs, and the lengths that they are cut to and need.
+_COMPARED, _LONGEST, _SHORTEST = 8, 256, 8
+#: A group of columns of the smallest blocks.
+_GROUP = 32
+
+
+@target("gguf")
+class Gguf(FixedSizes):
+    """Bytes of a GGUF file, whose tensors are of the types that llama.cpp runs."""
+
+    about = "bytes of a GGUF file for llama.cpp, mixed from its block types"
+    foreign = True
+    folds = False
+    unit = "bytes of the GGUF file"
+
+    def __init__(self) -> None:
+        self._laid: Laid | None = None
+        self._head: int | None = None
+
+    def stated(self, request: Request) -> None:
+        """Refuse a budget that is stated wrongly, or a missing package, before anything is read."""
+        require_gguf()
+        super().stated(request)
+
+    def methods(self, request: Request) -> list[Method]:
+        """The block types, and 16 bits."""
+        return select_methods(request.methods, request.preset, of_runtime(self.name))
+
+    def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
+        """All types whose blocks divide the columns; of floats those of 16 bits."""
+        settings = method.settings(weight, evidence)
+        return [setting for setting in settings if setting != {"dtype": "float32"}] if method.dense else settings
+
+    def adapted(self, source: Source) -> Source:
+        """The source, laid out for llama.cpp or refused."""
+        where = source.path or source.title
+        if not source.is_transformers or source.folder is None or not (source.folder / "config.json").exists():
+            raise RequestError(
+                f"{where}: --for gguf needs a model folder of transformers or a GGUF file, whose configuration and "
+                "tokenizer go into the file; save the model with save_pretrained, or use --for disk"
+            )
+        self._laid = laid_out(source, json.loads((source.folder / "config.json").read_text(encoding="utf-8")))
+        return source
+
+    def admitted(self, source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
+        """Sites whose matrices llama.cpp reads in any type."""
+        served = [site for site in sites if not self._placed(site.name).wide and self._as_laid(site)]
+        names = {site.name for site in served}
+        reason = "llama.cpp reads it in float32"
+        return served, {**left, **{site.name: reason for site in sites if site.name not in names}}
+
+    def check(self, opened: Opened) -> None:
+        """Say which matrices no block type divides."""
+        odd = [site.name for site in opened.sites if site.columns % _GROUP]
+        if odd:
+            opened.notes.append(
+                f"{len(odd)} matrices keep 16 bits, such as {odd[0]!r}: their columns are no multiple of {_GROUP}, the "
+                "smallest block of llama.cpp"
+            )
+
+    def resident(self, form: Form, rows: int) -> int:
+        """Bytes in the file."""
+        return form_bytes(form, rows)
+
+    def beside(self, opened: Opened) -> int:
+        """Bytes of the header and of all tensors that are not sites."""
+        if self._head is None:
+            tensors = [self._outlined(opened.source, name, 0) for name in self._laid_out.tensors]
+            tensors += [Outlined(name, tuple(tensor.shape), 0) for name, tensor in self._laid_out.more()]
+            self._head = header_bytes(opened.source, self._laid_out, tensors)
+        sites = {site.name for site in opened.sites}
+        rest = (opened.source.shapes[name] for name in self._laid_out.tensors if name not in sites)
+        more = (tuple(tensor.shape) for _, tensor in self._laid_out.more())
+        return self._head + sum(aligned(4 * int(np.prod(shape))) for shape in (*rest, *more))
+
+    def smallest(self, opened: Opened, asked: Budget) -> int | None:
+        """What the coarsest types take."""
+        smallest = self.least(opened)
+        return smallest if asked.bytes < smallest else None
+
+    def files(self, folder: Path) -> Sequence[Path]:
+        """The GGUF file."""
+        return [folder / FILE]
+
+    def write(self, result: Result, folder: Path) -> None:
+        """Write the file, tensor by tensor."""
+        opened, source = result.opened, result.opened.source
+        tensors: dict[Outlined, Callable[[], Any]] = {}
+        for name in self._laid_out.tensors:
+            placed = self._placed(name)
+            if name in result.built.packed:
+                site = opened.site(name)
+                form = form_of(site, result.built.packed[name])
+                tensors[self._outlined(source, name, kind_of(form))] = partial(raw, form, placed.rows(site.rows))
+            else:
+                tensors[self._outlined(source, name, 0)] = partial(self._wide, source, name)
+        for name, tensor in self._laid_out.more():
+            tensors[Outlined(name, tuple(tensor.shape), 0)] = tensor.numpy
+        write_file(folder / FILE, source, self._laid_out, tensors)
+
+    def verify(self, result: Result, artifact: Artifact, written: Any) -> Section:
+        """Read the file back: its tensors must be those that the artifact holds."""
+        found = read_file(artifact.path.parent / FILE)
+        types: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        names = {number: name for name, number in _NUMBERS.items()}
+        for name, placed in self._laid_out.tensors.items():
+            kind, content = found[placed.name]
+            types[names[kind]] += 1
+            sizes[names[kind]] += content.nbytes
+            if name not in result.built.packed:
+                continue
+            site = result.opened.site(name)
+            form = form_of(site, replace(result.built.packed[name], content=bytes(artifact.content(name))))
+            if kind != kind_of(form) or not np.array_equal(
+                content.reshape(site.rows, -1), raw(form, placed.rows(site.rows))
+            ):
+                raise ArtifactError(f"{FILE}: tensor {placed.name!r} reads back differently")
+        rows = tuple((name, types[name], sizes[name]) for name in sorted(types, key=lambda name: -sizes[name]))
+        text = f"{FILE} holds {len(found)} tensors, read back and equal to what was measured."
+        given = Section("gguf", "For llama.cpp", text, ("type", "tensors", "bytes"), rows)
+        if not has_llama_cpp():
+            note = "llama.cpp did not run it: pip install 'octavo[llama]' measures the file by llama.cpp itself"
+            return replace(given, notes=(note,))
+        try:
+            figures = self._ran(result, artifact)
+        except MissingExtraError as error:
+            return replace(given, notes=(f"llama.cpp did not run it: {error}",))
+        if figures is None:
+            return replace(given, notes=("llama.cpp did not run it: there was no text to compare",))
+        told = (
+            f" llama.cpp runs it {figures.divergence:.4f} nats a token from the source, at perplexity "
+            f"{figures.perplexity:.2f} where the source has {figures.source_perplexity:.2f}, on {figures.tokens} "
+            f"held-out tokens; it generates {figures.per_second:.1f} tokens a second on {figures.threads} threads."
+        )
+        return replace(given, text=text + told, figures=plain_json(figures))
+
+    def _ran(self, result: Result, artifact: Artifact) -> Ran | None:
+        """What llama.cpp makes of held-out sequences, beside the source and the artifact; None if there are none."""
+        opened, source, config = result.opened, result.opened.source, self._laid_out.config
+        if source.module is None or source.is_skeleton:
+            return None
+        context = int(config.get("max_position_embeddings") or config["n_positions"])
+        rows = [row[:context] for batch in opened.held_data for row in _sequences(batch)][:_COMPARED]
+        if not rows:
+            return None
+        logits = [[_outputs(module, row) for row in rows] for module in (source.module, load(artifact.path).float())]
+        return ran(artifact.path.parent / FILE, rows, logits[0], logits[1], context)
+
+    @property
+    def _laid_out(self) -> Laid:
+        assert self._laid is not None
+        return self._laid
+
+    def _placed(self, name: str) -> Any:
+        return self._laid_out.tensors[name]
+
+    def _as_laid(self, site: Site) -> bool:
+        """Whether the rows of a site's matrix are those of the file, in one order or another."""
+        shape = tuple(site.shape)
+        if len(shape) != 2:
+            return False
+        here = torch.arange(shape[0] * shape[1]).view(shape)
+        there = here.t() if self._placed(site.name).transposed else here
+        return torch.equal(site.layout.to_matrix(here), there)
+
+    def _outlined(self, source: Source, name: str, kind: int) -> Outlined:
+        shape, placed = source.shapes[name], self._placed(name)
+        return Outlined(placed.name, tuple(reversed(shape)) if placed.transposed else tuple(shape), kind)
+
+    def _wide(self, source: Source, name: str) -> Any:
+        return self._placed(name).array(source.read(name)).numpy()
+
+
+def _sequences(batch: Any) -> list[Tensor]:
+    """Token numbers of every sequence of a batch, without padding."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return []
+    numbers, mask = batch["input_ids"], batch.get("attention_mask")
+    kept = torch.ones_like(numbers, dtype=torch.bool) if mask is None else mask.bool()
+    found = (row[keep][:_LONGEST] for row, keep in zip(numbers, kept, strict=True))
+    return [row for row in found if len(row) >= _SHORTEST]
+
+
+@torch.inference_mode()
+def _outputs(module: Any, row: Tensor) -> Tensor:
+    return module(input_ids=row[None]).logits[0]
+
+
+_NUMBERS = {**{name: kind.number for name, kind in TYPES.items()}, "f32": 0, "f16": 1, "bf16": 30}
