@@ -129,7 +129,7 @@ def _written(done: Result, folder: Path, command: str, *, report: bool) -> Repor
     clock.lap("verify")
     section = target.verify(done, artifact, written)
     files = _files(done, folder, artifact.files() if not target.foreign else target.files(folder))
-    data = report_data(done, artifact, files, proof, section, command)
+    data = report_data(done, artifact, files, proof, target.plans, section, command)
     if target.foreign:
         shutil.rmtree(home)
         contents = done.built.contents

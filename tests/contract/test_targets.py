@@ -98,6 +98,7 @@ def test_a_budget_of_bytes_is_met_by_what_is_written(name: str, given: tuple[Any
     size = done.built.counted if done.opened.target.foreign else done.built.bytes
     assert written == size == report["artifact"]["bytes"] and report["budget"]["target"] == name
     assert done.built.counted >= done.budget.least or report["artifact"]["note"]
+    assert report["explorer"]["stops"] or report["explorer"]["why"]
     assert octavo.verify(tmp_path / "out").bytes == written
 
 

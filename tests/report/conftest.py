@@ -1,9 +1,17 @@
 """A realistic report: a six-layer sentence encoder at a ratio of eight."""
 
 import random
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+import octavo
+from octavo.allocation.profiles import Profile
+from octavo.saving import Compressed, save_result
 
 WIDTH, INNER, WORDS = 384, 1536, 30522
 
@@ -176,3 +184,35 @@ def report() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def many() -> dict[str, Any]:
     return sample(layers=840)
+
+
+class Explored(NamedTuple):
+    """A source, its profile, and an artifact at a ratio of 6 that was solved from it."""
+
+    source: Path
+    profile: Path
+    artifact: Path
+    done: Compressed
+
+
+@pytest.fixture(scope="session")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Explored:
+    folder = tmp_path_factory.mktemp("explored")
+    source, profile, artifact = folder / "bare.safetensors", folder / "measured", folder / "folded"
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"up.weight": (48, 32), "down.weight": (32, 48)}
+    tensors = {
+        f"layer.{layer}.{part}": torch.randn(shape, generator=draw) * 2.0**-layer
+        for layer in range(13)
+        for part, shape in shapes.items()
+    }
+    save_file({**tensors, "layer.0.bias": torch.ones(48)}, source)
+    asked: dict[str, Any] = {"methods": ["entropy", "rtn"], "preset": "fast", "progress": False}
+    found = octavo.profile(source, profile, **asked)
+    # As measuring on a model would have found, so that what is shown is what was corrected.
+    replace(found, correction={"linear 48x32": (1.3, 0.9)}).save(profile / "profile.json")
+    assert {curve.group for curve in Profile.load(profile / "profile.json").curves} > {"linear 48x32"}
+    done = octavo.compress(source, ratio=6, workspace=profile, resume=True, **asked)
+    command = f"octavo compress {source} --ratio 6 --profile {profile} --out {artifact} --overwrite"
+    save_result(done, artifact, command=command)
+    return Explored(source, profile, artifact, done)

@@ -34,20 +34,28 @@ def knapsack(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
     unit = int(np.gcd.reduce(np.concatenate([extra[row, columns] for row, columns in enumerate(points)])))
     unit = max(unit, -(-left * len(costs) // _CELLS), -(-left // _STEPS), 1)
     steps = -(-extra // unit)
-    best = np.zeros(left // unit + 1)
-    taken = np.empty((len(costs), len(best)), np.min_scalar_type(costs.shape[1]))
-    for row, columns in enumerate(points):
-        least, pick = np.full(len(best), np.inf), taken[row]
-        for column in columns:
+    # Sites of small range first: what lies beyond the range of all sites so far needs no search.
+    order = np.argsort([int(steps[row, columns[-1]]) for row, columns in enumerate(points)], kind="stable")
+    whole = left // unit + 1
+    best, trial, better = np.zeros(whole), np.empty(whole), np.empty(whole, bool)
+    taken = np.zeros((len(costs), whole), np.min_scalar_type(costs.shape[1]))
+    size = 1
+    for row in order:
+        known, size = size, min(whole, size + int(steps[row, points[row][-1]]))
+        best[known:size] = best[known - 1]
+        least, pick = np.full(size, np.inf), taken[row, :size]
+        for column in points[row]:
             step = int(steps[row, column])
-            if step < len(best):
-                trial = best[: len(best) - step] + losses[row, column]
-                better = trial < least[step:]
-                least[step:][better] = trial[better]
-                pick[step:][better] = column
-        best = least
-    place = len(best) - 1
-    for row in range(len(costs) - 1, -1, -1):
+            if step < size:
+                there = slice(0, size - step)
+                np.add(best[there], losses[row, column], out=trial[there])
+                np.less(trial[there], least[step:], out=better[there])
+                np.copyto(least[step:], trial[there], where=better[there])
+                np.copyto(pick[step:], column, where=better[there])
+        taken[row, size:] = pick[-1]
+        best[:size] = least
+    place = whole - 1
+    for row in order[::-1]:
         chosen[row] = taken[row, place]
         place -= int(steps[row, chosen[row]])
     return chosen

@@ -99,6 +99,14 @@ class PointTable:
         points = {curve.site: self.points[row][chosen[row]] for row, curve in enumerate(self.profile.curves)}
         return Plan(budget, points, self.total(chosen), self.profile.fixed_bytes, label)
 
+    def allocate(self, budget: Budget, *, margin: float = 0.0, thorough: bool = True) -> Plan:
+        """The plan of least expected loss within the budget; parameters and errors are those of :func:`allocate`."""
+        smallest = int(self.bytes.min(1).sum()) + self.profile.fixed_bytes
+        if smallest > budget.bytes:
+            raise unreachable(budget, self.profile.original_bytes, smallest)
+        room = max(int(budget.bytes * (1 - margin)), smallest) - self.profile.fixed_bytes
+        return self.plan(budget, room, thorough=thorough)
+
 
 def allocate(
     profile: Profile,
@@ -128,11 +136,7 @@ def allocate(
         If even the smallest points do not fit.
     """
     choices = PointTable(profile, methods, interpolate=interpolate)
-    smallest = int(choices.bytes.min(1).sum()) + profile.fixed_bytes
-    if smallest > budget.bytes:
-        raise unreachable(budget, profile.original_bytes, smallest)
-    room = max(int(budget.bytes * (1 - margin)), smallest) - profile.fixed_bytes
-    return choices.plan(budget, room, thorough=thorough)
+    return choices.allocate(budget, margin=margin, thorough=thorough)
 
 
 def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:

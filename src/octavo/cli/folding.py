@@ -27,7 +27,7 @@ from octavo.targets import get_target
 from octavo.verification.recorded import REPORT
 
 #: Lists in a report that are for pages, not for a terminal's JSON.
-_LONG = ("sites", "kept", "curve", "code_lengths")
+_LONG = ("sites", "kept", "curve", "code_lengths", "explorer")
 
 
 @contextmanager

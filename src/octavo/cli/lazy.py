@@ -39,6 +39,9 @@ COMMANDS = {
         "looking", "Read an artifact back: sizes, checksums, weights and outputs as recorded when it was written."
     ),
     "evaluate": Listed("looking", "Measure a model or an artifact on data."),
+    "report": Listed(
+        "reporting", "Write the report page of an artifact again, with other results laid over its curve."
+    ),
     "methods": Listed("listing", "List all methods, or all parts of another --kind, such as forms, cuts or targets."),
     "reproduce": Listed("reproducing", "Rebuild a published system, and check its claims on real data."),
 }

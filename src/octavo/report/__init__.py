@@ -3,8 +3,21 @@
 All three read the same record, so that a report can be written again from the JSON beside it.
 """
 
-from octavo.report.page import write, write_json
+from octavo.report.overlays import read_overlays, read_report
+from octavo.report.page import write, write_json, write_page
 from octavo.report.schema import Report
 from octavo.report.summary import card, headline, measured, table, told
 
-__all__ = ["Report", "card", "headline", "measured", "table", "told", "write", "write_json"]
+__all__ = [
+    "Report",
+    "card",
+    "headline",
+    "measured",
+    "read_overlays",
+    "read_report",
+    "table",
+    "told",
+    "write",
+    "write_json",
+    "write_page",
+]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from octavo.allocation.budget import Budget
 from octavo.allocation.leftover import upgrades
-from octavo.allocation.profiles import densified
-from octavo.allocation.solver import allocate, uniform
+from octavo.allocation.plans import Plan
+from octavo.allocation.profiles import Profile, densified
+from octavo.allocation.solver import PointTable, uniform
 from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import OfOutputs
@@ -29,6 +30,7 @@ from octavo.encoding.section import Section
 from octavo.errors import BudgetError
 from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
+from octavo.report.exploring import explorer_of
 from octavo.report.schema import (
     Allowed,
     BestUniform,
@@ -49,6 +51,7 @@ from octavo.report.schema import (
     WrittenArtifact,
 )
 from octavo.report.text import things
+from octavo.request import Request
 from octavo.runtimes.packed.speed import interleaved
 from octavo.sources.batches import run, sequences_in
 from octavo.sources.sentences import transformer_folder
@@ -67,6 +70,7 @@ def report_data(
     artifact: Artifact,
     files: Mapping[str, int],
     proof: Proof,
+    plans: Callable[[Profile, Sequence[Request]], Sequence[Plan]],
     section: Section | None = None,
     command: str = "",
 ) -> Report:
@@ -76,6 +80,8 @@ def report_data(
     ----------
     files
         Bytes of the files written, by relative path: those of the artifact, or those of another runtime.
+    plans
+        Solves a profile for several budgets, as the target does for ``octavo plan``.
     """
     opened, profile, built = done.opened, done.profile, done.built
     losses, outputs = proof.losses, proof.outputs
@@ -150,6 +156,7 @@ def report_data(
             outputs=outputs if outputs is not None and math.isfinite(outputs.scale) else None,
         ),
         peak_memory=peak_memory(),
+        explorer=explorer_of(done, plans, command, _call(done.budget)),
         sections=(*((done.cut.section(),) if done.cut else ()), *((section,) if section else ())),
     )
 
@@ -321,11 +328,12 @@ def tradeoff(done: Result, quality: float | None) -> Tradeoff:
     """Expected loss over ratios from the profile, and for uniform settings."""
     profile, rival = done.profile, done.rival
     points: list[CurvePoint] = []
+    choices = PointTable(profile)
     # After a cut alone there is nothing to choose.
     for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0) if profile.curves else ():
         size = int(done.built.counted * share)
         try:
-            plan = allocate(profile, Budget(size, ""))
+            plan = choices.allocate(Budget(size, ""))
         except BudgetError:
             continue
         if plan.bytes < 0.97 * size:

@@ -1,13 +1,18 @@
 """Writing the report: one offline HTML page, and a JSON file with its data."""
 
+import base64
+import hashlib
 import json
+from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from string import Template
 
 from octavo.errors import RequestError
-from octavo.report import sections, sites
+from octavo.report import explorer, sections, sites
 from octavo.report.markup import join
+from octavo.report.overlays import Overlay
 from octavo.report.schema import Report
 from octavo.report.summary import headline
 from octavo.report.text import moment, plain
@@ -44,17 +49,33 @@ def write(report: Report, path: Path) -> None:
     write_file(path, page.encode())
 
 
+def write_page(report: Report, path: Path, overlays: Sequence[Overlay] = ()) -> None:
+    """Write the page alone, with what is laid over the explorer's curve.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib is not installed.
+    """
+    write_file(path, _render(report, overlays).encode())
+
+
 def write_json(report: Report, path: Path) -> None:
     """Write the report as JSON alone."""
+    data = report.to_json()
+    # Tens of thousands of numbers, one a line, would bury the rest.
+    stops = json.dumps(data.pop("explorer"), separators=(",", ":"), allow_nan=False)
     # Names may hold lone surrogates from unusual file systems, which JSON can represent in ASCII.
-    write_file(path, (json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n").encode())
+    rest = json.dumps(data, indent=1, allow_nan=False).removesuffix("\n}")
+    write_file(path, f'{rest},\n "explorer": {stops}\n}}\n'.encode())
 
 
-def _render(report: Report) -> str:
+def _render(report: Report, overlays: Sequence[Overlay] = ()) -> str:
     order = (
         sections.outcome,
         sections.of_target,
         sections.tradeoff,
+        partial(explorer.section_of, overlays=overlays),
         sites.spread,
         sites.families,
         sections.lengths,
@@ -69,9 +90,14 @@ def _render(report: Report) -> str:
     sentence = join(headline(report).replace(" -> ", " → ", 1)).replace("x smaller", "×&nbsp;smaller", 1)
     made = f"Octavo {plain(report.octavo_version, 40)}, {moment(report.created)}, preset {plain(report.preset, 40)}"
     parts = filter(None, (draw(report) for draw in order))
+    script = explorer.script() if report.explorer.stops else ""
+    # The browser runs the script of this hash and no other, whatever a name in the report may hold.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.substitute(
         title=join(plain(report.title)),
         headline=sentence,
         made=join(made),
         body="\n".join(parts),
+        policy=f"; script-src 'sha256-{digest}'" if script else "",
+        script=f"<script>{script}</script>" if script else "",
     )

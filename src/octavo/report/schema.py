@@ -11,6 +11,7 @@ from typing import Any
 
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError
+from octavo.report.stops import Explorer
 from octavo.system.records import FieldError, plain_json, record_of
 from octavo.verification.recorded import Digests, PackedFigures, Quality
 
@@ -273,6 +274,8 @@ class Report:
         Largest resident bytes of the process.
     sections
         What the target has to say.
+    explorer
+        Plans at other ratios, for the page's slider.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -302,6 +305,7 @@ class Report:
     timings: Mapping[str, float | None] = field(default_factory=dict)
     peak_memory: float | None = None
     sections: tuple[Section, ...] = ()
+    explorer: Explorer = field(default_factory=Explorer)
 
     def __post_init__(self) -> None:
         if not 1 <= self.schema_version <= SCHEMA_VERSION:

@@ -28,6 +28,11 @@ def loss_of(site: SiteRow | FamilyTotal) -> float:
     return float(site.expected_loss) if known(site.expected_loss) else 0.0
 
 
+def role(name: str) -> str:
+    """Return the name of a site without the numbers of its layers, such as ``encoder.layer.*.output.dense.weight``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
 def grouped(sites: Sequence[SiteRow]) -> list[Group]:
     """Return at most ``BARS`` groups by falling bytes, and one for the rest.
 
@@ -36,7 +41,7 @@ def grouped(sites: Sequence[SiteRow]) -> list[Group]:
     """
     members: dict[str, list[SiteRow]] = defaultdict(list)
     for site in sites:
-        members[site.name if len(sites) <= BARS else re.sub(r"(?<![^.])\d+(?![^.])", "*", site.name)].append(site)
+        members[site.name if len(sites) <= BARS else role(site.name)].append(site)
 
     def merge(name: object, part: list[SiteRow]) -> Group:
         return Group(name, sum(site.bytes for site in part), sum(map(loss_of, part)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -144,12 +144,24 @@ class Target(Counting, ABC):
     def choose(self, run: Run, profile: Profile, goal: Goal) -> Result:
         """The plan of least loss within the budget, encoded, beside the best uniform one."""
 
-    def plan(self, profile: Profile, request: Request) -> Plan:
-        """The plan of a saved profile for a budget; no weights are read."""
+    def plans(self, profile: Profile, requests: Iterable[Request]) -> list[Plan]:
+        """The plans of a saved profile for several budgets; no weights are read.
+
+        Raises
+        ------
+        RequestError
+            If a budget is stated wrongly, or the target has no plans without a model.
+        BudgetError
+            If a budget cannot be reached.
+        """
         raise RequestError(
             f"--for {self.name}: its plans are measured on the model; run octavo compress with --profile in place of "
             "octavo plan"
         )
+
+    def plan(self, profile: Profile, request: Request) -> Plan:
+        """The plan of a saved profile for a budget; errors are those of :meth:`plans`."""
+        return self.plans(profile, [request])[0]
 
     def row(self, result: Result) -> Mapping[str, Any]:
         """Figures of a result that a frontier shows beside those that all targets have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from octavo.allocation.curves import build_profile
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import EDITED, Plan, read_plan
 from octavo.allocation.profiles import Profile
-from octavo.allocation.solver import allocate, labelled, unreachable
+from octavo.allocation.solver import PointTable, allocate, labelled, unreachable
 from octavo.encoding.carrying import carry_out, pinned_by
 from octavo.encoding.disk_use import refuse_full_disk
 from octavo.encoding.finish import contest
@@ -97,13 +97,13 @@ class Sizes(Target):
         clock.lap("reconstruct")
         return Result(run, profile, asked, built, rival)
 
-    def plan(self, profile: Profile, request: Request) -> Plan:
-        """The plan of a saved profile for a budget; no weights are read."""
-        asked = self._of(profile.original_bytes, profile.weights, request)
-        chosen = allocate(profile, asked, margin=self.margin)
+    def plans(self, profile: Profile, requests: Iterable[Request]) -> list[Plan]:
+        """The plans of a saved profile for several budgets; no weights are read."""
+        budgets = [self._of(profile.original_bytes, profile.weights, request) for request in requests]
+        choices = PointTable(profile)
         # Profiles of earlier versions do not say what was pinned.
-        pinned = tuple(profile.options.get("pinned", ()))
-        return replace(chosen, fingerprint=profile.fingerprint, pinned=pinned)
+        more: dict[str, Any] = {"fingerprint": profile.fingerprint, "pinned": tuple(profile.options.get("pinned", ()))}
+        return [replace(choices.allocate(asked, margin=self.margin), **more) for asked in budgets]
 
     def _of(self, original_bytes: int, weights: int, request: Request) -> Budget:
         given = {name: getattr(request, name) for name in ("ratio", "size", "bits")}

@@ -13,7 +13,7 @@ from octavo.verification.probes import Outputs
 
 REPORT = "report.html"
 #: Largest size of a report: 64 MB.
-_LARGEST_REPORT = 64 << 20
+LARGEST_REPORT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,6 @@ def recorded_beside(artifact: Path) -> Recorded:
     if not file.exists():
         return Recorded()
     try:
-        return record_of(Recorded, read_object(file, most=_LARGEST_REPORT))
+        return record_of(Recorded, read_object(file, most=LARGEST_REPORT))
     except FieldError as error:
         raise ArtifactError(f"{file}: not a report: {error}; remove it, or copy the artifact again") from error
