@@ -97,7 +97,7 @@ def sound(file: Path, rate: int) -> Tensor:
     Raises
     ------
     MissingExtraError
-        If it is no WAV file of integers, and soundfile is not installed.
+        If it is not a WAV file of integers, and soundfile is not installed.
     RequestError
         If the file cannot be read.
     """
@@ -139,7 +139,7 @@ def _other(file: Path) -> tuple[Tensor, int]:
         import soundfile
     except ImportError as error:
         raise MissingExtraError(
-            f"{file}: is no WAV file of integers; other sounds need soundfile: pip install 'octavo[media]'"
+            f"{file}: is not a WAV file of integers; other sounds need soundfile: pip install 'octavo[media]'"
         ) from error
     try:
         with soundfile.SoundFile(file) as opened:
@@ -151,7 +151,7 @@ def _other(file: Path) -> tuple[Tensor, int]:
 
 
 def _text(file: Path) -> str | None:
-    """The text of a file in one line; None if there is no file."""
+    """The text of a file in one line; None if it does not exist."""
     try:
         return " ".join(file.read_text(encoding="utf-8-sig").split()) if file.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
