@@ -60,11 +60,11 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
         seconds (``"5ms"``), at ``shape`` sequences x tokens (1 x 32 if not given), on this machine with onnxruntime.
         Its methods and preset are its own.
     data
-        A file or list of texts for a text model, or an iterable of batches, such as a ``DataLoader``; a single tensor
-        or mapping is one batch. Without any, the built-in English text serves a text model, and other sources are
-        compressed without data. If a tuple is longer than ``forward`` takes, such as inputs with labels, the first
-        element goes in; keys that ``forward`` does not know are left out. Batches whose rows point to each other,
-        such as graphs, are held back whole.
+        A file or list of texts for a text model, a folder of images or sounds for a model that sees or hears, or an
+        iterable of batches, such as a ``DataLoader``; a single tensor or mapping is one batch. Without any, the
+        built-in English text serves a text model, and other sources are compressed without data. If a tuple is longer
+        than ``forward`` takes, such as inputs with labels, the first element goes in; keys that ``forward`` does not
+        know are left out. Batches whose rows point to each other, such as graphs, are held back whole.
     forward_args
         Says for each batch what the module is called with: a tuple of positional or a mapping of keyword arguments,
         as in ``lambda batch: (batch.x, batch.edge_index)``.

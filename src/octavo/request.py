@@ -173,8 +173,8 @@ class Request:
     )
     data: Any = option(
         None,
-        "Calibration texts: one a line, .jsonl or .json with 'text', or a .csv or .tsv with a header. "
-        "Default: a built-in English text.",
+        "Calibration texts: one a line, .jsonl or .json with 'text', or a .csv or .tsv with a header; or a folder of "
+        "images or sounds. Default: a built-in English text.",
         Role.MEASURED,
         kind=Path,
         save=_name_or_none,

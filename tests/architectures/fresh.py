@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 import octavo  # noqa: F401  (makes from_pretrained understand artifacts)
 from octavo.calibration.objective import objective
 
+#: Tokens that a model continues an example by.
+TOKENS = 4
+
 
 def found_in(case):
     """Divergence of an artifact from its source, each loaded by its own class, and what the loader complained of."""
@@ -26,8 +29,17 @@ def found_in(case):
     source = kind.from_pretrained(case["source"], dtype=torch.float32).eval()
     model, info = kind.from_pretrained(case["artifact"], dtype=torch.float32, output_loading_info=True)
     losses = wanted.measure(model.eval(), batches, wanted.reference(source, batches))
+    same = agreement(source, model, batches[0]) if case["generates"] else None
     keys = {key: sorted(map(str, info[f"{key}_keys"])) for key in ("missing", "unexpected", "mismatched")}
-    return {"quality": float(losses.mean()), **keys}
+    return {"quality": float(losses.mean()), "generated": same, **keys}
+
+
+def agreement(source, model, batch):
+    """The share of tokens that are the same when both continue two examples."""
+    given = {key: value[:2] for key, value in batch.items() if not key.startswith("decoder_")}
+    how = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    old, new = (one.generate(**given, **how)[:, -TOKENS:] for one in (source, model))
+    return float((old == new).float().mean())
 
 
 if __name__ == "__main__":

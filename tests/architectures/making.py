@@ -15,11 +15,13 @@ METHODS = ["entropy", "keep"]
 def compressed(row, folder: Path) -> dict[str, object]:
     """The case for a fresh process, with what the report states."""
     source, artifact, data = folder / "source", folder / "artifact", folder / "held.safetensors"
-    row.model().save_pretrained(source)
+    model = row.model()
+    model.save_pretrained(source)
     done = octavo.compress(source, ratio=RATIO, data=[row.batch()], preset="fast", methods=METHODS)
     report = done.save(artifact, report=False)
     (held,) = done.opened.held_data
     save_file({key: value.contiguous() for key, value in held.items()}, data)
     name = next(name for name, kind in OBJECTIVES.items() if type(done.opened.objective) is kind)
     paths = {"source": str(source), "artifact": str(artifact), "data": str(data)}
-    return {**paths, "class": row.name, "objective": name, "stated": report["quality"]["value"]}
+    generates = not row.wide and model.can_generate()
+    return {**paths, "class": row.name, "objective": name, "generates": generates, "stated": report["quality"]["value"]}

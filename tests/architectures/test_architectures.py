@@ -12,6 +12,7 @@ import transformers
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+import kinds  # noqa: E402
 import making  # noqa: E402
 import zoo  # noqa: E402
 
@@ -60,6 +61,11 @@ def test_what_is_stated_is_what_its_own_class_gives(name, cases):
     assert (found["missing"], found["unexpected"], found["mismatched"]) == ([], [], [])
     assert found["quality"] == pytest.approx(case["stated"], rel=1e-3, abs=1e-7)
     assert case["stated"] > 0
+    # Random models are sure of nothing, so a few tokens may differ.
+    assert (found["generated"] is not None) is case["generates"] and (found["generated"] or 1) >= 0.5
+    row = next(row for row in zoo.ZOO if row.name == name)
+    assert case["generates"] is (row.generates and not row.wide)
+    assert case["objective"] in kinds.GROUPS[row.group].objectives
 
 
 def test_the_zoo_is_wide_enough():

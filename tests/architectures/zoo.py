@@ -4,6 +4,7 @@ Every row is built from a configuration with a fixed seed. Matrices have a stand
 outputs of a few layers depend on every weight, so that losses are visible.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,14 @@ class Row:
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
     wide: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether the class writes text."""
+        return (
+            re.search("ForCausalLM|ForConditionalGeneration|LMHeadModel|EncoderDecoderModel|MTModel", self.name)
+            is not None
+        )
 
     def model(self) -> nn.Module:
         """The model, the same at every call."""

@@ -156,8 +156,8 @@ def test_texts(refused: Refused, bert: Path, tmp_path: Path, name: str, content:
 
 
 def test_texts_that_are_no_file(refused: Refused, bert: Path, tmp_path: Path) -> None:
-    for data in (tmp_path / "missing.txt", bert):
-        refused(bert, "--ratio", "3", "--data", data, says="calibration data cannot be read")
+    refused(bert, "--ratio", "3", "--data", tmp_path / "missing.txt", says="calibration data cannot be read")
+    refused(bert, "--ratio", "3", "--data", bert, says="takes neither images nor sounds; give a file of texts")
 
 
 def test_data_for_a_bare_file(refused: Refused, bare: Path, texts: Path) -> None:

@@ -153,7 +153,7 @@ LINES = [
         "--preset data-free --curvature ekfac": "needs a model that runs",
         "--data {few}": "at least 10 are needed",
         "--data {deep}": "nests too deeply",
-        "--data {root}": "Is a directory",
+        "--data {root}": "is a folder, but BertModel takes neither images nor sounds; give a file of texts",
         "--data {long}": "cannot be looked up",
         "--data {circle}": "leads back to itself",
     }),

@@ -76,7 +76,11 @@ def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 def evaluate(
     model: Annotated[Path, typer.Argument(parser=options.path, help="A model folder or an artifact.")],
     data: Annotated[
-        Path | None, typer.Option(parser=options.path, help="Texts; for spearman a CSV of sentence,sentence,score.")
+        Path | None,
+        typer.Option(
+            parser=options.path,
+            help="Texts, or a folder of images or sounds; for spearman a CSV of sentence,sentence,score.",
+        ),
     ] = None,
     against: Annotated[
         Path | None, typer.Option(parser=options.path, help="The source to compare with, for divergence.")

@@ -15,7 +15,7 @@ from octavo.allocation.profiles import Curve, Point, Profile
 from octavo.allocation.solver import labelled, unreachable
 from octavo.allocation.tasks import weighed
 from octavo.artifact import Contents, Packed
-from octavo.encoding.finish import Built, encode_plan, measured, topped
+from octavo.encoding.finish import Built, encode_plan, measured, refuse_broken, topped
 from octavo.errors import RequestError
 from octavo.methods import Setting, get_method
 
@@ -65,6 +65,7 @@ def carry_out(run: Run, profile: Profile, plan: Plan) -> tuple[Built, Profile]:
             built = measured(run, carried.profile, plan, packed, contents)
             if not edited and total < asked.least:
                 built = topped(run, carried.with_finer(plan), built, asked)
+            refuse_broken(run.opened, built)
             return built, carried.profile
         # One step coarser multiplies a site's loss by at most about four: it costs least where the loss is small.
         order = sorted(plan.points, key=lambda name: plan.points[name].loss)

@@ -99,7 +99,27 @@ def measured(run: Run, profile: Profile, plan: Plan, packed: dict[str, Packed], 
         return Built(done, packed, contents, contents.bytes, total, expected)
     stored = {name: kept.given for name, kept in contents.kept.items()}
     losses = run.measure(Lazily({**as_weights(opened, packed).made, **stored})).numpy()
-    return Built(done, packed, contents, contents.bytes, total, float(losses.mean()), float(np.quantile(losses, 0.95)))
+    # A module may divide by a weight's norm: without a number, a plan is the worst.
+    quality, p95 = (
+        float(loss) if math.isfinite(loss) else math.inf for loss in (losses.mean(), np.quantile(losses, 0.95))
+    )
+    return Built(done, packed, contents, contents.bytes, total, quality, p95)
+
+
+def refuse_broken(opened: Opened, built: Built) -> None:
+    """Refuse a plan whose outputs are not finite.
+
+    Raises
+    ------
+    RequestError
+        If they are not; the error says what to do.
+    """
+    if opened.measurable and not math.isfinite(built.quality):
+        raise RequestError(
+            f"{opened.source.path or opened.source.title}: within {built.plan.budget.bytes} bytes every plan that was "
+            "built gives outputs that are not finite; ask for a smaller ratio, or leave sensitive weights alone with "
+            "ignore"
+        )
 
 
 def encode_plan(
@@ -202,7 +222,9 @@ def contest(
         built += _plain(run, profile, asked, built)
     best = min(built, key=lambda other: other.quality) if opened.measurable else built[0]
     even = min((other for other in built if other.plan.is_uniform), key=lambda other: other.quality, default=None)
-    return topped(run, profile, best, asked), even
+    best = topped(run, profile, best, asked)
+    refuse_broken(opened, best)
+    return best, even
 
 
 def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) -> list[Built]:

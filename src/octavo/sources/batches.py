@@ -139,12 +139,16 @@ def mask_of(batch: Batch) -> Tensor | None:
 def sequences_in(batch: Batch) -> int:
     """Number of examples in a batch: the rows of its first tensor.
 
-    For a batch that cannot be divided, it is the rows of its first floating tensor, such as the nodes of a graph.
+    For a batch that cannot be divided, it is the rows of its tokens, beside which there are patches of images, or of
+    its first floating tensor, such as the nodes of a graph.
     """
     tensors = [tensor for tensor in _tensors(batch) if tensor.ndim]
     if not tensors:
         return 0
     if _indexed(tensors):
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if isinstance(tokens, Tensor) and tokens.ndim > 1:
+            return len(tokens)
         tensors = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
     return len(tensors[0])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Conversion:
     names: tuple[str, ...]
     targets: tuple[str, ...]
     function: Callable[[Sequence[Tensor]], dict[str, Tensor]]
+    #: Where the tensors lie in those of the module, once it is known.
+    _views: list[_View] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def values(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The module's tensors, by name, from those of the checkpoint."""
@@ -54,6 +56,8 @@ class Conversion:
         RequestError
             If the conversion does more than rearrange elements.
         """
+        if self._views:
+            return [view.of(gradients) for view in self._views]
         sizes = [math.prod(shape) for shape in shapes]
         # Converting the element numbers shows where every element goes.
         kind = torch.int32 if sum(sizes) < 2**31 else torch.int64
@@ -64,8 +68,66 @@ class Conversion:
                 f"{self.names[0]}: the loader computes with this tensor, so gradients cannot be traced back; compress "
                 "without data (--preset data-free)"
             )
+        # Experts are slices of one tensor. The numbers of all their elements need not be made for every batch.
+        self._views.extend(_views(places, [part.view(shape) for part, shape in zip(numbers, shapes, strict=True)]))
+        if self._views:
+            return [view.of(gradients) for view in self._views]
         result = torch.zeros(sum(sizes))
         for target, place in places.items():
             if target in gradients:
                 result.index_add_(0, place.flatten(), gradients[target].flatten().float())
         return [part.reshape(shape) for part, shape in zip(result.split(sizes), shapes, strict=True)]
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor of the checkpoint as a strided view of one of the module's tensors."""
+
+    target: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The part of the module's tensor in float32; zeros if the tensor is missing."""
+        if self.target not in tensors:
+            return torch.zeros(self.shape)
+        return tensors[self.target].contiguous().as_strided(self.shape, self.strides, self.offset).float()
+
+
+def _views(places: Mapping[str, Tensor], numbers: Sequence[Tensor]) -> list[_View]:
+    """The views of all tensors; none if one of them is not a strided part of a single tensor.
+
+    Parameters
+    ----------
+    places
+        The module's tensors, filled with the numbers of the elements that they take.
+    numbers
+        The numbers of the elements of every tensor.
+    """
+    found: dict[int, _View] = {}
+    total = sum(map(Tensor.numel, numbers))
+    if sum(map(Tensor.numel, places.values())) != total:
+        # An element that is taken twice gets the sum of two gradients.
+        return []
+    for target, place in places.items():
+        flat = place.contiguous().flatten()
+        where = torch.full((total,), -1, dtype=flat.dtype)
+        where[flat.long()] = torch.arange(len(flat), dtype=flat.dtype)
+        for index, part in enumerate(numbers):
+            # The first element, and its neighbour in every dimension.
+            corners = [part[(0,) * part.ndim]] if part.numel() else []
+            corners += [
+                part.select(dim, min(1, size - 1)).flatten()[0] for dim, size in enumerate(part.shape) if corners
+            ]
+            starts = [int(where[int(corner)]) for corner in corners]
+            if not starts or min(starts) < 0:
+                continue
+            strides = tuple(start - starts[0] for start in starts[1:])
+            last = starts[0] + sum(stride * (size - 1) for stride, size in zip(strides, part.shape, strict=True))
+            if min(strides, default=0) < 0 or last >= len(flat):
+                continue
+            view = _View(target, tuple(part.shape), strides, starts[0])
+            if torch.equal(flat.as_strided(view.shape, view.strides, view.offset), part):
+                found[index] = view
+    return [found[index] for index in range(len(numbers))] if len(found) == len(numbers) else []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from octavo.errors import RequestError
 from octavo.sources.encoders import bind_encoder, is_installed, load_encoder
 from octavo.sources.gguf import gguf_file, open_gguf
 from octavo.sources.model_classes import read_config
+from octavo.sources.prequantized import write_floats
 from octavo.sources.sentences import members, transformer_folder, weight_folders
 from octavo.sources.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
 from octavo.sources.skeletons import attach_module
@@ -55,9 +58,12 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         strange += [] if found.usual else [file.name for file in found.files]
     inner = transformer_folder(path)
     config = inner / "config.json" if inner.is_dir() else None
-    if config is not None and config.exists() and read_config(inner).get("quantization_config"):
+    how = read_config(inner).get("quantization_config") if config is not None and config.exists() else None
+    if how and (inner != path or not isinstance(how, dict) or how.get("quant_method") == "octavo"):
         raise RequestError(f"{config}: this model is already compressed; give the original folder instead")
     source = _from_files(path, files, promised)
+    if how:
+        return _in_floats(source, path, module=module, progress=progress)
     if path.is_dir():
         left = beside(path, [*(file for _, file in files), *indexes])
         source.notes += [f"not counted and not read: {', '.join(left)}"] if left else []
@@ -79,6 +85,21 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
         encoder = load_encoder(path)
         source.module, source.is_encoder = encoder, True
         bind_encoder(source, encoder, path)
+    return source
+
+
+def _in_floats(quantized: Source, path: Path, *, module: bool, progress: Progress) -> Source:
+    """The source of a quantized folder: its model in floats, in a temporary folder that lives as long as the source."""
+    place = tempfile.TemporaryDirectory(prefix="octavo-floats-")
+    stored = write_floats(quantized, path, Path(place.name))
+    source = from_path(place.name, module=module, progress=progress)
+    weakref.finalize(source, place.cleanup)
+    source.title, source.stored = quantized.title, stored
+    types = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in stored.items())
+    source.notes.append(
+        f"the source is already quantized ({types}): ratios are relative to these bytes; as floats it takes "
+        f"{source.dense_bytes / 1e6:.2f} MB"
+    )
     return source
 
 

@@ -139,8 +139,10 @@ def _hidden(module: nn.Module) -> Iterator[str]:
     """Names of modules and floating tensors in plain attributes, lists or dictionaries."""
     known = {id(part) for part in module.modules()} | {id(tensor) for tensor in own_tensors(module).values()}
     for prefix, part in module.named_modules():
+        # The hooks of weight and spectral norm compute this tensor before every call.
+        derived = {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}
         for name, value in vars(part).items():
-            if name.startswith("_"):
+            if name.startswith("_") or name in derived:
                 continue
             values = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from octavo.coding.container import DTYPES as INTEGERS
 from octavo.errors import RequestError
@@ -348,6 +349,9 @@ class Source:
 
     def _kind(self, name: str, shape: tuple[int, ...]) -> tuple[str, Layout]:
         owner = self.owner(name)
+        layer = self._parametrized(name, shape) if isinstance(owner, parametrize.ParametrizationList) else owner
+        if isinstance(layer, _CONVOLUTIONS + _TRANSPOSED):
+            owner = layer
         if isinstance(owner, _TRANSPOSED):
             return "convolution", Layout("transposed", owner.groups)
         if owner is not None and len(shape) > 2 and not isinstance(owner, _CONVOLUTIONS):
@@ -364,6 +368,14 @@ class Source:
                 return "head", Layout()
         # Without a module, only its name distinguishes a token table from a layer.
         return ("embedding" if owner is None and "embed" in name.lower() else "linear"), Layout()
+
+    def _parametrized(self, name: str, shape: tuple[int, ...]) -> nn.Module | None:
+        """The layer whose weight is computed from a tensor of the same shape, such as the direction of weight norm."""
+        assert self.module is not None
+        above, _, leaf = self.direct[name].rpartition(".")[0].rpartition(".parametrizations.")
+        layer = self.module.get_submodule(above)
+        weight = getattr(layer, leaf, None) if isinstance(layer, _CONVOLUTIONS + _TRANSPOSED) else None
+        return layer if isinstance(weight, Tensor) and tuple(weight.shape) == shape else None
 
 
 def from_module(module: nn.Module, *, title: str | None = None) -> Source:

@@ -32,7 +32,7 @@ def text_batches(
     A default prompt of ``sentence-transformers`` is put before every text. With a ``module`` batches only have its
     inputs and fit its context. A decoder gets the same text, shifted right by one token.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -89,7 +89,7 @@ def prompt_length(folder: Path) -> int:
     prompt = prompt_of(folder)
     if not prompt:
         return 0
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     tokens = tokenizer(prompt)["input_ids"]
     return len(tokens) - (tokens[-1] in tokenizer.all_special_ids)
 
@@ -105,7 +105,7 @@ def missing_for_texts(module: nn.Module, folder: Path) -> str:
     if others and not is_causal(module):
         return f"{name} takes {' and '.join(others)} besides text"
     try:
-        _tokenizer(folder)
+        tokenizer_of(folder)
     except RequestError as error:
         return str(error)
     return ""
@@ -141,7 +141,7 @@ def window_batches(
     limit
         Largest number of tokens; windows are then spread evenly over the texts.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     tokens = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
     # Models trained with a first token perform badly without it.
     first = tokenizer("", add_special_tokens=True)["input_ids"][:1] if tokenizer.bos_token_id is not None else []
@@ -162,7 +162,14 @@ def window_batches(
     return [{"input_ids": rows[at : at + size]} for at in range(0, len(rows), size)]
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be loaded, or the folder has none.
+    """
     try:
         found = require_transformers().AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

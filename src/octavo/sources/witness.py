@@ -11,6 +11,7 @@ from typing import Any
 
 from octavo.errors import OctavoError, RequestError
 from octavo.sources.companions import companion_files
+from octavo.sources.media import media_files
 from octavo.sources.sentences import transformer_folder, weight_folders
 from octavo.sources.weight_files import weight_files
 
@@ -25,7 +26,7 @@ class Witness:
     source
         The file or folder to compress; None for a source in memory.
     data
-        The file of calibration data; anything that is not a path is ignored.
+        The file or folder of calibration data; anything that is not a path is ignored.
     """
 
     def __init__(self, source: Path | None, data: Any = None) -> None:
@@ -99,8 +100,11 @@ class Witness:
         return os.path.relpath(file, self.source if self.source.is_dir() else self.source.parent)
 
     def _files(self) -> dict[Path, bool]:
-        """The files that a run reads, and whether each holds weights."""
+        """The files that a run reads, and whether each holds weights or media, which are known by their content."""
         found: dict[Path, bool] = {} if self.data is None else {self.data: False}
+        if self.data is not None and self.data.is_dir():
+            # Their content is part of the batches.
+            found = dict.fromkeys(media_files(self.data), True)
         if self.source is None:
             return found
         if self.source.is_dir():

@@ -139,8 +139,8 @@ class CompressedTensors(FixedSizes):
             chosen = get_method(method)
             if not chosen.dense and self.name not in chosen.runtimes:
                 raise RequestError(
-                    f"--keep {name!r}: {method} has no form in the formats of {self.name}; choose wna16:bits=4,group=64, "
-                    "or a dtype of floats"
+                    f"--keep {name!r}: {method} has no form in the formats of {self.name}; choose "
+                    "wna16:bits=4,group=64, or a dtype of floats"
                 )
             if not chosen.dense and (not chosen.accepts(opened.site(name)) or opened.site(name).columns % _LEAST):
                 raise RequestError(

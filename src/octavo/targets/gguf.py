@@ -47,6 +47,8 @@ from octavo.verification.verifying import load
 FILE = "model.gguf"
 #: Held-out sequences that llama.cpp runs, and the lengths that they are cut to and need.
 _COMPARED, _LONGEST, _SHORTEST = 8, 256, 8
+#: Logits that are held of each model: 512 MB of them.
+_LOGITS = 1 << 27
 #: A group of columns of the smallest blocks.
 _GROUP = 32
 
@@ -188,7 +190,8 @@ class Gguf(FixedSizes):
         if source.module is None or source.is_skeleton:
             return None
         context = int(config.get("max_position_embeddings") or config["n_positions"])
-        rows = [row[:context] for batch in opened.held_data for row in _sequences(batch)][:_COMPARED]
+        count = max(1, min(_COMPARED, _LOGITS // (_LONGEST * int(config["vocab_size"]))))
+        rows = [row[:context] for batch in opened.held_data for row in _sequences(batch)][:count]
         if not rows:
             return None
         logits = [[_outputs(module, row) for row in rows] for module in (source.module, load(artifact.path).float())]
@@ -204,10 +207,10 @@ class Gguf(FixedSizes):
 
     def _as_laid(self, site: Site) -> bool:
         """Whether the rows of a site's matrix are those of the file, in one order or another."""
-        shape = tuple(site.shape)
-        if len(shape) != 2:
+        if len(site.shape) != 2 or site.layout.exponent:
             return False
-        here = torch.arange(shape[0] * shape[1]).view(shape)
+        # Any matrix tells which way it is turned.
+        here = torch.arange(6).view(2, 3)
         there = here.t() if self._placed(site.name).transposed else here
         return torch.equal(site.layout.to_matrix(here), there)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.calibration import inputs
+from octavo.calibration.given import given_data
 from octavo.calibration.objective import KL, Cosine, Objective
 from octavo.calibration.runner import Runner
 from octavo.errors import MissingExtraError, RequestError
@@ -95,8 +96,8 @@ def evaluate(
     path
         A model folder or an artifact.
     data
-        Texts (``divergence``, ``perplexity``), or a CSV of sentence, sentence, score (``spearman``); the built-in text
-        by default.
+        Texts (``divergence``, ``perplexity``), a folder of images or sounds (``divergence``), or a CSV of sentence,
+        sentence, score (``spearman``); the built-in text by default.
     against
         The source to compare with, for ``divergence``.
     metric
@@ -140,7 +141,7 @@ def evaluate(
         return _spearman(path, source, data, inputs.choose_objective(source, objective))
     assert against is not None
     reference = inputs.open_source(against)
-    batches, text = inputs.load_data(reference, data, limit=None)
+    batches, text = given_data(reference, data, limit=None)
     if reference.module is None or source.module is None or not batches:
         raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
     wanted = inputs.choose_objective(reference, objective, batches)
