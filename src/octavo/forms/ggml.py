@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from octavo.coding.ggml import block_type
 from octavo.forms.base import Form, elements, expect, expect_integers, form
+
+#: The largest float16.
+_LARGEST = 65504.0
 
 
 @form("ggml")
@@ -56,6 +59,17 @@ class GgmlBlocks(Form):
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         # Indices of levels take four bytes, values and their products four each.
         return elements(shape) * 20
+
+    def scaled(self, factors: Tensor) -> GgmlBlocks:
+        """The form with its rows multiplied by factors (rows,), rounded as blocks store their scales."""
+        kind = block_type(self.kind)
+        fields = kind.unpacked(self.blocks)
+
+        def times(part: Tensor) -> Tensor:
+            return (part.float() * factors[:, None]).clamp(-_LARGEST, _LARGEST).half()
+
+        base = None if fields.base is None else times(fields.base)
+        return replace(self, blocks=kind.packed(replace(fields, d=times(fields.d), base=base)))
 
     def dense(self) -> Tensor:  # noqa: D102
         return block_type(self.kind).dense(self.blocks)

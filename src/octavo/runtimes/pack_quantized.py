@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ def require_compressed_tensors() -> Any:
             "'octavo[compressed-tensors]'"
         ) from error
     return compressed_tensors
+
+
+def scaled(form: Form, factors: Tensor) -> Form:
+    """A form with its rows multiplied by factors (rows,), in its scales; floats stay as they are."""
+    if not isinstance(form, Grid):
+        return form
+    scale = (form.scale.float() * factors[:, None]).to(form.scale.dtype)
+    return form if torch.equal(scale, form.scale) else replace(form, scale=scale)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, RequestError
-from octavo.forms import Form, Grid
+from octavo.forms import Form
 from octavo.methods import Method, Setting, dense_method, get_method, of_runtime, select_methods
 from octavo.request import Request
 from octavo.runtimes.pack_quantized import (
@@ -33,6 +33,7 @@ from octavo.runtimes.pack_quantized import (
     config_text,
     file_bytes,
     require_compressed_tensors,
+    scaled,
     write_file,
 )
 from octavo.sources.companions import copy_companions
@@ -105,10 +106,7 @@ class CompressedTensors(FixedSizes):
 
     def scaled(self, form: Form, factors: Tensor) -> Form:
         """The form with the factors in its scales."""
-        if not isinstance(form, Grid):
-            return form
-        scale = (form.scale.float() * factors[:, None]).to(form.scale.dtype)
-        return form if torch.equal(scale, form.scale) else replace(form, scale=scale)
+        return scaled(form, factors)
 
     def adapted(self, source: Source) -> Source:
         """The source, if it is a model folder of ``transformers``."""

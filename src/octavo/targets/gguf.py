@@ -24,9 +24,9 @@ from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, MissingExtraError, RequestError
 from octavo.forms import Form
-from octavo.methods import Method, Setting, of_runtime, select_methods
+from octavo.methods import Method, Setting, dense_method, of_runtime, select_methods
 from octavo.request import Request
-from octavo.runtimes.gguf.architectures import Laid, laid_out, require_gguf
+from octavo.runtimes.gguf.architectures import Laid, Placed, laid_out, require_gguf
 from octavo.runtimes.gguf.files import (
     Outlined,
     aligned,
@@ -35,6 +35,7 @@ from octavo.runtimes.gguf.files import (
     kind_of,
     raw,
     read_file,
+    scaled,
     write_file,
 )
 from octavo.runtimes.gguf.llama import Ran, has_llama_cpp, ran
@@ -60,6 +61,9 @@ class Gguf(FixedSizes):
     about = "bytes of a GGUF file for llama.cpp, mixed from its block types"
     foreign = True
     folds = False
+    # Norms are float32 in any case, and gains of rows go into the scales of their blocks.
+    tunable = True
+    free_gains = True
     unit = "bytes of the GGUF file"
 
     def __init__(self) -> None:
@@ -73,12 +77,17 @@ class Gguf(FixedSizes):
 
     def methods(self, request: Request) -> list[Method]:
         """The block types, and 16 bits."""
-        return select_methods(request.methods, request.preset, of_runtime(self.name))
+        chosen = select_methods(request.methods, request.preset, of_runtime(self.name))
+        return chosen if any(method.dense for method in chosen) else [*chosen, dense_method()]
 
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """All types whose blocks divide the columns; of floats those of 16 bits."""
         settings = method.settings(weight, evidence)
         return [setting for setting in settings if setting != {"dtype": "float32"}] if method.dense else settings
+
+    def scaled(self, form: Form, factors: Tensor) -> Form:
+        """The form with the factors in the scales of its blocks."""
+        return scaled(form, factors)
 
     def adapted(self, source: Source) -> Source:
         """The source, laid out for llama.cpp or refused."""
@@ -142,7 +151,8 @@ class Gguf(FixedSizes):
                 form = form_of(site, result.built.packed[name])
                 tensors[self._outlined(source, name, kind_of(form))] = partial(raw, form, placed.rows(site.rows))
             else:
-                tensors[self._outlined(source, name, 0)] = partial(self._wide, source, name)
+                kept = result.built.contents.kept[name]
+                tensors[self._outlined(source, name, 0)] = partial(_wide, placed, kept.given)
         for name, tensor in self._laid_out.more():
             tensors[Outlined(name, tuple(tensor.shape), 0)] = tensor.numpy
         write_file(folder / FILE, source, self._laid_out, tensors)
@@ -157,13 +167,13 @@ class Gguf(FixedSizes):
             kind, content = found[placed.name]
             types[names[kind]] += 1
             sizes[names[kind]] += content.nbytes
-            if name not in result.built.packed:
-                continue
-            site = result.opened.site(name)
-            form = form_of(site, replace(result.built.packed[name], content=bytes(artifact.content(name))))
-            if kind != kind_of(form) or not np.array_equal(
-                content.reshape(site.rows, -1), raw(form, placed.rows(site.rows))
-            ):
+            if name in result.built.packed:
+                site = result.opened.site(name)
+                form = form_of(site, replace(result.built.packed[name], content=bytes(artifact.content(name))))
+                wanted, same = raw(form, placed.rows(site.rows)), kind == kind_of(form)
+            else:
+                wanted, same = placed.array(artifact.tensor(name)).numpy().view(np.uint8), kind == 0
+            if not same or content.tobytes() != wanted.tobytes():
                 raise ArtifactError(f"{FILE}: tensor {placed.name!r} reads back differently")
         rows = tuple((name, types[name], sizes[name]) for name in sorted(types, key=lambda name: -sizes[name]))
         text = f"{FILE} holds {len(found)} tensors, read back and equal to what was measured."
@@ -202,7 +212,7 @@ class Gguf(FixedSizes):
         assert self._laid is not None
         return self._laid
 
-    def _placed(self, name: str) -> Any:
+    def _placed(self, name: str) -> Placed:
         return self._laid_out.tensors[name]
 
     def _as_laid(self, site: Site) -> bool:
@@ -218,8 +228,9 @@ class Gguf(FixedSizes):
         shape, placed = source.shapes[name], self._placed(name)
         return Outlined(placed.name, tuple(reversed(shape)) if placed.transposed else tuple(shape), kind)
 
-    def _wide(self, source: Source, name: str) -> Any:
-        return self._placed(name).array(source.read(name)).numpy()
+
+def _wide(placed: Placed, given: Callable[[], Tensor]) -> Any:
+    return placed.array(given()).numpy()
 
 
 def _sequences(batch: Any) -> list[Tensor]:

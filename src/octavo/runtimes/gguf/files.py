@@ -63,6 +63,11 @@ def kind_of(form: Form) -> int:
     return TYPES[form.kind].number if isinstance(form, GgmlBlocks) else _FLOATS[form.weight.dtype]  # type: ignore[attr-defined]
 
 
+def scaled(form: Form, factors: Tensor) -> Form:
+    """A form with its rows multiplied by factors (rows,), in the scales of its blocks; floats stay as they are."""
+    return form.scaled(factors) if isinstance(form, GgmlBlocks) else form
+
+
 def raw(form: Form, rows: Tensor) -> np.ndarray[Any, Any]:
     """A form's bytes (rows, bytes of a row) in the order of ``rows``."""
     content = form.blocks if isinstance(form, GgmlBlocks) else form.weight.contiguous().view(torch.uint8)  # type: ignore[attr-defined]
