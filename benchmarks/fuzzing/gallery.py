@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from octavo import forms
+from octavo.coding.ggml import TYPES
 from octavo.forms import Form
+from octavo.forms.ggml import GgmlBlocks
 from octavo.forms.tensor_train import full_ranks
 
 Maker = Callable[["Gallery", int, int], Form]
@@ -167,10 +170,20 @@ def scaled(g: Gallery, rows: int, columns: int) -> Form:
     return forms.Scaled(g.inner(rows, columns), g.integers(-128, 129, rows, dtype=torch.int16))
 
 
+def ggml(g: Gallery, rows: int, columns: int) -> Form:
+    kind = TYPES[g.random.choice(list(TYPES))]
+    blocks = -(-columns // kind.block)
+    found = kind.unpacked(g.integers(0, 256, rows, blocks * kind.bytes, dtype=torch.uint8))
+    heads = {"d": g.floats(rows, blocks).half()}
+    if kind.offset:
+        heads["base"] = g.positive(rows, blocks).half()
+    return GgmlBlocks(kind.packed(replace(found, **heads)), kind.name, columns)
+
+
 #: How a form of each registered kind is made.
 MAKERS: dict[str, Maker] = {
     "affine": affine, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "folded": folded,
-    "grid": grid, "grouped-lowrank": grouped, "lowrank": lowrank, "row-blocks": row_blocks, "scaled": scaled,
+    "ggml": ggml, "grid": grid, "grouped-lowrank": grouped, "lowrank": lowrank, "row-blocks": row_blocks, "scaled": scaled,
     "separable": separable, "sparse": sparse, "tensor-train": tensor_train,
     "sum": lambda g, rows, columns: forms.Sum(g.inner(rows, columns), g.inner(rows, columns)),
     "trellis": lambda g, rows, columns: forms.Trellis(grid(g, rows, columns, zeros=False)),

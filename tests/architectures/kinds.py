@@ -224,7 +224,7 @@ class Group:
 
 
 GROUPS = {
-    "encoder": Group("encoders", ("cosine", "kl"), "texts", ""),
+    "encoder": Group("encoders", ("cosine", "kl", "squared"), "texts", ""),
     "decoder": Group("decoders", ("kl",), "texts", ""),
     "encoder-decoder": Group("encoder–decoders", ("kl", "cosine"), "texts", "the decoder gets the same text, one token later"),
     "mixture": Group(

@@ -48,12 +48,12 @@ def test_a_damaged_block_is_refused(kind: BlockType) -> None:
     blocks = kind.packed(any_fields(kind))
     fields = kind.unpacked(blocks)
     fields.d[0, 0] = torch.nan
-    meta = {"form": "ggml", "kind": kind.name}
+    meta = {"form": "ggml", "kind": kind.name, "columns": COLUMNS}
     for damaged in (kind.packed(fields), blocks[:, :-1], blocks.short()):
         with pytest.raises(ArtifactError):
             restore({"blocks": damaged}, meta, (ROWS, COLUMNS))
     with pytest.raises(ArtifactError, match="not a block type"):
-        restore({"blocks": blocks}, {"form": "ggml", "kind": "q9_k"}, (ROWS, COLUMNS))
+        restore({"blocks": blocks}, {**meta, "kind": "q9_k"}, (ROWS, COLUMNS))
 
 
 def seen() -> tuple[torch.Tensor, Evidence]:

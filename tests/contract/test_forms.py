@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.artifact import pack, unpack
+from octavo.coding.ggml import TYPES
 from octavo.errors import ArtifactError
 from octavo.forms import (
     Affine,
@@ -36,6 +38,7 @@ from octavo.forms import (
     restore,
 )
 from octavo.forms.base import MAX_DEPTH, allowance_for
+from octavo.forms.ggml import GgmlBlocks
 from octavo.forms.tensor_train import full_ranks
 
 
@@ -169,7 +172,19 @@ def cut(rows, columns, seed):
     return Trimmed(grid(*(int(mask.sum()) for mask in kept), seed), *kept)
 
 
+def ggml(rows, columns, seed, name):
+    kind, generator = TYPES[name], _generator(seed)
+    blocks = -(-columns // kind.block)
+    found = kind.unpacked(torch.randint(0, 256, (rows, blocks * kind.bytes), generator=generator, dtype=torch.uint8))
+    heads = {"d": torch.randn(rows, blocks, generator=generator).half()}
+    if kind.offset:
+        heads["base"] = torch.randn(rows, blocks, generator=generator).half()
+    return GgmlBlocks(kind.packed(replace(found, **heads)), name, columns)
+
+
 FORMS = {
+    "ggml of small blocks": lambda r, c, s: ggml(r, c, s, "q5_1"),
+    "ggml of two levels": lambda r, c, s: ggml(r, c, s, "q3_k"),
     "dense": dense,
     "dense float16": lambda r, c, s: dense(r, c, s, torch.float16),
     "dense bfloat16": lambda r, c, s: dense(r, c, s, torch.bfloat16),

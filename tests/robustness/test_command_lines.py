@@ -140,7 +140,7 @@ LINES = [
     }),
     *lines("compress {bare} --out {out} --for *", 2, {
         "speed --speedup 2": "only transformers models can be exported",
-        "nothing --ratio 4": "target 'nothing' is not known; choose from disk, memory, speed",
+        "nothing --ratio 4": "target 'nothing' is not known; choose from compressed-tensors, disk, gguf, memory, speed",
         "{empty} --ratio 4": "target '' is not known",
     }),
     *lines("compress {bert} --out {out} --ratio 1e5 *", 2, {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from octavo.coding.ggml import block_type
-from octavo.forms.base import Form, elements, expect, expect_integers, form
+from octavo.forms.base import Form, expect, expect_integers, form
 
-#: The largest float16.
-_LARGEST = 65504.0
+#: The largest float16, and the columns of the largest block.
+_LARGEST, _LONGEST = 65504.0, 256
 
 
 @form("ggml")
@@ -27,29 +27,32 @@ class GgmlBlocks(Form):
         (rows, bytes of a row) uint8.
     kind
         Name of the type, such as ``q4_k``.
+    columns
+        Columns of the matrix; a last block may go beyond them, but llama.cpp reads whole blocks only.
     """
 
     blocks: Tensor
     kind: str
+    columns: int
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102
-        found = block_type(self.kind)
-        return len(self.blocks), self.blocks.shape[1] // found.bytes * found.block
+        return len(self.blocks), self.columns
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
         return {"blocks": self.blocks}
 
     def meta(self) -> dict[str, Any]:  # noqa: D102
-        return {"form": self.name, "kind": self.kind}
+        return {"form": self.name, "kind": self.kind, "columns": self.columns}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> GgmlBlocks:  # noqa: D102
         kind = block_type(meta["kind"])
-        expect(shape[1] % kind.block == 0, f"{shape[1]} columns cannot be divided into blocks of {kind.block}")
-        blocks = expect_integers(tensors["blocks"], (shape[0], kind.row_bytes(shape[1])), "blocks")
+        expect(meta["columns"] == shape[1], f"blocks of {meta['columns']!r} columns are not a matrix of {shape[1]}")
+        length = -(-shape[1] // kind.block) * kind.bytes
+        blocks = expect_integers(tensors["blocks"], (shape[0], length), "blocks")
         expect(blocks.dtype == torch.uint8, f"part 'blocks' has dtype {blocks.dtype}, expected bytes")
-        made = cls(blocks, kind.name)
+        made = cls(blocks, kind.name, shape[1])
         fields = kind.unpacked(blocks)
         heads = [fields.d] if fields.base is None else [fields.d, fields.base]
         expect(all(bool(torch.isfinite(head).all()) for head in heads), "part 'blocks' holds NaN or Inf")
@@ -58,7 +61,7 @@ class GgmlBlocks(Form):
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
         # Indices of levels take four bytes, values and their products four each.
-        return elements(shape) * 20
+        return shape[0] * (shape[1] + _LONGEST) * 20
 
     def scaled(self, factors: Tensor) -> GgmlBlocks:
         """The form with its rows multiplied by factors (rows,), rounded as blocks store their scales."""
@@ -72,7 +75,7 @@ class GgmlBlocks(Form):
         return replace(self, blocks=kind.packed(replace(fields, d=times(fields.d), base=base)))
 
     def dense(self) -> Tensor:  # noqa: D102
-        return block_type(self.kind).dense(self.blocks)
+        return block_type(self.kind).dense(self.blocks)[:, : self.columns]
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
-        return block_type(self.kind).dense(self.blocks[index])
+        return block_type(self.kind).dense(self.blocks[index])[:, : self.columns]

@@ -77,7 +77,7 @@ class Ggml(Method):
         fields = replace(fields, codes=codes.flatten(1).to(torch.uint8))
         if self.feedback and columns is not None and kind.bits < _FINE:
             fields = refitted(original, columns, kind, fields)
-        return GgmlBlocks(kind.packed(fields), kind.name)
+        return GgmlBlocks(kind.packed(fields), kind.name, weight.shape[1])
 
 
 def _swept(
