@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.allocation.budget import Budget
 from octavo.allocation.encoded import form_of
 from octavo.allocation.opened import Opened
 from octavo.artifact import Artifact, Contents, Packed
@@ -23,7 +22,7 @@ from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, RequestError
 from octavo.forms import Form
-from octavo.methods import Method, Setting, dense_method, get_method, of_runtime, select_methods
+from octavo.methods import Method, Setting, get_method
 from octavo.request import Request
 from octavo.runtimes.pack_quantized import (
     CONFIG,
@@ -41,7 +40,7 @@ from octavo.sources.loading import load_folder, refused_as
 from octavo.sources.sentences import transformer_folder
 from octavo.sources.sites import Site, Source
 from octavo.targets.base import target
-from octavo.targets.fixed import FixedSizes
+from octavo.targets.fixed import ForeignFile
 
 #: Columns that all kernels pack into whole words, and the smallest group.
 _LEAST = 32
@@ -57,7 +56,7 @@ _HALF_STEP = 127 * 2.0**-25
 
 
 @target("compressed-tensors")
-class CompressedTensors(FixedSizes):
+class CompressedTensors(ForeignFile):
     """Bytes of ``model.safetensors`` and ``config.json`` in the pack-quantized format.
 
     Linear layers get 4 or 8 bits with scales of groups or rows. An embedding keeps 16 bits, and so does a head that is
@@ -65,12 +64,7 @@ class CompressedTensors(FixedSizes):
     """
 
     about = "bytes of a model folder of compressed-tensors, for transformers, vLLM and SGLang"
-    foreign = True
-    folds = False
     loads = True
-    # Gains go into the scales.
-    tunable = True
-    free_gains = True
     unit = "bytes of model.safetensors and config.json"
 
     def __init__(self) -> None:
@@ -82,17 +76,10 @@ class CompressedTensors(FixedSizes):
         require_compressed_tensors()
         super().stated(request)
 
-    def methods(self, request: Request) -> list[Method]:
-        """The integers of this format, and 16 bits for what has no codes."""
-        chosen = select_methods(request.methods, request.preset, of_runtime(self.name))
-        return chosen if any(method.dense for method in chosen) else [*chosen, dense_method()]
-
     def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
         """Floats of 16 bits; codes where they fill whole words."""
-        settings = method.settings(weight, evidence)
-        if method.dense:
-            return [setting for setting in settings if setting != {"dtype": "float32"}] or settings
-        return settings if weight.shape[1] % _LEAST == 0 else []
+        settings = super().offers(method, weight, evidence)
+        return settings if method.dense or weight.shape[1] % _LEAST == 0 else []
 
     def joined(self, sites: Sequence[Site]) -> dict[str, str]:
         """Parts of layers that runtimes join."""
@@ -172,11 +159,6 @@ class CompressedTensors(FixedSizes):
             site = opened.site(name)
             stored[name] = Stored.of_packed(item, (site.rows, site.columns))
         return replace(contents, resident=self._bytes(opened, contents, stored))
-
-    def smallest(self, opened: Opened, asked: Budget) -> int | None:
-        """What the coarsest settings take."""
-        smallest = self.least(opened)
-        return smallest if asked.bytes < smallest else None
 
     def files(self, folder: Path) -> Sequence[Path]:
         """Both files that a loader needs; those of tokenizers are not counted."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from octavo.allocation.budget import Budget
 from octavo.allocation.opened import Opened
 from octavo.artifact import Contents, Packed
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
-from octavo.methods import get_method
+from octavo.methods import Method, Setting, dense_method, get_method, of_runtime, select_methods
+from octavo.request import Request
 from octavo.targets.sizes import Sizes
 
 #: Rows of a site that tell what it takes: as many as the int4 kernel packs together.
 _ROWS = 64
+_WIDE: Setting = {"dtype": "float32"}
 
 
 class FixedSizes(Sizes):
@@ -49,8 +53,8 @@ class FixedSizes(Sizes):
         """The contents with what they count."""
         return replace(contents, resident=self.beside(opened) + sum(map(self.bytes, packed.values())))
 
-    def least(self, opened: Opened) -> int:
-        """Counted bytes of the coarsest settings; they depend on shapes, so a few rows tell them."""
+    def smallest(self, opened: Opened, asked: Budget) -> int | None:
+        """What the coarsest settings count; sizes depend on shapes, so a few rows tell them."""
         smallest = self.beside(opened)
         for site in opened.sites:
             rows = opened.matrix(site)[:_ROWS]
@@ -64,4 +68,24 @@ class FixedSizes(Sizes):
                 choices = [(method, settings[-1]) for method, settings in offered if settings]
             forms = (method.encode(rows, setting, evidence) for method, setting in choices)
             smallest += min(self.resident(form, site.rows) for form in forms)
-        return smallest
+        return smallest if asked.bytes < smallest else None
+
+
+class ForeignFile(FixedSizes):
+    """A target whose result is another runtime's file, in the formats of that runtime and floats of 16 bits."""
+
+    foreign = True
+    folds = False
+    # Tensors beside the sites are floats in any case, and gains of rows go into scales that are stored anyway.
+    tunable = True
+    free_gains = True
+
+    def methods(self, request: Request) -> list[Method]:
+        """The methods of the runtime's formats, and 16 bits for what has none."""
+        chosen = select_methods(request.methods, request.preset, of_runtime(self.name))
+        return chosen if any(method.dense for method in chosen) else [*chosen, dense_method()]
+
+    def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
+        """All settings of a method; of floats those of 16 bits, if they hold the weights."""
+        settings = method.settings(weight, evidence)
+        return [setting for setting in settings if setting != _WIDE] or settings if method.dense else settings

@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.allocation.budget import Budget
 from octavo.allocation.encoded import form_of
 from octavo.allocation.opened import Opened
 from octavo.artifact import Artifact
-from octavo.calibration.evidence import Evidence
 from octavo.coding.ggml import TYPES
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, MissingExtraError, RequestError
 from octavo.forms import Form
-from octavo.methods import Method, Setting, dense_method, of_runtime, select_methods
 from octavo.request import Request
 from octavo.runtimes.gguf.architectures import Laid, Placed, laid_out, require_gguf
 from octavo.runtimes.gguf.files import (
@@ -42,7 +39,7 @@ from octavo.runtimes.gguf.llama import Ran, has_llama_cpp, ran
 from octavo.sources.sites import Site, Source
 from octavo.system.records import plain_json
 from octavo.targets.base import target
-from octavo.targets.fixed import FixedSizes
+from octavo.targets.fixed import ForeignFile
 from octavo.verification.verifying import load
 
 FILE = "model.gguf"
@@ -55,15 +52,10 @@ _GROUP = 32
 
 
 @target("gguf")
-class Gguf(FixedSizes):
+class Gguf(ForeignFile):
     """Bytes of a GGUF file, whose tensors are of the types that llama.cpp runs."""
 
     about = "bytes of a GGUF file for llama.cpp, mixed from its block types"
-    foreign = True
-    folds = False
-    # Norms are float32 in any case, and gains of rows go into the scales of their blocks.
-    tunable = True
-    free_gains = True
     unit = "bytes of the GGUF file"
 
     def __init__(self) -> None:
@@ -74,16 +66,6 @@ class Gguf(FixedSizes):
         """Refuse a budget that is stated wrongly, or a missing package, before anything is read."""
         require_gguf()
         super().stated(request)
-
-    def methods(self, request: Request) -> list[Method]:
-        """The block types, and 16 bits."""
-        chosen = select_methods(request.methods, request.preset, of_runtime(self.name))
-        return chosen if any(method.dense for method in chosen) else [*chosen, dense_method()]
-
-    def offers(self, method: Method, weight: Tensor, evidence: Evidence) -> Sequence[Setting]:
-        """All types whose blocks divide the columns; of floats those of 16 bits."""
-        settings = method.settings(weight, evidence)
-        return [setting for setting in settings if setting != {"dtype": "float32"}] if method.dense else settings
 
     def scaled(self, form: Form, factors: Tensor) -> Form:
         """The form with the factors in the scales of its blocks."""
@@ -130,11 +112,6 @@ class Gguf(FixedSizes):
         rest = (opened.source.shapes[name] for name in self._laid_out.tensors if name not in sites)
         more = (tuple(tensor.shape) for _, tensor in self._laid_out.more())
         return self._head + sum(aligned(4 * int(np.prod(shape))) for shape in (*rest, *more))
-
-    def smallest(self, opened: Opened, asked: Budget) -> int | None:
-        """What the coarsest types take."""
-        smallest = self.least(opened)
-        return smallest if asked.bytes < smallest else None
 
     def files(self, folder: Path) -> Sequence[Path]:
         """The GGUF file."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.allocation.budget import Budget
 from octavo.allocation.opened import Opened
 from octavo.artifact import Artifact
 from octavo.calibration.evidence import Evidence
@@ -67,11 +66,6 @@ class Memory(FixedSizes):
             [site for site in sites if site.name not in fused],
             {**left, **{site.name: reason for site in sites if site.name in fused}},
         )
-
-    def smallest(self, opened: Opened, asked: Budget) -> int | None:
-        """What the coarsest settings with a kernel take; their sizes depend on shapes, so a few rows tell them."""
-        smallest = self.least(opened)
-        return smallest if asked.bytes < smallest else None
 
     def verify(self, result: Result, artifact: Artifact, written: Any) -> Section:
         """The section on bytes held, kernels, quality and speed of the packed model."""
