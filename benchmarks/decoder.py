@@ -1,7 +1,7 @@
 """A Llama whose widths are multiples of 256, un-quantized, with its tokenizer: for types of llama.cpp that need both.
 
 `python benchmarks/decoder.py FOLDER` makes it from the language model that the studies train (docs/adding-a-recipe.md): its
-704 neurons a layer become 768, and 300 steps train all weights again. About 10 minutes on one core once that exists.
+704 neurons a layer become 768, and 300 steps train all weights again.
 OCTAVO_DATA must name the studies' texts.
 """
 

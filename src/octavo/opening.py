@@ -15,7 +15,6 @@ from octavo.allocation.patterns import apply_patterns
 from octavo.allocation.workspace import Workspace, files_of
 from octavo.calibration import folds, inputs
 from octavo.calibration.calibrating import Calibration, data_free
-from octavo.calibration.given import given_data
 from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
 from octavo.calibration.runner import Runner
@@ -73,7 +72,7 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
     module = source.module
     if preset == DATA_FREE:
         source.module = None
-    batches, text = given_data(source, request.data, limit=_TEXTS[preset], forward_args=request.forward_args)
+    batches, text = inputs.load_data(source, request.data, limit=_TEXTS[preset], forward_args=request.forward_args)
     if objective is not None and not batches:
         raise RequestError(
             f"{where}: objective says how outputs are compared, and nothing is run here (data: {text}); give data that "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,7 +128,9 @@ def _written(done: Result, folder: Path, command: str, *, report: bool) -> Repor
     proof = prove(done.run, artifact)
     clock.lap("verify")
     section = target.verify(done, artifact, written)
-    files = _files(done, folder, artifact.files() if not target.foreign else target.files(folder))
+    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in target.files(folder, artifact)}
+    if sum(files.values()) != done.size(done.built):
+        raise ArtifactError(f"{folder}: {sum(files.values())} bytes on disk, {done.size(done.built)} were planned")
     data = report_data(done, artifact, files, proof, target.plans, section, command)
     if target.foreign:
         shutil.rmtree(home)
@@ -139,16 +141,6 @@ def _written(done: Result, folder: Path, command: str, *, report: bool) -> Repor
     data = replace(data, timings={**timings, "total": sum(timings.values())})
     _write_report(data, folder, page=report)
     return data
-
-
-def _files(done: Result, folder: Path, files: Sequence[Path]) -> dict[str, int]:
-    """Bytes on disk by relative path; those of another runtime must be what was stated."""
-    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-    target = done.opened.target
-    assert isinstance(target, Target)
-    if target.foreign and sum(sizes.values()) != done.built.counted:
-        raise ArtifactError(f"{folder}: {sum(sizes.values())} bytes on disk, {done.built.counted} were planned")
-    return sizes
 
 
 def check_writable(

@@ -16,9 +16,9 @@ from octavo.allocation.profiles import Curve, Point, Profile
 from octavo.cli import app
 from octavo.errors import ArtifactError
 from octavo.report import Report, write_page
-from octavo.report.again import pieces
-from octavo.report.exploring import DETAILED, explorer_of
+from octavo.report.repeated_call import pieces
 from octavo.report.sites import BARS
+from octavo.report.stop_plans import DETAILED, explorer_of
 from octavo.report.stops import Explorer
 from octavo.targets import get_target
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -43,15 +44,16 @@ MODELS = {
 #: A process that knows nothing of Octavo: it loads folders, which hold packed weights, and saves their outputs.
 READER = """
 import sys, torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
-inputs = torch.load(sys.argv[1])
+inputs = load_file(sys.argv[1])["inputs"]
 for folder in sys.argv[2:]:
     cls = AutoModel if "bert" in folder else AutoModelForCausalLM
     model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     assert any("weight_packed" in name for name in model.state_dict())
     with torch.inference_mode():
-        torch.save(model.eval()(inputs)[0], folder + ".outputs")
+        save_file({"outputs": model.eval()(inputs)[0]}, folder + ".outputs")
 assert "octavo" not in sys.modules
 """
 
@@ -83,7 +85,7 @@ def written(request, every):
 
 def test_plain_transformers_computes_with_the_weights_that_were_measured(every, tmp_path):
     inputs = BATCHES[0]["input_ids"]
-    torch.save(inputs, tmp_path / "inputs")
+    save_file({"inputs": inputs}, tmp_path / "inputs")
     folders = [folder / name for name, folder, _, _ in every.values()]
     command = [sys.executable, "-c", READER, tmp_path / "inputs", *folders]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
@@ -95,7 +97,7 @@ def test_plain_transformers_computes_with_the_weights_that_were_measured(every, 
             state[done.opened.source.parameters[tensor]].copy_(value)
         with torch.inference_mode():
             wanted = model(inputs)[0]
-        far = float((torch.load(folder / f"{name}.outputs") - wanted).norm() / wanted.norm())
+        far = float((load_file(folder / f"{name}.outputs")["outputs"] - wanted).norm() / wanted.norm())
         # Models in 16 bits round what is decoded to them.
         assert far < (1e-3 if name == "llama" else 5e-3), name
         assert report["loaded"]["quality"] == pytest.approx(report["quality"]["value"], rel=1e-3, abs=1e-7)

@@ -23,6 +23,7 @@ from octavo.sources.files import from_path
 from octavo.sources.loading import load_weights
 from octavo.sources.modules import unwrapped
 from octavo.sources.pretrained import adopt, is_pretrained
+from octavo.sources.processors import media_batches
 from octavo.sources.sentences import transformer_folder
 from octavo.sources.sites import Source, examine, from_module
 from octavo.sources.texts import builtin_texts, check_texts, cleaned, read_texts
@@ -34,6 +35,7 @@ from octavo.sources.tokens import (
     text_batches,
     window_batches,
 )
+from octavo.system.paths import checked
 from octavo.system.progress import Progress, silent
 
 #: Every fourth sequence is held out to measure plans on, up to this many.
@@ -42,6 +44,8 @@ _HELD = 96
 TOKENS_PER_TEXT = 64
 #: More texts do not improve the calibration of a language model enough to justify their time.
 MOST_TEXTS = 1024
+#: More images or sounds do not either.
+MOST_FILES = 512
 #: Texts for a language model are joined and split into windows of this many tokens, or of its context if shorter.
 WINDOW = 256
 
@@ -82,8 +86,13 @@ def load_data(
 ) -> tuple[list[Batch], str]:
     """Batches from the user's data, and their description for the report.
 
-    ``data`` is a file of texts, a list of texts, one batch as a tensor or mapping, or an iterable of batches; None
-    takes the built-in text for a text model.
+    Parameters
+    ----------
+    data
+        A file of texts, a folder of images or sounds, a list of texts, one batch as a tensor or mapping, or an iterable
+        of batches; None takes the built-in text for a text model.
+    limit
+        Largest number of texts or files.
     """
     folder = source.folder
     if source.module is None:
@@ -98,6 +107,8 @@ def load_data(
         raise RequestError(
             "forward_args selects the inputs of a batch, but no batches are given; leave it out, or give data"
         )
+    if isinstance(data, str | Path) and checked(data).is_dir():
+        return media_batches(source, checked(data), MOST_FILES if limit is None else min(limit, MOST_FILES))
     is_texts = isinstance(data, list) and data and all(isinstance(item, str) for item in data)
     if data is None or isinstance(data, str | Path) or is_texts:
         if source.is_encoder and isinstance(source.module, SentenceEncoder):

@@ -56,6 +56,10 @@ class Result:
         """Original bytes divided by the bytes that the budget counts, of the artifact or in memory."""
         return self.opened.source.original_bytes / self.built.counted
 
+    def size(self, built: Built) -> int:
+        """Bytes of the files of a plan: another runtime's, which the budget counts, or those of its artifact."""
+        return built.counted if self.opened.target.foreign else built.bytes
+
     @property
     def notes(self) -> list[Note]:
         """Notes for the user about the run, grouped by kind."""

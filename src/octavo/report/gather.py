@@ -30,7 +30,6 @@ from octavo.encoding.section import Section
 from octavo.errors import BudgetError
 from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
-from octavo.report.exploring import explorer_of
 from octavo.report.schema import (
     Allowed,
     BestUniform,
@@ -50,6 +49,7 @@ from octavo.report.schema import (
     UnusedFamily,
     WrittenArtifact,
 )
+from octavo.report.stop_plans import explorer_of
 from octavo.report.text import things
 from octavo.request import Request
 from octavo.runtimes.packed.speed import interleaved
@@ -318,7 +318,7 @@ def _best_uniform(done: Result) -> BestUniform | None:
         of=len(rival.plan.points),
         moved=any(setting != common for setting in same),
         # For a plan that was not built only the bytes that the budget counts are known.
-        bytes=rival.counted if done.opened.target.foreign else rival.bytes if rival.packed or not in_memory else None,
+        bytes=done.size(rival) if rival.packed or not in_memory else None,
         held=rival.counted if in_memory else None,
         quality=rival.quality,
     )
@@ -349,7 +349,7 @@ def tradeoff(done: Result, quality: float | None) -> Tradeoff:
     return Tradeoff(
         tuple(points),
         tuple(rivals),
-        ChosenPoint(done.ratio, done.built.counted if done.opened.target.foreign else done.built.bytes, quality),
+        ChosenPoint(done.ratio, done.size(done.built), quality),
     )
 
 

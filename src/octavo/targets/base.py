@@ -171,9 +171,9 @@ class Target(Counting, ABC):
         """Write what this target needs beside the artifact's own files; what is returned goes to :meth:`verify`."""
         return None
 
-    def files(self, folder: Path) -> Sequence[Path]:
-        """The files that the budget counts, of a target whose result is another runtime's."""
-        raise NotImplementedError(f"--for {self.name}: its result is the artifact, which knows its own files")
+    def files(self, folder: Path, artifact: Artifact) -> Sequence[Path]:
+        """The files of the result in its folder: those of the artifact, or another runtime's."""
+        return artifact.files()
 
     def verify(self, result: Result, artifact: Artifact, written: Any) -> Section | None:
         """Measure what was written, read back from the disk: a section of the report, or None."""

@@ -160,7 +160,7 @@ class CompressedTensors(ForeignFile):
             stored[name] = Stored.of_packed(item, (site.rows, site.columns))
         return replace(contents, resident=self._bytes(opened, contents, stored))
 
-    def files(self, folder: Path) -> Sequence[Path]:
+    def files(self, folder: Path, artifact: Artifact) -> Sequence[Path]:
         """Both files that a loader needs; those of tokenizers are not counted."""
         return [folder / WEIGHTS, folder / CONFIG]
 

@@ -113,7 +113,7 @@ class Gguf(ForeignFile):
         more = (tuple(tensor.shape) for _, tensor in self._laid_out.more())
         return self._head + sum(aligned(4 * int(np.prod(shape))) for shape in (*rest, *more))
 
-    def files(self, folder: Path) -> Sequence[Path]:
+    def files(self, folder: Path, artifact: Artifact) -> Sequence[Path]:
         """The GGUF file."""
         return [folder / FILE]
 

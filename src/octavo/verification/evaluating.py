@@ -13,7 +13,6 @@ from torch import nn
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.calibration import inputs
-from octavo.calibration.given import given_data
 from octavo.calibration.objective import KL, Cosine, Objective
 from octavo.calibration.runner import Runner
 from octavo.errors import MissingExtraError, RequestError
@@ -141,7 +140,7 @@ def evaluate(
         return _spearman(path, source, data, inputs.choose_objective(source, objective))
     assert against is not None
     reference = inputs.open_source(against)
-    batches, text = given_data(reference, data, limit=None)
+    batches, text = inputs.load_data(reference, data, limit=None)
     if reference.module is None or source.module is None or not batches:
         raise RequestError(f"{against}: divergence needs a model that runs, and data for it")
     wanted = inputs.choose_objective(reference, objective, batches)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from octavo.methods.compiled import compiled
+from octavo.methods.quantize.normal_equations import normal_equations, solved
 
 #: Passes over all columns; rows that no longer change stop earlier.
 _SWEEPS = 8
-#: Added to the diagonal of the equations of scales, as a share of their mean diagonal.
-_RIDGE = 1e-6
 
 
 def descended(weight: Tensor, codes: Tensor, scale: Tensor, moment: Tensor, low: int, high: int) -> Tensor:
@@ -76,18 +75,7 @@ def fitted_scales(weight: Tensor, codes: Tensor, scale: Tensor, moment: Tensor) 
 
     Groups whose codes are all zero keep their scale. Parameters are those of :func:`descended`.
     """
-    rows, groups = scale.shape
-    width = weight.shape[1] // groups
-
-    def summed(values: Tensor) -> Tensor:
-        return values.view(rows, groups, width).sum(2)
-
-    spans = [slice(group * width, (group + 1) * width) for group in range(groups)]
-    system = torch.stack([summed((codes[:, span] @ moment[span]) * codes) for span in spans], 1)
-    wanted = summed((weight @ moment) * codes)
-    diagonal = system.diagonal(dim1=1, dim2=2)
-    empty = diagonal <= 0
-    ridge = _RIDGE * diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    system = system + torch.diag_embed(ridge + empty.float())
-    found = torch.linalg.solve(system.double(), wanted.double()).float()
+    matrix, right = normal_equations(weight, moment, codes.unflatten(1, (scale.shape[1], -1)))
+    found = solved(matrix, right)
+    empty = matrix.diagonal(dim1=1, dim2=2) <= 0
     return torch.where(empty | ~found.isfinite() | (found == 0), scale, found)

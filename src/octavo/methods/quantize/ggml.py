@@ -1,4 +1,4 @@
-"""The block types of ggml, rounded with error feedback: what llama.cpp, Ollama and LM Studio run."""
+"""The block types of ggml, rounded with error feedback: what llama.cpp and programs built on it run."""
 
 from __future__ import annotations
 

@@ -60,7 +60,10 @@ def form_bytes(form: Form, rows: int) -> int:
 
 def kind_of(form: Form) -> int:
     """The number of a form's type."""
-    return TYPES[form.kind].number if isinstance(form, GgmlBlocks) else _FLOATS[form.weight.dtype]  # type: ignore[attr-defined]
+    if isinstance(form, GgmlBlocks):
+        return TYPES[form.kind].number
+    assert isinstance(form, Dense)
+    return _FLOATS[form.weight.dtype]
 
 
 def scaled(form: Form, factors: Tensor) -> Form:
@@ -70,7 +73,8 @@ def scaled(form: Form, factors: Tensor) -> Form:
 
 def raw(form: Form, rows: Tensor) -> np.ndarray[Any, Any]:
     """A form's bytes (rows, bytes of a row) in the order of ``rows``."""
-    content = form.blocks if isinstance(form, GgmlBlocks) else form.weight.contiguous().view(torch.uint8)  # type: ignore[attr-defined]
+    assert isinstance(form, GgmlBlocks | Dense)
+    content = form.blocks if isinstance(form, GgmlBlocks) else form.weight.contiguous().view(torch.uint8)
     return content[rows].contiguous().numpy()
 
 

@@ -12,7 +12,6 @@ import torch
 
 from octavo.calibration import inputs
 from octavo.calibration.calibrating import calibrate
-from octavo.calibration.given import given_data
 from octavo.calibration.objective import Objective
 from octavo.errors import ArtifactError, RequestError
 from octavo.forms import Dense, Form
@@ -285,7 +284,7 @@ def _data(source: Source, data: Any) -> tuple[list[Batch], str]:
     """Batches to measure on, and their description; none for a model without text input if none are given."""
     if data is None and not vocabulary(source):
         return [], "none"
-    return given_data(source, data, limit=None)
+    return inputs.load_data(source, data, limit=None)
 
 
 def _divergence(source: Source, session: Session, wanted: Objective, held: Sequence[Batch], text: str) -> Moved | None:

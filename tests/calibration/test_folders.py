@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import octavo
-from octavo.calibration.given import given_data
+from octavo.calibration.inputs import load_data
 from octavo.cli import app
 from octavo.errors import RequestError
 from octavo.sources.files import from_path
@@ -113,7 +113,7 @@ def written(made, place):
 )
 def test_files_go_through_the_processor(made, says, shapes, folder, tmp_path):
     source = from_path(written(made, tmp_path / "model"))
-    batches, label = given_data(source, folder, limit=None)
+    batches, label = load_data(source, folder, limit=None)
     assert label == f"{folder.name}, {says}"
     found = {key: tuple(value.shape) for key, value in batches[0].items()}
     assert found.items() >= shapes.items()
@@ -130,7 +130,7 @@ def test_texts_beside_the_files_are_what_a_decoder_writes(folder, tmp_path):
     for number in range(COUNT):
         (place / f"{number}.wav").write_bytes((folder / f"{number:02d}.wav").read_bytes())
         (place / f"{number}.txt").write_text("w7 w8 w9")
-    batches, label = given_data(from_path(written(whisper, tmp_path / "model")), str(place), limit=10)
+    batches, label = load_data(from_path(written(whisper, tmp_path / "model")), str(place), limit=10)
     assert label == "heard, 10 sounds with their texts"
     assert all(row.tolist() == [1, 7, 8] for batch in batches for row in batch["decoder_input_ids"])
 
@@ -141,7 +141,7 @@ def test_a_chat_template_is_followed(folder, tmp_path):
         "{{ '<image>' if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}"
     )
     source = from_path(written(lambda: llava(chat_template=template), tmp_path / "model"))
-    batches, _ = given_data(source, folder, limit=10)
+    batches, _ = load_data(source, folder, limit=10)
     # A role, the four places of the image, and the four words of a question come first.
     assert all(batch["input_ids"][0, 1:5].tolist() == [5] * 4 for batch in batches)
 
@@ -167,10 +167,10 @@ def test_folders_that_do_not_serve_are_named(folder, tmp_path):
     seeing = written(vit, tmp_path / "vit")
     with pytest.raises(RequestError, match=r"empty: holds no images \(.png, .*which ViTForImageClassification takes"):
         octavo.compress(seeing, ratio=3, data=empty)
-    with pytest.raises(RequestError, match="a folder goes through the model's processor"):
+    with pytest.raises(RequestError, match="forward_args selects the inputs of a batch, but no batches are given"):
         octavo.compress(seeing, ratio=3, data=folder, forward_args=lambda batch: batch)
     with pytest.raises(RequestError, match="BertModel takes neither images nor sounds; give a file of texts"):
-        given_data(
+        load_data(
             from_path(written(lambda: (T.BertModel(T.BertConfig(**TEXT)), []), tmp_path / "bert")), folder, limit=8
         )
     (seeing / "preprocessor_config.json").unlink()

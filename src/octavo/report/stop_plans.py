@@ -11,7 +11,7 @@ from octavo.allocation.profiles import Curve, Profile
 from octavo.encoding.result import Result
 from octavo.errors import RequestError
 from octavo.methods import Setting
-from octavo.report.again import pieces
+from octavo.report.repeated_call import pieces
 from octavo.report.sites import BARS, role
 from octavo.report.stops import Explorer, ExplorerRow, Stop
 from octavo.report.text import figures, plain, setting, things
