@@ -9,8 +9,8 @@ import torch
 from octavo.coding import bitpack, packed
 from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, NARROW, STORAGE, assemble
 from octavo.coding.contexts import ContextPlan, plan
-from octavo.coding.parallel import run
 from octavo.coding.layout import StreamLayout
+from octavo.coding.parallel import run
 from octavo.errors import RequestError
 
 # ANS decodes several times slower than Huffman codes and holds the interpreter lock, so a large tensor must become this
