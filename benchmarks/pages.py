@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import bench_page
+import fast_page
 import front_plot
 import robustness_page
 from ablation_page import ablation, unmeasured
@@ -148,6 +149,7 @@ def main() -> None:
     ]
     write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())
     bench_page.write(table)
+    fast_page.write(table)
     front_plot.write()
     robustness_page.write()
 
