@@ -8,6 +8,7 @@ from typing import Any
 import bench_page
 import fast_page
 import front_plot
+import llama_page
 import robustness_page
 from ablation_page import ablation, unmeasured
 from common import RESULTS
@@ -151,6 +152,7 @@ def main() -> None:
     bench_page.write(table)
     fast_page.write(table)
     front_plot.write()
+    llama_page.write(table)
     robustness_page.write()
 
 
