@@ -31,6 +31,8 @@ from octavo.sources.sites import Layout, Site, from_module
 from octavo.system.raw import narrowed
 
 METHODS = sorted(methods())
+#: Those that choose for any matrix. What takes blocks over needs a file that has some: tests/targets/test_gguf.py.
+CHOOSING = [name for name in METHODS if name != "source-blocks"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: A dtype changes how a matrix is read and given back, evidence what is stored of it: each is tried, not every pair.
 SEEN = (("float32", "moment"), ("bfloat16", "data-free"), ("float16", "moment"))
@@ -268,8 +270,7 @@ def test_edges(written, name, key):
     check(written, name, key)
 
 
-# What takes blocks over needs a file that has some: tests/targets/test_gguf.py.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "source-blocks"])
+@pytest.mark.parametrize("name", CHOOSING)
 def test_every_method_is_put_to_the_test(written, name):
     """One that offers nothing at any site would pass all else by being skipped."""
     here = written[0][name][0]
@@ -310,7 +311,7 @@ def test_the_finest_setting_is_the_nearest(written, name):
         assert errors[0] < 0.9 and errors[0] <= errors[1] + 1e-6, kind
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHOOSING)
 def test_the_same_request_gives_the_same_bytes(name):
     torch.manual_seed(0)
     method = get_method(name)
