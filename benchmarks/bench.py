@@ -54,7 +54,7 @@ EMBEDDINGS = (8, 4, 3, 2)
 #: Time that one setting of one tool may take.
 _HOURS = 12
 FILE = RESULTS / "bench.json"
-COLUMNS = ("model", "tool", "version", "setting", "bytes", "bits_per_weight", "metric", "quality", "second_metric", "second", "seconds", "latency", "peak_memory", "error")  # fmt: skip
+COLUMNS = ("model", "tool", "version", "setting", "bytes", "bits_per_weight", "metric", "quality", "second_metric", "second", "seconds", "latency", "peak_memory", "generates", "error")  # fmt: skip
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ def run_octavo(judge: Judge, force: bool) -> None:
             continue
         size = stat_bytes(work / "artifact")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        write_row(**tag, **measured, setting=setting, bytes=size, bits_per_weight=size * 8 / judge.weights, seconds=seconds, peak_memory=peak, **judge.measure(model))  # fmt: skip
+        write_row(**tag, **measured, setting=setting, bytes=size, bits_per_weight=size * 8 / judge.weights, seconds=seconds, peak_memory=peak, generates=judge.generates(model), **judge.measure(model))  # fmt: skip
 
 
 def main() -> None:

@@ -81,6 +81,10 @@ class Judge(ABC):
     def measure(self, model: nn.Module) -> dict[str, float]:
         """``quality``, and ``second`` if there is a second measure."""
 
+    def generates(self, model: nn.Module) -> bool | None:
+        """Whether a loaded artifact writes text; None of a model that writes none."""
+        return None
+
     @abstractmethod
     def inputs(self) -> dict[str, Tensor]:
         """The calibration data as every tool gets them, the first dimension being the examples."""
