@@ -97,6 +97,20 @@ def test_a_source_in_gguf_keeps_its_metadata_and_tokenizer(tmp_path: Path) -> No
             assert first[name].contents() == second[name].contents(), name
 
 
+def test_blocks_of_a_gguf_source_are_taken_over(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "source")
+    tokenizer(tmp_path / "source")
+    compressed(str(tmp_path / "source"), bits=5.5).save(tmp_path / "first")
+    file = tmp_path / "first/model.gguf"
+    report = compressed(str(file), size=file.stat().st_size + 128).save(tmp_path / "second")
+    assert report.quality.value == 0
+    first, second = (
+        {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in gguf.GGUFReader(path).tensors}
+        for path in (file, tmp_path / "second/model.gguf")
+    )
+    assert first == second
+
+
 def tokenizer(folder: Path, size: int = 300) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

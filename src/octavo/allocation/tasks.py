@@ -63,7 +63,7 @@ def profiled(
 def encoded(site: Site, weight: Tensor, evidence: Evidence, method: str, setting: Setting, target: Counting) -> Packed:
     """A site's form by one method and setting, as bytes."""
     try:
-        return pack(get_method(method).encode(weight, setting, evidence), target.resident)
+        return pack(get_method(method).at_site(site).encode(weight, setting, evidence), target.resident)
     except RequestError as error:
         raise RequestError(f"site {site.name!r}: {error}") from error
 

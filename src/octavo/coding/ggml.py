@@ -359,3 +359,9 @@ def block_type(name: object) -> BlockType:
     if kind is None:
         raise ArtifactError(f"{name!r} is not a block type; this version knows {', '.join(TYPES)}")
     return kind
+
+
+def row_order(rows: int, heads: int) -> Tensor:
+    """The order in which llama.cpp stores rows of queries and keys: it rotates neighbours, not halves of a head."""
+    order = torch.arange(rows)
+    return order.view(heads, 2, -1).transpose(1, 2).flatten() if heads else order

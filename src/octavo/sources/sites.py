@@ -107,6 +107,26 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class StoredBlocks:
+    """Where a file holds a matrix as blocks of ggml (:mod:`octavo.coding.ggml`).
+
+    Parameters
+    ----------
+    offset
+        Where its first block begins in the file.
+    kind
+        Name of the block type, such as ``q4_k``.
+    heads
+        Heads whose rows are in another order in the file (:func:`octavo.coding.ggml.row_order`); 0 for none.
+    """
+
+    file: Path
+    offset: int
+    kind: str
+    heads: int = 0
+
+
+@dataclass(frozen=True)
 class Site:
     """A weight that gets one method and one setting.
 
@@ -120,6 +140,8 @@ class Site:
         Shape of the tensor; :attr:`rows` and :attr:`columns` are those of its matrix.
     dtype
         Floating dtype in the source.
+    blocks
+        Its blocks in the source's file, if a target can take them over.
     """
 
     name: str
@@ -128,6 +150,7 @@ class Site:
     dtype: torch.dtype
     layout: Layout = Layout()
     tied: tuple[str, ...] = ()
+    blocks: StoredBlocks | None = None
 
     @property
     def rows(self) -> int:

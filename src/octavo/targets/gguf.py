@@ -33,10 +33,11 @@ from octavo.runtimes.gguf.files import (
     raw,
     read_file,
     scaled,
+    stored_blocks,
     write_file,
 )
 from octavo.runtimes.gguf.llama import Ran, has_llama_cpp, ran
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site, Source, StoredBlocks
 from octavo.system.records import plain_json
 from octavo.targets.base import target
 from octavo.targets.fixed import ForeignFile
@@ -83,8 +84,11 @@ class Gguf(ForeignFile):
         return source
 
     def admitted(self, source: Source, sites: list[Site], left: dict[str, str]) -> tuple[list[Site], dict[str, str]]:
-        """Sites whose matrices llama.cpp reads in any type."""
+        """Sites whose matrices llama.cpp reads in any type, with their blocks in the source's file if it has some."""
         served = [site for site in sites if not self._placed(site.name).wide and self._as_laid(site)]
+        if source.path is not None and source.path.suffix == ".gguf" and source.uncut is None:
+            known = stored_blocks(source.path)
+            served = [self._with_blocks(site, known) for site in served]
         names = {site.name for site in served}
         reason = "llama.cpp reads it in float32"
         return served, {**left, **{site.name: reason for site in sites if site.name not in names}}
@@ -191,6 +195,11 @@ class Gguf(ForeignFile):
 
     def _placed(self, name: str) -> Placed:
         return self._laid_out.tensors[name]
+
+    def _with_blocks(self, site: Site, known: Mapping[str, StoredBlocks]) -> Site:
+        placed = self._placed(site.name)
+        blocks = known.get(placed.name)
+        return site if blocks is None else replace(site, blocks=replace(blocks, heads=placed.heads))
 
     def _as_laid(self, site: Site) -> bool:
         """Whether the rows of a site's matrix are those of the file, in one order or another."""

@@ -93,8 +93,9 @@ def _scaled(x: Tensor, weights: Tensor, kind: BlockType) -> tuple[Tensor, None]:
     levels = torch.tensor(kind.levels, dtype=torch.float32)
     extreme = x.gather(2, x.abs().argmax(2, keepdim=True))
     starts = [extreme / (levels[0] * share) for share in (_FINE if kind.bits > 6 else _SHARES)]
-    if kind.levels[-1] + kind.levels[0] != 0 and kind.bits < 6:
-        starts += [extreme / (levels[-1] * share) for share in (0.9, 1.0)]
+    # The other outermost level is where llama.cpp puts the largest weight of 8 bits: blocks decoded before match it.
+    if kind.levels[-1] + kind.levels[0] != 0 and (kind.bits < 6 or kind.bits > 8):
+        starts += [extreme / (levels[-1] * share) for share in ((0.9, 1.0) if kind.bits < 6 else (1.0,))]
     best, most = torch.zeros_like(extreme[..., 0]), torch.full_like(extreme[..., 0], -1.0)
     weighted = x * weights
     for start in starts:

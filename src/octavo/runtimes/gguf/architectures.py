@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.coding.ggml import row_order
 from octavo.errors import MissingExtraError, RequestError
 from octavo.sources.sites import Source
 
@@ -61,8 +62,7 @@ class Placed:
 
     def rows(self, count: int) -> Tensor:
         """The order in which rows are written."""
-        rows = torch.arange(count)
-        return rows.view(self.heads, 2, -1).transpose(1, 2).flatten() if self.heads else rows
+        return row_order(count, self.heads)
 
     def array(self, tensor: Tensor) -> Tensor:
         """The tensor as it is written, in float32."""

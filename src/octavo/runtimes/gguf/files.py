@@ -19,7 +19,7 @@ from octavo.forms import Dense, Form
 from octavo.forms.ggml import GgmlBlocks
 from octavo.runtimes.gguf.architectures import Laid, require_gguf
 from octavo.runtimes.gguf.vocabulary import add_vocabulary, copy_metadata
-from octavo.sources.sites import Source
+from octavo.sources.sites import Source, StoredBlocks
 
 #: Bytes to which every tensor of a file is padded.
 _ALIGNED = 32
@@ -97,6 +97,16 @@ def write_file(file: Path, source: Source, laid: Laid, tensors: Mapping[Outlined
     writer.close()
     with open(file, "rb") as done:
         os.fsync(done.fileno())
+
+
+def stored_blocks(file: Path) -> dict[str, StoredBlocks]:
+    """Where a file holds its tensors, by their names in it; those of other types than Octavo's are left out."""
+    names = {kind.number: kind.name for kind in TYPES.values()}
+    return {
+        tensor.name: StoredBlocks(file, int(tensor.data_offset), names[int(tensor.tensor_type)])
+        for tensor in require_gguf().GGUFReader(file).tensors
+        if int(tensor.tensor_type) in names
+    }
 
 
 def read_file(file: Path) -> dict[str, tuple[int, np.ndarray[Any, Any]]]:
