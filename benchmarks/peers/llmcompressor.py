@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models import ENCODER
+from torch import nn
 from torch.utils.data import DataLoader
 
 from peers.base import Compressed, Task, convolutions, grid_bits, linears
@@ -34,8 +35,9 @@ def compress(task: Task, bits: int) -> Compressed:
     if task.language or task.model == ENCODER:
         options = {"processor": task.tokenizer(), "max_seq_length": max(sequence["input_ids"].shape[1] for sequence in sequences)}  # fmt: skip
     else:
-        # What has no layers of one kind that follow each other is calibrated as a whole.
-        options = {"pipeline": "basic"}
+        # What has no layers of one kind that follow each other is calibrated as a whole. It asks for a processor, with
+        # which batches that are made already have nothing to do.
+        options = {"pipeline": "basic", "processor": nn.Identity()}
     oneshot(
         model=model,
         recipe=recipe,

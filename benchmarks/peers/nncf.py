@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,13 @@ def compress(task: Task, mode: str, **options: Any) -> Compressed:
     graph = nncf.compress_weights(graph, mode=getattr(nncf.CompressWeightsMode, mode), **options)
     made = Compressed()
     nodes = {node.friendly_name: node for node in graph.get_ops()}
-    for name, (user, port) in uses.items():
-        constants = _constants(nodes[user].input_value(port).get_node())
+    for name, use in uses.items():
+        value = nodes[use.node].input_value(use.port)
+        constants = _constants(value.get_node())
         bits = sum(constant.get_element_type().bitwidth * int(np.prod(constant.shape)) for constant in constants)
         if len(constants) > 1:
-            made.add(name, _evaluate(nodes[user].input_value(port)).reshape(shapes[name]), bits)
+            weight = _evaluate(value).flatten(1) / use.factors[:, None]
+            made.add(name, weight.reshape(shapes[name]), bits)
     compiled = openvino.compile_model(
         graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     )
@@ -87,20 +89,31 @@ def _convert(task: Task, model: nn.Module) -> Any:
     return graph
 
 
-def _uses(graph: Any, model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Where every matrix and convolution of the model enters the graph: the node's name and its port. The graph keeps no other names."""
-    names = {
-        hashlib.sha256(parameter.detach().numpy().tobytes()).digest(): name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1
-    }
-    uses = {}
+@dataclass(frozen=True)
+class _Use:
+    """Where a weight enters the graph: the node's name and its port; and by what its rows were multiplied, (rows,)."""
+
+    node: str
+    port: int
+    factors: Tensor
+
+
+def _uses(graph: Any, model: nn.Module) -> dict[str, _Use]:
+    """Uses of every matrix and convolution of the model by name. The graph keeps no names, and folds norms into convolutions."""
+    weights = {name: tensor.detach().flatten(1) for name, tensor in model.named_parameters() if tensor.ndim > 1}
+    uses: dict[str, _Use] = {}
     for node in graph.get_ops():
-        if node.get_type_name() == "Constant" and len(node.shape) > 1:
-            name = names.get(hashlib.sha256(np.ascontiguousarray(node.data).tobytes()).digest())
-            for target in node.output(0).get_target_inputs():
-                if name is not None:
-                    uses[name] = (target.get_node().friendly_name, target.get_index())
+        if node.get_type_name() != "Constant" or len(node.shape) < 2:
+            continue
+        value = torch.from_numpy(np.array(node.data, dtype=np.float32)).flatten(1)
+        for name, weight in weights.items():
+            if name not in uses and weight.shape == value.shape:
+                factors = (value * weight).sum(1) / weight.square().sum(1)
+                factors = torch.where(factors.isfinite() & (factors != 0), factors, 1)
+                if torch.allclose(factors[:, None] * weight, value, rtol=1e-4, atol=1e-5 * float(value.abs().max())):
+                    for target in node.output(0).get_target_inputs():
+                        uses[name] = _Use(target.get_node().friendly_name, target.get_index(), factors)
+                    break
     return uses
 
 

@@ -22,6 +22,8 @@ def compress(task: Task, bits: int, hqq: bool = False) -> Compressed:
 
     model = task.load()
     layers = linears(model) | convolutions(model)
+    # The tool takes the weights out of the layers.
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
     quanto.quantize(
         model,
         weights=getattr(quanto, f"qint{bits}"),
@@ -30,9 +32,8 @@ def compress(task: Task, bits: int, hqq: bool = False) -> Compressed:
     )
     quanto.freeze(model)
     made = Compressed(runtime=lambda batch: model(**batch))
-    for name, layer in layers.items():
+    for name, shape in shapes.items():
         weight = model.get_submodule(name).weight
-        shape = layer.weight.shape
         if bits == 8:
             cost = grid_bits(shape, 8, shape[1:].numel())
         else:
