@@ -23,16 +23,17 @@ def compress(task: Task, bits: int, iterations: int) -> Compressed:
 
     data = task.padded()
     # It takes sequences of one length only, and masks what the tokenizer pads with.
-    rows = [{name: tensor[i : i + 1] for name, tensor in data.items()} for i in range(len(data["input_ids"]))]
+    rows = [{name: tensor[i : i + 1] for name, tensor in data.items()} for i in range(len(next(iter(data.values()))))]
+    tokens = [tensor.shape[1] for name, tensor in data.items() if name.endswith("input_ids")]
     rounder = AutoRound(
         task.load(),
-        tokenizer=task.tokenizer(),
+        tokenizer=task.tokenizer() if tokens else None,
         scheme=f"W{bits}A16",
         group_size=64,
         sym=True,
         iters=iterations,
         nsamples=len(rows),
-        seqlen=data["input_ids"].shape[1],
+        seqlen=max(tokens, default=1),
         dataset=rows,
         device_map="cpu",
         enable_torch_compile=False,

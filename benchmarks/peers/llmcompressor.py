@@ -38,6 +38,9 @@ def compress(task: Task, bits: int) -> Compressed:
         # What has no layers of one kind that follow each other is calibrated as a whole. It asks for a processor, with
         # which batches that are made already have nothing to do.
         options = {"pipeline": "basic", "processor": nn.Identity()}
+        if not hasattr(model, "save_pretrained"):
+            # It wraps this for later, but nothing is saved here.
+            model.save_pretrained = model.state_dict
     oneshot(
         model=model,
         recipe=recipe,
