@@ -114,3 +114,17 @@ def test_an_image_counts_as_often_as_it_uses_a_weight(kind):
     taken = {total for what, total in steps if what == "reconstruct"}
     assert len(taken) == 1
     assert max(taken) <= 4 * 48 / 4
+
+
+def test_where_scales_are_stored_anyway_each_gets_a_gain(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=96, tie_word_embeddings=False, initializer_range=0.3)
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
+    tokens = [{"input_ids": torch.randint(96, (8, 32))} for _ in range(24)]
+    asked = {"bits": 6.5, "data": tokens, "target": "compressed-tensors", "progress": False}
+    plain, learned = (octavo.compress(tmp_path / "source", preset=preset, **asked) for preset in ("fast", "default"))
+    assert learned.built.counted == plain.built.counted
+    assert learned.built.quality < 0.99 * plain.built.quality

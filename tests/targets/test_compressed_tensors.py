@@ -146,13 +146,15 @@ def test_widths_that_no_group_divides_keep_16_bits_and_that_is_said(tmp_path):
     assert report["loaded"]["weights"]["float16"] >= 2 * 64 * 120
 
 
-def test_row_gains_go_into_the_scales(tmp_path):
+def test_gains_go_into_the_scales(tmp_path):
     torch.manual_seed(0)
-    factors = 1 + torch.linspace(-0.1, 0.1, 16)
+    factors = 1 + torch.linspace(-0.1, 0.1, 32).view(16, 2)
     grid = get_method("wna16").encode(torch.randn(16, 64), {"bits": 4, "group": 32}, Evidence(torch.ones(16), None))
-    scaled = get_target("compressed-tensors").scaled(grid, factors)
+    target = get_target("compressed-tensors")
+    assert target.gains(grid) == 2
+    scaled = target.scaled(grid, factors)
     assert type(scaled) is type(grid) and scaled.scale.dtype == grid.scale.dtype
-    assert torch.allclose(scaled.dense(), grid.dense() * factors[:, None], rtol=2**-8)
+    assert torch.allclose(scaled.dense(), grid.dense() * factors.repeat_interleave(32, 1), rtol=2**-8)
     LlamaForCausalLM(LlamaConfig(**LLAMA, initializer_range=0.2)).half().save_pretrained(tmp_path / "source")
     done = octavo.compress(
         tmp_path / "source", bits=10, target="compressed-tensors", data=BATCHES, methods=["wna16"], progress=False

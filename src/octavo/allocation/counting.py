@@ -14,7 +14,10 @@ from octavo.methods import Method, Setting
 from octavo.sources.sites import Site
 
 if TYPE_CHECKING:
+    from octavo.allocation.budget import Budget
     from octavo.allocation.opened import Opened
+    from octavo.allocation.plans import Plan
+    from octavo.allocation.profiles import Profile
 
 #: The bytes of interpolated points are slightly off: plans aim this share below the budget and are then adjusted.
 MARGIN = 0.004
@@ -62,9 +65,21 @@ class Counting:
         """Sites that need the same setting as others, by name, each with a word that these share."""
         return {}
 
+    def considered(self, profile: Profile, asked: Budget) -> Profile:
+        """The profile without points that no plan for this budget should have, for reasons beside bytes and loss."""
+        return profile
+
+    def admits(self, profile: Profile, plan: Plan, asked: Budget) -> bool:
+        """Whether a plan may win, for reasons beside bytes and loss; one of :meth:`considered` points may."""
+        return True
+
+    def gains(self, form: Form) -> int:
+        """Factors of a row, each for as many columns, that :meth:`scaled` takes."""
+        return 1
+
     def scaled(self, form: Form, factors: Tensor) -> Form:
-        """A form with its rows multiplied by factors (rows,); the form itself if none of them is worth it."""
-        return row_scaled(form, factors)
+        """A form multiplied by factors (rows, :meth:`gains`); the form itself if none of them is worth it."""
+        return row_scaled(form, factors.squeeze(1))
 
     def bytes(self, packed: Packed) -> int:
         """The counted bytes of one encoded site."""

@@ -66,6 +66,8 @@ class BlockType:
         Bounds of a group's integers; None if there is none.
     offset
         Whether a block has ``m`` or ``dmin``.
+    time
+        Time of a weight while llama.cpp generates, relative to ``q4_0`` (docs/decisions.md).
     """
 
     name: str
@@ -79,6 +81,7 @@ class BlockType:
     scales: tuple[int, int] | None = None
     minima: tuple[int, int] | None = None
     offset: bool = False
+    time: float = 1.0
 
     @property
     def bits(self) -> float:
@@ -325,23 +328,27 @@ def _even(low: int, high: int) -> tuple[int, ...]:
 TYPES = {
     kind.name: kind
     for kind in (
-        BlockType("q8_0", 8, 32, 32, 34, _even(-128, 127), _pack_8, _unpack_8),
-        BlockType("q6_k", 14, 256, 16, 210, _even(-32, 31), _pack_q6_k, _unpack_q6_k, (-128, 127)),
-        BlockType("q5_1", 7, 32, 32, 24, _even(0, 31), _pack_small(True), _unpack_small(True, True), offset=True),
+        BlockType("q8_0", 8, 32, 32, 34, _even(-128, 127), _pack_8, _unpack_8, time=1.54),
+        BlockType("q6_k", 14, 256, 16, 210, _even(-32, 31), _pack_q6_k, _unpack_q6_k, (-128, 127), time=1.01),
         BlockType(
-            "q5_k", 13, 256, 32, 176, _even(0, 31), _pack_q5_k, _unpack_q5_k, (0, 63), (0, 63), offset=True
+            "q5_1", 7, 32, 32, 24, _even(0, 31), _pack_small(True), _unpack_small(True, True), offset=True, time=2.48
         ),
-        BlockType("q5_0", 6, 32, 32, 22, _even(-16, 15), _pack_small(True), _unpack_small(True, False)),
-        BlockType("q4_1", 3, 32, 32, 20, _even(0, 15), _pack_small(False), _unpack_small(False, True), offset=True),
         BlockType(
-            "q4_k", 12, 256, 32, 144, _even(0, 15), _pack_q4_k, _unpack_q4_k, (0, 63), (0, 63), offset=True
+            "q5_k", 13, 256, 32, 176, _even(0, 31), _pack_q5_k, _unpack_q5_k, (0, 63), (0, 63), offset=True, time=1.45
+        ),
+        BlockType("q5_0", 6, 32, 32, 22, _even(-16, 15), _pack_small(True), _unpack_small(True, False), time=2.0),
+        BlockType(
+            "q4_1", 3, 32, 32, 20, _even(0, 15), _pack_small(False), _unpack_small(False, True), offset=True, time=2.18
+        ),
+        BlockType(
+            "q4_k", 12, 256, 32, 144, _even(0, 15), _pack_q4_k, _unpack_q4_k, (0, 63), (0, 63), offset=True, time=0.91
         ),
         BlockType("q4_0", 2, 32, 32, 18, _even(-8, 7), _pack_small(False), _unpack_small(False, False)),
-        BlockType("iq4_nl", 20, 32, 32, 18, _UNEVEN, _pack_small(False), _unpack_small(False, False)),
-        BlockType("iq4_xs", 23, 256, 32, 136, _UNEVEN, _pack_iq4_xs, _unpack_iq4_xs, (-32, 31)),
-        BlockType("q3_k", 11, 256, 16, 110, _even(-4, 3), _pack_q3_k, _unpack_q3_k, (-32, 31)),
+        BlockType("iq4_nl", 20, 32, 32, 18, _UNEVEN, _pack_small(False), _unpack_small(False, False), time=1.02),
+        BlockType("iq4_xs", 23, 256, 32, 136, _UNEVEN, _pack_iq4_xs, _unpack_iq4_xs, (-32, 31), time=1.28),
+        BlockType("q3_k", 11, 256, 16, 110, _even(-4, 3), _pack_q3_k, _unpack_q3_k, (-32, 31), time=1.15),
         BlockType(
-            "q2_k", 10, 256, 16, 84, _even(0, 3), _pack_q2_k, _unpack_q2_k, (0, 15), (0, 15), offset=True
+            "q2_k", 10, 256, 16, 84, _even(0, 3), _pack_q2_k, _unpack_q2_k, (0, 15), (0, 15), offset=True, time=0.73
         ),
     )
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -203,8 +204,13 @@ def contest(
     """
     opened = run.opened
     aim = replace(asked, bytes=int(asked.bytes * (1 - opened.target.margin)))
-    rivals = [*best_uniform(run, profile, aim), *single_families(profile, asked)[:1]]
-    plans = [mixed, *rivals] if opened.measurable else sorted([mixed, *rivals], key=lambda plan: plan.expected)
+    considered = opened.target.considered(profile, asked)
+    rivals = [*best_uniform(run, profile, aim), *single_families(considered, asked)[:1]]
+    plans = [mixed, *rivals]
+    if not opened.measurable:
+        admitted = [plan for plan in plans if opened.target.admits(profile, plan, asked)]
+        first = min(admitted, key=lambda plan: plan.expected, default=mixed)
+        plans = [first, *(plan for plan in plans if plan is not first)]
     built = [finish(run, profile, plans[0], asked)]
     for plan in plans[1:]:
         if (known := _among(built, plan)) is not None:
@@ -220,9 +226,10 @@ def contest(
             opened.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
     if plain and opened.measurable:
         built += _plain(run, profile, asked, built)
-    best = min(built, key=lambda other: other.quality) if opened.measurable else built[0]
+    able = [other for other in built if opened.target.admits(profile, other.plan, asked)] or built
+    best = min(able, key=lambda other: other.quality) if opened.measurable else built[0]
     even = min((other for other in built if other.plan.is_uniform), key=lambda other: other.quality, default=None)
-    best = topped(run, profile, best, asked)
+    best = topped(run, considered, best, asked)
     refuse_broken(opened, best)
     return best, even
 
@@ -257,11 +264,11 @@ def topped(run: Run, profile: Profile, best: Built, asked: Budget) -> Built:
         if not waiting:
             break
         sites = waiting.pop(0)
-        plan = replace(best.plan, points={**best.plan.points, **sites}, label=MIXED)
-        try:
-            built = finish(run, profile, plan, asked, exact=False)
-        except RequestError:
-            built = None  # sizes of large matrices are estimates, and these were too small
+        plan, built = replace(best.plan, points={**best.plan.points, **sites}, label=MIXED), None
+        # Sizes of large matrices are estimates, and these may be too small.
+        with suppress(RequestError):
+            if run.opened.target.admits(profile, plan, asked):
+                built = finish(run, profile, plan, asked, exact=False)
         if built is not None and built.quality < best.quality:
             best, refused = built, set()
             waiting = finer()

@@ -1,16 +1,16 @@
 """Reconstruction: correcting the effect of rounding on a model's outputs with parameters that cost almost no bytes.
 
 Codes are not changed. Gradient descent on the calibration data fits the source's outputs with tensors that are stored
-as floats anyway (norms, biases) and one small factor per row of every linear layer. This is the learned part of norm
-tweaking (Li et al., 2023, arXiv 2309.02784) and of scale tuning (Egiazarian et al., 2024, arXiv 2401.06118, section
-3.3). It optimizes the measured objective and not single blocks. The result is kept only if it is better on held-out
-data.
+as floats anyway (norms, biases) and one small factor per row of every linear layer, or one per scale where a format
+stores several scales a row. This is the learned part of norm tweaking (Li et al., 2023, arXiv 2309.02784) and of scale
+tuning (Egiazarian et al., 2024, arXiv 2401.06118, section 3.3). It optimizes the measured objective and not single
+blocks. The result is kept only if it is better on held-out data.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -120,19 +120,36 @@ class _Fit:
                 # Changes are relative to the tensor as a whole, since single biases may be zero.
                 self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
         self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
-        self.owners = {name: owner for name, owner in _linear(opened).items() if name in built.packed}
-        self.rows = {name: torch.zeros(opened.site(name).rows) for name in self.owners}
+        owners = {name: owner for name, owner in _linear(opened).items() if name in built.packed}
+        counts = {name: opened.target.gains(form_of(opened.site(name), built.packed[name])) for name in owners}
+        self.gains = {name: torch.zeros(opened.site(name).rows, count) for name, count in counts.items()}
+        # One factor a row scales an output, so that no gradient of the weight is needed.
+        self.owners = {name: owner for name, owner in owners.items() if counts[name] == 1}
+        self.grouped = {name: self._matrix(name, self.weights[name]) for name in owners if counts[name] > 1}
 
     def kept(self) -> dict[str, Tensor]:
         """The current values of kept tensors."""
         return {name: self.start[name] + self.units[name] * self.changes[name] for name in self.start}
+
+    def _matrix(self, name: str, weight: Tensor) -> Tensor:
+        """A weight, or its gradient, as (rows, groups, columns of a group)."""
+        groups = self.gains[name].shape[1]
+        return self.opened.site(name).layout.to_matrix(weight.float()).unflatten(1, (groups, -1))
+
+    def _grown(self) -> dict[str, Tensor]:
+        """Weights with several factors a row, with their current values."""
+        sites = ((self.opened.site(name), matrix) for name, matrix in self.grouped.items())
+        return {
+            site.name: site.layout.from_matrix((matrix * (1 + self.gains[site.name])[..., None]).flatten(1), site.shape)
+            for site, matrix in sites
+        }
 
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over that many positions, repeating the data as needed."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
         batches = [piece for batch in self.opened.calibration_data for piece in _pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
-        learned = [*self.changes.values(), *self.rows.values()]
+        learned = [*self.changes.values(), *self.gains.values()]
         optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -152,18 +169,32 @@ class _Fit:
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.original, {}):
                 reference = objective.outputs(self.original, batch)
-            new = self.opened.source.placed({**self.weights, **kept})
+            new = self.opened.source.placed({**self.weights, **self._grown(), **kept})
             learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
-            rows = {name: change.requires_grad_(True) for name, change in self.rows.items()}
+            weights = {name: state[self.parameters[name]].requires_grad_(True) for name in self.grouped}
+            rows = {name: self.gains[name].requires_grad_(True) for name in self.owners}
+            hooks = [weight.register_hook(self._summed(name)) for name, weight in weights.items()]
             with replaced(self.module, new), _scaled(self.owners, rows):
                 loss = objective.divergence(reference, objective.outputs(self.module, batch)).mean()
-                gradients = torch.autograd.grad(loss, [*learned.values(), *rows.values()], allow_unused=True)
-        for change in self.rows.values():
+                wanted = [*learned.values(), *rows.values(), *weights.values()]
+                gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        for hook in hooks:
+            hook.remove()
+        for change in rows.values():
             change.requires_grad_(False)
-        targets = {**self.changes, **self.rows}
-        for (name, change), gradient in zip(targets.items(), gradients, strict=True):
+        targets = {**{name: self.changes[name] for name in learned}, **rows}
+        for (name, change), gradient in zip(targets.items(), gradients, strict=False):
             unit = self.units.get(name, 1.0)
             change.grad = None if gradient is None else (gradient.float() * unit).to(change.device)
+
+    def _summed(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Turns the gradient of a weight into that of its factors, so that those of all weights never exist at once."""
+
+        def turn(gradient: Tensor) -> Tensor:
+            self.gains[name].grad = (self._matrix(name, gradient) * self.grouped[name]).sum(2)
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        return turn
 
     def built(self, *, gains: bool) -> Built:
         """The plan with the fitted values as stored, measured on held-out data."""
@@ -196,7 +227,7 @@ class _Fit:
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}
-        for name, change in self.rows.items():
+        for name, change in self.gains.items():
             base = form_of(self.opened.site(name), self.old.packed[name])
             form = self.opened.target.scaled(base, 1 + change)
             if form is not base:
@@ -261,12 +292,12 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _scaled(owners: Mapping[str, nn.Module], changes: Mapping[str, Tensor]) -> Iterator[None]:
-    """Linear layers whose outputs, before their bias, are multiplied by ``1 + change``."""
+    """Linear layers whose outputs, before their bias, are multiplied by ``1 + change`` (rows, 1)."""
 
     def hook(change: Tensor) -> Any:
         def scale(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             bias = getattr(module, "bias", None)
-            factor = change.to(output)
+            factor = change.squeeze(1).to(output)
             return output + factor * (output if bias is None else output - bias.to(output))
 
         return scale

@@ -64,12 +64,12 @@ class GgmlBlocks(Form):
         return shape[0] * (shape[1] + _LONGEST) * 20
 
     def scaled(self, factors: Tensor) -> GgmlBlocks:
-        """The form with its rows multiplied by factors (rows,), rounded as blocks store their scales."""
+        """The form with its blocks multiplied by factors (rows, blocks), rounded as they store their scales."""
         kind = block_type(self.kind)
         fields = kind.unpacked(self.blocks)
 
         def times(part: Tensor) -> Tensor:
-            return (part.float() * factors[:, None]).clamp(-_LARGEST, _LARGEST).half()
+            return (part.float() * factors).clamp(-_LARGEST, _LARGEST).half()
 
         base = None if fields.base is None else times(fields.base)
         return replace(self, blocks=kind.packed(replace(fields, d=times(fields.d), base=base)))

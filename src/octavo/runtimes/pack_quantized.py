@@ -51,10 +51,10 @@ def require_compressed_tensors() -> Any:
 
 
 def scaled(form: Form, factors: Tensor) -> Form:
-    """A form with its rows multiplied by factors (rows,), in its scales; floats stay as they are."""
+    """A form multiplied by factors (rows, groups) of its scales; floats stay as they are."""
     if not isinstance(form, Grid):
         return form
-    scale = (form.scale.float() * factors[:, None]).to(form.scale.dtype)
+    scale = (form.scale.float() * factors).to(form.scale.dtype)
     return form if torch.equal(scale, form.scale) else replace(form, scale=scale)
 
 

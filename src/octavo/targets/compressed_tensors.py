@@ -21,7 +21,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, RequestError
-from octavo.forms import Form
+from octavo.forms import Form, Grid
 from octavo.methods import Method, Setting, get_method
 from octavo.request import Request
 from octavo.runtimes.pack_quantized import (
@@ -90,6 +90,10 @@ class CompressedTensors(ForeignFile):
             if parts is not None:
                 found[site.name] = f"{place}.{'+'.join(parts)}"
         return found
+
+    def gains(self, form: Form) -> int:
+        """One for each scale of a row."""
+        return form.scale.shape[1] if isinstance(form, Grid) else 1
 
     def scaled(self, form: Form, factors: Tensor) -> Form:
         """The form with the factors in its scales."""

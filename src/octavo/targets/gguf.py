@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.allocation.budget import Budget
 from octavo.allocation.encoded import form_of
 from octavo.allocation.opened import Opened
+from octavo.allocation.plans import Plan
+from octavo.allocation.profiles import Profile
 from octavo.artifact import Artifact
 from octavo.coding.ggml import TYPES
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, MissingExtraError, RequestError
 from octavo.forms import Form
+from octavo.forms.ggml import GgmlBlocks
 from octavo.request import Request
 from octavo.runtimes.gguf.architectures import Laid, Placed, laid_out, require_gguf
 from octavo.runtimes.gguf.files import (
@@ -41,6 +45,7 @@ from octavo.sources.sites import Site, Source, StoredBlocks
 from octavo.system.records import plain_json
 from octavo.targets.base import target
 from octavo.targets.fixed import ForeignFile
+from octavo.targets.gguf_pace import limit, lossless, pace, quick
 from octavo.verification.verifying import load
 
 FILE = "model.gguf"
@@ -67,6 +72,18 @@ class Gguf(ForeignFile):
         """Refuse a budget that is stated wrongly, or a missing package, before anything is read."""
         require_gguf()
         super().stated(request)
+
+    def considered(self, profile: Profile, asked: Budget) -> Profile:
+        """The points of which plans are made that llama.cpp runs as fast as its own mix of the size."""
+        return quick(profile, asked)
+
+    def admits(self, profile: Profile, plan: Plan, asked: Budget) -> bool:
+        """Whether llama.cpp runs a plan as fast as its own mix of the size; one without loss always may win."""
+        return lossless(profile, asked) or pace(profile, plan.points) <= limit(profile, asked)
+
+    def gains(self, form: Form) -> int:
+        """One for each block of a row."""
+        return form.columns // TYPES[form.kind].block if isinstance(form, GgmlBlocks) else 1
 
     def scaled(self, form: Form, factors: Tensor) -> Form:
         """The form with the factors in the scales of its blocks."""

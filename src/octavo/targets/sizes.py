@@ -87,7 +87,7 @@ class Sizes(Target):
             return Result(run, profile, asked, built)
         spared = asked.bytes - reserve(opened, asked.bytes)
         free = asked if profile.smallest > spared else replace(asked, bytes=spared)
-        chosen = allocate(profile, free, margin=self.margin)
+        chosen = allocate(self.considered(profile, free), free, margin=self.margin)
         clock.lap("plan")
         # Named methods exclude all others.
         plain = opened.request.methods is None or any(method.plain for method in opened.methods)
@@ -103,7 +103,12 @@ class Sizes(Target):
         choices = PointTable(profile)
         # Profiles of earlier versions do not say what was pinned.
         more: dict[str, Any] = {"fingerprint": profile.fingerprint, "pinned": tuple(profile.options.get("pinned", ()))}
-        return [replace(choices.allocate(asked, margin=self.margin), **more) for asked in budgets]
+        plans = []
+        for asked in budgets:
+            considered = self.considered(profile, asked)
+            table = choices if considered is profile else PointTable(considered)
+            plans.append(replace(table.allocate(asked, margin=self.margin), **more))
+        return plans
 
     def _of(self, original_bytes: int, weights: int, request: Request) -> Budget:
         given = {name: getattr(request, name) for name in ("ratio", "size", "bits")}

@@ -17,32 +17,43 @@ from octavo.methods.quantize.normal_equations import normal_equations, solved
 _SWEEPS = 8
 
 
-def descended(weight: Tensor, codes: Tensor, scale: Tensor, moment: Tensor, low: int, high: int) -> Tensor:
+def descended(
+    weight: Tensor, codes: Tensor, step: Tensor, offset: Tensor | None, levels: Tensor, moment: Tensor
+) -> Tensor:
     """Codes of which no single one can be changed with gain, unless :data:`_SWEEPS` end first.
 
     Parameters
     ----------
-    weight, codes
+    weight
         (rows, columns) float32.
-    scale
-        (rows, groups) float32; groups divide the columns, and no scale is zero.
+    codes
+        (rows, columns) int32, numbers of levels.
+    step, offset
+        (rows, groups) float32; a weight is ``step * levels[code] + offset``. Groups divide the columns. Where a step is
+        zero codes stay.
+    levels
+        Whole numbers, rising, float32.
     moment
-        (columns, columns) float32, positive definite.
-    low, high
-        Smallest and largest code.
+        (columns, columns) float32, not negative definite.
     """
-    spread = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
-    residual, codes = (weight - codes * spread) @ moment, codes.clone()
+    group = weight.shape[1] // step.shape[1]
+    steps = step.repeat_interleave(group, 1)
+    low = 0.0 if offset is None else offset.repeat_interleave(group, 1)
+    values, codes = levels[codes] * steps + low, codes.clone()
+    residual, middles = (weight - values) @ moment, (levels[1:] + levels[:-1]) / 2
     quick = compiled(_descend) if weight.device.type == "cpu" else None
     if quick is not None:
-        quick(residual.numpy(), codes.numpy(), spread.contiguous().numpy(), moment.contiguous().numpy(), low, high)
+        tables = (tensor.contiguous().numpy() for tensor in (step, levels, middles, moment))
+        quick(residual.numpy(), codes.numpy(), *tables, group)
         return codes
     for _ in range(_SWEEPS):
         before = codes.clone()
         for j in range(weight.shape[1]):
-            step = spread[:, j]
-            new = (codes[:, j] + residual[:, j] / (moment[j, j] * step)).round_().clamp_(low, high)
-            residual.addr_((new - codes[:, j]) * step, moment[j], alpha=-1)
+            scale = moment[j, j] * steps[:, j]
+            old = levels[codes[:, j]]
+            wanted = torch.bucketize(old + residual[:, j] / scale, middles).int()
+            new = torch.where(scale == 0, codes[:, j], wanted)
+            residual.addr_((levels[new] - old) * steps[:, j], moment[j], alpha=-1)
             codes[:, j] = new
         if torch.equal(before, codes):
             break
@@ -50,18 +61,35 @@ def descended(weight: Tensor, codes: Tensor, scale: Tensor, moment: Tensor, low:
 
 
 def _descend(
-    residual: np.ndarray, codes: np.ndarray, spread: np.ndarray, moment: np.ndarray, low: int, high: int
+    residual: np.ndarray,
+    codes: np.ndarray,
+    steps: np.ndarray,
+    levels: np.ndarray,
+    middles: np.ndarray,
+    moment: np.ndarray,
+    group: int,
 ) -> None:
     """Descent of all rows, for numba; most codes do not change, so updates are few."""
     rows, columns = codes.shape
+    last = len(levels) - 1
+    even = levels[last] - levels[0] == last
     for i in range(rows):
         for _ in range(_SWEEPS):
             changed = False
             for j in range(columns):
-                old, step = codes[i, j], spread[i, j]
-                new = min(max(np.rint(old + residual[i, j] / (moment[j, j] * step)), low), high)
+                step = steps[i, j // group]
+                if step * moment[j, j] == 0:
+                    continue
+                old = codes[i, j]
+                wanted = levels[old] + residual[i, j] / (moment[j, j] * step)
+                if even:
+                    new = int(min(max(np.rint(wanted), levels[0]), levels[last]) - levels[0])
+                else:
+                    new = 0
+                    while new < last and wanted > middles[new]:
+                        new += 1
                 if new != old:
-                    change = (new - old) * step
+                    change = (levels[new] - levels[old]) * step
                     for k in range(columns):
                         residual[i, k] -= change * moment[j, k]
                     codes[i, j] = new
@@ -73,7 +101,8 @@ def _descend(
 def fitted_scales(weight: Tensor, codes: Tensor, scale: Tensor, moment: Tensor) -> Tensor:
     """The scales of least cost for given codes, (rows, groups) float32: one linear system for each row.
 
-    Groups whose codes are all zero keep their scale. Parameters are those of :func:`descended`.
+    Groups whose codes are all zero keep their scale. Codes are what scales are multiplied with, as float32; other
+    parameters are those of :func:`descended`.
     """
     matrix, right = normal_equations(weight, moment, codes.unflatten(1, (scale.shape[1], -1)))
     found = solved(matrix, right)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
-from octavo.coding.ggml import TYPES, BlockType
+from octavo.coding.ggml import TYPES, BlockType, Fields
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.forms.ggml import GgmlBlocks
@@ -17,19 +17,20 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.compiled import compiled
 from octavo.methods.feedback import factored, round_blocks, round_columns
 from octavo.methods.knobs import choice
+from octavo.methods.quantize.descent import descended
 from octavo.methods.quantize.ggml_refit import refitted
 from octavo.methods.quantize.ggml_steps import fitted, nearest
 
 #: Rounded at once, in weights.
 _CHUNK = 1 << 24
-#: Bits a weight from which fitting steps again gains nothing that shows.
-_FINE = 6.0
+#: Bits a weight from which improving codes and steps gains nothing that shows.
+_FINE = 8.0
 
 
 @method(
     "ggml",
     family="quantize",
-    source="Block types of ggml; error feedback of GPTQ (arXiv 2210.17323)",
+    source="Block types of ggml; GPTQ (arXiv 2210.17323), QuantEase (arXiv 2309.01885)",
     preset="fast",
 )
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Ggml(Method):
 
     Steps and offsets of all groups are searched first (:mod:`octavo.methods.quantize.ggml_steps`). Then columns are
     rounded one after another, each after adding the error feedback of those before it
-    (:mod:`octavo.methods.feedback`), and steps and offsets are fitted to the codes
-    (:mod:`octavo.methods.quantize.ggml_refit`). Without a moment every weight gets its nearest level.
+    (:mod:`octavo.methods.feedback`). Codes are improved one at a time (:mod:`octavo.methods.quantize.descent`), before
+    and after steps and offsets are fitted to them (:mod:`octavo.methods.quantize.ggml_refit`). Without a moment every
+    weight gets its nearest level.
 
     Parameters
     ----------
@@ -76,8 +78,22 @@ class Ggml(Method):
         codes = nearest(weight.unflatten(1, (-1, kind.group)), step[:, :, None], wide, levels)
         fields = replace(fields, codes=codes.flatten(1).to(torch.uint8))
         if self.feedback and columns is not None and kind.bits < _FINE:
+            fields = _improved(original, columns, kind, fields, levels)
             fields = refitted(original, columns, kind, fields)
+            fields = _improved(original, columns, kind, fields, levels)
         return GgmlBlocks(kind.packed(fields), kind.name, weight.shape[1])
+
+
+def _improved(weight: Tensor, moment: Tensor, kind: BlockType, fields: Fields, levels: Tensor) -> Fields:
+    """Fields whose codes descended (:mod:`octavo.methods.quantize.descent`)."""
+    step, offset = kind.affine(fields)
+    codes = torch.empty_like(fields.codes)
+    height = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), height):
+        part = slice(start, start + height)
+        low = None if offset is None else offset[part]
+        codes[part] = descended(weight[part], fields.codes[part].int(), step[part], low, levels, moment)
+    return replace(fields, codes=codes)
 
 
 def _swept(

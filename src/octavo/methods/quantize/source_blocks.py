@@ -27,7 +27,7 @@ class SourceBlocks(Method):
     of the source, such as those of a cut model, are not offered.
     """
 
-    takes = ()
+    takes = ("type",)
     lossless = True
     runtimes = ("gguf",)
 
@@ -52,7 +52,7 @@ class _BlocksOfSite(SourceBlocks):
     stored: StoredBlocks
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        return [{}]
+        return [{"type": self.stored.kind}]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
         form = self._read(*weight.shape)

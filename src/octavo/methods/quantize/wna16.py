@@ -107,11 +107,16 @@ def _rounded(weight: Tensor, bits: int, groups: int, evidence: Evidence) -> tupl
     codes = torch.empty_like(weight)
     codes[:, order] = (rounded / steps).round_().t()
     moment = evidence.columns
-    codes = descended(weight, codes, scale, moment, low, high)
+    levels = torch.arange(low, high + 1, dtype=torch.float32)
+
+    def improved_codes(codes: Tensor, scale: Tensor) -> Tensor:
+        return levels[descended(weight, (codes - low).int(), scale, None, levels, moment)]
+
+    codes = improved_codes(codes, scale)
     least = _cost(weight, codes, scale, moment)
     for _ in range(_ROUNDS):
         fitted = _narrow(fitted_scales(weight, codes, scale, moment))
-        improved = descended(weight, codes, fitted, moment, low, high)
+        improved = improved_codes(codes, fitted)
         cost = _cost(weight, improved, fitted, moment)
         # Scales are rounded, which may cost a row more than fitting gained.
         better = cost < least

@@ -67,7 +67,7 @@ def kind_of(form: Form) -> int:
 
 
 def scaled(form: Form, factors: Tensor) -> Form:
-    """A form with its rows multiplied by factors (rows,), in the scales of its blocks; floats stay as they are."""
+    """A form with its blocks multiplied by factors (rows, blocks); floats stay as they are."""
     return form.scaled(factors) if isinstance(form, GgmlBlocks) else form
 
 

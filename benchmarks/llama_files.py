@@ -1,6 +1,6 @@
 """GGUF files of Octavo beside those of llama.cpp's own mixes with an importance matrix, at the same bytes.
 
-`python benchmarks/gguf.py smollm2 --tools BUILD/bin` writes docs/results/gguf-smollm2.json. BUILD is a build of
+`python benchmarks/llama_files.py smollm2 --tools BUILD/bin` writes docs/results/gguf-smollm2.json. BUILD is a build of
 llama.cpp with llama-quantize, llama-imatrix, llama-perplexity and llama-bench. Models are `smollm2` and `gemma` (GGUF
 files in packages) and `decoder`, a folder given with --folder, whose float16 GGUF file is the source of both.
 
@@ -26,8 +26,10 @@ import octavo
 
 #: llama.cpp's mixes, from the smallest.
 MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
-#: Windows of 512 tokens that the importance matrix and the figures are of.
-SEEN, JUDGED = 96, 48
+#: Tokens that the importance matrix and the figures are of.
+SEEN, JUDGED = 96 * 512, 48 * 512
+#: Its log may lose its last lines, the means, as it ends.
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,21 @@ class Tools:
 
     folder: Path
     threads: int
+    context: int
 
     def call(self, program: str, *words: object) -> str:
         """What a program prints; an error stops the benchmark."""
         command = [str(self.folder / f"llama-{program}"), *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
-            sys.exit(f"{' '.join(command)}: {done.stderr[-2000:]}")
-        return done.stdout + done.stderr
+            sys.exit(f"{' '.join(command)}: {done.stdout[-2000:]}")
+        return done.stdout
 
     def matrix(self, model: Path, text: Path, out: Path) -> Path:
         """The importance matrix of a text."""
         if not out.exists():
-            self.call("imatrix", "-m", model, "-f", text, "-o", out, "--chunks", SEEN, "-t", self.threads, "-c", 512)
+            count = ("-c", self.context, "--chunks", SEEN // self.context)
+            self.call("imatrix", "-m", model, "-f", text, "-o", out, *count, "-t", self.threads)
         return out
 
     def mixed(self, model: Path, matrix: Path, mix: str, out: Path) -> Path:
@@ -70,13 +74,18 @@ class Tools:
 
     def judged(self, file: Path, base: Path, text: Path) -> Judged:
         """Divergence and perplexity beside the logits of the source in ``base``, which is made if it is missing."""
-        common = ("-f", text, "-c", 512, "--chunks", JUDGED, "-t", self.threads, "--kl-divergence-base", base)
+        count = ("-c", self.context, "--chunks", JUDGED // self.context)
+        common = ("-f", text, *count, "-t", self.threads, "--kl-divergence-base", base)
         if not base.exists():
             self.call("perplexity", "-m", file, *common)
-        told = self.call("perplexity", "-m", file, *common, "--kl-divergence")
-        mean = re.search(r"Mean\s+KLD:\s+(-?[\d.]+) ±\s+([\d.]+)", told)
-        perplexity = re.search(r"Mean PPL\(Q\)\s+:\s+([\d.]+)", told)
-        assert mean is not None and perplexity is not None, told[-3000:]
+        for _ in range(_TRIES):
+            told = self.call("perplexity", "-m", file, *common, "--kl-divergence")
+            mean = re.search(r"Mean\s+KLD:\s+(-?[\d.]+) ±\s+([\d.]+)", told)
+            perplexity = re.search(r"Mean PPL\(Q\)\s+:\s+([\d.]+)", told)
+            if mean is not None and perplexity is not None:
+                break
+        else:
+            sys.exit(f"llama-perplexity printed no mean: {told[-2000:]}")
         return Judged(file.stat().st_size, float(mean[1]), float(mean[2]), float(perplexity[1]))
 
     def speeds(self, files: list[Path], rounds: int = 3) -> list[float]:
@@ -99,11 +108,12 @@ def main() -> None:
     parser.add_argument("--judged", type=Path, required=True, help="text for the figures")
     parser.add_argument("--mixes", nargs="*", default=MIXES)
     parser.add_argument("--preset", default="default")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a window, as many as the model knows")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     work = CACHE / "gguf-bench" / given.model
     work.mkdir(parents=True, exist_ok=True)
-    tools = Tools(given.tools, given.threads)
+    tools = Tools(given.tools, given.threads, given.context)
     if given.model == "decoder":
         plain, original = work / "plain" / "model.gguf", given.folder
         if not plain.exists():
@@ -140,7 +150,7 @@ def main() -> None:
     save_results(
         f"gguf-{given.model}",
         {"model": title, "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
-         "judged": given.judged.name, "rows": rows},
+         "judged": given.judged.name, "context": given.context, "rows": rows},
         f"{given.model} --tools BUILD/bin --seen {given.seen.name} --judged {given.judged.name}",
     )  # fmt: skip
 
