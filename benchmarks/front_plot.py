@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench_page import NAMES, front
@@ -19,12 +19,13 @@ from octavo.system.atomic import write_file
 
 FILE = RESULTS.parent / "quality-by-size.svg"
 Row = dict[str, Any]
+#: Ends of sizes in MB and of losses, the sizes that are written, and the words for the loss.
+Axes = tuple[tuple[float, float], tuple[float, float], tuple[float, ...], str]
 
 WIDTH, HEIGHT = 860, 400
 #: Left, top, width and height of the panels, in pixels.
 PANELS = ((62, 62, 350, 280), (490, 62, 350, 280))
-MODELS = ("minilm", "smollm2")
-AXES = {
+AXES: dict[str, Axes] = {
     "minilm": ((5, 40), (1e-5, 1.0), (5, 8, 12, 20, 30), "1 − cosine to the original"),
     "smollm2": ((30, 160), (1e-3, 10.0), (30, 45, 65, 95, 140), "mean KL to the original"),
 }
@@ -49,9 +50,9 @@ SHOWN = NAMES | {"own": "plain GPTQ"}
 class Panel:
     """One model's axes; sizes and qualities become pixels on logarithmic scales."""
 
-    def __init__(self, model: str, box: tuple[int, int, int, int]) -> None:
+    def __init__(self, model: str, box: tuple[int, int, int, int], axes: Axes, title: str) -> None:
         self.model, (self.left, self.top, self.width, self.height) = model, box
-        self.sizes, self.losses, self.ticks, self.label = AXES[model]
+        self.title, (self.sizes, self.losses, self.ticks, self.label) = title, axes
 
     def x(self, size: float) -> float:
         """Pixels of a size in bytes."""
@@ -67,7 +68,7 @@ class Panel:
         """Title, grid and ticks."""
         bottom, right = self.top + self.height, self.left + self.width
         parts = [
-            _text(self.left, self.top - 22, TITLES[self.model], "title"),
+            _text(self.left, self.top - 22, self.title, "title"),
             _text(self.left, self.top - 7, f"{self.label}, lower is better", "note"),
             _text(right, bottom + 36, "MB, whole model", "note", "end"),
         ]
@@ -146,16 +147,16 @@ circle {{ opacity: 0.75; }} .best {{ opacity: 0.7; }} .best.octavo {{ stroke-wid
 </style>"""
 
 
-def drawing(rows: Sequence[Row]) -> str:
-    """The whole SVG."""
+def drawing(rows: Sequence[Row], axes: Mapping[str, Axes], titles: Mapping[str, str]) -> str:
+    """The whole SVG: a panel for each model that has axes, at most two."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img">',
         "<title>Quality against size: Octavo beside other tools</title>",
         _style(),
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
     ]
-    for model, box in zip(MODELS, PANELS, strict=True):
-        panel = Panel(model, box)
+    for (model, ends), box in zip(axes.items(), PANELS, strict=False):
+        panel = Panel(model, box, ends, titles[model])
         mine = [row for row in rows if row["model"] == model and row["quality"] is not None]
         parts += panel.frame()
         for tool in sorted({row["tool"] for row in mine}, key=list(COLOURS).index, reverse=True):
@@ -166,7 +167,7 @@ def drawing(rows: Sequence[Row]) -> str:
 def write() -> None:
     """Draw the rows of docs/results/bench.json."""
     rows = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
-    write_file(FILE, drawing(rows).encode())
+    write_file(FILE, drawing(rows, AXES, TITLES).encode())
 
 
 if __name__ == "__main__":

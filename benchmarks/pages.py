@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import bench_page
+import fast_page
 import front_plot
+import llama_page
 import robustness_page
 from ablation_page import ablation, unmeasured
 from common import RESULTS
@@ -148,7 +150,9 @@ def main() -> None:
     ]
     write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())
     bench_page.write(table)
+    fast_page.write(table)
     front_plot.write()
+    llama_page.write(table)
     robustness_page.write()
 
 

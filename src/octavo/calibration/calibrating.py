@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from octavo.calibration.evidence import Evidence, combined
 from octavo.calibration.objective import Objective
 from octavo.calibration.watches import DAMPING, Corrections, Watches
 from octavo.errors import RequestError
-from octavo.sources.batches import Batch, divided, mask_of, select, sequences_in
+from octavo.sources.batches import Batch, divided, mask_of, sequences_in
 from octavo.sources.sites import Site, Source
 from octavo.system.ahead import in_order
 
@@ -70,28 +71,42 @@ def calibrate(
     generator, module = torch.Generator().manual_seed(seed), source.module
     passes = 2 if curvature == "ekfac" else 1
     notes: list[str] = []
-    if _reads_gradients(source, sites, batches[0], objective, notes):
-        batches = _smaller(batches, sequences)
 
-    def go_through(watches: Watches, before: int) -> None:
+    def go_through(watches: Watches, some: Sequence[Batch], before: int) -> str:
+        """Pass some batches there and back; returns why the first of all gave no gradient, or nothing."""
+        said = ""
         with differentiating(module), watches.watching():
-            for done, batch in enumerate(batches):
+            for done, batch in enumerate(some, before):
                 watches.begin(batch)
                 outputs = objective.outputs(module, batch)
-                check_outputs(outputs, done)
-                if outputs.requires_grad:
-                    objective.probe(outputs, generator).backward()
-                progress(before + done + 1, passes * len(batches))
+                check_outputs(outputs, done % len(batches))
+                failed = _sampled(objective, outputs, generator, first=not done)
+                said = failed if not done else said
+                progress(done + 1, passes * len(batches))
+        return said
 
     watches = Watches(sites, source, curvature=passes == 2)
-    if not notes:
-        go_through(watches, 0)
+    said = go_through(watches, batches[:1], 0)
+    if said:
+        notes.append(
+            f"{source.title}: no gradient passes through {type(module).__name__} ({said}); a typical importance was "
+            "assumed for its weights"
+        )
+        watches = Watches(sites, source)
+    elif watches.gradients.seen():
+        # Weights are used outside of layers: each pass gives one gradient of them, so there must be many passes.
+        batches = _smaller(batches, sequences)
+        generator.manual_seed(seed)
+        watches = Watches(sites, source, curvature=passes == 2)
+        go_through(watches, batches, 0)
+    else:
+        go_through(watches, batches[1:], 1)
     positions = watches.positions
     evidence = {name: combined(roles) for name, roles in watches.evidence(sequences).items()}
     if passes == 2 and not notes:
         # Labels are drawn again, so that a basis is not evaluated on the samples that defined it.
         corrections = Corrections(sites, source, evidence)
-        go_through(corrections, len(batches))
+        go_through(corrections, batches, len(batches))
         evidence |= corrections.corrected(sequences)
     # If no gradient passes through the model, no site has one, and a note already says so.
     judged = [] if notes else sites
@@ -102,34 +117,17 @@ def calibrate(
     return result
 
 
-def _reads_gradients(
-    source: Source, sites: Sequence[Site], batch: Batch, objective: Objective, notes: list[str]
-) -> bool:
-    """Whether a site gets gradients from uses outside of layers, tested on a few examples.
-
-    If no gradient can pass through the model, a note says so and typical weights are used.
-    """
-    assert source.module is not None
-    few = select(batch, slice(0, min(4, sequences_in(batch))))
-    watches = Watches([*sites], source)
-    with differentiating(source.module), watches.watching():
-        watches.begin(few)
-        outputs = objective.outputs(source.module, few)
-        check_outputs(outputs, 0)
-        said = "" if outputs.requires_grad else "its outputs carry none, as under torch.no_grad"
-        if not said:
-            try:
-                objective.probe(outputs, torch.Generator().manual_seed(0)).backward()
-            except RuntimeError as error:
-                said = str(error).splitlines()[0]
-        if said:
-            name = type(source.module).__name__
-            notes.append(
-                f"{source.title}: no gradient passes through {name} ({said}); a typical importance was assumed for its "
-                "weights"
-            )
-            return False
-    return bool(watches.gradients.seen())
+def _sampled(objective: Objective, outputs: Tensor, generator: torch.Generator, *, first: bool) -> str:
+    """Pass a random sample of the curvature back; returns why the first batch gives no gradient, or nothing."""
+    if not outputs.requires_grad:
+        return "its outputs carry none, as under torch.no_grad"
+    try:
+        objective.probe(outputs, generator).backward()
+    except RuntimeError as error:
+        if not first:
+            raise
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _smaller(batches: Sequence[Batch], sequences: int) -> list[Batch]:
@@ -162,7 +160,8 @@ def tokens_in(batch: Batch) -> int:
 
 def check_outputs(outputs: Tensor, number: int) -> None:
     """Raise :class:`RequestError` if an output of the batch is not finite."""
-    if not bool(torch.isfinite(outputs).all()):
+    # Both extremes are NaN if anything is. Unlike ``isfinite``, this makes no copies of the outputs.
+    if outputs.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(outputs.detach())):
         raise RequestError(
             f"data: the model's outputs on calibration batch {number} are not finite; check the data and the model"
         )

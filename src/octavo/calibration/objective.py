@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _TOKENS = ("decoder_input_ids", "input_ids")
 _VECTORS = ("sentence_embedding", "last_hidden_state", "pooler_output")
 #: Distributions over tokens of the start and end of an answer.
 _ENDS = ("start_logits", "end_logits")
+#: Elements of a distribution over classes handled at a time: temporary tensors then stay in the processor's cache.
+_PART = 1 << 20
 #: A finite number for the logarithm of a zero probability.
 _NEVER = -1e4
 
@@ -186,13 +189,14 @@ class KL(OfOutputs):
         logs = []
         for name, logits in _heads(result).items():
             mask = mask_for(name, logits, module, batch) if logits.ndim < 4 else None
+            mask = None if mask is not None and bool(mask.all()) else mask
             found = logits.float().movedim(1, -1).flatten(1, -2) if logits.ndim > 3 else logits.float()
             if name in _ENDS:
                 # Tokens are the classes, and padding cannot be chosen.
                 found = found if mask is None else found.masked_fill(mask == 0, _NEVER)
                 found, mask = found[:, None], None
             found = found.log_softmax(-1)
-            if bool(found.detach().isneginf().any()):
+            if found.numel() and float(found.detach().amin()) == -math.inf:
                 found = found.clamp_min(_NEVER)
             logs.append((found, mask))
         if len(logs) > 1:
@@ -206,24 +210,39 @@ class KL(OfOutputs):
         return None if not masked else masked[0] if len(masked) == 1 else torch.cat(masked, 1)
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:  # noqa: D102
-        terms = (reference.exp() * (reference - outputs)).sum(-1, dtype=torch.float64)
-        return (
-            terms
-            if terms.ndim == 1
-            else terms.flatten(1).sum(1) / (reference != 0).any(-1).flatten(1).sum(1).clamp_min(1)
-        )
+        pairs = zip(_in_parts(reference), _in_parts(outputs), strict=True)
+        terms = torch.cat([(old.exp() * (old - new)).sum(-1, dtype=torch.float64) for old, new in pairs])
+        terms = terms.reshape(reference.shape[:-1])
+        return terms if terms.ndim == 1 else terms.flatten(1).sum(1) / _live(reference).flatten(1).sum(1).clamp_min(1)
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         flat = outputs.reshape(-1, outputs.shape[-1])
-        live = (flat != 0).any(-1)
+        live = _live(flat.detach())
         # By inverting the distribution function: one random number per position, not per class.
-        reached = flat.detach().exp().cumsum(-1)
-        drawn = torch.rand(len(flat), 1, generator=generator).to(reached) * reached[:, -1:]
-        labels = torch.searchsorted(reached, drawn)[:, 0].clamp_max(flat.shape[-1] - 1)
+        parts = list(_in_parts(flat.detach()))
+        shares = torch.rand(len(flat), 1, generator=generator).to(flat.device).split([len(part) for part in parts])
+        labels = torch.cat([_drawn(*pair) for pair in zip(parts, shares, strict=True)])
         picked = flat.gather(1, labels[:, None])[:, 0] * live
         # The divergence is a mean over positions, so each sample is weighted by the square root of its share.
         positions = live.reshape(len(outputs), -1).sum(1).clamp_min(1).to(flat.dtype)
         return (picked.reshape(len(outputs), -1).sum(1) / positions.sqrt()).sum()
+
+
+def _in_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor (..., classes) as (positions, classes), a few positions at a time."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return iter(flat.split(max(1, _PART // max(1, flat.shape[-1]))))
+
+
+def _live(logs: Tensor) -> Tensor:
+    """Which positions are not padding, whose log-probabilities are all zero; others are at most zero."""
+    return logs.amin(-1) != 0
+
+
+def _drawn(logs: Tensor, shares: Tensor) -> Tensor:
+    """A label for every position of (positions, classes), where its distribution function reaches a share."""
+    reached = logs.exp().cumsum(-1)
+    return torch.searchsorted(reached, shares * reached[:, -1:])[:, 0].clamp_max(logs.shape[-1] - 1)
 
 
 def _sides(result: Any) -> list[Tensor]:

@@ -133,13 +133,14 @@ def _trim(counts: np.ndarray) -> tuple[int, int, float]:
     used = np.flatnonzero(counts.sum(axis=1))
     low, high = int(used[0]), int(used[-1]) + 1
     rows = list(counts[low:high])
-    costs = [_entropy(row) for row in rows]
+    costs = _entropies(counts[low:high]).tolist()
     for end, neighbour in ((0, 1), (-1, -2)):
         while len(rows) > 1:
             joined = rows[end] + rows[neighbour]
-            if _entropy(joined) > costs[end] + costs[neighbour] + _TABLE_BITS:
+            cost = _entropy(joined)
+            if cost > costs[end] + costs[neighbour] + _TABLE_BITS:
                 break
-            rows[neighbour], costs[neighbour] = joined, _entropy(joined)
+            rows[neighbour], costs[neighbour] = joined, cost
             del rows[end], costs[end]
             low += 1 if end == 0 else 0
     return low, low + len(rows), sum(costs) + _TABLE_BITS * len(rows)
@@ -150,3 +151,10 @@ def _entropy(counts: np.ndarray) -> float:
     positive = counts[counts > 0].astype(np.float64)
     total = positive.sum()
     return float((positive * np.log2(total / positive)).sum()) if len(positive) else 0.0
+
+
+def _entropies(counts: np.ndarray) -> np.ndarray:
+    """Bits taken by symbols of every row of counts."""
+    totals = np.broadcast_to(counts.sum(axis=1, keepdims=True), counts.shape)
+    parts = np.divide(totals, counts, out=np.ones_like(counts), where=counts > 0)
+    return (counts * np.log2(parts)).sum(axis=1)

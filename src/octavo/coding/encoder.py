@@ -9,6 +9,7 @@ import torch
 from octavo.coding import bitpack, packed
 from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, NARROW, STORAGE, assemble
 from octavo.coding.contexts import ContextPlan, plan
+from octavo.coding.layout import StreamLayout
 from octavo.coding.parallel import run
 from octavo.errors import RequestError
 
@@ -91,19 +92,21 @@ def _packed(
             return []
     escape_bits = math.inf if depth == MAX_DEPTH else 4.0 + min((high - low).bit_length(), 12)
 
-    def attempt(codec: str, layout_plan: ContextPlan) -> tuple[str, bytes, list[bytes]]:
-        layout = layout_plan.layout
-        source = values.reshape(len(values), -1) if layout else flat
-        nested = partial(_encode, depth=depth + 1)
-        return codec, *packed.encode(source, layout, codec, middle, escape_bits, nested)
+    nested = partial(_encode, depth=depth + 1)
 
-    close = [candidate for candidate in plans if candidate.bits <= 1.01 * plans[0].bits]
+    def split(layout: StreamLayout | None) -> packed.Split:
+        return packed.split(values.reshape(len(values), -1) if layout else flat, layout, middle, nested)
+
+    def attempt(codec: str, streams: packed.Split) -> tuple[str, bytes, list[bytes]]:
+        return codec, *packed.encode(streams, codec, escape_bits, nested)
+
+    close = [split(candidate.layout) for candidate in plans if candidate.bits <= 1.01 * plans[0].bits]
     found = [attempt("huffman", candidate) for candidate in close]
     smallest = min(_size(candidate) for candidate in found)
     if flat.size < SMALL:
         found += [attempt("ans", candidate) for candidate in close]
     elif plans[0].bits < 8 * (1 - ANS_GAIN) * 1.02 * min(smallest, fixed_bytes):
-        other = attempt("ans", plans[0])
+        other = attempt("ans", close[0])
         if _size(other) < (1 - ANS_GAIN) * min(smallest, fixed_bytes):
             found.append(other)
     return found

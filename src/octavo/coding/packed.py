@@ -1,6 +1,7 @@
 """Encoding as ``huffman`` or ``ans``: context classes, windows and escapes, shared by both coders."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,10 +16,30 @@ from octavo.coding.parallel import run
 Nested = Callable[[torch.Tensor], bytes]
 
 
-def encode(
-    values: np.ndarray, layout: StreamLayout | None, codec: str, middle: int, escape_bits: float, nested: Nested
-) -> tuple[bytes, list[bytes]]:
-    """Return the tables and chunks of a flat array, or of a matrix if there is a layout.
+@dataclass(frozen=True)
+class Split:
+    """A tensor in streams: what both coders share.
+
+    Parameters
+    ----------
+    head
+        The layout, coded.
+    values
+        All streams, one after the other.
+    sizes
+        Elements in each stream.
+    histograms
+        Results of `windows.histogram`, one for each stream that is not empty.
+    """
+
+    head: bytes
+    values: np.ndarray
+    sizes: list[int]
+    histograms: list[tuple[int, np.ndarray]]
+
+
+def split(values: np.ndarray, layout: StreamLayout | None, middle: int, nested: Nested) -> Split:
+    """Split a flat array, or a matrix if there is a layout, into streams.
 
     Parameters
     ----------
@@ -26,14 +47,10 @@ def encode(
         Integers of the narrowest type that holds them.
     layout : StreamLayout or None
         Context classes of a matrix.
-    codec : str
-        ``huffman`` or ``ans``.
     middle : int
         A typical value.
-    escape_bits : float
-        See `windows.choose`.
     nested : callable
-        Encodes the vectors of classes and escapes.
+        Encodes the vectors of classes.
     """
     writer = Writer()
     sizes = [values.size]
@@ -44,16 +61,33 @@ def encode(
         writer.block(nested(torch.from_numpy(layout.rows)))
         writer.block(nested(torch.from_numpy(layout.columns)))
         values, sizes = layout.gather(values), layout.sizes
+    ends = np.cumsum(sizes).tolist()
+    parts = [values[end - size : end] for size, end in zip(sizes, ends, strict=True) if size]
+    return Split(bytes(writer.data), values, sizes, [windows.histogram(part, middle) for part in parts])
 
+
+def encode(streams: Split, codec: str, escape_bits: float, nested: Nested) -> tuple[bytes, list[bytes]]:
+    """Return the tables and chunks of a tensor in streams.
+
+    Parameters
+    ----------
+    streams : Split
+        Result of `split`.
+    codec : str
+        ``huffman`` or ``ans``.
+    escape_bits : float
+        See `windows.choose`.
+    nested : callable
+        Encodes the vectors of escapes.
+    """
+    writer, values = Writer(), streams.values
+    writer.data += streams.head
     cost = huffman.cost if codec == "huffman" else ans.cost
     chunks: list[bytes] = []
     escapes: list[np.ndarray] = []
     start = 0
-    for size in sizes:
-        if not size:
-            continue
-        part = values[start : start + size]
-        window, weights = windows.choose(*windows.histogram(part, middle), size, escape_bits, cost)
+    for size, histogram in zip(filter(None, streams.sizes), streams.histograms, strict=True):
+        window, weights = windows.choose(*histogram, size, escape_bits, cost)
         stream = Stream(start, size, window, ans.quantize(weights) if codec == "ans" else None)
         writer.signed(window.low)
         writer.unsigned(window.span)

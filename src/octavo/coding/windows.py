@@ -11,6 +11,7 @@ from octavo.coding.radix import SPANS, RadixWindow, digits_of
 _REACH = 1024
 # Values counted at a time; bounds the temporary indices, eight bytes each.
 _BLOCK = 1 << 18
+_SPANS = tuple(SPANS.values())
 
 Cost = Callable[[np.ndarray, int], float]
 
@@ -52,20 +53,21 @@ def choose(first: int, bins: np.ndarray, total: int, escape_bits: float, cost: C
     used = np.flatnonzero(bins)
     start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
     best: tuple[float, RadixWindow, np.ndarray] | None = None
-    for span in SPANS.values():
+    # Wider windows than the narrowest that covers everything gain nothing.
+    enough = next((place for place, span in enumerate(_SPANS) if span >= stop - start), len(_SPANS) - 1)
+    for span in reversed(_SPANS[: enough + 1]):
         low, high = _heaviest(bins, start, stop, span)
         weights = bins[low:high].copy()
         escapes = total - int(weights.sum())
+        side = escapes * (escape_bits + math.log2(total / escapes)) if escapes else 0.0
+        # Escapes alone cost more than the best window so far, and narrower windows have more of them.
+        if best is not None and side > best[0]:
+            break
         filler = int(weights.argmax())
         weights[filler] += escapes
-        side = escapes * (escape_bits + math.log2(total / escapes)) if escapes else 0.0
-        # Often the escapes already cost more than the best window so far.
-        if best is None or side < best[0]:
-            bits = side + cost(weights, digits_of(high - low))
-            if best is None or bits < best[0]:
-                best = bits, RadixWindow(first + low, high - low, filler), weights
-        if high - low >= stop - start:
-            break
+        bits = side + cost(weights, digits_of(high - low))
+        if best is None or bits <= best[0]:
+            best = bits, RadixWindow(first + low, high - low, filler), weights
     assert best is not None
     return best[1], best[2]
 

@@ -29,6 +29,8 @@ _ROUNDS = 8
 _RETREATS = 3
 #: Number of plans built and measured to spend the bytes that the best plan leaves.
 _TRIES = 10
+#: With preset ``fast`` a mixed plan is built only if the best uniform one is expected to lose more than so many times.
+_CLOSE = 1.05
 #: Share of a site's bytes that may change to close a small gap.
 _SHARE = 0.04
 
@@ -198,19 +200,25 @@ def contest(
     """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
     The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
-    the plain method. If plans can be measured, all are built and the best wins. If not, only the plan of least expected
-    loss is built, and the figures of the others are expectations. The bytes that the winner leaves are then spent if
-    that lowers its loss.
+    the plain method. If plans can be measured, all are built and the best wins. With preset ``fast`` only the uniform
+    plan is built if it is expected to lose hardly more than the mixed one. If plans cannot be measured, only that of
+    least expected loss is built, and the figures of the others are expectations. The bytes that the winner leaves are
+    then spent if that lowers its loss.
     """
     opened = run.opened
     aim = replace(asked, bytes=int(asked.bytes * (1 - opened.target.margin)))
-    considered = opened.target.considered(profile, asked)
-    rivals = [*best_uniform(run, profile, aim), *single_families(considered, asked)[:1]]
-    plans = [mixed, *rivals]
+    target = opened.target
+    considered = target.considered(profile, asked)
+    even, families = best_uniform(run, profile, aim), single_families(considered, asked)
+    # Of one family alone, the mixed plan is already the best.
+    plans = [mixed, *even, *(families[:1] if len(families) > 1 else [])]
+    admitted = [plan for plan in plans if target.admits(profile, plan, asked)]
     if not opened.measurable:
-        admitted = [plan for plan in plans if opened.target.admits(profile, plan, asked)]
         first = min(admitted, key=lambda plan: plan.expected, default=mixed)
         plans = [first, *(plan for plan in plans if plan is not first)]
+    elif opened.request.preset == "fast" and any(plan.expected <= _CLOSE * mixed.expected for plan in even):
+        # What a mix might gain is less than the error of its expectation, and what is not built costs nothing.
+        plans = even if even[0] in admitted else plans
     built = [finish(run, profile, plans[0], asked)]
     for plan in plans[1:]:
         if (known := _among(built, plan)) is not None:
@@ -226,12 +234,12 @@ def contest(
             opened.notes.append(f"the {plan.label} plan could not be built for comparison: {error}")
     if plain and opened.measurable:
         built += _plain(run, profile, asked, built)
-    able = [other for other in built if opened.target.admits(profile, other.plan, asked)] or built
+    able = [other for other in built if target.admits(profile, other.plan, asked)] or built
     best = min(able, key=lambda other: other.quality) if opened.measurable else built[0]
-    even = min((other for other in built if other.plan.is_uniform), key=lambda other: other.quality, default=None)
+    uniform = min((other for other in built if other.plan.is_uniform), key=lambda other: other.quality, default=None)
     best = topped(run, considered, best, asked)
     refuse_broken(opened, best)
-    return best, even
+    return best, uniform
 
 
 def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) -> list[Built]:

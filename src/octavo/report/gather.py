@@ -62,7 +62,7 @@ from octavo.verification.verifying import digest_of
 
 _PAIRS = 7
 #: Seconds after which no further round is timed.
-_PATIENCE = 5.0
+_PATIENCE = 2.0
 
 
 def report_data(

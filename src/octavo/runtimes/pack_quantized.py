@@ -50,6 +50,11 @@ def require_compressed_tensors() -> Any:
     return compressed_tensors
 
 
+def gains(form: Form) -> int:
+    """Factors of a row that :func:`scaled` takes: one for each of its scales."""
+    return form.scale.shape[1] if isinstance(form, Grid) else 1
+
+
 def scaled(form: Form, factors: Tensor) -> Form:
     """A form multiplied by factors (rows, groups) of its scales; floats stay as they are."""
     if not isinstance(form, Grid):

@@ -21,7 +21,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, RequestError
-from octavo.forms import Form, Grid
+from octavo.forms import Form
 from octavo.methods import Method, Setting, get_method
 from octavo.request import Request
 from octavo.runtimes.pack_quantized import (
@@ -31,6 +31,7 @@ from octavo.runtimes.pack_quantized import (
     Stored,
     config_text,
     file_bytes,
+    gains,
     require_compressed_tensors,
     scaled,
     write_file,
@@ -93,7 +94,7 @@ class CompressedTensors(ForeignFile):
 
     def gains(self, form: Form) -> int:
         """One for each scale of a row."""
-        return form.scale.shape[1] if isinstance(form, Grid) else 1
+        return gains(form)
 
     def scaled(self, form: Form, factors: Tensor) -> Form:
         """The form with the factors in its scales."""

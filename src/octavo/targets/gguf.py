@@ -25,13 +25,13 @@ from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, MissingExtraError, RequestError
 from octavo.forms import Form
-from octavo.forms.ggml import GgmlBlocks
 from octavo.request import Request
 from octavo.runtimes.gguf.architectures import Laid, Placed, laid_out, require_gguf
 from octavo.runtimes.gguf.files import (
     Outlined,
     aligned,
     form_bytes,
+    gains,
     header_bytes,
     kind_of,
     raw,
@@ -83,7 +83,7 @@ class Gguf(ForeignFile):
 
     def gains(self, form: Form) -> int:
         """One for each block of a row."""
-        return form.columns // TYPES[form.kind].block if isinstance(form, GgmlBlocks) else 1
+        return gains(form)
 
     def scaled(self, form: Form, factors: Tensor) -> Form:
         """The form with the factors in the scales of its blocks."""

@@ -89,8 +89,8 @@ class Sizes(Target):
         free = asked if profile.smallest > spared else replace(asked, bytes=spared)
         chosen = allocate(self.considered(profile, free), free, margin=self.margin)
         clock.lap("plan")
-        # Named methods exclude all others.
-        plain = opened.request.methods is None or any(method.plain for method in opened.methods)
+        # Named methods exclude all others, and so does a preset.
+        plain = any(method.plain for method in opened.methods)
         built, rival = contest(run, profile, chosen, free, plain=plain)
         clock.lap("encode")
         built = reconstruct(run, built, asked.bytes)

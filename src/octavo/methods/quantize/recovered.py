@@ -55,7 +55,8 @@ class SourceGrid(Method):
             sample = groups[:: -(-len(groups) // _SAMPLE)]
             precision = precision_of(sample)
             for offset in (False, True):
-                if find(sample, precision, offset=offset) is not None:
+                # One group rules out nearly every matrix that was not quantized.
+                if all(find(some, precision, offset=offset) is not None for some in (sample[:1], sample)):
                     return [{"width": width, "offset": offset}]
         return []
 

@@ -66,6 +66,11 @@ def kind_of(form: Form) -> int:
     return _FLOATS[form.weight.dtype]
 
 
+def gains(form: Form) -> int:
+    """Factors of a row that :func:`scaled` takes: one for each of its blocks."""
+    return form.columns // TYPES[form.kind].block if isinstance(form, GgmlBlocks) else 1
+
+
 def scaled(form: Form, factors: Tensor) -> Form:
     """A form with its blocks multiplied by factors (rows, blocks); floats stay as they are."""
     return form.scaled(factors) if isinstance(form, GgmlBlocks) else form
