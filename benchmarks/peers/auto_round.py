@@ -10,45 +10,37 @@ PACKAGES = ["auto-round==0.16.1"]
 
 
 def settings(model: str) -> dict[str, dict[str, Any]]:
-    """Its default of 200 iterations for the encoder, and the 50 of its light recipe for language models, which take hours else."""
-    iterations = 200 if model == "minilm" else 50
-    found = {f"W{bits} g64 iters={iterations}": {"bits": bits, "iterations": iterations} for bits in (3, 2, 4)}
-    if model == "minilm":
-        found["W3 g128 iters=200"] = {"bits": 3, "group": 128}
-        found["W2 g64 asym iters=200"] = {"bits": 2, "symmetric": False}
-        found["W2 g64 iters=200 alg_ext"] = {"bits": 2, "extended": True}
-        found["W2 g32 iters=200"] = {"bits": 2, "group": 32}
-    return found
+    """Its default of 200 iterations for small models, and the 50 of its light recipe for language models, which take hours else."""
+    iterations = 200 if model in ("minilm", "decoder") else 50
+    if model in ("whisper", "lite0"):
+        return {f"W4 g64 iters={iterations}": {"bits": 4, "iterations": iterations}}
+    return {f"W{bits} g64 iters={iterations}": {"bits": bits, "iterations": iterations} for bits in (4, 3, 2)}
 
 
-def compress(
-    task: Task, bits: int, iterations: int = 200, group: int = 64, symmetric: bool = True, extended: bool = False
-) -> Compressed:
+def compress(task: Task, bits: int, iterations: int) -> Compressed:
     """Round with AutoRound; its weights are read before it packs them."""
     from auto_round import AutoRound
 
     data = task.padded()
     # It takes sequences of one length only, and masks what the tokenizer pads with.
-    rows = [{name: tensor[i : i + 1] for name, tensor in data.items()} for i in range(len(data["input_ids"]))]
+    rows = [{name: tensor[i : i + 1] for name, tensor in data.items()} for i in range(len(next(iter(data.values()))))]
+    tokens = [tensor.shape[1] for name, tensor in data.items() if name.endswith("input_ids")]
     rounder = AutoRound(
         task.load(),
-        tokenizer=task.tokenizer(),
+        tokenizer=task.tokenizer() if tokens else None,
         scheme=f"W{bits}A16",
-        group_size=group,
-        sym=symmetric,
+        group_size=64,
+        sym=True,
         iters=iterations,
         nsamples=len(rows),
-        seqlen=data["input_ids"].shape[1],
+        seqlen=max(tokens, default=1),
         dataset=rows,
         device_map="cpu",
         enable_torch_compile=False,
-        enable_alg_ext=extended,
     )
     model, _ = rounder.quantize()
     made = Compressed()
     for name, layer in linears(model).items():
         if getattr(layer, "scale", None) is not None:
-            made.add(
-                f"{name}.weight", layer.weight, grid_bits(layer.weight.shape, bits, group, 0 if symmetric else bits)
-            )
+            made.add(f"{name}.weight", layer.weight, grid_bits(layer.weight.shape, bits, 64))
     return made

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from models import ENCODER, PHOTOS, SPEECH, load_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
 @dataclass
 class Task:
-    """A model and the calibration text.
+    """A model and the calibration data.
 
     Parameters
     ----------
     model
-        Short name: ``minilm``, ``smollm2``, ``gemma``.
+        Short name, a key of ``models.TITLES``.
     folder
-        The model in float32, as ``transformers`` loads it.
+        The model in float32.
     data
-        A safetensors file with ``input_ids`` and ``attention_mask``, (sequences, tokens), padded on the right.
+        A safetensors file of what the model is called with, by name, the examples first: ``input_ids``,
+        ``decoder_input_ids`` and their masks, padded on the right, ``input_features``, or ``x`` for images.
     scratch
         An empty folder for whatever the tool writes.
     """
@@ -34,18 +37,16 @@ class Task:
     scratch: Path
 
     @property
-    def encoder(self) -> bool:
-        """Whether the model is no language model."""
-        return self.model == "minilm"
+    def language(self) -> bool:
+        """Whether the model is a language model."""
+        return self.model not in (ENCODER, SPEECH, PHOTOS)
 
     def load(self, **options: Any) -> nn.Module:
         """The model, float32 unless told otherwise."""
-        from transformers import AutoModel, AutoModelForCausalLM
-
-        kind = AutoModel if self.encoder else AutoModelForCausalLM
-        model = kind.from_pretrained(self.folder, **{"dtype": torch.float32, **options}).eval()
-        # Calibration and latency are of single passes; nothing is generated.
-        model.config.use_cache = False
+        model = load_model(self.model, self.folder, **options)
+        if hasattr(model, "config"):
+            # Calibration and latency are of single passes; nothing is generated.
+            model.config.use_cache = False
         return model
 
     def tokenizer(self) -> Any:
@@ -55,20 +56,32 @@ class Task:
         return AutoTokenizer.from_pretrained(self.folder)
 
     def padded(self) -> dict[str, Tensor]:
-        """All calibration sequences in one batch."""
+        """All calibration examples in one batch."""
         return load_file(self.data)
 
     def sequences(self) -> list[dict[str, Tensor]]:
-        """The calibration sequences one by one, (1, tokens), without their padding."""
+        """The calibration examples one by one, without their padding."""
         data = self.padded()
-        lengths = data["attention_mask"].sum(1).tolist()
-        return [{name: tensor[i : i + 1, :length] for name, tensor in data.items()} for i, length in enumerate(lengths)]
+        return [
+            _unpadded({name: tensor[i : i + 1] for name, tensor in data.items()})
+            for i in range(len(next(iter(data.values()))))
+        ]
 
     def probe(self) -> dict[str, Tensor]:
-        """One sequence for latency: 32 tokens for an encoder, 128 for a language model."""
-        length = 32 if self.encoder else 128
-        ids = self.padded()["input_ids"].flatten()[:length][None]
+        """One example for latency: 32 tokens for an encoder, 128 for a language model."""
+        if self.model in (SPEECH, PHOTOS):
+            return self.sequences()[0]
+        ids = self.padded()["input_ids"].flatten()[: 128 if self.language else 32][None]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _unpadded(example: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One example (1, tokens) without what its masks leave out."""
+    for mask in [name for name in example if name.endswith("attention_mask")]:
+        length = int(example[mask].sum())
+        for name in (mask, mask.replace("attention_mask", "input_ids")):
+            example[name] = example[name][:, :length]
+    return example
 
 
 @dataclass
@@ -103,7 +116,12 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions of images by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+
+
 def grid_bits(shape: torch.Size, bits: int, group: int, zero: float = 0) -> float:
-    """Bits of a matrix with one float16 scale, and a zero point of ``zero`` bits, for every ``group`` weights of a row."""
-    rows, columns = shape
+    """Bits of a matrix, or of a convolution as one, with a float16 scale, and a zero point of ``zero`` bits, for every ``group`` weights of a row."""
+    rows, columns = shape[0], math.prod(shape[1:])
     return rows * (columns * bits + -(-columns // group) * (16 + zero))

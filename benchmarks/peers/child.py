@@ -18,12 +18,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from models import SPEECH
 from safetensors.torch import save_file
 
 from peers.base import Compressed, Task
 
-#: Interleaved pairs of passes that latency is the median ratio of.
-PAIRS = 9
+#: Interleaved pairs of passes that latency is the median ratio of; fewer of a model that takes seconds for one.
+PAIRS, FEWER = 9, 3
 
 
 def measure(tool: str, task: Task, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def relative_latency(made: Compressed, task: Task) -> float:
     # Not inference mode, which the tensors of some tools do not bear.
     with torch.no_grad():
         made.runtime(batch), dense(**batch)
-        for _ in range(PAIRS):
+        for _ in range(FEWER if task.model == SPEECH else PAIRS):
             times = []
             for run in (made.runtime, lambda batch: dense(**batch)):
                 started = time.perf_counter()

@@ -8,12 +8,16 @@ from typing import Any
 from peers.base import Compressed, Task, grid_bits
 
 PACKAGES = ["GPTQModel==7.6.0"]
+#: Models that it was tried on in vain.
+UNKNOWN = ("minilm", "whisper", "lite0")
 
 
 def settings(model: str) -> dict[str, dict[str, Any]]:
-    """4, 3 and 2 bits in groups of 64, symmetric as it does by default, and asymmetric."""
-    found: dict[str, dict[str, Any]] = {f"GPTQ {bits}-bit g64": {"bits": bits} for bits in (4, 3, 2)}
-    return found | {f"GPTQ {bits}-bit g64 asym": {"bits": bits, "symmetric": False} for bits in (4, 3, 2)}
+    """4 and 3 bits in groups of 64, asymmetric, which is the better of its two kinds; one of a model that it has no class for."""
+    return {
+        f"GPTQ {bits}-bit g64 asym": {"bits": bits, "symmetric": False}
+        for bits in ((4,) if model in UNKNOWN else (4, 3))
+    }
 
 
 def compress(task: Task, bits: int, symmetric: bool = True) -> Compressed:

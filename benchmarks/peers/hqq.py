@@ -12,13 +12,11 @@ PACKAGES = ["hqq==0.2.8.post1"]
 
 
 def settings(model: str) -> dict[str, dict[str, Any]]:
-    """Its own group of 64; along both axes, of which its README calls 0 the better and 1 the faster."""
-    found = {f"{bits}-bit g64": {"bits": bits} for bits in (8, 4, 3, 2)}
-    found |= {f"{bits}-bit g64 axis 0": {"bits": bits, "axis": 0} for bits in (4, 3, 2)}
-    return found
+    """Its own group of 64, along axis 0, which its README calls the better."""
+    return {f"{bits}-bit g64 axis 0": {"bits": bits, "axis": 0} for bits in (8, 4, 3)}
 
 
-def compress(task: Task, bits: int, axis: int = 1) -> Compressed:
+def compress(task: Task, bits: int, axis: int) -> Compressed:
     """Replace the linear layers; scales and zero points are float16, as it keeps them for float16 models."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
     from hqq.models.hf.base import AutoHQQHFModel
@@ -26,8 +24,8 @@ def compress(task: Task, bits: int, axis: int = 1) -> Compressed:
     model = task.load()
     shapes = {name: layer.weight.shape for name, layer in linears(model).items()}
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
-    if task.encoder:
-        # Its loop over a model knows language models only.
+    if not task.language:
+        # Its loop over a model knows language models only, and its layer is a linear one.
         for name in shapes:
             layer = HQQLinear(model.get_submodule(name), config, compute_dtype=torch.float32, device="cpu")
             model.set_submodule(name, layer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import ENCODER, PHOTOS, SPEECH
 from torch import Tensor, nn
 
 from peers.base import Compressed, Task
@@ -24,10 +25,12 @@ _NAMES = {
 
 def settings(model: str) -> dict[str, dict[str, Any]]:
     """The file as it comes, and the usual mixes. Widths that k-quants do not divide fall back to larger formats."""
-    if model == "minilm":
-        return {}
     mixes = {"Q8_0": 7, "Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10}
-    return {"GGUF as it comes": {"kind": None}, **{f"{name} imatrix": {"kind": kind} for name, kind in mixes.items()}}
+    if model in (ENCODER, SPEECH, PHOTOS):
+        mixes = {"Q4_K_M": 15}
+    found = {f"{name} imatrix": {"kind": kind} for name, kind in mixes.items()}
+    # The other files that come are in use as they are.
+    return {"GGUF as it comes": {"kind": None}} | found if model in ("smollm2", "gemma") else found
 
 
 def compress(task: Task, kind: int | None) -> Compressed:

@@ -13,45 +13,39 @@ PACKAGES = ["torchao==0.18.0"]
 
 
 def settings(model: str) -> dict[str, dict[str, Any]]:
-    """Its 8-bit format, its formats of fewer bits with scales as they come and fitted by HQQ, its CPU kernel."""
+    """Its 8-bit format, its formats of fewer bits with scales fitted by HQQ, its CPU kernel."""
     found: dict[str, dict[str, Any]] = {"int8 weight-only": {"kind": "int8", "bits": 8}}
     found["int4 CPU kernel g64 bf16"] = {"kind": "int4", "bits": 4}
-    found["Int4WeightOnlyConfig g64 bf16"] = {"kind": "int4 default", "bits": 4}
-    for bits in (4, 3, 2):
-        found[f"intx {bits}-bit g64 asymmetric"] = {"kind": "intx asymmetric", "bits": bits}
-        found[f"intx {bits}-bit g64 HQQ scales"] = {"kind": "intx hqq", "bits": bits}
-    return found
+    found["intx 4-bit g64 asymmetric"] = {"kind": "intx asymmetric", "bits": 4}
+    return found | {f"intx {bits}-bit g64 HQQ scales": {"kind": "intx hqq", "bits": bits} for bits in (4, 3, 2)}
 
 
 def compress(task: Task, kind: str, bits: int) -> Compressed:
-    """Quantize the linear layers; codes that it keeps in bytes are counted at their nominal bits."""
+    """Quantize the linear layers, which alone its weight-only formats take; codes that it keeps in bytes are counted at their nominal bits."""
     from torchao.quantization import quantize_
 
-    model = task.load(**({"dtype": torch.bfloat16} if kind.startswith("int4") else {}))
+    model = task.load(**({"dtype": torch.bfloat16} if kind == "int4" else {}))
     layers = linears(model)
     wanted = set(layers.values())
     quantize_(model, _config(kind, bits), filter_fn=lambda module, name: module in wanted)
     made = Compressed(runtime=lambda batch: model(**batch))
     for name, layer in layers.items():
         columns = layer.weight.shape[1]
-        group, zero = (columns, 0) if kind == "int8" else (64, bits if kind == "intx asymmetric" else 0)
         # The CPU kernel's zero points are floating.
-        zero = 16 if kind.startswith("int4") else zero
+        group, zero = columns if kind == "int8" else 64, {"int4": 16, "intx asymmetric": bits}.get(kind, 0)
         made.add(f"{name}.weight", _dense(layer, kind), grid_bits(layer.weight.shape, bits, group, zero))
     return made
 
 
 def _config(kind: str, bits: int) -> Any:
     from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
     from torchao.quantization.quant_primitives import MappingType
 
     if kind == "int8":
         return Int8WeightOnlyConfig()
     if kind == "int4":
         return PrototypeInt4WeightOnlyConfig(group_size=64)
-    if kind == "int4 default":
-        return Int4WeightOnlyConfig(group_size=64)
     fitted = {"mapping_type": MappingType.ASYMMETRIC}
     if kind == "intx hqq":
         fitted = {"intx_choose_qparams_algorithm": "hqq_scale_only"}
@@ -60,7 +54,7 @@ def _config(kind: str, bits: int) -> Any:
 
 def _dense(layer: nn.Module, kind: str) -> torch.Tensor:
     """The weight that the layer stands for; the kernel's packed format is read by multiplying with the identity."""
-    if not kind.startswith("int4"):
+    if kind != "int4":
         return layer.weight.dequantize()
     plain = nn.functional.linear(torch.eye(layer.in_features, dtype=torch.bfloat16), layer.weight)
     return plain.t()

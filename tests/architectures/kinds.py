@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -265,6 +266,42 @@ def groups() -> Iterator[list[str]]:
         ]
 
 
+@dataclass(frozen=True)
+class Real:
+    """A model from a package, whose figures are in ``docs/results/bench.json``."""
+
+    title: str
+    kind: str
+    reload: str = "`from_pretrained`"
+
+
+REAL = {
+    "minilm": Real("all-MiniLM-L6-v2", "encoder"),
+    "smollm2": Real("SmolLM2-135M-Instruct", "decoder, from GGUF"),
+    "gemma": Real("Gemma 3 270M", "decoder, from GGUF"),
+    "decoder": Real("a Llama trained for this", "decoder"),
+    "whisper": Real("Whisper base", "speech, encoder–decoder"),
+    "lite0": Real("EfficientNet-Lite0", "convolutions, a module", "`octavo.load(into=)`"),
+}
+RESULTS = ROOT / "docs" / "results" / "bench.json"
+
+
+def real_models() -> Iterator[list[str]]:
+    """Rows of the table of real models: every artifact of Octavo in the comparison with other tools."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for name, real in REAL.items():
+        for row in rows:
+            if row["model"] != name or row["tool"] != "octavo" or row["quality"] is None:
+                continue
+            ratio = 32 / row["bits_per_weight"]
+            second = "–" if row["second"] is None else f"{row['second_metric']} {row['second']:.3g}"
+            generates = {None: "–", True: "yes", False: "no"}[row["generates"]]
+            yield [
+                real.title, real.kind, f"{ratio:.2f}", f"{row['bytes'] / 1e6:.2f} MB", f"{row['metric']} {row['quality']:.2g}",
+                second, real.reload, generates,
+            ]  # fmt: skip
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
@@ -273,7 +310,12 @@ def tables() -> dict[str, str]:
     """The tables of the page by name."""
     layers = [[kind.layer, kind.note] for kind in KINDS]
     head = ["kind", "tested classes", "compress", "reload", "quality", "generate", "`--data`", "note"]
-    return {"architectures": table(head, list(groups())), "layers": table(["layer", "how it is read"], layers)}
+    figures = ["model", "kind", "ratio", "bytes", "quality", "in use", "reload", "generate"]
+    return {
+        "architectures": table(head, list(groups())),
+        "layers": table(["layer", "how it is read"], layers),
+        "real": table(figures, list(real_models())),
+    }
 
 
 def written(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -47,6 +48,43 @@ def test_rounding_takes_the_bits_that_are_counted() -> None:
 def test_scales_of_a_last_short_group_are_counted() -> None:
     base = importlib.import_module("peers.base")
     assert base.grid_bits((2, 100), 4, 64, 4) == 2 * (100 * 4 + 2 * (16 + 4))
+
+
+def test_a_convolution_is_counted_as_the_matrix_of_its_filters() -> None:
+    base = importlib.import_module("peers.base")
+    assert base.grid_bits(torch.Size((6, 16, 3, 3)), 3, 64, 16) == 6 * (144 * 3 + 3 * (16 + 16))
+
+
+def test_each_mask_cuts_the_tokens_it_belongs_to(tmp_path: Path) -> None:
+    base = importlib.import_module("peers.base")
+    data = {
+        "input_features": torch.ones(2, 4, 10), "decoder_input_ids": torch.arange(10).reshape(2, 5),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+    }  # fmt: skip
+    save_file(data, tmp_path / "data.safetensors")
+    first, second = base.Task("whisper", tmp_path, tmp_path / "data.safetensors", tmp_path).sequences()
+    assert first["decoder_input_ids"].tolist() == [[0, 1, 2]]
+    assert first["input_features"].shape == (1, 4, 10)
+    assert second["decoder_input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+
+
+def test_words_are_compared_as_they_sound() -> None:
+    speech = importlib.import_module("speech")
+    said, found = (
+        speech.words("and mister dashwood was ill disposed"),
+        speech.words("And Mr. Dashwood is ill-disposed."),
+    )
+    assert speech.word_errors(said, found) == 1
+    assert speech.word_errors(said, []) == len(said)
+    assert speech.word_errors(said, [*said[1:], "too"]) == 2
+
+
+def test_convolutions_are_padded_at_the_end_first() -> None:
+    photos = importlib.import_module("photos")
+    conv = torch.nn.Conv2d(1, 1, 3, 2, bias=False)
+    torch.nn.init.ones_(conv.weight)
+    # Six pixels in steps of two: one more is needed, and it stands behind the last.
+    assert photos.same(conv, torch.ones(1, 1, 6, 6))[0, 0].tolist() == [[9, 9, 6], [9, 9, 6], [6, 6, 4]]
 
 
 @pytest.mark.parametrize(

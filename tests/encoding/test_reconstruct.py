@@ -94,6 +94,28 @@ def test_gains_scale_rows():
     assert torch.allclose(form.dense()[:, 0], torch.tensor([1.0, 2.0, 2**-0.5]))
 
 
+class Padded(nn.Conv2d):
+    """Pads by itself, as EfficientNet's convolutions do, so it is no layer whose inputs calibration can read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 2, 0, 2)))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Padded])
+def test_an_image_counts_as_often_as_it_uses_a_weight(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        kind(3, 32, 3), nn.ReLU(), kind(32, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 16)
+    )
+    steps = []
+    images = torch.randn(48, 3, 16, 16)
+    octavo.compress(net.eval(), ratio=5, data=images, progress=lambda what, done, total: steps.append((what, total)))
+    # More than a hundred places of every image: 16,384 positions are less than four times all images.
+    taken = {total for what, total in steps if what == "reconstruct"}
+    assert len(taken) == 1
+    assert max(taken) <= 4 * 48 / 4
+
+
 def test_where_scales_are_stored_anyway_each_gets_a_gain(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")

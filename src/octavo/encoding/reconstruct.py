@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from octavo.allocation.encoded import as_weights, form_of
 from octavo.allocation.opened import Opened, Run
@@ -29,7 +30,7 @@ from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
 from octavo.system.raw import Lazily
 
-#: Positions of the calibration data to learn from, including repeats.
+#: Positions of the calibration data to learn from, including repeats: tokens, or as much work for other models.
 POSITIONS = {"default": 1 << 14, "best": 1 << 16}
 #: So many times more if every stored scale has a factor: these are some dozen times as many as rows.
 _MORE = 2
@@ -99,14 +100,14 @@ class _Fit:
     """The fitted parameters: relative changes of kept tensors and of rows, initially zero."""
 
     def __init__(self, run: Run, built: Built) -> None:
-        opened, calibration = run.opened, run.calibration
+        opened = run.opened
         self.run, self.opened, self.old = run, opened, built
         assert opened.source.module is not None
         self.module, self.original = opened.source.module, opened.source.original.module or opened.source.module
         self.parameters = opened.source.direct
         self.weights = {**opened.source.folded, **as_weights(opened, built.packed)}
         self.examples = max(sum(map(sequences_in, opened.calibration_data)), 1)
-        self.positions = max(calibration.tokens / max(calibration.sequences, 1), 1.0)
+        self.positions = max(_positions(run, self.original), 1.0)
         state = own_tensors(self.module)
         self.start: dict[str, Tensor] = {}
         self.units: dict[str, Tensor] = {}
@@ -234,6 +235,21 @@ class _Fit:
             if form is not base:
                 result[name] = pack(form, self.opened.target.resident)
         return result
+
+
+def _positions(run: Run, module: nn.Module) -> float:
+    """Positions of an example: its tokens; without tokens, the number of times that it uses a weight, on average.
+
+    An image uses a weight of a convolution at many places, so that a pass costs as much as one over many tokens.
+    """
+    opened, calibration = run.opened, run.calibration
+    batch = next(_pieces(opened.calibration_data[0], 1))
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return calibration.tokens / max(calibration.sequences, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        opened.objective.outputs(module, batch)
+    weights = sum(site.rows * site.columns for site in opened.sites)
+    return counter.get_total_flops() / 2 / max(weights, 1) / max(sequences_in(batch), 1)
 
 
 class _Value:
