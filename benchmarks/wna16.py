@@ -34,7 +34,7 @@ GROUPS = (128, 64)
 PINNED = llmcompressor.PACKAGES[0].partition("==")[2]
 FILES = ("model.safetensors", "config.json")
 #: Windows of the file of another model: for calibration, and held out.
-CALIBRATION, HELD = 128, 256
+CALIBRATION, HELD = 1024, 256
 #: Positions whose logits are in memory at a time.
 CHUNK = 512
 

@@ -152,7 +152,9 @@ class _Fit:
         batches = [piece for batch in self.opened.calibration_data for piece in _pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.gains.values()]
-        optimizer = torch.optim.Adam(learned, lr=_RATE, betas=(0.9, 0.95))
+        # Factors of groups are about as large as errors of rounding, and the loss is about their square.
+        rate = _RATE * min(1.0, math.sqrt(self.old.quality / _COARSE)) if self.grouped else _RATE
+        optimizer = torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
         )
