@@ -185,7 +185,7 @@ def main() -> None:
     found = own(given, least["bytes"], asked.preset)
     found |= {"of_peer": found["kl"] / least["kl"], "source_bytes": size(given.source), "text": given.text}
     others = [row for row in load_results("compressed-tensors").get("rows", []) if row["model"] != given.name]
-    words = "" if asked.folder is None else "--folder DECODER --windows FILE"
+    words = f"--preset {asked.preset}" + ("" if asked.folder is None else " --folder DECODER --windows FILE")
     save_results("compressed-tensors", {"rows": [*others, *peers, found]}, words)
     print(f"{given.name}: KL {found['of_peer']:.2f} times that of llm-compressor")
 

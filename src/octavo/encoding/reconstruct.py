@@ -31,9 +31,7 @@ from octavo.sources.narrowing import FLOATS
 from octavo.system.raw import Lazily
 
 #: Positions of the calibration data to learn from, including repeats: tokens, or as much work for other models.
-POSITIONS = {"default": 1 << 14, "best": 1 << 16}
-#: So many times more if every stored scale has a factor: these are some dozen times as many as rows.
-_MORE = 2
+POSITIONS = {"default": 1 << 14, "best": 1 << 17}
 #: Positions in one step, within these numbers of examples.
 _STEP, _FEWEST, _MOST = 512, 4, 32
 #: Relative change per step (docs/decisions.md).
@@ -67,7 +65,7 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
     if preset not in POSITIONS or not _possible(run.opened) or not built.quality > 0:
         return built
     fit = _Fit(run, built)
-    fit.learn(POSITIONS[preset] * (_MORE if fit.grouped else 1))
+    fit.learn(POSITIONS[preset])
     for gains in (True, False):
         found = fit.built(gains=gains)
         if found.counted <= budget and found.quality < built.quality:
