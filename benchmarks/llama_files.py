@@ -151,7 +151,8 @@ def main() -> None:
         f"gguf-{given.model}",
         {"model": title, "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
          "judged": given.judged.name, "context": given.context, "rows": rows},
-        f"{given.model} --tools BUILD/bin --seen {given.seen.name} --judged {given.judged.name}",
+        f"{given.model} --preset {given.preset} --context {given.context} --tools BUILD/bin "
+        f"--seen {given.seen.name} --judged {given.judged.name}",
     )  # fmt: skip
 
 
