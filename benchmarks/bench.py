@@ -41,7 +41,7 @@ from octavo.system.atomic import write_file
 TOOLS = ("own", "torchao", "quanto", "hqq", "nncf", "llmcompressor", "gptqmodel", "auto_round", "llama_cpp")
 #: What Octavo is asked for, as ratios to float32: just under the sizes at which other tools have their best points.
 RATIOS = {
-    "minilm": (4, 7.25, 11.05, 13.25),
+    "minilm": (4, 5.2, 7.25, 9.2, 11.05, 13.25),
     "smollm2": (5.6, 7.45, 9.25, 12.95),
     "gemma": (7.45, 9.8, 11.1, 14.2),
     "decoder": (4, 7.3, 9.3, 12.9),
