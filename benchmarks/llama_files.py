@@ -146,14 +146,14 @@ def main() -> None:
             )  # fmt: skip
             print(mix, f"{found[0].bytes:,} {found[1].bytes:,} bytes", f"KL {found[0].divergence:.5f} {found[1].divergence:.5f}",
                   f"share {share:.3f}" if share is not None else "", f"speed {speeds[1] / speeds[0]:.2f}", flush=True)  # fmt: skip
-    title = TITLES.get(given.model, "a Llama of 256 columns, trained here")
-    save_results(
-        f"gguf-{given.model}",
-        {"model": title, "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
-         "judged": given.judged.name, "context": given.context, "rows": rows},
-        f"{given.model} --preset {given.preset} --context {given.context} --tools BUILD/bin "
-        f"--seen {given.seen.name} --judged {given.judged.name}",
-    )  # fmt: skip
+            title = TITLES.get(given.model, "a Llama of 256 columns, trained here")
+            save_results(
+                f"gguf-{given.model}",
+                {"model": title, "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
+                 "judged": given.judged.name, "context": given.context, "rows": rows},
+                f"{given.model} --preset {given.preset} --context {given.context} --tools BUILD/bin "
+                f"--seen {given.seen.name} --judged {given.judged.name}",
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
