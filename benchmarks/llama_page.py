@@ -32,8 +32,8 @@ def _tables(results: dict[str, Any], table: Table) -> str:
     rows = [
         [
             row["mix"], f"{row['llama.cpp']['bytes'] / 1e6:.2f}", f"{row['octavo']['bytes'] / 1e6:.2f}",
-            f"{row['llama.cpp']['divergence']:.5f}", f"{row['octavo']['divergence']:.5f}",
-            "-" if row["share"] is None else f"{row['share']:.3f}",
+            f"{row['llama.cpp']['divergence']:.5f}", f"{max(row['octavo']['divergence'], 0.0):.5f}",
+            "-" if row["share"] is None else f"{max(row['share'], 0.0):.3f}",
             f"{row['llama.cpp']['perplexity']:.2f}", f"{row['octavo']['perplexity']:.2f}", f"{row['speed']:.2f}",
         ]
         for row in results["rows"]
@@ -42,7 +42,7 @@ def _tables(results: dict[str, Any], table: Table) -> str:
     source = results["source"]
     return (
         f"## {results['model']}\n\nSource: {source['bytes'] / 1e6:.2f} MB, perplexity {source['perplexity']:.2f}. Preset "
-        f"`{results['preset']}`, windows of {results['context']} tokens.\n\n{table(head, rows)}\n{source_of(results)}\n"
+        f"`{results['preset']}`, windows of {results['context']} tokens.\n\n{table(head, rows)}\n\n{source_of(results)}\n"
     )
 
 
