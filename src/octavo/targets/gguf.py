@@ -175,6 +175,8 @@ class Gguf(ForeignFile):
                 raise ArtifactError(f"{FILE}: tensor {placed.name!r} reads back differently")
         rows = tuple((name, types[name], sizes[name]) for name in sorted(types, key=lambda name: -sizes[name]))
         text = f"{FILE} holds {len(found)} tensors, read back and equal to what was measured."
+        if result.built.counted < result.budget.least:
+            text += " It has fewer bytes than it may: finer types are slower than llama.cpp's own mix, or too large."
         given = Section("gguf", "For llama.cpp", text, ("type", "tensors", "bytes"), rows)
         if not has_llama_cpp():
             note = "llama.cpp did not run it: pip install 'octavo[llama]' measures the file by llama.cpp itself"
