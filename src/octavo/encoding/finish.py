@@ -195,7 +195,7 @@ def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone:
 
 
 def contest(
-    run: Run, profile: Profile, mixed: Plan, asked: Budget, *, plain: bool = False
+    run: Run, profile: Profile, considered: Profile, mixed: Plan, asked: Budget, *, plain: bool = False
 ) -> tuple[Built, Built | None]:
     """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
@@ -203,12 +203,11 @@ def contest(
     the plain method. If plans can be measured, all are built and the best wins. With preset ``fast`` only the uniform
     plan is built if it is expected to lose hardly more than the mixed one. If plans cannot be measured, only that of
     least expected loss is built, and the figures of the others are expectations. The bytes that the winner leaves are
-    then spent if that lowers its loss.
+    then spent if that lowers its loss. Where the target rules points out for some reason (``considered``), rivals may
+    have them, but only a plan that it admits may win.
     """
-    opened = run.opened
-    aim = replace(asked, bytes=int(asked.bytes * (1 - opened.target.margin)))
-    target = opened.target
-    considered = target.considered(profile, asked)
+    opened, target = run.opened, run.opened.target
+    aim = replace(asked, bytes=int(asked.bytes * (1 - target.margin)))
     even, families = best_uniform(run, profile, aim), single_families(considered, asked)
     # Of one family alone, the mixed plan is already the best.
     plans = [mixed, *even, *(families[:1] if len(families) > 1 else [])]

@@ -184,6 +184,7 @@ class _Fit:
             hook.remove()
         for change in rows.values():
             change.requires_grad_(False)
+        # Those of weights were summed as they came.
         targets = {**{name: self.changes[name] for name in learned}, **rows}
         for (name, change), gradient in zip(targets.items(), gradients, strict=False):
             unit = self.units.get(name, 1.0)

@@ -31,7 +31,7 @@ _STEPS = 20
 
 def pace(profile: Profile, points: Mapping[str, Point]) -> float:
     """Time of a token, in weights of q4_0."""
-    alone = any(curve.kind == "head" for curve in profile.curves)
+    alone = _has_head(profile)
     return sum(_time(curve, points[curve.site], alone) for curve in profile.curves)
 
 
@@ -63,7 +63,7 @@ def quick(profile: Profile, asked: Budget) -> Profile:
     room, rows = asked.bytes - profile.fixed_bytes, np.arange(len(table.rows))
     if math.isinf(most) or lossless(profile, asked) or int(table.bytes.min(1).sum()) > room:
         return profile
-    alone = any(curve.kind == "head" for curve in profile.curves)
+    alone = _has_head(profile)
     times = np.zeros_like(table.loss)
     for row, (curves, choices) in enumerate(zip(table.rows, table.points, strict=True)):
         pairs = (zip(curves, points, strict=True) for points in choices)
@@ -96,6 +96,11 @@ def quick(profile: Profile, asked: Budget) -> Profile:
     return replace(profile, curves=[replace(curve, points=left[curve.site]) for curve in profile.curves])
 
 
+def _has_head(profile: Profile) -> bool:
+    """Whether the head has a matrix of its own, and is not tied to the embedding."""
+    return any(curve.kind == "head" for curve in profile.curves)
+
+
 def _time(curve: Curve, point: Point, alone: bool) -> float:
     """Time of one matrix; nothing is multiplied with an embedding that has a head beside it."""
     if alone and curve.kind == "embedding":
@@ -105,8 +110,8 @@ def _time(curve: Curve, point: Point, alone: bool) -> float:
 
 
 def _mix(profile: Profile, kind: str) -> dict[str, Point] | None:
-    found = {}
-    alone = any(curve.kind == "head" for curve in profile.curves)
+    """A mix of llama.cpp; None if no matrix has a type."""
+    found, alone = {}, _has_head(profile)
     for curve in profile.curves:
         head = curve.kind == "head" or (curve.kind == "embedding" and not alone)
         wanted = _HEAD if head else kind

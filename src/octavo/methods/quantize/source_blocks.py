@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
-from octavo.coding.ggml import block_type, row_order
+from octavo.coding.ggml import BlockType, block_type, row_order
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.forms.ggml import GgmlBlocks
 from octavo.methods.base import Method, Setting, method
+from octavo.methods.knobs import choice
 from octavo.sources.sites import Site, StoredBlocks
 
 
@@ -55,18 +56,18 @@ class _BlocksOfSite(SourceBlocks):
         return [{"type": self.stored.kind}]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
-        form = self._read(*weight.shape)
+        kind = choice(self.name, setting, "type", (self.stored.kind,))
+        form = self._read(block_type(kind), *weight.shape)
         if not torch.equal(form.dense(), weight):
             raise RequestError(f"{self.name}: {self.stored.file} holds blocks of other weights; choose method ggml")
         return form
 
     def encode_all(self, weight: Tensor, settings: Iterable[Setting], evidence: Evidence) -> Iterator[Form]:
         """Yields no form if the source's weights are not those of its blocks."""
-        forms = (self._read(*weight.shape) for _ in settings)
+        forms = (self._read(block_type(setting["type"]), *weight.shape) for setting in settings)
         return (form for form in forms if torch.equal(form.dense(), weight))
 
-    def _read(self, rows: int, columns: int) -> Form:
-        kind = block_type(self.stored.kind)
+    def _read(self, kind: BlockType, rows: int, columns: int) -> Form:
         size = kind.row_bytes(columns)
         content = np.fromfile(self.stored.file, np.uint8, rows * size, offset=self.stored.offset)
         if len(content) != rows * size:
