@@ -39,9 +39,9 @@ _TEXT = """## What each stage does
 A mapped original that nobody touches is not read. So its time is that of making the module. An artifact is decoded, in
 parallel by site, and its weights are written to new memory in the model's dtype.
 
-- About half of the decoding is entropy coding and its tables, a fifth puts streams back in the order of the matrix, and
-  the rest multiplies with steps (MiniLM, one thread). Row gains are now multiplied in place.
-- Writing float32 weights into new memory takes about a seventh. A copy of the original has to do the same.
+- Decoding is entropy coding, putting streams back in the order of the matrix, and multiplying with steps. Row gains are
+  multiplied in place.
+- Writing float32 weights into new memory is left. A copy of the original has to do the same.
 - Decoding lazily, site by site at first use, would only move the time to the first output, which needs every site but
   rows of a table. To run without decoded weights there is `octavo.load(path, packed=True)`.
 """

@@ -2,7 +2,7 @@
 
 `python benchmarks/llama_files.py smollm2 --tools BUILD/bin` writes docs/results/gguf-smollm2.json. BUILD is a build of
 llama.cpp with llama-quantize, llama-imatrix, llama-perplexity and llama-bench. Models are `smollm2` and `gemma` (GGUF
-files in packages) and `decoder`, a folder given with --folder, whose float16 GGUF file is the source of both.
+files in packages) and `decoder`, which benchmarks/decoder.py trains and whose float16 GGUF file is the source of both.
 
 llama.cpp's importance matrix and Octavo's moments are of the same text. Divergence, perplexity and speed are measured
 by llama.cpp on other text.
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common import CACHE, save_results
-from models import TITLES, gguf_file
+from models import TITLES, gguf_file, model_folder
 
 import octavo
 
@@ -102,7 +102,6 @@ def main() -> None:
     """Make and judge all files, and save what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("smollm2", "gemma", "decoder"))
-    parser.add_argument("--folder", type=Path, help="the folder of decoder")
     parser.add_argument("--tools", type=Path, required=True, help="folder of llama.cpp's programs")
     parser.add_argument("--seen", type=Path, required=True, help="text for calibration")
     parser.add_argument("--judged", type=Path, required=True, help="text for the figures")
@@ -114,12 +113,8 @@ def main() -> None:
     work = CACHE / "gguf-bench" / given.model
     work.mkdir(parents=True, exist_ok=True)
     tools = Tools(given.tools, given.threads, given.context)
-    if given.model == "decoder":
-        plain, original = work / "plain" / "model.gguf", given.folder
-        if not plain.exists():
-            octavo.compress(original, target="gguf", bits=16.5, methods=["keep"], preset="data-free").save(plain.parent)
-    else:
-        plain = original = gguf_file(given.model)
+    plain = gguf_file(given.model)
+    original = model_folder(given.model) if given.model == "decoder" else plain
     matrix = tools.matrix(plain, given.seen, work / "matrix.gguf")
     asked = {"target": "gguf", "data": given.seen, "preset": given.preset}
     profile = work / f"profile-{given.preset}"
@@ -146,10 +141,9 @@ def main() -> None:
             )  # fmt: skip
             print(mix, f"{found[0].bytes:,} {found[1].bytes:,} bytes", f"KL {found[0].divergence:.5f} {found[1].divergence:.5f}",
                   f"share {share:.3f}" if share is not None else "", f"speed {speeds[1] / speeds[0]:.2f}", flush=True)  # fmt: skip
-            title = TITLES.get(given.model, "a Llama of 256 columns, trained here")
             save_results(
                 f"gguf-{given.model}",
-                {"model": title, "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
+                {"model": TITLES[given.model], "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
                  "judged": given.judged.name, "context": given.context, "rows": rows},
                 f"{given.model} --preset {given.preset} --context {given.context} --tools BUILD/bin "
                 f"--seen {given.seen.name} --judged {given.judged.name}",
