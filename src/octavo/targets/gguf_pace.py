@@ -1,6 +1,6 @@
 """How long llama.cpp takes for a token by the types of tensors, and plans that are no slower than its own mixes.
 
-Types differ in speed by more than three times, and the smallest loss often lies in slow ones. A mix of llama.cpp has
+Types differ in speed by three times, and the smallest loss often lies in slow ones. A mix of llama.cpp has
 one K type for all matrices and a finer one for the head; where columns are no multiple of 256 another type takes its
 place. What such mixes take at their sizes says how much time a plan of any size may take.
 """
