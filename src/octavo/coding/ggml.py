@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -366,6 +367,26 @@ def block_type(name: object) -> BlockType:
     if kind is None:
         raise ArtifactError(f"{name!r} is not a block type; this version knows {', '.join(TYPES)}")
     return kind
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """Where a file holds a matrix as blocks.
+
+    Parameters
+    ----------
+    offset
+        Where its first block begins in the file.
+    kind
+        Name of the block type, such as ``q4_k``.
+    heads
+        Heads whose rows are in another order in the file (:func:`row_order`); 0 for none.
+    """
+
+    file: Path
+    offset: int
+    kind: str
+    heads: int = 0
 
 
 def row_order(rows: int, heads: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from octavo.coding.container import DTYPES as INTEGERS
+from octavo.coding.ggml import StoredBlocks
 from octavo.errors import RequestError
 from octavo.sources.conversions import Conversion
 from octavo.sources.modules import own_tensors, state_of
@@ -104,26 +105,6 @@ class Layout:
             split = matrix.reshape(self.groups, shape[1], shape[0] // self.groups, -1)
             return split.permute(0, 2, 1, 3).reshape(shape).contiguous()
         return matrix.reshape(shape)
-
-
-@dataclass(frozen=True)
-class StoredBlocks:
-    """Where a file holds a matrix as blocks of ggml (:mod:`octavo.coding.ggml`).
-
-    Parameters
-    ----------
-    offset
-        Where its first block begins in the file.
-    kind
-        Name of the block type, such as ``q4_k``.
-    heads
-        Heads whose rows are in another order in the file (:func:`octavo.coding.ggml.row_order`); 0 for none.
-    """
-
-    file: Path
-    offset: int
-    kind: str
-    heads: int = 0
 
 
 @dataclass(frozen=True)

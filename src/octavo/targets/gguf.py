@@ -20,7 +20,7 @@ from octavo.allocation.opened import Opened
 from octavo.allocation.plans import Plan
 from octavo.allocation.profiles import Profile
 from octavo.artifact import Artifact
-from octavo.coding.ggml import TYPES
+from octavo.coding.ggml import TYPES, StoredBlocks
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError, MissingExtraError, RequestError
@@ -41,7 +41,7 @@ from octavo.runtimes.gguf.files import (
     write_file,
 )
 from octavo.runtimes.gguf.llama import Ran, has_llama_cpp, ran
-from octavo.sources.sites import Site, Source, StoredBlocks
+from octavo.sources.sites import Site, Source
 from octavo.system.records import plain_json
 from octavo.targets.base import target
 from octavo.targets.fixed import ForeignFile

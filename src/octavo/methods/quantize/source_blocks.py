@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
-from octavo.coding.ggml import BlockType, block_type, row_order
+from octavo.coding.ggml import BlockType, StoredBlocks, block_type, row_order
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.forms.ggml import GgmlBlocks
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.knobs import choice
-from octavo.sources.sites import Site, StoredBlocks
+from octavo.sources.sites import Site
 
 
 @method("source-blocks", family="quantize", preset="fast", source="Block types of ggml")

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.coding.ggml import TYPES
+from octavo.coding.ggml import TYPES, StoredBlocks
 from octavo.errors import ArtifactError
 from octavo.forms import Dense, Form
 from octavo.forms.ggml import GgmlBlocks
 from octavo.runtimes.gguf.architectures import Laid, require_gguf
 from octavo.runtimes.gguf.vocabulary import add_vocabulary, copy_metadata
-from octavo.sources.sites import Source, StoredBlocks
+from octavo.sources.sites import Source
 
 #: Bytes to which every tensor of a file is padded.
 _ALIGNED = 32
