@@ -84,6 +84,12 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
         ``fast``, ``default`` or ``best``; or ``data-free``.
     ignore, keep
         Globs of site names to leave alone, and a mapping of globs to choices such as ``float16`` or ``gptq:bits=4``.
+    recover
+        ``distill`` lets the source teach the compressed model on ``data``, in the forms that are stored and in the same
+        bytes (:mod:`octavo.encoding.recovering`). It needs data beyond those of the calibration, without labels, and
+        is made for ``disk``. With the default ``none`` nothing follows encoding.
+    minutes
+        How long to teach.
     plan
         A plan file to carry out instead of allocating: to its budget exactly as :func:`octavo.plan` wrote it, to the
         letter if it was edited.

@@ -79,8 +79,7 @@ def test_settled_latents_keep_their_codes():
 def test_forms_that_read_the_parts_of_others_are_left_as_they_are():
     weight = torch.randn(64, 64)
     method = get_method("trellis")
-
-    evidence = Evidence(torch.ones(64))
+    evidence = Evidence(torch.ones(64), None)
     form = method.encode(weight, method.settings(weight, evidence)[0], evidence)
     student = StraightThrough(form)
     assert student.moved == 0 and torch.equal(student.dense(), form.dense())

@@ -30,7 +30,7 @@ class Given:
 def learnable(opened: Opened, built: Built) -> dict[str, Tensor]:
     """Tensors that are stored as floats anyway, such as norms and biases, in float32 by name.
 
-    Tensors that the user ignores are not among them, unless there are no sites: after a cut alone all are.
+    Tensors that the user ignores are not among them, but after a cut alone, which leaves no sites, all are.
     """
     assert opened.source.module is not None
     state, parameters = own_tensors(opened.source.module), opened.source.direct

@@ -64,7 +64,7 @@ class Student:
 
     @property
     def moved(self) -> int:
-        """The number of weights that training can change; norms and biases count only where there are no sites."""
+        """The number of weights that training can change; norms and biases count only after a cut alone."""
         if not self.built.packed:
             return sum(weight.numel() for weight in self.start.values())
         return sum(form.moved for form in self.forms.values())
@@ -116,7 +116,7 @@ class Student:
             form.settle(share)
 
     def priced(self) -> float:
-        """Take the prices of codes anew, from the codes of now; returns their entropy in bits."""
+        """Take the prices of codes from the codes of now; returns their entropy in bits."""
         return sum(form.priced() for form in self.forms.values())
 
     def _made(self) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class StraightThrough:
             leaf.latent.lerp_(leaf.latent.round(), share)
 
     def priced(self) -> float:
-        """Take the prices of codes anew, from the codes of now; returns their entropy in bits."""
+        """Take the prices of codes from the codes of now; returns their entropy in bits."""
         return sum(leaf.priced() for leaf in self.codes())
 
     def dense(self) -> Tensor:
@@ -164,7 +164,7 @@ class _Codes:
 
     @torch.no_grad()
     def priced(self) -> float:
-        """Take the prices of codes anew; returns their entropy in bits.
+        """Take the prices of codes from the codes of now; returns their entropy in bits.
 
         Magnitudes are taken to be geometric, with the mean that their row and their column predict: a code's length
         grows by as many bits with each level.
