@@ -18,6 +18,7 @@ from octavo.calibration.calibrating import Calibration, data_free
 from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
 from octavo.calibration.runner import Runner
+from octavo.encoding.recovering import check_teaching
 from octavo.errors import OctavoError, RequestError
 from octavo.methods import DATA_FREE
 from octavo.request import Request
@@ -58,6 +59,8 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
     objective = None if request.objective is None else objective_of(request.objective)
     memory = None if request.memory is None else parse_size(request.memory)
     chosen, preset = target.methods(request), target.preset(request)
+    if request.recover != "none" and request.methods is None:
+        chosen = [method for method in chosen if method.learns or method.dense]
     # Without data nothing is run, and the model need not fit in memory.
     source = inputs.open_source(request.source, module=target.loads or preset != DATA_FREE, progress=progress)
     _check_memory(source, memory)
@@ -90,14 +93,39 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
         batches = inputs.prepared(source, wanted, batches)
     rows = inputs.divisible(source, wanted, batches)
     calibration, held = inputs.split(batches, rows=rows)
+    teaching = [] if request.recover == "none" else _teaching(source, request, wanted, calibration, _TEXTS[preset])
     if target.folds and not all(method.lossless for method in chosen):
         source = _folded(source, module, calibration, wanted, left, memory)
     notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]
     opened = Opened(
-        request, target, source, sites, left, wanted, calibration, held, text, chosen, pinned, memory, witness, notes
+        request,
+        target,
+        source,
+        sites,
+        left,
+        wanted,
+        calibration,
+        held,
+        text,
+        chosen,
+        pinned,
+        memory,
+        witness,
+        notes,
+        teaching,
     )
+    if request.recover != "none":
+        check_teaching(opened)
     target.check(opened)
     return opened
+
+
+def _teaching(
+    source: Source, request: Request, wanted: Objective, calibration: list[Batch], limit: int | None
+) -> list[Batch]:
+    """Batches of examples that the source teaches on: those of the calibration, and texts beyond its limit."""
+    more = inputs.teaching_data(source, request.data, limit=limit)
+    return [*calibration, *(inputs.prepared(source, wanted, more) if more and source.module is not None else [])]
 
 
 def begin(opened: Opened, room: Workspace, executor: Executor, progress: Progress, clock: Clock | None = None) -> Run:

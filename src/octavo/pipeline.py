@@ -18,6 +18,7 @@ from octavo.allocation.profiles import Profile
 from octavo.allocation.workspace import Workspace, holds_profile
 from octavo.cutting import best_level, cut_alone, cutter, refuse_cut, split_request
 from octavo.encoding.finish import finish, single_families
+from octavo.encoding.recovering import recover
 from octavo.encoding.result import Result
 from octavo.errors import BudgetError, RequestError
 from octavo.methods.selecting import dense_method
@@ -83,6 +84,12 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
         ``fast``, ``default`` or ``best``; or ``data-free``.
     ignore, keep
         Globs of site names to leave alone, and a mapping of globs to choices such as ``float16`` or ``gptq:bits=4``.
+    recover
+        ``distill`` lets the source teach the compressed model on ``data``, in the forms that are stored and in the same
+        bytes (:mod:`octavo.encoding.recovering`). It needs data beyond those of the calibration, without labels, and
+        is made for ``disk``. With the default ``none`` nothing follows encoding.
+    minutes
+        How long to teach.
     plan
         A plan file to carry out instead of allocating: to its budget exactly as :func:`octavo.plan` wrote it, to the
         letter if it was edited.
@@ -166,6 +173,10 @@ def compressed(request: Request, progress: Progress) -> Compressed:
             clock.lap("cut")
             run = partial(Run, workspace=room, executor=executor, progress=progress, clock=clock)
             result = cut_alone(found, goal, run) if alone else best_level(found, room, solved)
+        if request.recover != "none":
+            built, recovery = recover(result, result.budget)
+            result = replace(result, built=built, recovery=recovery)
+            clock.lap("recover")
         opened.witness.check(every=True)
     done = Compressed(**vars(replace(result, timings=clock.laps)), lock=lock)
     if lock is not None:
@@ -220,7 +231,7 @@ def profile(source: Any, out: str | Path, *, progress: Shown = None, **choices: 
     target = get_target(request.target)
     target.refuse(request)
     refuse_cut(request)
-    stated = [name for name in request.made(Role.BUDGET) if name != "shape"]
+    stated = [name for name in request.made(Role.BUDGET, Role.AFTER) if name != "shape"]
     if stated or request.plan is not None:
         raise RequestError(f"a profile is of all budgets: leave {', '.join(stated or ['plan'])} out, and plan it later")
     opened = open_request(request, target, callback(progress), work=Path(out) if request.resume else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
@@ -27,6 +28,7 @@ class Role(Enum):
     SOURCE = "what is compressed"
     BUDGET = "the size or speed asked for"
     MEASURED = "what a profile is made with; another value makes another profile"
+    AFTER = "what follows a plan; a profile serves all values"
     RUN = "how the work is done; the result is the same"
 
 
@@ -122,6 +124,11 @@ def _is_seed(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int):
         return "give an integer, such as 0"
     return "" if -(2**63) <= value < 2**63 else "it does not fit 64 bits; choose a smaller one"
+
+
+def _is_duration(value: Any) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "" if number and 0 < value < math.inf else "give minutes, such as 30"
 
 
 def _is_name(value: Any) -> str:
@@ -226,6 +233,14 @@ class Request:
         save=lambda value: dict(value or {}),
         resolved=True,
     )
+    recover: str = option(
+        "none",
+        "What follows encoding: none, or distill: the source teaches the compressed model on --data, which needs no "
+        "labels, in the forms that are stored and in the same bytes. More than an hour rarely pays.",
+        Role.AFTER,
+        check=_one_of("none", "distill"),
+    )
+    minutes: float = option(30.0, "For --recover: how long to teach.", Role.AFTER, kind=float, check=_is_duration)
     plan: str | Path | None = option(
         None,
         "A plan to carry out: to its budget as 'octavo plan' wrote it, to the letter if edited.",
@@ -315,6 +330,8 @@ class Choices(TypedDict, total=False):
     preset: str
     ignore: Sequence[str]
     keep: Mapping[str, str] | None
+    recover: str
+    minutes: float
     plan: str | Path | None
     workspace: str | Path | None
     resume: bool

@@ -141,7 +141,7 @@ def _check(asked: Request, dtype: torch.dtype | None, *, budgeted: bool) -> None
         )
     if budgeted and dtype is not None:
         raise RequestError("dtype: with a budget every part gets a precision of its own; leave one of them out")
-    odd = [name for name in asked.made(Role.BUDGET, Role.MEASURED, Role.RUN) if name not in _MEASURED]
+    odd = [name for name in asked.made(Role.BUDGET, Role.MEASURED, Role.AFTER, Role.RUN) if name not in _MEASURED]
     if odd and not budgeted:
         raise RequestError(
             f"{', '.join(odd)}: says how to compress, and without a budget everything is stored as it is; give ratio=, "

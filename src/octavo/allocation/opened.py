@@ -47,6 +47,8 @@ class Opened:
         The input files.
     notes
         Notes for the user; steps append to it.
+    teaching
+        Batches that the source teaches its compressed copy on, if that was asked for.
     """
 
     request: Request
@@ -63,6 +65,7 @@ class Opened:
     memory: int | None = None
     witness: Witness = field(default_factory=lambda: Witness(None))
     notes: list[str] = field(default_factory=list)
+    teaching: list[Batch] = field(default_factory=list)
 
     @cached_property
     def _by_name(self) -> dict[str, Site]:

@@ -30,6 +30,7 @@ from octavo.sources.texts import builtin_texts, check_texts, cleaned, read_texts
 from octavo.sources.tokens import (
     check_tokens,
     context_of,
+    further_windows,
     is_causal,
     missing_for_texts,
     text_batches,
@@ -44,6 +45,8 @@ _HELD = 96
 TOKENS_PER_TEXT = 64
 #: More texts do not improve the calibration of a language model enough to justify their time.
 MOST_TEXTS = 1024
+#: Tokens of texts from which a source teaches its copy: more than an hour of training takes.
+_TAUGHT = 1 << 23
 #: More images or sounds do not either.
 MOST_FILES = 512
 #: Texts for a language model are joined and split into windows of this many tokens, or of its context if shorter.
@@ -149,6 +152,26 @@ def load_data(
             "examples first, or convert batches with forward_args="
         )
     return batches, f"{total} examples given"
+
+
+def teaching_data(source: Source, data: Any, *, limit: int | None) -> list[Batch]:
+    """Batches of the user's texts that :func:`load_data` leaves out for its limit; none of other data.
+
+    They need no labels: a source teaches its compressed copy on them.
+    """
+    is_texts = isinstance(data, list) and all(isinstance(item, str) for item in data)
+    named = isinstance(data, str | Path) and not checked(data).is_dir()
+    if source.module is None or limit is None or not (is_texts or named):
+        return []
+    texts, _ = texts_of(data)
+    if source.is_encoder and isinstance(source.module, SentenceEncoder):
+        return source.module.batches(texts[limit:])
+    assert source.folder is not None
+    folder = transformer_folder(source.folder)
+    if is_causal(source.module):
+        length, most = min(WINDOW, context_of(source.module)), _TAUGHT
+        return further_windows(folder, texts, length, limit=limit * TOKENS_PER_TEXT, most=most)
+    return text_batches(folder, texts[limit : limit + _TAUGHT // TOKENS_PER_TEXT], source.module, size=64)
 
 
 def _read(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -103,7 +103,7 @@ def compress(
 
 
 @command
-@options.asking(Request, without=(*names(Request, Role.BUDGET), "plan"))
+@options.asking(Request, without=(*names(Request, Role.BUDGET, Role.AFTER), "plan"))
 def profile_(
     request: Request, out: options.OUT, overwrite: options.OVERWRITE = False, json_output: options.JSON = False
 ) -> None:

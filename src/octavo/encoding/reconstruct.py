@@ -24,11 +24,11 @@ from octavo.allocation.opened import Opened, Run
 from octavo.artifact import Packed, pack
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Loss
+from octavo.encoding.batching import pieces, repeated
 from octavo.encoding.finish import Built
-from octavo.sources.batches import Batch, Whole, select, sequences_in
+from octavo.encoding.learnable import Given, learnable, rebuilt
+from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.modules import own_tensors
-from octavo.sources.narrowing import FLOATS
-from octavo.system.raw import Lazily
 
 #: Positions of the calibration data to learn from, including repeats: tokens, or as much work for other models.
 POSITIONS = {"default": 1 << 14, "best": 1 << 17}
@@ -106,19 +106,9 @@ class _Fit:
         self.weights = {**opened.source.folded, **as_weights(opened, built.packed)}
         self.examples = max(sum(map(sequences_in, opened.calibration_data)), 1)
         self.positions = max(_positions(run, self.original), 1.0)
-        state = own_tensors(self.module)
-        self.start: dict[str, Tensor] = {}
-        self.units: dict[str, Tensor] = {}
-        for name, kept in built.contents.kept.items():
-            if kept.dtype not in FLOATS:
-                continue
-            weight = kept.tensor().float()
-            learnable = name in self.parameters and isinstance(state[self.parameters[name]], nn.Parameter)
-            # Changing a tensor that is coded as bits would take unplanned bytes.
-            learnable = learnable and not kept.coded and not opened.left[name].startswith("ignored")
-            if learnable and weight.any() and weight.isfinite().all():
-                # Changes are relative to the tensor as a whole, since single biases may be zero.
-                self.start[name], self.units[name] = weight, weight.square().mean().sqrt()
+        self.start = learnable(opened, built)
+        # Changes are relative to the tensor as a whole, since single biases may be zero.
+        self.units = {name: weight.square().mean().sqrt() for name, weight in self.start.items()}
         self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
         owners = {name: owner for name, owner in _linear(opened).items() if name in built.packed}
         counts = {name: opened.target.gains(form_of(opened.site(name), built.packed[name])) for name in owners}
@@ -147,7 +137,7 @@ class _Fit:
     def learn(self, positions: int) -> None:
         """Adam with a cosine schedule over that many positions, repeating the data as needed."""
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
-        batches = [piece for batch in self.opened.calibration_data for piece in _pieces(batch, size)]
+        batches = [piece for batch in self.opened.calibration_data for piece in pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.gains.values()]
         # Factors of groups are about as large as errors of rounding, and the loss is about their square.
@@ -156,7 +146,7 @@ class _Fit:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
         )
-        for step, batch in enumerate(_repeated(batches, steps, self.opened.request.seed)):
+        for step, batch in enumerate(repeated(batches, steps, self.opened.request.seed)):
             self._gradients(batch)
             optimizer.step()
             schedule.step()
@@ -201,32 +191,11 @@ class _Fit:
 
     def built(self, *, gains: bool) -> Built:
         """The plan with the fitted values as stored, measured on held-out data."""
-        opened, old = self.opened, self.old
-        packed = {**old.packed, **(self._scaled_forms() if gains else {})}
-        kept = dict(old.contents.kept)
+        packed = {**self.old.packed, **(self._scaled_forms() if gains else {})}
+        kept = dict(self.old.contents.kept)
         for name, tensor in self.kept().items():
-            kept[name] = replace(kept[name], read=_Value(tensor))
-        # A weight that is a form gets no gains.
-        entries = {
-            name: replace(entry, packed=packed[name]) if name in packed else entry
-            for name, entry in old.contents.entries.items()
-        }
-        contents = replace(old.contents, entries=entries, kept=kept)
-        target = opened.target
-        points = {name: replace(point, bytes=target.bytes(packed[name])) for name, point in old.plan.points.items()}
-        total = target.total(contents)
-        plan = replace(old.plan, points=points, fixed_bytes=total - sum(map(target.bytes, packed.values())))
-        stored = {name: item.given for name, item in kept.items()}
-        losses = self.run.measure(Lazily({**as_weights(opened, packed).made, **stored})).double()
-        return Built(
-            plan,
-            packed,
-            contents,
-            contents.bytes,
-            total,
-            float(losses.mean()),
-            float(losses.quantile(0.95)),
-        )
+            kept[name] = replace(kept[name], read=Given(tensor))
+        return rebuilt(self.run, self.old, packed, kept)
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}
@@ -244,41 +213,13 @@ def _positions(run: Run, module: nn.Module) -> float:
     An image uses a weight of a convolution at many places, so that a pass costs as much as one over many tokens.
     """
     opened, calibration = run.opened, run.calibration
-    batch = next(_pieces(opened.calibration_data[0], 1))
+    batch = next(pieces(opened.calibration_data[0], 1))
     if isinstance(batch, Mapping) and "input_ids" in batch:
         return calibration.tokens / max(calibration.sequences, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         opened.objective.outputs(module, batch)
     weights = sum(site.rows * site.columns for site in opened.sites)
     return counter.get_total_flops() / 2 / max(weights, 1) / max(sequences_in(batch), 1)
-
-
-class _Value:
-    """A tensor that takes the place of one read from the source."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __call__(self) -> Tensor:
-        return self.tensor
-
-
-def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
-    """A batch in parts of about the same size, if it can be divided."""
-    if isinstance(batch, Whole):
-        yield batch
-        return
-    for part in torch.arange(sequences_in(batch)).chunk(max(1, round(sequences_in(batch) / size))):
-        yield select(batch, slice(int(part[0]), int(part[-1]) + 1))
-
-
-def _repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
-    """The given number of batches, in a new random order each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
-        yield batches[order.pop()]
 
 
 @contextmanager

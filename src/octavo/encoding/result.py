@@ -10,6 +10,7 @@ from octavo.allocation.opened import Opened, Run
 from octavo.allocation.profiles import Profile
 from octavo.encoding.cut_trials import CutTrials
 from octavo.encoding.finish import Built
+from octavo.encoding.recovery import Recovery
 from octavo.system.notes import Note, by_kind
 
 
@@ -35,6 +36,8 @@ class Result:
         Seconds by step.
     cut
         What was tried of a cut, and which of it was kept; None if no cut was asked for.
+    recovery
+        What distillation did; None if it was not asked for.
     """
 
     run: Run
@@ -45,6 +48,7 @@ class Result:
     own: Any = None
     timings: dict[str, float] = field(default_factory=dict)
     cut: CutTrials | None = None
+    recovery: Recovery | None = None
 
     @property
     def opened(self) -> Opened:

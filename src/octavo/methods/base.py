@@ -50,6 +50,8 @@ class Method(ABC):
     #: Whether it is what anybody would do first: a mixed plan must beat one setting of it for all sites. Such a method
     #: states :meth:`fineness`.
     plain: ClassVar[bool] = False
+    #: Whether its forms are codes on a grid without bounds, which a source can teach.
+    learns: ClassVar[bool] = False
     #: The targets that offer it, if its forms are the formats of other runtimes; all ordinary ones if there is none.
     runtimes: ClassVar[tuple[str, ...]] = ()
     #: Words that a user may write for a method and a setting, such as ``float16``.

@@ -157,7 +157,7 @@ def report_data(
         ),
         peak_memory=peak_memory(),
         explorer=explorer_of(done, plans, command, _call(done.budget)),
-        sections=(*((done.cut.section(),) if done.cut else ()), *((section,) if section else ())),
+        sections=tuple(own.section() for own in (done.cut, done.recovery) if own) + ((section,) if section else ()),
     )
 
 

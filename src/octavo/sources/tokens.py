@@ -141,6 +141,31 @@ def window_batches(
     limit
         Largest number of tokens; windows are then spread evenly over the texts.
     """
+    windows = _windows(folder, texts, length)
+    rows = torch.tensor([windows[place] for place in _spread(windows, limit)])
+    return [{"input_ids": rows[at : at + size]} for at in range(0, len(rows), size)]
+
+
+def further_windows(
+    folder: Path, texts: Sequence[str], length: int, *, limit: int | None, most: int, size: int = 8
+) -> list[dict[str, Tensor]]:
+    """The windows that :func:`window_batches` leaves out for its limit, up to ``most`` tokens; perhaps none."""
+    windows = _windows(folder, texts, length)
+    taken = set(_spread(windows, limit))
+    left = [window for place, window in enumerate(windows) if place not in taken][: most // len(windows[0])]
+    rows = torch.tensor(left)
+    return [{"input_ids": rows[at : at + size]} for at in range(0, len(rows), size)]
+
+
+def _spread(windows: Sequence[Sequence[int]], limit: int | None) -> list[int]:
+    """Places of windows of at most so many tokens, evenly over all."""
+    count = len(windows) if limit is None else max(limit // len(windows[0]), MINIMUM_TEXTS)
+    count = min(count, len(windows))
+    return [index * len(windows) // count for index in range(count)]
+
+
+def _windows(folder: Path, texts: Sequence[str], length: int) -> list[list[int]]:
+    """All windows of texts, at least ten."""
     tokenizer = tokenizer_of(folder)
     tokens = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
     # Models trained with a first token perform badly without it.
@@ -154,12 +179,7 @@ def window_batches(
             f"data: the texts hold {len(tokens)} tokens, {len(starts)} windows of {length}; give at least "
             f"{MINIMUM_TEXTS * length} tokens (32,000 work well for a language model)"
         )
-    windows = [first + tokens[start : start + stride] for start in starts]
-    if limit is not None and len(windows) > max(limit // length, MINIMUM_TEXTS):
-        count = max(limit // length, MINIMUM_TEXTS)
-        windows = [windows[index * len(windows) // count] for index in range(count)]
-    rows = torch.tensor(windows)
-    return [{"input_ids": rows[at : at + size]} for at in range(0, len(rows), size)]
+    return [first + tokens[start : start + stride] for start in starts]
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -29,6 +29,7 @@ _TITLES = {
     "profile": "Measuring curves",
     "correct": "Correcting by measured plans",
     "encode": "Encoding",
+    "recover": "Teaching",
     "reconstruct": "Fitting norms, biases and gains",
     "measure": "Measuring speed",
     "write": "Writing",

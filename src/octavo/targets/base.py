@@ -66,6 +66,8 @@ class Target(Counting, ABC):
         Whether there must be something to compress.
     cuts
         Whether units may be removed before forms are found.
+    recovers
+        Whether the source may teach the result in the forms that are stored.
     """
 
     about: ClassVar[str] = ""
@@ -75,6 +77,7 @@ class Target(Counting, ABC):
     loads: ClassVar[bool] = False
     compresses: ClassVar[bool] = True
     cuts: ClassVar[bool] = False
+    recovers: ClassVar[bool] = False
 
     def refuse(self, request: Request) -> None:
         """Refuse choices that mean nothing for this target.
@@ -89,6 +92,7 @@ class Target(Counting, ABC):
     def refuse_named(self, kind: type[Request], made: Collection[str]) -> None:
         """Refuse choices by their names, whatever their values."""
         foreign = {name for name in names(kind, Role.BUDGET) if name not in self.budget}
+        foreign |= set() if self.recovers else set(names(kind, Role.AFTER))
         odd = [name for name in names(kind) if name in made and name in foreign | self.unused]
         if odd:
             raise RequestError(

@@ -49,6 +49,8 @@ class Sizes(Target):
         """The budget of ratio, size or bits, or that of a plan."""
         request, source = opened.request, opened.source
         if request.plan is not None:
+            if request.recover != "none":
+                raise RequestError("recover: a plan is carried out as it is written; leave recover or plan out")
             plan = self._requested_plan(opened, Path(request.plan))
             return SizeGoal(plan, budget=plan.budget)
         asked = self._of(source.original_bytes, source.weights, request)

@@ -10,6 +10,7 @@ from octavo.training.regimens.comera import CoMERA, core_rates
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.regimens.trp import TrainedRankPruning
+from octavo.training.straight_through import StraightThrough
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "HandOver",
     "OrderedDropout",
     "Regimen",
+    "StraightThrough",
     "StraightThroughFactorizer",
     "TrainedRankPruning",
     "accuracy",

@@ -44,6 +44,7 @@ class Entropy(Stepped):
     """
 
     by_rows = True
+    learns = True
     takes = ("step",)
 
     rate: float = 0.1

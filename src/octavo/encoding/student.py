@@ -1,0 +1,201 @@
+"""A compressed model that can be trained in the forms in which it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from octavo.allocation.encoded import as_weights, form_of
+from octavo.allocation.opened import Run
+from octavo.artifact import Kept, Packed, pack
+from octavo.calibration.blocks import Blocks
+from octavo.calibration.inmemory import replaced
+from octavo.encoding.finish import Built
+from octavo.encoding.learnable import Given, learnable
+from octavo.sources.batches import Batch, mask_of
+from octavo.sources.modules import own_tensors
+from octavo.system.matmul import fast_matmul
+from octavo.training.straight_through import StraightThrough
+
+#: Weight of the distance between hidden states beside the divergence of outputs (docs/decisions.md).
+_HIDDEN = 0.3
+#: Below this loss training would learn the noise of bfloat16 (near 6e-4 in KL).
+_COARSE = 0.01
+
+
+class Student:
+    """The trainable state of a built plan: latents of forms, and relative changes of norms and biases.
+
+    Parameters
+    ----------
+    run
+        The run; its source's module is the teacher, and the student too, with other tensors.
+    built
+        The plan, encoded.
+    """
+
+    def __init__(self, run: Run, built: Built) -> None:
+        opened = run.opened
+        assert opened.source.module is not None
+        self.opened, self.built = opened, built
+        self.module, self.teacher = opened.source.module, opened.source.original.module or opened.source.module
+        self.forms: dict[str, StraightThrough] = {}
+        for name, packed in built.packed.items():
+            # What the user chose for a site stays as it is.
+            if name not in opened.pinned and name in opened.source.direct:
+                site = opened.site(name)
+                form = StraightThrough(form_of(site, packed), opened.matrix(site))
+                if form.moved:
+                    self.forms[name] = form
+        fixed = {name: packed for name, packed in built.packed.items() if name not in self.forms}
+        self.fixed = {**opened.source.folded, **as_weights(opened, fixed)}
+        self.start = learnable(opened, built)
+        self.units = {name: weight.square().mean().sqrt() for name, weight in self.start.items()}
+        self.changes = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in self.start.items()}
+        state = own_tensors(self.module)
+        self._owners = {name: state[opened.source.direct[name]] for name in (*self.forms, *self.start)}
+        self._blocks = _blocks_of(self.teacher, self.module)
+
+    @property
+    def moved(self) -> int:
+        """The number of weights that training can change; norms and biases count only after a cut alone."""
+        if not self.built.packed:
+            return sum(weight.numel() for weight in self.start.values())
+        return sum(form.moved for form in self.forms.values())
+
+    def latents(self) -> list[Tensor]:
+        """The latents of all forms, in units of steps for codes."""
+        return [latent for form in self.forms.values() for latent in form.parameters()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is trained, by a name of its own, for checkpoints."""
+        found = {f"change.{name}": change for name, change in self.changes.items()}
+        for name, form in self.forms.items():
+            found |= {f"latent.{number}.{name}": latent for number, latent in enumerate(form.parameters())}
+        return found
+
+    @fast_matmul()
+    def gradients(self, batch: Batch) -> float:
+        """Add the gradients of one batch; returns its mean divergence from the teacher."""
+        device = next(self.module.parameters()).device.type
+        made, owners = self._made(), list(self._owners.values())
+        # Products in bfloat16 are twice as fast; its attention is not, but for the plain one.
+        coarse = self.built.quality > _COARSE
+        # Its cache would give the student the teacher's weights, since both are the same parameters.
+        fast = torch.autocast(device, torch.bfloat16, enabled=coarse, cache_enabled=False)
+        with fast, sdpa_kernel(SDPBackend.MATH), _learning(self.module, owners):
+            objective = self.opened.objective
+            with torch.no_grad(), replaced(self.teacher, {}), _watched(self._blocks[0]) as taught:
+                reference = objective.outputs(self.teacher, batch)
+            now = {name: weight.detach() for name, weight in made.items()}
+            with replaced(self.module, self.opened.source.placed({**self.fixed, **now})):
+                with _watched(self._blocks[1]) as learned:
+                    outputs = objective.outputs(self.module, batch)
+                lost = objective.divergence(reference, outputs).mean()
+                total = lost.float() + _HIDDEN * _apart(taught, learned, mask_of(batch))
+                gradients = torch.autograd.grad(total, owners, allow_unused=True)
+        pairs = [(weight, gradient) for weight, gradient in zip(made.values(), gradients, strict=True)]
+        moved = [(weight, gradient.to(weight)) for weight, gradient in pairs if gradient is not None]
+        torch.autograd.backward([weight for weight, _ in moved], [gradient for _, gradient in moved])
+        return float(lost.detach())
+
+    def shrink(self, amount: float) -> None:
+        """Move latents towards shorter codes (:meth:`octavo.training.StraightThrough.shrink`)."""
+        for form in self.forms.values():
+            form.shrink(amount)
+
+    def settle(self, share: float) -> None:
+        """Move latents towards their codes (:meth:`octavo.training.StraightThrough.settle`)."""
+        for form in self.forms.values():
+            form.settle(share)
+
+    def priced(self) -> float:
+        """Take the prices of codes from the codes of now; returns their entropy in bits."""
+        return sum(form.priced() for form in self.forms.values())
+
+    def _made(self) -> dict[str, Tensor]:
+        """The current weights with gradients, in the order of what owns them."""
+        sites = ((self.opened.site(name), form) for name, form in self.forms.items())
+        weights = {site.name: site.layout.from_matrix(form.dense(), site.shape) for site, form in sites}
+        changed = {name: self.start[name] + self.units[name] * change for name, change in self.changes.items()}
+        return {**weights, **changed}
+
+    @torch.no_grad()
+    def packed(self, deadzone: float = 0.0) -> dict[str, Packed]:
+        """All sites as they would be stored now (:meth:`octavo.training.StraightThrough.stored`)."""
+        resident = self.opened.target.resident
+        return {
+            name: pack(self.forms[name].stored(deadzone), resident) if name in self.forms else old
+            for name, old in self.built.packed.items()
+        }
+
+    @torch.no_grad()
+    def kept(self) -> dict[str, Kept]:
+        """All other tensors as they would be stored now."""
+        changed = {name: self.start[name] + self.units[name] * change for name, change in self.changes.items()}
+        return {
+            name: replace(kept, read=Given(changed[name])) if name in changed else kept
+            for name, kept in self.built.contents.kept.items()
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the result of :meth:`tensors`."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+
+def _blocks_of(teacher: nn.Module, student: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+    """The blocks of both whose hidden states are compared; none if they have not as many."""
+    found = [Blocks.find(module) for module in (teacher, student)]
+    old, new = ([] if blocks is None else blocks.list for blocks in found)
+    return (old, new) if len(old) == len(new) else ([], [])
+
+
+@contextmanager
+def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The hidden states that blocks return, in the order of their calls."""
+    states: list[Tensor] = []
+
+    def keep(block: nn.Module, args: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _apart(taught: Sequence[Tensor], learned: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Squared distance of hidden states relative to their energy, averaged over blocks; padding does not count."""
+    total, count = torch.zeros(()), 0
+    for old, new in zip(taught, learned, strict=True):
+        if not isinstance(old, Tensor) or old.shape != new.shape:
+            continue
+        error, energy = (old - new).float().square().sum(-1), old.float().square().sum(-1)
+        if mask is not None and mask.shape == error.shape:
+            error, energy = error * mask, energy * mask
+        total, count = total + error.sum() / energy.sum().clamp_min(1e-30), count + 1
+    return total / max(count, 1)
+
+
+@contextmanager
+def _learning(module: nn.Module, owners: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which only some parameters of a module require gradients; afterwards each is restored."""
+    wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.requires_grad_(False)
+    for owner in owners:
+        owner.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
