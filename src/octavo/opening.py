@@ -118,16 +118,17 @@ def _calibrated(opened: Opened, model: Runner | None, room: Workspace, progress:
         found = data_free(opened.source, opened.sites)
         room.evidence.write("data-free", found.evidence)
     else:
-        found = model.calibrate(
-            opened.sites,
-            opened.calibration_data,
-            opened.objective,
-            room,
-            seed=opened.request.seed,
-            text=opened.text,
-            curvature=opened.request.curvature,
-            progress=lambda done, total: progress("evidence", done, total),
-        )
+        with opened.attending(opened.calibration_data):
+            found = model.calibrate(
+                opened.sites,
+                opened.calibration_data,
+                opened.objective,
+                room,
+                seed=opened.request.seed,
+                text=opened.text,
+                curvature=opened.request.curvature,
+                progress=lambda done, total: progress("evidence", done, total),
+            )
     room.save_calibration(found)
     # Read back when it is needed, as by a run that is resumed.
     found.evidence = room.evidence
