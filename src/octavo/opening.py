@@ -23,6 +23,7 @@ from octavo.methods import DATA_FREE
 from octavo.request import Request
 from octavo.sources.batches import Batch
 from octavo.sources.memory import fits, least_bytes
+from octavo.sources.regrouping import regrouped
 from octavo.sources.sites import SMALLEST_SITE, Source
 from octavo.sources.witness import Witness
 from octavo.system.clock import Clock
@@ -90,6 +91,8 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
         batches = inputs.prepared(source, wanted, batches)
     rows = inputs.divisible(source, wanted, batches)
     calibration, held = inputs.split(batches, rows=rows)
+    if rows and source.module is not None:
+        calibration, held = (wanted.pieces(source.module, regrouped(part)) for part in (calibration, held))
     if target.folds and not all(method.lossless for method in chosen):
         source = _folded(source, module, calibration, wanted, left, memory)
     notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]

@@ -210,7 +210,7 @@ def contest(
     aim = replace(asked, bytes=int(asked.bytes * (1 - target.margin)))
     even, families = best_uniform(run, profile, aim), single_families(considered, asked)
     # Of one family alone, the mixed plan is already the best.
-    plans = [mixed, *even, *(families[:1] if len(families) > 1 else [])]
+    plans = [mixed, *even, *(families[:1] if len(_families(considered)) > 1 else [])]
     admitted = [plan for plan in plans if target.admits(profile, plan, asked)]
     if not opened.measurable:
         first = min(admitted, key=lambda plan: plan.expected, default=mixed)
@@ -313,12 +313,8 @@ def _same(one: Plan, other: Plan) -> bool:
 
 def single_families(profile: Profile, asked: Budget) -> list[Plan]:
     """The best plan of every single family, best expected loss first. Dense storage belongs to every family."""
-    used, dense = {point.method for curve in profile.curves for point in curve.points}, dense_names()
-    families: dict[str, list[str]] = {}
-    for name in sorted(used - dense):
-        families.setdefault(get_method(name).family, []).append(name)
-    plans = []
-    for family, names in families.items():
+    dense, plans = dense_names(), []
+    for family, names in _families(profile).items():
         try:
             # Losses are only expectations: if settings are few, these plans are also a second opinion on them.
             plan = allocate(profile, asked, margin=MARGIN, methods=[*names, *dense], thorough=False)
@@ -327,3 +323,11 @@ def single_families(profile: Profile, asked: Budget) -> list[Plan]:
         plan.label, plan.notes = ONE_FAMILY, [family]
         plans.append(plan)
     return sorted(plans, key=lambda plan: plan.expected)
+
+
+def _families(profile: Profile) -> dict[str, list[str]]:
+    """The methods of every family that a profile has points of, without dense storage."""
+    found: dict[str, list[str]] = {}
+    for name in sorted({point.method for curve in profile.curves for point in curve.points} - dense_names()):
+        found.setdefault(get_method(name).family, []).append(name)
+    return found

@@ -38,6 +38,8 @@ _STEP, _FEWEST, _MOST = 512, 4, 32
 _RATE = 3e-3
 #: Below this loss the fit would learn bfloat16 noise (near 6e-4 in KL).
 _COARSE = 0.01
+#: The source's outputs are kept up to this size.
+_REFERENCE_BYTES = 1 << 28
 #: Largest overhead of gains: bytes per row, and bytes per site (manifest entry and coded head).
 _ROW_BYTES, _SITE_BYTES = 0.5, 120
 #: Gains that take more than this share of the budget are not used.
@@ -156,21 +158,23 @@ class _Fit:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
         )
-        for step, batch in enumerate(_repeated(batches, steps, self.opened.request.seed)):
-            self._gradients(batch)
+        references = _References()
+        for step, number in enumerate(_repeated(len(batches), steps, self.opened.request.seed)):
+            with self.opened.attending([batches[number]]):
+                self._gradients(batches[number], number, references)
             optimizer.step()
             schedule.step()
             self.run.progress("reconstruct", step + 1, steps)
 
-    def _gradients(self, batch: Batch) -> None:
-        """Set the gradient of every change to that of the mean divergence of a batch."""
+    def _gradients(self, batch: Batch, number: int, references: _References) -> None:
+        """Set the gradient of every change to that of the mean divergence of a batch, which has this number."""
         objective, kept = self.opened.objective, self.kept()
         device = next(self.module.parameters()).device.type
         coarse = self.old.quality > _COARSE
         state = own_tensors(self.module)
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.original, {}):
-                reference = objective.outputs(self.original, batch)
+                reference = references.of(number, lambda: objective.outputs(self.original, batch))
             new = self.opened.source.placed({**self.weights, **self._grown(), **kept})
             learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
             weights = {name: state[self.parameters[name]].requires_grad_(True) for name in self.grouped}
@@ -253,6 +257,23 @@ def _positions(run: Run, module: nn.Module) -> float:
     return counter.get_total_flops() / 2 / max(weights, 1) / max(sequences_in(batch), 1)
 
 
+class _References:
+    """The source's outputs on batches that return, as far as they are small enough to be kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def of(self, number: int, made: Callable[[], Tensor]) -> Tensor:
+        if number in self._kept:
+            return self._kept[number]
+        outputs = made()
+        if self._bytes + outputs.nbytes <= _REFERENCE_BYTES:
+            self._kept[number] = outputs
+            self._bytes += outputs.nbytes
+        return outputs
+
+
 class _Value:
     """A tensor that takes the place of one read from the source."""
 
@@ -272,13 +293,13 @@ def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
         yield select(batch, slice(int(part[0]), int(part[-1]) + 1))
 
 
-def _repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
-    """The given number of batches, in a new random order each epoch."""
+def _repeated(batches: int, steps: int, seed: int) -> Iterator[int]:
+    """Numbers of batches for so many steps, in a new random order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
-        yield batches[order.pop()]
+        order = order or torch.randperm(batches, generator=generator).tolist()
+        yield order.pop()
 
 
 @contextmanager
