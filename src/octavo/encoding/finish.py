@@ -33,6 +33,8 @@ _TRIES = 10
 _CLOSE = 1.05
 #: Share of a site's bytes that may change to close a small gap.
 _SHARE = 0.04
+#: A site with more of the bytes than this share is left alone if others can close the gap.
+_BULKY = 0.25
 
 
 @dataclass
@@ -171,14 +173,19 @@ def _fits(total: int, asked: Budget) -> bool:
 def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone: bool) -> dict[str, Point]:
     """New points with other continuous settings that change the bytes by about ``missing``.
 
-    A small gap is closed at the largest such sites only: as few as a small share of their bytes allows, so that little
-    is encoded again. A large gap is closed by moving all of them together, which keeps them at one slope. After an
+    A small gap is closed at large such sites only: as few as a small share of their bytes allows, so that little is
+    encoded again. A large gap is closed by moving all of them together, which keeps them at one slope. After an
     overshoot (coded sizes have jumps) only the largest is moved, so that sites may end on different sides of a jump.
     """
     elastic = {name: point for name, point in points.items() if get_method(point.method).elastic}
     if not elastic:
         return {}
     largest = sorted(elastic, key=lambda name: -elastic[name].bytes)
+    # One site that is most of a model, such as its table, takes long to encode again, and others may do instead.
+    total = sum(point.bytes for point in elastic.values())
+    handy = [name for name in largest if elastic[name].bytes <= _BULKY * total]
+    if _SHARE * sum(elastic[name].bytes for name in handy[: 1 if alone else None]) >= abs(missing):
+        largest = handy
     within = np.cumsum([_SHARE * elastic[name].bytes for name in largest])
     few = 1 if alone else 1 + int(np.searchsorted(within, abs(missing)))
     moving = {name: elastic[name] for name in largest[:few]}

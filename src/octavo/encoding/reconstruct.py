@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ from octavo.system.raw import Lazily
 POSITIONS = {"default": 1 << 14, "best": 1 << 17}
 #: Positions in one step, within these numbers of examples.
 _STEP, _FEWEST, _MOST = 512, 4, 32
-#: Relative change per step (docs/decisions.md).
+#: Relative change per step (docs/decisions.md), for losses from :data:`_COARSE` on.
 _RATE = 3e-3
+#: After this part of the steps the loss on held-out data must be lower.
+_TRIED = 3
 #: Below this loss the fit would learn bfloat16 noise (near 6e-4 in KL).
 _COARSE = 0.01
 #: The source's outputs are kept up to this size.
@@ -67,8 +70,7 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
     if preset not in POSITIONS or not _possible(run.opened) or not built.quality > 0:
         return built
     fit = _Fit(run, built)
-    fit.learn(POSITIONS[preset])
-    for gains in (True, False):
+    for gains in (True, False) if fit.learn(POSITIONS[preset]) else ():
         found = fit.built(gains=gains)
         if found.counted <= budget and found.quality < built.quality:
             return found
@@ -146,14 +148,17 @@ class _Fit:
             for site, matrix in sites
         }
 
-    def learn(self, positions: int) -> None:
-        """Adam with a cosine schedule over that many positions, repeating the data as needed."""
+    def learn(self, positions: int) -> bool:
+        """Adam with a cosine schedule over that many positions, repeating the data as needed.
+
+        Returns False if a part of the steps did not lower the loss on held-out data; the rest are then not made.
+        """
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
         batches = [piece for batch in self.opened.calibration_data for piece in _pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.gains.values()]
-        # Factors of groups are about as large as errors of rounding, and the loss is about their square.
-        rate = _RATE * min(1.0, math.sqrt(self.old.quality / _COARSE)) if self.grouped else _RATE
+        # Factors are about as large as errors of rounding, and the loss is about their square.
+        rate = _RATE * min(1.0, math.sqrt(self.old.quality / _COARSE))
         optimizer = torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -165,6 +170,23 @@ class _Fit:
             optimizer.step()
             schedule.step()
             self.run.progress("reconstruct", step + 1, steps)
+            if step + 1 == steps // _TRIED and not self._loss() < self.old.quality:
+                return False
+        return True
+
+    def _loss(self) -> float:
+        """Mean divergence on held-out data with the current values."""
+        sites = {name: self.opened.site(name) for name in self.gains}
+
+        def scaled(name: str) -> Tensor:
+            matrix = self._matrix(name, self.weights[name]) * (1 + self.gains[name])[..., None]
+            return sites[name].layout.from_matrix(matrix.flatten(1), sites[name].shape)
+
+        rest = {name: partial(self.weights.__getitem__, name) for name in self.weights if name not in sites}
+        kept = {name: partial(tensor.clone) for name, tensor in self.kept().items()}
+        return float(
+            self.run.measure(Lazily({**rest, **{name: partial(scaled, name) for name in sites}, **kept})).mean()
+        )
 
     def _gradients(self, batch: Batch, number: int, references: _References) -> None:
         """Set the gradient of every change to that of the mean divergence of a batch, which has this number."""
