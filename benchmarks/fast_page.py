@@ -21,9 +21,9 @@ _TEXT = """## What each stage does
 | --- | --- |
 | open | importing the model's code, reading and hashing the source |
 | evidence | one forward and one backward pass over the calibration text, and the moments of every layer's inputs |
-| profile | rounding every site, or a sample of its rows, at several settings, and coding each result to count its bytes; from `default` on also measured plans that correct expected losses |
+| profile | rounding a few sites of every kind at all settings, the others at those within reach of the budget, and coding each result to count its bytes; from `default` on also measured plans that correct expected losses |
 | encode | encoding the plan and its rivals in full until the budget is met, and measuring each on held-out text |
-| reconstruct | fitting norms, biases and row gains (not with `fast`) |
+| reconstruct | fitting norms, biases and row gains (not with `fast`); a third of it where that does not help |
 | verify | writing, reading back, comparing, and measuring the artifact that was loaded |
 | measure | latencies, the report |
 

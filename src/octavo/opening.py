@@ -24,6 +24,7 @@ from octavo.methods import DATA_FREE
 from octavo.request import Request
 from octavo.sources.batches import Batch
 from octavo.sources.memory import fits, least_bytes
+from octavo.sources.regrouping import regrouped
 from octavo.sources.sites import SMALLEST_SITE, Source
 from octavo.sources.witness import Witness
 from octavo.system.clock import Clock
@@ -94,6 +95,8 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
     rows = inputs.divisible(source, wanted, batches)
     calibration, held = inputs.split(batches, rows=rows)
     teaching = [] if request.recover == "none" else _teaching(source, request, wanted, calibration, _TEXTS[preset])
+    if rows and source.module is not None:
+        calibration, held = (wanted.pieces(source.module, regrouped(part)) for part in (calibration, held))
     if target.folds and not all(method.lossless for method in chosen):
         source = _folded(source, module, calibration, wanted, left, memory)
     notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]
@@ -146,16 +149,17 @@ def _calibrated(opened: Opened, model: Runner | None, room: Workspace, progress:
         found = data_free(opened.source, opened.sites)
         room.evidence.write("data-free", found.evidence)
     else:
-        found = model.calibrate(
-            opened.sites,
-            opened.calibration_data,
-            opened.objective,
-            room,
-            seed=opened.request.seed,
-            text=opened.text,
-            curvature=opened.request.curvature,
-            progress=lambda done, total: progress("evidence", done, total),
-        )
+        with opened.attending(opened.calibration_data):
+            found = model.calibrate(
+                opened.sites,
+                opened.calibration_data,
+                opened.objective,
+                room,
+                seed=opened.request.seed,
+                text=opened.text,
+                curvature=opened.request.curvature,
+                progress=lambda done, total: progress("evidence", done, total),
+            )
     room.save_calibration(found)
     # Read back when it is needed, as by a run that is resumed.
     found.evidence = room.evidence

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import octavo
-from octavo.allocation.profiles import Window, profile_site
+from octavo.allocation.profiles import profile_site
 from octavo.allocation.sampling import MEDIUM, sample_of, table_sample_of
+from octavo.allocation.windows import Window
 from octavo.artifact import pack
 from octavo.calibration.curvature import kronecker
 from octavo.calibration.evidence import Evidence
@@ -133,6 +134,28 @@ def test_a_table_is_turned_into_principal_components_if_that_is_better():
     others = sorted((point.bytes, point.loss) for point in curve.points if point.method in ("entropy", "trellis"))
     for point in ours:
         assert all(loss > point.loss for size, loss in others if size <= point.bytes)
+
+
+def test_near_a_budget_a_table_is_looked_at_as_a_whole_once():
+    """Other settings are tried on a smaller table, and corrected by what that one setting shows."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(40, 40, generator=generator) @ torch.diag(torch.logspace(0, -1, 40))
+    weight = torch.randn(20_000, 40, generator=generator) @ mixed
+    site, evidence = Site("table", "embedding", tuple(weight.shape), torch.float32), evidence_of(weight)
+    methods = [get_method(name) for name in ("keep", "entropy", "trellis-svd")]
+    quick, whole = (
+        {
+            str(point.setting): point
+            for point in profile_site(site, weight, evidence, methods, window).points
+            if point.method == "trellis-svd"
+        }
+        for window in (Window(1, 6, bits=3.5), Window(1, 6))
+    )
+    assert [point.setting["bits"] for point in quick.values() if not point.estimated] == [3.5]
+    assert len(quick) >= 3 and not any(point.estimated for point in whole.values())
+    for name, point in quick.items():
+        assert point.bytes == pytest.approx(whole[name].bytes, rel=0.02)
+        assert point.loss == pytest.approx(whole[name].loss, rel=0.06)
 
 
 def test_a_low_rank_is_found_in_a_sample_and_measured_on_the_whole():

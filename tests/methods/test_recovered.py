@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import octavo
-from octavo.allocation.profiles import Window, profile_site
+from octavo.allocation.profiles import profile_site
+from octavo.allocation.windows import Window
 from octavo.artifact import pack, unpack
 from octavo.calibration.evidence import Evidence
 from octavo.coding import encode as code

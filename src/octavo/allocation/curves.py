@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from octavo.allocation.budget import Budget
 from octavo.allocation.encoded import as_weights, encode_all, narrowing_of, seal
 from octavo.allocation.opened import Run
-from octavo.allocation.profiles import Curve, Point, Profile, Window
+from octavo.allocation.profiles import Curve, Point, Profile
+from octavo.allocation.screening import kind_of, pilots, reaches
 from octavo.allocation.solver import allocate
 from octavo.allocation.tasks import profiled
+from octavo.allocation.windows import Window
 from octavo.artifact import Packed, Sized
+from octavo.sources.sites import Site
 
 #: Every n-th setting of a continuous knob is tried, within this range around the requested bits.
 _STRIDE = {"fast": 2}
 _SPREAD = {"fast": (0.45, 1.9), "best": (0.1, 4.0)}
+#: Groups with a smaller share of the expected loss are not measured, or only at one size.
+_NOTHING, _MINOR = 1e-3, 0.05
+#: Presets that try everything at every site.
+_COMPLETE = ("best",)
 
 
 def window_of(bits: float | None, preset: str) -> Window:
@@ -28,7 +36,8 @@ def window_of(bits: float | None, preset: str) -> Window:
     spread = _SPREAD.get(preset, (0.25, 2.5))
     # Near the smallest artifact every site needs its coarsest point.
     least = 0.0 if bits < 1 else bits * spread[0]
-    return Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1))
+    around = bits if bits > 0 and preset not in _COMPLETE else None
+    return Window(least, max(bits * spread[1], 6.0), _STRIDE.get(preset, 1), around)
 
 
 def build_profile(run: Run, bits: float | None, *, corrected: bool = True) -> Profile:
@@ -43,11 +52,12 @@ def build_profile(run: Run, bits: float | None, *, corrected: bool = True) -> Pr
     saved = room.read_json("profile.json", again=True)
     if saved is not None and saved.get("options", {}).get("bits") in (None, bits):
         return Profile.load(room.path / "profile.json")
-    curves, smallest = [], dict[str, Packed]()
+    found, smallest = dict[str, Curve](), dict[str, Packed]()
     for curve, packed in _measured(run, window, bits):
-        curves.append(curve)
-        smallest[curve.site] = packed
-        run.progress("profile", len(curves), len(opened.sites))
+        found[curve.site], smallest[curve.site] = curve, packed
+        run.progress("profile", len(found), len(opened.sites))
+    curves = [found[site.name] for site in opened.sites]
+    smallest = {curve.site: smallest[curve.site] for curve in curves}
     narrowing = narrowing_of(run)
     source = opened.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, 0, curves)
@@ -64,11 +74,35 @@ def build_profile(run: Run, bits: float | None, *, corrected: bool = True) -> Pr
 
 
 def _measured(run: Run, window: Window, bits: float | None) -> Iterator[tuple[Curve, Packed]]:
-    """The curve of every site, from the workspace if it is there, and the site's smallest form without content."""
-    opened, room = run.opened, run.workspace
+    """The curve of every site, from the workspace if it is there, and the site's smallest form without content.
+
+    Where a budget is known some sites come first, and show what is worth trying at the others.
+    """
+    opened, target = run.opened, run.opened.target
     names = [f"curves/{index:05d}{'' if bits is None else f'-{bits:.6g}'}.json" for index in range(len(opened.sites))]
-    found = [room.read_json(name, again=True) for name in names]
-    missing = [site for site, saved in zip(opened.sites, found, strict=True) if saved is None]
+    places = list(zip(opened.sites, names, strict=True))
+    first = {site.name for site in opened.sites}
+    if window.bits is not None and not target.exhaustive and not target.joined(opened.sites):
+        first = pilots(opened.sites, opened.pinned) | set(opened.pinned)
+    found: list[Curve] = []
+    for curve, packed in _curves(run, [place for place in places if place[0].name in first], lambda site: window):
+        found.append(curve)
+        yield curve, packed
+    others = [place for place in places if place[0].name not in first]
+    if not others:
+        return
+    free = [site for site in opened.sites if site.name not in opened.pinned]
+    reach = reaches([curve for curve in found if curve.site not in opened.pinned], free, window.bits or 0.0)
+    yield from _curves(run, others, lambda site: replace(window, reach=reach[kind_of(site)]))
+
+
+def _curves(
+    run: Run, places: Sequence[tuple[Site, str]], window: Callable[[Site], Window]
+) -> Iterator[tuple[Curve, Packed]]:
+    """Curves of some sites, each with the name of its file."""
+    opened, room = run.opened, run.workspace
+    found = [room.read_json(name, again=True) for _, name in places]
+    missing = [site for (site, _), saved in zip(places, found, strict=True) if saved is None]
     results = run.executor.map(
         profiled,
         (
@@ -77,14 +111,14 @@ def _measured(run: Run, window: Window, bits: float | None) -> Iterator[tuple[Cu
                 opened.matrix(site),
                 run.calibration.evidence[site.name],
                 opened.methods,
-                window,
+                window(site),
                 opened.pinned.get(site.name),
                 opened.target,
             )
             for site in missing
         ),
     )
-    for site, name, saved in zip(opened.sites, names, found, strict=True):
+    for (site, name), saved in zip(places, found, strict=True):
         if saved is None:
             curve, made, outline = next(results)
             for method, setting, packed in made:
@@ -103,7 +137,7 @@ def correct(run: Run, profile: Profile, bits: float) -> None:
     """Measure how well expected losses predict: compress one group of sites at a time, at two sizes.
 
     The measured loss of a group is fitted as ``factor * expected ** exponent`` through the two points. Groups whose
-    loss is too small to matter keep the expectation.
+    loss is too small to matter keep the expectation, and small ones are measured at the larger size alone.
     """
     groups: dict[str, list[Curve]] = {}
     for curve in profile.curves:
@@ -114,11 +148,11 @@ def correct(run: Run, profile: Profile, bits: float) -> None:
         plans.append(allocate(profile, Budget(size, "correction")))
     total = max(plan.expected for plan in plans)
     for done, (name, curves) in enumerate(groups.items()):
-        pairs = []
+        pairs: list[tuple[float, float]] = []
         for plan in plans:
             nearest = {curve.site: _nearest(curve, plan.points[curve.site]) for curve in curves}
             expected = sum(point.loss for point in nearest.values())
-            if expected <= 1e-3 * total:
+            if expected <= (_MINOR if pairs else _NOTHING) * total:
                 continue
             packed = dict(encode_all(run, nearest))
             pairs.append((expected, float(run.measure(as_weights(run.opened, packed)).mean()) - run.at_rest))

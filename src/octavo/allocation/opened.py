@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,9 +20,10 @@ from octavo.calibration.runner import Runner
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting
 from octavo.request import Request
-from octavo.sources.batches import Batch
+from octavo.sources.batches import Batch, tokens_alone
 from octavo.sources.sites import Site, Source
 from octavo.sources.witness import Witness
+from octavo.system.attention import attention_for
 from octavo.system.clock import Clock
 from octavo.system.executors import Executor
 from octavo.system.progress import Progress
@@ -84,6 +86,14 @@ class Opened:
         """The assembler of this source's artifacts."""
         return Assembly(self.source, self._by_name, self.left)
 
+    def attending(self, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        """A context in which the model computes attention in the way that suits these batches on a CPU."""
+        lengths = [tokens_alone(batch) for batch in batches]
+        known = [length for length in lengths if length is not None]
+        first = None if self.source.module is None else next(self.source.module.parameters(), None)
+        elsewhere = first is not None and first.device.type not in ("cpu", "meta")
+        return attention_for(None if elsewhere or len(known) < len(lengths) else max(known, default=None))
+
     @property
     def measurable(self) -> bool:
         """Whether plans can be measured: this needs a model to run, and data for it."""
@@ -135,7 +145,8 @@ class Run:
         """Divergence of every held-out example with some tensors of the source replaced, (examples,)."""
         if self.model is None or not self.opened.held_data:
             raise RequestError("nothing can be measured without a model and data; give both")
-        return self.model.measure(self.opened.held_data, self.opened.objective, weights)
+        with self.opened.attending(self.opened.held_data):
+            return self.model.measure(self.opened.held_data, self.opened.objective, weights)
 
     def judge(self, module: nn.Module, old: Mapping[str, torch.Tensor] | None = None) -> Tensor:
         """Divergence of every held-out example from the source for another module, (examples,).
@@ -143,4 +154,5 @@ class Run:
         ``old`` holds the values of the source's module that were changed since it was measured.
         """
         assert self.model is not None
-        return self.model.judge(self.opened.held_data, self.opened.objective, module, old or {})
+        with self.opened.attending(self.opened.held_data):
+            return self.model.judge(self.opened.held_data, self.opened.objective, module, old or {})

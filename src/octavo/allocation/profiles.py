@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from octavo.allocation.counting import Counting
 from octavo.allocation.sampling import Sample, sample_of, table_sample_of
-from octavo.artifact import pack
+from octavo.allocation.windows import Window
+from octavo.artifact import Packed, Sized, pack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
@@ -31,6 +32,8 @@ from octavo.system.sealed import sealed_json, unsealed_json
 SCREEN = 3.0
 #: A method that loses less than this many times more is always tried further.
 PROMISING = 1.15
+#: Only from so many times the rows of a sample on are a table's settings compared on that sample.
+_SMALLER = 2.0
 FORMAT = 3
 
 
@@ -135,16 +138,6 @@ class Profile:
             ) from error
 
 
-@dataclass(frozen=True)
-class Window:
-    """The range of bits per weight in which points are computed; settings outside are not encoded."""
-
-    least: float = 0.0
-    most: float = float("inf")
-    #: Take every n-th setting.
-    stride: int = 1
-
-
 def profile_site(
     site: Site,
     weight: Tensor,
@@ -178,7 +171,7 @@ def profile_site(
     # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
     tried = sample and (table_sample_of(weight, evidence) or sample)
     for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
-        if not method.accepts(site):
+        if not method.accepts(site) or not window.tries(method):
             continue
         asked, method = method, method.at_site(site)
         try:
@@ -187,6 +180,10 @@ def profile_site(
                     packed, loss = sample.packed(form, target.resident), sample.loss(form)
                     keep(asked, setting, packed)
                     curve.points.append(Point(str(asked), setting, target.bytes(packed), loss, estimated=True))
+            elif _is_probed(method, tried, window, target):
+                assert tried is not None
+                for point, packed in _probed(method, str(asked), weight, evidence, tried, window, curve, target):
+                    keep(asked, point.setting, packed)
             elif tried is None or method.by_curvature or _competitive(method, tried, curve, target):
                 for setting, form in _walk(method, weight, evidence, window, curve, target):
                     packed = pack(form, target.resident)
@@ -214,6 +211,50 @@ def _competitive(method: Method, sample: Sample, curve: Curve, target: Counting)
     return sample.loss(form) <= PROMISING * reference(whole)
 
 
+def _is_probed(method: Method, sample: Sample | None, window: Window, target: Counting) -> bool:
+    """Whether the settings of a method are compared on a sample of a table, and only one is tried on the whole."""
+    if sample is None or window.bits is None or target.exhaustive or method.by_curvature:
+        return False
+    return is_table(*sample.weight.shape) and sample.share >= _SMALLER
+
+
+def _probed(
+    method: Method,
+    name: str,
+    weight: Tensor,
+    evidence: Evidence,
+    sample: Sample,
+    window: Window,
+    curve: Curve,
+    target: Counting,
+) -> Iterator[tuple[Point, Packed]]:
+    """Points of a method that uses all rows together, from a sample of a table that is a table itself.
+
+    A smaller table flatters such a method, since what it fits to all rows fits few rows better. So the setting nearest
+    to the budget is tried on the whole, and shows by how much.
+    """
+    first, made = len(curve.points), list[Packed]()
+    for setting, form in _walk(method, sample.weight, sample.evidence, window, curve, target):
+        size = sample.grown(form)
+        made.append(Packed(Sized(size), {name: [0, size] for name in form.tensors()}, form.meta(), {}))
+        curve.points.append(Point(name, setting, size, sample.loss(form), estimated=True))
+    found = curve.points[first:]
+    if not found:
+        return
+    wanted = (window.bits or 0.0) * weight.numel() / 8
+    place = min(range(len(found)), key=lambda index: abs(math.log((found[index].bytes + 1) / (wanted + 1))))
+    form = method.encode(weight, found[place].setting, evidence)
+    packed, loss = pack(form, target.resident), evidence.loss(form.dense() - weight)
+    larger = target.bytes(packed) / max(found[place].bytes, 1)
+    worse = loss / found[place].loss if found[place].loss > 0 else 1.0
+    for index, point in enumerate(found):
+        exact = index == place
+        size = target.bytes(packed) if exact else round(point.bytes * larger)
+        point = replace(point, bytes=size, loss=point.loss * worse, estimated=not exact)
+        curve.points[first + index] = point
+        yield point, packed if exact else replace(made[index], content=Sized(size))
+
+
 def _walk(
     method: Method, weight: Tensor, evidence: Evidence, window: Window, curve: Curve, target: Counting
 ) -> Iterator[tuple[Setting, Any]]:
@@ -221,11 +262,9 @@ def _walk(
 
     A target that runs few of them tries all: a budget is then used by knowing every choice.
     """
-    settings = list(target.offers(method, weight, evidence))
+    settings = list(window.offered(method, target.offers(method, weight, evidence)))
     if not settings:
         return
-    if method.elastic is not None:
-        settings = settings[:: window.stride] if len(settings) > 2 else settings
     start = len(settings) // 2
     # Dense storage has few settings, and all are always tried. Other methods are not screened against it.
     dense = all(get_method(name).dense for name in {point.method for point in curve.points})

@@ -18,10 +18,10 @@ def pieces(batch: Batch, size: int) -> Iterator[Batch]:
         yield select(batch, slice(int(part[0]), int(part[-1]) + 1))
 
 
-def repeated(batches: list[Batch], steps: int, seed: int) -> Iterator[Batch]:
-    """The given number of batches, in a new random order each epoch."""
+def repeated(batches: int, steps: int, seed: int) -> Iterator[int]:
+    """Numbers of batches for so many steps, in a new random order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
-        yield batches[order.pop()]
+        order = order or torch.randperm(batches, generator=generator).tolist()
+        yield order.pop()

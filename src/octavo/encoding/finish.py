@@ -33,6 +33,8 @@ _TRIES = 10
 _CLOSE = 1.05
 #: Share of a site's bytes that may change to close a small gap.
 _SHARE = 0.04
+#: A site with more of the bytes than this share is left alone if others can close the gap.
+_BULKY = 0.25
 
 
 @dataclass
@@ -171,14 +173,19 @@ def _fits(total: int, asked: Budget) -> bool:
 def _move(profile: Profile, points: Mapping[str, Point], missing: int, *, alone: bool) -> dict[str, Point]:
     """New points with other continuous settings that change the bytes by about ``missing``.
 
-    A small gap is closed at the largest such sites only: as few as a small share of their bytes allows, so that little
-    is encoded again. A large gap is closed by moving all of them together, which keeps them at one slope. After an
+    A small gap is closed at large such sites only: as few as a small share of their bytes allows, so that little is
+    encoded again. A large gap is closed by moving all of them together, which keeps them at one slope. After an
     overshoot (coded sizes have jumps) only the largest is moved, so that sites may end on different sides of a jump.
     """
     elastic = {name: point for name, point in points.items() if get_method(point.method).elastic}
     if not elastic:
         return {}
     largest = sorted(elastic, key=lambda name: -elastic[name].bytes)
+    # One site that is most of a model, such as its table, takes long to encode again, and others may do instead.
+    total = sum(point.bytes for point in elastic.values())
+    handy = [name for name in largest if elastic[name].bytes <= _BULKY * total]
+    if _SHARE * sum(elastic[name].bytes for name in handy[: 1 if alone else None]) >= abs(missing):
+        largest = handy
     within = np.cumsum([_SHARE * elastic[name].bytes for name in largest])
     few = 1 if alone else 1 + int(np.searchsorted(within, abs(missing)))
     moving = {name: elastic[name] for name in largest[:few]}
@@ -210,7 +217,7 @@ def contest(
     aim = replace(asked, bytes=int(asked.bytes * (1 - target.margin)))
     even, families = best_uniform(run, profile, aim), single_families(considered, asked)
     # Of one family alone, the mixed plan is already the best.
-    plans = [mixed, *even, *(families[:1] if len(families) > 1 else [])]
+    plans = [mixed, *even, *(families[:1] if len(_families(considered)) > 1 else [])]
     admitted = [plan for plan in plans if target.admits(profile, plan, asked)]
     if not opened.measurable:
         first = min(admitted, key=lambda plan: plan.expected, default=mixed)
@@ -313,12 +320,8 @@ def _same(one: Plan, other: Plan) -> bool:
 
 def single_families(profile: Profile, asked: Budget) -> list[Plan]:
     """The best plan of every single family, best expected loss first. Dense storage belongs to every family."""
-    used, dense = {point.method for curve in profile.curves for point in curve.points}, dense_names()
-    families: dict[str, list[str]] = {}
-    for name in sorted(used - dense):
-        families.setdefault(get_method(name).family, []).append(name)
-    plans = []
-    for family, names in families.items():
+    dense, plans = dense_names(), []
+    for family, names in _families(profile).items():
         try:
             # Losses are only expectations: if settings are few, these plans are also a second opinion on them.
             plan = allocate(profile, asked, margin=MARGIN, methods=[*names, *dense], thorough=False)
@@ -327,3 +330,11 @@ def single_families(profile: Profile, asked: Budget) -> list[Plan]:
         plan.label, plan.notes = ONE_FAMILY, [family]
         plans.append(plan)
     return sorted(plans, key=lambda plan: plan.expected)
+
+
+def _families(profile: Profile) -> dict[str, list[str]]:
+    """The methods of every family that a profile has points of, without dense storage."""
+    found: dict[str, list[str]] = {}
+    for name in sorted({point.method for curve in profile.curves for point in curve.points} - dense_names()):
+        found.setdefault(get_method(name).family, []).append(name)
+    return found

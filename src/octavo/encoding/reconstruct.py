@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,15 +30,20 @@ from octavo.encoding.finish import Built
 from octavo.encoding.learnable import Given, learnable, rebuilt
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.modules import own_tensors
+from octavo.system.raw import Lazily
 
 #: Positions of the calibration data to learn from, including repeats: tokens, or as much work for other models.
 POSITIONS = {"default": 1 << 14, "best": 1 << 17}
 #: Positions in one step, within these numbers of examples.
 _STEP, _FEWEST, _MOST = 512, 4, 32
-#: Relative change per step (docs/decisions.md).
+#: Relative change per step (docs/decisions.md), for losses from :data:`_COARSE` on.
 _RATE = 3e-3
+#: After this part of the steps the loss on held-out data must be lower.
+_TRIED = 3
 #: Below this loss the fit would learn bfloat16 noise (near 6e-4 in KL).
 _COARSE = 0.01
+#: The source's outputs are kept up to this size.
+_REFERENCE_BYTES = 1 << 28
 #: Largest overhead of gains: bytes per row, and bytes per site (manifest entry and coded head).
 _ROW_BYTES, _SITE_BYTES = 0.5, 120
 #: Gains that take more than this share of the budget are not used.
@@ -65,8 +71,7 @@ def reconstruct(run: Run, built: Built, budget: int) -> Built:
     if preset not in POSITIONS or not _possible(run.opened) or not built.quality > 0:
         return built
     fit = _Fit(run, built)
-    fit.learn(POSITIONS[preset])
-    for gains in (True, False):
+    for gains in (True, False) if fit.learn(POSITIONS[preset]) else ():
         found = fit.built(gains=gains)
         if found.counted <= budget and found.quality < built.quality:
             return found
@@ -134,33 +139,55 @@ class _Fit:
             for site, matrix in sites
         }
 
-    def learn(self, positions: int) -> None:
-        """Adam with a cosine schedule over that many positions, repeating the data as needed."""
+    def learn(self, positions: int) -> bool:
+        """Adam with a cosine schedule over that many positions, repeating the data as needed.
+
+        Returns False if a part of the steps did not lower the loss on held-out data; the rest are then not made.
+        """
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
         batches = [piece for batch in self.opened.calibration_data for piece in pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
         learned = [*self.changes.values(), *self.gains.values()]
-        # Factors of groups are about as large as errors of rounding, and the loss is about their square.
-        rate = _RATE * min(1.0, math.sqrt(self.old.quality / _COARSE)) if self.grouped else _RATE
+        # Factors are about as large as errors of rounding, and the loss is about their square.
+        rate = _RATE * min(1.0, math.sqrt(self.old.quality / _COARSE))
         optimizer = torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
         )
-        for step, batch in enumerate(repeated(batches, steps, self.opened.request.seed)):
-            self._gradients(batch)
+        references = _References()
+        for step, number in enumerate(repeated(len(batches), steps, self.opened.request.seed)):
+            with self.opened.attending([batches[number]]):
+                self._gradients(batches[number], number, references)
             optimizer.step()
             schedule.step()
             self.run.progress("reconstruct", step + 1, steps)
+            if step + 1 == steps // _TRIED and not self._loss() < self.old.quality:
+                return False
+        return True
 
-    def _gradients(self, batch: Batch) -> None:
-        """Set the gradient of every change to that of the mean divergence of a batch."""
+    def _loss(self) -> float:
+        """Mean divergence on held-out data with the current values."""
+        sites = {name: self.opened.site(name) for name in self.gains}
+
+        def scaled(name: str) -> Tensor:
+            matrix = self._matrix(name, self.weights[name]) * (1 + self.gains[name])[..., None]
+            return sites[name].layout.from_matrix(matrix.flatten(1), sites[name].shape)
+
+        rest = {name: partial(self.weights.__getitem__, name) for name in self.weights if name not in sites}
+        kept = {name: partial(tensor.clone) for name, tensor in self.kept().items()}
+        return float(
+            self.run.measure(Lazily({**rest, **{name: partial(scaled, name) for name in sites}, **kept})).mean()
+        )
+
+    def _gradients(self, batch: Batch, number: int, references: _References) -> None:
+        """Set the gradient of every change to that of the mean divergence of a batch, which has this number."""
         objective, kept = self.opened.objective, self.kept()
         device = next(self.module.parameters()).device.type
         coarse = self.old.quality > _COARSE
         state = own_tensors(self.module)
         with torch.autocast(device, torch.bfloat16, enabled=coarse), _frozen(self.module):
             with torch.no_grad(), replaced(self.original, {}):
-                reference = objective.outputs(self.original, batch)
+                reference = references.of(number, lambda: objective.outputs(self.original, batch))
             new = self.opened.source.placed({**self.weights, **self._grown(), **kept})
             learned = {name: state[self.parameters[name]].requires_grad_(True) for name in kept}
             weights = {name: state[self.parameters[name]].requires_grad_(True) for name in self.grouped}
@@ -220,6 +247,23 @@ def _positions(run: Run, module: nn.Module) -> float:
         opened.objective.outputs(module, batch)
     weights = sum(site.rows * site.columns for site in opened.sites)
     return counter.get_total_flops() / 2 / max(weights, 1) / max(sequences_in(batch), 1)
+
+
+class _References:
+    """The source's outputs on batches that return, as far as they are small enough to be kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def of(self, number: int, made: Callable[[], Tensor]) -> Tensor:
+        if number in self._kept:
+            return self._kept[number]
+        outputs = made()
+        if self._bytes + outputs.nbytes <= _REFERENCE_BYTES:
+            self._kept[number] = outputs
+            self._bytes += outputs.nbytes
+        return outputs
 
 
 @contextmanager

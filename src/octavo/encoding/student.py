@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.allocation.encoded import as_weights, form_of
 from octavo.allocation.opened import Run
@@ -85,11 +84,11 @@ class Student:
         """Add the gradients of one batch; returns its mean divergence from the teacher."""
         device = next(self.module.parameters()).device.type
         made, owners = self._made(), list(self._owners.values())
-        # Products in bfloat16 are twice as fast; its attention is not, but for the plain one.
+        # Products in bfloat16 are twice as fast.
         coarse = self.built.quality > _COARSE
         # Its cache would give the student the teacher's weights, since both are the same parameters.
         fast = torch.autocast(device, torch.bfloat16, enabled=coarse, cache_enabled=False)
-        with fast, sdpa_kernel(SDPBackend.MATH), _learning(self.module, owners):
+        with fast, self.opened.attending([batch]), _learning(self.module, owners):
             objective = self.opened.objective
             with torch.no_grad(), replaced(self.teacher, {}), _watched(self._blocks[0]) as taught:
                 reference = objective.outputs(self.teacher, batch)

@@ -98,11 +98,11 @@ def families(report: Report) -> Safe:
         for name, family in sorted(table.items(), key=lambda item: -item[1].bytes)[:NAMES]
     ]
     headers = ("Family", "Sites", "Bytes", "of all bytes", "Expected loss", "of all loss")
-    others = [paragraph(_unused(name, found)) for name, found in list(report.unused.items())[:NAMES]]
+    others = [paragraph(_unused(name, found, len(report.sites))) for name, found in list(report.unused.items())[:NAMES]]
     return section("families", "By family of methods", grid(headers, rows, "stack"), *others)
 
 
-def _unused(family: str, found: UnusedFamily) -> str:
+def _unused(family: str, found: UnusedFamily, sites: int) -> str:
     """Why a family that was tried has no row."""
     reasons = []
     compared = found.sites - found.larger - found.exact
@@ -118,7 +118,9 @@ def _unused(family: str, found: UnusedFamily) -> str:
     if found.exact:
         reasons.append(f"what was chosen loses nothing in the bytes that {_these(found, found.exact)} given")
     tried = f"{plain(family, 40)} was tried at {things(found.sites, 'site')} and won none"
-    return f"{tried}: {'; '.join(reasons)}."
+    rest = sites - found.sites
+    # Where it is far behind at a few sites of a kind, it is not tried at the others of that kind.
+    return f"{tried}: {'; '.join(reasons)}." + (f" It was not tried at the other {count(rest)}." if rest > 0 else "")
 
 
 def _these(found: UnusedFamily, number: int) -> str:

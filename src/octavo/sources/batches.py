@@ -136,6 +136,14 @@ def mask_of(batch: Batch) -> Tensor | None:
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
+def tokens_alone(batch: Batch) -> int | None:
+    """Length of the sequences of a batch of tokens and masks, (sequences, tokens) each; None for any other batch."""
+    parts = list(batch.values()) if isinstance(batch, Mapping) else []
+    if not all(isinstance(part, Tensor) and part.ndim == 2 and not part.is_floating_point() for part in parts):
+        return None
+    return max((part.shape[1] for part in parts), default=None)
+
+
 def sequences_in(batch: Batch) -> int:
     """Number of examples in a batch: the rows of its first tensor.
 
