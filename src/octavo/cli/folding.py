@@ -87,9 +87,7 @@ def work_beside(out: Path) -> Path:
     return out.resolve().parent / f".{out.resolve().name}.octavo-work"
 
 
-def carry_out(
-    request: Request, out: Path, *, overwrite: bool, json_output: bool, profile: Path | None = None
-) -> None:
+def carry_out(request: Request, out: Path, *, overwrite: bool, json_output: bool, profile: Path | None = None) -> None:
     """Compress as a request says in its workspace, save the result, and print what came of it."""
     assert request.workspace is not None
     workspace = Path(request.workspace)

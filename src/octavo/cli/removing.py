@@ -21,7 +21,8 @@ def cut(
     request: Request,
     out: options.OUT,
     score: Annotated[
-        str, typer.Option(help="What units are worth, such as taylor, fisher or activation: octavo methods --kind scores.")
+        str,
+        typer.Option(help="What units are worth, such as taylor, fisher or activation: octavo methods --kind scores."),
     ] = "taylor",
     units: Annotated[
         str,

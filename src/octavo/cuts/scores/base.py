@@ -69,7 +69,8 @@ def summed(part: Units, values: Mapping[str, Tensor]) -> Tensor:
     total = torch.zeros(part.count, dtype=torch.float64)
     for piece in part.slices:
         if piece.tensor in values:
-            whole = values[piece.tensor].double().movedim(piece.dim, 0).flatten(1).sum(1).cpu()
+            whole = values[piece.tensor].double().movedim(piece.dim, 0)
+            whole = whole.reshape(len(whole), -1).sum(1).cpu()
             total += whole[piece.places].flatten(1).sum(1)
     for number, names in enumerate(part.wholes):
         total[number] += sum(float(values[name].double().sum()) for name in names if name in values)
