@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from octavo.calibration.calibrating import differentiating
 from octavo.calibration.objective import Objective
 from octavo.cuts.base import Units
-from octavo.cuts.readers import Reader, positions, readers_of, watched
+from octavo.cuts.readers import UnitReader, positions, readers_of, watched
 from octavo.sources.batches import Batch
 from octavo.system.matmul import fast_matmul
 
@@ -73,7 +73,7 @@ def compensate(
         _fit(reader, ~gone, moments[reader.name].matrix)
 
 
-def _alone(model: nn.Module, units: Sequence[Units]) -> Iterator[tuple[Units, Reader]]:
+def _alone(model: nn.Module, units: Sequence[Units]) -> Iterator[tuple[Units, UnitReader]]:
     """Units that one matrix reads and no other, with it."""
     for part in units:
         readers = readers_of(model, part)
@@ -81,7 +81,7 @@ def _alone(model: nn.Module, units: Sequence[Units]) -> Iterator[tuple[Units, Re
             yield part, readers[0]
 
 
-def _fit(reader: Reader, stays: Tensor, moment: Tensor) -> None:
+def _fit(reader: UnitReader, stays: Tensor, moment: Tensor) -> None:
     """Fit the columns that stay, and the bias if there is one."""
     weight, bias = reader.module.weight, reader.module.bias
     assert isinstance(weight, Tensor)

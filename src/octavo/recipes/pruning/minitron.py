@@ -69,7 +69,7 @@ def run(lab: Lab) -> None:
     for name, model in {**thin, DEPTH: depth}.items():
         lost[name] = nats(model, test)
         lab.add(f"{name}, {UNTRAINED}", perplexity(lost[name]))
-    width, teach = thin["mean, l2"], distillation(base.to(lab.device), temperature=1.0)
+    width, teach = thin["mean, l2"], distillation(copy.deepcopy(base).to(lab.device), temperature=1.0)
     for seed in lab.seeds:
         torch.manual_seed(seed)
         begun: Mapping[str, tuple[nn.Module, Loss]] = {
