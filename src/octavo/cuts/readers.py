@@ -48,6 +48,11 @@ class UnitReader:
         owners[self.places.flatten()] = torch.arange(count).repeat_interleave(each)
         return owners
 
+    def written(self, rows: Tensor) -> Tensor:
+        """What a matrix makes of inputs (positions, inputs), without its bias."""
+        weight: Any = self.module.weight
+        return rows @ (weight.t() if isinstance(self.module, nn.Linear) else weight).to(rows)
+
 
 def readers_of(model: nn.Module, part: Units) -> list[UnitReader]:
     """The layers that read some units, in the order of their slices."""
