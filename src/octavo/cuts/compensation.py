@@ -1,4 +1,4 @@
-"""What is left makes up for what goes: the matrix that reads units is fitted again to what it wrote.
+"""What is left compensates for what goes: the matrix that reads units is fitted again to what it wrote.
 
 A matrix ``W`` reads ``x`` and writes ``y = W x + b``. Inputs of ``S`` stay and those of ``G`` go. The nearest outputs
 are those of
