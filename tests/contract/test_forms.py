@@ -431,8 +431,8 @@ def test_floats_without_loss_take_fewer_bits(dtype, most):
 
 
 def test_floats_without_loss_keep_every_bit():
-    odd = torch.tensor([[0.0, -0.0, 1e-45, -1e-38, 3.4e38, -1.5, 65504.0]])
-    for weight in (odd, odd.bfloat16(), odd[:, :6].clamp(-6e4, 6e4).half()):
+    odd = torch.tensor([[0.0, -0.0, 1e-45, -1e-38, 3e38, -1.5, 65504.0]])
+    for weight in (odd, odd.bfloat16(), odd.clamp(-6e4, 6e4).half()):
         form = Exact(weight)
         again = restore(form.tensors(), form.meta(), form.shape)
         assert torch.equal(again.weight.signbit(), weight.signbit()) and torch.equal(again.weight, weight)

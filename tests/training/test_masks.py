@@ -211,7 +211,7 @@ def test_what_is_saved_is_really_small(regimen, rounds, examples, tmp_path):
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: GradualPruning(1.0), "sparsity is 1.0"),
+        (lambda: GradualPruning(1.0), "sparsity 1.0"),
         (lambda: GradualPruning(0.5, initial=0.6), "initial is 0.6"),
         (lambda: GradualPruning(start=0.8, end=0.2), "start is 0.8"),
         (lambda: GradualPruning(events=0), "events 0"),

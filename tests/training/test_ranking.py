@@ -34,7 +34,7 @@ def test_a_batch_of_one_class_has_no_ranking(positive):
     scores = torch.randn(3, requires_grad=True)
     value = ranking_loss(scores, positive)
     value.backward()
-    assert float(value) == 0 and bool((scores.grad == 0).all())
+    assert value.item() == 0 and bool((scores.grad == 0).all())
 
 
 def test_weights_count_errors_on_positives():

@@ -38,7 +38,7 @@ class DropAndGrow(Regimen):
     density
         Share of the weights that are kept.
     updates
-        How often masks change.
+        How often masks change; fewer times if there are fewer than ``batches`` steps for each.
     first, last
         Share of the kept weights that are exchanged, at the start and at the end.
     batches
@@ -53,7 +53,7 @@ class DropAndGrow(Regimen):
         Seed of the first mask and of random growth.
     """
 
-    density: float = 0.2
+    density: float = 0.5
     updates: int = 20
     first: float = 0.5
     last: float = 0.005
@@ -82,7 +82,9 @@ class DropAndGrow(Regimen):
         """Draw the first mask, and say which steps change it."""
         self._masks = WeightMasks(model, self.names)
         self._masks.scatter(self.density, torch.Generator().manual_seed(self.seed))
-        at = [steps * (number + 1) // (self.updates + 1) for number in range(self.updates)]
+        # Sums of different updates never overlap.
+        count = min(self.updates, max(0, steps // self.batches - 1))
+        at = [steps * (number + 1) // (count + 1) for number in range(count)]
         falls = (self.first - self.last) / 2
         self._at = {step: self.last + falls * (1 + math.cos(math.pi * step / steps)) for step in at}
 
