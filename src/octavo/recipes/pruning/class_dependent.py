@@ -18,7 +18,7 @@ from octavo.training.regimens.rewinding import Rewinding
 #: Of the weights that are left, masked before every round; rounds after the first; steps of each; examples of a step.
 SHARE, ROUNDS, STEPS, BATCH = 0.6, 5, 400, 256
 #: Tried weights of positives and of the ranking term.
-WEIGHTS, RANKINGS = (2.0, 5.0, 12.0), (0.01, 0.03, 0.1)
+WEIGHTS, RANKINGS = (2.0, 5.0, 12.0), (0.03, 0.1, 0.3)
 
 PLAIN, WEIGHTED, RANKED, BOTH = "cross entropy", "weighted", "ranked", "weighted and ranked"
 CODED, GUESS = "quantization alone", "distance to the mean shirt"
