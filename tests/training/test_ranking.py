@@ -39,11 +39,11 @@ def test_a_batch_of_one_class_has_no_ranking(positive):
 
 def test_weights_count_errors_on_positives():
     model, batch = nn.Sequential(nn.Linear(2, 1)), (torch.randn(64, 2), (torch.arange(64) < 6).float())
-    plain, weighted = (float(few_misses(weight)(model, batch)) for weight in (1.0, 3.0))
+    plain, weighted = (few_misses(weight)(model, batch).item() for weight in (1.0, 3.0))
     scores = model(batch[0]).flatten()
     more = -2 * torch.nn.functional.logsigmoid(scores[:6]).sum() / 64
     assert weighted - plain == pytest.approx(float(more), rel=1e-4)
-    ranked = float(few_misses(1.0, 0.5)(model, batch))
+    ranked = few_misses(1.0, 0.5)(model, batch).item()
     assert ranked - plain == pytest.approx(0.5 * float(ranking_loss(scores.sigmoid(), batch[1])), rel=1e-3)
 
 
