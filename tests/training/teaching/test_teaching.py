@@ -111,7 +111,7 @@ def test_padding_on_the_left_gives_decoders_no_nan():
     torch.manual_seed(0)
     states, mask = torch.randn(1, 4, 6, requires_grad=True), torch.tensor([[0, 0, 1, 1]])
     logs = relation(states, states, 2, mask, causal=True)
-    assert float(logs[0, 0, 2].exp()[2]) == 1
+    assert float(logs.detach()[0, 0, 2, 2].exp()) == 1
     relation_divergence(relation(states.detach().flip(1), states.detach(), 2, mask, True), logs, mask).backward()
     assert states.grad.isfinite().all()
 
@@ -190,7 +190,7 @@ def test_relations_are_learned_by_a_student_of_other_width(fused):
     lesson = Lesson(teacher, [Relations(heads=3)])
     both, first = (Lesson(teacher, [Relations(3, related=part)]) for part in ((VALUES,), (ATTENTION,)))
     assert torch.allclose(lesson(student, batch), both(student, batch) + first(student, batch))
-    losses = fit(student, lambda epoch: [batch] * 10, lesson, epochs=6, lr=2e-2)
+    losses = fit(student, lambda epoch: [batch] * 10, lesson, epochs=10, lr=2e-2)
     assert losses[-1] < losses[0] / 3
 
 
@@ -200,7 +200,7 @@ def test_channels_are_learned_through_a_convolution():
     images = list(torch.randn(64, 1, 8, 8).split(16))
     lesson = Lesson(teacher, [Channels({"0": "0", "2": "2"}, temperature=2.0)])
     with lesson.maps(student, images[0]):
-        losses = fit(student, lambda epoch: images, lesson, epochs=8, lr=1e-2)
+        losses = fit(student, lambda epoch: images, lesson, epochs=20, lr=1e-2)
     assert losses[-1] < losses[0] / 2
 
 

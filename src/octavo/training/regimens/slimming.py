@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
+from octavo.methods.prune.thresholds import above
 from octavo.training.regimens.base import Regimen, regimen
 
 SOURCE = "Network Slimming (Liu et al., 2017, ICCV; arXiv 1708.06519)"
@@ -46,7 +47,7 @@ class Slimming(Regimen):
         if self.pressure < 0 or not 0 <= self.rise <= 1:
             raise RequestError(
                 f"slimming: pressure is {self.pressure!r} and rise {self.rise!r}; they must be at least 0, and from 0 "
-                "0 to 1"
+                "to 1"
             )
         if not 0 <= self.share < 1 or not 0 <= self.floor <= 1:
             raise RequestError(
@@ -88,33 +89,6 @@ def scales(model: nn.Module) -> dict[str, Tensor]:
             "channels otherwise"
         )
     return found
-
-
-def above(scores: Mapping[str, Tensor], share: float, floor: float) -> dict[str, Tensor]:
-    """Keep the best of all units by one threshold, but never fewer of a place than a share of it, nor none.
-
-    Parameters
-    ----------
-    scores
-        (units,) by the name of their place; higher is better.
-    share
-        Of all units, those to be removed. More stay where the floor holds them.
-    floor
-        Share of its units that every place keeps at least.
-
-    Examples
-    --------
-    >>> kept = above({"a": torch.tensor([3.0, 0.1, 2.0]), "b": torch.tensor([0.2, 0.3])}, 0.6, 0.5)
-    >>> {name: mask.tolist() for name, mask in kept.items()}
-    {'a': [True, False, True], 'b': [False, True]}
-    """
-    every = torch.cat(list(scores.values())).sort().values
-    threshold = every[min(len(every) - 1, int(share * len(every)))]
-    kept = {}
-    for name, score in scores.items():
-        best = score.argsort(descending=True)[: max(1, round(floor * len(score)))]
-        kept[name] = (score >= threshold).index_fill(0, best, True)
-    return kept
 
 
 def without_decay(

@@ -99,7 +99,7 @@ class Lesson:
             raise RequestError("lesson: the student has learned maps of another lesson; end that one first")
         with torch.no_grad():
             pairs = self._compared(student, batch)[0]
-        maps = nn.ModuleDict()
+        maps = _Maps()
         for number, term in enumerate(self.terms):
             for place, (theirs, ours) in enumerate(pairs[number]):
                 made = term.map(theirs, ours)
@@ -148,6 +148,13 @@ class Lesson:
             return found
         wide = {id(output): output.float() for output in found}
         return [wide[id(output)] for output in found]
+
+
+class _Maps(nn.ModuleDict):
+    """Learned maps as a child of the student. A ``Sequential`` runs all its children, and this one changes nothing."""
+
+    def forward(self, x: Any) -> Any:
+        return x
 
 
 def _listed(model: nn.Module, seen: dict[str, Tensor], names: list[str]) -> list[Tensor]:
