@@ -26,8 +26,8 @@ from octavo.recipes.testbeds.students import (
 )
 from octavo.training.teaching import Lesson, Logits
 
-#: Layers and width of the student; steps of every arm, and those of them in which gaps are filled.
-DEPTH, WIDTH, STEPS, PRETRAINED = 3, 96, 1000, 600
+#: Layers of the student; steps of every arm, and those of them in which gaps are filled.
+DEPTH, STEPS, PRETRAINED = 3, 700, 400
 #: Passages of running text, and batches of the small transfer set.
 PASSAGES, FEW = 20_000, 16
 #: Rates of filling gaps and of distillation.
@@ -83,7 +83,7 @@ def run(lab: Lab) -> None:
         lab.add(arm, right(stored.load(model), parts.test), stored, **also)
 
     for seed in lab.seeds:
-        new = encoder(DEPTH, WIDTH, seed)
+        new = encoder(lab, DEPTH, seed)
         read, lost = pretrain(lab, new, elsewhere, first, seed, "running text")
         same, lost_same = pretrain(lab, new, inputs, first, seed, "the transfer sentences")
         add(SCRATCH, tuned(lab, new, parts, steps, seed, SCRATCH))

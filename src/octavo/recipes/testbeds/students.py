@@ -26,15 +26,20 @@ SIZE, WORDS = 32, 20
 EPOCHS, RATE = 1, 1e-4
 #: Learning rates of small students on labels.
 RATES = (2.5e-4, 5e-4, 1e-3)
+#: Width of small students.
+WIDTH = 96
 #: Tokens of MiniLM's vocabulary: the number of all, that of a gap to be filled, and the first that is a word.
 TOKENS, GAP, WORD = 30522, 103, 999
 Inputs = dict[str, Tensor]
 Labelled = tuple[Inputs, Tensor]
 
 
-def encoder(depth: int, width: int, seed: int) -> Any:
-    """An untrained BERT without dropout; heads are as many as MiniLM has, and the inner layer is four times as wide."""
-    transformers = require_transformers()
+def encoder(lab: Lab, depth: int, seed: int, width: int = WIDTH) -> Any:
+    """An untrained BERT without dropout, with as many heads as MiniLM, and an inner layer four times as wide.
+
+    In quick runs it is a quarter as wide.
+    """
+    transformers, width = require_transformers(), width // 4 if lab.quick else width
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=TOKENS, hidden_size=width, num_hidden_layers=depth, num_attention_heads=12,
@@ -43,8 +48,10 @@ def encoder(depth: int, width: int, seed: int) -> Any:
     return transformers.BertModel(config, add_pooling_layer=False)
 
 
-def pretrained() -> Any:
-    """MiniLM without dropout, which would blur what is taught."""
+def pretrained(lab: Lab) -> Any:
+    """MiniLM without dropout, which would blur what is taught; in quick runs an untrained encoder of as many layers."""
+    if lab.quick:
+        return encoder(lab, 6, 0, 2 * WIDTH).eval()
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = require_transformers().AutoModel.from_pretrained(
         minilm(), local_files_only=True, add_pooling_layer=False, **quiet
@@ -136,15 +143,13 @@ def filled(module: nn.Module, batch: Labelled) -> Tensor:
 
 
 def classifier(lab: Lab, parts: Parts[list[Labelled]]) -> Classifier:
-    """MiniLM as a classifier of :func:`reviews`, trained once; in quick runs only the last linear layer is."""
+    """The model of :func:`pretrained` as a classifier of :func:`reviews`, trained once."""
 
     def make() -> Classifier:
         torch.manual_seed(0)
-        return Classifier(pretrained())
+        return Classifier(pretrained(lab))
 
     def train(model: nn.Module) -> None:
-        if lab.quick:
-            model.get_submodule("encoder").requires_grad_(False)
         some = parts.train[:2] if lab.quick else parts.train
         fit(model, dealt(some, 0), cross_entropy, epochs=EPOCHS, lr=RATE, warmup=0.1)
 
