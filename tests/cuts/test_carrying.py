@@ -56,6 +56,20 @@ def test_constant_channels_go_without_a_trace():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_means_are_kept_where_images_are_padded():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), norm, nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)).eval()
+    nn.init.uniform_(norm.bias, 0.5, 1.5)
+    places, x = torch.arange(4)[:, None], torch.randn(8, 1, 4, 4)
+    names = ("0.weight", "0.bias", *(f"1.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")))
+    part = Units("0", "channel", 4, (*(Slice(name, 0, places) for name in names), Slice("3.weight", 1, places)))
+    kept = {"0": torch.tensor([True, False, True, False])}
+    with torch.no_grad():
+        thinner = without(carry(model, [part], kept, [x]), [part], kept)
+        assert torch.allclose(thinner(x).mean((0, 2, 3)), model(x).mean((0, 2, 3)), atol=1e-5)
+
+
 def test_coupled_channels_stay_if_one_normalization_keeps_them():
     places = torch.arange(3)[:, None]
     part = Units("stream", "channel", 3, tuple(Slice(f"{name}.weight", 0, places) for name in ("a", "b", "conv")))
@@ -67,7 +81,7 @@ def test_bad_requests_are_told():
     with pytest.raises(RequestError, match="'late' scales no unit"):
         by_norms(units(), {**masks(), "late": torch.ones(3).bool()})
     kept = by_norms(units(), masks())
-    with pytest.raises(RequestError, match="did not run"):
+    with pytest.raises(RequestError, match="was not used by any batch"):
         carry(Net(), units(), kept, [])
     with pytest.raises(RequestError, match="no channel of 'first:channel' is left"):
         carry(Net(), units(), {"first:channel": torch.zeros(6).bool()}, [torch.randn(1, 2, 9, 9)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,9 +52,9 @@ def by_norms(units: Sequence[Units], kept: Mapping[str, Tensor]) -> dict[str, Te
 def carry(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor], batches: Iterable[Batch]) -> nn.Module:
     """A copy in which the means of what is about to go moved into the layers that read it; nothing is removed yet.
 
-    ``W x`` loses ``W[:, gone] E[x[gone]]``, summed over the kernel. That is added to the layer's bias, or taken from
-    the running mean of the batch normalization behind it. Without either the layer stays as it is. It is exact for
-    channels that are constant, such as those of scale zero, apart from the borders of padded images.
+    A layer ``W x`` loses ``W[:, gone] x[gone]``. The mean of that over positions and examples, padding included, is
+    added to the layer's bias, or taken from the running mean of the batch normalization behind it. Without either the
+    layer stays as it is. Nothing changes in the outputs if what goes is constant and images are not padded.
 
     Parameters
     ----------
@@ -65,57 +66,69 @@ def carry(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor], 
     Raises
     ------
     RequestError
-        If ``kept`` does not fit the units, or there are no batches.
+        If ``kept`` does not fit the units, or a layer that reads them does not run.
     """
     check_kept(units, kept)
     moved: Any = copy.deepcopy(model).eval()
-    gone = {}
+    losses: dict[str, _Loss] = {}
     for part in units:
         for reader in readers_of(moved, part) if part.name in kept else ():
-            path = reader.name.rpartition(".")[0]
-            mask = gone.setdefault(path, (reader.module, reader.axis, []))[2]
-            mask += reader.places[~kept[part.name].cpu()].flatten().tolist()
-    seen = _observe(moved, {path: (module, axis) for path, (module, axis, _) in gone.items()}, batches)
-    for path, (module, _, places) in gone.items():
-        if not places:
-            continue
-        mean, norm = seen[path]
-        weight = module.weight.flatten(2).sum(2) if module.weight.ndim > 2 else module.weight
-        if type(module).__name__ == "Conv1D":
-            weight = weight.t()
-        lost = weight[:, places] @ mean[places].to(weight)
-        if module.bias is not None:
-            module.bias += lost
-        elif norm is not None:
-            norm.running_mean -= lost
+            loss = losses.setdefault(reader.name, _Loss(reader.module, reader.axis))
+            loss.places += reader.places[~kept[part.name].cpu()].flatten().tolist()
+    _observe(moved, losses, batches)
+    for name, loss in losses.items():
+        if loss.total is None:
+            raise RequestError(
+                f"carry: {name!r} was not used by any batch, so no mean is known; give batches that use it"
+            )
+        mean = loss.total / loss.count
+        if loss.layer.bias is not None:
+            loss.layer.bias += mean.to(loss.layer.bias)
+        elif loss.norm is not None:
+            loss.norm.running_mean -= mean.to(loss.norm.running_mean)
     return moved.train(model.training)
 
 
-Read = tuple[Tensor, nn.Module | None]
+@dataclass
+class _Loss:
+    """What a layer is about to lose: the places in its input, and what it writes because of them."""
+
+    layer: Any
+    axis: int
+    places: list[int] = field(default_factory=list)
+    total: Tensor | None = None
+    count: int = 0
+    norm: Any = None
+
+    def watch(self, inputs: Tensor) -> None:
+        """Add up the outputs for inputs of which only these places are not zero."""
+        gone = torch.zeros(inputs.shape[self.axis], dtype=torch.bool, device=inputs.device)
+        gone[self.places] = True
+        only = inputs * gone.reshape(-1, *[1] * (inputs.ndim - 1 - self.axis % inputs.ndim))
+        # Not a call: that would run the hooks again.
+        wrote = self.layer.forward(only) - self.layer.forward(torch.zeros_like(only[:1]))
+        rows = wrote.movedim(self.axis, -1).flatten(0, -2)
+        self.total = rows.double().sum(0) + (0 if self.total is None else self.total)
+        self.count += len(rows)
 
 
-def _observe(model: nn.Module, layers: Mapping[str, tuple[Any, int]], batches: Iterable[Batch]) -> dict[str, Read]:
-    """The mean of every feature that layers read, and the batch normalization that reads their output."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    behind: dict[str, nn.Module] = {}
-    written: dict[int, tuple[str, Tensor]] = {}
+def _observe(model: nn.Module, losses: Mapping[str, _Loss], batches: Iterable[Batch]) -> None:
+    """Let every loss see the inputs of its layer, and find the batch normalization that reads what the layer writes."""
+    written: dict[int, tuple[_Loss, Tensor]] = {}
 
-    def layer(path: str, axis: int) -> Any:
+    def layer(loss: _Loss) -> Any:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            rows = args[0].detach().movedim(axis, -1).flatten(0, -2)
-            sums[path] = sums.get(path, 0) + rows.double().sum(0)
-            counts[path] = counts.get(path, 0) + len(rows)
+            loss.watch(args[0].detach())
             # The tensor is held, so that no other gets its number.
-            written[id(output)] = (path, output)
+            written[id(output)] = (loss, output)
 
         return hook
 
     def norm(module: nn.Module, args: tuple) -> None:
         if id(args[0]) in written:
-            behind[written[id(args[0])][0]] = module
+            written[id(args[0])][0].norm = module
 
-    handles = [module.register_forward_hook(layer(path, axis)) for path, (module, axis) in layers.items()]
+    handles = [loss.layer.register_forward_hook(layer(loss)) for loss in losses.values()]
     kind = nn.modules.batchnorm._BatchNorm
     handles += [module.register_forward_pre_hook(norm) for module in model.modules() if isinstance(module, kind)]
     try:
@@ -125,6 +138,3 @@ def _observe(model: nn.Module, layers: Mapping[str, tuple[Any, int]], batches: I
     finally:
         for handle in handles:
             handle.remove()
-    if missing := [path for path in layers if path not in counts]:
-        raise RequestError(f"carry: {missing[0]!r} did not run, so its inputs have no mean; give batches that reach it")
-    return {path: (sums[path] / counts[path], behind.get(path)) for path in layers}

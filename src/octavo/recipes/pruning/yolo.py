@@ -28,7 +28,7 @@ from octavo.training.teaching import Channels, HiddenStates, Lesson, Term
 WIDTH, TRAIN, TEST, STEPS, TUNED = 12, 8_000, 1_000, 600, 240
 #: Share of the parameters that goes, and share of its channels that each layer keeps.
 REMOVED, FLOOR = 0.7, 0.1
-RATES, PRESSURES, WEIGHTS = (0.01, 0.03, 0.1), (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
+RATES, PRESSURES, WEIGHTS = (0.01, 0.03, 0.1), (0.01, 0.03, 0.1), (0.3, 1.0, 3.0)
 DENSE, THIN, FILTERS, OURS = "dense", "thinner net", "filters of small L1 norm", "by scale, channel-wise distillation"
 PLAIN, KNOWN, CUT, CARRIED = (
     "by scale, labels",
@@ -82,7 +82,7 @@ def run(lab: Lab) -> None:
         return precision(trained(net(WIDTH, lab.first_seed), lab.first_seed, steps // 3, lr))
 
     def pressed(pressure: float) -> float:
-        model = sparse(lab.first_seed, steps // 2, pressure)
+        model = sparse(lab.first_seed, steps, pressure)
         return precision(cut(model, by_scale, parts.train[0][:256], carried=True))
 
     rate = lab.choose("rate", short, RATES)
