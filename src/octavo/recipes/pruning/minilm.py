@@ -13,6 +13,7 @@ from torch import nn
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.data import SST2
 from octavo.recipes.testbeds.students import (
+    DEPTH,
     Inputs,
     classifier,
     dealt,
@@ -25,8 +26,8 @@ from octavo.recipes.testbeds.students import (
 )
 from octavo.training.teaching import ATTENTION, VALUES, HiddenStates, Lesson, Relations, Term, evenly
 
-#: Layers of the student, those of the assistant and the teacher, and relation heads: as many as the teacher has.
-DEPTH, ASSISTANT, HEADS = 3, 6, 12
+#: Layers of the assistant, which are those of the teacher, and relation heads: as many as the teacher has.
+ASSISTANT, HEADS = 6, 12
 #: Steps of teaching on sentences without labels, and of fine-tuning on labels; batches of such sentences.
 TAUGHT, TUNED, BATCHES = 320, 160, 128
 #: Rates of teaching.

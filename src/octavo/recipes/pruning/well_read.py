@@ -8,30 +8,27 @@ from typing import Any
 import torch
 
 from octavo.recipes.frame import Lab, Study, gap
-from octavo.recipes.frame.data import SST2, TEXT
+from octavo.recipes.frame.data import SST2, TEXT, texts
 from octavo.recipes.testbeds.students import (
+    DEPTH,
     Classifier,
-    Filling,
     Inputs,
     classifier,
     dealt,
     encoder,
-    filled,
     passages,
+    reader,
     reviews,
     right,
     spaced,
     tuned,
-    with_gaps,
 )
 from octavo.training.teaching import Lesson, Logits
 
-#: Layers of the student; steps of every arm, and those of them in which gaps are filled.
-DEPTH, STEPS, PRETRAINED = 3, 700, 400
-#: Passages of running text, and batches of the small transfer set.
-PASSAGES, FEW = 20_000, 16
-#: Rates of filling gaps and of distillation.
-FILLING, RATES = (1e-3, 2e-3, 4e-3), (2.5e-4, 5e-4, 1e-3)
+#: Steps of every arm after pre-training; steps of pre-training on running text, and on the sentences of the task.
+STEPS, READ, READ_SAME = 280, 1500, 750
+#: Passages of running text, batches of the small transfer set, and rates of distillation.
+PASSAGES, FEW, RATES = 20_000, 16, (2.5e-4, 5e-4, 1e-3)
 DENSE, SCRATCH, FINE = "teacher", "labels alone", "pre-trained, labels"
 ALONE, OURS = "distilled", "pre-trained, distilled"
 SAME_FINE, SAME = "pre-trained on the same sentences, labels", "pre-trained on the same sentences, distilled"
@@ -56,43 +53,42 @@ SMALL, ELSEWHERE, GAPS = ", few sentences", ", running text", "nats of a gap"
     extras={"labels": "Distillation alone beats labels alone"},
 )
 def run(lab: Lab) -> None:
-    """Students of 3 layers, width 96; all arms have as many steps, those of filling gaps included."""
+    """Students of 3 layers, width 96, with as many steps each; those of pre-training, done once, are not counted."""
     parts = reviews(lab)
-    teacher = classifier(lab, parts)
+    teacher, inputs = classifier(lab, parts), [batch for batch, _ in parts.train]
     lab.add(DENSE, right(teacher, parts.test))
-    inputs = [batch for batch, _ in parts.train]
-    elsewhere = passages(lab, 64 if lab.quick else PASSAGES)
-    steps, first = (4, 2) if lab.quick else (STEPS, PRETRAINED)
+    elsewhere, steps = passages(lab, 64 if lab.quick else PASSAGES), 2 if lab.quick else STEPS
+    read, lost = reader(lab, "reader-text", elsewhere, 2 if lab.quick else READ, f"{texts(lab).digest} {PASSAGES}")
+    same, lost_same = reader(lab, "reader-sst2", inputs, 2 if lab.quick else READ_SAME, parts.digest)
     transfer = {"": inputs, SMALL: [batch for batch, _ in spaced(parts.train, FEW)], ELSEWHERE: elsewhere[::3]}
     lesson = Lesson(teacher.to(lab.device), [Logits(1.0)], remember=torch.float32)
 
-    def distilled(arm: str, seed: int, model: Any, texts: list[Inputs], before: int) -> Classifier:
+    def distilled(kind: str, mark: str, seed: int, model: Any, some: list[Inputs]) -> Classifier:
         def learned(lr: float, steps: int, arm: str | None = None) -> Classifier:
             torch.manual_seed(seed)
             one = Classifier(copy.deepcopy(model))
-            lab.train(one, dealt(texts, seed), lesson, steps=steps, seed=seed, arm=arm, before=before, lr=lr)
+            lab.train(one, dealt(some, seed), lesson, steps=steps, seed=seed, arm=arm, lr=lr)
             return one
 
         def score(lr: float) -> float:
-            return right(learned(lr, max(1, (steps - before) // 2)), parts.development)
+            return right(learned(lr, max(1, steps // 2)), parts.development)
 
-        return learned(lab.choose(f"rate of {arm}", score, RATES), steps - before, arm)
+        return learned(lab.choose(f"rate, {kind}", score, RATES), steps, kind + mark)
 
     def add(arm: str, model: Classifier, **also: float) -> None:
         stored = lab.stored(model)
         lab.add(arm, right(stored.load(model), parts.test), stored, **also)
 
     for seed in lab.seeds:
+        lab.step(f"seed {seed}")
         new = encoder(lab, DEPTH, seed)
-        read, lost = pretrain(lab, new, elsewhere, first, seed, "running text")
-        same, lost_same = pretrain(lab, new, inputs, first, seed, "the transfer sentences")
         add(SCRATCH, tuned(lab, new, parts, steps, seed, SCRATCH))
-        add(FINE, tuned(lab, read, parts, steps - first, seed, FINE, first), **{GAPS: lost})
-        add(SAME_FINE, tuned(lab, same, parts, steps - first, seed, SAME_FINE, first), **{GAPS: lost_same})
-        add(SAME, distilled(SAME, seed, same, inputs, first))
-        for mark, texts in transfer.items():
-            add(ALONE + mark, distilled(ALONE + mark, seed, new, texts, 0))
-            add(OURS + mark, distilled(OURS + mark, seed, read, texts, first))
+        add(FINE, tuned(lab, read, parts, steps, seed, FINE), **{GAPS: lost})
+        add(SAME_FINE, tuned(lab, same, parts, steps, seed, SAME_FINE), **{GAPS: lost_same})
+        add(SAME, distilled(SAME, "", seed, same, inputs))
+        for mark, some in transfer.items():
+            add(ALONE + mark, distilled(ALONE, mark, seed, new, some))
+            add(OURS + mark, distilled(OURS, mark, seed, read, some))
     arms = lab.arms
     lab.gate("labels alone are above 65%", gap("accuracy", arms[SCRATCH].values, [65]))
     lab.gate("the teacher is over 2 points above labels alone", lab.ahead(DENSE, SCRATCH, 2.0))
@@ -101,25 +97,10 @@ def run(lab: Lab) -> None:
     lab.judge("alone", lab.ahead(OURS, ALONE))
     lab.judge("order", lab.ahead(FINE, ALONE))
     for key, mark in (("few", SMALL), ("domain", ELSEWHERE)):
-        lost = [
+        drops = [
             [a - b for a, b in zip(arms[arm].values, arms[arm + mark].values, strict=True)] for arm in (ALONE, OURS)
         ]
-        lab.judge(key, gap(f"points that {ALONE} loses over {OURS}{mark}", *lost))
+        lab.judge(key, gap(f"points that {ALONE} loses over {OURS}{mark}", *drops))
     lab.judge("same", lab.ahead(SAME, ALONE), lab.ahead(SAME, SAME_FINE))
     lab.judge("labels", lab.ahead(ALONE, SCRATCH))
     lab.say("Accuracies: " + "; ".join(f"{arm} {found.shown}" for arm, found in arms.items()) + ".")
-
-
-def pretrain(lab: Lab, model: Any, texts: list[Inputs], steps: int, seed: int, name: str) -> tuple[Any, float]:
-    """A copy of an encoder that has filled gaps, at the rate of least loss; the nats of a gap in held-out sentences."""
-    held, rest = texts[::50], [batch for number, batch in enumerate(texts) if number % 50]
-
-    def learned(lr: float, steps: int) -> tuple[Any, float]:
-        torch.manual_seed(seed)
-        one = Filling(copy.deepcopy(model))
-        lab.train(one, with_gaps(rest, seed), filled, steps=steps, seed=seed, lr=lr)
-        with torch.no_grad():
-            nats = [float(filled(one, batch)) for batch in with_gaps(held, 0)(0)]
-        return one.encoder, sum(nats) / len(nats)
-
-    return learned(lab.choose(f"rate on {name}", lambda lr: learned(lr, steps // 2)[1], FILLING, higher=False), steps)

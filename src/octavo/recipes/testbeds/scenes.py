@@ -87,7 +87,7 @@ class Locator(nn.Module):
         self.neck = _layer(8 * width, 4 * width)
         self.head = nn.Conv2d(4 * width, classes, 1)
         # Most cells are empty.
-        nn.init.constant_(self.head.bias, -4.0)
+        nn.init.constant_(self.head.bias, -4.0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scenes (N, 1, side, side) to logits (N, classes, cells, cells)."""

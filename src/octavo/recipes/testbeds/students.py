@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ SIZE, WORDS = 32, 20
 EPOCHS, RATE = 1, 1e-4
 #: Learning rates of small students on labels.
 RATES = (2.5e-4, 5e-4, 1e-3)
-#: Width of small students.
-WIDTH = 96
+#: Layers and width of small students, and the learning rate at which they fill gaps.
+DEPTH, WIDTH, FILLING = 3, 96, 2e-3
 #: Tokens of MiniLM's vocabulary: the number of all, that of a gap to be filled, and the first that is a word.
 TOKENS, GAP, WORD = 30522, 103, 999
 Inputs = dict[str, Tensor]
@@ -140,6 +141,34 @@ def filled(module: nn.Module, batch: Labelled) -> Tensor:
     """Cross entropy of the words in the gaps of a batch from :func:`with_gaps`."""
     inputs, words = batch
     return functional.cross_entropy(run(module, inputs), words)
+
+
+def reader(lab: Lab, name: str, texts: Sequence[Inputs], steps: int, made_of: str) -> tuple[Any, float]:
+    """A small encoder that has filled gaps, trained once; and the nats of a gap in texts that it has not seen.
+
+    Parameters
+    ----------
+    made_of
+        A digest of the texts; every fiftieth batch is held out.
+    """
+    held, rest = texts[::50], [batch for number, batch in enumerate(texts) if number % 50]
+
+    def make() -> Filling:
+        return Filling(encoder(lab, DEPTH, 0))
+
+    def train(model: nn.Module) -> None:
+        fit(model, lambda epoch: itertools.islice(endless(rest), steps), filled, lr=FILLING)
+
+    model = lab.base(name, make, train, data=made_of, quick=lab.quick, steps=steps, lr=FILLING)
+    with torch.no_grad():
+        nats = [float(filled(model, batch)) for batch in with_gaps(held, 1)(0)]
+    assert isinstance(model, Filling)
+    return model.encoder, sum(nats) / len(nats)
+
+
+def endless(batches: Sequence[Inputs]) -> Iterator[Labelled]:
+    """Batches with gaps, epoch after epoch."""
+    return itertools.chain.from_iterable(map(with_gaps(batches, 0), itertools.count()))
 
 
 def classifier(lab: Lab, parts: Parts[list[Labelled]]) -> Classifier:

@@ -80,7 +80,7 @@ def scales(model: nn.Module) -> dict[str, Tensor]:
         If the model has none.
     """
     kind = nn.modules.batchnorm._BatchNorm
-    found = {
+    found: dict[str, Tensor] = {
         name: module.weight for name, module in model.named_modules() if isinstance(module, kind) and module.affine
     }
     if not found:
