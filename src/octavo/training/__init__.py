@@ -9,6 +9,7 @@ from octavo.training.regimens import REGIMENS, HandOver, Regimen, regimen
 from octavo.training.regimens.comera import CoMERA, core_rates
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
 from octavo.training.regimens.maestro import OrderedDropout
+from octavo.training.regimens.slimming import Slimming
 from octavo.training.regimens.trp import TrainedRankPruning
 from octavo.training.widths import recalibrate, truncated
 
@@ -18,6 +19,7 @@ __all__ = [
     "HandOver",
     "OrderedDropout",
     "Regimen",
+    "Slimming",
     "StraightThroughFactorizer",
     "TrainedRankPruning",
     "accuracy",
