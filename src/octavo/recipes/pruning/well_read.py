@@ -100,7 +100,7 @@ def run(lab: Lab) -> None:
         drops = [
             [a - b for a, b in zip(arms[arm].values, arms[arm + mark].values, strict=True)] for arm in (ALONE, OURS)
         ]
-        lab.judge(key, gap(f"points that {ALONE} loses over {OURS}{mark}", *drops))
+        lab.judge(key, gap(f"points that {ALONE} loses over {OURS}{mark}", drops[0], drops[1]))
     lab.judge("same", lab.ahead(SAME, ALONE), lab.ahead(SAME, SAME_FINE))
     lab.judge("labels", lab.ahead(ALONE, SCRATCH))
     lab.say("Accuracies: " + "; ".join(f"{arm} {found.shown}" for arm, found in arms.items()) + ".")
