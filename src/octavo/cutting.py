@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octavo.allocation.encoded import seal
@@ -24,7 +25,8 @@ from octavo.allocation.workspace import Workspace
 from octavo.calibration import inputs
 from octavo.calibration.calibrating import Calibration, tokens_in
 from octavo.calibration.runner import Runner
-from octavo.cuts import Cut, Units, best, removed, saved, split_cut
+from octavo.cuts import Cut, Units, best, removed, renumbered, saved, split_cut, without
+from octavo.cuts.transformer_units import COLUMN, TOKEN
 from octavo.encoding.cut_trials import CutLevel, CutTrials
 from octavo.encoding.finish import measured
 from octavo.encoding.result import Result
@@ -106,10 +108,22 @@ class Cutter:
     def level(self, share: float) -> tuple[Opened, int]:
         """The request on the source without a share of its units at every place, and the weights that went."""
         opened, kept = self.opened, best(self.scores, share)
-        source = thinned(opened.source, self.cut.apply(self.module, kept, self.evidence))
-        sites = [replace(site, shape=source.shapes[site.name]) for site in opened.sites]
+        module = self.cut.apply(self.module, kept, self.evidence)
+        source, names = thinned(opened.source, module, partial(renumbered, self.units, kept))
+        sites = [
+            replace(
+                site,
+                name=names[site.name],
+                shape=source.shapes[names[site.name]],
+                tied=tuple(names[alias] for alias in site.tied),
+            )
+            for site in opened.sites
+            if site.name in names
+        ]
+        left = {names[name]: why for name, why in opened.left.items() if name in names}
+        pinned = {names[name]: choice for name, choice in opened.pinned.items() if name in names}
         notes = [*opened.notes, *(note for note in source.notes if note not in opened.notes)]
-        thin = replace(opened, source=source, sites=sites, notes=notes)
+        thin = replace(opened, source=source, sites=sites, left=left, pinned=pinned, notes=notes)
         return thin, saved(self.module, self.units, kept)
 
     def trials(self, levels: list[CutLevel], kept: float) -> CutTrials:
@@ -138,14 +152,37 @@ def cutter(cut: Cut[Any], opened: Opened) -> Cutter:
         )
     inputs.model_of(source, blockwise=False)
     assert source.module is not None
+    cut = cut.prepared(opened.objective, opened.calibration_data)
     units = [part for part in cut.units(source.module) if part.resizes]
+    if any(part.kind == TOKEN for part in units):
+        raise RequestError(
+            f"{where}: {cut.name} would remove rows of the token table, which changes the numbers of tokens, and the "
+            "tokenizer with them; leave that kind out, or cut the module with octavo.cuts"
+        )
     if not units:
         raise RequestError(
             f"{where}: {cut} leaves zeros in place of what it removes, which saves no bytes by itself; let it remove "
             "units whose tensors become smaller"
         )
+    _check_outputs(opened, units, where)
     evidence = cut.observe(source.module, opened.calibration_data)
     return Cutter(cut, opened, units, cut.scores(source.module, units, evidence), evidence)
+
+
+def _check_outputs(opened: Opened, units: list[Units], where: object) -> None:
+    """Refuse columns where the model returns them: outputs of unequal width cannot be compared."""
+    module, batch = opened.source.module, opened.held_data[0]
+    assert module is not None
+    for part in units:
+        if part.kind == COLUMN:
+            thinner = without(module, [part], {part.name: torch.arange(part.count) > 0})
+            with torch.no_grad():
+                shapes = [opened.objective.outputs(one, batch).shape for one in (module, thinner)]
+            if shapes[0] != shapes[1]:
+                raise RequestError(
+                    f"{where}: columns are what the model returns, {tuple(shapes[0])}, so its outputs could not be "
+                    "compared without some of them; leave that kind out, or give a model with a head"
+                )
 
 
 def cut_alone(found: Cutter, goal: Goal, run: Callable[[Opened, Runner, Calibration], Run]) -> Result:
@@ -228,7 +265,8 @@ def best_level(found: Cutter, room: Workspace, solved: Callable[[Opened, Workspa
             # Deeper ones lose more still.
             break
         try:
-            reached[share] = solved(opened, room.part(f"cut-{share:g}", opened.identity()) if share else room)
+            identity = {**opened.identity(), "cut": repr(found.cut)}
+            reached[share] = solved(opened, room.part(f"cut-{share:g}", identity) if share else room)
         except BudgetError as error:
             refused.append(error)
             continue

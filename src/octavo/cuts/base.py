@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from octavo.calibration.objective import Objective
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.system.registry import Registry
@@ -55,6 +56,9 @@ class Units:
         All that goes with them: one removal in every tensor that a unit hangs on.
     resizes
         Whether these tensors become smaller. Otherwise zeros take the place of what is removed.
+    wholes
+        For each unit the tensors that go as a whole, where units are layers. A layer that stays then takes the number
+        that it has among those that stay.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Units:
     count: int
     slices: tuple[Slice, ...]
     resizes: bool = True
+    wholes: tuple[tuple[str, ...], ...] = ()
 
 
 class Cut(ABC, Generic[E]):
@@ -73,6 +78,10 @@ class Cut(ABC, Generic[E]):
 
     name: ClassVar[str]
     source: ClassVar[str]
+
+    def prepared(self, objective: Objective, batches: Sequence[Batch]) -> Cut[E]:
+        """The cut for a request that compares outputs by an objective, and has these batches; by default itself."""
+        return self
 
     @abstractmethod
     def units(self, model: nn.Module) -> list[Units]:
@@ -149,6 +158,9 @@ def left(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -
                 )
             ones = masks.setdefault(piece.tensor, tuple(torch.ones(n, dtype=torch.bool) for n in shapes[piece.tensor]))
             ones[piece.dim][piece.places[~kept[part.name].cpu()].flatten()] = False
+        for stays, names in zip(kept[part.name].tolist(), part.wholes, strict=bool(part.wholes)):
+            if not stays:
+                masks |= {name: tuple(torch.zeros(n, dtype=torch.bool) for n in shapes[name]) for name in names}
     return masks
 
 
