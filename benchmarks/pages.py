@@ -13,6 +13,7 @@ import robustness_page
 from ablation_page import ablation, unmeasured
 from common import RESULTS
 from factor_pages import PARTS as FACTOR_PARTS
+from pruning_page import PARTS as PRUNING_PARTS
 from size_pages import PARTS
 
 from octavo.system.atomic import write_file
@@ -146,7 +147,9 @@ def main() -> None:
     page = "# Results\n\n`benchmarks/pages.py` makes this page from `docs/results/*.json`. Every figure was measured on an artifact that was read back from disk.\n\n"
     parts = [acceptance(results), digits(read("digits")), ingredients(read("ablation"))]
     parts += [
-        part(read(name), table) for name, part in (PARTS | FACTOR_PARTS).items() if (RESULTS / f"{name}.json").exists()
+        part(read(name), table)
+        for name, part in (PARTS | FACTOR_PARTS | PRUNING_PARTS).items()
+        if (RESULTS / f"{name}.json").exists()
     ]
     write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())
     bench_page.write(table)

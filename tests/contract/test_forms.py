@@ -22,6 +22,7 @@ from octavo.forms import (
     Codebook,
     Dense,
     DenseSparse,
+    Exact,
     Folded,
     Grid,
     GroupedLowRank,
@@ -48,6 +49,10 @@ def _generator(seed):
 
 def dense(rows, columns, seed, dtype=torch.float32):
     return Dense(torch.randn(rows, columns, generator=_generator(seed)).to(dtype))
+
+
+def exact(rows, columns, seed, dtype=torch.float32):
+    return Exact(dense(rows, columns, seed, dtype).weight)
 
 
 def grid(rows, columns, seed, kind="tensor"):
@@ -188,6 +193,9 @@ FORMS = {
     "dense": dense,
     "dense float16": lambda r, c, s: dense(r, c, s, torch.float16),
     "dense bfloat16": lambda r, c, s: dense(r, c, s, torch.bfloat16),
+    "exact": exact,
+    "exact float16": lambda r, c, s: exact(r, c, s, torch.float16),
+    "exact bfloat16": lambda r, c, s: exact(r, c, s, torch.bfloat16),
     "grid": grid,
     "grid per channel": lambda r, c, s: grid(r, c, s, "channel"),
     "grid per group": lambda r, c, s: grid(r, c, s, "group"),
@@ -207,6 +215,7 @@ FORMS = {
     "sparse(grid) few": lambda r, c, s: sparse(r, c, s, 0.03),
     "sparse nothing": lambda r, c, s: sparse(r, c, s, 0.0),
     "sparse(dense)": lambda r, c, s: sparse(r, c, s, 0.1, dense),
+    "sparse(exact)": lambda r, c, s: sparse(r, c, s, 0.4, exact),
     "sparse nothing of dense": lambda r, c, s: Sparse(torch.zeros(r, c, dtype=torch.bool), dense(1, 0, s)),
     "sparse everything": lambda r, c, s: sparse(r, c, s, 1.1),
     "sparse(codebook)": lambda r, c, s: sparse(r, c, s, values=codebook),
@@ -407,6 +416,29 @@ def test_a_mask_is_stored_in_the_smallest_way():
     patterns = mask_bytes(n_of_m(64, 64, 0))
     # log2(6) bits for every four weights.
     assert set(patterns) == {"patterns"} and patterns["patterns"] < 64 * 64 / 4 * 2.6 / 8 + 128
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 28), (torch.float16, 15), (torch.bfloat16, 12)])
+def test_floats_without_loss_take_fewer_bits(dtype, most):
+    weight = 0.05 * torch.randn(64, 512, generator=_generator(0)).to(dtype)
+    form = Exact(weight)
+    packed = pack(form)
+    assert 8 * packed.bytes / weight.numel() < most
+    again = unpack(memoryview(packed.blob), packed.parts, packed.meta, form.shape)
+    assert torch.equal(again.weight, weight) and again.weight.dtype == dtype
+    # The narrowest type that holds all values.
+    assert Exact.of(weight.float()).weight.dtype == dtype
+
+
+def test_floats_without_loss_keep_every_bit():
+    odd = torch.tensor([[0.0, -0.0, 1e-45, -1e-38, 3e38, -1.5, 65504.0]])
+    for weight in (odd, odd.bfloat16(), odd.clamp(-6e4, 6e4).half()):
+        form = Exact(weight)
+        again = restore(form.tensors(), form.meta(), form.shape)
+        assert torch.equal(again.weight.signbit(), weight.signbit()) and torch.equal(again.weight, weight)
+    infinite = Exact(torch.ones(1, 3)).tensors()
+    infinite["high"][0, 1] = 255
+    refused(infinite, Exact(torch.ones(1, 3)).meta(), (1, 3))
 
 
 def refused(parts, meta, shape):

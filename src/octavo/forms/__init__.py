@@ -5,6 +5,7 @@ from octavo.forms.base import FORMS, Form, form, form_names, restore, with_leave
 from octavo.forms.codebook import Codebook
 from octavo.forms.dense import Dense
 from octavo.forms.dense_sparse import DenseSparse
+from octavo.forms.exact import Exact
 from octavo.forms.folded import Folded
 from octavo.forms.grid import Grid
 from octavo.forms.grouped import GroupedLowRank
@@ -24,6 +25,7 @@ __all__ = [
     "Codebook",
     "Dense",
     "DenseSparse",
+    "Exact",
     "Folded",
     "Form",
     "Grid",

@@ -5,25 +5,33 @@ from octavo.training.loop import fit
 from octavo.training.losses import accuracy, cross_entropy, distillation, next_token
 from octavo.training.low_rank import low_rank
 from octavo.training.one_way import in_stages, one_way
+from octavo.training.ranking import few_misses, ranking_loss
 from octavo.training.regimens import REGIMENS, HandOver, Regimen, regimen
 from octavo.training.regimens.comera import CoMERA, core_rates
+from octavo.training.regimens.drop_and_grow import DropAndGrow
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
+from octavo.training.regimens.gradual_pruning import GradualPruning
 from octavo.training.regimens.maestro import OrderedDropout
+from octavo.training.regimens.rewinding import Rewinding
 from octavo.training.regimens.trp import TrainedRankPruning
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
     "REGIMENS",
     "CoMERA",
+    "DropAndGrow",
+    "GradualPruning",
     "HandOver",
     "OrderedDropout",
     "Regimen",
+    "Rewinding",
     "StraightThroughFactorizer",
     "TrainedRankPruning",
     "accuracy",
     "core_rates",
     "cross_entropy",
     "distillation",
+    "few_misses",
     "fit",
     "formed",
     "forms_of",
@@ -31,6 +39,7 @@ __all__ = [
     "low_rank",
     "next_token",
     "one_way",
+    "ranking_loss",
     "recalibrate",
     "regimen",
     "settle",

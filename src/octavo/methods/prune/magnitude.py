@@ -18,7 +18,7 @@ class Magnitude(Method):
     """Keep the largest ``|W[i, j]|`` of the whole matrix (or n of every m neighbours in a row), quantized uniformly.
 
     ``W`` is (rows, columns); exactly ``sparsity * rows * columns`` weights are pruned, plus those that the step of the
-    survivors rounds to zero (:mod:`octavo.methods.prune.masks`).
+    survivors rounds to zero (:mod:`octavo.methods.prune.masks`). A setting without ``bits`` rounds no survivor.
     """
 
     by_rows = True

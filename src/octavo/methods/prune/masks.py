@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import RequestError
-from octavo.forms import Grid, Sparse
+from octavo.forms import Exact, Grid, Sparse
 from octavo.methods.base import Setting
 from octavo.methods.knobs import real, whole
 
@@ -34,9 +34,9 @@ _LARGEST_CODE = 2.0**23
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """A parsed setting: a share of zeros or an n:m pattern, and the bits of the survivors."""
+    """A parsed setting: a share of zeros or an n:m pattern, and the bits of the survivors, None if not rounded."""
 
-    bits: int
+    bits: int | None
     sparsity: float
     pattern: tuple[int, int] | None
 
@@ -46,8 +46,8 @@ class MaskRequest:
 
 
 def read(method: str, setting: Setting, columns: int) -> MaskRequest:
-    """Check a setting ``{"sparsity": 0.5, "bits": 4}`` or ``{"pattern": "2:4", "bits": 4}``."""
-    bits = whole(method, setting, "bits", 2, 16)
+    """Check a setting ``{"sparsity": 0.5, "bits": 4}`` or ``{"pattern": "2:4"}``; without bits nothing is rounded."""
+    bits = whole(method, setting, "bits", 2, 16) if "bits" in setting else None
     if "pattern" not in setting:
         return MaskRequest(bits, real(method, setting, "sparsity", 0.0, 1.0), None)
     parts = str(setting["pattern"]).split(":")
@@ -154,7 +154,14 @@ def survivors(codes: Tensor, mask: Tensor, step: float, pattern: tuple[int, int]
     return Sparse(mask, Grid(kept.to(dtype)[None], torch.full((1, 1), step)), pattern)
 
 
-def quantized(weight: Tensor, mask: Tensor, bits: int, pattern: tuple[int, int] | None) -> Sparse:
-    """Survivors rounded to nearest."""
+def unrounded(weight: Tensor, mask: Tensor, pattern: tuple[int, int] | None) -> Sparse:
+    """Survivors as they are, in the narrowest float type that holds them all."""
+    return Sparse(mask, Exact.of(weight[mask][None]), pattern)
+
+
+def quantized(weight: Tensor, mask: Tensor, bits: int | None, pattern: tuple[int, int] | None) -> Sparse:
+    """Survivors rounded to nearest, or not at all without ``bits``."""
+    if bits is None:
+        return unrounded(weight, mask, pattern)
     step = step_of(weight, mask, bits)
     return survivors((weight / torch.tensor(step)).round_(), mask, step, pattern)

@@ -31,8 +31,8 @@ class SparseGPT(Method):
     target[i, j]^2``, where ``target`` is the weight after the feedback of the preceding columns and ``1 / d[j]`` the
     ``[H^-1]_jj`` of the paper. The mask of a block of columns is chosen by that cost when the sweep reaches it. The
     number of weights kept per block is set in advance by the costs in the whole matrix, since blocks differ. Survivors
-    are rounded to the same uniform grid as in the other pruning methods. ``W`` is (rows, columns). Without a moment
-    there is no feedback.
+    are rounded to the same uniform grid as in the other pruning methods; a setting without ``bits`` rounds none. ``W``
+    is (rows, columns). Without a moment there is no feedback.
 
     Parameters
     ----------
@@ -72,18 +72,19 @@ def _sweep(weight: Tensor, rows: Tensor, request: masks.MaskRequest, factors: tu
     order, curvature, feedback = factors
     costs = rows[:, None] * curvature
     planned = masks.choose(weight[:, order].square() * costs, request, by_row=False)
-    step = masks.step_of(weight[:, order], planned, request.bits)
-    codes, mask = torch.empty(weight.shape), torch.empty(weight.shape, dtype=torch.bool)
+    step = None if request.bits is None else masks.step_of(weight[:, order], planned, request.bits)
+    kept, mask = torch.empty(weight.shape), torch.empty(weight.shape, dtype=torch.bool)
     height = max(1, _CHUNK // weight.shape[1])
     for start in range(0, len(weight), height):
         span = slice(start, min(start + height, len(weight)))
         targets = weight[span].t()[order].contiguous()
         chosen = torch.empty(targets.shape, dtype=torch.bool)
         quantize = partial(_quantize, targets, costs[span], planned[span], chosen, step, request.pattern)
-        rounded = round_columns(targets, feedback, quantize)
-        codes[span, order] = rounded.div_(step).round_().t()
+        kept[span, order] = round_columns(targets, feedback, quantize).t()
         mask[span, order] = chosen.t()
-    return masks.survivors(codes, mask, step, request.pattern)
+    if step is None:
+        return masks.unrounded(kept, mask, request.pattern)
+    return masks.survivors(kept.div_(step).round_(), mask, step, request.pattern)
 
 
 def _quantize(
@@ -91,12 +92,12 @@ def _quantize(
     costs: Tensor,
     planned: Tensor,
     chosen: Tensor,
-    step: float,
+    step: float | None,
     pattern: tuple[int, int] | None,
     j: int,
     target: Tensor,
 ) -> Tensor:
-    """Round the surviving targets of column ``j``; at the first column of a block choose the survivors."""
+    """Prune and round the targets of column ``j``; at the first column of a block choose the survivors."""
     if j % _BLOCK == 0:
         block = slice(j, j + _BLOCK)
         scores = targets[block].t().square() * costs[:, block]
@@ -105,4 +106,6 @@ def _quantize(
         else:
             best = masks.largest(scores, int(planned[:, block].sum()))
         chosen[block] = best.t()
+    if step is None:
+        return target * chosen[j]
     return (target / step).round_().mul_(chosen[j]).mul_(step)

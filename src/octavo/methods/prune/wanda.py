@@ -19,7 +19,7 @@ class Wanda(Method):
 
     ``W`` is (rows, columns) and ``sqrt(C[j, j])`` the root mean square of input ``j``. So small weights of large inputs
     are kept. Scores are compared within a row, so every output keeps the same number of inputs. Without a moment the
-    scores are magnitudes.
+    scores are magnitudes. A setting without ``bits`` rounds no survivor.
     """
 
     by_rows = True

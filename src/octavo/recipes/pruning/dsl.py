@@ -1,0 +1,167 @@
+"""Dynamic Sparse Learning of a recommender: tables that are sparse from the first step on, against dense rivals."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from octavo.forms import Form
+from octavo.recipes.frame import Gap, Lab, Study, gap
+from octavo.recipes.testbeds.ctr import MOVIELENS
+from octavo.recipes.testbeds.likes import LightGCN, Likes, Popular, bpr, likes, recall, triples
+from octavo.training import Regimen
+from octavo.training.regimens.drop_and_grow import SOURCE, DropAndGrow
+from octavo.training.regimens.gradual_pruning import GradualPruning
+
+#: Shares of the weights that are kept.
+HALF, TENTH = 0.5, 0.1
+#: Elements of a row; steps of every arm; those after pruning at once; likes of a step; updates of the masks.
+WIDTH, STEPS, TUNED, BATCH, UPDATES = 64, 600, 150, 4096, 20
+#: Rates of training, and of fine-tuning.
+RATES, TUNING = (1e-2, 2e-2, 4e-2), (3e-3, 1e-2, 3e-2)
+
+DENSE, POPULAR = "dense", "most popular"
+SMALL, STATIC, PRUNED = "smaller dense", "random mask", "dense, then pruned"
+GRADUAL, RANDOM, OURS, CODED = "gradual pruning", "random growth", "DSL", "quantization alone"
+NDCG, ROWS = "NDCG@20 (%)", "spread of row sizes"
+
+
+@Study(
+    "dsl",
+    system="Dynamic Sparse Learning",
+    source=SOURCE,
+    metric="test recall@20 (%)",
+    higher=True,
+    data=MOVIELENS,
+    claims={
+        "half": "With half the weights its recall is the dense one's (1 point)",
+        "tenth": "With a tenth of the weights, too (1 point)",
+        "pruned": "Never dense, it equals dense training, then pruning (1 point)",
+        "static": "It beats a random mask that never changes",
+    },
+    extras={
+        "smaller": "It beats a smaller dense model of equal bytes",
+        "growth": "Growing by gradients beats growing at random",
+        "gradual": "It beats gradual pruning, which begins dense",
+        "quantized": "It beats quantization alone at equal bytes",
+    },
+)
+def run(lab: Lab) -> None:
+    """A LightGCN of two layers; every seed has its own random split of the likes."""
+    for seed in lab.seeds:
+        lab.step(f"seed {seed}")
+        compare(lab, likes(lab, seed), seed)
+    arms = lab.arms
+    lab.gate("the dense model beats popularity", lab.ahead(DENSE, POPULAR))
+    lab.gate("there is room: a smaller dense model is worse", lab.ahead(DENSE, named(SMALL, TENTH)))
+    moved = arms[named(OURS, TENTH)].also["moved"]
+    lab.gate("masks changed: a third of the weights moved", gap("share over a third", moved, [1 / 3]))
+    for key, density in (("half", HALF), ("tenth", TENTH)):
+        lab.judge(key, lab.ahead(named(OURS, density), DENSE, -1.0))
+    lab.judge("pruned", *both(lab, PRUNED, -1.0))
+    for key, rival in (("static", STATIC), ("smaller", SMALL), ("growth", RANDOM), ("gradual", GRADUAL)):
+        lab.judge(key, *both(lab, rival))
+    lab.judge("quantized", *both(lab, CODED))
+    spread = {name: arms[named(name, TENTH)].also[ROWS][0] for name in (STATIC, OURS)}
+    rivals = (OURS, PRUNED, GRADUAL, RANDOM, STATIC, SMALL, CODED)
+    shown = ", ".join(f"{name} {arms[named(name, TENTH)].shown}" for name in rivals)
+    lab.say(
+        f"Recall@20 is {arms[DENSE].shown} % dense. With a tenth of the weights, or as many bytes: {shown}. The "
+        f"deviation of row sizes is {spread[OURS]:.2g} of their mean, under a random mask {spread[STATIC]:.2g}. "
+        "Dense tensors hold the masks here; the memory that sparse training could save is not measured."
+    )
+
+
+def named(name: str, density: float) -> str:
+    """The name of an arm."""
+    return f"{name}, {density:.0%}"
+
+
+def both(lab: Lab, rival: str, margin: float = 0.0) -> list[Gap]:
+    """By how much it is ahead of a rival at both densities."""
+    return [lab.ahead(named(OURS, density), named(rival, density), margin) for density in (HALF, TENTH)]
+
+
+def compare(lab: Lab, data: Likes, seed: int) -> None:
+    """All arms of one seed."""
+    steps, tuned = (24, 6) if lab.quick else (STEPS, TUNED)
+    batches = triples(data, size=512 if lab.quick else BATCH, seed=seed)
+
+    def net(width: int = WIDTH) -> nn.Module:
+        torch.manual_seed(seed)
+        return LightGCN(data, width)
+
+    def trained(
+        arm: str | None, regimen: Regimen | None = None, *, model: nn.Module | None = None, count: int = steps,
+        lr: float | None = None, width: int = WIDTH,
+    ) -> tuple[nn.Module, Mapping[str, Form]]:  # fmt: skip
+        made = lab.train(
+            model or net(width), batches, bpr, steps=count, seed=seed, arm=arm, before=steps - count,
+            regimen=regimen, optimizer=adam(chosen if lr is None else lr),
+        )  # fmt: skip
+        return made, {} if regimen is None else regimen.forms(made)
+
+    def score(made: tuple[nn.Module, Mapping[str, Form]]) -> float:
+        return recall(made[0], data, data.development)[0]
+
+    def add(arm: str, made: tuple[nn.Module, Mapping[str, Form]], **also: float) -> None:
+        stored = lab.stored(*made)
+        found = recall(stored.load(copy.deepcopy(made[0])), data, data.test)
+        lab.add(arm, found[0], stored, **{NDCG: found[1], **also})
+
+    chosen = lab.choose("rate", lambda lr: score(trained(None, lr=lr)), RATES)
+    dense = trained(DENSE)
+    begun, _ = trained(None, count=steps - tuned)
+    add(DENSE, dense)
+    found = recall(Popular(data), data, data.test)
+    lab.add(POPULAR, found[0], **{NDCG: found[1]})
+    for density in (HALF, TENTH):
+        options = {"density": density, "across": True, "seed": seed}
+        regimens: dict[str, Regimen] = {
+            STATIC: DropAndGrow(updates=0, **options),  # type: ignore[arg-type]
+            RANDOM: DropAndGrow(updates=UPDATES, growth="random", **options),  # type: ignore[arg-type]
+            OURS: DropAndGrow(updates=UPDATES, **options),  # type: ignore[arg-type]
+            GRADUAL: GradualPruning(1 - density, across=True),
+        }
+        made = {name: trained(named(name, density), regimen) for name, regimen in regimens.items()}
+
+        def pruned(lr: float, arm: str | None = None, density: float = density) -> tuple[nn.Module, Mapping[str, Form]]:
+            at_once = GradualPruning(1 - density, start=0.0, end=0.0, across=True)
+            return trained(arm, at_once, model=copy.deepcopy(begun), count=tuned, lr=lr)
+
+        lr = lab.choose(f"rate after pruning, {density:.0%}", lambda lr, at=pruned: score(at(lr)), TUNING)
+        made[PRUNED] = pruned(lr, named(PRUNED, density))
+        size = lab.stored(*made[OURS]).bytes
+        made[SMALL] = trained(named(SMALL, density), width=lab.thinner(net, size, range(1, WIDTH + 1)))
+        for name, result in made.items():
+            also = {}
+            if name in regimens:
+                also = {ROWS: row_spread(result[1]), "moved": moved(result[1], made[STATIC][1])}
+            add(named(name, density), result, **also)
+        coded = lab.quantization_alone(dense[0], size)
+        found = recall(coded.load(copy.deepcopy(dense[0])), data, data.test)
+        lab.add(named(CODED, density), found[0], coded, **{NDCG: found[1]})
+
+
+def adam(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Adam without decay, as recommenders are trained."""
+    return lambda model: torch.optim.Adam(model.parameters(), lr)
+
+
+def row_spread(forms: Mapping[str, Form]) -> float:
+    """Standard deviation of the number of weights in a row, over its mean."""
+    counts = torch.cat([mask.sum(1) for mask in _masks(forms)]).double()
+    return float(counts.std() / counts.mean())
+
+
+def moved(forms: Mapping[str, Form], first: Mapping[str, Form]) -> float:
+    """Share of the weights that are not where those of the first mask were."""
+    pairs = list(zip(_masks(forms), _masks(first), strict=True))
+    return 1 - sum(int((a & b).sum()) for a, b in pairs) / sum(int(a.sum()) for a, _ in pairs)
+
+
+def _masks(forms: Mapping[str, Form]) -> list[Tensor]:
+    return [form.mask for form in forms.values()]  # type: ignore[attr-defined]
