@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from octavo.cuts.base import Units
+from octavo.cuts.readers import Reader, readers_of
 from octavo.errors import RequestError
 from octavo.training.bottleneck import divergence, noise_ratio, soft_mask
 
@@ -38,151 +39,137 @@ class UnitMask:
     """
 
     def __init__(self, model: nn.Module, units: Units) -> None:
-        norms, readers = _places(model, units)
-        if not norms and not readers:
+        self._norms, self._readers = _norms_of(model, units), readers_of(model, units)
+        if not self._norms and not self._readers:
             raise RequestError(
                 f"masks: no layer reads {units.name!r} and no norm has it, so it cannot be masked; leave it out"
             )
-        device = (norms + readers)[0][0].weight.device
+        device = next(model.parameters()).device
         self.mean = torch.ones(units.count, device=device, requires_grad=True)
         self.log_variance = torch.full((units.count,), _START, device=device, requires_grad=True)
-        self.kept = torch.ones(units.count, dtype=torch.bool, device=device)
-        self.fixed = False
-        self.drawn: Tensor | None = None
-        self._norms, self._readers = norms, readers
+        #: Which units are kept, once the masks are fixed.
+        self.kept: Tensor | None = None
+        self._drawn: Tensor | None = None
         self._hooks: list[RemovableHandle] = []
-        for module, owner in norms:
-            self._hooks.append(module.register_forward_hook(partial(self._normalized, owner)))
-        for module, owner in readers:
-            # Columns of the stream are masked by their norms already; what else has them is only cut.
-            self._hooks.append(module.register_forward_pre_hook(partial(self._read, owner, bool(norms))))
+        for norm in self._norms:
+            self._hooks.append(norm.module.register_forward_hook(partial(self._normalized, norm)))
+        for reader in self._readers:
+            self._hooks.append(reader.module.register_forward_pre_hook(partial(self._read, reader)))
 
     def ratio(self) -> Tensor:
-        """:func:`noise_ratio` of every unit."""
+        """:func:`octavo.training.bottleneck.noise_ratio` of every unit."""
         return noise_ratio(self.mean, self.log_variance)
 
     def divergence(self) -> Tensor:
-        """The bound of every unit."""
+        """:func:`octavo.training.bottleneck.divergence` of every unit."""
         return divergence(self.mean, self.log_variance)
 
     def soft(self) -> Tensor:
-        """How far every unit is kept."""
+        """:func:`octavo.training.bottleneck.soft_mask` of every unit."""
         return soft_mask(self.ratio())
 
-    def fold(self, kept: Tensor) -> None:
-        """Multiply the means into the weights, with zeros for what is not kept."""
-        self.kept, self.fixed = kept, True
-        factors = self.mean.detach() * kept
-        for module, owner in self._norms or self._readers:
-            _scale(module, _spread(factors, owner), bool(self._norms))
-        if self._norms:
-            for module, owner in self._readers:
-                _scale(module, _spread(kept.float(), owner), False)
+    def renew(self) -> None:
+        """Draw other masks in the next step."""
+        self._drawn = None
 
+    @torch.no_grad()
+    def fix(self, kept: Tensor) -> None:
+        """Multiply the means into the weights, and choose what is kept."""
+        for place in self._norms or self._readers:
+            _scale(place, self.mean)
+        self.kept = kept
+
+    @torch.no_grad()
     def remove(self) -> None:
-        """End all masks."""
+        """End the hooks, and leave zeros where units are not kept."""
         for hook in self._hooks:
             hook.remove()
+        if self.kept is not None:
+            for place in (*self._norms, *self._readers):
+                _scale(place, self.kept.to(self.mean))
 
     def state(self) -> dict[str, Any]:
         """Masks, and what is kept."""
-        return {
-            "mean": self.mean.detach(), "log_variance": self.log_variance.detach(), "kept": self.kept,
-            "fixed": self.fixed,
-        }  # fmt: skip
+        return {"mean": self.mean.detach(), "log_variance": self.log_variance.detach(), "kept": self.kept}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state`."""
         self.mean.data.copy_(state["mean"])
         self.log_variance.data.copy_(state["log_variance"])
-        self.kept, self.fixed = state["kept"], state["fixed"]
+        self.kept = state["kept"]
 
     def _values(self, examples: int, training: bool) -> Tensor:
-        """The masks of every example, (examples or 1, units)."""
-        if self.fixed:
-            return self.kept.float()[None]
+        """The masks, (examples or 1, units)."""
+        if self.kept is not None:
+            return self.kept.to(self.mean)[None]
         if not training:
             return (self.mean * (self.ratio() < 0))[None].detach()
-        if self.drawn is None or len(self.drawn) != examples:
+        if self._drawn is None or len(self._drawn) != examples:
             noise = torch.randn(examples, len(self.mean), device=self.mean.device)
-            self.drawn = self.mean + (self.log_variance / 2).exp() * noise
-        return self.drawn
+            self._drawn = self.mean + (self.log_variance / 2).exp() * noise
+        return self._drawn
 
-    def _read(self, owner: Tensor, only_cut: bool, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        if only_cut and not self.fixed:
+    def _read(self, reader: Reader, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Columns of the stream are masked by their norms. What else has such columns must only be cut as they are.
+        if self._norms and self.kept is None:
             return given
-        values = _spread(self._values(len(given[0]), module.training), owner)
-        channels = 1 if isinstance(module, _CONVOLUTIONS) else given[0].ndim - 1
-        return (given[0] * _over(values, given[0], channels), *given[1:])
+        return (_masked(given[0], self._values(len(given[0]), module.training), reader), *given[1:])
 
-    def _normalized(self, owner: Tensor, module: Any, given: tuple[Tensor, ...], result: Tensor) -> Tensor:
-        kept = self.kept if self.fixed else self.ratio().detach() < 0
+    def _normalized(self, norm: Reader, module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        kept = self.kept if self.kept is not None else self.ratio().detach() < 0
         if not bool(kept.all()):
-            columns = _spread(kept.float(), owner) > 0
-            result = _norm_of(module, given[0], columns if bool(columns.any()) else ~columns)
-        return result * _over(_spread(self._values(len(result), module.training), owner), result, result.ndim - 1)
+            columns = _spread(kept, norm, given[0].shape[-1])
+            result = _norm_by(module, given[0], columns if bool(columns.any()) else ~columns)
+        return _masked(result, self._values(len(result), module.training), norm)
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: A module, and for each of its columns the number of the unit, which is their count for a column of none.
-_Place = tuple[Any, Tensor]
-
-
-def _places(model: nn.Module, units: Units) -> tuple[list[_Place], list[_Place]]:
-    """Norms that units are columns of, and layers that read them."""
-    norms: list[_Place] = []
-    readers: list[_Place] = []
-    modules = dict(model.named_modules())
+def _norms_of(model: nn.Module, units: Units) -> list[Reader]:
+    """The norms of a residual stream whose columns are these units."""
+    found = []
     for piece in units.slices:
         path, _, leaf = piece.tensor.rpartition(".")
-        module: Any = modules.get(path)
-        if leaf != "weight":
-            continue
-        turned = type(module).__name__ == "Conv1D"
+        module = model.get_submodule(path) if leaf == "weight" else None
         if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
-            found = norms
-        elif piece.dim == (0 if turned else 1) and (turned or isinstance(module, (nn.Linear, *_CONVOLUTIONS))):
-            found = readers
-        else:
-            continue
-        owner = torch.full((module.weight.shape[piece.dim],), units.count, device=module.weight.device)
-        each = torch.arange(units.count, device=owner.device)[:, None].expand(piece.places.shape)
-        owner[piece.places.flatten().to(owner.device)] = each.flatten()
-        found.append((module, owner))
-    return norms, readers
+            assert module is not None
+            found.append(Reader(piece.tensor, module, -1, piece.places))
+    return found
 
 
-def _spread(values: Tensor, owner: Tensor) -> Tensor:
-    """Values (.., units) to the columns of a module, with ones for those of no unit."""
-    return functional.pad(values, (0, 1), value=1.0)[..., owner]
+def _spread(values: Tensor, place: Reader, features: int) -> Tensor:
+    """Values (.., units) to the features of a layer, with ones where they belong to no unit."""
+    return functional.pad(values, (0, 1), value=1)[..., place.owners(features).to(values.device)]
 
 
-def _over(values: Tensor, like: Tensor, channels: int) -> Tensor:
-    """Values (examples, columns) in the shape of a tensor with that dimension of channels."""
-    shape = [1] * like.ndim
-    shape[0], shape[channels] = values.shape
-    return values.view(shape)
+def _masked(flow: Tensor, values: Tensor, place: Reader) -> Tensor:
+    """What a layer reads or writes, times (examples or 1, units)."""
+    factors = _spread(values, place, flow.shape[place.axis])
+    shape = [len(factors), *[1] * (flow.ndim - 1)]
+    shape[place.axis] = factors.shape[1]
+    return flow * factors.view(shape)
 
 
-def _norm_of(module: Any, x: Tensor, columns: Tensor) -> Tensor:
-    """What a norm returns if only some columns count for its statistics."""
+def _norm_by(module: Any, x: Tensor, columns: Tensor) -> Tensor:
+    """What a norm returns if its statistics are those of some columns."""
     part = x[..., columns]
     if isinstance(module, nn.LayerNorm):
-        x, part = x - part.mean(-1, keepdim=True), part - part.mean(-1, keepdim=True)
-        eps = module.eps
+        mean = part.mean(-1, keepdim=True)
+        x, part, eps = x - mean, part - mean, module.eps
     else:
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", 0.0))
     result = x * (part.square().mean(-1, keepdim=True) + eps).rsqrt() * module.weight
     return result if getattr(module, "bias", None) is None else result + module.bias
 
 
-def _scale(module: Any, factors: Tensor, norm: bool) -> None:
-    """Multiply the inputs that a layer reads, or the outputs of a norm."""
-    if norm:
-        for leaf in ("weight", "bias"):
-            if getattr(module, leaf, None) is not None:
-                getattr(module, leaf).mul_(factors)
-    elif type(module).__name__ == "Conv1D":
-        module.weight.mul_(factors[:, None])
-    else:
-        module.weight.mul_(factors.view(1, -1, *[1] * (module.weight.ndim - 2)))
+def _scale(place: Reader, values: Tensor) -> None:
+    """Multiply what a norm writes, or what a layer reads."""
+    module: Any = place.module
+    if module.weight.ndim == 1:
+        for tensor in (module.weight, getattr(module, "bias", None)):
+            if tensor is not None:
+                tensor.mul_(_spread(values, place, len(tensor)))
+        return
+    # The linear layer of GPT-2 holds (inputs, outputs).
+    dim = 0 if type(module).__name__ == "Conv1D" else 1
+    shape = [1] * module.weight.ndim
+    shape[dim] = module.weight.shape[dim]
+    module.weight.mul_(_spread(values, place, shape[dim]).view(shape))

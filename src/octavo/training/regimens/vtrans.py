@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from octavo.cuts.base import Units
+from octavo.cuts.chains import chain_units
+from octavo.cuts.transformer_units import COLUMN, HEAD, NEURON, anatomy, transformer_units
 from octavo.errors import RequestError
 from octavo.training.bottleneck import UnitSizes
 from octavo.training.regimens.base import Regimen, regimen
@@ -51,7 +53,7 @@ class VTrans(Regimen):
     warmup, tuned
         Shares of the steps: the first, in which ``t`` falls, and the last, in which masks are fixed.
     rate
-        Learning rate of masks and multipliers.
+        Learning rate of masks and multipliers. The noise of a mask needs about ``9 / rate`` steps to reach its mean.
     """
 
     units: Sequence[Units]
@@ -71,6 +73,13 @@ class VTrans(Regimen):
                 f"vtrans: warmup is {self.warmup!r} and tuned {self.tuned!r}; they are shares of the steps, and "
                 "together must be below 1"
             )
+
+    @classmethod
+    def suited_to(cls, model: nn.Module) -> Self:
+        """Half of the weights: heads, neurons and columns of a described transformer, or the units of a chain."""
+        found = anatomy(model)
+        units = chain_units(model) if found is None else transformer_units(found, (HEAD, NEURON, COLUMN))
+        return cls(units, 0.5)
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Give every unit its mask."""
@@ -102,7 +111,7 @@ class VTrans(Regimen):
         """Draw new masks; let the stated share fall."""
         self._now = 1 - (1 - self.share) * min(1.0, (step + 1) / self._rise)
         for mask in self._masks.values():
-            mask.drawn = None
+            mask.renew()
         if self.only_masks:
             for weight in self._trained:
                 weight.requires_grad_(self._fixed)
@@ -152,7 +161,7 @@ class VTrans(Regimen):
             self._fix()
         for mask in self._masks.values():
             mask.remove()
-        return {name: mask.kept.clone() for name, mask in self._masks.items()}
+        return {name: mask.kept.clone() for name, mask in self._masks.items() if mask.kept is not None}
 
     @torch.no_grad()
     def _fix(self) -> None:
@@ -166,7 +175,7 @@ class VTrans(Regimen):
                 low, high = (middle, high) if self._size(_below(ratios, middle)) <= self.share else (low, middle)
             high = low
         for name, kept in _below(ratios, high).items():
-            self._masks[name].fold(kept)
+            self._masks[name].fix(kept)
         self._fixed = True
 
     def _size(self, kept: dict[str, Tensor]) -> float:

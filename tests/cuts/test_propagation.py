@@ -7,14 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import octavo.cuts.relevance
+import octavo.cuts.propagation
+from octavo.calibration.objective import KL
 from octavo.cuts import Slice, Units
-from octavo.cuts.relevance import relevance
+from octavo.cuts.propagation import propagated
+from octavo.cuts.scores.relevance import Relevance
 from octavo.errors import RequestError
 
 
 def test_examples_say_what_happens():
-    assert doctest.testmod(octavo.cuts.relevance, extraglobs={"torch": torch, "nn": nn}).failed == 0
+    assert doctest.testmod(octavo.cuts.propagation, extraglobs={"torch": torch, "nn": nn}).failed == 0
 
 
 class Residual(nn.Module):
@@ -54,7 +56,7 @@ def test_relevance_is_conserved():
     """All that begins at the classes arrives at the inputs, and passes every layer that nothing leads around."""
     net, (x, y) = residual(), examples(12, 2, 8, 8)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    found = relevance(net, [(x[:5], y[:5]), (x[5:], y[5:])])
+    found = propagated(net, [(x[:5], y[:5]), (x[5:], y[5:])])
     assert found.arrived == pytest.approx(1, abs=1e-3)
     assert float(found.outputs["head"].sum()) == pytest.approx(12, rel=1e-4)
     assert torch.allclose(found.outputs["head"], y.bincount(minlength=3).float(), atol=1e-4)
@@ -64,7 +66,7 @@ def test_relevance_is_conserved():
     assert net.training and all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
-def test_in_a_chain_every_layer_has_all_relevance():
+def test_in_a_chain_every_layer_has_all_propagated():
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 5, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(5, 4, 2), nn.ReLU(), nn.Flatten(), nn.Dropout(),
@@ -74,7 +76,7 @@ def test_in_a_chain_every_layer_has_all_relevance():
     for layer in (net[0], net[3], net[7], net[9]):
         # Every output has a positive contribution, and nothing else explains it.
         layer.bias.data.zero_(), layer.weight.data.abs_()
-    found = relevance(net, [(x.abs(), y)])
+    found = propagated(net, [(x.abs(), y)])
     assert found.arrived == pytest.approx(1, abs=1e-4)
     for name in ("0", "3", "7", "9"):
         assert float(found.outputs[name].sum()) == pytest.approx(9, rel=1e-3)
@@ -89,7 +91,7 @@ def test_the_rule_is_the_published_one():
     part = hidden[:, None] * second.weight.clamp_min(0)
     share = part / (part.sum(2, keepdim=True) + 1e-12)
     of_hidden = share[torch.arange(4), y]
-    found = relevance(nn.Sequential(first, nn.ReLU(), second), [(x, y)])
+    found = propagated(nn.Sequential(first, nn.ReLU(), second), [(x, y)])
     assert torch.allclose(found.outputs["0"], of_hidden.sum(0), atol=1e-5)
     both = (x[:, None] * first.weight).clamp_min(0)
     at_inputs = (both / (both.sum(2, keepdim=True) + 1e-12) * of_hidden[:, :, None]).sum((1, 2))
@@ -103,18 +105,24 @@ def hidden(name, layer, reader, count):
 
 def test_scores_of_units():
     net, (x, y) = residual(), examples(6, 2, 8, 8)
-    found = relevance(net, [(x, y)])
     places = torch.arange(6)[:, None]
     stream = Units("stream", "channel", 6, tuple(Slice(f"{name}.weight", 0, places) for name in ("stem", "second")))
-    scores = found.scores([hidden("block", "first", "second", 8), stream])
+    units = [hidden("block", "first", "second", 8), stream]
+    seen = Relevance().observe(net, units, [(x, y)], KL())
+    scores = Relevance().scores(net, units, seen)
     assert float(scores["block"].sum()) == pytest.approx(1) and float(scores["stream"].sum()) == pytest.approx(1)
-    plain = found.scores([hidden("block", "first", "second", 8)], normalize=False)["block"]
-    assert torch.equal(plain, found.outputs["first"])
-    with pytest.raises(RequestError, match="'odd' hangs on no output"):
-        found.scores([Units("odd", "row", 2, (Slice("norm.weight", 0, places[:2]),))])
+    plain = Relevance(normalize=False).scores(net, units, seen)["block"]
+    assert torch.equal(plain.float(), seen.outputs["first"]) and float(plain.sum()) < 6
+    with pytest.raises(RequestError, match="writes the units 'odd'"):
+        Relevance().scores(net, [Units("odd", "row", 2, (Slice("norm.weight", 0, places[:2]),))], seen)
 
 
-def test_neurons_that_decide_have_more_relevance():
+def test_without_labels_the_decisions_of_the_net_are_traced():
+    net, (x, _) = residual().eval(), examples(6, 2, 8, 8)
+    assert torch.equal(propagated(net, [x]).outputs["first"], propagated(net, [(x, net(x).argmax(1))]).outputs["first"])
+
+
+def test_neurons_that_decide_have_more_propagated():
     """One neuron per class sees its input, the others see noise and hardly count."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -124,7 +132,7 @@ def test_neurons_that_decide_have_more_relevance():
     y = torch.tensor([0, 1] * 20)
     x = torch.rand(40, 4)
     x[torch.arange(40), y] += 1
-    values = relevance(net, [(x, y)]).outputs["0"]
+    values = propagated(net, [(x, y)]).outputs["0"]
     assert float(values[:2].min()) > 5 * float(values[2:].max())
 
 
@@ -137,9 +145,11 @@ def test_neurons_that_decide_have_more_relevance():
 )
 def test_nets_for_which_the_rule_does_not_hold_are_refused(net, says):
     with pytest.raises(RequestError, match=says):
-        relevance(net, [examples(3, 4, classes=2)])
+        propagated(net, [examples(3, 4, classes=2)])
 
 
 def test_no_examples_are_refused():
-    with pytest.raises(RequestError, match="there are no examples"):
-        relevance(nn.Linear(4, 2), [])
+    with pytest.raises(RequestError, match="nothing to observe"):
+        propagated(nn.Linear(4, 2), [])
+    with pytest.raises(RequestError, match=r"the inputs are \{input_ids"):
+        propagated(nn.Linear(4, 2), [{"input_ids": torch.ones(1, 3)}])

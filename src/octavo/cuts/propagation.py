@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from octavo.cuts.base import Units
 from octavo.errors import RequestError
+from octavo.sources.batches import Batch, described
 
 #: What is traced: relevance is counted at the outputs of these layers.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -27,7 +27,7 @@ _NEAREST = 1e-6
 
 
 @dataclass(frozen=True)
-class Relevance:
+class Propagated:
     """Where the relevance of a network's decisions went. Every example begins with 1 at its class.
 
     Parameters
@@ -42,39 +42,9 @@ class Relevance:
     outputs: dict[str, Tensor]
     arrived: float
 
-    def scores(self, units: Sequence[Units], *, normalize: bool = True) -> dict[str, Tensor]:
-        """The relevance of units: (count,) by their name.
 
-        Units that hang on the outputs of several layers, such as the channels of a residual sum, get the mean.
-
-        Parameters
-        ----------
-        normalize
-            Whether every layer's relevance is divided by its sum, so that units of all layers compare.
-
-        Raises
-        ------
-        RequestError
-            If units hang on no output of a linear layer or convolution.
-        """
-        found = {}
-        for part in units:
-            own = []
-            for piece in part.slices:
-                layer, _, leaf = piece.tensor.rpartition(".")
-                if leaf == "weight" and piece.dim == 0 and layer in self.outputs:
-                    seen = self.outputs[layer]
-                    own.append(seen[piece.places].flatten(1).sum(1) / (float(seen.sum()) if normalize else 1.0))
-            if not own:
-                raise RequestError(
-                    f"relevance: {part.name!r} hangs on no output of a linear layer or convolution; score it otherwise"
-                )
-            found[part.name] = torch.stack(own).mean(0)
-        return found
-
-
-def relevance(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> Relevance:
-    """Trace the decisions for the true classes back through a network of rectified layers.
+def propagated(model: nn.Module, batches: Iterable[Batch]) -> Propagated:
+    """Trace decisions back through a network of rectified layers.
 
     With activations ``a_i`` and weights ``w_ij`` the inputs of a layer get ``R_i = sum_j (a_i w_ij)^+ / sum_k (a_k
     w_kj)^+ R_j``, the z+ rule; for activations that are not negative this is the rule with positive weights. Batch norm
@@ -88,13 +58,13 @@ def relevance(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> Releva
     model
         Returns logits (examples, classes). It is not changed.
     batches
-        Inputs and labels (examples,).
+        Inputs with labels (examples,), whose decisions are traced; without labels, those that the model makes itself.
 
     Raises
     ------
     RequestError
-        If the network has layers for which the rule does not hold, such as layer norms and attention, a batch norm
-        that does not follow a layer, or there are no batches.
+        If the network has layers for which the rule does not hold, such as layer norms and attention, or a batch norm
+        that does not follow a layer; if inputs are not one tensor, or there are none.
 
     Source: Yeom et al. (2021), "Pruning by explaining", Pattern Recognition 115; arXiv 1912.08881. This code follows
     the published rule. The authors mark their method as patent pending; check that before you use it commercially.
@@ -105,28 +75,40 @@ def relevance(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> Releva
     >>> with torch.no_grad():
     ...     _ = net[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     ...     _ = net[2].weight.copy_(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
-    >>> found = relevance(net, [(torch.tensor([[3.0, 1.0]]), torch.tensor([0]))])
+    >>> found = propagated(net, [(torch.tensor([[3.0, 1.0]]), torch.tensor([0]))])
     >>> [round(float(value), 3) for value in found.outputs["0"]]
     [0.75, 0.25, 0.0]
     """
     examples, arrived, merged = 0, 0.0, None
     found: dict[str, Tensor] = {}
-    for inputs, labels in batches:
+    for batch in batches:
+        inputs, labels = _split(batch)
         if merged is None:
             merged = _merged(model, inputs)
             for name, layer in merged.named_modules():
                 if isinstance(layer, _LAYERS):
                     layer.register_forward_hook(_Traced(name, found))
         given = inputs.detach().clone().requires_grad_()
-        chosen = merged(given).gather(1, labels[:, None])
+        logits = merged(given)
+        chosen = logits.gather(1, (logits.argmax(1) if labels is None else labels)[:, None])
         # All else passes on relevance divided by activation as if it were a gradient.
         away = torch.where(chosen < 0, -1.0, 1.0) * chosen.detach().abs().clamp_min(_NEAREST)
         (ratio,) = torch.autograd.grad((chosen / away).sum(), given)
         arrived += float((ratio * given.detach()).sum())
-        examples += len(labels)
+        examples += len(given)
     if not examples:
-        raise RequestError("relevance: there are no examples; give at least one batch of inputs and labels")
-    return Relevance(found, arrived / examples)
+        raise RequestError("relevance: there is nothing to observe; give at least one batch")
+    return Propagated(found, arrived / examples)
+
+
+def _split(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Inputs, and labels if there are any."""
+    inputs, labels = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        raise RequestError(
+            f"relevance: the inputs are {described(inputs)}; it is traced to one tensor of floats, so give such batches"
+        )
+    return inputs, labels if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 
 class _Traced:
