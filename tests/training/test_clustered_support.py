@@ -86,7 +86,9 @@ def test_the_moments_of_precisions():
 def test_neighbours_decide_about_weights_of_the_same_size():
     large, middling, small = 4.0, 0.42, 1e-4
     row = torch.tensor([[small] * 6 + [large, middling, large] + [small] * 6 + [middling] + [small] * 6])
-    clustered, alone = (inferred(row, SupportPrior(0.2, run)).support[0] > 0.5 for run in (4.0, None))
+    clustered, alone = (
+        inferred(row, SupportPrior(0.2, run, quiet=(1.0, 0.001))).support[0] > 0.5 for run in (4.0, None)
+    )
     assert bool(clustered[7]) and not bool(clustered[15]), "the one in the run stays, the single one goes"
     assert bool(alone[7]) == bool(alone[15])
     assert not clustered[:6].any() and not alone[:6].any() and clustered[6] and clustered[8]

@@ -36,7 +36,7 @@ class SupportPrior:
     density: float = 0.1
     run: float | None = 4.0
     active: tuple[float, float] = (1.0, 1.0)
-    quiet: tuple[float, float] = (1.0, 0.001)
+    quiet: tuple[float, float] = (1.0, 0.01)
 
     def __post_init__(self) -> None:
         if not 0 < self.density < 1:

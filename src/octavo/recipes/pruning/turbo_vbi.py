@@ -23,11 +23,11 @@ from octavo.training.regimens.turbo_vbi import SOURCE, TurboVBI
 from octavo.training.regimens.vtrans import VTrans
 
 #: Steps of the dense base and of every arm after it, and the share of these in which survivors are tuned.
-BASE, STEPS, TUNED = 1100, 1100, 0.25
+BASE, STEPS, TUNED = 1100, 1100, 0.35
 #: Densities of the prior to choose from, the mean length of its runs, and weights of the group lasso.
-DENSITIES, RUN, PRESSURES = (0.01, 0.03, 0.1), 6.0, (1e-5, 1e-4, 1e-3)
+DENSITIES, RUN, PRESSURES = (0.03, 0.1, 0.3), 3.0, (1e-5, 1e-4, 1e-3)
 #: Points of accuracy that the smallest file may lose to the dense net on development data.
-LOSS = 1.0
+LOSS = 2.0
 
 DENSE, OURS, ALONE, MIXED = "dense", "Turbo-VBI", "independent support", "Turbo-VBI, pixels permuted"
 LASSO, VIB, MAGNITUDE, CODED = "group lasso", "VIB masks of neurons", "gradual magnitude", "quantization alone"
@@ -103,7 +103,7 @@ def compare(lab: Lab, split: Split, seed: int) -> None:
     def trained(arm: str | None, model: nn.Module, steps: int, done: int = 0, mixed: bool = False, **how: Any) -> Any:
         images = split.train[0].flatten(1)
         batches = shuffled(images[:, order] if mixed else images, split.train[1], size=100, seed=10 * seed + bool(done))
-        how |= {"optimizer": lambda module: torch.optim.Adam(module.parameters(), 1e-3), "before": done}
+        how |= {"optimizer": lambda module: torch.optim.Adam(module.parameters(), 2e-3), "before": done}
         return lab.train(model, batches, cross_entropy, steps=steps, seed=seed, arm=arm, **how)
 
     def right(stored: Stored, model: nn.Module, part: tuple[Tensor, Tensor], mixed: bool = False) -> float:
@@ -131,7 +131,7 @@ def compare(lab: Lab, split: Split, seed: int) -> None:
         return TurboVBI(examples, SupportPrior(density, run), tuned=TUNED)
 
     dense = trained(DENSE, copy.deepcopy(begun), steps, before)
-    size, least = add(DENSE, dense, {}), right(lab.stored(dense), dense, split.development) - LOSS
+    whole, least = add(DENSE, dense, {}), right(lab.stored(dense), dense, split.development) - LOSS
 
     def density(run: float | None) -> float:
         """The density of the smallest file that is accurate enough."""
@@ -143,7 +143,7 @@ def compare(lab: Lab, split: Split, seed: int) -> None:
 
         return lab.choose(f"density of {'independent weights' if run is None else 'runs'}", score, DENSITIES)
 
-    chosen, share = density(RUN), size
+    chosen = density(RUN)
     size = add(OURS, *sparse(OURS, bayes(chosen, RUN)))
     add(ALONE, *sparse(ALONE, bayes(density(None), None)))
     add(MIXED, *sparse(MIXED, bayes(chosen, RUN), mixed=True), mixed=True)
@@ -172,7 +172,7 @@ def compare(lab: Lab, split: Split, seed: int) -> None:
         return right(lab.stored(model), model, split.development)
 
     add(LASSO, lasso(LASSO, lab.choose("weight of the group lasso", pressed, PRESSURES)), {})
-    masks = VTrans(units, 0.99 * size / share, tuned=TUNED)
+    masks = VTrans(units, min(0.9, 0.99 * size / whole), tuned=TUNED)
     model = trained(VIB, copy.deepcopy(begun), steps, before, regimen=masks)
     add(VIB, without(model, units, masks.hand_over(model).kept), {})
     coded = lab.quantization_alone(dense, size)
