@@ -36,13 +36,17 @@ _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
 _WAY = "way.json"
 
 
-def open_request(request: Request, target: Target, progress: Progress, *, work: Path | None = None) -> Opened:
+def open_request(
+    request: Request, target: Target, progress: Progress, *, work: Path | None = None, folding: bool = True
+) -> Opened:
     """Check a request and open what it names.
 
     Parameters
     ----------
     work
         The folder of kept work from which a run goes on, which knows the files that it was made from.
+    folding
+        Whether norms may be folded into the layers before them, if the target does so.
 
     Raises
     ------
@@ -51,10 +55,10 @@ def open_request(request: Request, target: Target, progress: Progress, *, work: 
     """
     witness = Witness(*_paths(request.source, request.data))
     with _blamed(witness, work):
-        return _opened(request, target, progress, witness)
+        return _opened(request, target, progress, witness, folding=folding)
 
 
-def _opened(request: Request, target: Target, progress: Progress, witness: Witness) -> Opened:
+def _opened(request: Request, target: Target, progress: Progress, witness: Witness, *, folding: bool) -> Opened:
     objective = None if request.objective is None else objective_of(request.objective)
     memory = None if request.memory is None else parse_size(request.memory)
     chosen, preset = target.methods(request), target.preset(request)
@@ -90,7 +94,7 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
         batches = inputs.prepared(source, wanted, batches)
     rows = inputs.divisible(source, wanted, batches)
     calibration, held = inputs.split(batches, rows=rows)
-    if target.folds and not all(method.lossless for method in chosen):
+    if folding and target.folds and not all(method.lossless for method in chosen):
         source = _folded(source, module, calibration, wanted, left, memory)
     notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]
     opened = Opened(

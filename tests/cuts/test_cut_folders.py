@@ -105,7 +105,7 @@ def test_levels_are_tried_beside_methods(tmp_path):
     )
     assert [level.share for level in done.cut.levels][:2] == [0.0, 0.1]
     report = done.save(tmp_path / "level")
-    assert report.artifact.ratio >= 6 and "head and neuron" in report.sections[0].text
+    assert report.artifact.ratio >= 6 and "units of the kind 'head' and" in report.sections[0].text
 
 
 def test_ratios_out_of_reach_name_the_largest():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.calibration.objective import Objective
+from octavo.cuts.choosing import best
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.system.registry import Registry
@@ -104,6 +105,15 @@ class Cut(ABC, Generic[E]):
     def shares(self, units: Sequence[Units], evidence: E, mean: float) -> dict[str, float]:
         """Which share of its units every place gives up so that it is ``mean`` of all; by default all alike."""
         return dict.fromkeys((part.name for part in units), mean)
+
+    def keeping(
+        self, model: nn.Module, units: Sequence[Units], scores: Mapping[str, Tensor], shares: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Which units stay where every place gives up a share; by default those with the highest scores.
+
+        A cut may keep other numbers of units, where those go well together.
+        """
+        return best({part.name: scores[part.name] for part in units}, shares)
 
     @abstractmethod
     def apply(self, model: nn.Module, kept: Mapping[str, Tensor], evidence: E) -> nn.Module:

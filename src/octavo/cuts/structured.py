@@ -18,7 +18,7 @@ from octavo.cuts.compensation import Moment, compensate, reader_moments
 from octavo.cuts.layers import LAYER
 from octavo.cuts.scores.base import SCORES, Score
 from octavo.cuts.surgery import without
-from octavo.cuts.transformer_units import HEAD, KINDS, NEURON, anatomy, restate_config, transformer_units
+from octavo.cuts.transformer_units import COLUMN, HEAD, KINDS, NEURON, anatomy, restate_config, transformer_units
 from octavo.errors import RequestError
 from octavo.methods.spelling import made_of
 from octavo.sources.batches import Batch, run
@@ -56,7 +56,7 @@ class Structured(Cut[Observed]):
     score
         What units are worth: a name of ``octavo methods --kind scores``, or a :class:`octavo.cuts.Score`.
     compensate
-        Whether the matrix that read a unit is fitted again, so that what is left makes up for it
+        Whether the matrix that read a unit is fitted again, so that what is left compensates
         (:mod:`octavo.cuts.compensation`).
     objective
         How outputs are compared, for scores by gradients; if not given, what fits the model's result.
@@ -124,6 +124,21 @@ class Structured(Cut[Observed]):
     def scores(self, model: nn.Module, units: Sequence[Units], evidence: Observed) -> dict[str, Tensor]:
         """Those of the score."""
         return self._score().scores(model, units, evidence.seen)
+
+    def keeping(
+        self, model: nn.Module, units: Sequence[Units], scores: Mapping[str, Tensor], shares: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Those with the highest scores; with heads as many columns as all heads have, where a config must say so."""
+        kept, found = super().keeping(model, units, scores, shares), anatomy(model)
+        if found is None or found.description.head_size is not None:
+            return kept
+        heads = {int(kept[part.name].sum()) for part in units if part.kind == HEAD}
+        for part in units:
+            if part.kind == COLUMN and len(heads) == 1:
+                size = found.head_size(found.description.stacks[0])
+                share = 1 - min(part.count, heads.pop() * size) / part.count
+                kept |= super().keeping(model, [part], scores, {part.name: share})
+        return kept
 
     @torch.no_grad()
     def apply(self, model: nn.Module, kept: Mapping[str, Tensor], evidence: Observed) -> nn.Module:

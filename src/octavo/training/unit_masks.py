@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from octavo.cuts.base import Units
-from octavo.cuts.readers import Reader, readers_of
+from octavo.cuts.readers import UnitReader, readers_of
 from octavo.errors import RequestError
 from octavo.training.bottleneck import divergence, noise_ratio, soft_mask
 
@@ -109,13 +109,13 @@ class UnitMask:
             self._drawn = self.mean + (self.log_variance / 2).exp() * noise
         return self._drawn
 
-    def _read(self, reader: Reader, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _read(self, reader: UnitReader, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         # Columns of the stream are masked by their norms. What else has such columns must only be cut as they are.
         if self._norms and self.kept is None:
             return given
         return (_masked(given[0], self._values(len(given[0]), module.training), reader), *given[1:])
 
-    def _normalized(self, norm: Reader, module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> Tensor:
+    def _normalized(self, norm: UnitReader, module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> Tensor:
         kept = self.kept if self.kept is not None else self.ratio().detach() < 0
         if not bool(kept.all()):
             columns = _spread(kept, norm, given[0].shape[-1])
@@ -123,7 +123,7 @@ class UnitMask:
         return _masked(result, self._values(len(result), module.training), norm)
 
 
-def _norms_of(model: nn.Module, units: Units) -> list[Reader]:
+def _norms_of(model: nn.Module, units: Units) -> list[UnitReader]:
     """The norms of a residual stream whose columns are these units."""
     found = []
     for piece in units.slices:
@@ -131,16 +131,16 @@ def _norms_of(model: nn.Module, units: Units) -> list[Reader]:
         module = model.get_submodule(path) if leaf == "weight" else None
         if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
             assert module is not None
-            found.append(Reader(piece.tensor, module, -1, piece.places))
+            found.append(UnitReader(piece.tensor, module, -1, piece.places))
     return found
 
 
-def _spread(values: Tensor, place: Reader, features: int) -> Tensor:
+def _spread(values: Tensor, place: UnitReader, features: int) -> Tensor:
     """Values (.., units) to the features of a layer, with ones where they belong to no unit."""
     return functional.pad(values, (0, 1), value=1)[..., place.owners(features).to(values.device)]
 
 
-def _masked(flow: Tensor, values: Tensor, place: Reader) -> Tensor:
+def _masked(flow: Tensor, values: Tensor, place: UnitReader) -> Tensor:
     """What a layer reads or writes, times (examples or 1, units)."""
     factors = _spread(values, place, flow.shape[place.axis])
     shape = [len(factors), *[1] * (flow.ndim - 1)]
@@ -160,7 +160,7 @@ def _norm_by(module: Any, x: Tensor, columns: Tensor) -> Tensor:
     return result if getattr(module, "bias", None) is None else result + module.bias
 
 
-def _scale(place: Reader, values: Tensor) -> None:
+def _scale(place: UnitReader, values: Tensor) -> None:
     """Multiply what a norm writes, or what a layer reads."""
     module: Any = place.module
     if module.weight.ndim == 1:

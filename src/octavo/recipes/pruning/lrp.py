@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def compare(lab: Lab, seed: int, data: str, mark: str) -> None:
     train, test = (of_classes(part, classes) for part in (split.train, split.test))
     seen = torch.cat([(train[1] == k).nonzero()[:EACH, 0] for k in range(CLASSES)])
     few = train[0][seen], train[1][seen]
-    model = copy.deepcopy(classifier(lab, seed, data))
+    model: Any = copy.deepcopy(classifier(lab, seed, data))
     head = nn.Linear(model.head.in_features, CLASSES)
     head.weight.data, head.bias.data = model.head.weight.data[classes], model.head.bias.data[classes]
     model.head = head
