@@ -1,5 +1,6 @@
 """Methods that act while a model trains: one loop, regimens that hook into it, and the losses of distillation."""
 
+from octavo.training.clustered_support import SupportPrior
 from octavo.training.formed import formed, forms_of, settle
 from octavo.training.loop import fit
 from octavo.training.losses import accuracy, cross_entropy, distillation, next_token
@@ -14,6 +15,8 @@ from octavo.training.regimens.gradual_pruning import GradualPruning
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.regimens.rewinding import Rewinding
 from octavo.training.regimens.trp import TrainedRankPruning
+from octavo.training.regimens.turbo_vbi import TurboVBI
+from octavo.training.regimens.vtrans import VTrans
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
@@ -26,7 +29,10 @@ __all__ = [
     "Regimen",
     "Rewinding",
     "StraightThroughFactorizer",
+    "SupportPrior",
     "TrainedRankPruning",
+    "TurboVBI",
+    "VTrans",
     "accuracy",
     "core_rates",
     "cross_entropy",
