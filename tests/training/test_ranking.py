@@ -44,7 +44,7 @@ def test_weights_count_errors_on_positives():
     more = -2 * torch.nn.functional.logsigmoid(scores[:6]).sum() / 64
     assert weighted - plain == pytest.approx(float(more), rel=1e-4)
     ranked = float(few_misses(1.0, 0.5)(model, batch))
-    assert ranked - plain == pytest.approx(0.5 * float(ranking_loss(scores, batch[1])), rel=1e-4)
+    assert ranked - plain == pytest.approx(0.5 * float(ranking_loss(scores.sigmoid(), batch[1])), rel=1e-3)
 
 
 def test_a_rare_class_is_missed_less():
@@ -52,7 +52,7 @@ def test_a_rare_class_is_missed_less():
     x = torch.randn(1024, 4, generator=generator)
     y = (x[:, 0] + torch.randn(1024, generator=generator) > 2.2).float()
     missed = []
-    for loss in (few_misses(), few_misses(8.0, 0.05)):
+    for loss in (few_misses(), few_misses(8.0, 0.3)):
         torch.manual_seed(0)
         model = nn.Linear(4, 1)
         fit(model, lambda epoch: list(zip(x.split(128), y.split(128), strict=True)), loss, epochs=10, lr=3e-2)

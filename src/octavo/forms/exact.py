@@ -64,9 +64,9 @@ class Exact(Form):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Exact:  # noqa: D102
         expect(meta["dtype"] in _KINDS, f"floats of type {meta['dtype']!r} are not known")
         integers, mantissa = _KINDS[meta["dtype"]]
-        for part, bits in (("high", 8 * integers.itemsize - mantissa), ("low", mantissa)):
+        for part, width in (("high", 8 * integers.itemsize - mantissa), ("low", mantissa)):
             values = expect_integers(tensors[part], shape, part)
-            expect(bool(((values >= 0) & (values < 1 << bits)).all()), f"part {part!r} has values beyond {bits} bits")
+            expect(bool(((values >= 0) & (values < 1 << width)).all()), f"part {part!r} has values beyond {width} bits")
         bits = (tensors["high"].int() << mantissa) | tensors["low"].int()
         weight = bits.to(integers).view(getattr(torch, meta["dtype"]))
         return cls(expect_floats(weight, "high"))

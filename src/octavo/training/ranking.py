@@ -45,7 +45,8 @@ def few_misses(weight: float = 1.0, ranking: float = 0.0) -> Loss:
     """The loss of a detector that is to miss few positives: weighted cross entropy, plus the ranking of positives.
 
     ``BCE(weight * positives) + ranking * ranking_loss`` of batches ``(inputs, labels)``, for modules that return one
-    logit per example.
+    logit per example. The ranking is that of probabilities, whose differences are bounded. Scores that shrink also
+    bring positives near the hardest negative, so a large ``ranking`` leaves none above a threshold of one half.
 
     Parameters
     ----------
@@ -70,6 +71,6 @@ def few_misses(weight: float = 1.0, ranking: float = 0.0) -> Loss:
         value = functional.binary_cross_entropy_with_logits(
             scores, labels.float(), pos_weight=torch.tensor(weight, device=scores.device)
         )
-        return value + ranking * ranking_loss(scores, labels) if ranking else value
+        return value + ranking * ranking_loss(scores.sigmoid(), labels) if ranking else value
 
     return loss

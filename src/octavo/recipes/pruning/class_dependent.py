@@ -18,7 +18,7 @@ from octavo.training.regimens.rewinding import Rewinding
 #: Of the weights that are left, masked before every round; rounds after the first; steps of each; examples of a step.
 SHARE, ROUNDS, STEPS, BATCH = 0.6, 5, 400, 256
 #: Tried weights of positives and of the ranking term.
-WEIGHTS, RANKINGS = (2.0, 5.0, 12.0), (0.01, 0.03, 0.1)
+WEIGHTS, RANKINGS = (2.0, 5.0, 12.0), (0.03, 0.1, 0.3)
 
 PLAIN, WEIGHTED, RANKED, BOTH = "cross entropy", "weighted", "ranked", "weighted and ranked"
 CODED, GUESS = "quantization alone", "distance to the mean shirt"
@@ -65,8 +65,9 @@ def run(lab: Lab) -> None:
     lab.judge("parameters", lab.ahead(last, whole))
     lab.judge("equal", *(lab.ahead(*pair, of=MISSED) for pair in pairs))
     lab.judge("ranking", *(lab.ahead(named(BOTH, number), named(WEIGHTED, number), of=MISSED) for number in deep))
-    ends = [named(name, rounds(lab)) for name in (WEIGHTED, PLAIN)]
-    lab.judge("weights", *(lab.ahead(*pair, -1.0, of=MISSED) for pair in (ends, ends[::-1])))
+    weighted, plain = (named(name, rounds(lab)) for name in (WEIGHTED, PLAIN))
+    ends = ((weighted, plain), (plain, weighted))
+    lab.judge("weights", *(lab.ahead(ours, theirs, -1.0, of=MISSED) for ours, theirs in ends))
     lab.judge("quantized", lab.ahead(last, CODED, of=MISSED))
     shown = "; ".join(
         f"{name} {both_shares(lab, named(name, rounds(lab)))}" for name in (PLAIN, WEIGHTED, RANKED, BOTH)

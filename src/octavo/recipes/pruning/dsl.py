@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from octavo.forms import Form
-from octavo.recipes.frame import Gap, Lab, Study, gap
+from octavo.recipes.frame import Gap, Lab, Stored, Study, gap
 from octavo.recipes.testbeds.ctr import MOVIELENS
 from octavo.recipes.testbeds.likes import LightGCN, Likes, Popular, bpr, likes, recall, triples
 from octavo.training import Regimen
@@ -19,9 +19,12 @@ from octavo.training.regimens.gradual_pruning import GradualPruning
 #: Shares of the weights that are kept.
 HALF, TENTH = 0.5, 0.1
 #: Elements of a row; steps of every arm; those after pruning at once; likes of a step; updates of the masks.
-WIDTH, STEPS, TUNED, BATCH, UPDATES = 64, 600, 150, 4096, 20
+WIDTH, STEPS, TUNED, BATCH, UPDATES = 64, 600, 150, 4096, 10
 #: Rates of training, and of fine-tuning.
-RATES, TUNING = (1e-2, 2e-2, 4e-2), (3e-3, 1e-2, 3e-2)
+RATES, TUNING = (5e-3, 1e-2, 2e-2), (1e-3, 3e-3, 1e-2)
+
+#: A model, and the forms of its tables.
+Made = tuple[nn.Module, Mapping[str, Form]]
 
 DENSE, POPULAR = "dense", "most popular"
 SMALL, STATIC, PRUNED = "smaller dense", "random mask", "dense, then pruned"
@@ -95,55 +98,58 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
         return LightGCN(data, width)
 
     def trained(
-        arm: str | None, regimen: Regimen | None = None, *, model: nn.Module | None = None, count: int = steps,
-        lr: float | None = None, width: int = WIDTH,
-    ) -> tuple[nn.Module, Mapping[str, Form]]:  # fmt: skip
+        arm: str | None, lr: float, regimen: Regimen | None = None, *, model: nn.Module | None = None,
+        count: int = steps, width: int = WIDTH,
+    ) -> Made:  # fmt: skip
         made = lab.train(
-            model or net(width), batches, bpr, steps=count, seed=seed, arm=arm, before=steps - count,
-            regimen=regimen, optimizer=adam(chosen if lr is None else lr),
+            model or net(width), batches, bpr, steps=count, seed=seed, arm=arm, before=steps - count, regimen=regimen,
+            optimizer=adam(lr),
         )  # fmt: skip
         return made, {} if regimen is None else regimen.forms(made)
 
-    def score(made: tuple[nn.Module, Mapping[str, Form]]) -> float:
-        return recall(made[0], data, data.development)[0]
+    def best(name: str, make: Callable[[float], Made], grid: Sequence[float] = RATES) -> float:
+        return lab.choose(f"rate of {name}", lambda lr: recall(make(lr)[0], data, data.development)[0], grid)
 
-    def add(arm: str, made: tuple[nn.Module, Mapping[str, Form]], **also: float) -> None:
-        stored = lab.stored(*made)
-        found = recall(stored.load(copy.deepcopy(made[0])), data, data.test)
-        lab.add(arm, found[0], stored, **{NDCG: found[1], **also})
+    def sparse(density: float, growth: str = "gradient", updates: int = UPDATES) -> DropAndGrow:
+        return DropAndGrow(density, updates, growth=growth, across=True, seed=seed)
 
-    chosen = lab.choose("rate", lambda lr: score(trained(None, lr=lr)), RATES)
-    dense = trained(DENSE)
-    begun, _ = trained(None, count=steps - tuned)
+    def at_once(density: float) -> GradualPruning:
+        return GradualPruning(1 - density, start=0.0, end=0.0, across=True)
+
+    def add(arm: str, made: Made, coded: Stored | None = None, **also: float) -> None:
+        stored = coded or lab.stored(*made)
+        found, ndcg = recall(stored.load(copy.deepcopy(made[0])), data, data.test)
+        lab.add(arm, found, stored.bytes, **{NDCG: ndcg, **also})
+
+    large = best(DENSE, lambda lr: trained(None, lr))
+    masked = best(OURS, lambda lr: trained(None, lr, sparse(TENTH)))
+    dense, begun = trained(DENSE, large), trained(None, large, count=steps - tuned)[0]
     add(DENSE, dense)
-    found = recall(Popular(data), data, data.test)
-    lab.add(POPULAR, found[0], **{NDCG: found[1]})
-    for density in (HALF, TENTH):
-        options = {"density": density, "across": True, "seed": seed}
-        regimens: dict[str, Regimen] = {
-            STATIC: DropAndGrow(updates=0, **options),  # type: ignore[arg-type]
-            RANDOM: DropAndGrow(updates=UPDATES, growth="random", **options),  # type: ignore[arg-type]
-            OURS: DropAndGrow(updates=UPDATES, **options),  # type: ignore[arg-type]
-            GRADUAL: GradualPruning(1 - density, across=True),
+    found, ndcg = recall(Popular(data), data, data.test)
+    lab.add(POPULAR, found, **{NDCG: ndcg})
+    for density in (TENTH, HALF):
+
+        def pruned(lr: float, arm: str | None = None, density: float = density) -> Made:
+            return trained(arm, lr, at_once(density), model=copy.deepcopy(begun), count=tuned)
+
+        def name(arm: str, density: float = density) -> str:
+            return named(arm, density)
+
+        made = {
+            STATIC: trained(name(STATIC), masked, sparse(density, updates=0)),
+            RANDOM: trained(name(RANDOM), masked, sparse(density, "random")),
+            OURS: trained(name(OURS), masked, sparse(density)),
+            GRADUAL: trained(name(GRADUAL), large, GradualPruning(1 - density, across=True)),
+            PRUNED: pruned(best(name(PRUNED), pruned, TUNING), name(PRUNED)),
         }
-        made = {name: trained(named(name, density), regimen) for name, regimen in regimens.items()}
-
-        def pruned(lr: float, arm: str | None = None, density: float = density) -> tuple[nn.Module, Mapping[str, Form]]:
-            at_once = GradualPruning(1 - density, start=0.0, end=0.0, across=True)
-            return trained(arm, at_once, model=copy.deepcopy(begun), count=tuned, lr=lr)
-
-        lr = lab.choose(f"rate after pruning, {density:.0%}", lambda lr, at=pruned: score(at(lr)), TUNING)
-        made[PRUNED] = pruned(lr, named(PRUNED, density))
         size = lab.stored(*made[OURS]).bytes
-        made[SMALL] = trained(named(SMALL, density), width=lab.thinner(net, size, range(1, WIDTH + 1)))
-        for name, result in made.items():
-            also = {}
-            if name in regimens:
-                also = {ROWS: row_spread(result[1]), "moved": moved(result[1], made[STATIC][1])}
-            add(named(name, density), result, **also)
-        coded = lab.quantization_alone(dense[0], size)
-        found = recall(coded.load(copy.deepcopy(dense[0])), data, data.test)
-        lab.add(named(CODED, density), found[0], coded, **{NDCG: found[1]})
+        width = lab.thinner(net, size, range(1, WIDTH + 1))
+        small = best(SMALL, lambda lr, width=width: trained(None, lr, width=width))
+        add(name(SMALL), trained(name(SMALL), small, width=width))
+        add(name(CODED), dense, lab.quantization_alone(dense[0], size))
+        for arm, result in made.items():
+            also = {ROWS: row_spread(result[1]), "moved": moved(result[1], made[STATIC][1])}
+            add(name(arm), result, **also)
 
 
 def adam(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
