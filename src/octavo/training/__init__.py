@@ -1,5 +1,6 @@
 """Methods that act while a model trains: one loop, regimens that hook into it, and the losses of distillation."""
 
+from octavo.training.clustered_support import SupportPrior
 from octavo.training.formed import formed, forms_of, settle
 from octavo.training.loop import fit
 from octavo.training.losses import accuracy, cross_entropy, distillation, next_token
@@ -16,6 +17,8 @@ from octavo.training.regimens.rewinding import Rewinding
 from octavo.training.regimens.slimming import Slimming
 from octavo.training.regimens.trp import TrainedRankPruning
 from octavo.training.straight_through import StraightThrough
+from octavo.training.regimens.turbo_vbi import TurboVBI
+from octavo.training.regimens.vtrans import VTrans
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
@@ -30,7 +33,10 @@ __all__ = [
     "Rewinding",
     "Slimming",
     "StraightThroughFactorizer",
+    "SupportPrior",
     "TrainedRankPruning",
+    "TurboVBI",
+    "VTrans",
     "accuracy",
     "core_rates",
     "cross_entropy",

@@ -1,0 +1,155 @@
+"""VTrans: masks of heads, neurons and columns trained to a stated size, against units cut by magnitude."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.cuts import Units, without
+from octavo.cuts.across import best_across
+from octavo.cuts.scores.magnitude import WeightMagnitude
+from octavo.cuts.transformer_units import COLUMN, HEAD, NEURON, anatomy, transformer_units
+from octavo.recipes.frame import Lab, Study, gap
+from octavo.recipes.frame.data import FASHION, Split, fashion
+from octavo.recipes.frame.nets import in_batches, shuffled
+from octavo.sources.model_classes import require_transformers
+from octavo.training import accuracy, cross_entropy
+from octavo.training.bottleneck import UnitSizes
+from octavo.training.regimens.vtrans import SOURCE, VTrans
+
+#: Steps of the dense base, those of every arm after it, and the share of these after the masks are fixed.
+BASE, STEPS, TUNED = 900, 700, 0.3
+#: Shares of all weights that are left, the strong one for all variants; and the data of Fast-VTrans.
+MILD, STRONG, FEW = 0.5, 0.25, 0.03
+#: Weights of the bound to choose from.
+PRESSURES = (0.003, 0.03, 0.3)
+DENSE, OURS, PLAIN, CODED = "dense", "VTrans", "structured magnitude", "quantization alone"
+WHOLE, FASTER, FAST = "VTrans, columns left", "Faster-VTrans: masks alone", "Fast-VTrans: 3% of the data"
+MISS = "distance from the stated share"
+
+
+@Study(
+    "vtrans",
+    system="VTrans",
+    source=SOURCE,
+    metric="test accuracy (%)",
+    higher=True,
+    data=FASHION,
+    claims={
+        "size": "The masks themselves hit the stated size within 1%",
+        "magnitude": "At the same size better than structured magnitude pruning",
+        "columns": "Pruning embedding columns too beats leaving them whole",
+        "faster": "Masks alone, then tuning: within 1 point",
+        "fast": "With 3% of the data: within 1 point",
+    },
+    extras={"coded": "More accurate than quantization alone in the same bytes"},
+)
+def run(lab: Lab) -> None:
+    """A vision transformer, cut to a half and to a quarter of all its weights."""
+    for seed in lab.seeds:
+        lab.step(f"seed {seed}")
+        compare(lab, fashion(lab), seed)
+    arms, sizes = lab.arms, [at(OURS, share) for share in (MILD, STRONG)]
+    strong = sizes[1]
+    missed = [[0.01] * len(lab.seeds), [0.01] * len(lab.seeds)]
+    lab.gate("the dense net is above 84%, which a linear one has", gap("accuracy", arms[DENSE].values, [84]))
+    lab.gate("there is room: magnitude loses over 0.5 points at a quarter", lab.ahead(DENSE, at(PLAIN, STRONG), 0.5))
+    share = [arms[strong].bytes / arms[DENSE].bytes]
+    lab.gate("units went: the file has under a third of the bytes", gap("a third less the share", [1 / 3], share))
+    lab.judge(
+        "size",
+        *(gap("1% less the miss", limit, arms[arm].also[MISS]) for arm, limit in zip(sizes, missed, strict=True)),
+    )
+    lab.judge("magnitude", *(lab.ahead(at(OURS, share), at(PLAIN, share)) for share in (MILD, STRONG)))
+    lab.judge("columns", lab.ahead(strong, WHOLE))
+    lab.judge("faster", lab.ahead(FASTER, strong, -1.0))
+    lab.judge("fast", lab.ahead(FAST, strong, -1.0))
+    lab.judge("coded", lab.ahead(strong, CODED))
+    lab.say(
+        f"With {STRONG:.0%} of the weights VTrans has {arms[strong].shown} % of the dense net's {arms[DENSE].shown} %, "
+        f"structured magnitude {arms[at(PLAIN, STRONG)].shown} %. With masks alone it is {arms[FASTER].shown} %. "
+        f"Quantization alone has {arms[CODED].shown} % in the same bytes."
+    )
+
+
+def compare(lab: Lab, split: Split, seed: int) -> None:
+    """All arms of one seed, from the same trained net."""
+    before, steps = (10, 10) if lab.quick else (BASE, STEPS)
+    test, development = in_batches(split.test, 500), in_batches(split.development, 500)
+
+    def trained(
+        arm: str | None, model: nn.Module, steps: int, done: int = 0, part: float = 1.0, **how: Any
+    ) -> nn.Module:
+        count = max(64, round(part * len(split.train[0])))
+        batches = shuffled(split.train[0][:count], split.train[1][:count], size=64, seed=10 * seed + bool(done))
+        return lab.train(model, batches, cross_entropy, steps=steps, seed=seed, arm=arm, before=done, **how)
+
+    def add(arm: str, model: nn.Module, **also: float) -> int:
+        stored = lab.stored(model)
+        lab.add(arm, 100 * accuracy(stored.load(copy.deepcopy(model)), test), stored, **also)
+        return stored.bytes
+
+    begun = trained(None, vision_transformer(lab, split, seed), before, lr=2e-3)
+    found = anatomy(begun)
+    assert found is not None
+    units = transformer_units(found, (HEAD, NEURON, COLUMN))
+    rest = [part for part in units if part.kind != COLUMN]
+    dense = trained(DENSE, copy.deepcopy(begun), steps, before)
+    add(DENSE, dense)
+
+    def masked(
+        arm: str | None, share: float, pressure: float, parts: list[Units] = units, **how: Any
+    ) -> tuple[nn.Module, float]:
+        """The cut net, and how far the masks themselves were from the share."""
+        some = how.pop("part", 1.0)
+        regimen = VTrans(parts, share, pressure, tuned=TUNED, rate=0.5 if lab.quick else 0.05, **how)
+        model = trained(arm, copy.deepcopy(begun), steps, before, some, regimen=regimen)
+        return without(model, parts, regimen.hand_over(model).kept), abs(regimen.found - share)
+
+    pressure = lab.choose(
+        "weight of the bound", lambda value: accuracy(masked(None, STRONG, value)[0], development), PRESSURES
+    )
+    sizes, size = UnitSizes(begun, units), 0
+    for share in (MILD, STRONG):
+        model, miss = masked(at(OURS, share), share, pressure)
+        size = add(at(OURS, share), model, **{MISS: miss})
+        thin = without(begun, units, by_magnitude(begun, units, sizes, share))
+        add(at(PLAIN, share), trained(at(PLAIN, share), thin, steps, before))
+    add(WHOLE, masked(WHOLE, STRONG, pressure, rest)[0])
+    add(FASTER, masked(FASTER, STRONG, pressure, only_masks=True)[0])
+    add(FAST, masked(FAST, STRONG, pressure, part=FEW)[0])
+    coded = lab.quantization_alone(dense, size)
+    lab.add(CODED, 100 * accuracy(coded.load(dense), test), coded)
+
+
+def at(arm: str, share: float) -> str:
+    """The name of an arm with so much left."""
+    return f"{arm}, {share:.0%} left"
+
+
+def vision_transformer(lab: Lab, split: Split, seed: int) -> nn.Module:
+    """A ViT of 4 layers and 96 columns, for images in 16 patches."""
+    library: Any = require_transformers()
+    side, width = split.train[0].shape[-1], 32 if lab.quick else 96
+    config = library.ViTConfig(
+        image_size=side, patch_size=side // 4, num_channels=1, num_labels=split.classes, hidden_size=width,
+        num_hidden_layers=2 if lab.quick else 4, num_attention_heads=width // 16, intermediate_size=4 * width,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return library.ViTForImageClassification(config)
+
+
+def by_magnitude(model: nn.Module, units: list[Units], sizes: UnitSizes, share: float) -> dict[str, torch.Tensor]:
+    """The units of largest magnitude that are within the share; each place's magnitudes count by their mean."""
+    scores = {name: values / values.mean() for name, values in WeightMagnitude().scores(model, units, None).items()}
+    low, high = 0.0, 1.0 - len(units) / sum(part.count for part in units)
+    for _ in range(30):
+        middle = (low + high) / 2
+        kept = best_across(scores, middle)
+        left = float(sizes.left({name: mask.float() for name, mask in kept.items()})) / sizes.total
+        low, high = (low, middle) if left <= share else (middle, high)
+    return best_across(scores, high)
