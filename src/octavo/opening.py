@@ -36,13 +36,17 @@ _TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
 _WAY = "way.json"
 
 
-def open_request(request: Request, target: Target, progress: Progress, *, work: Path | None = None) -> Opened:
+def open_request(
+    request: Request, target: Target, progress: Progress, *, work: Path | None = None, module: bool = False
+) -> Opened:
     """Check a request and open what it names.
 
     Parameters
     ----------
     work
         The folder of kept work from which a run goes on, which knows the files that it was made from.
+    module
+        Whether the source keeps its module though there is no data to run it on: a cut changes shapes.
 
     Raises
     ------
@@ -51,15 +55,16 @@ def open_request(request: Request, target: Target, progress: Progress, *, work: 
     """
     witness = Witness(*_paths(request.source, request.data))
     with _blamed(witness, work):
-        return _opened(request, target, progress, witness)
+        return _opened(request, target, progress, witness, keeps=module)
 
 
-def _opened(request: Request, target: Target, progress: Progress, witness: Witness) -> Opened:
+def _opened(request: Request, target: Target, progress: Progress, witness: Witness, *, keeps: bool) -> Opened:
     objective = None if request.objective is None else objective_of(request.objective)
     memory = None if request.memory is None else parse_size(request.memory)
     chosen, preset = target.methods(request), target.preset(request)
     # Without data nothing is run, and the model need not fit in memory.
-    source = inputs.open_source(request.source, module=target.loads or preset != DATA_FREE, progress=progress)
+    loaded = keeps or target.loads or preset != DATA_FREE
+    source = inputs.open_source(request.source, module=loaded, progress=progress)
     _check_memory(source, memory)
     source = target.adapted(source)
     where = source.path or source.title
@@ -93,6 +98,8 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
     if target.folds and not all(method.lossless for method in chosen):
         source = _folded(source, module, calibration, wanted, left, memory)
     notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]
+    if keeps:
+        source.module = module
     opened = Opened(
         request, target, source, sites, left, wanted, calibration, held, text, chosen, pinned, memory, witness, notes
     )

@@ -142,7 +142,8 @@ def compressed(request: Request, progress: Progress) -> Compressed:
     target.stated(request)
     clock, work = Clock(), None if request.workspace is None else checked_output(request.workspace)
     request, cut, alone = split_request(request)
-    opened = open_request(request, target, progress, work=work if request.resume else None)
+    whole = cut is not None and not cut.needs_data
+    opened = open_request(request, target, progress, work=work if request.resume else None, module=whole)
     goal = target.goal(opened)
     target.prepare(opened, goal, Path(work or tempfile.gettempdir()))
     clock.lap("open")

@@ -73,6 +73,8 @@ class Cut(ABC, Generic[E]):
 
     name: ClassVar[str]
     source: ClassVar[str]
+    #: Whether it must see batches. One that says no is given none where there are none.
+    needs_data: ClassVar[bool] = True
 
     @abstractmethod
     def units(self, model: nn.Module) -> list[Units]:

@@ -18,14 +18,15 @@ class CutLevel:
     weights
         Weights that went with them.
     alone
-        Mean divergence from the source before anything is encoded.
+        Mean divergence from the source before anything is encoded; None where there is no data to measure it on.
     quality
-        Mean divergence at the budget; None if nothing was encoded, as the level loses too much or cannot reach it.
+        Mean divergence at the budget; None if nothing was encoded, as the level loses too much or cannot reach it, or
+        nothing could be measured.
     """
 
     share: float
     weights: int
-    alone: float
+    alone: float | None
     quality: float | None = None
 
 
