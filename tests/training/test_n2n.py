@@ -6,7 +6,7 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.methods.policies import Credit
-from octavo.training import accuracy
+from octavo.training import accuracy, cross_entropy, fit
 from octavo.training.chain_nets import ChainNet, ConvLayer
 from octavo.training.n2n import (
     RemovalPolicy,
@@ -22,12 +22,15 @@ from octavo.training.n2n import (
 NET = ChainNet(1, (ConvLayer(8), ConvLayer(8, kernel=5), ConvLayer(8, stride=2), ConvLayer(12, pooled=True)), 3)
 
 
+IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+SCORE = [(IMAGES, (IMAGES.mean((1, 2, 3)) > 0).long())]
+
+
 def trials(net=NET, **options):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(48, 1, 8, 8, generator=generator)
-    labels = (images.mean((1, 2, 3)) > 0).long()
     torch.manual_seed(0)
-    return Trials(net.module(), images.split(24), [(images, labels)], starts=1, **options)
+    teacher = net.module()
+    fit(teacher, lambda epoch: SCORE, cross_entropy, epochs=6, lr=3e-2)
+    return Trials(teacher, IMAGES.split(24), SCORE, starts=1, **options)
 
 
 def test_a_description_builds_a_net_and_is_read_back_from_it():
@@ -112,6 +115,9 @@ def test_a_search_finds_small_nets_its_policies_go_on_elsewhere_and_random_searc
         random_search(trials(ChainNet(1, (ConvLayer(1, pooled=True),), 3)), 3)
 
 
-def test_trials_need_batches():
+def test_trials_need_batches_and_a_trained_teacher():
+    wrong = [(IMAGES, torch.full((48,), 2))]
+    with pytest.raises(RequestError, match="has nothing right on what candidates are scored on; train it first"):
+        Trials(trials().teacher, IMAGES.split(24), wrong)
     with pytest.raises(RequestError, match="give at least one of each"):
         Trials(NET.module(), [], [])

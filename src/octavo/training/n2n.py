@@ -87,6 +87,11 @@ class Trials:
         Random starts of a candidate, whose accuracies are averaged.
     limit
         Parameters that a net is to have at most.
+
+    Raises
+    ------
+    RequestError
+        If the teacher is no chain or is not trained, or there are no batches.
     """
 
     teacher: nn.Module
@@ -97,7 +102,7 @@ class Trials:
     starts: int = 2
     limit: int | None = None
     seed: int = 0
-    #: Every net that was tried, in that order.
+    #: Its accuracy by every net that was tried, in that order.
     tried: dict[ChainNet, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +111,8 @@ class Trials:
         self.whole = ChainNet.of(self.teacher)
         self._lessons = lessons(self.teacher, self.batches)
         self._best = accuracy(self.teacher, self.score)
+        if not self._best:
+            raise RequestError("trials: the teacher has nothing right on what candidates are scored on; train it first")
 
     def of(self, net: ChainNet, update: int = 0) -> Trial:
         """Try a candidate, or remember it; ``update`` says how much patience there is for one above the limit."""
