@@ -8,11 +8,12 @@ as it is takes part as the level of nothing.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octavo.allocation.encoded import seal
@@ -24,7 +25,8 @@ from octavo.allocation.workspace import Workspace
 from octavo.calibration import inputs
 from octavo.calibration.calibrating import Calibration, tokens_in
 from octavo.calibration.runner import Runner
-from octavo.cuts import Cut, Units, best, removed, saved, split_cut
+from octavo.cuts import Cut, Units, removed, renumbered, saved, split_cut, without
+from octavo.cuts.transformer_units import COLUMN, TOKEN
 from octavo.encoding.cut_trials import CutLevel, CutTrials
 from octavo.encoding.finish import measured
 from octavo.encoding.result import Result
@@ -103,19 +105,46 @@ class Cutter:
         assert self.opened.source.module is not None
         return self.opened.source.module
 
-    def level(self, share: float) -> tuple[Opened, int]:
-        """The request on the source without a share of its units at every place, and the weights that went."""
-        opened, kept = self.opened, best(self.scores, share)
-        source = thinned(opened.source, self.cut.apply(self.module, kept, self.evidence))
-        sites = [replace(site, shape=source.shapes[site.name]) for site in opened.sites]
+    def kept(self, share: float, fine: float) -> dict[str, Tensor]:
+        """The units that stay where every place gives up a share, and those of the most numerous kind another one."""
+        most = max(self.units, key=lambda part: part.count).kind
+        shares = {part.name: fine if part.kind == most else share for part in self.units}
+        return self.cut.keeping(self.module, self.units, self.scores, shares)
+
+    def level(self, kept: Mapping[str, Tensor]) -> Opened:
+        """The request on the source without the units that are not kept."""
+        opened = self.opened
+        module = self.cut.apply(self.module, kept, self.evidence)
+        source, names = thinned(opened.source, module, partial(renumbered, self.units, kept))
+        sites = [
+            replace(
+                site,
+                name=names[site.name],
+                shape=source.shapes[names[site.name]],
+                tied=tuple(names[alias] for alias in site.tied),
+            )
+            for site in opened.sites
+            if site.name in names
+        ]
+        left = {names[name]: why for name, why in opened.left.items() if name in names}
+        pinned = {names[name]: choice for name, choice in opened.pinned.items() if name in names}
         notes = [*opened.notes, *(note for note in source.notes if note not in opened.notes)]
-        thin = replace(opened, source=source, sites=sites, notes=notes)
-        return thin, saved(self.module, self.units, kept)
+        return replace(opened, source=source, sites=sites, left=left, pinned=pinned, notes=notes)
+
+    def tried(
+        self, share: float, kept: Mapping[str, Tensor], alone: float | None, quality: float | None = None
+    ) -> CutLevel:
+        """The record of a level."""
+        gone: dict[str, tuple[int, int]] = {}
+        for part in self.units:
+            went, total = gone.get(part.kind, (0, 0))
+            lost = int((~kept[part.name]).sum()) if part.name in kept else 0
+            gone[part.kind] = (went + lost, total + part.count)
+        return CutLevel(share, saved(self.module, self.units, kept), alone, quality, gone)
 
     def trials(self, levels: list[CutLevel], kept: float) -> CutTrials:
         """The record of what was tried."""
-        kinds = " and ".join(dict.fromkeys(part.kind for part in self.units))
-        return CutTrials(self.cut.name, self.cut.source, kinds, self.opened.source.weights, tuple(levels), kept)
+        return CutTrials(self.cut.name, self.cut.source, self.opened.source.weights, tuple(levels), kept)
 
 
 def cutter(cut: Cut[Any], opened: Opened) -> Cutter:
@@ -138,14 +167,40 @@ def cutter(cut: Cut[Any], opened: Opened) -> Cutter:
             f"{where}: {cut.name} needs the whole model in memory, where it does not fit; leave the cut out"
         )
     inputs.model_of(source, blockwise=False)
+    cut = cut.prepared(opened.objective, opened.calibration_data)
     units = [part for part in cut.units(source.module) if part.resizes]
+    if any(part.kind == TOKEN for part in units):
+        raise RequestError(
+            f"{where}: {cut.name} would remove rows of the token table, which changes the numbers of tokens, and the "
+            "tokenizer with them; leave that kind out, or cut the module with octavo.cuts"
+        )
     if not units:
         raise RequestError(
             f"{where}: {cut} leaves zeros in place of what it removes, which saves no bytes by itself; let it remove "
             "units whose tensors become smaller"
         )
+    _check_outputs(opened, units, where)
     evidence = cut.observe(source.module, opened.calibration_data)
     return Cutter(cut, opened, units, cut.scores(source.module, units, evidence), evidence)
+
+
+def _check_outputs(opened: Opened, units: list[Units], where: object) -> None:
+    """Refuse columns where the model returns them: outputs of unequal width cannot be compared."""
+    module = opened.source.module
+    if module is None or not opened.held_data:
+        # Without data nothing is compared.
+        return
+    batch = opened.held_data[0]
+    for part in units:
+        if part.kind == COLUMN:
+            thinner = without(module, [part], {part.name: torch.arange(part.count) > 0})
+            with torch.no_grad():
+                shapes = [opened.objective.outputs(one, batch).shape for one in (module, thinner)]
+            if shapes[0] != shapes[1]:
+                raise RequestError(
+                    f"{where}: columns are what the model returns, {tuple(shapes[0])}, so its outputs could not be "
+                    "compared without some of them; leave that kind out, or give a model with a head"
+                )
 
 
 def cut_alone(found: Cutter, goal: Goal, run: Callable[[Opened, Runner, Calibration], Run]) -> Result:
@@ -172,21 +227,29 @@ def cut_alone(found: Cutter, goal: Goal, run: Callable[[Opened, Runner, Calibrat
     assert isinstance(goal, SizeGoal)
     asked, most = goal.budget, max(part.count for part in found.units)
     left = partial(_bytes_left, found, seal(found.opened, {}, Narrowing.EXACT).bytes)
-    count = bisect_left(range(int(MOST * most) + 1), True, key=lambda number: left(number / most) <= asked.bytes)
+
+    def fits(share: int, fine: int) -> bool:
+        return left(found.kept(share / most, fine / most)) <= asked.bytes
+
+    count = bisect_left(range(int(MOST * most) + 1), True, key=lambda number: fits(number, number))
+    # Units such as heads are few and large. Those of the most numerous kind use what these leave of the budget.
+    fine = bisect_left(range(count), True, key=lambda number: fits(count, number))
     while (share := count / most) <= MOST:
-        thin, weights = found.level(share)
+        kept = found.kept(share, fine / most)
+        thin = found.level(kept)
         contents = seal(thin, {}, Narrowing.EXACT)
         if contents.bytes <= asked.bytes:
             break
-        count += 1  # checksums in the manifest have more digits
+        # Checksums in the manifest have more digits.
+        count, fine = max(count, fine + 1), fine + 1
     else:
-        raise unreachable(asked, found.opened.source.original_bytes, left(MOST))
+        raise unreachable(asked, found.opened.source.original_bytes, left(found.kept(MOST, MOST)))
     source = thin.source
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, contents.bytes, [])
     started = run(thin, inputs.model_of(source, blockwise=False), _seen(thin))
     built = measured(started, profile, Plan(asked, {}, 0.0, contents.bytes, ALONE), {}, contents)
     alone, quality = (started.at_rest, built.quality) if thin.measurable else (None, None)
-    level = CutLevel(share, weights, alone, quality)
+    level = found.tried(share, kept, alone, quality)
     return Result(started, profile, asked, built, cut=found.trials([level], share))
 
 
@@ -196,11 +259,11 @@ def _seen(opened: Opened) -> Calibration:
     return Calibration({}, sum(map(sequences_in, data)), sum(map(tokens_in, data)), opened.text)
 
 
-def _bytes_left(found: Cutter, whole: int, share: float) -> int:
+def _bytes_left(found: Cutter, whole: int, chosen: Mapping[str, Tensor]) -> int:
     """Bytes of the artifact of a cut alone, to a few digits in its manifest."""
     kept = found.opened.assembly.kept(Narrowing.EXACT)
     stored = {target: kept[name].stored for name, target in found.opened.source.direct.items() if name in kept}
-    gone = removed(found.module, found.units, best(found.scores, share))
+    gone = removed(found.module, found.units, chosen)
     return whole - sum(number * stored[name].itemsize for name, number in gone.items())
 
 
@@ -228,15 +291,17 @@ def best_level(found: Cutter, room: Workspace, solved: Callable[[Opened, Workspa
     reached: dict[float, Result] = {}
     refused: list[BudgetError] = []
     for share in (0.0, *LEVELS):
-        opened, weights = found.level(share) if share else (found.opened, 0)
+        kept = found.kept(share, share) if share else {}
+        opened = found.level(kept) if share else found.opened
         alone = _divergence(opened) if share else 0.0
-        level = CutLevel(share, weights, alone)
+        level = found.tried(share, kept, alone)
         levels.append(level)
         if alone >= min((result.built.quality for result in reached.values()), default=alone + 1):
             # Deeper ones lose more still.
             break
         try:
-            reached[share] = solved(opened, room.part(f"cut-{share:g}", opened.identity()) if share else room)
+            identity = {**opened.identity(), "cut": repr(found.cut)}
+            reached[share] = solved(opened, room.part(f"cut-{share:g}", identity) if share else room)
         except BudgetError as error:
             refused.append(error)
             continue

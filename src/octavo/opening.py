@@ -37,7 +37,13 @@ _WAY = "way.json"
 
 
 def open_request(
-    request: Request, target: Target, progress: Progress, *, work: Path | None = None, module: bool = False
+    request: Request,
+    target: Target,
+    progress: Progress,
+    *,
+    work: Path | None = None,
+    folding: bool = True,
+    module: bool = False,
 ) -> Opened:
     """Check a request and open what it names.
 
@@ -45,6 +51,8 @@ def open_request(
     ----------
     work
         The folder of kept work from which a run goes on, which knows the files that it was made from.
+    folding
+        Whether norms may be folded into the layers before them, if the target does so.
     module
         Whether the source keeps its module though there is no data to run it on: a cut changes shapes.
 
@@ -55,10 +63,12 @@ def open_request(
     """
     witness = Witness(*_paths(request.source, request.data))
     with _blamed(witness, work):
-        return _opened(request, target, progress, witness, keeps=module)
+        return _opened(request, target, progress, witness, folding=folding, keeps=module)
 
 
-def _opened(request: Request, target: Target, progress: Progress, witness: Witness, *, keeps: bool) -> Opened:
+def _opened(
+    request: Request, target: Target, progress: Progress, witness: Witness, *, folding: bool, keeps: bool
+) -> Opened:
     objective = None if request.objective is None else objective_of(request.objective)
     memory = None if request.memory is None else parse_size(request.memory)
     chosen, preset = target.methods(request), target.preset(request)
@@ -95,7 +105,7 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
         batches = inputs.prepared(source, wanted, batches)
     rows = inputs.divisible(source, wanted, batches)
     calibration, held = inputs.split(batches, rows=rows)
-    if target.folds and not all(method.lossless for method in chosen):
+    if folding and target.folds and not all(method.lossless for method in chosen):
         source = _folded(source, module, calibration, wanted, left, memory)
     notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]
     if keeps:

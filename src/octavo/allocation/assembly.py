@@ -58,6 +58,7 @@ class Assembly:
             self.source.extra,
             self._configurations,
             self._unfilled,
+            self.source.reshaped,
         )
         # A cut alone leaves an ordinary model.
         return replace(made, configurations=configurations(self.source, plain=True)) if made.is_plain else made

@@ -78,6 +78,10 @@ class Artifact:
         self.unfilled: list[str] | None = self.manifest.get("unfilled")
         if self.unfilled is not None and not _are_words(self.unfilled):
             raise ArtifactError(f"{self.path}: the manifest's 'unfilled' is not a list of names")
+        #: Whether the shapes of tensors are not those that the config says, since units were cut.
+        self.reshaped: bool = self.manifest.get("reshaped", False)
+        if not isinstance(self.reshaped, bool):
+            raise ArtifactError(f"{self.path}: the manifest's 'reshaped' is not true or false")
         #: Aliases that also appear in the files under their own name.
         self.named = self._take_named()
         named = [*self.sites, *self.kept, *self.coded]
@@ -103,7 +107,7 @@ class Artifact:
     @property
     def is_plain(self) -> bool:
         """Whether every loader of safetensors files reads its tensors as they are."""
-        return not (self.sites or self.coded or self.named)
+        return not (self.sites or self.coded or self.named or self.reshaped)
 
     def files(self) -> list[Path]:
         """The files that count as artifact bytes."""

@@ -188,6 +188,8 @@ class Contents:
         holds their checksums.
     unfilled
         Parameter names of the source's model that no tensor fills; None if its model is unknown.
+    reshaped
+        Whether units were cut so that no config says the shapes of all tensors: a loader takes them from the files.
     """
 
     source: dict[str, Any]
@@ -199,11 +201,13 @@ class Contents:
     extra: dict[str, Any] = field(default_factory=dict)
     configurations: Mapping[str, bytes] = field(default_factory=dict)
     unfilled: Sequence[str] | None = None
+    reshaped: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether every loader of safetensors files reads them as they are: nothing is encoded."""
-        return not self.entries and not self.named and all(kept.is_raw for kept in self.kept.values())
+        own = self.entries or self.named or self.reshaped
+        return not own and all(kept.is_raw for kept in self.kept.values())
 
     @property
     def bytes(self) -> int:
@@ -244,6 +248,8 @@ class Contents:
             manifest["configurations"] = listed(self.configurations)
         if self.unfilled is not None:
             manifest["unfilled"] = sorted(self.unfilled)
+        if self.reshaped:
+            manifest["reshaped"] = True
         pieces: dict[str, _Piece] = {}
         for name, entry in self.entries.items():
             pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)

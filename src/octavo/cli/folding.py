@@ -68,8 +68,7 @@ def compress(
     Example: octavo compress all-MiniLM-L6-v2 --ratio 8 --out folded
     """
     out = checked_output(out)
-    # Beside the output, so that it is on the same disk, and found again by --resume.
-    workspace = profile or out.resolve().parent / f".{out.resolve().name}.octavo-work"
+    workspace = profile or work_beside(out)
     if profile is not None:
         odd = options.given(context, Request, Role.MEASURED)
         if odd:
@@ -80,6 +79,18 @@ def compress(
         request = request.restored(pipeline.saved_choices(profile))
     get_target(request.target).refuse_named(Request, options.given(context, Request))
     request = replace(request, workspace=workspace, resume=request.resume or profile is not None)
+    carry_out(request, out, overwrite=overwrite, json_output=json_output, profile=profile)
+
+
+def work_beside(out: Path) -> Path:
+    """The folder of unfinished work: on the same disk as the output, and found again by --resume."""
+    return out.resolve().parent / f".{out.resolve().name}.octavo-work"
+
+
+def carry_out(request: Request, out: Path, *, overwrite: bool, json_output: bool, profile: Path | None = None) -> None:
+    """Compress as a request says in its workspace, save the result, and print what came of it."""
+    assert request.workspace is not None
+    workspace = Path(request.workspace)
     with Lock(out):
         others = [request.data, request.plan, profile]
         check_writable(out, overwrite=overwrite, source=request.source, others=others)

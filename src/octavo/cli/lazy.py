@@ -23,6 +23,9 @@ class Listed(NamedTuple):
 COMMANDS = {
     "export": Listed("exporting", "Export MODEL to a file for a fast runtime, and compare that file with MODEL."),
     "compress": Listed("folding", "Compress SOURCE to a size, and write artifact and report to --out."),
+    "cut": Listed(
+        "removing", "Remove whole units of SOURCE to a size: tensors become smaller, and the model faster everywhere."
+    ),
     "profile": Listed(
         "folding",
         "Measure SOURCE once over all sizes; 'octavo plan' and 'octavo compress --profile' then solve it for any.",

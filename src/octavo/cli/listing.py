@@ -1,4 +1,4 @@
-"""The command that lists what is registered: methods, forms, cuts, regimens, targets, flows and studies."""
+"""The command that lists what is registered: methods, forms, cuts, scores, regimens, targets, flows and studies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from octavo.cli import options
 from octavo.cli.frame import command, console, show_json
-from octavo.cuts import CUTS
+from octavo.cuts import CUTS, SCORES
 from octavo.errors import RequestError
 from octavo.flows import FLOWS
 from octavo.forms import FORMS
@@ -41,6 +41,7 @@ KINDS = {
     "methods": _Kind(METHODS, _described("family", "preset")),
     "forms": _Kind(FORMS, _described()),
     "cuts": _Kind(CUTS, _described()),
+    "scores": _Kind(SCORES, _described()),
     "regimens": _Kind(REGIMENS, _described()),
     "targets": _Kind(TARGETS, lambda part: {"what": part.about or _first_sentence(part)}),
     "flows": _Kind(FLOWS, _described("carries")),

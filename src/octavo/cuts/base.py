@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from octavo.calibration.objective import Objective
+from octavo.cuts.choosing import best
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.system.registry import Registry
@@ -55,6 +57,9 @@ class Units:
         All that goes with them: one removal in every tensor that a unit hangs on.
     resizes
         Whether these tensors become smaller. Otherwise zeros take the place of what is removed.
+    wholes
+        For each unit the tensors that go as a whole, where units are layers. A layer that stays then takes the number
+        that it has among those that stay.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Units:
     count: int
     slices: tuple[Slice, ...]
     resizes: bool = True
+    wholes: tuple[tuple[str, ...], ...] = ()
 
 
 class Cut(ABC, Generic[E]):
@@ -75,6 +81,10 @@ class Cut(ABC, Generic[E]):
     source: ClassVar[str]
     #: Whether it must see batches. One that says no is given none where there are none.
     needs_data: ClassVar[bool] = True
+
+    def prepared(self, objective: Objective, batches: Sequence[Batch]) -> Cut[E]:
+        """The cut for a request that compares outputs by an objective, and has these batches; by default itself."""
+        return self
 
     @abstractmethod
     def units(self, model: nn.Module) -> list[Units]:
@@ -97,6 +107,15 @@ class Cut(ABC, Generic[E]):
     def shares(self, units: Sequence[Units], evidence: E, mean: float) -> dict[str, float]:
         """Which share of its units every place gives up so that it is ``mean`` of all; by default all alike."""
         return dict.fromkeys((part.name for part in units), mean)
+
+    def keeping(
+        self, model: nn.Module, units: Sequence[Units], scores: Mapping[str, Tensor], shares: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Which units stay where every place gives up a share; by default those with the highest scores.
+
+        A cut may keep other numbers of units, where those go well together.
+        """
+        return best({part.name: scores[part.name] for part in units}, shares)
 
     @abstractmethod
     def apply(self, model: nn.Module, kept: Mapping[str, Tensor], evidence: E) -> nn.Module:
@@ -151,6 +170,9 @@ def left(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -
                 )
             ones = masks.setdefault(piece.tensor, tuple(torch.ones(n, dtype=torch.bool) for n in shapes[piece.tensor]))
             ones[piece.dim][piece.places[~kept[part.name].cpu()].flatten()] = False
+        for stays, names in zip(kept[part.name].tolist(), part.wholes, strict=bool(part.wholes)):
+            if not stays:
+                masks |= {name: tuple(torch.zeros(n, dtype=torch.bool) for n in shapes[name]) for name in names}
     return masks
 
 

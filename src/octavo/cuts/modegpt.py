@@ -21,10 +21,10 @@ from octavo.cuts.decomposition import (
     remove,
     value_factors,
 )
-from octavo.cuts.surgery import resize
 from octavo.errors import RequestError
 from octavo.forms import Trimmed
 from octavo.sources.batches import Batch
+from octavo.sources.resizing import resize
 
 
 @cut("modegpt", source="MoDeGPT (Lin et al., 2024, arXiv 2408.09632)")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from octavo.cuts.base import Cut, Units, cut
-from octavo.cuts.decoder import blocks
-from octavo.cuts.modegpt import MoDeGPT
+from octavo.cuts.descriptions import DESCRIPTIONS
 from octavo.cuts.row_policy import RowPolicy, concrete, described, drawn, perturbed
 from octavo.cuts.surgery import without
+from octavo.cuts.transformer_units import NEURON, anatomy, restate_config, transformer_units
 from octavo.errors import RequestError
 from octavo.methods.policies import Credit, Reinforce, Rollout
 from octavo.sources.batches import Batch
@@ -23,7 +23,7 @@ from octavo.sources.batches import Batch
 @cut("prunenet", source="PruneNet (Sengupta et al., 2025, arXiv 2501.15296)")
 @dataclass(frozen=True)
 class PruneNet(Cut[RowPolicy]):
-    """Neurons of decoders by a policy over the rows of each MLP's first matrix ``W``; no data is needed.
+    """Neurons of transformers by a policy over the rows of each MLP's first matrix ``W``; no data is needed.
 
     The policy is one linear function of a row, ``(W P + p) v``, for all layers. It draws the rows that stay, and is
     rewarded for a spectrum like that of the whole: ``depth^l / KS(singular values of W, of the rows kept)`` in layer
@@ -89,8 +89,14 @@ class PruneNet(Cut[RowPolicy]):
                 raise RequestError(f"prunenet: {name} is {getattr(self, name)!r}; it must be above 0")
 
     def units(self, model: nn.Module) -> list[Units]:
-        """The neurons of every MLP."""
-        return MoDeGPT(types=("mlp",)).units(model)
+        """The neurons of every MLP of a described transformer (:mod:`octavo.cuts.descriptions`)."""
+        found = anatomy(model)
+        if found is None:
+            raise RequestError(
+                f"{type(model).__name__}: prunenet knows the neurons of transformers only, of the types "
+                f"{', '.join(sorted(DESCRIPTIONS))}; choose another cut"
+            )
+        return transformer_units(found, (NEURON,))
 
     def observe(self, model: nn.Module, batches: Iterable[Batch] = ()) -> RowPolicy:
         """The policy: the one that was given, or one trained on the model's weights. Batches are not looked at."""
@@ -108,10 +114,9 @@ class PruneNet(Cut[RowPolicy]):
 
     def apply(self, model: nn.Module, kept: Mapping[str, Tensor], evidence: RowPolicy) -> nn.Module:
         """The model without the neurons that are not kept; what is left stays as it is."""
-        thinner: Any = without(model, self.units(model), kept)
-        widths = {block.linear("mlp.down_proj").in_features for block in blocks(thinner)}
-        if len(widths) == 1:
-            thinner.config.intermediate_size = widths.pop()
+        thinner = without(model, self.units(model), kept)
+        if (found := anatomy(thinner)) is not None:
+            restate_config(found)
         return thinner
 
     def _trained(self, matrices: Sequence[Tensor]) -> RowPolicy:
@@ -180,16 +185,19 @@ class _Network(nn.Module):
 
 
 def rows_of(model: nn.Module, part: Units) -> Tensor:
-    """The rows of the units in the first matrix of their MLP, (count, inputs), float32.
+    """What each unit reads in the first matrix of its MLP, (count, inputs), float32.
 
-    Of several, such as those of a gated MLP, it is the one that is not put through the activation.
+    Of several, such as those of a gated MLP, it is the last: that which is not put through the activation. GPT-2 holds
+    its matrices the other way round, and its rows are columns.
     """
     own = model.state_dict()
-    rows = [piece for piece in part.slices if piece.dim == 0 and own[piece.tensor].ndim == 2]
-    if not rows:
-        raise RequestError(f"prunenet: {part.name!r} has no matrix with a row for each {part.kind}")
-    last = rows[-1]
-    return own[last.tensor].detach()[last.places[:, 0].to(own[last.tensor].device)].float().cpu()
+    # The last slice is that of the matrix that reads the units.
+    writing = [piece for piece in part.slices[:-1] if own[piece.tensor].ndim == 2]
+    if not writing:
+        raise RequestError(f"prunenet: {part.name!r} has no matrix that writes each {part.kind}")
+    last = writing[-1]
+    matrix = own[last.tensor].detach().float().cpu()
+    return matrix.movedim(last.dim, 0)[last.places[:, 0].cpu()].contiguous()
 
 
 def spectrum(matrix: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 from octavo.encoding.section import Section
 
@@ -22,12 +23,15 @@ class CutLevel:
     quality
         Mean divergence at the budget; None if nothing was encoded, as the level loses too much or cannot reach it, or
         nothing could be measured.
+    gone
+        Units removed and those of the source, by kind.
     """
 
     share: float
     weights: int
     alone: float | None
     quality: float | None = None
+    gone: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,6 @@ class CutTrials:
     ----------
     name, source
         The cut, and where it was published.
-    units
-        What goes: ``neuron``.
     total
         Weights of the source.
     levels
@@ -50,7 +52,6 @@ class CutTrials:
 
     name: str
     source: str
-    units: str
     total: int
     levels: tuple[CutLevel, ...]
     kept: float
@@ -59,8 +60,7 @@ class CutTrials:
         """The section of the report."""
         chosen = next(level for level in self.levels if level.share == self.kept)
         text = (
-            f"{self.name} removed {chosen.share:.1%} of all units of the kind {self.units!r}, and with them "
-            f"{chosen.weights:,} of {self.total:,} weights."
+            f"{self.name} removed {_listed(chosen.gone)}, and with them {chosen.weights:,} of {self.total:,} weights."
             if chosen.share
             else f"{self.name} removed nothing: at these bytes the source as it is loses less than the levels tried."
         )
@@ -70,3 +70,8 @@ class CutTrials:
         )
         columns = ("units removed", "weights removed", "divergence of the cut alone", "at the budget", "kept")
         return Section("cut", "Cut", text, columns, rows, (f"Source of the cut: {self.source}.",), asdict(self))
+
+
+def _listed(gone: Mapping[str, tuple[int, int]]) -> str:
+    """Numbers of units by kind, in words."""
+    return " and ".join(f"{went:,} of {total:,} units of the kind {kind!r}" for kind, (went, total) in gone.items())

@@ -25,6 +25,7 @@ from octavo.integrations.as_weight import chosen
 from octavo.integrations.trust import root_of
 from octavo.sources.names import names_of
 from octavo.sources.sentences import split_name
+from octavo.sources.shaped import fit_shapes
 from octavo.system.notes import OctavoWarning
 
 #: A model may have this many times the bytes of its tensors in the files (for tied weights), plus 64 MB.
@@ -116,6 +117,8 @@ class OctavoQuantizer(HfQuantizer):
             artifact = Artifact(root)
             prefix = "" if folder == root else f"{folder.name}/"
             _check_files(artifact, prefix, files)
+            if artifact.reshaped:
+                fit_shapes(model, _own_shapes(artifact, prefix))
             _tell_unfilled(artifact, prefix, model)
             _check_size(artifact, model)
             # Tied names are filled too, and may be in the files without content.
@@ -193,15 +196,20 @@ def _check_files(artifact: Artifact, prefix: str, files: Sequence[str | Path]) -
         )
 
 
+def _own_shapes(artifact: Artifact, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in one folder of an artifact, by their names there."""
+    shapes = artifact.loadable_shapes().items()
+    return {name.removeprefix(prefix): shape for name, shape in shapes if split_name(name)[0] == prefix}
+
+
 def _tell_unfilled(artifact: Artifact, prefix: str, model: Any) -> None:
     """Warn about parameters that will have random values although the source had them all."""
     if artifact.unfilled is None:
         return
-    shapes = artifact.loadable_shapes().items()
-    own = {name.removeprefix(prefix): shape for name, shape in shapes if split_name(name)[0] == prefix}
     # Tied names are filled after loading the weights.
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    lacking = sorted(set(names_of(model, own).missing) - set(artifact.unfilled) - tied)
+    missing = names_of(model, _own_shapes(artifact, prefix)).missing
+    lacking = sorted(set(missing) - set(artifact.unfilled) - tied)
     if lacking:
         warnings.warn(
             f"{artifact.path}: the artifact does not fill {len(lacking)} parameters of {type(model).__name__}, such as "

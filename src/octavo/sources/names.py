@@ -31,12 +31,15 @@ class Names:
         Tensors that the module does not use.
     missing
         Parameter names that no tensor of the checkpoint fills.
+    reshaped
+        Shapes in the checkpoint by name in the module, of those unused tensors that only differ in shape.
     """
 
     parameters: dict[str, str] = field(default_factory=dict)
     conversions: list[Conversion] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    reshaped: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def names_of(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Names:
@@ -71,6 +74,7 @@ def names_of(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Names:
             result.parameters[name] = target
         else:
             result.unused.append(name)
+            result.reshaped[target] = shapes[name]
     for group in groups.values():
         made = group([torch.empty(shapes[name], device="meta") for name in group.names])
         fitting = {key: value for key, value in made.items() if key in state and state[key].shape == value.shape}

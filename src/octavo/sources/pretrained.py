@@ -13,6 +13,7 @@ from torch import nn
 
 from octavo.errors import RequestError
 from octavo.sources.names import names_of
+from octavo.sources.shaped import fit_shapes
 from octavo.sources.sites import Source
 from octavo.sources.skeletons import skeleton
 
@@ -44,7 +45,9 @@ def adopt(source: Source, module: Any) -> None:
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(place)
     try:
-        found = names_of(skeleton(place), source.every_shape())
+        built = skeleton(place)
+        source.reshaped = fit_shapes(built, source.every_shape())
+        found = names_of(built, source.every_shape())
     except RequestError as error:
         source.notes.append(f"{error}; the artifact holds no configuration and loads with octavo.load(path, into=...)")
         return

@@ -213,6 +213,8 @@ class Source:
     digests: dict[str, str] = field(default_factory=dict, repr=False)
     #: Tensors that :func:`octavo.calibration.folds.fold` changed. ``read`` gives them; the module holds the originals.
     folded: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    #: Whether units were cut so that no config says the shapes of all tensors.
+    reshaped: bool = False
     #: The source that lost some of its units to become this one. Bytes, weights and fingerprint are still its own.
     uncut: Source | None = field(default=None, repr=False)
     _direct: tuple[list[Conversion], dict[str, str]] | None = field(default=None, repr=False, init=False)

@@ -17,6 +17,7 @@ from octavo.sources.counts import check_counts
 from octavo.sources.model_classes import class_for, is_known, read_config, require_transformers, tensor_shapes
 from octavo.sources.names import names_of
 from octavo.sources.sentences import split_name, transformer_folder
+from octavo.sources.shaped import fit_shapes
 from octavo.sources.sites import Source
 
 
@@ -118,6 +119,7 @@ def tied_names(source: Source) -> set[str]:
     if source.path is None or not source.path.is_dir():
         # A model in memory may be tied by hand; only ties of its configuration count.
         module = skeleton(transformer_folder(folder))
+        fit_shapes(module, source.every_shape())
         direct = names_of(module, source.every_shape()).parameters
     state = module.state_dict(keep_vars=True)
 

@@ -1,10 +1,11 @@
-"""The source of a model that lost some of its units: smaller tensors under the same names."""
+"""The source of a model that lost some of its units: smaller tensors, under other names where layers went."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,27 @@ from octavo.errors import RequestError
 from octavo.sources.companions import copy_companions
 from octavo.sources.model_classes import read_config
 from octavo.sources.modules import own_tensors
-from octavo.sources.sentences import transformer_folder
+from octavo.sources.sentences import split_name, transformer_folder
+from octavo.sources.shaped import fit_shapes
 from octavo.sources.sites import Source, examine
+from octavo.sources.skeletons import skeleton
 
 
 @torch.no_grad()
-def thinned(source: Source, module: nn.Module) -> Source:
+def thinned(
+    source: Source, module: nn.Module, names: Callable[[str], str | None] = str
+) -> tuple[Source, dict[str, str]]:
     """The source whose module is ``module``, a copy of its own in which tensors were changed or became smaller.
+
+    It comes with the name that every tensor of the given source has in it; what went with a layer has none.
 
     The changed tensors of ``module`` are rounded to the dtypes of the source, so that it computes with what is stored.
     Where the model has a config, entries that differ are written into a copy of it.
+
+    Parameters
+    ----------
+    names
+        The name in ``module`` of a tensor of the source's module; None if it went with a layer.
 
     Raises
     ------
@@ -39,22 +51,35 @@ def thinned(source: Source, module: nn.Module) -> Source:
         )
     before, after = own_tensors(source.module or module), own_tensors(module)
     changed: dict[str, Tensor] = {}
+    kept: dict[str, str] = {}
     for name, target in source.direct.items():
-        old, new = before[target], after[target]
+        moved = names(target)
+        if moved is None:
+            continue
+        kept[name] = _moved(name, target, moved)
+        old, new = before[target], after[moved]
         if name in source.shapes and (old.shape != new.shape or not torch.equal(old, new)):
             new.copy_(new.to(source.dtypes[name]))
-            changed[name] = new
+            changed[kept[name]] = new
+    kept = {name: kept.get(name, name) for name in source.every_shape() if name in kept or name not in source.direct}
+    back = {new: old for old, new in kept.items()}
 
     def read(name: str) -> Tensor:
-        return changed[name].detach().to(source.dtypes[name]) if name in changed else source.read(name)
+        old = back[name]
+        return changed[name].detach().to(source.dtypes[old]) if name in changed else source.read(old)
 
+    held = {kept[name]: name for name in source.shapes if name in kept}
     made = replace(
         source,
         module=module,
-        shapes={**source.shapes, **{name: tuple(tensor.shape) for name, tensor in changed.items()}},
+        shapes={n: tuple(changed[n].shape) if n in changed else source.shapes[old] for n, old in held.items()},
+        dtypes={n: source.dtypes[old] for n, old in held.items()},
+        aliases={kept[alias]: kept[name] for alias, name in source.aliases.items() if alias in kept},
+        parameters={new: str(names(source.direct[old])) for old, new in kept.items() if old in source.direct},
         read=read,
-        digests={name: digest for name, digest in source.digests.items() if name not in changed},
-        exponents={name: exponent for name, exponent in source.exponents.items() if name not in changed},
+        fixed={kept[name]: why for name, why in source.fixed.items() if name in kept},
+        digests={kept[n]: digest for n, digest in source.digests.items() if n in kept and kept[n] not in changed},
+        exponents={kept[n]: value for n, value in source.exponents.items() if n in kept and kept[n] not in changed},
         notes=[],
         uncut=source,
     )
@@ -67,11 +92,42 @@ def thinned(source: Source, module: nn.Module) -> Source:
         config = read_config(inner) | _differences(source.module, module)
         place = made.companions / inner.relative_to(source.folder) / "config.json"
         place.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        made.reshaped = _reshaped(made, place.parent)
     examine(made)
-    return made
+    return made, kept
+
+
+def _moved(name: str, target: str, moved: str) -> str:
+    """The stored name of a tensor whose name in the module is ``moved`` in place of ``target``: a layer's number.
+
+    A checkpoint may name layers otherwise than the module, but counts them alike.
+    """
+    if target == moved:
+        return name
+    old, new = next((a, b) for a, b in zip(target.split("."), moved.split("."), strict=True) if a != b)
+    parts = name.split(".")
+    if old not in parts:
+        raise RequestError(f"{name!r}: has no layer {old} in its name, so it cannot be renumbered; keep all layers")
+    parts[parts.index(old)] = new
+    return ".".join(parts)
+
+
+def _reshaped(source: Source, inner: Path) -> bool:
+    """Whether the model of the new config has other shapes than its tensors."""
+    if not source.is_transformers:
+        return False
+    assert source.companions is not None
+    prefix = "" if inner == source.companions else f"{inner.name}/"
+    shapes = {n.removeprefix(prefix): s for n, s in source.every_shape().items() if split_name(n)[0] == prefix}
+    return fit_shapes(skeleton(inner), shapes)
 
 
 def _differences(before: Any, after: Any) -> dict[str, Any]:
     """The entries of a model's config that another one's has otherwise."""
-    old, new = before.config.to_dict(), after.config.to_dict()
+    old, new = _config(before).to_dict(), _config(after).to_dict()
     return {key: value for key, value in new.items() if old.get(key) != value}
+
+
+def _config(module: nn.Module) -> Any:
+    """The config of a model, or of the one inside an encoder."""
+    return next(part.config for part in module.modules() if hasattr(getattr(part, "config", None), "to_dict"))

@@ -1,0 +1,101 @@
+"""What is left makes up for what goes: the matrix that reads units is fitted again to what it wrote.
+
+A matrix ``W`` reads ``x`` and writes ``y = W x + b``. Without the inputs outside of ``S``, the nearest outputs are of
+
+    [W' b'] = [W b] C[:, S+1] (C[S+1, S+1] + damping)^-1,    C = E[[x 1] [x 1]^T]
+
+This is one small system of equations for each matrix, and needs no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.calibrating import differentiating
+from octavo.calibration.objective import Objective
+from octavo.cuts.base import Units
+from octavo.cuts.readers import Reader, positions, readers_of, watched
+from octavo.sources.batches import Batch
+from octavo.system.matmul import fast_matmul
+
+#: Added to the diagonal of moments, as a share of its mean.
+_DAMPING = 1e-4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """``E[[x 1] [x 1]^T]`` of what one matrix reads, (inputs + 1, inputs + 1) in float64."""
+
+    matrix: Tensor
+
+
+@fast_matmul()
+@torch.no_grad()
+def reader_moments(
+    model: nn.Module, units: Sequence[Units], batches: Sequence[Batch], objective: Objective
+) -> dict[str, Moment]:
+    """Moments of the inputs of all matrices that alone read some units, by the name of their weight."""
+    found = {reader.name: reader for _, reader in _alone(model, units)}
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(found, 0)
+    with differentiating(model):
+        for batch in batches:
+
+            def seen(name: str, flow: Tensor, batch: Batch = batch) -> None:
+                flat, mask = positions(flow, -1, batch)
+                rows = nn.functional.pad(
+                    (flat.flatten(0, 1) if mask is None else flat[mask]).float(), (0, 1), value=1.0
+                )
+                moment = (rows.t() @ rows).double()
+                sums[name] = sums[name] + moment if name in sums else moment
+                counts[name] += len(rows)
+
+            with watched({name: reader.module for name, reader in found.items()}, seen):
+                objective.outputs(model, batch)
+    return {name: Moment(total / counts[name]) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def compensate(
+    thinner: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor], moments: Mapping[str, Moment]
+) -> None:
+    """Fit matrices again that are about to lose inputs, in place; what they lose is still there."""
+    for part, reader in _alone(thinner, units):
+        mask = kept.get(part.name)
+        if mask is None or bool(mask.all()) or reader.name not in moments:
+            continue
+        gone = torch.zeros(moments[reader.name].matrix.shape[0], dtype=torch.bool)
+        gone[reader.places[~mask.cpu()].flatten()] = True
+        _fit(reader, ~gone, moments[reader.name].matrix)
+
+
+def _alone(model: nn.Module, units: Sequence[Units]) -> Iterator[tuple[Units, Reader]]:
+    """Units that one matrix reads and no other, with it."""
+    for part in units:
+        readers = readers_of(model, part)
+        if len(readers) == 1 and readers[0].axis == -1:
+            yield part, readers[0]
+
+
+def _fit(reader: Reader, stays: Tensor, moment: Tensor) -> None:
+    """Fit the columns that stay, and the bias if there is one."""
+    weight, bias = reader.module.weight, reader.module.bias
+    assert isinstance(weight, Tensor)
+    turned = not isinstance(reader.module, nn.Linear)
+    whole = (weight.t() if turned else weight).double()
+    if isinstance(bias, Tensor):
+        whole = torch.cat([whole, bias.double()[:, None]], 1)
+    else:
+        stays, moment = stays[:-1], moment[:-1, :-1]
+    moment = moment.to(whole.device)
+    inner = moment[stays][:, stays]
+    inner = inner + _DAMPING * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    fitted = torch.linalg.solve(inner, moment[stays] @ whole.t()).t()
+    if isinstance(bias, Tensor):
+        bias.copy_(fitted[:, -1])
+        fitted, stays = fitted[:, :-1], stays[:-1]
+    (weight.t() if turned else weight)[:, stays] = fitted.to(weight.dtype)

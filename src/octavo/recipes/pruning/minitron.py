@@ -1,0 +1,134 @@
+"""Minitron: a decoder pruned by activations in width or depth, and taught again by the logits of the original."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.objective import KL
+from octavo.cuts import Score, best
+from octavo.cuts.depth import losses_without, without_run
+from octavo.cuts.scores.activation import Activation
+from octavo.cuts.structured import Structured
+from octavo.recipes.frame import Lab, Study, gap
+from octavo.recipes.frame.bases import language_model
+from octavo.recipes.frame.data import TEXT
+from octavo.recipes.frame.nets import shuffled
+from octavo.recipes.frame.windows import nats
+from octavo.training import distillation, next_token
+from octavo.training.losses import Loss
+
+#: The share of heads, neurons and columns that goes. Half of the layers weigh as much.
+SHARE = 0.25
+STEPS, WINDOWS = 60, 8
+RATES = (1e-3, 2e-3, 4e-3)
+DENSE, SCRATCH, RANDOM = "dense", "random weights, labels", "random units, logits"
+LABELS, OURS, DEPTH = "width, labels", "width, logits", "depth, logits"
+AGGREGATED = {"mean, l2": ("mean", "l2"), "mean, mean": ("mean", "mean"), "variance": ("variance", "variance")}
+UNTRAINED = "before retraining"
+
+
+@Study(
+    "minitron",
+    system="Minitron",
+    source="Muralidharan et al. (2024), arXiv 2407.14679",
+    metric="test perplexity",
+    higher=False,
+    data=TEXT,
+    claims={
+        "scratch": "Pruned and distilled, it beats random weights after as many steps",
+        "logits": "Logits of the original teach better than labels",
+        "width": "Pruning width beats pruning depth after retraining",
+        "aggregation": "L2 over the batch of means over sequences ranks units best",
+    },
+    extras={
+        "units": "Units chosen by activations beat random ones, both distilled",
+        "before": "Before retraining, pruning depth loses less than pruning width",
+    },
+)
+def run(lab: Lab) -> None:
+    """A Llama of 6 layers loses 40% of its weights in width or in depth; all arms are trained for as many steps."""
+    base, parts = language_model(lab)
+    base.config.use_cache = False
+    seen = [{"input_ids": ids} for ids in parts.train[: 8 if lab.quick else 64].split(8)]
+    development, test = (part[: 4 if lab.quick else 128] for part in (parts.development, parts.test))
+    steps = 2 if lab.quick else STEPS
+    lost = {DENSE: nats(base, test)}
+    lab.add(DENSE, perplexity(lost[DENSE]), lab.stored(base))
+    layers = Structured(("layer",)).units(base)[0]
+    run_losses = losses_without(base, layers, layers.count // 2, seen[:2], KL())
+    thin = {name: narrowed(base, seen, Activation(*how)) for name, how in AGGREGATED.items()}
+    shallow = Structured(("layer",), "magnitude", compensate=False)
+    depth = shallow.apply(base, without_run(layers, run_losses), shallow.observe(base, seen[:1]))
+    for name, model in {**thin, DEPTH: depth}.items():
+        lost[name] = nats(model, test)
+        lab.add(f"{name}, {UNTRAINED}", perplexity(lost[name]))
+    width, teach = thin["mean, l2"], distillation(base.to(lab.device), temperature=1.0)
+    for seed in lab.seeds:
+        torch.manual_seed(seed)
+        begun: Mapping[str, tuple[nn.Module, Loss]] = {
+            SCRATCH: (type(base)(width.config), next_token),
+            RANDOM: (narrowed(base, seen, None, seed), teach),
+            LABELS: (width, next_token),
+            OURS: (width, teach),
+            DEPTH: (depth, teach),
+        }
+        for arm, (model, loss) in begun.items():
+            lab.step(f"{arm}, seed {seed}")
+
+            def trained(
+                lr: float, steps: int, arm: str | None = None, model: Any = model, loss: Loss = loss
+            ) -> nn.Module:
+                return lab.train(
+                    copy.deepcopy(model), batches(parts.train, seed), loss, steps=steps, seed=seed, arm=arm, lr=lr
+                )
+
+            def score(lr: float, trained: Any = trained) -> float:
+                return sum(nats(trained(lr, max(1, steps // 3)), development))
+
+            stored = lab.stored(done := trained(lab.choose(f"rate of {arm}", score, RATES), steps, arm))
+            lab.add(arm, perplexity(nats(stored.load(done), test)), stored)
+    judge(lab, lost)
+
+
+def judge(lab: Lab, lost: Mapping[str, list[float]]) -> None:
+    """Gates and verdicts."""
+    arms = lab.arms
+    lab.gate("the base is better than 60", gap("60 less perplexity", [60], arms[DENSE].values))
+    lab.gate("random weights are over 10 behind the base", lab.ahead(DENSE, SCRATCH, 10))
+    lab.gate("pruning does damage, over 0.3 nats", gap("nats over dense", lost["mean, l2"], lost[DENSE], 0.3))
+    for key, rival in {"scratch": SCRATCH, "logits": LABELS, "width": DEPTH, "units": RANDOM}.items():
+        lab.judge(key, lab.ahead(OURS, rival))
+    others = [name for name in AGGREGATED if name != "mean, l2"]
+    lab.judge("aggregation", *(gap(f"nats of {name} over ours", lost[name], lost["mean, l2"]) for name in others))
+    lab.judge("before", gap("nats of width over depth", lost["mean, l2"], lost[DEPTH]))
+    lab.say("Perplexities: " + "; ".join(f"{arm} {found.shown}" for arm, found in arms.items()) + ".")
+
+
+def narrowed(base: nn.Module, seen: list[dict[str, Tensor]], score: Score[Any] | None, seed: int = 0) -> nn.Module:
+    """The model without the units of lowest scores; random ones without a score."""
+    cut = Structured(("head", "neuron", "column"), score or "magnitude", compensate=False, objective="kl")
+    units, evidence = cut.units(base), cut.observe(base, seen)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {part.name: torch.rand(part.count, generator=generator) for part in units}
+    return cut.apply(base, best(cut.scores(base, units, evidence) if score else drawn, SHARE), evidence)
+
+
+def batches(ids: Tensor, seed: int) -> Any:
+    """Shuffled windows of tokens, by epoch."""
+
+    def epoch(number: int) -> Iterator[dict[str, Tensor]]:
+        for (part,) in shuffled(ids, size=WINDOWS, seed=seed)(number):
+            yield {"input_ids": part}
+
+    return epoch
+
+
+def perplexity(nats_of_windows: list[float]) -> float:
+    """The perplexity of windows of equal length."""
+    return math.exp(sum(nats_of_windows) / len(nats_of_windows))

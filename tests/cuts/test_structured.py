@@ -1,0 +1,118 @@
+"""The cut of every described transformer: units that go with all that hangs on them, and configs that follow."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from octavo.cuts import best, check_kept, left
+from octavo.cuts.structured import Structured
+from octavo.errors import RequestError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_transformers import MODELS, batch_of, outputs_of, small
+
+pytest.importorskip("transformers")
+#: Configs of these say the size of a head, so that any number of heads can be stated.
+SIZED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "vit", "dinov2")
+
+
+def cut_of(model, kind, share=0.5, **knobs):
+    knobs = {"compensate": False, "score": "magnitude", **knobs}
+    cut = Structured(**knobs)
+    units = cut.units(model)
+    evidence = cut.observe(model, [batch_of(kind)])
+    kept = best(cut.scores(model, units, evidence), share)
+    return units, kept, cut.apply(model, kept, evidence)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_goes_is_what_zeros_would_be(kind):
+    model, batch = small(kind), batch_of(kind)
+    units, kept, thinner = cut_of(model, kind, kinds=("head", "neuron"))
+    # What reads a unit reads zeros: the last of its slices.
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for part in units:
+            piece = part.slices[-1]
+            weight = zeroed.get_parameter(piece.tensor)
+            weight.index_fill_(piece.dim, piece.places[~kept[part.name]].flatten(), 0)
+    assert torch.allclose(outputs_of(thinner, batch), outputs_of(zeroed, batch), atol=1e-5)
+    assert not torch.allclose(outputs_of(thinner, batch), outputs_of(model, batch), atol=1e-3)
+    small_state = thinner.state_dict()
+    for name, masks in left(model, units, kept).items():
+        assert tuple(small_state[name].shape) == tuple(int(mask.sum()) for mask in masks)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_config_says_what_it_can(kind, tmp_path):
+    model, batch = small(kind), batch_of(kind)
+    columns = () if kind.startswith("gemma") else ("column",)
+    _, _, thinner = cut_of(model, kind, kinds=("head", "neuron", "layer", *columns), share=0.25)
+    depths = [len(part) for part in thinner.modules() if isinstance(part, nn.ModuleList)]
+    assert set(depths) == {2}
+    thinner.save_pretrained(tmp_path)
+    if kind == "dinov2":
+        return
+    again = type(model).from_pretrained(tmp_path)
+    again.config.use_cache = False
+    assert torch.allclose(outputs_of(again, batch), outputs_of(thinner, batch), atol=1e-5)
+
+
+def test_fewer_heads_than_the_config_of_bert_can_say_leave_it_alone():
+    model = small("bert")
+    _, _, thinner = cut_of(model, "bert", kinds=("head",))
+    assert thinner.config.num_attention_heads == 4
+    assert thinner.encoder.layer[0].attention.self.num_attention_heads == 2
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_units_that_stay_make_up_for_those_that_go(kind):
+    model, batch = small(kind), batch_of(kind, 64)
+    reference = outputs_of(model, batch)
+    lost = []
+    for compensate in (False, True):
+        cut = Structured(score="magnitude", compensate=compensate)
+        units, evidence = cut.units(model), cut.observe(model, [batch])
+        kept = best(cut.scores(model, units, evidence), 0.25)
+        lost.append(float((outputs_of(cut.apply(model, kept, evidence), batch) - reference).norm()))
+    assert lost[1] < 0.8 * lost[0]
+
+
+def test_columns_that_something_unknown_reads_are_refused():
+    model = small("bert")
+    model.encoder.layer[1].adapter = nn.Linear(32, 8)
+    with pytest.raises(RequestError, match=r"'encoder.layer.1.adapter.weight' of shape \(8, 32\) may read or write"):
+        Structured(kinds=("column",)).units(model)
+    with pytest.raises(RequestError, match="scales its embeddings"):
+        Structured(kinds=("column",)).units(small("gemma"))
+
+
+def test_all_units_of_a_place_cannot_go():
+    model = small("bert")
+    for part in Structured(kinds=("head", "neuron", "layer", "column")).units(model):
+        with pytest.raises(RequestError, match=f"no {part.kind} of '{part.name}' is left; keep at least one"):
+            check_kept([part], {part.name: torch.zeros(part.count, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"kinds": ("heads",)}, "kinds has 'heads'; choose from head, neuron"),
+        ({"kinds": ()}, "kinds has nothing"),
+        ({"score": "taylr"}, "did you mean 'taylor'"),
+        ({"objective": "l7"}, "objective 'l7' is not known"),
+        ({"example": "photo.png"}, "give a batch, from Python"),
+    ],
+)
+def test_knobs_that_mean_nothing_are_refused(knobs, says):
+    with pytest.raises(RequestError, match=says):
+        Structured(**knobs)
+
+
+def test_models_without_such_units_are_refused():
+    with pytest.raises(RequestError, match="finds no units of the kinds head, neuron"):
+        Structured().units(nn.Sequential(nn.Linear(4, 4)))
