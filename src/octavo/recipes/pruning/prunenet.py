@@ -6,14 +6,16 @@ import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from octavo.cuts import Units, best, trimmed
-from octavo.cuts.decoder import observe
+from octavo.cuts.decoder import blocks, observe
 from octavo.cuts.decomposition import leverage
 from octavo.cuts.prunenet import PruneNet, kolmogorov_smirnov, rows_of, spectrum
+from octavo.cuts.row_policy import RowPolicy
 from octavo.cuts.scoring import magnitudes, output_energies
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.bases import language_model, pretrained_decoder
@@ -23,10 +25,11 @@ from octavo.recipes.frame.windows import nats
 
 #: Shares of neurons that are removed, and the larger one that a reused policy is trained at.
 LESS, MORE, TRAINED = 0.2, 0.3, 0.4
-DENSE, RANDOM, NORM, UNITS = "dense", "at random", "norm of the row", "norms of all that a neuron has"
+DENSE, RANDOM, LONG, UNITS = "dense", "at random", "longest rows", "norms of all that a neuron has"
 ACTIVE, LEVERAGE = "output energy, from data", "leverage, from data"
-RELEASED, STEADY, OURS = "PruneNet as released", "PruneNet with a baseline", "PruneNet with norms"
+RELEASED, STEADY, OURS = "PruneNet as released", "released, with a baseline", "PruneNet, exact gradient"
 ONCE, LATE = f"PruneNet trained at {TRAINED:.0%}", "PruneNet, last layers count most"
+NORMS = "PruneNet that sees norms"
 REAL = ", SmolLM2"
 
 
@@ -43,10 +46,12 @@ REAL = ", SmolLM2"
         "spectra": "The closer the spectra, the less is lost",
     },
     extras={
-        "norms": "With the norms of rows it loses less than as released",
-        "norm": "With norms it loses less than keeping the longest rows",
         "baseline": "A running baseline alone loses less than as released",
+        "exact": "With the exact gradient it loses less than as released",
         "late": "It loses less if last layers count most",
+        "closer": "A policy that sees norms keeps closer spectra than random rows",
+        "norms": "A policy that sees norms loses less than random rows",
+        "long": "Keeping the longest rows loses less than random rows",
         "active": "It loses less than output energy, which needs data",
         "real": "On SmolLM2, too, it loses less than neurons at random",
     },
@@ -57,29 +62,32 @@ def run(lab: Lab) -> None:
     batches = [{"input_ids": ids} for ids in parts.train[: 8 if lab.quick else 64].split(8)]
     test, units = parts.test[: 4 if lab.quick else 64], PruneNet().units(model)
     seen = observe(model, batches)
-    data = {ACTIVE: output_energies(model, seen)}
-    data[LEVERAGE] = {part.name: leverage(own.neurons, 1e-4) for part, own in zip(units, seen, strict=True)}
-    data[NORM] = {part.name: rows_of(model, part).norm(dim=1) for part in units}
-    data[UNITS] = magnitudes(model, units)
+    energies = output_energies(model, seen)
+    data: dict[str, dict[str, Tensor]] = {ACTIVE: {}, LEVERAGE: {}, LONG: {}, UNITS: magnitudes(model, units)}
+    for part, block, own in zip(units, blocks(model), seen, strict=True):
+        data[ACTIVE][part.name] = energies[f"{block.name}:mlp"]
+        data[LEVERAGE][part.name] = leverage(own.neurons, 1e-4)
+        data[LONG][part.name] = rows_of(model, part).norm(dim=1)
     bench = Bench(lab, model, units, test)
     bench.add(DENSE, {})
     for name, scores in data.items():
         for share in (LESS, MORE):
-            bench.add(f"{name}, {share:.0%}", best({part.name: scores[part.name] for part in units}, share))
+            bench.add(f"{name}, {share:.0%}", best(scores, share))
     correlations = []
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
         episodes = 2 if lab.quick else 20
+        ours = PruneNet(share=MORE, seed=seed, episodes=episodes)
         cuts = {
-            RELEASED: PruneNet(released=True, baseline=False, share=MORE, seed=seed, episodes=episodes),
-            STEADY: PruneNet(released=True, share=MORE, seed=seed, episodes=episodes),
-            OURS: PruneNet(share=MORE, seed=seed, episodes=episodes),
-            ONCE: PruneNet(share=TRAINED, seed=seed, episodes=episodes),
-            LATE: PruneNet(share=MORE, depth=1 / 0.99, seed=seed, episodes=episodes),
+            RELEASED: replace(ours, baseline=False, exact=False),
+            STEADY: replace(ours, exact=False),
+            OURS: ours,
+            ONCE: replace(ours, share=TRAINED),
+            LATE: replace(ours, depth=1 / ours.depth),
+            NORMS: replace(ours, norms=True),
         }
-        generator = torch.Generator().manual_seed(seed)
         scores = {name: cut.scores(model, units, cut.observe(model)) for name, cut in cuts.items()}
-        scores[RANDOM] = {part.name: torch.rand(part.count, generator=generator) for part in units}
+        scores[RANDOM] = ours.scores(model, units, indifferent(model, units))
         for name, found in scores.items():
             for share in (LESS, MORE):
                 bench.add(f"{name}, {share:.0%}", best(found, share))
@@ -89,11 +97,13 @@ def run(lab: Lab) -> None:
     guess = math.log(model.config.vocab_size)
     lab.gate("dense needs under two thirds of the nats of guessing", gap("nats", [2 * guess / 3], bench.lost[DENSE]))
     lab.gate("neurons at random do damage, over 0.05 nats", bench.less(DENSE, f"{RANDOM}, {LESS:.0%}", 0.05))
-    for key, ours, theirs in (
-        ("random", RELEASED, RANDOM), ("norms", OURS, RELEASED), ("norm", OURS, NORM), ("baseline", STEADY, RELEASED),
-        ("late", LATE, OURS), ("active", OURS, ACTIVE),
+    for key, mine, theirs in (
+        ("random", OURS, RANDOM), ("baseline", STEADY, RELEASED), ("exact", OURS, RELEASED), ("late", LATE, OURS),
+        ("norms", NORMS, RANDOM), ("long", LONG, RANDOM), ("active", OURS, ACTIVE),
     ):  # fmt: skip
-        lab.judge(key, *(bench.less(f"{ours}, {share:.0%}", f"{theirs}, {share:.0%}") for share in (LESS, MORE)))
+        lab.judge(key, *(bench.less(f"{mine}, {share:.0%}", f"{theirs}, {share:.0%}") for share in (LESS, MORE)))
+    norms, even = (bench.apart[f"{name}, {MORE:.0%}"] for name in (NORMS, RANDOM))
+    lab.judge("closer", gap("distance of spectra at random over that with norms", even, norms))
     lab.judge("once", bench.less(f"{ONCE}, {LESS:.0%}", f"{OURS}, {LESS:.0%}", -0.02))
     lab.judge("spectra", gap("rank correlation of distance and nats", correlations, [0.0]))
     lab.say(f"Perplexity is {arms[DENSE].shown} dense, {arms[f'{OURS}, {MORE:.0%}'].shown} with {MORE:.0%} gone.")
@@ -131,19 +141,21 @@ class Bench:
         return rank_correlation(*([part[arm][-1] for arm in arms] for part in (self.apart, self.lost)))
 
 
+def indifferent(model: nn.Module, units: Sequence[Units]) -> RowPolicy:
+    """The policy to which all rows are alike; with the seed of another one it draws by the same noise."""
+    width = rows_of(model, units[0]).shape[1]
+    return RowPolicy(torch.zeros(width), 0.0, width)
+
+
 def real(lab: Lab) -> None:
     """A policy of the first seed on SmolLM2; differences are paired by windows of test text."""
     model, parts = pretrained_decoder(lab, 1, 1, 2 if lab.quick else 6)
     cut = PruneNet(share=LESS, seed=lab.first_seed, episodes=2 if lab.quick else 20)
-    units, generator = cut.units(model), torch.Generator().manual_seed(lab.first_seed)
+    units = cut.units(model)
     lab.step("a policy for SmolLM2")
-    found = {
-        OURS: cut.scores(model, units, cut.observe(model)),
-        RANDOM: {part.name: torch.rand(part.count, generator=generator) for part in units},
-    }
-    lost = {}
-    for name, scores in found.items():
-        stored = lab.stored(model, trimmed(model, units, best(scores, LESS)))
+    policies, lost = {OURS: cut.observe(model), RANDOM: indifferent(model, units)}, {}
+    for name, policy in policies.items():
+        stored = lab.stored(model, trimmed(model, units, best(cut.scores(model, units, policy), LESS)))
         lost[name] = nats(stored.load(copy.deepcopy(model)), parts.test)
         lab.add(f"{name}, {LESS:.0%}{REAL}", math.exp(statistics.fmean(lost[name])), stored)
     lab.judge("real", gap("nats of random over PruneNet", lost[RANDOM], lost[OURS]), needs=())
