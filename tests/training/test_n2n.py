@@ -13,10 +13,11 @@ from octavo.training.n2n import (
     ShrinkagePolicy,
     Trials,
     above_limit,
-    matched_logits,
+    lessons,
     random_search,
     reward,
     searched,
+    taught,
 )
 
 NET = ChainNet(1, (ConvLayer(8), ConvLayer(8, kernel=5), ConvLayer(8, stride=2), ConvLayer(12, pooled=True)), 3)
@@ -81,11 +82,14 @@ def test_a_candidate_is_tried_once_and_valued_by_what_it_saves():
     assert known.of(large, 0).reward == 0 and known.of(large, 15).reward == -1
 
 
-def test_students_learn_the_logits_of_the_teacher():
+def test_students_learn_the_outputs_of_the_teacher():
     module = NET.module().eval()
     images = torch.randn(4, 1, 8, 8)
-    assert matched_logits(module, (images, module(images).detach())).item() == 0
-    assert matched_logits(module, (images, module(images).detach() + 2)).item() == pytest.approx(4, rel=1e-5)
+    logits = module(images).detach()
+    assert taught(module, (images, logits)).item() == pytest.approx(0, abs=1e-6)
+    assert taught(module, (images, logits + 3)).item() == pytest.approx(0, abs=1e-6), "only differences count"
+    (pair,) = lessons(module, [images])
+    assert torch.equal(pair[1], logits) and taught(module, (images, logits * 2)).item() > 0
 
 
 def test_policies_know_the_probability_of_what_they_draw():

@@ -15,14 +15,14 @@ from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.frame.nets import in_batches, shuffled
 from octavo.training import accuracy, cross_entropy
 from octavo.training.chain_nets import ChainNet, ConvLayer
-from octavo.training.n2n import Found, Trials, lessons, matched_logits, random_search, reward, searched
+from octavo.training.n2n import Found, Trials, lessons, random_search, reward, searched, taught
 
-#: Images that candidates learn from, and those that they are measured on.
-LEARNED, SCORED = 1_500, 1_500
+#: Images that candidates learn from, in batches of 25, and those that they are measured on.
+LEARNED, SCORED = 1_000, 1_000
 #: Updates of the two policies, the nets of each, and learning rates. The authors' are 100 and 100 of 5, 0.003 and 0.1.
-REMOVALS, SHRINKAGES, ROLLOUTS, RATES = 15, 25, 5, (3e-2, 3e-2)
+REMOVALS, SHRINKAGES, ROLLOUTS, RATES = 8, 10, 5, (1e-1, 1e-1)
 #: Steps of everything that is trained in full, in batches of 64, and rates to choose from.
-STEPS, PEAKS = 700, (3e-3, 1e-2, 3e-2)
+STEPS, PEAKS = 700, (1e-2, 3e-2)
 TEACHER, OURS, MOVED, SHARED = "teacher", "N2N", "N2N from a small teacher's policies", "N2N with shared credit"
 RANDOM, EVEN = "random search", "thinned evenly"
 
@@ -70,10 +70,10 @@ def run(lab: Lab) -> None:
 
 def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> None:
     """All searches of one seed, and the nets that they found, trained in full."""
-    wide = 4 if lab.quick else 16
+    wide = 4 if lab.quick else 8
     whole, little = chain(split, wide, 3), chain(split, wide // 2, 2)
     test, development = in_batches(split.test), in_batches(split.development)
-    images = split.train[0][: 64 if lab.quick else LEARNED].split(64)
+    images = split.train[0][: 64 if lab.quick else LEARNED].split(25)
     scored = in_batches(tuple(part[: 64 if lab.quick else SCORED] for part in split.development))
     removals, shrinkages, rollouts = (1, 2, 2) if lab.quick else (REMOVALS, SHRINKAGES, ROLLOUTS)
 
@@ -85,7 +85,7 @@ def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> 
                 yield (x, y) if teacher is None else lessons(teacher, [x])[0]
 
         torch.manual_seed(seed)
-        loss, steps = matched_logits if teacher else cross_entropy, (8 if lab.quick else STEPS) // part
+        loss, steps = taught if teacher else cross_entropy, (8 if lab.quick else STEPS) // part
         return lab.train(net.module(), batches, loss, steps=steps, seed=seed, arm=arm, lr=lr)
 
     peak = lab.choose("rate", lambda lr: accuracy(trained(whole, None, lr, part=2), development), PEAKS)
