@@ -16,7 +16,7 @@ from octavo.cuts.decoder import blocks, observe
 from octavo.cuts.decomposition import leverage
 from octavo.cuts.prunenet import PruneNet, kolmogorov_smirnov, rows_of, spectrum
 from octavo.cuts.row_policy import RowPolicy
-from octavo.cuts.scoring import magnitudes, output_energies
+from octavo.cuts.scoring import output_energies
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.bases import language_model, pretrained_decoder
 from octavo.recipes.frame.data import TEXT
@@ -25,7 +25,7 @@ from octavo.recipes.frame.windows import nats
 
 #: Shares of neurons that are removed, and the larger one that a reused policy is trained at.
 LESS, MORE, TRAINED = 0.2, 0.3, 0.4
-DENSE, RANDOM, LONG, UNITS = "dense", "at random", "longest rows", "norms of all that a neuron has"
+DENSE, RANDOM, LONG = "dense", "at random", "longest rows"
 ACTIVE, LEVERAGE = "output energy, from data", "leverage, from data"
 RELEASED, STEADY, OURS = "PruneNet as released", "released, with a baseline", "PruneNet, exact gradient"
 ONCE, LATE = f"PruneNet trained at {TRAINED:.0%}", "PruneNet, last layers count most"
@@ -60,10 +60,10 @@ def run(lab: Lab) -> None:
     """Even shares of the neurons of a Llama of 6 layers; each seed has its policies, all on one model."""
     model, parts = language_model(lab)
     batches = [{"input_ids": ids} for ids in parts.train[: 8 if lab.quick else 64].split(8)]
-    test, units = parts.test[: 4 if lab.quick else 64], PruneNet().units(model)
+    test, units = parts.test[: 4 if lab.quick else 48], PruneNet().units(model)
     seen = observe(model, batches)
     energies = output_energies(model, seen)
-    data: dict[str, dict[str, Tensor]] = {ACTIVE: {}, LEVERAGE: {}, LONG: {}, UNITS: magnitudes(model, units)}
+    data: dict[str, dict[str, Tensor]] = {ACTIVE: {}, LEVERAGE: {}, LONG: {}}
     for part, block, own in zip(units, blocks(model), seen, strict=True):
         data[ACTIVE][part.name] = energies[f"{block.name}:mlp"]
         data[LEVERAGE][part.name] = leverage(own.neurons, 1e-4)
