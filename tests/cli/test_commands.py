@@ -275,3 +275,14 @@ def test_an_output_that_is_full_is_one_clear_error(words):
         done = subprocess.run([sys.executable, "-c", code, *words], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode != 0
     assert done.stderr.count("error:") >= 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_a_model_is_cut_by_a_command(model, tmp_path):
+    source, data, _ = model
+    given = ("cut", source, "--ratio", 1.2, "--units", "neuron", "--score", "magnitude", "--data", data)
+    made = read(*given, "--out", tmp_path / "thin")
+    assert made["artifact"]["ratio"] >= 1.2
+    assert json.loads((tmp_path / "thin" / "config.json").read_text())["n_inner"] < 384
+    said = read("cut", source, "--ratio", 1.2, "--score", "taylr", "--out", tmp_path / "no", code=2)
+    assert "did you mean 'taylor'" in said["message"]
+    assert {"taylor", "activation"} <= {row["name"] for row in read("methods", "--kind", "scores")}

@@ -26,11 +26,11 @@ class Residual(nn.Module):
         return torch.relu(flow + self.last(self.narrow(torch.relu(inner))))
 
 
-def network():
+def network(channels=8, inside=(12, 10)):
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Residual(8, 12), Residual(8, 10),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
+        nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), Residual(channels, inside[0]), Residual(channels, inside[1]),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 5),
     )  # fmt: skip
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -66,7 +66,7 @@ def test_depthwise_channels_go_as_zeros_would():
 
 @pytest.mark.parametrize("score", ["taylor", "norm-scale", "fisher"])
 def test_a_convolutional_network_is_cut_to_a_size(score, tmp_path):
-    net, cut = network(), Structured(score=score)
+    net, cut = network(24, (40, 32)), Structured(score=score)
     done = octavo.compress(net, ratio=1.5, data=IMAGES, methods=[cut], progress=False)
     report = done.save(tmp_path / "thin")
     assert report.artifact.ratio >= 1.5

@@ -29,7 +29,7 @@ def cut(
         typer.Option(help="Kinds of units that may go, with commas: head, neuron, column, layer; channel."),
     ] = "head,neuron,channel",
     compensate: Annotated[
-        bool, typer.Option(help="Fit the matrix that read a unit again, so that what is left makes up for it.")
+        bool, typer.Option(help="Fit the matrix that read a unit again, so that what is left compensates.")
     ] = True,
     overwrite: options.OVERWRITE = False,
     json_output: options.JSON = False,

@@ -74,9 +74,10 @@ def _groups(model: nn.Module, example: Batch) -> list[Any]:
             f"channels are found by torch-pruning, which cannot be imported ({error}): pip install 'octavo[prune]'"
         ) from error
     try:
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            model, copied(example), forward_fn=run, output_transform=_tensors, verbose=False
-        )
+        with torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(
+                model, copied(example), forward_fn=run, output_transform=_tensors, verbose=False
+            )
         return list(graph.get_all_groups(root_module_types=list(_CONVOLUTIONS)))
     except OctavoError:
         raise

@@ -45,7 +45,7 @@ def drop_layers(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Ten
         for number, layer in enumerate(left):
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = number
+                    module.__dict__["layer_idx"] = number
 
 
 def renumbered(units: Sequence[Units], kept: Mapping[str, Tensor], name: str) -> str | None:

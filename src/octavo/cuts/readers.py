@@ -21,7 +21,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Reader:
+class UnitReader:
     """A layer that reads units.
 
     Parameters
@@ -48,8 +48,13 @@ class Reader:
         owners[self.places.flatten()] = torch.arange(count).repeat_interleave(each)
         return owners
 
+    def written(self, rows: Tensor) -> Tensor:
+        """What a matrix makes of inputs (positions, inputs), without its bias."""
+        weight: Any = self.module.weight
+        return rows @ (weight.t() if isinstance(self.module, nn.Linear) else weight).to(rows)
 
-def readers_of(model: nn.Module, part: Units) -> list[Reader]:
+
+def readers_of(model: nn.Module, part: Units) -> list[UnitReader]:
     """The layers that read some units, in the order of their slices."""
     found = []
     for piece in part.slices:
@@ -61,9 +66,9 @@ def readers_of(model: nn.Module, part: Units) -> list[Reader]:
             "Conv1D",
             0,
         ):
-            found.append(Reader(piece.tensor, module, -1, piece.places))
+            found.append(UnitReader(piece.tensor, module, -1, piece.places))
         elif isinstance(module, _CONVOLUTIONS) and piece.dim == 1 and module.groups == 1:
-            found.append(Reader(piece.tensor, module, 1, piece.places))
+            found.append(UnitReader(piece.tensor, module, 1, piece.places))
     return found
 
 
@@ -139,7 +144,7 @@ def gated(model: nn.Module, units: Sequence[Units], gates: dict[str, Tensor]) ->
         yield
 
 
-def _scaling(reader: Reader, gate: Tensor) -> Callable[..., Any]:
+def _scaling(reader: UnitReader, gate: Tensor) -> Callable[..., Any]:
     def act(module: nn.Module, args: tuple[Any, ...]) -> Any:
         flow = args[0].movedim(reader.axis, -1)
         owners = reader.owners(flow.shape[-1]).to(gate.device)

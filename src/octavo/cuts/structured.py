@@ -56,7 +56,7 @@ class Structured(Cut[Observed]):
     score
         What units are worth: a name of ``octavo methods --kind scores``, or a :class:`octavo.cuts.Score`.
     compensate
-        Whether the matrix that read a unit is fitted again, so that what is left makes up for it
+        Whether the matrix that read a unit is fitted again, so that what is left compensates
         (:mod:`octavo.cuts.compensation`).
     objective
         How outputs are compared, for scores by gradients; if not given, what fits the model's result.

@@ -23,6 +23,7 @@ def without(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]
 
     Examples
     --------
+    >>> import torch
     >>> from octavo.cuts import Slice
     >>> net, places = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.arange(4)[:, None]
     >>> slices = tuple(Slice(name, dim, places) for name, dim in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1)))
@@ -59,6 +60,7 @@ def trimmed(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]
 
     Examples
     --------
+    >>> import torch
     >>> from octavo.cuts import Slice
     >>> net, places = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.arange(4)[:, None]
     >>> hidden = Units("0", "neuron", 4, (Slice("0.weight", 0, places), Slice("2.weight", 1, places)))

@@ -99,7 +99,8 @@ def _count_heads(modules: Iterable[Any]) -> None:
         for query, key in _QUERIES.items():
             if isinstance(projection := getattr(module, query, None), nn.Linear):
                 width, key_width = projection.out_features, getattr(module, key).out_features
-        if type(fused := getattr(module, "c_attn", None)).__name__ == "Conv1D" and not hasattr(module, "q_attn"):
+        fused: Any = getattr(module, "c_attn", None)
+        if type(fused).__name__ == "Conv1D" and not hasattr(module, "q_attn"):
             width = key_width = fused.nf // 3
         if width is None or key_width is None:
             continue

@@ -10,7 +10,7 @@ from octavo.cuts import SCORES, Slice, Units
 from octavo.cuts.layers import layer_units
 from octavo.cuts.scores.activation import Activation
 from octavo.cuts.scores.gradients import Fisher, OptimalBrainSurgeon, Taylor
-from octavo.cuts.scores.magnitude import Magnitude, NormScale
+from octavo.cuts.scores.magnitude import NormScale, WeightMagnitude
 from octavo.errors import RequestError
 
 GENERATOR = torch.Generator().manual_seed(2)
@@ -131,14 +131,14 @@ def test_a_layer_is_worth_how_much_it_turns_the_stream():
 
 def test_magnitudes_do_not_change_where_scales_move_from_writer_to_reader():
     net = net_of()
-    before = found(Magnitude(), net)
+    before = found(WeightMagnitude(), net)
     with torch.no_grad():
         net[0].weight[:2] *= 5
         net[2].weight[:, :2] /= 5
-    assert torch.allclose(found(Magnitude(), net), before, rtol=1e-5)
+    assert torch.allclose(found(WeightMagnitude(), net), before, rtol=1e-5)
     with torch.no_grad():
         net[2].weight[:, 4:] = 0
-    assert float(found(Magnitude(), net)[2]) == 0
+    assert float(found(WeightMagnitude(), net)[2]) == 0
 
 
 def test_norm_scales_need_a_norm():

@@ -123,7 +123,7 @@ class Fisher(Score[dict[str, Tensor]]):
 class OptimalBrainSurgeon(Score[dict[str, Tensor]]):
     """``sum w^2 / (2 [F^-1]_ww)`` over the weights that read a unit, with the EK-FAC Fisher matrix ``F``.
 
-    Each weight costs what is left after all others of its matrix make up for it. For a matrix of ``r`` rows and ``c``
+    A weight costs what is left after all others of its matrix compensate for it. For a matrix of ``r`` rows and ``c``
     columns it takes ``8 (r^2 + c^2 + r c)`` bytes.
 
     Parameters

@@ -17,7 +17,7 @@ from octavo.sources.batches import Batch
 
 @score("magnitude", source="Li et al., 2017, arXiv 1608.08710")
 @dataclass(frozen=True)
-class Magnitude(Score[None]):
+class WeightMagnitude(Score[None]):
     """Geometric mean over matrices of the sum of squares of a unit's weights in each.
 
     Scaling what a unit writes up and what reads it down changes nothing that the model computes, and no score.

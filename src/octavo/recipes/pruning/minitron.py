@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def run(lab: Lab) -> None:
     for name, model in {**thin, DEPTH: depth}.items():
         lost[name] = nats(model, test)
         lab.add(f"{name}, {UNTRAINED}", perplexity(lost[name]))
-    width, teach = thin["mean, l2"], distillation(base.to(lab.device), temperature=1.0)
+    width, teach = thin["mean, l2"], distillation(copy.deepcopy(base).to(lab.device), temperature=1.0)
     for seed in lab.seeds:
         torch.manual_seed(seed)
         begun: Mapping[str, tuple[nn.Module, Loss]] = {
@@ -80,18 +81,10 @@ def run(lab: Lab) -> None:
         }
         for arm, (model, loss) in begun.items():
             lab.step(f"{arm}, seed {seed}")
-
-            def trained(
-                lr: float, steps: int, arm: str | None = None, model: Any = model, loss: Loss = loss
-            ) -> nn.Module:
-                return lab.train(
-                    copy.deepcopy(model), batches(parts.train, seed), loss, steps=steps, seed=seed, arm=arm, lr=lr
-                )
-
-            def score(lr: float, trained: Any = trained) -> float:
-                return sum(nats(trained(lr, max(1, steps // 3)), development))
-
-            stored = lab.stored(done := trained(lab.choose(f"rate of {arm}", score, RATES), steps, arm))
+            train = partial(trained, lab, parts.train, model, loss, seed)
+            score = lambda lr, train=train: sum(nats(train(lr, max(1, steps // 3)), development))  # noqa: E731
+            done = train(lab.choose(f"rate of {arm}", score, RATES), steps, arm)
+            stored = lab.stored(done)
             lab.add(arm, perplexity(nats(stored.load(done), test)), stored)
     judge(lab, lost)
 
@@ -119,14 +112,16 @@ def narrowed(base: nn.Module, seen: list[dict[str, Tensor]], score: Score[Any] |
     return cut.apply(base, best(cut.scores(base, units, evidence) if score else drawn, SHARE), evidence)
 
 
-def batches(ids: Tensor, seed: int) -> Any:
-    """Shuffled windows of tokens, by epoch."""
+def trained(
+    lab: Lab, ids: Tensor, model: nn.Module, loss: Loss, seed: int, lr: float, steps: int, arm: str | None = None
+) -> nn.Module:
+    """A copy of a model after so many steps on shuffled windows of tokens."""
 
-    def epoch(number: int) -> Iterator[dict[str, Tensor]]:
+    def batches(number: int) -> Iterator[dict[str, Tensor]]:
         for (part,) in shuffled(ids, size=WINDOWS, seed=seed)(number):
             yield {"input_ids": part}
 
-    return epoch
+    return lab.train(copy.deepcopy(model), batches, loss, steps=steps, seed=seed, arm=arm, lr=lr)
 
 
 def perplexity(nats_of_windows: list[float]) -> float:
