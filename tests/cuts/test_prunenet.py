@@ -141,6 +141,17 @@ def test_a_model_is_compressed_without_any_data(tmp_path):
     assert not octavo.Artifact(tmp_path / "data-free").sites, "nothing is encoded"
 
 
+def test_rows_are_those_of_the_matrix_that_writes_neurons_whichever_way_it_lies():
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config)
+    (part,) = PruneNet().units(model)
+    assert torch.equal(rows_of(model, part), model.transformer.h[0].mlp.c_fc.weight.t())
+    gated = decoder()
+    assert torch.equal(rows_of(gated, PruneNet().units(gated)[0]), gated.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(RequestError, match="prunenet knows the neurons of transformers only"):
+        PruneNet().units(torch.nn.Linear(4, 4))
+
+
 def test_with_data_it_is_measured(tmp_path):
     data = [{"input_ids": torch.randint(0, 64, (8, 16))} for _ in range(4)]
     done = octavo.compress(decoder(), ratio=1.3, data=data, methods=[PruneNet(episodes=2)], progress=False)
