@@ -131,7 +131,9 @@ class Cutter:
         notes = [*opened.notes, *(note for note in source.notes if note not in opened.notes)]
         return replace(opened, source=source, sites=sites, left=left, pinned=pinned, notes=notes)
 
-    def tried(self, share: float, kept: Mapping[str, Tensor], alone: float, quality: float | None = None) -> CutLevel:
+    def tried(
+        self, share: float, kept: Mapping[str, Tensor], alone: float | None, quality: float | None = None
+    ) -> CutLevel:
         """The record of a level."""
         gone: dict[str, tuple[int, int]] = {}
         for part in self.units:
@@ -154,17 +156,17 @@ def cutter(cut: Cut[Any], opened: Opened) -> Cutter:
         If the cut does not know the model, or there is no model, no data, or no memory for it as a whole.
     """
     source, where = opened.source, opened.source.path or opened.source.title
-    if not opened.measurable:
+    if source.module is None or (cut.needs_data and not opened.measurable):
+        wanted = "a model that runs and data for it" if cut.needs_data else "a model whose units it knows"
         raise RequestError(
-            f"{where}: {cut.name} needs a model that runs and data for it (data: {opened.text}); give both, or leave "
-            "the cut out"
+            f"{where}: {cut.name} needs {wanted} (data: {opened.text}); give "
+            f"{'both' if cut.needs_data else 'one'}, or leave the cut out"
         )
     if not fits(source, opened.memory):
         raise RequestError(
             f"{where}: {cut.name} needs the whole model in memory, where it does not fit; leave the cut out"
         )
     inputs.model_of(source, blockwise=False)
-    assert source.module is not None
     cut = cut.prepared(opened.objective, opened.calibration_data)
     units = [part for part in cut.units(source.module) if part.resizes]
     if any(part.kind == TOKEN for part in units):
@@ -184,8 +186,11 @@ def cutter(cut: Cut[Any], opened: Opened) -> Cutter:
 
 def _check_outputs(opened: Opened, units: list[Units], where: object) -> None:
     """Refuse columns where the model returns them: outputs of unequal width cannot be compared."""
-    module, batch = opened.source.module, opened.held_data[0]
-    assert module is not None
+    module = opened.source.module
+    if module is None or not opened.held_data:
+        # Without data nothing is compared.
+        return
+    batch = opened.held_data[0]
     for part in units:
         if part.kind == COLUMN:
             thinner = without(module, [part], {part.name: torch.arange(part.count) > 0})
@@ -243,7 +248,8 @@ def cut_alone(found: Cutter, goal: Goal, run: Callable[[Opened, Runner, Calibrat
     profile = Profile(source.title, source.fingerprint(), source.original_bytes, source.weights, contents.bytes, [])
     started = run(thin, inputs.model_of(source, blockwise=False), _seen(thin))
     built = measured(started, profile, Plan(asked, {}, 0.0, contents.bytes, ALONE), {}, contents)
-    level = found.tried(share, kept, started.at_rest, built.quality)
+    alone, quality = (started.at_rest, built.quality) if thin.measurable else (None, None)
+    level = found.tried(share, kept, alone, quality)
     return Result(started, profile, asked, built, cut=found.trials([level], share))
 
 
@@ -271,9 +277,16 @@ def best_level(found: Cutter, room: Workspace, solved: Callable[[Opened, Workspa
 
     Raises
     ------
+    RequestError
+        If there is no data to compare levels by.
     BudgetError
         If no level reaches the budget.
     """
+    if not found.opened.measurable:
+        raise RequestError(
+            f"methods: beside other methods the best level of {found.cut.name} is found by measuring, which needs data "
+            f"(data: {found.opened.text}); give data, or name the cut alone"
+        )
     levels: list[CutLevel] = []
     reached: dict[float, Result] = {}
     refused: list[BudgetError] = []

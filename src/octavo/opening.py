@@ -39,7 +39,13 @@ _WAY = "way.json"
 
 
 def open_request(
-    request: Request, target: Target, progress: Progress, *, work: Path | None = None, folding: bool = True
+    request: Request,
+    target: Target,
+    progress: Progress,
+    *,
+    work: Path | None = None,
+    folding: bool = True,
+    module: bool = False,
 ) -> Opened:
     """Check a request and open what it names.
 
@@ -49,6 +55,8 @@ def open_request(
         The folder of kept work from which a run goes on, which knows the files that it was made from.
     folding
         Whether norms may be folded into the layers before them, if the target does so.
+    module
+        Whether the source keeps its module though there is no data to run it on: a cut changes shapes.
 
     Raises
     ------
@@ -57,17 +65,20 @@ def open_request(
     """
     witness = Witness(*_paths(request.source, request.data))
     with _blamed(witness, work):
-        return _opened(request, target, progress, witness, folding=folding)
+        return _opened(request, target, progress, witness, folding=folding, keeps=module)
 
 
-def _opened(request: Request, target: Target, progress: Progress, witness: Witness, *, folding: bool) -> Opened:
+def _opened(
+    request: Request, target: Target, progress: Progress, witness: Witness, *, folding: bool, keeps: bool
+) -> Opened:
     objective = None if request.objective is None else objective_of(request.objective)
     memory = None if request.memory is None else parse_size(request.memory)
     chosen, preset = target.methods(request), target.preset(request)
     if request.recover != "none" and request.methods is None:
         chosen = [method for method in chosen if method.learns or method.dense]
     # Without data nothing is run, and the model need not fit in memory.
-    source = inputs.open_source(request.source, module=target.loads or preset != DATA_FREE, progress=progress)
+    loaded = keeps or target.loads or preset != DATA_FREE
+    source = inputs.open_source(request.source, module=loaded, progress=progress)
     _check_memory(source, memory)
     source = target.adapted(source)
     where = source.path or source.title
@@ -104,6 +115,8 @@ def _opened(request: Request, target: Target, progress: Progress, witness: Witne
     if folding and target.folds and not all(method.lossless for method in chosen):
         source = _folded(source, module, calibration, wanted, left, memory)
     notes = [*source.notes, *inputs.notes_on(source, wanted, batches)]
+    if keeps:
+        source.module = module
     opened = Opened(
         request,
         target,

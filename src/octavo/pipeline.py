@@ -149,8 +149,12 @@ def compressed(request: Request, progress: Progress) -> Compressed:
     target.stated(request)
     clock, work = Clock(), None if request.workspace is None else checked_output(request.workspace)
     request, cut, alone = split_request(request)
+    whole = cut is not None and not cut.needs_data
     # A cut takes norms and layers apart, and some scores are the scales of norms.
-    opened = open_request(request, target, progress, work=work if request.resume else None, folding=cut is None)
+    folding = cut is None
+    opened = open_request(
+        request, target, progress, work=work if request.resume else None, folding=folding, module=whole
+    )
     goal = target.goal(opened)
     target.prepare(opened, goal, Path(work or tempfile.gettempdir()))
     clock.lap("open")

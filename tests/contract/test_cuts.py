@@ -145,6 +145,8 @@ def test_nothing_changes_where_all_is_kept(case):
 
 def test_high_scores_are_worth_more_than_low_ones(case):
     kind, model, cut, units, evidence = case
+    if not cut.needs_data:
+        pytest.skip("weights alone may be wrong about what is worth more")
     scores, reference = cut.scores(model, units, evidence), outputs(model, kind)
     lost = [
         float((outputs(cut.apply(model, best(signed, 0.5), evidence), kind) - reference).norm())

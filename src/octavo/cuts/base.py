@@ -79,6 +79,8 @@ class Cut(ABC, Generic[E]):
 
     name: ClassVar[str]
     source: ClassVar[str]
+    #: Whether it must see batches. One that says no is given none where there are none.
+    needs_data: ClassVar[bool] = True
 
     def prepared(self, objective: Objective, batches: Sequence[Batch]) -> Cut[E]:
         """The cut for a request that compares outputs by an objective, and has these batches; by default itself."""

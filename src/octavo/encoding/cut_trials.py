@@ -19,16 +19,17 @@ class CutLevel:
     weights
         Weights that went with them.
     alone
-        Mean divergence from the source before anything is encoded.
+        Mean divergence from the source before anything is encoded; None where there is no data to measure it on.
     quality
-        Mean divergence at the budget; None if nothing was encoded, as the level loses too much or cannot reach it.
+        Mean divergence at the budget; None if nothing was encoded, as the level loses too much or cannot reach it, or
+        nothing could be measured.
     gone
         Units removed and those of the source, by kind.
     """
 
     share: float
     weights: int
-    alone: float
+    alone: float | None
     quality: float | None = None
     gone: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
