@@ -16,9 +16,9 @@ from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.regimens.rewinding import Rewinding
 from octavo.training.regimens.slimming import Slimming
 from octavo.training.regimens.trp import TrainedRankPruning
-from octavo.training.straight_through import StraightThrough
 from octavo.training.regimens.turbo_vbi import TurboVBI
 from octavo.training.regimens.vtrans import VTrans
+from octavo.training.straight_through import StraightThrough
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
@@ -29,9 +29,9 @@ __all__ = [
     "HandOver",
     "OrderedDropout",
     "Regimen",
-    "StraightThrough",
     "Rewinding",
     "Slimming",
+    "StraightThrough",
     "StraightThroughFactorizer",
     "SupportPrior",
     "TrainedRankPruning",
