@@ -10,6 +10,7 @@ from octavo.training.regimens.comera import CoMERA, core_rates
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.regimens.trp import TrainedRankPruning
+from octavo.training.soft_prompt import Prompted, SoftPrompt
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "CoMERA",
     "HandOver",
     "OrderedDropout",
+    "Prompted",
     "Regimen",
+    "SoftPrompt",
     "StraightThroughFactorizer",
     "TrainedRankPruning",
     "accuracy",
