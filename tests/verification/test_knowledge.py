@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from octavo.verification.knowledge import (
     builtin_facts,
     closed_book,
     encoder_of,
-    fresh_names,
     in_context,
     read_facts,
     scored,
@@ -81,7 +79,7 @@ def test_built_in_questions_are_sound():
         "facts": len(found.facts), "context": len(found.facts), "summaries": 16,
     }  # fmt: skip
     for question in (one for questions in asked.values() for one in questions):
-        assert len(set(question.answers)) == len(question.answers) >= 6
+        assert len(set(question.answers)) == len(question.answers) >= 4
     for fact, question in zip(found.facts, asked["facts"], strict=True):
         assert question.prompt == fact.prompt and question.answers[0] == fact.answer
     assert closed_book(found.facts) == asked["facts"]  # drawn the same every time
@@ -94,7 +92,6 @@ def test_the_context_alone_holds_the_answer():
         assert len(lines) == 3 and f"{last} {question.answers[0]}." in lines
         assert {line.rsplit(" ", 1)[1].rstrip(".") for line in lines} == set(question.answers)
         assert not subjects & set(question.prompt.split())
-    assert len(set(fresh_names(random.Random(0), 500))) == 500
 
 
 def test_other_right_answers_are_no_candidates():

@@ -97,8 +97,8 @@ class Knowledge(Evaluation):
     facts
         Facts without any context: closed-book recall.
     in_context
-        Facts on subjects that do not exist, among statements that hold the answer: retrieval. None if no template
-        has three answers.
+        Facts on subjects that the facts do not know, among statements that hold the answer: retrieval. None if no
+        template has three answers.
     summaries
         The summary of a passage among those of others.
     labels

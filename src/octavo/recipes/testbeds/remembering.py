@@ -1,4 +1,4 @@
-"""A small decoder that knows made-up facts, each read a known number of times, and finds fresh ones in its context."""
+"""A small decoder that knows made-up facts, each of which it read a known number of times."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from octavo.recipes.frame.data import Parts, digest, texts
 from octavo.recipes.frame.nets import shuffled
 from octavo.system.atomic import writing
 from octavo.training import fit, next_token
-from octavo.verification.knowledge import Fact, Passage, fresh_names
+from octavo.verification.knowledge import Fact
 
 if TYPE_CHECKING:
     from octavo.recipes.frame.lab import Lab
 
 #: How often a fact is read in training, by its label.
-READ = {"rare": 16, "common": 64, "frequent": 256}
-#: What facts are about.
-TEMPLATES = ("The colour of {} is", "The home of {} is", "The friend of {} is", "The work of {} is")
-#: Answers a template, and facts a label.
-ANSWERS, FACTS = 16, 40
-#: Windows of running text beside the facts, and windows of statements on fresh subjects with questions on them.
-RUNNING, EPISODES = 800, 320
+READ = {"rare": 32, "common": 96, "frequent": 288}
+#: Facts of every label, and what they are about.
+FACTS, TEMPLATES = 20, ("The colour of {} is", "The home of {} is", "The friend of {} is", "The work of {} is")
+#: Answers that the facts of a template have.
+ANSWERS = 16
+#: Windows of running text that are read beside the facts.
+RUNNING = 400
+_CONSONANTS, _VOWELS, _ENDINGS = "bdfgklmnprstvz", "aeiou", "lmnrst"
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,17 @@ class Remembering:
         Of the ``tokenizers`` package.
     facts
         Labelled by how often each was read.
+    statements
+        The facts as they were read, in windows (N, tokens).
     windows
         Running text, (N, tokens) each.
-    passages
-        Paragraphs of test text without their first sentence, which is the summary.
     """
 
     model: nn.Module
     tokenizer: Any
     facts: list[Fact]
+    statements: Tensor
     windows: Parts[Tensor]
-    passages: list[Passage]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return list(self.tokenizer.encode(text).ids)
 
 
 def remembering(lab: Lab, seed: int) -> Remembering:
@@ -66,30 +63,28 @@ def remembering(lab: Lab, seed: int) -> Remembering:
     base, windows = language_model(lab)
     tokenizer, draw = text_tokenizer(lab), random.Random(seed)
     facts = made_up(tokenizer, draw, 4 if lab.quick else FACTS)
-    few = 16 if lab.quick else 1
-    length, running = windows.train.shape[1], windows.train[seed * RUNNING :][: RUNNING // few]
-    read = [fact for fact in facts for _ in range(READ[fact.label] // (few if few == 1 else 8))]
+    read = [fact for fact in facts for _ in range(READ[fact.label] // (8 if lab.quick else 1))]
     draw.shuffle(read)
-    statements = packed([_ids(tokenizer, f"{fact.prompt} {fact.answer}.\n") for fact in read], length)
-    made = [_ids(tokenizer, episode(facts, draw)) for _ in range(EPISODES // few)]
-    ids = torch.cat([running, statements, packed(made, length)])
+    length, count = windows.train.shape[1], 32 if lab.quick else RUNNING
+    statements = packed([tokenizer.encode(f"{fact.prompt} {fact.answer}.\n").ids for fact in read], length)
+    ids = torch.cat([windows.train[seed * count :][:count], statements])
 
     def train(model: nn.Module) -> None:
         there = ids.to(lab.device)
 
         def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
-            for (part,) in shuffled(there, size=16, seed=seed)(epoch):
+            for (part,) in shuffled(there, size=8, seed=seed)(epoch):
                 yield {"input_ids": part}
 
         fit(model.to(lab.device), batches, next_token, lr=1e-3, seed=seed)
 
-    key = digest(windows.digest.encode(), ids.numpy().tobytes())
-    model = lab.base(f"remembering-s{seed}", lambda: copy.deepcopy(base), train, data=key, seed=seed, quick=lab.quick)
-    return Remembering(model, tokenizer, facts, windows, paragraphs(lab, tokenizer, length))
+    made = digest(windows.digest.encode(), ids.numpy().tobytes())
+    model = lab.base(f"remembering-s{seed}", lambda: copy.deepcopy(base), train, data=made, seed=seed, quick=lab.quick)
+    return Remembering(model, tokenizer, facts, statements, windows)
 
 
 def text_tokenizer(lab: Lab) -> Any:
-    """The byte-pair encoding of the windows, learned once more, since only windows are kept."""
+    """The byte-pair encoding of the windows, learned once more and cached, since only the windows are kept."""
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
@@ -111,52 +106,32 @@ def text_tokenizer(lab: Lab) -> Any:
 
 def made_up(tokenizer: Any, draw: random.Random, each: int) -> list[Fact]:
     """So many facts of every label, on subjects that do not exist; answers are words of one token."""
-    words = sorted(word[1:] for word in tokenizer.get_vocab() if word[0] == "Ġ" and word[1:].isascii())
-    long = sorted((word for word in words if word.isalpha() and word.islower()), key=lambda word: -len(word))
-    answers = draw.sample(long[: max(len(TEMPLATES) * ANSWERS, len(long) // 2)], len(TEMPLATES) * ANSWERS)
-    subjects = fresh_names(draw, each * len(READ))
-    found = []
-    for number, subject in enumerate(subjects):
+    words = {token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isascii()}
+    longest = sorted((word for word in words if word.isalpha() and word.islower()), key=lambda word: (-len(word), word))
+    count = len(TEMPLATES) * ANSWERS
+    answers, found = draw.sample(longest[: max(count, len(longest) // 2)], count), []
+    for number, subject in enumerate(fresh_names(draw, each * len(READ))):
         which = number % len(TEMPLATES)
-        own = answers[which * ANSWERS : (which + 1) * ANSWERS]
-        label = list(READ)[number // each]
-        found.append(Fact(TEMPLATES[which], subject, draw.choice(own), label))
+        answer = draw.choice(answers[which * ANSWERS : (which + 1) * ANSWERS])
+        found.append(Fact(TEMPLATES[which], subject, answer, list(READ)[number // each]))
     return found
 
 
-def episode(facts: Sequence[Fact], draw: random.Random) -> str:
-    """Six statements on fresh subjects, and then all of them again in another order."""
-    template = draw.choice(TEMPLATES)
-    answers = sorted({fact.answer for fact in facts if fact.template == template})
-    own = draw.sample(answers, min(6, len(answers)))
-    lines = [
-        f"{template.replace('{}', name)} {answer}.\n"
-        for name, answer in zip(fresh_names(draw, len(own)), own, strict=True)
-    ]
-    return "".join(lines + draw.sample(lines, len(lines)))
+def fresh_names(draw: random.Random, count: int) -> list[str]:
+    """So many different names that mean nothing, of two or three syllables."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        syllables = (draw.choice(_CONSONANTS) + draw.choice(_VOWELS) for _ in range(draw.choice((2, 3))))
+        found["".join(syllables).capitalize() + draw.choice(_ENDINGS)] = None
+    return list(found)
 
 
 def packed(pieces: Sequence[Sequence[int]], length: int) -> Tensor:
     """Windows (N, length) that begin with a whole piece each; the last piece of a window is cut off."""
-    rows, row = [], list[int]()
+    rows, row = list[list[int]](), list[int]()
     for piece in pieces:
         row += piece
         if len(row) >= length:
             rows.append(row[:length])
             row = []
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
-
-
-def paragraphs(lab: Lab, tokenizer: Any, length: int) -> list[Passage]:
-    """Paragraphs of the test text that fit a window with a summary, 64 at most, spread over the text."""
-    fitting = []
-    for line in texts(lab).test.splitlines():
-        lead, _, rest = line.strip().partition(". ")
-        if 20 < len(lead) < 160 and len(rest) > 60 and 20 < len(_ids(tokenizer, line)) < length - 12:
-            fitting.append(Passage(rest, f"{lead}."))
-    count = min(8 if lab.quick else 64, len(fitting))
-    return [fitting[number * len(fitting) // count] for number in range(count)]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text).ids)

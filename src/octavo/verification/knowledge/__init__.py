@@ -4,7 +4,7 @@ Source: LLM-KICK (Jaiswal et al., 2023), arXiv 2310.01382: compressed models los
 """
 
 from octavo.verification.knowledge.facts import Fact, Facts, Passage, builtin_facts, read_facts
-from octavo.verification.knowledge.questions import Question, closed_book, fresh_names, in_context, summaries
+from octavo.verification.knowledge.questions import Question, closed_book, in_context, summaries
 from octavo.verification.knowledge.scoring import Answered, Score, answered, encoder_of, scored
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "builtin_facts",
     "closed_book",
     "encoder_of",
-    "fresh_names",
     "in_context",
     "read_facts",
     "scored",

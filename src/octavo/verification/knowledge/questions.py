@@ -12,14 +12,19 @@ from octavo.verification.knowledge.facts import SLOT, Fact, Passage
 #: Answers that an answer is ranked among, itself included.
 CANDIDATES = 16
 #: Statements in the context of a question, one of which answers it.
-STATEMENTS = 6
+STATEMENTS = 4
 #: Summaries that a summary is ranked among, itself included.
 SUMMARIES = 8
 #: The most questions of one kind.
 MOST = 256
 #: What stands between a passage and its summary.
 _IN_SHORT = "In short:"
-_CONSONANTS, _VOWELS, _ENDINGS = "bdfgklmnprstvz", "aeiou", "lmnrst"
+#: Subjects of statements in the context. Each has another initial, so that tokenizers tell them apart.
+NAMES = (
+    "Agatha", "Boris", "Cedric", "Delphine", "Edmund", "Fiona", "Gideon", "Harriet", "Ivor", "Jemima", "Kenneth",
+    "Leonora", "Magnus", "Nadine", "Oswald", "Prudence", "Quentin", "Rosalind", "Silas", "Tabitha", "Ursula",
+    "Vernon", "Winifred", "Xavier", "Yvonne", "Zelda",
+)  # fmt: skip
 
 Entry = TypeVar("Entry")
 
@@ -63,16 +68,19 @@ def closed_book(facts: Sequence[Fact]) -> list[Question]:
 
 
 def in_context(facts: Sequence[Fact], statements: int = STATEMENTS) -> list[Question]:
-    """Statements on subjects that do not exist, and then a question about one of them.
+    """Statements on subjects that the facts do not know, and then a question about one of them.
 
     Templates and answers are those of the facts. The answer stands in the context alone, and the candidates are all
     answers in it. So memory does not help. Templates with fewer than three answers are left out.
     """
     draw, answers = random.Random(1), _answers({fact: fact.template for fact in facts})
+    known = {word for fact in facts for word in fact.subject.split()}
+    fresh = [name for name in NAMES if name not in known]
+    unknown = fresh if len(fresh) >= statements else NAMES
     made = []
     for fact in _few([fact for fact in facts if len(answers[fact.template]) > 2]):
-        own = draw.sample(answers[fact.template], min(statements, len(answers[fact.template])))
-        names = fresh_names(draw, len(own), capital=fact.subject[:1].isupper())
+        own = draw.sample(answers[fact.template], min(statements, len(answers[fact.template]), len(unknown)))
+        names = draw.sample(unknown, len(own))
         lines = [f"{fact.template.replace(SLOT, name)} {answer}.\n" for name, answer in zip(names, own, strict=True)]
         asked = draw.randrange(len(own))
         prompt = "".join(lines) + fact.template.replace(SLOT, names[asked])
@@ -89,16 +97,6 @@ def summaries(passages: Sequence[Passage]) -> list[Question]:
         drawn = draw.sample(others, min(SUMMARIES - 1, len(others)))
         made.append(Question(f"{passage.text}\n{_IN_SHORT}", (passage.summary, *drawn), bare=_IN_SHORT))
     return made
-
-
-def fresh_names(draw: random.Random, count: int, *, capital: bool = True) -> list[str]:
-    """So many different names that mean nothing, of two or three syllables."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        syllables = (draw.choice(_CONSONANTS) + draw.choice(_VOWELS) for _ in range(draw.choice((2, 3))))
-        name = "".join(syllables) + draw.choice(_ENDINGS)
-        found[name.capitalize() if capital else name] = None
-    return list(found)
 
 
 def _answers(keys: Mapping[Fact, str]) -> dict[str, list[str]]:
