@@ -121,8 +121,7 @@ def _answers(found: evaluating.Knowledge) -> Table:
     table = Table("questions", "number", "written", "likeliest", "by chance", "1 / rank")
     kinds = {"facts": found.facts, "facts in the context": found.in_context, "summaries": found.summaries}
     for kind, score in {**kinds, **{f"facts, {label}": score for label, score in found.labels.items()}}.items():
-        if score is not None:
-            written = "" if score.written is None else f"{score.written:.1%}"
-            shares = f"{score.likeliest:.1%}", f"{score.chance:.1%}", f"{score.reciprocal_rank:.3f}"
-            table.add_row(kind, str(score.questions), written, *shares)
+        written = "" if score.written is None else f"{score.written:.1%}"
+        shares = f"{score.likeliest:.1%}", f"{score.chance:.1%}", f"{score.reciprocal_rank:.3f}"
+        table.add_row(kind, str(score.questions), written, *shares)
     return table

@@ -97,8 +97,7 @@ class Knowledge(Evaluation):
     facts
         Facts without any context: closed-book recall.
     in_context
-        Facts on subjects that the facts do not know, among statements that hold the answer: retrieval. None if no
-        template has three answers.
+        Facts on subjects that the facts do not know, among statements that hold the answer: retrieval.
     summaries
         The summary of a passage among those of others.
     labels
@@ -108,7 +107,7 @@ class Knowledge(Evaluation):
     data: str
     perplexity: float
     facts: Score
-    in_context: Score | None
+    in_context: Score
     summaries: Score
     labels: Mapping[str, Score]
 
@@ -233,7 +232,7 @@ def _knowledge(path: Path, source: Source, data: Any) -> Knowledge:
         given.title,
         plain.perplexity,
         scored(known),
-        scored(found) if found else None,
+        scored(found),
         scored(summed),
         {label: scored([one for one in known if one.question.label == label]) for label in labels},
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from octavo.verification.knowledge.facts import SLOT, Fact, Passage
+from octavo.verification.knowledge.facts import Fact, Passage
 
 #: Answers that an answer is ranked among, itself included.
 CANDIDATES = 16
@@ -62,29 +62,29 @@ def closed_book(facts: Sequence[Fact]) -> list[Question]:
     made = []
     for fact in _few(facts):
         others = [answer for answer in answers[fact.template] if answer not in right[fact.prompt]]
-        drawn = draw.sample(others, min(CANDIDATES - 1, len(others)))
-        made.append(Question(fact.prompt, (fact.answer, *drawn), fact.label))
+        made.append(Question(fact.prompt, _among(draw, fact.answer, others, CANDIDATES), fact.label))
     return made
 
 
 def in_context(facts: Sequence[Fact], statements: int = STATEMENTS) -> list[Question]:
-    """Statements on subjects that the facts do not know, and then a question about one of them.
+    """Statements on subjects that the facts do not know, and then a question about one of them; one for every fact.
 
-    Templates and answers are those of the facts. The answer stands in the context alone, and the candidates are all
-    answers in it. So memory does not help. Templates with fewer than three answers are left out.
+    Templates and answers are those of the facts, and the candidates are answers of the template asked for. The right
+    one is drawn, so it stands in the context alone, and memory does not help.
     """
     draw, answers = random.Random(1), _answers({fact: fact.template for fact in facts})
     known = {word for fact in facts for word in fact.subject.split()}
     fresh = [name for name in NAMES if name not in known]
-    unknown = fresh if len(fresh) >= statements else NAMES
     made = []
-    for fact in _few([fact for fact in facts if len(answers[fact.template]) > 2]):
-        own = draw.sample(answers[fact.template], min(statements, len(answers[fact.template]), len(unknown)))
-        names = draw.sample(unknown, len(own))
-        lines = [f"{fact.template.replace(SLOT, name)} {answer}.\n" for name, answer in zip(names, own, strict=True)]
-        asked = draw.randrange(len(own))
-        prompt = "".join(lines) + fact.template.replace(SLOT, names[asked])
-        made.append(Question(prompt, (own[asked], *own[:asked], *own[asked + 1 :])))
+    for fact in _few(facts):
+        others = draw.sample([other for other in facts if other != fact], min(statements, len(facts)) - 1)
+        name, *names = draw.sample(fresh if len(fresh) >= statements else NAMES, len(others) + 1)
+        right = draw.choice(answers[fact.template])
+        told = [replace(fact, subject=name, answer=right)]
+        told += [replace(other, subject=subject) for other, subject in zip(others, names, strict=True)]
+        lines = [f"{one.prompt} {one.answer}.\n" for one in draw.sample(told, len(told))]
+        candidates = _among(draw, right, [answer for answer in answers[fact.template] if answer != right], CANDIDATES)
+        made.append(Question("".join(lines) + told[0].prompt, candidates))
     return made
 
 
@@ -93,9 +93,8 @@ def summaries(passages: Sequence[Passage]) -> list[Question]:
     draw, every = random.Random(2), list(dict.fromkeys(passage.summary for passage in passages))
     made = []
     for passage in _few(passages):
-        others = [summary for summary in every if summary != passage.summary]
-        drawn = draw.sample(others, min(SUMMARIES - 1, len(others)))
-        made.append(Question(f"{passage.text}\n{_IN_SHORT}", (passage.summary, *drawn), bare=_IN_SHORT))
+        answers = _among(draw, passage.summary, [one for one in every if one != passage.summary], SUMMARIES)
+        made.append(Question(f"{passage.text}\n{_IN_SHORT}", answers, bare=_IN_SHORT))
     return made
 
 
@@ -105,6 +104,11 @@ def _answers(keys: Mapping[Fact, str]) -> dict[str, list[str]]:
     for fact, key in keys.items():
         found.setdefault(key, {})[fact.answer] = None
     return {key: list(answers) for key, answers in found.items()}
+
+
+def _among(draw: random.Random, right: str, others: Sequence[str], most: int) -> tuple[str, ...]:
+    """The right answer, and others up to so many in all."""
+    return (right, *draw.sample(others, min(most - 1, len(others))))
 
 
 def _few(entries: Sequence[Entry]) -> list[Entry]:
