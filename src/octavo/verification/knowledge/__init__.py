@@ -5,10 +5,11 @@ Source: LLM-KICK (Jaiswal et al., 2023), arXiv 2310.01382: compressed models los
 
 from octavo.verification.knowledge.facts import Fact, Facts, Passage, builtin_facts, read_facts
 from octavo.verification.knowledge.questions import Question, closed_book, in_context, summaries
-from octavo.verification.knowledge.scoring import Answered, Score, answered, encoder_of, scored
+from octavo.verification.knowledge.scoring import Answered, Encode, Score, answered, encoder_of, scored
 
 __all__ = [
     "Answered",
+    "Encode",
     "Fact",
     "Facts",
     "Passage",
