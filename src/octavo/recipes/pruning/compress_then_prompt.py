@@ -53,8 +53,8 @@ Make = Callable[[float, str | None], nn.Module]
     },
     extras={
         "half": "It recovers half of the nats that compression lost",
-        "norms": "It does more than norms and biases of the same bytes",
-        "lora": "It does more than LoRA of the same bytes",
+        "norms": "It does more than norms and biases of no more bytes",
+        "lora": "It does more than LoRA of no more bytes",
     },
 )
 def run(lab: Lab) -> None:
