@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from octavo.recipes.frame.lab import Lab
 
 #: How often a fact is read in training, by its label.
-READ = {"rare": 40, "common": 120, "frequent": 320}
+READ = {"rare": 24, "common": 40, "frequent": 120}
 #: Facts of every label, and what they are about.
-FACTS, TEMPLATES = 20, ("The colour of {} is", "The home of {} is", "The friend of {} is", "The work of {} is")
+FACTS, TEMPLATES = 30, ("The colour of {} is", "The home of {} is", "The friend of {} is", "The work of {} is")
 #: Answers that the facts of a template have.
 ANSWERS = 16
 #: Windows of running text that are read beside the facts.
