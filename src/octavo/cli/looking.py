@@ -79,7 +79,8 @@ def evaluate(
         Path | None,
         typer.Option(
             parser=options.path,
-            help="Texts, or a folder of images or sounds; for spearman a CSV of sentence,sentence,score.",
+            help="Texts, or a folder of images or sounds; for spearman a CSV of sentence,sentence,score; for a suite "
+            "facts, as lines of JSON or a CSV.",
         ),
     ] = None,
     against: Annotated[
@@ -87,6 +88,9 @@ def evaluate(
     ] = None,
     metric: Annotated[str, typer.Option(help="divergence, spearman or perplexity.")] = "divergence",
     objective: options.OBJECTIVE = None,
+    suite: Annotated[
+        str | None, typer.Option(help="knowledge: facts, retrieval and summaries, for language models.")
+    ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Run an artifact from packed codes.")] = False,
     json_output: options.JSON = False,
 ) -> None:
@@ -95,10 +99,29 @@ def evaluate(
     Example: octavo evaluate folded --against all-MiniLM-L6-v2 --data sentences.txt
 
     Example: octavo evaluate folded --metric perplexity --data book.txt
+
+    Example: octavo evaluate folded --suite knowledge --data facts.jsonl
     """
-    result = evaluating.evaluate(model, data=data, against=against, metric=metric, objective=objective, packed=packed)
+    result = evaluating.evaluate(
+        model, data=data, against=against, metric=metric, objective=objective, suite=suite, packed=packed
+    )
     if json_output:
         show_json(result)
         return
+    if isinstance(result, evaluating.Knowledge):
+        console.print(_answers(result))
+        console.print(f"perplexity of the built-in text: {result.perplexity:.6g}; facts: {result.data}")
+        return
     for key, value in asdict(result).items():
         console.print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def _answers(found: evaluating.Knowledge) -> Table:
+    """The scores of a suite, one kind of question a row."""
+    table = Table("questions", "number", "written", "likeliest", "by chance", "1 / rank")
+    kinds = {"facts": found.facts, "facts in the context": found.in_context, "summaries": found.summaries}
+    for kind, score in {**kinds, **{f"facts, {label}": score for label, score in found.labels.items()}}.items():
+        written = "" if score.written is None else f"{score.written:.1%}"
+        shares = f"{score.likeliest:.1%}", f"{score.chance:.1%}", f"{score.reciprocal_rank:.3f}"
+        table.add_row(kind, str(score.questions), written, *shares)
+    return table

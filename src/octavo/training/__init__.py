@@ -19,6 +19,7 @@ from octavo.training.regimens.trp import TrainedRankPruning
 from octavo.training.regimens.turbo_vbi import TurboVBI
 from octavo.training.regimens.vtrans import VTrans
 from octavo.training.straight_through import StraightThrough
+from octavo.training.soft_prompt import Prompted, SoftPrompt
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "GradualPruning",
     "HandOver",
     "OrderedDropout",
+    "Prompted",
     "Regimen",
     "Rewinding",
     "Slimming",
     "StraightThrough",
+    "SoftPrompt",
     "StraightThroughFactorizer",
     "SupportPrior",
     "TrainedRankPruning",

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.artifact import MANIFEST, Artifact
 from octavo.calibration import inputs
 from octavo.calibration.objective import KL, Cosine, Objective
 from octavo.calibration.runner import Runner
 from octavo.errors import MissingExtraError, RequestError
+from octavo.sources.batches import Batch
 from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.memory import fits
 from octavo.sources.sentences import members, split_name, transformer_folder
 from octavo.sources.sites import Source
-from octavo.sources.tokens import context_of, is_causal, text_batches, window_batches
+from octavo.sources.tokens import check_tokens, context_of, is_causal, text_batches, window_batches
 from octavo.system.matmul import fast_matmul
 from octavo.system.paths import checked, reason
+from octavo.verification.knowledge import (
+    Score,
+    answered,
+    builtin_facts,
+    closed_book,
+    encoder_of,
+    in_context,
+    read_facts,
+    scored,
+    summaries,
+)
 from octavo.verification.verifying import load
 
 
@@ -71,7 +84,36 @@ class Perplexity(Evaluation):
     perplexity: float
 
 
+@dataclass(frozen=True)
+class Knowledge(Evaluation):
+    """What a language model knows, finds in its context and sums up, beside its perplexity.
+
+    Parameters
+    ----------
+    data
+        Where the facts are from.
+    perplexity
+        Of the built-in text.
+    facts
+        Facts without any context: closed-book recall.
+    in_context
+        Facts on subjects that the facts do not know, among statements that hold the answer: retrieval.
+    summaries
+        The summary of a passage among those of others.
+    labels
+        Closed-book recall of the facts of every label.
+    """
+
+    data: str
+    perplexity: float
+    facts: Score
+    in_context: Score
+    summaries: Score
+    labels: Mapping[str, Score]
+
+
 METRICS = ("divergence", "spearman", "perplexity")
+SUITES = ("knowledge",)
 #: Perplexity is measured on non-overlapping windows of this many tokens, or of the model's context if shorter.
 PERPLEXITY_WINDOW = 512
 #: Largest nats per token with a finite exponential.
@@ -86,6 +128,7 @@ def evaluate(
     against: str | Path | None = None,
     metric: str = "divergence",
     objective: str | Objective | None = None,
+    suite: str | None = None,
     packed: bool = False,
 ) -> Any:
     """Measure a source or an artifact.
@@ -95,25 +138,28 @@ def evaluate(
     path
         A model folder or an artifact.
     data
-        Texts (``divergence``, ``perplexity``), a folder of images or sounds (``divergence``), or a CSV of sentence,
-        sentence, score (``spearman``); the built-in text by default.
+        Texts (``divergence``, ``perplexity``), a folder of images or sounds (``divergence``), a CSV of sentence,
+        sentence, score (``spearman``), or facts (``knowledge``); built-in ones by default.
     against
         The source to compare with, for ``divergence``.
     metric
         ``divergence`` (mean and 95th percentile of the objective against ``against``), ``spearman`` (correlation of
         cosine similarities with human scores) or ``perplexity`` (of the next token, for causal language models).
+    suite
+        ``knowledge`` asks a causal language model for facts closed-book, for facts in its context and for summaries,
+        and measures perplexity beside. It takes the place of a metric.
     packed
         Whether an artifact runs from packed codes.
 
     Returns
     -------
-    Divergence or Spearman or Perplexity
-        What was measured, by ``metric``.
+    Divergence or Spearman or Perplexity or Knowledge
+        What was measured, by ``metric`` or ``suite``.
 
     Raises
     ------
     RequestError
-        If the metric is unknown, or something that it needs is missing.
+        If the metric or suite is unknown, or something that it needs is missing.
 
     Examples
     --------
@@ -122,6 +168,13 @@ def evaluate(
     >>> found.mean < 0.1
     True
     """
+    if suite is not None:
+        if suite not in SUITES:
+            raise RequestError(f"suite {suite!r} is not known; choose {', '.join(SUITES)}")
+        if against is not None or objective is not None or metric != "divergence":
+            raise RequestError(f"suite {suite}: has its own measures; leave --metric, --against and --objective out")
+        path = checked(path)
+        return _knowledge(path, _open(path, packed=packed), data)
     if metric not in METRICS:
         raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
     path = checked(path)
@@ -155,6 +208,34 @@ def evaluate(
         raise RequestError(f"{path}: the divergence from {against} is NaN or Inf on these data; check both models")
     p95 = float(losses.quantile(0.95))
     return Divergence(str(path), wanted.metric, text, len(losses), float(losses.mean()), p95)
+
+
+def _knowledge(path: Path, source: Source, data: Any) -> Knowledge:
+    given = builtin_facts() if data is None else read_facts(data)
+    plain = _perplexity(path, source, None)
+    module, wanted, model = source.module, KL(), _model(source)
+    assert source.folder is not None and module is not None
+    encode = encoder_of(source.folder)
+
+    def run(batches: Sequence[Batch]) -> Iterator[Tensor]:
+        check_tokens(module, batches)
+        return model.outputs(wanted.pieces(module, batches), wanted)
+
+    known, found, summed = (
+        answered(questions, encode, run)
+        for questions in (closed_book(given.facts), in_context(given.facts), summaries(given.passages))
+    )
+    labels = dict.fromkeys(one.question.label for one in known if one.question.label)
+    return Knowledge(
+        str(path),
+        "knowledge",
+        given.title,
+        plain.perplexity,
+        scored(known),
+        scored(found),
+        scored(summed),
+        {label: scored([one for one in known if one.question.label == label]) for label in labels},
+    )
 
 
 def _open(path: Path, *, packed: bool) -> Source:
