@@ -18,8 +18,8 @@ from octavo.training.regimens.slimming import Slimming
 from octavo.training.regimens.trp import TrainedRankPruning
 from octavo.training.regimens.turbo_vbi import TurboVBI
 from octavo.training.regimens.vtrans import VTrans
-from octavo.training.straight_through import StraightThrough
 from octavo.training.soft_prompt import Prompted, SoftPrompt
+from octavo.training.straight_through import StraightThrough
 from octavo.training.widths import recalibrate, truncated
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "Regimen",
     "Rewinding",
     "Slimming",
-    "StraightThrough",
     "SoftPrompt",
+    "StraightThrough",
     "StraightThroughFactorizer",
     "SupportPrior",
     "TrainedRankPruning",
