@@ -16,7 +16,7 @@ from octavo.system.paths import checked_output
 
 
 @command
-@options.asking(Request, only=("source", "ratio", "size", "bits", "data", "objective", "seed"))
+@options.asking(Request, only=("source", "ratio", "size", "bits", "data", "objective", "recover", "minutes", "seed"))
 def cut(
     request: Request,
     out: options.OUT,
