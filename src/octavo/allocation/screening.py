@@ -85,11 +85,13 @@ def reaches(curves: Sequence[Curve], sites: Sequence[Site], bits: float) -> dict
         for share, point in chosen[curve.site]:
             _include(own, point, near=_NEAR[0] <= share <= _NEAR[1])
         sizes = [point.bytes / stands[curve.site] for _, point in chosen[curve.site]]
-        best = envelope(curve)
-        for point in curve.points:
-            within = min(sizes) / _BEYOND <= point.bytes <= max(sizes) * _BEYOND
-            if within and (best is None or point.loss <= _CLOSE * best(point.bytes)):
-                _include(own, point, near=False)
+        for name in {point.method for point in curve.points}:
+            # Compared with all others, since a point of its own is always as good as itself.
+            best = envelope(replace(curve, points=[point for point in curve.points if point.method != name]))
+            for point in curve.points if best is not None else ():
+                within = min(sizes) / _BEYOND <= point.bytes <= max(sizes) * _BEYOND
+                if point.method == name and within and point.loss <= _CLOSE * best(point.bytes):
+                    _include(own, point, near=False)
     return found
 
 
