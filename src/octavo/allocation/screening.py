@@ -34,16 +34,20 @@ def pilots(sites: Sequence[Site], pinned: Collection[str] = ()) -> set[str]:
 
     The layers of one network have roles: sites whose names differ only in numbers.
     """
-    roles: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
-    for site in sites:
-        if site.name not in pinned:
-            roles.setdefault((re.sub(r"\d+", "*", site.name), site.kind, site.shape), []).append(site.name)
     found = set()
-    for number, names in enumerate(roles.values()):
+    for number, names in enumerate(_roles([site for site in sites if site.name not in pinned]).values()):
         count = math.ceil(len(names) / _EVERY)
         # The golden ratio spreads roles of one kind over the depth of the network.
         start = (0.5 + 0.618034 * number) % 1
         found |= {names[int((start + place) * len(names) / count)] for place in range(count)}
+    return found
+
+
+def _roles(sites: Sequence[Site]) -> dict[tuple[str, str], list[str]]:
+    """Names of the sites of every role."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for site in sites:
+        found.setdefault((re.sub(r"\d+", "*", site.name), kind_of(site)), []).append(site.name)
     return found
 
 
@@ -80,7 +84,10 @@ def reaches(curves: Sequence[Curve], sites: Sequence[Site], bits: float) -> dict
         picked = solve(table.bytes, table.loss, max(int(share * room), smallest))
         for row, place in enumerate(picked):
             chosen[table.rows[row][0].site].append((share, table.points[row][place][0]))
-    for curve in curves:
+    # A site that is alone in its role, such as a head, is an example of nothing.
+    measured = {curve.site for curve in curves}
+    examples = {name for names in _roles(sites).values() if not measured.issuperset(names) for name in names}
+    for curve in (curve for curve in curves if curve.site in examples):
         own = found.setdefault(curve.group, {})
         for share, point in chosen[curve.site]:
             _include(own, point, near=_NEAR[0] <= share <= _NEAR[1])
