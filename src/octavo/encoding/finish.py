@@ -208,12 +208,12 @@ def contest(
 ) -> tuple[Built, Built | None]:
     """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
-    The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
-    the plain method. If plans can be measured, all that may win are built and the best wins. With preset ``fast`` only
-    the uniform plan is built if it is expected to lose hardly more than the mixed one. If plans cannot be measured, only that of
-    least expected loss is built, and the figures of the others are expectations. The bytes that the winner leaves are
-    then spent if that lowers its loss. Where the target rules points out for some reason (``considered``), rivals may
-    have them, but only a plan that it admits may win.
+    The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``, the
+    plain method. If plans can be measured, all that may win are built and the best wins. With preset ``fast`` only the
+    uniform plan is built if it is expected to lose hardly more than the mixed one. If plans cannot be measured, only
+    that of least expected loss is built, and the figures of the others are expectations. The bytes that the winner
+    leaves are then spent if that lowers its loss. Where the target rules points out for some reason (``considered``),
+    rivals may have them, but only a plan that it admits may win.
     """
     opened, target = run.opened, run.opened.target
     aim = replace(asked, bytes=int(asked.bytes * (1 - target.margin)))
