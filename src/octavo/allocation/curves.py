@@ -23,8 +23,8 @@ from octavo.sources.sites import Site
 #: Every n-th setting of a continuous knob is tried, within this range around the requested bits.
 _STRIDE = {"fast": 2}
 _SPREAD = {"fast": (0.45, 1.9), "best": (0.1, 4.0)}
-#: Groups with a smaller share of the expected loss are not measured, or only at one size.
-_NOTHING, _MINOR = 1e-3, 0.05
+#: Where expected losses are corrected, as shares of the size, with a budget and for all sizes.
+_AT_BUDGET, _AT_ALL = (1.0,), (1.0, 0.6)
 #: Presets that try everything at every site.
 _COMPLETE = ("best",)
 
@@ -68,7 +68,7 @@ def build_profile(run: Run, bits: float | None, *, corrected: bool = True) -> Pr
         profile.options["joined"] = joined
     profile.fixed_bytes = target.total(seal(opened, smallest, narrowing)) - sum(map(target.bytes, smallest.values()))
     if corrected and opened.measurable and preset != "fast":
-        correct(run, profile, bits or 4.0)
+        correct(run, profile, bits or 4.0, _AT_BUDGET if window.bits else _AT_ALL)
     profile.save(room.path / "profile.json")
     return profile
 
@@ -133,17 +133,24 @@ def _curves(
         yield Curve(site.name, site.kind, site.shape, points), Packed(Sized(length, crc), *described)
 
 
-def correct(run: Run, profile: Profile, bits: float) -> None:
-    """Measure how well expected losses predict: compress one group of sites at a time, at two sizes.
+def correct(run: Run, profile: Profile, bits: float, shares: Sequence[float]) -> None:
+    """Measure how well expected losses predict: compress one group of sites at a time, at one size or several.
 
-    The measured loss of a group is fitted as ``factor * expected ** exponent`` through the two points. Groups whose
-    loss is too small to matter keep the expectation, and small ones are measured at the larger size alone.
+    The measured loss of a group is fitted as ``factor * expected ** exponent`` through the points, with an exponent of
+    one through a single point. Groups whose loss is too small to matter keep the expectation.
+
+    Parameters
+    ----------
+    bits
+        The size in bits per weight.
+    shares
+        The sizes that are compressed to, as shares of it.
     """
     groups: dict[str, list[Curve]] = {}
     for curve in profile.curves:
         groups.setdefault(curve.group, []).append(curve)
     plans = []
-    for share in (1.0, 0.6):
+    for share in shares:
         size = max(int(run.opened.source.elements * bits * share / 8), profile.smallest)
         plans.append(allocate(profile, Budget(size, "correction")))
     total = max(plan.expected for plan in plans)
@@ -152,7 +159,7 @@ def correct(run: Run, profile: Profile, bits: float) -> None:
         for plan in plans:
             nearest = {curve.site: _nearest(curve, plan.points[curve.site]) for curve in curves}
             expected = sum(point.loss for point in nearest.values())
-            if expected <= (_MINOR if pairs else _NOTHING) * total:
+            if expected <= 1e-3 * total:
                 continue
             packed = dict(encode_all(run, nearest))
             pairs.append((expected, float(run.measure(as_weights(run.opened, packed)).mean()) - run.at_rest))

@@ -268,7 +268,8 @@ def _walk(
     start = len(settings) // 2
     # Dense storage has few settings, and all are always tried. Other methods are not screened against it.
     dense = all(get_method(name).dense for name in {point.method for point in curve.points})
-    reference = None if dense or method.dense else envelope(curve)
+    # Nor are those within reach, of which only a part of the curve is there.
+    reference = None if dense or method.dense or window.reaches(method) else envelope(curve)
     seen: dict[int, Point] = {}
     enough = lossless_bytes(curve)
 

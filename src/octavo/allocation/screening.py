@@ -12,8 +12,9 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from octavo.allocation.budget import Budget
 from octavo.allocation.profiles import Curve, Point, Profile, envelope
-from octavo.allocation.solver import PointTable, solve
+from octavo.allocation.solver import PointTable, solve, uniform
 from octavo.allocation.windows import Reach
 from octavo.methods import get_method
 from octavo.sources.sites import Site
@@ -34,16 +35,20 @@ def pilots(sites: Sequence[Site], pinned: Collection[str] = ()) -> set[str]:
 
     The layers of one network have roles: sites whose names differ only in numbers.
     """
-    roles: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
-    for site in sites:
-        if site.name not in pinned:
-            roles.setdefault((re.sub(r"\d+", "*", site.name), site.kind, site.shape), []).append(site.name)
     found = set()
-    for number, names in enumerate(roles.values()):
+    for number, names in enumerate(_roles([site for site in sites if site.name not in pinned]).values()):
         count = math.ceil(len(names) / _EVERY)
         # The golden ratio spreads roles of one kind over the depth of the network.
         start = (0.5 + 0.618034 * number) % 1
         found |= {names[int((start + place) * len(names) / count)] for place in range(count)}
+    return found
+
+
+def _roles(sites: Sequence[Site]) -> dict[tuple[str, str], list[str]]:
+    """Names of the sites of every role."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for site in sites:
+        found.setdefault((re.sub(r"\d+", "*", site.name), kind_of(site)), []).append(site.name)
     return found
 
 
@@ -72,24 +77,35 @@ def reaches(curves: Sequence[Curve], sites: Sequence[Site], bits: float) -> dict
         seen[curve.group] = seen.get(curve.group, 0.0) + math.prod(curve.shape)
     # Each pilot stands for the sites of its kind.
     stands = {curve.site: weights[curve.group] / seen[curve.group] for curve in curves}
-    table = PointTable(Profile("", "", 0, 0, 0, [_times(curve, stands[curve.site]) for curve in curves]))
-    room, found = bits * sum(weights.values()) / 8, dict[str, dict[str, Reach]]()
+    whole = Profile("", "", 0, 0, 0, [_times(curve, stands[curve.site]) for curve in curves])
+    table, room, found = PointTable(whole), bits * sum(weights.values()) / 8, dict[str, dict[str, Reach]]()
     smallest = int(table.bytes.min(1).sum())
     chosen: dict[str, list[tuple[float, Point]]] = {curve.site: [] for curve in curves}
     for share in _SHARES:
         picked = solve(table.bytes, table.loss, max(int(share * room), smallest))
         for row, place in enumerate(picked):
             chosen[table.rows[row][0].site].append((share, table.points[row][place][0]))
-    for curve in curves:
+    # One setting for all sites needs points at all of them.
+    even = next((plan.points for plan in uniform(whole, Budget(int(room), ""))), None)
+    # A site that is alone in its role, such as a head, is an example of nothing.
+    measured = {curve.site for curve in curves}
+    examples = {name for names in _roles(sites).values() if not measured.issuperset(names) for name in names}
+    for curve in (curve for curve in curves if curve.site in examples):
         own = found.setdefault(curve.group, {})
         for share, point in chosen[curve.site]:
             _include(own, point, near=_NEAR[0] <= share <= _NEAR[1])
+        if even is not None:
+            _include(own, even[curve.site], near=True)
         sizes = [point.bytes / stands[curve.site] for _, point in chosen[curve.site]]
-        best = envelope(curve)
-        for point in curve.points:
-            within = min(sizes) / _BEYOND <= point.bytes <= max(sizes) * _BEYOND
-            if within and (best is None or point.loss <= _CLOSE * best(point.bytes)):
-                _include(own, point, near=False)
+        for name in sorted({point.method for point in curve.points}):
+            # Compared with all others, since a point of its own is always as good as itself.
+            best = envelope(replace(curve, points=[point for point in curve.points if point.method != name]))
+            if best is None:
+                continue
+            for point in curve.points:
+                within = min(sizes) / _BEYOND <= point.bytes <= max(sizes) * _BEYOND
+                if point.method == name and within and point.loss <= _CLOSE * best(point.bytes):
+                    _include(own, point, near=False)
     return found
 
 

@@ -74,7 +74,11 @@ class Window:
 
     def tries(self, method: Method) -> bool:
         """Whether a method is tried; what keeps a matrix as it is, and what every plan is held against, always are."""
-        return self.reach is None or method.name in self.reach or method.dense or method.lossless or method.plain
+        return self.reach is None or self.reaches(method) or method.dense or method.lossless or method.plain
+
+    def reaches(self, method: Method) -> bool:
+        """Whether a method was found to be within reach, and nothing more has to be found out about it."""
+        return self.reach is not None and method.name in self.reach
 
     def offered(self, method: Method, settings: Sequence[Setting]) -> Sequence[Setting]:
         """Those settings of a method that are tried."""

@@ -31,6 +31,8 @@ _RETREATS = 3
 _TRIES = 10
 #: With preset ``fast`` a mixed plan is built only if the best uniform one is expected to lose more than so many times.
 _CLOSE = 1.05
+#: The best plan of one family is built only if it is expected to lose at most so many times what the mixed one does.
+_FAR = 1.15
 #: Share of a site's bytes that may change to close a small gap.
 _SHARE = 0.04
 #: A site with more of the bytes than this share is left alone if others can close the gap.
@@ -206,18 +208,20 @@ def contest(
 ) -> tuple[Built, Built | None]:
     """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
-    The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``,
-    the plain method. If plans can be measured, all are built and the best wins. With preset ``fast`` only the uniform
-    plan is built if it is expected to lose hardly more than the mixed one. If plans cannot be measured, only that of
-    least expected loss is built, and the figures of the others are expectations. The bytes that the winner leaves are
-    then spent if that lowers its loss. Where the target rules points out for some reason (``considered``), rivals may
-    have them, but only a plan that it admits may win.
+    The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``, the
+    plain method. If plans can be measured, all that may win are built and the best wins. With preset ``fast`` only the
+    uniform plan is built if it is expected to lose hardly more than the mixed one. If plans cannot be measured, only
+    that of least expected loss is built, and the figures of the others are expectations. The bytes that the winner
+    leaves are then spent if that lowers its loss. Where the target rules points out for some reason (``considered``),
+    rivals may have them, but only a plan that it admits may win.
     """
     opened, target = run.opened, run.opened.target
     aim = replace(asked, bytes=int(asked.bytes * (1 - target.margin)))
     even, families = best_uniform(run, profile, aim), single_families(considered, asked)
     # Of one family alone, the mixed plan is already the best.
     plans = [mixed, *even, *(families[:1] if len(_families(considered)) > 1 else [])]
+    if opened.measurable and not target.exhaustive and opened.request.preset != "best":
+        plans = [plan for plan in plans if plan.label != ONE_FAMILY or plan.expected <= _FAR * mixed.expected]
     admitted = [plan for plan in plans if target.admits(profile, plan, asked)]
     if not opened.measurable:
         first = min(admitted, key=lambda plan: plan.expected, default=mixed)
