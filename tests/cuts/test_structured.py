@@ -10,6 +10,7 @@ from torch import nn
 
 from octavo.cuts import best, check_kept, left
 from octavo.cuts.structured import Structured
+from octavo.cuts.vocabulary import new_numbers
 from octavo.errors import RequestError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -116,3 +117,30 @@ def test_knobs_that_mean_nothing_are_refused(knobs, says):
 def test_models_without_such_units_are_refused():
     with pytest.raises(RequestError, match="finds no units of the kinds head, neuron"):
         Structured().units(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "gpt2"])
+def test_token_rows_that_no_text_uses_go_and_the_others_get_new_numbers(kind, tmp_path):
+    model = small(kind)
+    batch = {"input_ids": batch_of(kind)["input_ids"] % 20 + 5}
+    cut = Structured(("token",), "usage", compensate=False)
+    units, evidence = cut.units(model), cut.observe(model, [batch])
+    kept = best(cut.scores(model, units, evidence), 0.5)
+    thinner = cut.apply(model, kept, evidence)
+    numbers = new_numbers(kept[units[0].name])
+    moved = {"input_ids": numbers[batch["input_ids"]]}
+    assert int(numbers[batch["input_ids"]].min()) >= 0 and thinner.config.vocab_size == 30
+    expected, found = outputs_of(model, batch), outputs_of(thinner, moved)
+    expected = expected if found.shape == expected.shape else expected[..., kept[units[0].name]]
+    assert torch.allclose(found, expected, atol=1e-5)
+    thinner.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.allclose(outputs_of(again, moved), found, atol=1e-5)
+
+
+def test_tokens_that_a_config_names_stay():
+    model = small("llama")
+    cut = Structured(("token",), "magnitude", compensate=False)
+    kept = {"vocabulary:token": torch.arange(61) != 2}
+    with pytest.raises(RequestError, match="lacks token 2, which is the eos_token_id of the config; keep it"):
+        cut.apply(model, kept, cut.observe(model, [batch_of("llama")]))

@@ -18,7 +18,8 @@ from octavo.cuts.compensation import Moment, compensate, reader_moments
 from octavo.cuts.layers import LAYER
 from octavo.cuts.scores.base import SCORES, Score
 from octavo.cuts.surgery import without
-from octavo.cuts.transformer_units import COLUMN, HEAD, KINDS, NEURON, anatomy, restate_config, transformer_units
+from octavo.cuts.transformer_units import COLUMN, HEAD, KINDS, NEURON, TOKEN, anatomy, restate_config, transformer_units
+from octavo.cuts.vocabulary import check_special, free_padding, renumber_tokens
 from octavo.errors import RequestError
 from octavo.methods.spelling import made_of
 from octavo.sources.batches import Batch, run
@@ -148,8 +149,15 @@ class Structured(Cut[Observed]):
         fitted = copy.deepcopy(model)
         if self.compensate:
             compensate(fitted, units, kept, evidence.moments)
+        tokens = next((part for part in units if part.kind == TOKEN and part.name in kept), None)
+        padding = {}
+        if tokens is not None:
+            check_special(anatomy(model).config, tokens, kept[tokens.name])  # type: ignore[union-attr]
+            padding = free_padding(fitted, tokens, kept[tokens.name])
         thinner = without(fitted, units, kept)
         if (found := anatomy(thinner)) is not None:
+            if tokens is not None:
+                renumber_tokens(thinner, found.config, padding, kept[tokens.name])
             _keep_types(found.config, units, kept)
             restate_config(found)
         return thinner

@@ -118,8 +118,8 @@ def transformer_units(found: Anatomy, kinds: Sequence[str]) -> list[Units]:
             units.append(layer_units(found.module, found.named(found.list_of(stack))))
     if COLUMN in kinds:
         units.append(_columns(found))
-    if TOKEN in kinds:
-        units.append(_tokens(found))
+    if TOKEN in kinds and (tokens := _tokens(found)).slices:
+        units.append(tokens)
     return units
 
 
