@@ -126,7 +126,7 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
     dense, begun = trained(DENSE, large), trained(None, large, count=steps - tuned)[0]
     add(DENSE, dense)
     found, ndcg = recall(Popular(data), data, data.test)
-    lab.add(POPULAR, found, **{NDCG: ndcg})
+    lab.add(POPULAR, found, 0, **{NDCG: ndcg})
     for density in (TENTH, HALF):
 
         def pruned(lr: float, arm: str | None = None, density: float = density) -> Made:
@@ -144,12 +144,15 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
         }
         size = lab.stored(*made[OURS]).bytes
         width = lab.thinner(net, size, range(1, WIDTH + 1))
-        small = best(SMALL, lambda lr, width=width: trained(None, lr, width=width))
-        add(name(SMALL), trained(name(SMALL), small, width=width))
+
+        def smaller(lr: float, arm: str | None = None, width: int = width) -> Made:
+            return trained(arm, lr, width=width)
+
+        add(name(SMALL), smaller(best(SMALL, smaller), name(SMALL)))
         add(name(CODED), dense, lab.quantization_alone(dense[0], size))
         for arm, result in made.items():
             also = {ROWS: row_spread(result[1]), "moved": moved(result[1], made[STATIC][1])}
-            add(name(arm), result, **also)
+            add(name(arm), result, None, **also)
 
 
 def adam(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
