@@ -36,7 +36,7 @@ def pruned(weight: Tensor, choice: str) -> Tensor:
     size = weight.float().abs()
     if choice == "2:4":
         parts = size.view(len(size), -1, 4)
-        kept = (parts.argsort(-1, descending=True, stable=True).argsort(-1) < 2).view(size.shape)
+        kept = (parts.argsort(dim=-1, descending=True, stable=True).argsort(-1) < 2).view(size.shape)
     else:
         first = size.flatten().argsort(descending=True, stable=True)[: size.numel() - round(size.numel() / 2)]
         kept = torch.zeros(size.numel(), dtype=torch.bool).index_fill(0, first, True).view(size.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -128,10 +127,6 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
     add(DENSE, dense)
     found, ndcg = recall(Popular(data), data, data.test)
     lab.add(POPULAR, found, 0, **{NDCG: ndcg})
-
-    def thin(width: int, lr: float) -> Made:
-        return trained(None, lr, width=width)
-
     for density in (TENTH, HALF):
 
         def pruned(lr: float, arm: str | None = None, density: float = density) -> Made:
@@ -149,8 +144,11 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
         }
         size = lab.stored(*made[OURS]).bytes
         width = lab.thinner(net, size, range(1, WIDTH + 1))
-        small = best(SMALL, partial(thin, width))
-        add(name(SMALL), trained(name(SMALL), small, width=width))
+
+        def smaller(lr: float, arm: str | None = None, width: int = width) -> Made:
+            return trained(arm, lr, width=width)
+
+        add(name(SMALL), smaller(best(SMALL, smaller), name(SMALL)))
         add(name(CODED), dense, lab.quantization_alone(dense[0], size))
         for arm, result in made.items():
             also = {ROWS: row_spread(result[1]), "moved": moved(result[1], made[STATIC][1])}
