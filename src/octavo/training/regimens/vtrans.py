@@ -28,17 +28,18 @@ _HALVINGS = 50
 class VTrans(Regimen):
     """Every unit is multiplied by a mask ``N(mu, sigma^2)``; where noise outweighs the mean, the unit is not needed.
 
-    A step minimises ``loss + pressure * sum_u share_u KL_u + a (s - t) + b (s - t)^2``. ``KL_u`` is the bound of
-    :mod:`octavo.training.bottleneck`, weighted by the unit's share of all weights. ``s`` is the expected share of
-    weights that is left, embeddings included, and ``t`` falls from 1 to ``share``. The multipliers ``a`` and ``b``
-    ascend, so that the size is met without a weight to choose.
+    A step minimises ``loss + pressure * exp(c) * sum_u share_u KL_u + a (s - t) + b (s - t)^2``. ``KL_u`` is the bound
+    of :mod:`octavo.training.bottleneck`, weighted by the unit's share of all weights. ``s`` is the expected share of
+    weights that is left, embeddings included, and ``t`` falls from 1 to ``share``. The multipliers ``a``, ``b`` and
+    ``c`` ascend, so that the size is met whatever the pressure is at first.
 
     Masks of the residual stream act where it is normalized, and other masks where units are read. Each example draws
     its own. Statistics of norms are those of the columns that are kept, so a cut model computes the same as a masked
     one. Before the last steps the masks are fixed: their means are multiplied into the weights, and what is left is
     tuned. ``kept`` then says what to cut. It never leaves more than ``share``, even if the multipliers were not done.
 
-    Whole layers are not masked, unlike in the source.
+    Two things differ from the source. Whole layers are not masked. And ``c`` is new: where noise is still small, ``s``
+    has no slope, and only the bound can raise it. A fixed pressure would need far more steps.
 
     Parameters
     ----------
@@ -47,7 +48,7 @@ class VTrans(Regimen):
     share
         Share of all weights of the model that is left, above 0 and below 1.
     pressure
-        Weight of the KL.
+        Weight of the bound at first.
     only_masks
         Whether weights stay as they are until the masks are fixed (Faster-VTrans).
     warmup, tuned
@@ -97,7 +98,7 @@ class VTrans(Regimen):
             for part in self.units
         }
         device = next(model.parameters()).device
-        self._multipliers = torch.zeros(2, device=device, requires_grad=True)
+        self._multipliers = torch.zeros(3, device=device, requires_grad=True)
         masks = [leaf for mask in self._masks.values() for leaf in (mask.mean, mask.log_variance)]
         self._adam = torch.optim.Adam(masks, self.rate)
         self._ascent = torch.optim.Adam([self._multipliers], self.rate, maximize=True)
@@ -123,7 +124,9 @@ class VTrans(Regimen):
         bound = torch.stack([self._weights[name] * mask.divergence().sum() for name, mask in self._masks.items()])
         over = self._sizes.left({name: mask.soft() for name, mask in self._masks.items()}) / self._sizes.total
         over = over - self._now
-        return self.pressure * bound.sum() + self._multipliers[0] * over + self._multipliers[1] * over.square()
+        linear, square, urge = self._multipliers
+        size = linear * over + square * over.square() + urge * over.detach()
+        return self.pressure * urge.detach().exp() * bound.sum() + size
 
     def after_backward(self, step: int) -> None:
         """Train the masks, and let the multipliers ascend."""
