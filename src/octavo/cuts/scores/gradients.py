@@ -7,6 +7,7 @@ divergence. With a loss of true labels (:class:`octavo.calibration.objective.Los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from octavo.cuts.scores.base import Score, score, summed
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, sequences_in
 from octavo.system.matmul import fast_matmul
+
+#: Labels are drawn at least this often: the mean of a few squares would say little.
+_DRAWS = 256
 
 
 @score("taylor", source="Molchanov et al., 2019, arXiv 1906.10771")
@@ -176,13 +180,15 @@ class OptimalBrainSurgeon(Score[dict[str, Tensor]]):
 
 
 def _all(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """The batches.
+    """The batches, again and again until labels were drawn often enough.
 
     Raises
     ------
     RequestError
         If there is no example among them.
     """
-    if not sum(map(sequences_in, batches)):
+    examples = sum(map(sequences_in, batches))
+    if not examples:
         raise RequestError("batches: there is nothing to observe; give at least one batch")
-    yield from batches
+    for _ in range(math.ceil(_DRAWS / examples)):
+        yield from batches

@@ -26,7 +26,7 @@ from octavo.training.losses import Loss
 
 #: The share of heads, neurons and columns that goes. Half of the layers weigh as much.
 SHARE = 0.25
-STEPS, WINDOWS = 60, 8
+STEPS, WINDOWS = 80, 8
 RATES = (1e-3, 2e-3, 4e-3)
 DENSE, SCRATCH, RANDOM = "dense", "random weights, labels", "random units, logits"
 LABELS, OURS, DEPTH = "width, labels", "width, logits", "depth, logits"
