@@ -123,13 +123,13 @@ class Structured(Cut[Observed]):
         return Observed(self._score().observe(model, units, given, objective), moments)
 
     def scores(self, model: nn.Module, units: Sequence[Units], evidence: Observed) -> dict[str, Tensor]:
-        """Those of the score."""
+        """The scores by which units go."""
         return self._score().scores(model, units, evidence.seen)
 
     def keeping(
         self, model: nn.Module, units: Sequence[Units], scores: Mapping[str, Tensor], shares: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Those with the highest scores; with heads as many columns as all heads have, where a config must say so."""
+        """Units with the highest scores; as many columns as the heads have in all, where a config must say so."""
         kept, found = super().keeping(model, units, scores, shares), anatomy(model)
         if found is None or found.description.head_size is not None:
             return kept
