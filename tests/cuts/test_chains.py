@@ -38,8 +38,8 @@ def test_a_chain_computes_the_same_without_units_that_are_zero():
 @pytest.mark.parametrize(
     ("net", "says"),
     [
-        (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), r"'1' \(LayerNorm\) is no link"),
-        (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2)), r"'1' \(Conv2d\) is no link"),
+        (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), r"'1' \(LayerNorm\) is not a link"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2)), r"'1' \(Conv2d\) is not a link"),
         (nn.Sequential(nn.Linear(3, 4)), "no two layers"),
     ],
 )

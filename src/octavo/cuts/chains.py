@@ -51,7 +51,7 @@ def chain_units(model: nn.Module) -> list[Units]:
             slices = _slices(model, name, torch.arange(outputs)[:, None])
         elif next(module.parameters(), None) is not None:
             raise RequestError(
-                f"{type(model).__name__}: {name!r} ({type(module).__name__}) is no link of a plain chain; give an "
+                f"{type(model).__name__}: {name!r} ({type(module).__name__}) is not a link of a plain chain; give an "
                 "nn.Sequential of linear layers and convolutions, or list the units"
             )
     if not units:

@@ -26,7 +26,7 @@ def test_outputs_vary_as_those_of_drawn_weights(layer, shape):
     torch.manual_seed(0)
     layer, x = nn.Sequential(layer).train(), torch.randn(shape)
     expected = layer(x)
-    begun(layer)
+    begun(layer, names=("0.weight",))
     with torch.no_grad():
         noisy = layer(x.expand(20_000, *shape[1:]))
         # Half of the root mean square of the weights: exp(-6) of its square is their variance.
