@@ -74,7 +74,8 @@ def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> 
     whole, little = chain(split, wide, 3), chain(split, wide // 2, 2)
     test, development = in_batches(split.test), in_batches(split.development)
     images = split.train[0][: 64 if lab.quick else LEARNED].split(25)
-    scored = in_batches(tuple(part[: 64 if lab.quick else SCORED] for part in split.development))
+    few = 64 if lab.quick else SCORED
+    scored = in_batches((split.development[0][:few], split.development[1][:few]))
     removals, shrinkages, rollouts = (1, 2, 2) if lab.quick else (REMOVALS, SHRINKAGES, ROLLOUTS)
 
     def trained(
@@ -94,8 +95,10 @@ def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> 
     trials = Trials(teacher, images, scored, rate=peak, seed=seed)
 
     def searching(given: Trials, credit: Credit = Credit.TO_GO, start: Found | None = None) -> Found:
-        options = {"removals": removals, "shrinkages": shrinkages, "rollouts": rollouts, "rates": RATES, "seed": seed}
-        return searched(given, credit=credit, start=start, **options)
+        return searched(
+            given, removals=removals, shrinkages=shrinkages, rollouts=rollouts, rates=RATES, credit=credit, start=start,
+            seed=seed,
+        )  # fmt: skip
 
     lab.step(f"seed {seed}: policies of the small teacher")
     before = searching(Trials(small, images, scored, rate=peak, seed=seed))
@@ -140,5 +143,5 @@ def evenly(net: ChainNet, parameters: int) -> ChainNet:
 
 def smaller(split: Split) -> Split:
     """The images at half the height and width."""
-    parts = ((avg_pool2d(x, 2), y) for x, y in (split.train, split.development, split.test))
-    return Split(*parts, split.digest, split.classes)
+    train, development, test = ((avg_pool2d(x, 2), y) for x, y in (split.train, split.development, split.test))
+    return Split(train, development, test, split.digest, split.classes)

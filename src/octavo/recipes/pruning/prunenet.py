@@ -86,12 +86,12 @@ def run(lab: Lab) -> None:
             LATE: replace(ours, depth=1 / ours.depth),
             NORMS: replace(ours, norms=True),
         }
-        scores = {name: cut.scores(model, units, cut.observe(model)) for name, cut in cuts.items()}
-        scores[RANDOM] = ours.scores(model, units, indifferent(model, units))
-        for name, found in scores.items():
+        drawn = {name: cut.scores(model, units, cut.observe(model)) for name, cut in cuts.items()}
+        drawn[RANDOM] = ours.scores(model, units, indifferent(model, units))
+        for name, found in drawn.items():
             for share in (LESS, MORE):
                 bench.add(f"{name}, {share:.0%}", best(found, share))
-        correlations.append(bench.correlation([f"{name}, {MORE:.0%}" for name in scores]))
+        correlations.append(bench.correlation([f"{name}, {MORE:.0%}" for name in drawn]))
     real(lab)
     arms = lab.arms
     guess = math.log(model.config.vocab_size)
