@@ -74,8 +74,8 @@ def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> 
     whole, little = chain(split, wide, 3), chain(split, wide // 2, 2)
     test, development = in_batches(split.test), in_batches(split.development)
     images = split.train[0][: 64 if lab.quick else LEARNED].split(25)
-    x, y = (part[: 64 if lab.quick else SCORED] for part in split.development)
-    scored = in_batches((x, y))
+    few = 64 if lab.quick else SCORED
+    scored = in_batches((split.development[0][:few], split.development[1][:few]))
     removals, shrinkages, rollouts = (1, 2, 2) if lab.quick else (REMOVALS, SHRINKAGES, ROLLOUTS)
 
     def trained(
@@ -96,15 +96,9 @@ def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> 
 
     def searching(given: Trials, credit: Credit = Credit.TO_GO, start: Found | None = None) -> Found:
         return searched(
-            given,
-            credit=credit,
-            start=start,
-            removals=removals,
-            shrinkages=shrinkages,
-            rollouts=rollouts,
-            rates=RATES,
+            given, removals=removals, shrinkages=shrinkages, rollouts=rollouts, rates=RATES, credit=credit, start=start,
             seed=seed,
-        )
+        )  # fmt: skip
 
     lab.step(f"seed {seed}: policies of the small teacher")
     before = searching(Trials(small, images, scored, rate=peak, seed=seed))

@@ -88,9 +88,9 @@ def run(lab: Lab) -> None:
         }
         drawn = {name: cut.scores(model, units, cut.observe(model)) for name, cut in cuts.items()}
         drawn[RANDOM] = ours.scores(model, units, indifferent(model, units))
-        for name, worth in drawn.items():
+        for name, found in drawn.items():
             for share in (LESS, MORE):
-                bench.add(f"{name}, {share:.0%}", best(worth, share))
+                bench.add(f"{name}, {share:.0%}", best(found, share))
         correlations.append(bench.correlation([f"{name}, {MORE:.0%}" for name in drawn]))
     real(lab)
     arms = lab.arms
