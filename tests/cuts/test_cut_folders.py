@@ -105,7 +105,8 @@ def test_levels_are_tried_beside_methods(tmp_path):
     )
     assert [level.share for level in done.cut.levels][:2] == [0.0, 0.1]
     report = done.save(tmp_path / "level")
-    assert report.artifact.ratio >= 6 and "units of the kind 'head' and" in report.sections[0].text
+    assert report.artifact.ratio >= 6 and list(done.cut.levels[1].gone) == ["head", "neuron"]
+    assert done.built.quality == min(level.quality for level in done.cut.levels if level.quality is not None)
 
 
 def test_ratios_out_of_reach_name_the_largest():
