@@ -72,7 +72,7 @@ def run(lab: Lab) -> None:
     """Small decoders that learned facts, one a seed; and a pretrained one, whose questions are paired."""
     for seed in lab.seeds:
         known = remembering(lab, seed)
-        asked = Asking(lab, "", known.model, lambda text, by=known.tokenizer: by.encode(text).ids)
+        asked = Asking(lab, "", known.model, known.encode)
         texts = [{"input_ids": part} for part in known.windows.train[-64 * (seed + 1) :][:64].split(8)]
         development, test = (
             part[: 8 if lab.quick else 128] for part in (known.windows.development, known.windows.test)
