@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +72,7 @@ def run(lab: Lab) -> None:
     """Small decoders that learned facts, one a seed; and a pretrained one, whose questions are paired."""
     for seed in lab.seeds:
         known = remembering(lab, seed)
-        asked = Asking(lab, "", known.model, partial(ids_of, known.tokenizer))
+        asked = Asking(lab, "", known.model, known.encode)
         texts = [{"input_ids": part} for part in known.windows.train[-64 * (seed + 1) :][:64].split(8)]
         development, test = (
             part[: 8 if lab.quick else 128] for part in (known.windows.development, known.windows.test)
@@ -171,11 +169,6 @@ class Asking:
         pairs = zip(*(self.told[name][kind] for name in (DENSE, arm)), strict=True)
         gone = [float(good(before, kind) - good(after, kind)) for before, after in pairs]
         return [fmean(gone[number::parts]) for number in range(parts)]
-
-
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text."""
-    return list(tokenizer.encode(text).ids)
 
 
 def good(answer: Answered, kind: str) -> bool:

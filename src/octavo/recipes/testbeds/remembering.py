@@ -57,6 +57,10 @@ class Remembering:
     statements: Tensor
     windows: Parts[Tensor]
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(self.tokenizer.encode(text).ids)
+
 
 def remembering(lab: Lab, seed: int) -> Remembering:
     """The shared decoder, trained on for a while with facts that are drawn from the seed."""
