@@ -24,9 +24,10 @@ def regrouped(batches: Sequence[Batch]) -> list[Batch]:
     """
     if not all(isinstance(batch, Mapping) and _fits(batch) and set(batch) == set(batches[0]) for batch in batches):
         return list(batches)
-    lengths = [mask_of(batch).long().sum(1) for batch in batches]  # type: ignore[union-attr]
-    if all(set(length.tolist()) <= {tokens_alone(batch)} for batch, length in zip(batches, lengths, strict=True)):
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    if all(bool(mask.all()) for mask in masks):
         return list(batches)
+    lengths = [mask.sum(1) for mask in masks]
     fillers = _fillers(batches)
     rows = [(int(length), batch, row) for batch, found in zip(batches, lengths, strict=True)
             for row, length in enumerate(found.tolist())]  # fmt: skip
