@@ -28,7 +28,7 @@ _NAME = "soft_prompt"
 
 
 class SoftPrompt(nn.Module):
-    """Vectors in the place of the embeddings of tokens.
+    """Vectors that stand for the embeddings of tokens.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class SoftPrompt(nn.Module):
         ArtifactError
             If the file is damaged or holds something else.
         RequestError
-            If there is no such file.
+            If the file does not exist.
         """
         path = checked(path)
         if not path.is_file():

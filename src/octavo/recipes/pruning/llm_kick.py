@@ -96,7 +96,7 @@ def run(lab: Lab) -> None:
 
 
 def real(lab: Lab) -> None:
-    """The same of a pretrained decoder with real facts; then everything is judged."""
+    """Ask a pretrained decoder for real facts; then everything is judged."""
     model, parts = pretrained_decoder(lab, 16, 1, 8)
     encode: Encode
     if lab.quick:
