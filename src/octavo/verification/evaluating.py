@@ -26,7 +26,7 @@ from octavo.sources.tokens import check_tokens, context_of, is_causal, text_batc
 from octavo.system.matmul import fast_matmul
 from octavo.system.paths import checked, reason
 from octavo.verification.knowledge import (
-    Score,
+    Recalled,
     answered,
     builtin_facts,
     closed_book,
@@ -106,10 +106,10 @@ class Knowledge(Evaluation):
 
     data: str
     perplexity: float
-    facts: Score
-    in_context: Score
-    summaries: Score
-    labels: Mapping[str, Score]
+    facts: Recalled
+    in_context: Recalled
+    summaries: Recalled
+    labels: Mapping[str, Recalled]
 
 
 METRICS = ("divergence", "spearman", "perplexity")

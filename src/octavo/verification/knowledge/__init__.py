@@ -5,7 +5,7 @@ Source: LLM-KICK (Jaiswal et al., 2023), arXiv 2310.01382: compressed models los
 
 from octavo.verification.knowledge.facts import Fact, Facts, Passage, builtin_facts, read_facts
 from octavo.verification.knowledge.questions import Question, closed_book, in_context, summaries
-from octavo.verification.knowledge.scoring import Answered, Encode, Score, answered, encoder_of, scored
+from octavo.verification.knowledge.scoring import Answered, Encode, Recalled, answered, encoder_of, scored
 
 __all__ = [
     "Answered",
@@ -14,7 +14,7 @@ __all__ = [
     "Facts",
     "Passage",
     "Question",
-    "Score",
+    "Recalled",
     "answered",
     "builtin_facts",
     "closed_book",

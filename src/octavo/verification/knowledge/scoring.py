@@ -24,7 +24,7 @@ _SIZE = 32
 
 
 @dataclass(frozen=True)
-class Score:
+class Recalled:
     """How well questions are answered.
 
     Parameters
@@ -68,11 +68,11 @@ class Answered:
     written: bool
 
 
-def scored(answered: Sequence[Answered]) -> Score:
+def scored(answered: Sequence[Answered]) -> Recalled:
     """The score of questions of one kind, at least one."""
     chance = fmean(1 / len(one.question.answers) for one in answered)
     open_ended = any(one.question.bare is not None for one in answered)
-    return Score(
+    return Recalled(
         len(answered),
         chance,
         fmean(one.rank == 1 for one in answered),
