@@ -28,7 +28,7 @@ class Reach:
     near: tuple[float, float] | None = None
 
     def including(self, octaves: float, *, near: bool) -> Reach:
-        """The same with one setting more."""
+        """A window that holds one more setting."""
         low, high = self.near or (octaves, octaves)
         inner = (min(low, octaves), max(high, octaves)) if near else self.near
         return Reach(min(self.low, octaves), max(self.high, octaves), inner)
@@ -81,7 +81,7 @@ class Window:
         return self.reach is not None and method.name in self.reach
 
     def offered(self, method: Method, settings: Sequence[Setting]) -> Sequence[Setting]:
-        """Those settings of a method that are tried."""
+        """Settings of a method that are tried."""
         if method.elastic is not None and len(settings) > 2:
             settings = settings[:: self.stride]
         reach = None if self.reach is None else self.reach.get(method.name)

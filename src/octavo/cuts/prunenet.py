@@ -180,7 +180,7 @@ class _Network(nn.Module):
 
     @torch.no_grad()
     def policy(self, width: int) -> RowPolicy:
-        """The same function with as many numbers as a row has, and one."""
+        """A function equal to this one, with as many numbers as a row has, and one."""
         return RowPolicy(self.inner @ self.outer, float(self.shift @ self.outer), width)
 
 

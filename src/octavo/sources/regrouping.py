@@ -15,7 +15,7 @@ _POSITIONS = 1 << 10
 
 
 def regrouped(batches: Sequence[Batch]) -> list[Batch]:
-    """The same sequences in other batches, by their length in tokens; other data is returned as it is.
+    """Put the same sequences in other batches, by their length in tokens; other data is returned as it is.
 
     Parameters
     ----------

@@ -66,18 +66,16 @@ class Target(Counting, ABC):
         Whether there must be something to compress.
     cuts
         Whether units may be removed before forms are found.
-    recovers
-        Whether the source may teach the result in the forms that are stored.
     """
 
     about: ClassVar[str] = ""
     budget: ClassVar[tuple[str, ...]] = ("ratio", "size", "bits")
-    unused: ClassVar[frozenset[str]] = frozenset()
+    #: By default what follows a plan: forms of other runtimes have no codes that training may choose freely.
+    unused: ClassVar[frozenset[str]] = frozenset({"recover", "minutes"})
     folds: ClassVar[bool] = True
     loads: ClassVar[bool] = False
     compresses: ClassVar[bool] = True
     cuts: ClassVar[bool] = False
-    recovers: ClassVar[bool] = False
 
     def refuse(self, request: Request) -> None:
         """Refuse choices that mean nothing for this target.
@@ -92,7 +90,6 @@ class Target(Counting, ABC):
     def refuse_named(self, kind: type[Request], made: Collection[str]) -> None:
         """Refuse choices by their names, whatever their values."""
         foreign = {name for name in names(kind, Role.BUDGET) if name not in self.budget}
-        foreign |= set() if self.recovers else set(names(kind, Role.AFTER))
         odd = [name for name in names(kind) if name in made and name in foreign | self.unused]
         if odd:
             raise RequestError(

@@ -32,7 +32,7 @@ class Disk(Sizes):
 
     about = "bytes of the artifact's files, as stat counts them"
     cuts = True
-    recovers = True
+    unused = frozenset()
 
     def smallest(self, opened: Opened, asked: Budget) -> int | None:
         """The smallest artifact, if the budget is surely below it.

@@ -137,7 +137,7 @@ class Bench:
         return gap(f"nats of {theirs} over {ours}", self.lost[theirs], self.lost[ours], margin)
 
     def correlation(self, arms: Sequence[str]) -> float:
-        """Of the last seed: how the ranks of distances and of losses agree over arms."""
+        """How the ranks of distances and of losses agree over arms, for the last seed."""
         return rank_correlation(*([part[arm][-1] for arm in arms] for part in (self.apart, self.lost)))
 
 
