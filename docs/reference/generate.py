@@ -18,6 +18,7 @@ from typer.main import get_command
 import octavo
 import octavo.forms
 from octavo.cli import app
+from octavo.cli.lazy import command_named
 from octavo.methods import methods
 from octavo.report.schema import Report
 
@@ -145,7 +146,9 @@ def commands() -> str:
             ],
         )
     )
-    for name, command in sorted(root.commands.items()):
+    for name in sorted(root.commands):
+        # The list alone knows no options.
+        command = command_named(name)
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         shown = " ".join(
             ("{}" if argument.required else "[{}]").format(argument.name.upper()) for argument in arguments

@@ -269,6 +269,8 @@ def test_reference_pages_are_those_of_the_code() -> None:
     spec.loader.exec_module(generate)
     old = [name for name, made in generate.PAGES.items() if (folder / name).read_text(encoding="utf-8") != made()]
     assert not old, f"{old} in docs/reference are not those of the code; run `make reference`"
+    # The list of commands is read without importing them, and then knows no options.
+    assert all("--help" in part or "| `" in part for part in (folder / "commands.md").read_text().split("\n## ")[1:])
 
 
 def test_blocks_are_told_apart() -> None:
