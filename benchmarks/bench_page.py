@@ -111,7 +111,7 @@ def section(rows: list[Row], model: str, table: Any) -> str:
 
 ![Bytes against quality](results/bench-{model}.svg)
 
-{table(HEAD, against(good, full))}
+{table(HEAD, compared) if (compared := against(good, full)) else "No other tool was measured on it yet."}
 
 <details><summary>All {len(every)} rows</summary>
 

@@ -95,7 +95,10 @@ def main() -> None:
         key = ("model", "ratio", "recover")
         # Another run may have added rows meanwhile.
         rows = [old for old in load_results("distilled").get("rows", []) if any(old[k] != row[k] for k in key)]
-        save_results("distilled", {"rows": sorted([*rows, row], key=lambda row: [row[k] for k in key])})
+        save_results(
+            "distilled",
+            {"rows": sorted([*rows, row], key=lambda row: (row["model"], row["ratio"], row["recover"] != "none"))},
+        )
 
     if asked.model == ENCODER:
         first = {"model": TITLES[asked.model], "ratio": 1.0, "recover": "none"}

@@ -36,6 +36,12 @@ def pruning(results: Results, table: Table) -> str:
         "both families",
         "sites won",
     ]
+    both = f"""With quantized survivors, pruning and quantization get the same bytes: those of half the weights at a few bits each (preset `fast`). The figures are 1 − cosine on
+texts that were used neither for calibration nor for the choice of a plan; lower is better. *Both families* lets the allocator choose site by site.
+
+{table(head, equal)}
+
+"""
     return f"""## Pruning without quantizing
 
 All weight matrices of MiniLM are pruned by magnitude, embeddings included, and no survivor is rounded. The share is that of the weights file of the same precision.
@@ -43,12 +49,7 @@ Norms and biases are stored in 16 bits where these keep their precision, as alwa
 
 {table(["precision", "pruned", "dense bytes", "bytes", "share", "weights reloaded"], alone)}
 
-With quantized survivors, pruning and quantization get the same bytes: those of half the weights at a few bits each (preset `fast`). The figures are 1 − cosine on
-texts that were used neither for calibration nor for the choice of a plan; lower is better. *Both families* lets the allocator choose site by site.
-
-{table(head, equal)}
-
-{source_of(results)}"""
+{both if equal else ""}{source_of(results)}"""
 
 
 PARTS = {"pruning": pruning}
