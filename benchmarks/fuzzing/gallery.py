@@ -185,6 +185,7 @@ MAKERS: dict[str, Maker] = {
     "affine": affine, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "folded": folded,
     "ggml": ggml, "grid": grid, "grouped-lowrank": grouped, "lowrank": lowrank, "row-blocks": row_blocks, "scaled": scaled,
     "separable": separable, "sparse": sparse, "tensor-train": tensor_train,
+    "exact": lambda g, rows, columns: forms.Exact.of(g.floats(rows, columns).float()),
     "sum": lambda g, rows, columns: forms.Sum(g.inner(rows, columns), g.inner(rows, columns)),
     "trellis": lambda g, rows, columns: forms.Trellis(grid(g, rows, columns, zeros=False)),
 }  # fmt: skip

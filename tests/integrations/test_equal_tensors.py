@@ -102,7 +102,7 @@ def test_the_stated_quality_is_that_of_the_loaded_model(case):
     objective, held = case.done.opened.objective, case.done.opened.held_data
     old, new = (case.kind.from_pretrained(folder).eval() for folder in (case.source, case.out))
     real = float(objective.measure(new, held, objective.reference(old, held)).mean())
-    assert 0 < real == pytest.approx(case.report["quality"]["value"], rel=1e-4)
+    assert 0 < real == pytest.approx(case.report["quality"]["value"], rel=1e-3)
     octavo.verify(case.out)
 
 

@@ -208,7 +208,17 @@ def one_more_layer(model):
     model.extra = nn.Linear(64, 64)
 
 
-@pytest.mark.parametrize("change", [wider, pruned, more_words, one_more_layer])
+def test_a_model_with_more_words_is_opened_by_the_manifest(tmp_path):
+    torch.manual_seed(0)
+    model = llama()
+    more_words(model)
+    done, report = compressed(model.eval(), tmp_path / "out", tokens())
+    new = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert len(new.lm_head.weight) == 300
+    assert 0 < report["quality"]["value"] == pytest.approx(measured(done, model, new), rel=1e-3)
+
+
+@pytest.mark.parametrize("change", [wider, pruned, one_more_layer])
 def test_a_model_of_another_structure_is_a_plain_module(change, tmp_path):
     torch.manual_seed(0)
 
@@ -282,5 +292,6 @@ def test_models_of_every_dtype_are_verified(dtype, tmp_path):
     loaded, objective = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype), done.opened.objective
     held = done.opened.held_data
     found = float(objective.measure(loaded.eval(), held, objective.reference(model.eval(), held)).mean())
-    assert report["quality"]["value"] == pytest.approx(found, rel=1e-3)
+    # Attention over short sequences is computed in another way while Octavo measures.
+    assert report["quality"]["value"] == pytest.approx(found, rel=1e-2 if dtype == torch.bfloat16 else 1e-3)
     assert octavo.verify(tmp_path / "out").outputs_match is True

@@ -85,3 +85,12 @@ def test_bad_requests_are_told(tmp_path):
     (tmp_path / "state").write_bytes(b"not a checkpoint")
     with pytest.raises(RequestError, match="not a checkpoint"):
         fit(net(), batches, cross_entropy, checkpoint=tmp_path / "state")
+
+
+def test_dropout_draws_other_masks_in_every_step():
+    torch.manual_seed(0)
+    model, drawn = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 2)), []
+    model[0].register_forward_hook(lambda module, inputs, output: drawn.append((output == 0).clone()))
+    batch = torch.ones(8, 64), torch.zeros(8, dtype=torch.long)
+    fit(model, lambda epoch: [batch] * 3, cross_entropy)
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
@@ -23,7 +23,8 @@ def run(module: nn.Module, batch: Batch) -> Any:
 
     If a tuple is longer than the arguments of ``forward``, such as inputs with labels, only the first element is
     passed. Keys that ``forward`` does not accept are left out of a mapping. The same batch gives the same outputs at
-    every call: modules that change their inputs get copies, and random numbers are repeated.
+    every call: modules that change their inputs get copies, and random numbers are repeated. In training mode random
+    numbers go on, so that dropout draws other masks.
 
     Raises
     ------
@@ -32,7 +33,7 @@ def run(module: nn.Module, batch: Batch) -> Any:
     """
     args, keywords = _call(module, batch)
     try:
-        with repeatable():
+        with nullcontext() if module.training else repeatable():
             return module(*copied(args), **copied(keywords))
     except (OctavoError, MemoryError):
         raise
