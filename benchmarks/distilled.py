@@ -98,6 +98,7 @@ def main() -> None:
         save_results(
             "distilled",
             {"rows": sorted([*rows, row], key=lambda row: (row["model"], row["ratio"], row["recover"] != "none"))},
+            " ".join(sys.argv[1:]),
         )
 
     if asked.model == ENCODER:
