@@ -1,4 +1,4 @@
-"""Which units stay: those with the highest scores."""
+"""Which units stay: those with the highest scores, at every place or of all places."""
 
 from __future__ import annotations
 
@@ -48,3 +48,46 @@ def best(scores: Mapping[str, Tensor], shares: float | Mapping[str, float]) -> d
         first = values.sort(descending=True, stable=True).indices[:count]
         kept[name] = torch.zeros(len(values), dtype=torch.bool, device=values.device).index_fill(0, first, True)
     return kept
+
+
+def best_across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """All but a share of the units, those with the highest scores of all places; one stays at every place.
+
+    Scores of all places must be comparable. Of equal scores the first stays.
+
+    Parameters
+    ----------
+    scores
+        (count,) by the units' name.
+    share
+        Share of all units that goes, from 0 to below 1.
+
+    Returns
+    -------
+    dict
+        (count,) bools by the units' name, True for what stays.
+
+    Raises
+    ------
+    RequestError
+        If the share is out of range, a score is not finite, or every place would lose its last unit.
+
+    Examples
+    --------
+    >>> kept = best_across({"a": torch.tensor([0.1, 0.2, 0.3]), "b": torch.tensor([4.0, 5.0, 0.25])}, 0.5)
+    >>> {name: mask.tolist() for name, mask in kept.items()}
+    {'a': [False, False, True], 'b': [True, True, False]}
+    """
+    if not 0 <= share < 1:
+        raise RequestError(f"the share of units to remove is {share!r}; it must be from 0 to below 1")
+    values = torch.cat([part.double() for part in scores.values()])
+    if not bool(torch.isfinite(values).all()):
+        raise RequestError("units: a score is not finite; check the model and the data")
+    # The best of every place comes first of all.
+    first = torch.cat([torch.arange(len(part), device=part.device) == part.argmax() for part in scores.values()])
+    stays = len(values) - round(share * len(values))
+    if stays < len(scores):
+        raise RequestError(f"the share {share!r} leaves {stays} units for {len(scores)} places; remove fewer")
+    ranked = values.masked_fill(first, torch.inf).sort(descending=True, stable=True).indices[:stays]
+    kept = torch.zeros_like(first).index_fill(0, ranked, True)
+    return dict(zip(scores, kept.split([len(part) for part in scores.values()]), strict=True))

@@ -79,10 +79,6 @@ class Activation(Score[dict[str, Tensor]]):
             found[part.name] = torch.stack(values).sum(0)
         return found
 
-    def scores(self, model: nn.Module, units: Sequence[Units], seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What was observed."""
-        return {part.name: seen[part.name] for part in units}
-
     def _units(
         self, model: nn.Module, units: Sequence[Units], batch: Batch, objective: Objective, sums: dict[str, _Sums]
     ) -> None:

@@ -38,9 +38,9 @@ class Score(ABC, Generic[S]):
             Says how outputs are compared, and draws the labels of gradients where there are none.
         """
 
-    @abstractmethod
     def scores(self, model: nn.Module, units: Sequence[Units], seen: S) -> dict[str, Tensor]:
-        """What every unit is worth: (count,) by the units' name."""
+        """What every unit is worth, (count,) by the units' name; by default what was observed."""
+        return {part.name: seen[part.name] for part in units}  # type: ignore[index]
 
 
 #: All scores by the name that users write.

@@ -73,10 +73,6 @@ class Taylor(Score[dict[str, Tensor]]):
                 count += size
         return {name: total / count for name, total in sums.items()}
 
-    def scores(self, model: nn.Module, units: Sequence[Units], seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What was observed."""
-        return {part.name: seen[part.name] for part in units}
-
 
 @score("fisher", source="Theis et al., 2018, arXiv 1801.05787")
 @dataclass(frozen=True)

@@ -52,10 +52,6 @@ class Usage(Score[dict[str, Tensor]]):
                     count[number] = count.max() + 1
         return counts
 
-    def scores(self, model: nn.Module, units: Sequence[Units], seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What was counted."""
-        return {part.name: seen[part.name] for part in units}
-
 
 def _table(model: nn.Module, part: Units) -> nn.Module:
     for piece in part.slices:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.cuts import Slice, Units, without
-from octavo.cuts.across import best_across
+from octavo.cuts.choosing import best_across
 from octavo.cuts.propagation import propagated
 from octavo.cuts.readers import readers_of
 from octavo.cuts.scores.relevance import Relevance

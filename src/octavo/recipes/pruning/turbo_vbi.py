@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.cuts import Units, without
-from octavo.cuts.across import best_across
 from octavo.cuts.chains import chain_units
+from octavo.cuts.choosing import best_across
 from octavo.forms import Dense, Form, Sparse
 from octavo.recipes.frame import Lab, Stored, Study, gap
 from octavo.recipes.frame.data import FASHION, Split, fashion

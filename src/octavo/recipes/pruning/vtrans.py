@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from octavo.cuts import Units, without
-from octavo.cuts.across import best_across
+from octavo.cuts.choosing import best_across
 from octavo.cuts.scores.magnitude import WeightMagnitude
 from octavo.cuts.structured import Structured
 from octavo.cuts.transformer_units import COLUMN, HEAD, NEURON

@@ -5,13 +5,13 @@ import doctest
 import pytest
 import torch
 
-import octavo.cuts.across
-from octavo.cuts.across import best_across
+import octavo.cuts.choosing
+from octavo.cuts.choosing import best_across
 from octavo.errors import RequestError
 
 
 def test_examples_say_what_happens():
-    assert doctest.testmod(octavo.cuts.across, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(octavo.cuts.choosing, extraglobs={"torch": torch}).failed == 0
 
 
 def test_the_lowest_of_all_go_but_each_place_keeps_one():
