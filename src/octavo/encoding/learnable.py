@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from octavo.allocation.encoded import as_weights
@@ -25,6 +26,31 @@ class Given:
     def __call__(self) -> Tensor:
         """The tensor."""
         return self.tensor
+
+
+class Changes:
+    """Trainable changes of tensors, relative to each as a whole, since single biases may be zero; initially none.
+
+    Parameters
+    ----------
+    start
+        The tensors in float32, by name.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor]) -> None:
+        self.start, self.units = start, {name: tensor.square().mean().sqrt() for name, tensor in start.items()}
+        self.relative = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+
+    def now(self) -> dict[str, Tensor]:
+        """The current values of the tensors."""
+        return {name: tensor + self.units[name] * self.relative[name] for name, tensor in self.start.items()}
+
+    def kept(self, old: Mapping[str, Kept]) -> dict[str, Kept]:
+        """The contents of an artifact beside its sites, with the current values."""
+        changed = self.now()
+        return {
+            name: replace(kept, read=Given(changed[name])) if name in changed else kept for name, kept in old.items()
+        }
 
 
 def learnable(opened: Opened, built: Built) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Loss
 from octavo.encoding.batching import pieces, repeated
 from octavo.encoding.finish import Built
-from octavo.encoding.learnable import Given, learnable, rebuilt
+from octavo.encoding.learnable import Changes, learnable, rebuilt
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.modules import own_tensors
 from octavo.system.raw import Lazily
@@ -111,20 +110,13 @@ class _Fit:
         self.weights = {**opened.source.folded, **as_weights(opened, built.packed)}
         self.examples = max(sum(map(sequences_in, opened.calibration_data)), 1)
         self.positions = max(_positions(run, self.original), 1.0)
-        self.start = learnable(opened, built)
-        # Changes are relative to the tensor as a whole, since single biases may be zero.
-        self.units = {name: weight.square().mean().sqrt() for name, weight in self.start.items()}
-        self.changes = {name: torch.zeros_like(weight) for name, weight in self.start.items()}
+        self.changes = Changes(learnable(opened, built))
         owners = {name: owner for name, owner in _linear(opened).items() if name in built.packed}
         counts = {name: opened.target.gains(form_of(opened.site(name), built.packed[name])) for name in owners}
         self.gains = {name: torch.zeros(opened.site(name).rows, count) for name, count in counts.items()}
         # One factor a row scales an output, so that no gradient of the weight is needed.
         self.owners = {name: owner for name, owner in owners.items() if counts[name] == 1}
         self.grouped = {name: self._matrix(name, self.weights[name]) for name in owners if counts[name] > 1}
-
-    def kept(self) -> dict[str, Tensor]:
-        """The current values of kept tensors."""
-        return {name: self.start[name] + self.units[name] * self.changes[name] for name in self.start}
 
     def _matrix(self, name: str, weight: Tensor) -> Tensor:
         """A weight, or its gradient, as (rows, groups, columns of a group)."""
@@ -147,7 +139,7 @@ class _Fit:
         size = max(_FEWEST, min(_MOST, round(_STEP / self.positions)))
         batches = [piece for batch in self.opened.calibration_data for piece in pieces(batch, size)]
         steps = max(1, round(positions / self.positions / self.examples * len(batches)))
-        learned = [*self.changes.values(), *self.gains.values()]
+        learned = [*self.changes.relative.values(), *self.gains.values()]
         # Factors are about as large as errors of rounding, and the loss is about their square.
         rate = _RATE * min(1.0, math.sqrt(self.old.quality / _COARSE))
         optimizer = torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.95))
@@ -174,14 +166,14 @@ class _Fit:
             return sites[name].layout.from_matrix(matrix.flatten(1), sites[name].shape)
 
         rest = {name: partial(self.weights.__getitem__, name) for name in self.weights if name not in sites}
-        kept = {name: partial(tensor.clone) for name, tensor in self.kept().items()}
+        kept = {name: partial(tensor.clone) for name, tensor in self.changes.now().items()}
         return float(
             self.run.measure(Lazily({**rest, **{name: partial(scaled, name) for name in sites}, **kept})).mean()
         )
 
     def _gradients(self, batch: Batch, number: int, references: _References) -> None:
         """Set the gradient of every change to that of the mean divergence of a batch, which has this number."""
-        objective, kept = self.opened.objective, self.kept()
+        objective, kept = self.opened.objective, self.changes.now()
         device = next(self.module.parameters()).device.type
         coarse = self.old.quality > _COARSE
         state = own_tensors(self.module)
@@ -202,9 +194,9 @@ class _Fit:
         for change in rows.values():
             change.requires_grad_(False)
         # Those of weights were summed as they came.
-        targets = {**{name: self.changes[name] for name in learned}, **rows}
+        targets = {**{name: self.changes.relative[name] for name in learned}, **rows}
         for (name, change), gradient in zip(targets.items(), gradients, strict=False):
-            unit = self.units.get(name, 1.0)
+            unit = self.changes.units.get(name, 1.0)
             change.grad = None if gradient is None else (gradient.float() * unit).to(change.device)
 
     def _summed(self, name: str) -> Callable[[Tensor], Tensor]:
@@ -219,10 +211,7 @@ class _Fit:
     def built(self, *, gains: bool) -> Built:
         """The plan with the fitted values as stored, measured on held-out data."""
         packed = {**self.old.packed, **(self._scaled_forms() if gains else {})}
-        kept = dict(self.old.contents.kept)
-        for name, tensor in self.kept().items():
-            kept[name] = replace(kept[name], read=Given(tensor))
-        return rebuilt(self.run, self.old, packed, kept)
+        return rebuilt(self.run, self.old, packed, self.changes.kept(self.old.contents.kept))
 
     def _scaled_forms(self) -> dict[str, Packed]:
         result = {}

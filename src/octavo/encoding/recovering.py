@@ -51,7 +51,7 @@ _NARROWEST, _HALVINGS = 2**-10, 2
 _FACTS = ("seconds", "steps", "looked", "price", "worth", "least", "best_look")
 _KEPT = "recovered"
 _UP = "the time was up"
-#: Fewest examples beside those of the calibration for which distillation is worth its time.
+#: Fewest examples for which distillation is worth its time.
 _FEWEST = 256
 
 
@@ -61,7 +61,7 @@ def check_teaching(opened: Opened) -> None:
     Raises
     ------
     RequestError
-        If there is no model that runs, or no data beyond a small calibration set.
+        If there is no model that runs, no data was given, or too little.
     """
     where = opened.source.path or opened.source.title
     if not opened.measurable or not fits(opened.source, opened.memory):
@@ -69,11 +69,11 @@ def check_teaching(opened: Opened) -> None:
             f"{where}: recover=distill needs a model that runs in memory and data for it (data: {opened.text}); give "
             "both, or leave recover out"
         )
-    count = sum(map(sequences_in, opened.teaching))
+    count = 0 if opened.request.data is None else sum(map(sequences_in, opened.teaching))
     if count < _FEWEST:
         raise RequestError(
-            f"{where}: recover=distill teaches on unlabeled data, and there are {count} examples ({opened.text}); give "
-            f"--data with at least {_FEWEST} more than calibration takes, a few thousand work well"
+            f"{where}: recover=distill teaches on unlabeled data, and {count} examples were given ({opened.text}); "
+            f"give data with at least {_FEWEST}, some thousands work well"
         )
 
 
@@ -121,7 +121,7 @@ class _Lesson:
         self.best: tuple[dict[str, Packed], dict[str, Kept]] | None = None
         _, size = self._sized(0.0)
         self.bits = self.student.priced() * self.allowed * _AIM / max(size, 1)
-        groups = [(self.student.latents(), _RATE), (list(self.student.changes.values()), _RELATIVE)]
+        groups = [(self.student.latents(), _RATE), (list(self.student.changes.relative.values()), _RELATIVE)]
         self.optimizer = torch.optim.Adam(
             [{"params": tensors, "lr": rate, "full": rate} for tensors, rate in groups if tensors],
             betas=(0.9, 0.95),
@@ -209,7 +209,7 @@ class _Lesson:
             tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
         if self.best is not None:
             kept = self.best[1]
-            tensors |= {f"best.{name}": kept[name].tensor() for name in self.student.start}
+            tensors |= {f"best.{name}": kept[name].tensor() for name in self.student.changes.start}
         facts = {name: getattr(self, name) for name in _FACTS}
         save_state(self.run.workspace, self.looked, tensors, {**facts, "limit": limit})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from octavo.artifact import Kept, Packed, pack
 from octavo.calibration.blocks import Blocks
 from octavo.calibration.inmemory import replaced
 from octavo.encoding.finish import Built
-from octavo.encoding.learnable import Given, learnable
+from octavo.encoding.learnable import Changes, learnable
 from octavo.sources.batches import Batch, mask_of
 from octavo.sources.modules import own_tensors
 from octavo.system.matmul import fast_matmul
@@ -54,18 +53,18 @@ class Student:
                     self.forms[name] = form
         fixed = {name: packed for name, packed in built.packed.items() if name not in self.forms}
         self.fixed = {**opened.source.folded, **as_weights(opened, fixed)}
-        self.start = learnable(opened, built)
-        self.units = {name: weight.square().mean().sqrt() for name, weight in self.start.items()}
-        self.changes = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in self.start.items()}
+        self.changes = Changes(learnable(opened, built))
+        for change in self.changes.relative.values():
+            change.requires_grad_(True)
         state = own_tensors(self.module)
-        self._owners = {name: state[opened.source.direct[name]] for name in (*self.forms, *self.start)}
+        self._owners = {name: state[opened.source.direct[name]] for name in (*self.forms, *self.changes.start)}
         self._blocks = _blocks_of(self.teacher, self.module)
 
     @property
     def moved(self) -> int:
         """The number of weights that training can change; norms and biases count only after a cut alone."""
         if not self.built.packed:
-            return sum(weight.numel() for weight in self.start.values())
+            return sum(weight.numel() for weight in self.changes.start.values())
         return sum(form.moved for form in self.forms.values())
 
     def latents(self) -> list[Tensor]:
@@ -74,7 +73,7 @@ class Student:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is trained, by a name of its own, for checkpoints."""
-        found = {f"change.{name}": change for name, change in self.changes.items()}
+        found = {f"change.{name}": change for name, change in self.changes.relative.items()}
         for name, form in self.forms.items():
             found |= {f"latent.{number}.{name}": latent for number, latent in enumerate(form.parameters())}
         return found
@@ -122,8 +121,7 @@ class Student:
         """The current weights with gradients, in the order of what owns them."""
         sites = ((self.opened.site(name), form) for name, form in self.forms.items())
         weights = {site.name: site.layout.from_matrix(form.dense(), site.shape) for site, form in sites}
-        changed = {name: self.start[name] + self.units[name] * change for name, change in self.changes.items()}
-        return {**weights, **changed}
+        return {**weights, **self.changes.now()}
 
     @torch.no_grad()
     def packed(self, deadzone: float = 0.0) -> dict[str, Packed]:
@@ -137,11 +135,7 @@ class Student:
     @torch.no_grad()
     def kept(self) -> dict[str, Kept]:
         """All other tensors as they would be stored now."""
-        changed = {name: self.start[name] + self.units[name] * change for name, change in self.changes.items()}
-        return {
-            name: replace(kept, read=Given(changed[name])) if name in changed else kept
-            for name, kept in self.built.contents.kept.items()
-        }
+        return self.changes.kept(self.built.contents.kept)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
