@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from octavo.sources.batches import Batch, mask_of
 from octavo.sources.modules import own_tensors
 from octavo.system.matmul import fast_matmul
 from octavo.training.straight_through import StraightThrough
+from octavo.training.teaching.hidden import hidden_error
+from octavo.training.teaching.internals import outputs_within
 
 #: Weight of the distance between hidden states beside the divergence of outputs (docs/decisions.md).
 _HIDDEN = 0.3
@@ -89,16 +90,20 @@ class Student:
         fast = torch.autocast(device, torch.bfloat16, enabled=coarse, cache_enabled=False)
         with fast, self.opened.attending([batch]), _learning(self.module, owners):
             objective = self.opened.objective
-            with torch.no_grad(), replaced(self.teacher, {}), _watched(self._blocks[0]) as taught:
+            with (
+                torch.no_grad(),
+                replaced(self.teacher, {}),
+                outputs_within(self.teacher, [old for old, _ in self._blocks]) as taught,
+            ):
                 reference = objective.outputs(self.teacher, batch)
             now = {name: weight.detach() for name, weight in made.items()}
             with replaced(self.module, self.opened.source.placed({**self.fixed, **now})):
-                with _watched(self._blocks[1]) as learned:
+                with outputs_within(self.module, [new for _, new in self._blocks]) as learned:
                     outputs = objective.outputs(self.module, batch)
                 lost = objective.divergence(reference, outputs).mean()
                 total = lost.float() + _HIDDEN * _apart(taught, learned, mask_of(batch))
                 gradients = torch.autograd.grad(total, owners, allow_unused=True)
-        pairs = [(weight, gradient) for weight, gradient in zip(made.values(), gradients, strict=True)]
+        pairs = zip(made.values(), gradients, strict=True)
         moved = [(weight, gradient.to(weight)) for weight, gradient in pairs if gradient is not None]
         torch.autograd.backward([weight for weight, _ in moved], [gradient for _, gradient in moved])
         return float(lost.detach())
@@ -144,40 +149,26 @@ class Student:
             tensor.copy_(tensors[name])
 
 
-def _blocks_of(teacher: nn.Module, student: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-    """The blocks of both whose hidden states are compared; none if they have not as many."""
+def _blocks_of(teacher: nn.Module, student: nn.Module) -> list[tuple[str, str]]:
+    """Names of the blocks of both whose hidden states are compared; none if they have not as many."""
     found = [Blocks.find(module) for module in (teacher, student)]
-    old, new = ([] if blocks is None else blocks.list for blocks in found)
-    return (old, new) if len(old) == len(new) else ([], [])
+    old, new = ([] if blocks is None else [f"{blocks.prefix}.{name}" for name in _children(blocks)] for blocks in found)
+    return list(zip(old, new, strict=True)) if len(old) == len(new) else []
 
 
-@contextmanager
-def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The hidden states that blocks return, in the order of their calls."""
-    states: list[Tensor] = []
-
-    def keep(block: nn.Module, args: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+def _children(blocks: Blocks) -> list[str]:
+    return [name for name, _ in blocks.module.get_submodule(blocks.prefix).named_children()]
 
 
-def _apart(taught: Sequence[Tensor], learned: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+def _apart(taught: Mapping[str, Tensor], learned: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
     """Squared distance of hidden states relative to their energy, averaged over blocks; padding does not count."""
-    total, count = torch.zeros(()), 0
-    for old, new in zip(taught, learned, strict=True):
-        if not isinstance(old, Tensor) or old.shape != new.shape:
-            continue
-        error, energy = (old - new).float().square().sum(-1), old.float().square().sum(-1)
-        if mask is not None and mask.shape == error.shape:
-            error, energy = error * mask, energy * mask
-        total, count = total + error.sum() / energy.sum().clamp_min(1e-30), count + 1
-    return total / max(count, 1)
+    pairs = [(old.float(), new.float()) for old, new in zip(taught.values(), learned.values(), strict=True)]
+    parts = [
+        hidden_error(old, new, mask) / hidden_error(old, torch.zeros_like(old), mask).clamp_min(1e-30)
+        for old, new in pairs
+        if old.shape == new.shape
+    ]
+    return torch.stack(parts).mean() if parts else torch.zeros(())
 
 
 @contextmanager
