@@ -4,8 +4,8 @@
 llama.cpp with llama-quantize, llama-imatrix, llama-perplexity and llama-bench. Models are `smollm2` and `gemma` (GGUF
 files in packages) and `decoder`, which benchmarks/decoder.py trains and whose float16 GGUF file is the source of both.
 
-llama.cpp's importance matrix and Octavo's moments are of the same text. Divergence, perplexity and speed are measured
-by llama.cpp on other text.
+llama.cpp's importance matrix and Octavo's moments are of the same text, the development part of the studies' texts.
+Divergence and perplexity are measured by llama.cpp on their test part. OCTAVO_DATA must name these texts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from common import CACHE, save_results
 from models import TITLES, gguf_file, model_folder
 
 import octavo
+from octavo.recipes.frame import Lab, studies
+from octavo.recipes.frame.data import texts
 
 #: llama.cpp's mixes, from the smallest.
 MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 #: Tokens that the importance matrix and the figures are of.
 SEEN, JUDGED = 96 * 512, 48 * 512
+#: Characters of a piece of text, and at most of a token on average.
+_PIECE, _TOKEN = 2_000, 7
 #: Its log may lose its last lines, the means, as it ends.
 _TRIES = 8
 
@@ -98,13 +102,26 @@ class Tools:
         return [sorted(found)[len(found) // 2] for found in taken]
 
 
+def spread(text: str, tokens: int) -> str:
+    """Pieces from all over a text that hold at least as many tokens."""
+    every = max(len(text) // (tokens * _TOKEN), 1)
+    return "".join(text[start : start + _PIECE] for start in range(0, len(text), every * _PIECE))
+
+
+def samples(folder: Path) -> tuple[Path, Path]:
+    """Files of the text to learn from and of the text to judge by."""
+    parts = texts(Lab(next(iter(studies().values()))))
+    found = {"seen.txt": (parts.development, SEEN), "judged.txt": (parts.test, JUDGED)}
+    for name, (text, tokens) in found.items():
+        (folder / name).write_text(spread(text, tokens), encoding="utf-8")
+    return folder / "seen.txt", folder / "judged.txt"
+
+
 def main() -> None:
     """Make and judge all files, and save what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("smollm2", "gemma", "decoder"))
     parser.add_argument("--tools", type=Path, required=True, help="folder of llama.cpp's programs")
-    parser.add_argument("--seen", type=Path, required=True, help="text for calibration")
-    parser.add_argument("--judged", type=Path, required=True, help="text for the figures")
     parser.add_argument("--mixes", nargs="*", default=MIXES)
     parser.add_argument("--preset", default="default")
     parser.add_argument("--context", type=int, default=512, help="tokens of a window, as many as the model knows")
@@ -115,14 +132,15 @@ def main() -> None:
     tools = Tools(given.tools, given.threads, given.context)
     plain = gguf_file(given.model)
     original = model_folder(given.model) if given.model == "decoder" else plain
-    matrix = tools.matrix(plain, given.seen, work / "matrix.gguf")
-    asked = {"target": "gguf", "data": given.seen, "preset": given.preset}
+    seen, judged = samples(work)
+    matrix = tools.matrix(plain, seen, work / "matrix.gguf")
+    asked = {"target": "gguf", "data": seen, "preset": given.preset}
     profile = work / f"profile-{given.preset}"
     if not (profile / "profile.json").exists():
         octavo.profile(original, profile, **asked)
     with tempfile.TemporaryDirectory(prefix="octavo-") as aside:
         base = Path(aside) / "logits"
-        source = tools.judged(plain, base, given.judged)
+        source = tools.judged(plain, base, judged)
         rows = []
         for mix in given.mixes:
             theirs = tools.mixed(plain, matrix, mix, work / f"{mix}.gguf")
@@ -130,7 +148,7 @@ def main() -> None:
             if not (ours / "model.gguf").exists():
                 done = octavo.compress(original, size=theirs.stat().st_size, workspace=profile, resume=True, **asked)
                 done.save(ours)
-            found = [tools.judged(file, base, given.judged) for file in (theirs, ours / "model.gguf")]
+            found = [tools.judged(file, base, judged) for file in (theirs, ours / "model.gguf")]
             uniform = json.loads((ours / "report.json").read_text())["quality"]["uniform"]
             speeds = tools.speeds([theirs, ours / "model.gguf"])
             both = [{**asdict(figures), "per_second": speed} for figures, speed in zip(found, speeds, strict=True)]
@@ -143,10 +161,9 @@ def main() -> None:
                   f"share {share:.3f}" if share is not None else "", f"speed {speeds[1] / speeds[0]:.2f}", flush=True)  # fmt: skip
             save_results(
                 f"gguf-{given.model}",
-                {"model": TITLES[given.model], "preset": given.preset, "source": asdict(source), "seen": given.seen.name,
-                 "judged": given.judged.name, "context": given.context, "rows": rows},
-                f"{given.model} --preset {given.preset} --context {given.context} --tools BUILD/bin "
-                f"--seen {given.seen.name} --judged {given.judged.name}",
+                {"model": TITLES[given.model], "preset": given.preset, "source": asdict(source),
+                 "context": given.context, "rows": rows},
+                f"{given.model} --preset {given.preset} --context {given.context} --tools BUILD/bin",
             )  # fmt: skip
 
 

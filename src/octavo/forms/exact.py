@@ -66,14 +66,15 @@ class Exact(Form):
         integers, mantissa = _KINDS[meta["dtype"]]
         for part, width in (("high", 8 * integers.itemsize - mantissa), ("low", mantissa)):
             values = expect_integers(tensors[part], shape, part)
-            expect(bool(((values >= 0) & (values < 1 << width)).all()), f"part {part!r} has values beyond {width} bits")
-        bits = (tensors["high"].int() << mantissa) | tensors["low"].int()
+            low, high = map(int, torch.aminmax(values)) if values.numel() else (0, 0)
+            expect(0 <= low <= high < 1 << width, f"part {part!r} has values beyond {width} bits")
+        bits = tensors["high"].int().bitwise_left_shift_(mantissa).bitwise_or_(tensors["low"])
         weight = bits.to(integers).view(getattr(torch, meta["dtype"]))
         return cls(expect_floats(weight, "high"))
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
-        # Both parts and their union as 32-bit integers, the comparisons, the floats and a copy.
+        # Both parts and their union as 32-bit integers, the floats and a copy, and what testing them takes.
         return 24 * elements(shape)
 
     def dense(self) -> Tensor:  # noqa: D102
