@@ -234,14 +234,16 @@ def cut_alone(found: Cutter, goal: Goal, run: Callable[[Opened, Runner, Calibrat
     count = bisect_left(range(int(MOST * most) + 1), True, key=lambda number: fits(number, number))
     # Units such as heads are few and large. Those of the most numerous kind use what these leave of the budget.
     fine = bisect_left(range(count), True, key=lambda number: fits(count, number))
+    last: dict[str, Tensor] = {}
     while (share := count / most) <= MOST:
         kept = found.kept(share, fine / most)
-        thin = found.level(kept)
-        contents = seal(thin, {}, Narrowing.EXACT)
-        if contents.bytes <= asked.bytes:
-            break
+        if not _alike(kept, last):
+            thin = found.level(kept)
+            contents = seal(thin, {}, Narrowing.EXACT)
+            if contents.bytes <= asked.bytes:
+                break
         # Checksums in the manifest have more digits.
-        count, fine = max(count, fine + 1), fine + 1
+        last, count, fine = kept, max(count, fine + 1), fine + 1
     else:
         raise unreachable(asked, found.opened.source.original_bytes, left(found.kept(MOST, MOST)))
     source = thin.source
@@ -251,6 +253,10 @@ def cut_alone(found: Cutter, goal: Goal, run: Callable[[Opened, Runner, Calibrat
     alone, quality = (started.at_rest, built.quality) if thin.measurable else (None, None)
     level = found.tried(share, kept, alone, quality)
     return Result(started, profile, asked, built, cut=found.trials([level], share))
+
+
+def _alike(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def _seen(opened: Opened) -> Calibration:

@@ -9,6 +9,22 @@ from torch import Tensor
 
 from octavo.errors import RequestError
 
+#: Kernels and blocks of quantized types want widths that are multiples of it; narrow places keep any number.
+MULTIPLE, _WIDE = 32, 512
+
+
+def rounded(share: float, count: int) -> float:
+    """The share closest to one at which a multiple of 32 of ``count`` units stays, if there are 512 units or more.
+
+    Examples
+    --------
+    >>> round(rounded(0.3, 1536) * 1536), rounded(0.3, 100)
+    (448, 0.3)
+    """
+    if not share or count < _WIDE:
+        return share
+    return max(0.0, 1 - MULTIPLE * max(1, round((1 - share) * count / MULTIPLE)) / count)
+
 
 def best(scores: Mapping[str, Tensor], shares: float | Mapping[str, float]) -> dict[str, Tensor]:
     """The units with the highest scores, at every place all but the share that it gives up.

@@ -14,6 +14,7 @@ from octavo.calibration.objective import Objective, fitting
 from octavo.calibration.objective import objective as objective_of
 from octavo.cuts.base import Cut, Units, check_kept, cut
 from octavo.cuts.channels import CHANNEL, channel_units
+from octavo.cuts.choosing import rounded
 from octavo.cuts.compensation import Moment, compensate, reader_moments
 from octavo.cuts.layers import LAYER
 from octavo.cuts.scores.base import SCORES, Score
@@ -23,6 +24,9 @@ from octavo.cuts.vocabulary import check_special, free_padding, renumber_tokens
 from octavo.errors import RequestError
 from octavo.methods.spelling import made_of
 from octavo.sources.batches import Batch, run
+
+#: Kinds whose numbers are widths of matrices.
+_WIDTHS = (NEURON, COLUMN, CHANNEL)
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,15 @@ class Structured(Cut[Observed]):
     def keeping(
         self, model: nn.Module, units: Sequence[Units], scores: Mapping[str, Tensor], shares: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Units with the highest scores; as many columns as the heads have in all, where a config must say so."""
-        kept, found = super().keeping(model, units, scores, shares), anatomy(model)
+        """Units with the highest scores, multiples of 32 of them in wide places.
+
+        Columns are as many as the heads have in all, where a config must say so.
+        """
+        even = {
+            part.name: rounded(shares[part.name], part.count) if part.kind in _WIDTHS else shares[part.name]
+            for part in units
+        }
+        kept, found = super().keeping(model, units, scores, even), anatomy(model)
         if found is None or found.description.head_size is not None:
             return kept
         heads = {int(kept[part.name].sum()) for part in units if part.kind == HEAD}
