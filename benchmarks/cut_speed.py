@@ -60,6 +60,7 @@ def recovered(weights: int, minutes: float, judged: list[Any], reference: list[t
         cosine = 1 - float(Cosine().measure(made, judged, reference).mean())
     assert done.recovery is not None
     figures = {"minutes": done.recovery.minutes, "steps": done.recovery.steps, "examples": done.recovery.examples}
+    figures["held_back"] = done.recovery.after
     return {**figures, "bytes": report.artifact.bytes, "linear": linear_weights(made), "cosine": cosine}
 
 
