@@ -10,7 +10,7 @@ from torch import nn
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.data import FASHION, Parts
 from octavo.recipes.frame.nets import shuffled
-from octavo.recipes.testbeds.detection import ALARMS, MeanDistance, Part, detected, perceptron, shirts
+from octavo.recipes.testbeds.detection import ALARMS, MeanDistance, Part, detected, perceptron, pullovers
 from octavo.training import few_misses
 from octavo.training.losses import Loss
 from octavo.training.regimens.rewinding import Rewinding
@@ -21,7 +21,7 @@ SHARE, ROUNDS, STEPS, BATCH = 0.6, 5, 400, 256
 WEIGHTS, RANKINGS = (2.0, 5.0, 12.0), (0.03, 0.1, 0.3)
 
 PLAIN, WEIGHTED, RANKED, BOTH = "cross entropy", "weighted", "ranked", "weighted and ranked"
-CODED, GUESS = "quantization alone", "distance to the mean shirt"
+CODED, GUESS = "quantization alone", "distance to the mean pullover"
 MISSED, AREA, LEFT = f"missed at {ALARMS:.0%} false alarms (%)", "AUC (%)", "weights left (%)"
 
 
@@ -45,11 +45,11 @@ MISSED, AREA, LEFT = f"missed at {ALARMS:.0%} false alarms (%)", "AUC (%)", "wei
     },
 )
 def run(lab: Lab) -> None:
-    """A perceptron of 300 and 100 units that finds shirts, 2% of its training images, through rounds of pruning."""
+    """A perceptron of 300 and 100 units that finds pullovers, 2% of its training images, through rounds of pruning."""
     losses: dict[str, Loss] = {}
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
-        data = shirts(lab, seed)
+        data = pullovers(lab, seed)
         losses = losses or chosen(lab, data)
         for name, loss in losses.items():
             compress(lab, data, name, loss, seed)
