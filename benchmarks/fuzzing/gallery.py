@@ -101,6 +101,10 @@ def codebook(g: Gallery, rows: int, columns: int) -> Form:
     return forms.Codebook(codes, g.floats(values).half(), g.positive(rows, 1) if g.random.random() < 0.5 else None)
 
 
+def block_scaled(g: Gallery, rows: int, columns: int) -> Form:
+    return forms.BlockScaled(g.inner(rows, columns), g.inner(rows, divisor(columns, 4, 3, 2)))
+
+
 def sparse(g: Gallery, rows: int, columns: int) -> Form:
     keep, group = g.random.choice([(2, 4), (4, 8), (1, 2)])
     if columns % group == 0 and g.random.random() < 0.4:
@@ -182,7 +186,7 @@ def ggml(g: Gallery, rows: int, columns: int) -> Form:
 
 #: How a form of each registered kind is made.
 MAKERS: dict[str, Maker] = {
-    "affine": affine, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "folded": folded,
+    "affine": affine, "block-scaled": block_scaled, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "folded": folded,
     "ggml": ggml, "grid": grid, "grouped-lowrank": grouped, "lowrank": lowrank, "row-blocks": row_blocks, "scaled": scaled,
     "separable": separable, "sparse": sparse, "tensor-train": tensor_train,
     "exact": lambda g, rows, columns: forms.Exact.of(g.floats(rows, columns).float()),

@@ -19,6 +19,7 @@ from octavo.coding.ggml import TYPES
 from octavo.errors import ArtifactError
 from octavo.forms import (
     Affine,
+    BlockScaled,
     Codebook,
     Dense,
     DenseSparse,
@@ -209,6 +210,8 @@ FORMS = {
     "codebook": codebook,
     "codebook with scale": lambda r, c, s: codebook(r, c, s, scaled=True),
     "codebook of many": lambda r, c, s: codebook(r, c, s, values=700),
+    "block scaled": lambda r, c, s: BlockScaled(codebook(r, c, s), codebook(r, -(-c // max(1, c // 3)), s + 1)),
+    "block scaled(dense)": lambda r, c, s: BlockScaled(codebook(r, c, s), dense(r, min(c, 2), s + 1)),
     "lowrank(grid, grid)": lowrank,
     "lowrank(dense, dense)": lambda r, c, s: lowrank(r, c, s, dense),
     "sparse(grid) dense mask": lambda r, c, s: sparse(r, c, s, 0.6),

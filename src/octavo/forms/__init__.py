@@ -2,6 +2,7 @@
 
 from octavo.forms.affine import Affine
 from octavo.forms.base import FORMS, Form, form, form_names, restore, with_leaves
+from octavo.forms.block_scaled import BlockScaled
 from octavo.forms.codebook import Codebook
 from octavo.forms.dense import Dense
 from octavo.forms.dense_sparse import DenseSparse
@@ -22,6 +23,7 @@ from octavo.forms.trimmed import Trimmed
 __all__ = [
     "FORMS",
     "Affine",
+    "BlockScaled",
     "Codebook",
     "Dense",
     "DenseSparse",

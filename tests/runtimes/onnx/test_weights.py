@@ -7,6 +7,7 @@ import torch
 import octavo.forms
 from octavo.forms import (
     Affine,
+    BlockScaled,
     Codebook,
     Dense,
     DenseSparse,
@@ -60,6 +61,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "affine in bfloat16": (Affine(whole(-8, 7, ROWS, COLUMNS).short(), real(ROWS, 3).abs(), None, torch.bfloat16), True),
     "affine in float16": (Affine(whole(-8, 7, ROWS, COLUMNS).short(), real(ROWS, 3).abs(), real(ROWS, 3), torch.float16), True),
     "codebook": (Codebook(whole(0, 3, ROWS, COLUMNS).to(torch.uint8), real(4), real(ROWS, 1)), True),
+    "block scaled": (BlockScaled(Codebook(whole(0, 3, ROWS, COLUMNS).to(torch.uint8), real(4)), Dense(real(ROWS, 3))), True),
     "dense": (Dense(real(ROWS, COLUMNS)), True),
     "dense in bfloat16": (Dense(real(ROWS, COLUMNS).bfloat16()), True),
     "dense in float16": (Dense(real(ROWS, COLUMNS).half()), True),

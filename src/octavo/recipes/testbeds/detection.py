@@ -24,7 +24,7 @@ ALARMS = 0.1
 
 
 def pullovers(lab: Lab, seed: int) -> Parts[Part]:
-    """Images of Fashion-MNIST as rows, and whether each is a pullover; 2% of those for training are, drawn by the seed."""
+    """Images of Fashion-MNIST as rows, and whether each is a pullover; of those for training 2% are, by the seed."""
     split = fashion(lab)
     parts = [(x.flatten(1), (y == POSITIVE).float()) for x, y in (split.train, split.development, split.test)]
     x, y = parts[0]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from octavo.forms import (
     Affine,
+    BlockScaled,
     Codebook,
     Dense,
     DenseSparse,
@@ -286,6 +287,13 @@ def _codebook(nodes: Nodes, name: str, form: Codebook, rows: Rows) -> str:
     if form.scale is None:
         return found
     return str(nodes.add("Mul", [found, floats(nodes, f"{name}/scale", form.scale, rows)]))
+
+
+@by_rows(BlockScaled)
+def _block_scaled(nodes: Nodes, name: str, form: BlockScaled, rows: Rows) -> str:
+    own = decoded(nodes, f"{name}/scales", form.scales, rows)
+    scales = _spread(nodes, own, form.scales.shape[1], form.shape[1])
+    return str(nodes.add("Mul", [decoded(nodes, f"{name}/base", form.base, rows), scales]))
 
 
 @by_rows(Dense)
