@@ -101,6 +101,12 @@ def codebook(g: Gallery, rows: int, columns: int) -> Form:
     return forms.Codebook(codes, g.floats(values).half(), g.positive(rows, 1) if g.random.random() < 0.5 else None)
 
 
+def e8(g: Gallery, rows: int, columns: int) -> Form:
+    blocks = -(-columns // 8)
+    first, last = (g.integers(-3, 4, rows, count, dtype=torch.int8) for count in (7 * blocks, blocks))
+    return forms.E8(first, last, g.mask(0.5, rows, blocks), columns)
+
+
 def block_scaled(g: Gallery, rows: int, columns: int) -> Form:
     return forms.BlockScaled(g.inner(rows, columns), g.inner(rows, divisor(columns, 4, 3, 2)))
 
@@ -186,7 +192,7 @@ def ggml(g: Gallery, rows: int, columns: int) -> Form:
 
 #: How a form of each registered kind is made.
 MAKERS: dict[str, Maker] = {
-    "affine": affine, "block-scaled": block_scaled, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "folded": folded,
+    "affine": affine, "block-scaled": block_scaled, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "e8": e8, "folded": folded,
     "ggml": ggml, "grid": grid, "grouped-lowrank": grouped, "lowrank": lowrank, "row-blocks": row_blocks, "scaled": scaled,
     "separable": separable, "sparse": sparse, "tensor-train": tensor_train,
     "exact": lambda g, rows, columns: forms.Exact.of(g.floats(rows, columns).float()),

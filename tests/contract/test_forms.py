@@ -18,6 +18,7 @@ from octavo.artifact import pack, unpack
 from octavo.coding.ggml import TYPES
 from octavo.errors import ArtifactError
 from octavo.forms import (
+    E8,
     Affine,
     BlockScaled,
     Codebook,
@@ -83,6 +84,12 @@ def affine(rows, columns, seed, kind="plain"):
     if kind == "negative":
         return Affine(codes - 8, torch.where(step < 1, -step, step))
     return Affine(codes, step, low, torch.bfloat16 if kind == "rounded" else torch.float32)
+
+
+def e8(rows, columns, seed):
+    blocks, generator = -(-columns // 8), torch.Generator().manual_seed(seed)
+    first, last = (torch.randint(-3, 4, (rows, n), generator=generator, dtype=torch.int8) for n in (7 * blocks, blocks))
+    return E8(first, last, torch.rand(rows, blocks, generator=generator) < 0.5, columns)
 
 
 def codebook(rows, columns, seed, scaled=False, values=7):
@@ -210,6 +217,7 @@ FORMS = {
     "codebook": codebook,
     "codebook with scale": lambda r, c, s: codebook(r, c, s, scaled=True),
     "codebook of many": lambda r, c, s: codebook(r, c, s, values=700),
+    "e8": e8,
     "block scaled": lambda r, c, s: BlockScaled(codebook(r, c, s), codebook(r, -(-c // max(1, c // 3)), s + 1)),
     "block scaled(dense)": lambda r, c, s: BlockScaled(codebook(r, c, s), dense(r, min(c, 2), s + 1)),
     "lowrank(grid, grid)": lowrank,

@@ -6,6 +6,7 @@ from octavo.forms.block_scaled import BlockScaled
 from octavo.forms.codebook import Codebook
 from octavo.forms.dense import Dense
 from octavo.forms.dense_sparse import DenseSparse
+from octavo.forms.e8 import E8
 from octavo.forms.exact import Exact
 from octavo.forms.folded import Folded
 from octavo.forms.grid import Grid
@@ -21,6 +22,7 @@ from octavo.forms.trellis import Trellis
 from octavo.forms.trimmed import Trimmed
 
 __all__ = [
+    "E8",
     "FORMS",
     "Affine",
     "BlockScaled",

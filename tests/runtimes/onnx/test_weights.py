@@ -6,6 +6,7 @@ import torch
 
 import octavo.forms
 from octavo.forms import (
+    E8,
     Affine,
     BlockScaled,
     Codebook,
@@ -62,6 +63,7 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "affine in float16": (Affine(whole(-8, 7, ROWS, COLUMNS).short(), real(ROWS, 3).abs(), real(ROWS, 3), torch.float16), True),
     "codebook": (Codebook(whole(0, 3, ROWS, COLUMNS).to(torch.uint8), real(4), real(ROWS, 1)), True),
     "block scaled": (BlockScaled(Codebook(whole(0, 3, ROWS, COLUMNS).to(torch.uint8), real(4)), Dense(real(ROWS, 3))), True),
+    "e8": (E8(heavy(ROWS, 7 * -(-COLUMNS // 8)), heavy(ROWS, -(-COLUMNS // 8)), whole(0, 1, ROWS, -(-COLUMNS // 8)).bool(), COLUMNS), True),
     "dense": (Dense(real(ROWS, COLUMNS)), True),
     "dense in bfloat16": (Dense(real(ROWS, COLUMNS).bfloat16()), True),
     "dense in float16": (Dense(real(ROWS, COLUMNS).half()), True),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from octavo.forms import (
+    E8,
     Affine,
     BlockScaled,
     Codebook,
@@ -278,6 +279,12 @@ def _affine(nodes: Nodes, name: str, form: Affine, rows: Rows) -> str:
             own = _spread(nodes, floats(nodes, f"{name}/{part}", values, rows), groups, columns)
             value = str(nodes.add(kind, [value, own]))
     return value if form.rounded == torch.float32 else nodes.cast(nodes.cast(value, form.rounded), torch.float32)
+
+
+@by_rows(E8)
+def _e8(nodes: Nodes, name: str, form: E8, rows: Rows) -> str:
+    # Twice a point is whole.
+    return _grid(nodes, name, Grid((2 * form.dense()).to(torch.int32), torch.full((1, 1), 0.5)), rows)
 
 
 @by_rows(Codebook)
