@@ -12,6 +12,7 @@ import llama_page
 import robustness_page
 from ablation_page import ablation, unmeasured
 from common import RESULTS
+from cut_page import PARTS as CUT_PARTS
 from distilled_page import PARTS as DISTILLED_PARTS
 from factor_pages import PARTS as FACTOR_PARTS
 from pruning_page import PARTS as PRUNING_PARTS
@@ -149,7 +150,7 @@ def main() -> None:
     parts = [acceptance(results), digits(read("digits")), ingredients(read("ablation"))]
     parts += [
         part(read(name), table)
-        for name, part in (PARTS | FACTOR_PARTS | PRUNING_PARTS | DISTILLED_PARTS).items()
+        for name, part in (PARTS | FACTOR_PARTS | PRUNING_PARTS | CUT_PARTS | DISTILLED_PARTS).items()
         if (RESULTS / f"{name}.json").exists()
     ]
     write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())

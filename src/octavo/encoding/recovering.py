@@ -33,8 +33,9 @@ from octavo.sources.batches import Batch, select, sequences_in
 from octavo.sources.memory import fits
 from octavo.system.raw import Lazily
 
-#: Change per step: of latents in units of steps, and of norms and biases relative to their size (docs/decisions.md).
-_RATE, _RELATIVE = 1e-2, 1e-3
+#: Change per step: of latents in units of steps, of norms and biases relative to their size, and of matrices that are
+#: stored as floats relative to theirs (docs/decisions.md).
+_RATE, _RELATIVE, _MATRICES = 1e-2, 1e-3, 1e-2
 #: Steps of the linear rise of the rates, which then fall along a cosine of the time.
 _RISE = 20
 #: Examples in one step, and at most so many are held back to choose the best state.
@@ -121,7 +122,12 @@ class _Lesson:
         self.best: tuple[dict[str, Packed], dict[str, Kept]] | None = None
         _, size = self._sized(0.0)
         self.bits = self.student.priced() * self.allowed * _AIM / max(size, 1)
-        groups = [(self.student.latents(), _RATE), (list(self.student.changes.relative.values()), _RELATIVE)]
+        changes = list(self.student.changes.relative.values())
+        groups = [
+            (self.student.latents(), _RATE),
+            ([change for change in changes if change.dim() < 2], _RELATIVE),
+            ([change for change in changes if change.dim() > 1], _MATRICES),
+        ]
         self.optimizer = torch.optim.Adam(
             [{"params": tensors, "lr": rate, "full": rate} for tensors, rate in groups if tensors],
             betas=(0.9, 0.95),
