@@ -42,7 +42,10 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
     def decode_piece(index: int) -> None:
         stream, (first, last) = jobs[index]
         data, count = parsed.chunk(index), -(-(last - first) // stream.window.digits)
-        joined = huffman.decompress(data, count) if stream.table is None else ans.decompress(data, count, stream.table)
+        if stream.table is None:
+            joined = huffman.decompress(data, count)
+        else:
+            joined = ans.decompress(data, count, stream.table, header.elements)
         stream.window.split(joined, values[first:last])
 
     run(decode_piece, range(len(jobs)), header.elements)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.methods.compiled import compiled
 from octavo.methods.quantize.normal_equations import normal_equations, solved
+from octavo.system.compiled import compiled
 
 #: Passes over all columns; rows that no longer change stop earlier.
 _SWEEPS = 8

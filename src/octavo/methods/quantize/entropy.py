@@ -14,10 +14,10 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Setting, method
-from octavo.methods.compiled import compiled
 from octavo.methods.feedback import round_blocks, round_columns
 from octavo.methods.knobs import real
 from octavo.methods.quantize.units import Magnitudes, Stepped, StepUnits
+from octavo.system.compiled import compiled
 
 
 @method(

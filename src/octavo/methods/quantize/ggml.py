@@ -14,12 +14,12 @@ from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.forms.ggml import GgmlBlocks
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.compiled import compiled
 from octavo.methods.feedback import factored, round_blocks, round_columns
 from octavo.methods.knobs import choice
 from octavo.methods.quantize.descent import descended
 from octavo.methods.quantize.ggml_refit import refitted
 from octavo.methods.quantize.ggml_steps import fitted, nearest
+from octavo.system.compiled import compiled
 
 #: Rounded at once, in weights.
 _CHUNK = 1 << 24

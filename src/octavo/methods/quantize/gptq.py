@@ -12,9 +12,9 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.compiled import compiled
 from octavo.methods.feedback import factored, round_blocks, round_columns
 from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, kernel_settings, nearest
+from octavo.system.compiled import compiled
 
 #: Rows are rounded in independent chunks that fit the cache. They are too short to be split over threads, whose
 #: synchronisation at every column would cost more than the work.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from octavo.forms.trellis import LANES
-from octavo.methods.compiled import compiled
 from octavo.methods.quantize.trellis_machine import BEFORE, LARGEST, REMAINDER, STATES
+from octavo.system.compiled import compiled
 
 _FAR = np.float32(1e30)
 

@@ -10,7 +10,8 @@ import torch
 
 from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
-from octavo.methods import compiled, get_method
+from octavo.methods import get_method
+from octavo.system import compiled
 
 
 @pytest.mark.parametrize("name", ["entropy", "trellis", "gptq"])
