@@ -18,6 +18,7 @@ from octavo.forms.sum import Sum
 from octavo.forms.tensor_train import TensorTrain
 from octavo.forms.trellis import Trellis
 from octavo.forms.trimmed import Trimmed
+from octavo.forms.vectors import Vectors
 
 __all__ = [
     "FORMS",
@@ -39,6 +40,7 @@ __all__ = [
     "TensorTrain",
     "Trellis",
     "Trimmed",
+    "Vectors",
     "form",
     "form_names",
     "restore",

@@ -24,6 +24,7 @@ from octavo.forms import (
     TensorTrain,
     Trellis,
     Trimmed,
+    Vectors,
 )  # fmt: skip
 from octavo.runtimes.onnx.codes import store, window_of
 from octavo.runtimes.onnx.graph import OPSET
@@ -70,6 +71,8 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "trellis of many rows": (Trellis(Grid(heavy(2000, COLUMNS), real(2000, 1))), True),
     "sparse": (Sparse(whole(0, 3, ROWS, COLUMNS) == 0, Grid(heavy(1, int((whole(0, 3, ROWS, COLUMNS) == 0).sum())), real(1, 1))), True),
     "sparse, all zero": (Sparse(torch.zeros(ROWS, COLUMNS, dtype=torch.bool), Dense(torch.zeros(1, 0))), True),
+    "vectors": (Vectors(whole(0, 5, 2, ROWS, 10).to(torch.uint8), real(2, 10, 6, 5).half(), COLUMNS, real(ROWS, 3)), True),
+    "vectors shared by all blocks": (Vectors(whole(0, 5, 1, ROWS, 12).to(torch.uint8), real(1, 1, 6, 4), COLUMNS), True),
     "cut": (Trimmed(Grid(heavy(ROWS - 2, COLUMNS - 3), real(1, 1)), torch.arange(ROWS) > 1, torch.arange(COLUMNS) % 16 > 0), True),
     "row blocks": (RowBlocks((torch.arange(ROWS) % 3).to(torch.uint8), tuple(Grid(heavy(ROWS // 3, COLUMNS), real(1, 1) * k) for k in (1, 2, 3))), True),
     "folded": (Folded(Dense(real(32, ROWS * COLUMNS // 32)), "spatial", (16, 2, COLUMNS // 32 or 1)), True)

@@ -39,6 +39,7 @@ from octavo.forms import (
     TensorTrain,
     Trellis,
     Trimmed,
+    Vectors,
 )
 from octavo.forms.folded import FOLDS
 from octavo.forms.grid import exponent_steps
@@ -286,6 +287,31 @@ def _codebook(nodes: Nodes, name: str, form: Codebook, rows: Rows) -> str:
     if form.scale is None:
         return found
     return str(nodes.add("Mul", [found, floats(nodes, f"{name}/scale", form.scale, rows)]))
+
+
+@by_rows(Vectors)
+def _vectors(nodes: Nodes, name: str, form: Vectors, rows: Rows) -> str:
+    books, subspaces, entries, width = form.values.shape
+    groups, columns = 1 if form.scale is None else form.scale.shape[1], form.columns
+    starts, whole = torch.arange(subspaces).int() * entries, ""
+    for book in range(books):
+        part = f"{name}/{book}"
+        places = _index(nodes, part, form.codes[book], rows)
+        if subspaces > 1:
+            first = nodes.once(("starts", name), lambda: nodes.constant(f"{name}/starts", starts))
+            places = str(nodes.add("Add", [places, first]))
+        table = floats(nodes, f"{part}/values", form.values[book].reshape(-1, width))
+        found = str(nodes.add("Gather", [table, places], axis=0))
+        whole = str(nodes.add("Add", [whole, found])) if book else found
+    # (..., blocks, width): the last two axes become columns, of which there may be fewer.
+    lead = nodes.add("Slice", [nodes.add("Shape", [whole]), nodes.sizes(0), nodes.sizes(-2)])
+    sizes = nodes.add("Concat", [lead, nodes.sizes(-1)], axis=0)
+    joined = nodes.add("Reshape", [whole, sizes])
+    value = str(nodes.add("Slice", [joined, nodes.sizes(0), nodes.sizes(columns), nodes.sizes(-1)]))
+    if form.scale is None:
+        return value
+    steps = floats(nodes, f"{name}/scale", form.scale, _picked(form.scale, rows))
+    return str(nodes.add("Mul", [value, _spread(nodes, steps, groups, columns)]))
 
 
 @by_rows(Dense)
