@@ -26,6 +26,8 @@ from octavo.forms import (
     Folded,
     Grid,
     GroupedLowRank,
+    Hash,
+    Hashed,
     LowRank,
     RowBlocks,
     Scaled,
@@ -115,6 +117,19 @@ def vectors(rows, columns, seed, books=1, width=4, shared=False, groups=0):
     # Groups are as wide as they can be: all of them must have a column.
     groups = math.ceil(columns / math.ceil(columns / min(groups, columns))) if groups else 0
     return Vectors(codes, values, columns, torch.rand(rows, groups, generator=g) + 0.1 if groups else None)
+
+
+def hashed(rows, columns, seed, kind="sum", inner=grid):
+    """Rows of a smaller table: by remainder and quotient, two hash functions, or signs and pieces."""
+    if kind == "product":
+        size = math.ceil(rows**0.5)
+        count = math.ceil(rows / size)
+        hashes = (Hash(size), Hash(count, size, divisor=size))
+        return Hashed(inner(size + count, columns, seed), hashes, rows, columns, product=True)
+    width = min(3, columns) if kind == "pieces" else columns
+    size = max(1, rows * -(-columns // width) // 3)
+    hashes = tuple(Hash(size, 0, 1, 48271 + k, 11 + seed % 97, int(kind == "pieces")) for k in range(2))
+    return Hashed(inner(size, width, seed), hashes, rows, columns)
 
 
 def gains(rows, seed):
@@ -250,6 +265,9 @@ FORMS = {
     "tensor train of three": lambda r, c, s: tensor_train(r, c, s, 3, grid),
     "separable": separable,
     "cut": cut,
+    "hashed": hashed,
+    "hashed remainder and quotient": lambda r, c, s: hashed(r, c, s, "product", dense),
+    "hashed pieces": lambda r, c, s: hashed(r, c, s, "pieces"),
     "vectors": vectors,
     "vectors of two shared books": lambda r, c, s: vectors(r, c, s, 2, shared=True, groups=1),
     "vectors in scaled groups": lambda r, c, s: vectors(r, c, s, 3, width=5, groups=4),
@@ -529,9 +547,35 @@ def test_vectors_that_are_not_there_are_refused():
 
 
 def test_rows_of_vectors_grow_and_vectors_do_not():
-    form = vectors(400, 16, 0)
+    form = vectors(4000, 16, 0)
     more = form.grown(2, lambda form: pack(form).bytes)
-    assert more == pytest.approx(pack(vectors(800, 16, 0)).bytes, rel=0.02)
+    assert more == pytest.approx(pack(vectors(8000, 16, 0)).bytes, rel=0.05)
+
+
+def test_rows_that_a_table_does_not_have_are_refused():
+    form = cases()["hashed"]
+    # Size, start, divisor and factor.
+    for place, value in ((0, 0), (0, 99), (1, 1), (2, 0), (3, 2**31)):
+        hashes = [list(numbers) for numbers in form.meta()["hashes"]]
+        hashes[1][place] = value
+        with pytest.raises(ArtifactError, match="hash function"):
+            restore(parts_of(form), {**form.meta(), "hashes": hashes}, form.shape)
+    refused(parts_of(form), {**form.meta(), "hashes": []}, form.shape)
+    refused(parts_of(form), {**form.meta(), "hashes": form.meta()["hashes"] * 9}, form.shape)
+    for index in (-1, 9):
+        with pytest.raises(IndexError, match="out of range for 9 rows"):
+            form.lookup(torch.tensor([0, index]))
+
+
+def test_hashes_give_the_rows_that_they_say():
+    table = torch.randn(5, 4, generator=_generator(0))
+    quotients = Hashed(Dense(table), (Hash(3), Hash(2, 3, divisor=3)), 6, 4, product=True).dense()
+    assert torch.equal(quotients[4], table[1] * table[3 + 1])
+    signs = Hashed(Dense(table), (Hash(5, signed=1),), 12, 4).dense()
+    assert torch.equal(signs[2], table[2]) and torch.equal(signs[7], -table[2]) and torch.equal(signs[11], table[1])
+    pieces = Hashed(Dense(table[:, :2]), (Hash(5, 0, 1, 3, 1),), 4, 3).dense()
+    # Row 1 is pieces 2 and 3, of which the second is cut: places 7 and 10 modulo 5.
+    assert torch.equal(pieces[1], torch.stack([table[2, 0], table[2, 1], table[0, 0]]))
 
 
 def test_gaps_lead_to_atoms_that_their_own_dtype_cannot_count():

@@ -9,6 +9,7 @@ from octavo.forms.exact import Exact
 from octavo.forms.folded import Folded
 from octavo.forms.grid import Grid
 from octavo.forms.grouped import GroupedLowRank
+from octavo.forms.hashed import Hash, Hashed
 from octavo.forms.lowrank import LowRank
 from octavo.forms.rowblocks import RowBlocks
 from octavo.forms.scaled import Scaled, row_scaled
@@ -31,6 +32,8 @@ __all__ = [
     "Form",
     "Grid",
     "GroupedLowRank",
+    "Hash",
+    "Hashed",
     "LowRank",
     "RowBlocks",
     "Scaled",

@@ -15,6 +15,8 @@ from octavo.forms import (
     Form,
     Grid,
     GroupedLowRank,
+    Hash,
+    Hashed,
     LowRank,
     RowBlocks,
     Scaled,
@@ -51,6 +53,7 @@ def heavy(*shape: int) -> torch.Tensor:
 GRID = Grid(
     heavy(ROWS, COLUMNS), torch.full((1, 1), 0.01), None, whole(-9, 9, ROWS).short(), whole(-9, 9, COLUMNS).short()
 )
+GRID_OF_ROWS = Grid(heavy(10, COLUMNS), real(10, 1))
 FORMS: dict[str, tuple[Form, bool]] = {
     "grid with row and column steps": (GRID, True),
     "grid in groups": (Grid(whole(0, 15, ROWS, COLUMNS).to(torch.uint8), real(ROWS, 3).half(), whole(0, 15, ROWS, 3).to(torch.uint8)), True),
@@ -73,6 +76,9 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "sparse, all zero": (Sparse(torch.zeros(ROWS, COLUMNS, dtype=torch.bool), Dense(torch.zeros(1, 0))), True),
     "vectors": (Vectors(whole(0, 5, 2, ROWS, 10).to(torch.uint8), real(2, 10, 6, 5).half(), COLUMNS, real(ROWS, 3)), True),
     "vectors shared by all blocks": (Vectors(whole(0, 5, 1, ROWS, 12).to(torch.uint8), real(1, 1, 6, 4), COLUMNS), True),
+    "hashed": (Hashed(Dense(real(7, COLUMNS)), (Hash(7, 0, 1, 48271, 5), Hash(7, 0, 1, 40014, 3)), ROWS, COLUMNS), True),
+    "hashed pieces": (Hashed(Dense(real(30, 5)), (Hash(30, 0, 1, 2**31 - 5, 99, 1),), ROWS, COLUMNS), True),
+    "hashed remainder and quotient": (Hashed(GRID_OF_ROWS, (Hash(5), Hash(5, 5, 5)), ROWS, COLUMNS, True), True),
     "cut": (Trimmed(Grid(heavy(ROWS - 2, COLUMNS - 3), real(1, 1)), torch.arange(ROWS) > 1, torch.arange(COLUMNS) % 16 > 0), True),
     "row blocks": (RowBlocks((torch.arange(ROWS) % 3).to(torch.uint8), tuple(Grid(heavy(ROWS // 3, COLUMNS), real(1, 1) * k) for k in (1, 2, 3))), True),
     "folded": (Folded(Dense(real(32, ROWS * COLUMNS // 32)), "spatial", (16, 2, COLUMNS // 32 or 1)), True)
