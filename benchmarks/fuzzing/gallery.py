@@ -169,6 +169,21 @@ def separable(g: Gallery, rows: int, columns: int) -> Form:
     return forms.Separable(*(g.inner(terms * rows, size) for size in (c, h, w)), terms)
 
 
+def vectors(g: Gallery, rows: int, columns: int) -> Form:
+    width, books = min(columns, g.random.choice([1, 3, 4])), g.random.choice([1, 2])
+    blocks = -(-columns // width)
+    codes = g.integers(0, 7, books, rows, blocks, dtype=torch.uint8)
+    values = g.floats(books, g.random.choice([1, blocks]), 7, width).half()
+    return forms.Vectors(codes, values, columns, g.positive(rows, 1) if g.random.random() < 0.5 else None)
+
+
+def hashed(g: Gallery, rows: int, columns: int) -> Form:
+    width = min(columns, g.random.choice([3, columns]))
+    size = max(1, rows * -(-columns // width) // 2)
+    hashes = [forms.Hash(size, 0, 1 + k, 48271, 7, g.random.choice([0, 1])) for k in range(g.random.choice([1, 2]))]
+    return forms.Hashed(g.inner(size, width), tuple(hashes), rows, columns, g.random.random() < 0.5)
+
+
 def cut(g: Gallery, rows: int, columns: int) -> Form:
     kept = [g.mask(0.7, n) for n in (rows, columns)]
     for mask in kept:
@@ -194,7 +209,7 @@ def ggml(g: Gallery, rows: int, columns: int) -> Form:
 MAKERS: dict[str, Maker] = {
     "affine": affine, "block-scaled": block_scaled, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "e8": e8, "folded": folded,
     "ggml": ggml, "grid": grid, "grouped-lowrank": grouped, "lowrank": lowrank, "row-blocks": row_blocks, "scaled": scaled,
-    "separable": separable, "sparse": sparse, "tensor-train": tensor_train,
+    "separable": separable, "sparse": sparse, "tensor-train": tensor_train, "vectors": vectors, "hashed": hashed,
     "exact": lambda g, rows, columns: forms.Exact.of(g.floats(rows, columns).float()),
     "sum": lambda g, rows, columns: forms.Sum(g.inner(rows, columns), g.inner(rows, columns)),
     "trellis": lambda g, rows, columns: forms.Trellis(grid(g, rows, columns, zeros=False)),

@@ -28,6 +28,8 @@ from octavo.forms import (
     Folded,
     Grid,
     GroupedLowRank,
+    Hash,
+    Hashed,
     LowRank,
     RowBlocks,
     Scaled,
@@ -37,6 +39,7 @@ from octavo.forms import (
     TensorTrain,
     Trellis,
     Trimmed,
+    Vectors,
     form_names,
     restore,
 )
@@ -111,6 +114,30 @@ def n_of_m(rows, columns, seed, keep=2, group=4):
     scores = torch.rand(rows, columns // group, group, generator=_generator(seed))
     mask = (scores.argsort(-1).argsort(-1) < keep).reshape(rows, columns)
     return Sparse(mask, grid(1, int(mask.sum()), seed + 1), (keep, group))
+
+
+def vectors(rows, columns, seed, books=1, width=4, shared=False, groups=0):
+    """Blocks of four columns; the last may be narrower."""
+    g = _generator(seed)
+    blocks = -(-columns // width)
+    codes = torch.randint(0, 6, (books, rows, blocks), generator=g, dtype=torch.uint8)
+    values = torch.randn(books, 1 if shared else blocks, 6, width, generator=g).half()
+    # Groups are as wide as they can be: all of them must have a column.
+    groups = math.ceil(columns / math.ceil(columns / min(groups, columns))) if groups else 0
+    return Vectors(codes, values, columns, torch.rand(rows, groups, generator=g) + 0.1 if groups else None)
+
+
+def hashed(rows, columns, seed, kind="sum", inner=grid):
+    """Rows of a smaller table: by remainder and quotient, two hash functions, or signs and pieces."""
+    if kind == "product":
+        size = math.ceil(rows**0.5)
+        count = math.ceil(rows / size)
+        hashes = (Hash(size), Hash(count, size, divisor=size))
+        return Hashed(inner(size + count, columns, seed), hashes, rows, columns, product=True)
+    width = min(3, columns) if kind == "pieces" else columns
+    size = max(1, rows * -(-columns // width) // 3)
+    hashes = tuple(Hash(size, 0, 1, 48271 + k, 11 + seed % 97, int(kind == "pieces")) for k in range(2))
+    return Hashed(inner(size, width, seed), hashes, rows, columns)
 
 
 def gains(rows, seed):
@@ -249,6 +276,12 @@ FORMS = {
     "tensor train of three": lambda r, c, s: tensor_train(r, c, s, 3, grid),
     "separable": separable,
     "cut": cut,
+    "hashed": hashed,
+    "hashed remainder and quotient": lambda r, c, s: hashed(r, c, s, "product", dense),
+    "hashed pieces": lambda r, c, s: hashed(r, c, s, "pieces"),
+    "vectors": vectors,
+    "vectors of two shared books": lambda r, c, s: vectors(r, c, s, 2, shared=True, groups=1),
+    "vectors in scaled groups": lambda r, c, s: vectors(r, c, s, 3, width=5, groups=4),
     "lowrank(sum, sparse)": lambda r, c, s: LowRank(
         Sum(grid(r, min(2, max(r, c)), s), codebook(r, min(2, max(r, c)), s + 1)),
         sparse(min(2, max(r, c)), c, s + 2, 0.5)
@@ -408,6 +441,10 @@ def test_what_forms_stand_for():
     assert torch.equal(steps, torch.tensor([[2.0, -2.0, 24.0], [0.0, 2.5, -24.0]]))
     book = Codebook(torch.tensor([[0, 1], [2, 0]]), torch.tensor([1.0, -2, 3]), torch.tensor([[1.0], [10]])).dense()
     assert torch.equal(book, torch.tensor([[1.0, -2], [30, 10]]))
+    codes = torch.tensor([[[0, 1], [1, 1]], [[1, 0], [0, 0]]], dtype=torch.uint8)
+    values = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[0.0, 0.0], [10.0, 20.0]]]])
+    vectors = Vectors(codes, values, 3, torch.tensor([[1.0], [2.0]])).dense()
+    assert torch.equal(vectors, torch.tensor([[11.0, 22.0, 3.0], [6.0, 8.0, 6.0]]))
     mask = torch.tensor([[True, False], [False, True]])
     assert torch.equal(Sparse(mask, Dense(torch.tensor([[4.0, 5.0]]))).dense(), torch.tensor([[4.0, 0], [0, 5]]))
     two = Dense(torch.eye(2))
@@ -508,6 +545,48 @@ def test_indices_out_of_range_are_refused():
     assert "gaps" in parts
     for value in (-2, 1600, 2**62):
         refused({**parts, "gaps": parts["gaps"].clone().index_fill_(0, torch.tensor(1), value)}, few.meta(), few.shape)
+
+
+def test_vectors_that_are_not_there_are_refused():
+    form = cases()["vectors"]
+    for number in (6, 200):
+        codes = form.codes.clone()
+        codes[0, 4, 1] = number
+        refused({**parts_of(form), "codes": codes}, form.meta(), form.shape)
+    refused({**parts_of(form), "values": form.values[:, :2]}, form.meta(), form.shape)
+    refused({**parts_of(form), "values": form.values[:, :, :0]}, form.meta(), form.shape)
+
+
+def test_rows_of_vectors_grow_and_vectors_do_not():
+    form = vectors(4000, 16, 0)
+    more = form.grown(2, lambda form: pack(form).bytes)
+    assert more == pytest.approx(pack(vectors(8000, 16, 0)).bytes, rel=0.05)
+
+
+def test_rows_that_a_table_does_not_have_are_refused():
+    form = cases()["hashed"]
+    # Size, start, divisor and factor.
+    for place, value in ((0, 0), (0, 99), (1, 1), (2, 0), (3, 2**31)):
+        hashes = [list(numbers) for numbers in form.meta()["hashes"]]
+        hashes[1][place] = value
+        with pytest.raises(ArtifactError, match="hash function"):
+            restore(parts_of(form), {**form.meta(), "hashes": hashes}, form.shape)
+    refused(parts_of(form), {**form.meta(), "hashes": []}, form.shape)
+    refused(parts_of(form), {**form.meta(), "hashes": form.meta()["hashes"] * 9}, form.shape)
+    for index in (-1, 9):
+        with pytest.raises(IndexError, match="out of range for 9 rows"):
+            form.lookup(torch.tensor([0, index]))
+
+
+def test_hashes_give_the_rows_that_they_say():
+    table = torch.randn(5, 4, generator=_generator(0))
+    quotients = Hashed(Dense(table), (Hash(3), Hash(2, 3, divisor=3)), 6, 4, product=True).dense()
+    assert torch.equal(quotients[4], table[1] * table[3 + 1])
+    signs = Hashed(Dense(table), (Hash(5, signed=1),), 12, 4).dense()
+    assert torch.equal(signs[2], table[2]) and torch.equal(signs[7], -table[2]) and torch.equal(signs[11], table[1])
+    pieces = Hashed(Dense(table[:, :2]), (Hash(5, 0, 1, 3, 1),), 4, 3).dense()
+    # Row 1 is pieces 2 and 3, of which the second is cut: places 7 and 10 modulo 5.
+    assert torch.equal(pieces[1], torch.stack([table[2, 0], table[2, 1], table[0, 0]]))
 
 
 def test_gaps_lead_to_atoms_that_their_own_dtype_cannot_count():

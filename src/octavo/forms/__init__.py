@@ -11,6 +11,7 @@ from octavo.forms.exact import Exact
 from octavo.forms.folded import Folded
 from octavo.forms.grid import Grid
 from octavo.forms.grouped import GroupedLowRank
+from octavo.forms.hashed import Hash, Hashed
 from octavo.forms.lowrank import LowRank
 from octavo.forms.rowblocks import RowBlocks
 from octavo.forms.scaled import Scaled, row_scaled
@@ -20,6 +21,7 @@ from octavo.forms.sum import Sum
 from octavo.forms.tensor_train import TensorTrain
 from octavo.forms.trellis import Trellis
 from octavo.forms.trimmed import Trimmed
+from octavo.forms.vectors import Vectors
 
 __all__ = [
     "E8",
@@ -34,6 +36,8 @@ __all__ = [
     "Form",
     "Grid",
     "GroupedLowRank",
+    "Hash",
+    "Hashed",
     "LowRank",
     "RowBlocks",
     "Scaled",
@@ -43,6 +47,7 @@ __all__ = [
     "TensorTrain",
     "Trellis",
     "Trimmed",
+    "Vectors",
     "form",
     "form_names",
     "restore",

@@ -114,3 +114,10 @@ class Sparse(Form):
         places = self.mask.flatten().nonzero()[:, 0]
         weight.view(-1).index_copy_(0, places, self.values.dense().flatten())
         return weight
+
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        mask, counts = self.mask[index], self.mask.sum(1)
+        # The place of a row's first value, and of each after it.
+        places = (counts.cumsum(0) - counts)[index][:, None] + mask.cumsum(1) - 1
+        rows = torch.zeros(mask.shape, device=mask.device)
+        return rows.masked_scatter(mask, self.values.dense()[0, places[mask]])

@@ -58,6 +58,12 @@ class Trimmed(Form):
         wide = inner.new_zeros(len(inner), len(self.columns)).index_copy_(1, self.columns.nonzero()[:, 0], inner)
         return inner.new_zeros(self.shape).index_copy_(0, self.rows.nonzero()[:, 0], wide)
 
+    def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
+        kept, places = self.rows[index], (self.rows.cumsum(0) - 1)[index]
+        found = self.inner.lookup(places[kept])
+        wide = found.new_zeros(len(found), len(self.columns)).index_copy(1, self.columns.nonzero()[:, 0], found)
+        return found.new_zeros(len(index), len(self.columns)).index_copy(0, kept.nonzero()[:, 0], wide)
+
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102
         out = self.inner.apply(x[..., self.columns])
         return out.new_zeros(*x.shape[:-1], len(self.rows)).index_copy(-1, self.rows.nonzero()[:, 0], out)

@@ -9,6 +9,7 @@ from octavo.training.one_way import in_stages, one_way
 from octavo.training.ranking import few_misses, ranking_loss
 from octavo.training.regimens import REGIMENS, HandOver, Regimen, regimen
 from octavo.training.regimens.comera import CoMERA, core_rates
+from octavo.training.regimens.deeplight import DeepLight
 from octavo.training.regimens.drop_and_grow import DropAndGrow
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
 from octavo.training.regimens.gradual_pruning import GradualPruning
@@ -25,6 +26,7 @@ from octavo.training.widths import recalibrate, truncated
 __all__ = [
     "REGIMENS",
     "CoMERA",
+    "DeepLight",
     "DropAndGrow",
     "GradualPruning",
     "HandOver",

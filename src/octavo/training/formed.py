@@ -131,7 +131,7 @@ class _Formed(nn.Module):
     def rebuilt(self, leaves: Sequence[Tensor]) -> Form:
         """The form with other leaves, in the order of discovery."""
         coming = iter(leaves)
-        return with_leaves(self.form, lambda leaf: _Leaf(next(coming)) if isinstance(leaf, Dense) else leaf)
+        return with_leaves(self.form, lambda leaf: Leaf(next(coming)) if isinstance(leaf, Dense) else leaf)
 
     def _collected(self, leaf: Form) -> Form:
         if isinstance(leaf, Dense):
@@ -140,8 +140,8 @@ class _Formed(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Leaf(Dense):
+class Leaf(Dense):
     """A dense leaf that keeps gradients and its training dtype."""
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Tensor:  # noqa: D102
         return self.weight

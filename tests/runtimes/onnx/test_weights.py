@@ -17,6 +17,8 @@ from octavo.forms import (
     Form,
     Grid,
     GroupedLowRank,
+    Hash,
+    Hashed,
     LowRank,
     RowBlocks,
     Scaled,
@@ -26,6 +28,7 @@ from octavo.forms import (
     TensorTrain,
     Trellis,
     Trimmed,
+    Vectors,
 )  # fmt: skip
 from octavo.runtimes.onnx.codes import store, window_of
 from octavo.runtimes.onnx.graph import OPSET
@@ -52,6 +55,7 @@ def heavy(*shape: int) -> torch.Tensor:
 GRID = Grid(
     heavy(ROWS, COLUMNS), torch.full((1, 1), 0.01), None, whole(-9, 9, ROWS).short(), whole(-9, 9, COLUMNS).short()
 )
+GRID_OF_ROWS = Grid(heavy(10, COLUMNS), real(10, 1))
 FORMS: dict[str, tuple[Form, bool]] = {
     "grid with row and column steps": (GRID, True),
     "grid in groups": (Grid(whole(0, 15, ROWS, COLUMNS).to(torch.uint8), real(ROWS, 3).half(), whole(0, 15, ROWS, 3).to(torch.uint8)), True),
@@ -74,6 +78,11 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "trellis of many rows": (Trellis(Grid(heavy(2000, COLUMNS), real(2000, 1))), True),
     "sparse": (Sparse(whole(0, 3, ROWS, COLUMNS) == 0, Grid(heavy(1, int((whole(0, 3, ROWS, COLUMNS) == 0).sum())), real(1, 1))), True),
     "sparse, all zero": (Sparse(torch.zeros(ROWS, COLUMNS, dtype=torch.bool), Dense(torch.zeros(1, 0))), True),
+    "vectors": (Vectors(whole(0, 5, 2, ROWS, 10).to(torch.uint8), real(2, 10, 6, 5).half(), COLUMNS, real(ROWS, 3)), True),
+    "vectors shared by all blocks": (Vectors(whole(0, 5, 1, ROWS, 12).to(torch.uint8), real(1, 1, 6, 4), COLUMNS), True),
+    "hashed": (Hashed(Dense(real(7, COLUMNS)), (Hash(7, 0, 1, 48271, 5), Hash(7, 0, 1, 40014, 3)), ROWS, COLUMNS), True),
+    "hashed pieces": (Hashed(Dense(real(30, 5)), (Hash(30, 0, 1, 2**31 - 5, 99, 1),), ROWS, COLUMNS), True),
+    "hashed remainder and quotient": (Hashed(GRID_OF_ROWS, (Hash(5), Hash(5, 5, 5)), ROWS, COLUMNS, True), True),
     "cut": (Trimmed(Grid(heavy(ROWS - 2, COLUMNS - 3), real(1, 1)), torch.arange(ROWS) > 1, torch.arange(COLUMNS) % 16 > 0), True),
     "row blocks": (RowBlocks((torch.arange(ROWS) % 3).to(torch.uint8), tuple(Grid(heavy(ROWS // 3, COLUMNS), real(1, 1) * k) for k in (1, 2, 3))), True),
     "folded": (Folded(Dense(real(32, ROWS * COLUMNS // 32)), "spatial", (16, 2, COLUMNS // 32 or 1)), True)

@@ -88,6 +88,24 @@ def _planted() -> tuple[Tensor, Tensor, tuple[str, ...]]:
     return fields, labels, ("user", "item", "context")
 
 
+def crossed(found: ClickData, pairs: Sequence[tuple[int, int]]) -> ClickData:
+    """The data with one more field for every pair of fields, whose values are the pairs of values that occur.
+
+    Such fields are long, and most of their values are rare, as in the logs of large services.
+    """
+    parts = (found.train, found.development, found.test)
+    fields, sizes, names = torch.cat([part[0] for part in parts]), list(found.sizes), list(found.names)
+    for a, b in pairs:
+        values, index = (fields[:, a] * found.sizes[b] + fields[:, b]).unique(return_inverse=True)
+        fields = torch.cat([fields, index[:, None]], 1)
+        sizes.append(len(values))
+        names.append(f"{found.names[a]} and {found.names[b]}")
+    split = fields.split([len(part[0]) for part in parts])
+    a, b, c = ((rows, part[1]) for rows, part in zip(split, parts, strict=True))
+    made = digest(found.digest.encode(), repr(pairs).encode())
+    return ClickData(a, b, c, made, tuple(sizes), tuple(names))
+
+
 class CTR(nn.Module):
     """DeepFM (Guo et al., 2017) without weights of single fields: inner products of all pairs, plus a perceptron.
 

@@ -32,6 +32,8 @@ from octavo.forms import (
     Form,
     Grid,
     GroupedLowRank,
+    Hash,
+    Hashed,
     LowRank,
     RowBlocks,
     Scaled,
@@ -41,9 +43,11 @@ from octavo.forms import (
     TensorTrain,
     Trellis,
     Trimmed,
+    Vectors,
 )
 from octavo.forms.folded import FOLDS
 from octavo.forms.grid import exponent_steps
+from octavo.forms.hashed import PRIME
 from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS
 from octavo.runtimes.lowering import Lowering
 from octavo.runtimes.onnx.codes import narrowest, store, window_of, zero_byte
@@ -301,6 +305,69 @@ def _block_scaled(nodes: Nodes, name: str, form: BlockScaled, rows: Rows) -> str
     own = decoded(nodes, f"{name}/scales", form.scales, rows)
     scales = _spread(nodes, own, form.scales.shape[1], form.shape[1])
     return str(nodes.add("Mul", [decoded(nodes, f"{name}/base", form.base, rows), scales]))
+
+
+@by_rows(Vectors)
+def _vectors(nodes: Nodes, name: str, form: Vectors, rows: Rows) -> str:
+    books, subspaces, entries, width = form.values.shape
+    groups, columns = 1 if form.scale is None else form.scale.shape[1], form.columns
+    starts, whole = torch.arange(subspaces).int() * entries, ""
+    for book in range(books):
+        part = f"{name}/{book}"
+        places = _index(nodes, part, form.codes[book], rows)
+        if subspaces > 1:
+            first = nodes.once(("starts", name), lambda: nodes.constant(f"{name}/starts", starts))
+            places = str(nodes.add("Add", [places, first]))
+        table = floats(nodes, f"{part}/values", form.values[book].reshape(-1, width))
+        found = str(nodes.add("Gather", [table, places], axis=0))
+        whole = str(nodes.add("Add", [whole, found])) if book else found
+    value = _joined(nodes, whole, columns)
+    if form.scale is None:
+        return value
+    steps = floats(nodes, f"{name}/scale", form.scale, _picked(form.scale, rows))
+    return str(nodes.add("Mul", [value, _spread(nodes, steps, groups, columns)]))
+
+
+@by_rows(Hashed)
+def _hashed(nodes: Nodes, name: str, form: Hashed, rows: Rows) -> str:
+    if rows.tokens is None:
+        ends = [_scalar(nodes, n) for n in (0, form.rows, 1)]
+        number = str(nodes.add("Range", ends))
+    else:
+        number = nodes.cast(rows.tokens, torch.int64)
+    if form.pieces > 1:
+        first = nodes.add("Mul", [nodes.add("Unsqueeze", [number, nodes.sizes(-1)]), _scalar(nodes, form.pieces)])
+        number = str(nodes.add("Add", [first, nodes.add("Range", [_scalar(nodes, n) for n in (0, form.pieces, 1)])]))
+    table, whole = decoded(nodes, f"{name}/table", form.table, ALL), ""
+    for one in form.hashes:
+        found = _taken(nodes, table, number, one)
+        whole = str(nodes.add("Mul" if form.product else "Add", [whole, found])) if whole else found
+    return _joined(nodes, whole, form.columns) if form.pieces > 1 else whole
+
+
+def _taken(nodes: Nodes, table: str, number: str, one: Hash) -> str:
+    """Pieces of a table by hash, (..., width), as in :meth:`octavo.forms.Hash.places`."""
+    shifted = nodes.add("Div", [number, _scalar(nodes, one.divisor)])
+    shifted = nodes.add("Add", [nodes.add("Mul", [shifted, _scalar(nodes, one.factor)]), _scalar(nodes, one.shift)])
+    hashed = nodes.add("Mod", [shifted, _scalar(nodes, PRIME)])
+    place = nodes.add("Add", [nodes.add("Mod", [hashed, _scalar(nodes, one.size)]), _scalar(nodes, one.start)])
+    found = str(nodes.add("Gather", [table, place], axis=0))
+    if not one.signed:
+        return found
+    odd = nodes.add("Mod", [nodes.add("Div", [hashed, _scalar(nodes, one.size)]), _scalar(nodes, 2)])
+    sign = nodes.add("Sub", [_scalar(nodes, 1), nodes.add("Mul", [odd, _scalar(nodes, 2)])])
+    return str(nodes.add("Mul", [found, nodes.add("Unsqueeze", [nodes.cast(sign, torch.float32), nodes.sizes(-1)])]))
+
+
+def _scalar(nodes: Nodes, number: int) -> str:
+    return nodes.once(("int64", number), lambda: nodes.constant("int64", torch.tensor(number)))
+
+
+def _joined(nodes: Nodes, value: str, columns: int) -> str:
+    """Pieces (..., pieces, width) next to each other, (..., columns), of which the last may be cut."""
+    lead = nodes.add("Slice", [nodes.add("Shape", [value]), nodes.sizes(0), nodes.sizes(-2)])
+    joined = nodes.add("Reshape", [value, nodes.add("Concat", [lead, nodes.sizes(-1)], axis=0)])
+    return str(nodes.add("Slice", [joined, nodes.sizes(0), nodes.sizes(columns), nodes.sizes(-1)]))
 
 
 @by_rows(Dense)
