@@ -39,6 +39,16 @@ SOURCES = ("gaussian", "laplacian", *LAYERS)
 FIXED: dict[str, tuple[str, list[Setting]]] = {
     "round to nearest": ("rtn", [{"bits": bits, "group": 64} for bits in (2, 3, 4)]),
     "Lloyd-Max": ("kmeans", [{"values": count} for count in (2, 3, 4, 8, 16)]),
+    "product codes": (
+        "vector-codes",
+        [
+            {"width": 8, "entries": 256, "books": 1},
+            {"width": 4, "entries": 64, "books": 1},
+            {"width": 4, "entries": 256, "books": 1},
+            {"width": 2, "entries": 64, "books": 1},
+            {"width": 2, "entries": 256, "books": 1},
+        ],
+    ),
     "NVFP4": ("small-floats", [{"values": "e2m1", "group": 16, "scale": "e4m3"}]),
     "MXFP4": ("small-floats", [{"values": "e2m1", "group": 32, "scale": "power"}]),
 }

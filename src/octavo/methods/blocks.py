@@ -10,7 +10,7 @@ from torch import Tensor
 from octavo.methods.feedback import round_blocks
 
 
-def round_vectors(weight: Tensor, feedback: Tensor, width: int, nearest: Callable[[Tensor], Tensor]) -> Tensor:
+def round_vectors(weight: Tensor, feedback: Tensor, width: int, nearest: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Round vectors of adjacent columns one after another, feeding errors forward in the order of the columns.
 
     A vector is chosen as if its columns did not interact. What its columns miss together is then exact.
@@ -24,7 +24,7 @@ def round_vectors(weight: Tensor, feedback: Tensor, width: int, nearest: Callabl
     width
         Columns of a vector, a divisor of 64.
     nearest
-        Rounds vectors (rows, width).
+        Rounds vectors (rows, width) whose first column is given too.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def round_vectors(weight: Tensor, feedback: Tensor, width: int, nearest: Callabl
             part = slice(first, first + width)
             if first:
                 targets[part].addmm_(feedback[:first, part].t(), targets[:first])
-            rounded[part] = nearest(targets[part].t().contiguous()).t()
+            rounded[part] = nearest(targets[part].t().contiguous(), start + first).t()
             for j in range(first, first + width):
                 if j > first:
                     targets[j].addmv_(targets[first:j].t(), feedback[first:j, j])

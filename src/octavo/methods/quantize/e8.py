@@ -59,7 +59,9 @@ class LatticeE8(Method):
         if evidence.columns is None:
             points = nearest_points(torch.nn.functional.pad(scaled, (0, spare)).view(rows, -1, WIDTH)).flatten(1)
         else:
-            points = round_vectors(scaled, factored(evidence, ordered=False)[2], WIDTH, nearest_points)
+            points = round_vectors(
+                scaled, factored(evidence, ordered=False)[2], WIDTH, lambda own, _: nearest_points(own)
+            )
         return BlockScaled(E8.of(points, columns), Dense(scale))
 
 
