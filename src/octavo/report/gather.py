@@ -370,7 +370,7 @@ def _latency(done: Result, artifact: Artifact) -> Latency | None:
         return None
     module, batch = opened.source.module, opened.held_data[0]
     original = opened.source.original.module or module
-    weights = opened.source.placed(artifact.state())
+    weights = opened.source.placed({name: artifact.stored(name) for name in artifact.names()})
 
     # A user's objective may use parts of a batch that the module does not take.
     call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs
