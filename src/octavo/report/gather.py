@@ -54,6 +54,7 @@ from octavo.report.text import things
 from octavo.request import Request
 from octavo.runtimes.packed.speed import interleaved
 from octavo.sources.batches import run, sequences_in
+from octavo.sources.differences import Difference
 from octavo.sources.sentences import transformer_folder
 from octavo.system.version import __version__
 from octavo.verification.proof import Proof
@@ -110,6 +111,7 @@ def report_data(
             dtypes=_dtypes(done),
             stored=opened.source.stored,
             dense_bytes=opened.source.original.dense_bytes,
+            base=opened.source.base.source.title if isinstance(opened.source, Difference) else None,
         ),
         budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
         artifact=WrittenArtifact(

@@ -104,7 +104,7 @@ class Target(Counting, ABC):
 
     def methods(self, request: Request) -> list[Method]:
         """The methods to choose from; those for other runtimes are left out."""
-        return select_methods(request.methods, request.preset, ORDINARY)
+        return select_methods(request.methods, request.preset, ORDINARY, changes=request.base is not None)
 
     def adapted(self, source: Source) -> Source:
         """The source as this target takes it."""
