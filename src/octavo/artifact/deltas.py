@@ -1,6 +1,6 @@
 """Artifacts of deltas: what a manifest says of the base, and where the base is looked for.
 
-A manifest names its base by a title and a fingerprint of content, never by a place: an artifact of a stranger may not
+A manifest names its base by a title and a fingerprint of content, never by a place: an untrusted artifact may not
 say what else is read. The base is what the caller gives, or what lies under that title where the user said, or beside
 the artifact; and it is used only if its tensors have the fingerprint.
 """
@@ -151,7 +151,7 @@ def find_base(path: Path, delta: Delta, rests: Sequence[str]) -> Base:
 
 def _places(path: Path, title: str) -> Iterator[Path]:
     """Where a base may lie."""
-    # A title of a stranger's manifest may not lead out of the folders that the user named.
+    # A title of an untrusted manifest may not lead out of the folders that the user named.
     named = title not in ("", ".", "..") and not {"/", "\\", "\0"} & set(title)
     for word in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         place = Path(word)

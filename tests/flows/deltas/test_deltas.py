@@ -109,7 +109,7 @@ def test_deltas_are_served_in_turn_and_the_base_comes_back_bit_for_bit(folder, d
         wanted = base if name is None else octavo.load(folder / name, base=folder / "base.safetensors")
         assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
     assert held == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RequestError, match="'three' is none of the deltas; choose from 'one', 'two'"):
+    with pytest.raises(RequestError, match="'three' is not one of the deltas; choose from 'one', 'two'"):
         served.use("three")
 
 

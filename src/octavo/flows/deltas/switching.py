@@ -84,7 +84,7 @@ class Deltas:
             If a file is damaged; the model is the base then.
         """
         if name is not None and name not in self._deltas:
-            raise RequestError(f"{name!r} is none of the deltas; choose from {', '.join(map(repr, self._deltas))}")
+            raise RequestError(f"{name!r} is not one of the deltas; choose from {', '.join(map(repr, self._deltas))}")
         if name == self.active:
             return self.model
         if name is None:
