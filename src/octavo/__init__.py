@@ -15,6 +15,8 @@ from octavo.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from octavo.artifact import Artifact
+    from octavo.flows.deltas.merging import merge
+    from octavo.flows.deltas.switching import Deltas
     from octavo.pipeline import compress, frontier, plan, profile
     from octavo.request import Request
     from octavo.runtimes.onnx.exporting import export
@@ -28,6 +30,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "Compressed",
+    "Deltas",
     "MissingExtraError",
     "OctavoError",
     "OctavoWarning",
@@ -38,6 +41,7 @@ __all__ = [
     "export",
     "frontier",
     "load",
+    "merge",
     "plan",
     "profile",
     "save",
@@ -47,12 +51,14 @@ __all__ = [
 _HOMES = {
     "Artifact": "octavo.artifact",
     "Compressed": "octavo.saving",
+    "Deltas": "octavo.flows.deltas.switching",
     "Request": "octavo.request",
     "compress": "octavo.pipeline",
     "evaluate": "octavo.verification.evaluating",
     "export": "octavo.runtimes.onnx.exporting",
     "frontier": "octavo.pipeline",
     "load": "octavo.verification.verifying",
+    "merge": "octavo.flows.deltas.merging",
     "plan": "octavo.pipeline",
     "profile": "octavo.pipeline",
     "save": "octavo.storing",

@@ -23,6 +23,7 @@ from octavo.errors import OctavoError, RequestError
 from octavo.methods import DATA_FREE
 from octavo.request import Request
 from octavo.sources.batches import Batch
+from octavo.sources.differences import difference
 from octavo.sources.memory import fits, least_bytes
 from octavo.sources.regrouping import regrouped
 from octavo.sources.sites import SMALLEST_SITE, Source
@@ -79,6 +80,8 @@ def _opened(
     # Without data nothing is run, and the model need not fit in memory.
     loaded = keeps or target.loads or preset != DATA_FREE
     source = inputs.open_source(request.source, module=loaded, progress=progress)
+    if request.base is not None:
+        source, folding = _on_base(source, request), False
     _check_memory(source, memory)
     source = target.adapted(source)
     where = source.path or source.title
@@ -138,6 +141,15 @@ def _opened(
         check_teaching(opened)
     target.check(opened)
     return opened
+
+
+def _on_base(source: Source, request: Request) -> Source:
+    """The difference of a source to its base, which no recovery is made for."""
+    if request.recover != "none":
+        raise RequestError(
+            "base: a difference alone is stored, which recover does not teach; leave recover or base out"
+        )
+    return difference(source, request.base)
 
 
 def _teaching(

@@ -56,6 +56,11 @@ def compress(source: Any, *, progress: Shown = None, **choices: Unpack[Choices])
     target
         What the budget counts: ``disk``, the bytes of the artifact's files; ``memory``, those that all tensors take
         while the model runs from packed codes (``octavo.load(path, packed=True)``); or ``speed``.
+    base
+        The model that the source was tuned from: a folder, a file, or a module. The difference to it is compressed
+        and stored; ``ratio`` counts the bytes of what changed, in 16 bits, and ``bits`` the weights of the model. It is
+        made for ``disk``. Quality is that of the base with the restored difference. Loading needs the same base
+        (:func:`octavo.load`).
     speedup, latency, shape
         The budget for ``speed``, exactly one of the first two: times as fast as the source in PyTorch in float32, or
         seconds (``"5ms"``), at ``shape`` sequences x tokens (1 x 32 if not given), on this machine with onnxruntime.
@@ -149,6 +154,10 @@ def compressed(request: Request, progress: Progress) -> Compressed:
     target.stated(request)
     clock, work = Clock(), None if request.workspace is None else checked_output(request.workspace)
     request, cut, alone = split_request(request)
+    if cut is not None and request.base is not None:
+        raise RequestError(
+            f"base: {cut.name} is a cut, which changes shapes, so that nothing is left to compare; leave it or base out"
+        )
     whole = cut is not None and not cut.needs_data
     # A cut takes norms and layers apart, and some scores are the scales of norms.
     folding = cut is None

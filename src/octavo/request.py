@@ -171,6 +171,15 @@ class Request:
         flag="for",
         check=_is_name,
     )
+    base: Any = option(
+        None,
+        "The model that SOURCE was tuned from: the difference to it is stored, and sizes are compared with the "
+        "difference in 16 bits. Loading needs the same base again.",
+        Role.MEASURED,
+        kind=Path,
+        save=_name_or_none,
+        resolved=True,
+    )
     speedup: float | None = option(
         None, "For speed: times as fast as PyTorch in float32, such as 2.5.", Role.BUDGET, kind=float
     )
@@ -319,6 +328,7 @@ class Choices(TypedDict, total=False):
     size: str | int | None
     bits: float | None
     target: str
+    base: Any
     speedup: float | None
     latency: str | float | None
     shape: str | Sequence[int] | None

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from octavo.allocation.workspace import forget
 from octavo.artifact import Artifact
+from octavo.artifact.deltas import on_base
 from octavo.encoding.result import Result
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
 from octavo.report import Report, card, write_json
 from octavo.report import write as write_report
 from octavo.report.gather import report_data
 from octavo.sources.companions import copy_companions
+from octavo.sources.differences import Difference
 from octavo.sources.sentences import members, transformer_folder
 from octavo.system.ahead import in_order
 from octavo.system.atomic import TRIED, made_aside, move_into_place, tidy, write_file
@@ -125,13 +127,15 @@ def _written(done: Result, folder: Path, command: str, *, report: bool) -> Repor
     written = target.write(done, folder)
     artifact = Artifact(home)
     _compare(done, artifact)
-    proof = prove(done.run, artifact)
-    clock.lap("verify")
-    section = target.verify(done, artifact, written)
-    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in target.files(folder, artifact)}
-    if sum(files.values()) != done.size(done.built):
-        raise ArtifactError(f"{folder}: {sum(files.values())} bytes on disk, {done.size(done.built)} were planned")
-    data = report_data(done, artifact, files, proof, target.plans, section, command)
+    source = done.opened.source
+    with on_base(source.base.source if isinstance(source, Difference) else None):
+        proof = prove(done.run, artifact)
+        clock.lap("verify")
+        section = target.verify(done, artifact, written)
+        files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in target.files(folder, artifact)}
+        if sum(files.values()) != done.size(done.built):
+            raise ArtifactError(f"{folder}: {sum(files.values())} bytes on disk, {done.size(done.built)} were planned")
+        data = report_data(done, artifact, files, proof, target.plans, section, command)
     if target.foreign:
         shutil.rmtree(home)
         contents = done.built.contents
@@ -189,7 +193,7 @@ def _compare(done: Result, artifact: Artifact) -> None:
 
     def same(name: str) -> bool:
         if name in kept:
-            found, wanted = artifact.tensor(name), kept[name].given()
+            found, wanted = artifact.stored(name), kept[name].given()
             # Bit for bit, since NaN equals nothing.
             return (found.dtype, found.shape) == (wanted.dtype, wanted.shape) and raw_bytes(found) == raw_bytes(wanted)
         return artifact.sites[name] == entries[name].describe() and (

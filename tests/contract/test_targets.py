@@ -17,7 +17,7 @@ DATA = [torch.randn(24, 32, generator=torch.Generator().manual_seed(k)) for k in
 #: A value of every option that says something, to see whether it is used or refused.
 SAID = {
     "ratio": 4, "size": "1MB", "bits": 4, "speedup": 2, "latency": "5ms", "shape": "1x8", "curvature": "ekfac",
-    "recover": "distill", "minutes": 5,
+    "recover": "distill", "minutes": 5, "base": "base",
     "methods": ["rtn"], "preset": "fast", "plan": "plan.yaml", "memory": "6GB", "executor": "local", "data": DATA,
     "forward_args": lambda batch: batch, "objective": "kl", "ignore": ("0*",), "keep": {"0*": "float16"},
     "workspace": "work", "resume": True, "seed": 1,

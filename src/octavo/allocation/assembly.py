@@ -11,6 +11,8 @@ from torch import Tensor
 from octavo.allocation.formed_source import FormedSource
 from octavo.artifact import Contents, Entry, Kept, Packed, is_constant
 from octavo.artifact.configuring import configurations
+from octavo.artifact.deltas import Delta
+from octavo.sources.differences import Difference
 from octavo.sources.narrowing import Narrowing, stored_dtype
 from octavo.sources.sites import Site, Source
 from octavo.sources.skeletons import tied_names, unfilled_names
@@ -59,6 +61,7 @@ class Assembly:
             self._configurations,
             self._unfilled,
             self.source.reshaped,
+            Delta.of(self.source) if isinstance(self.source, Difference) else None,
         )
         # A cut alone leaves an ordinary model.
         return replace(made, configurations=configurations(self.source, plain=True)) if made.is_plain else made
@@ -96,7 +99,8 @@ class Assembly:
 
     @cached_property
     def _configurations(self) -> dict[str, bytes]:
-        return configurations(self.source)
+        source = self.source
+        return configurations(source.tuned if isinstance(source, Difference) else source)
 
     @cached_property
     def _unfilled(self) -> list[str] | None:

@@ -13,7 +13,7 @@ from octavo.sources.companions import companion_files
 from octavo.sources.model_classes import read_config
 from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.sites import Source
-from octavo.sources.weight_files import NAMED
+from octavo.sources.weight_files import ADAPTER_CONFIG, NAMED, is_adapter
 
 
 def configurations(source: Source, *, plain: bool = False) -> dict[str, bytes]:
@@ -34,6 +34,8 @@ def configurations(source: Source, *, plain: bool = False) -> dict[str, bytes]:
     if is_model or members(source.folder):
         names = (file.as_posix() for file in companion_files(source.folder) if is_configuration(file.as_posix()))
         found = {name: (source.folder / name).read_bytes() for name in names}
+    elif is_adapter(source.folder):
+        found = {ADAPTER_CONFIG: (source.folder / ADAPTER_CONFIG).read_bytes()}
     if is_model:
         # This includes architectures defined by code in the folder: users who trust that code can load the artifact.
         dtype = next((dtype for dtype in source.dtypes.values() if dtype.is_floating_point), None)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,20 @@ from torch import Tensor
 import octavo.forms as forms
 from octavo import coding
 from octavo.artifact.configuration import changes, is_configuration
+from octavo.artifact.deltas import Delta, find_base
 from octavo.artifact.opening import read_headers, read_manifest
 from octavo.artifact.packing import DTYPES, check_parts, dtype_name, from_bytes, is_shape, naturals, unpack
 from octavo.artifact.writing import BITS, MANIFEST
 from octavo.coding import Allowance
-from octavo.errors import ArtifactError
+from octavo.errors import ArtifactError, RequestError
 from octavo.forms.base import allowance_for
+from octavo.sources.bases import Base
+from octavo.sources.differences import added
 from octavo.sources.modules import SUPPORTED
 from octavo.sources.narrowing import FLOATS
 from octavo.sources.sites import Layout
 from octavo.system.raw import narrowed
+from octavo.system.tensor_files import Place
 
 #: Decoded weights may take this many times the bytes of the artifact; real artifacts stay far below.
 _LARGEST_RATIO = 2000
@@ -84,12 +88,14 @@ class Artifact:
             raise ArtifactError(f"{self.path}: the manifest's 'reshaped' is not true or false")
         #: Aliases that also appear in the files under their own name.
         self.named = self._take_named()
+        #: The base that this is a delta of; None if all tensors are stored.
+        self.delta = self._take_delta()
         named = [*self.sites, *self.kept, *self.coded]
         if set(named) != set(self._tensors) or len(named) != len(self._tensors):
             odd = sorted(set(named) ^ set(self._tensors))[:3]
             raise ArtifactError(f"{self.path}: manifest and files name different tensors: {', '.join(odd)}")
         for alias, name in self.aliases.items():
-            if not isinstance(name, str) or name not in self._tensors or alias in self._tensors:
+            if not isinstance(name, str) or name not in {*self._tensors, *self.same} or alias in self._tensors:
                 raise ArtifactError(f"{self.path}: {alias!r} cannot be tied to {name!r}")
         #: Bytes that decoding may take besides the decoded tensors.
         self._work = _LARGEST_RATIO * self.bytes + _SLACK + _WORK - self._check_entries()
@@ -107,7 +113,27 @@ class Artifact:
     @property
     def is_plain(self) -> bool:
         """Whether every loader of safetensors files reads its tensors as they are."""
-        return not (self.sites or self.coded or self.named or self.reshaped)
+        return not (self.sites or self.coded or self.named or self.reshaped or self.delta)
+
+    @property
+    def same(self) -> Sequence[str]:
+        """Names of the tensors that a delta takes from its base as they are; none of another artifact."""
+        return () if self.delta is None else self.delta.same
+
+    @cached_property
+    def base(self) -> Base:
+        """The base of a delta, found as :func:`octavo.artifact.deltas.find_base` does; its fingerprint is checked."""
+        assert self.delta is not None
+        rests = [*self.same, *(name for name in self._tensors if name not in self.delta.whole)]
+        base = find_base(self.path, self.delta, rests)
+        shapes = self._shapes()
+        for name in rests:
+            if name in shapes and base.shape(name) != shapes[name]:
+                raise ArtifactError(
+                    f"{self.path}: tensor {name!r} has shape {list(shapes[name])}, and {base.shape(name)} in the base; "
+                    "they do not belong together, so copy the artifact again"
+                )
+        return base
 
     def files(self) -> list[Path]:
         """The files that count as artifact bytes."""
@@ -155,7 +181,15 @@ class Artifact:
         return as_weight(self.form(name), self.layout(name), _shape(name, entry), _dtype(name, entry.get("dtype")))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as in the source: shape, dtype and name."""
+        """A tensor as in the source: shape, dtype and name; of a delta that of the tuned model."""
+        if self.delta is None or name in self.delta.whole:
+            return self.stored(name)
+        if name in self.same:
+            return self.base.read(name).clone()
+        return added(self.base.read(name), self.stored(name), self.delta.dtype)
+
+    def stored(self, name: str) -> Tensor:
+        """What is stored of a tensor: the tensor itself, or its difference to that of the base."""
         if name in self.sites:
             entry = self.sites[name]
             matrix = self.form(name).dense()
@@ -186,7 +220,13 @@ class Artifact:
         """
         read = self.tensor if as_weight is None else partial(self.weight, as_weight=as_weight)
         # Largest first, so that the largest is not decoded alone at the end.
-        order = sorted(self._tensors if names is None else names, key=lambda name: -self._tensors[name].length)
+        wanted = [*self._tensors, *self.same] if names is None else list(names)
+        order = sorted(wanted, key=lambda name: -self._tensors[name].length if name in self._tensors else 0)
+        if self.delta is not None:
+            if as_weight is not None:
+                raise RequestError(f"{self.path}: is a delta, which has no packed codes of the model; leave packed out")
+            # Looked for here: threads do not know what the caller gave.
+            self.base  # noqa: B018
         threads = self._threads(order)
         before = torch.get_num_threads()
         # One thread per site: operations that use several threads would wait for each other.
@@ -212,18 +252,37 @@ class Artifact:
         return coding.decode(self.content(name), allowance=Allowance(self._work))
 
     def loadable_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Decoded shapes of all tensors that a loader finds in the files."""
+        """Decoded shapes of all tensors that a loader finds in the files; a delta needs its base to tell them."""
+        shapes = self._shapes()
+        if self.delta is not None:
+            shapes.update((name, self.base.shape(name) or ()) for name in self.same)
+        return {**shapes, **{alias: shapes[self.aliases[alias]] for alias in self.named}}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Decoded shapes of what is stored."""
         shapes = {name: tuple(entry["shape"]) for name, entry in self.sites.items()}
         shapes.update((name, tuple(entry[1:])) for name, entry in self.coded.items())
         shapes.update((name, self._tensors[name].shape) for name in self.kept)
-        return {**shapes, **{alias: shapes[self.aliases[alias]] for alias in self.named}}
+        return shapes
+
+    def _take_delta(self) -> Delta | None:
+        """Remove the tensors that a delta takes from its base from those that are stored."""
+        if "base" not in self.manifest:
+            return None
+        stored = {*self.sites, *self.kept, *self.coded}
+        same = [name for name in self._tensors if name not in stored and _is_empty(self._tensors[name])]
+        for name in same:
+            del self._tensors[name]
+        delta = Delta.read(self.manifest["base"], same)
+        unknown = sorted(set(delta.whole) - set(self._tensors))
+        if unknown:
+            raise ArtifactError(f"{self.path}: the manifest says that {unknown[0]!r} is whole, which is not stored")
+        return delta
 
     def _take_named(self) -> list[str]:
         """Remove the aliases that appear in the files without content, for other loaders."""
         places = {alias: self._tensors.get(alias) for alias in self.aliases}
-        named = [
-            alias for alias, place in places.items() if place and (place.dtype, place.shape) == (torch.uint8, (0,))
-        ]
+        named = [alias for alias, place in places.items() if place and _is_empty(place)]
         for alias in named:
             del self._tensors[alias]
         return named
@@ -297,6 +356,11 @@ class Artifact:
         dtype = _EXACT.get(given) if isinstance(given, str) else None
         if dtype is None or (dtype != stored and not {dtype, stored} <= {*FLOATS}):
             raise ArtifactError(f"{self.path}: {name!r} has dtype {given!r}, but is stored as {dtype_name(stored)}")
+
+
+def _is_empty(place: Place) -> bool:
+    """Whether a tensor stands in a file for its name alone."""
+    return (place.dtype, place.shape) == (torch.uint8, (0,))
 
 
 def _are_words(values: Any) -> bool:

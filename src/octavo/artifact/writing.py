@@ -22,6 +22,7 @@ from torch import Tensor
 
 from octavo import coding
 from octavo.artifact.configuration import listed
+from octavo.artifact.deltas import Delta
 from octavo.artifact.packing import Packed, dtype_name
 from octavo.coding.container import DTYPES as INTEGERS
 from octavo.sources.sentences import split_name
@@ -190,6 +191,8 @@ class Contents:
         Parameter names of the source's model that no tensor fills; None if its model is unknown.
     reshaped
         Whether units were cut so that no config says the shapes of all tensors: a loader takes them from the files.
+    delta
+        The base, if entries and kept tensors are differences to it.
     """
 
     source: dict[str, Any]
@@ -202,11 +205,12 @@ class Contents:
     configurations: Mapping[str, bytes] = field(default_factory=dict)
     unfilled: Sequence[str] | None = None
     reshaped: bool = False
+    delta: Delta | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether every loader of safetensors files reads them as they are: nothing is encoded."""
-        own = self.entries or self.named or self.reshaped
+        own = self.entries or self.named or self.reshaped or self.delta
         return not own and all(kept.is_raw for kept in self.kept.values())
 
     @property
@@ -250,6 +254,8 @@ class Contents:
             manifest["unfilled"] = sorted(self.unfilled)
         if self.reshaped:
             manifest["reshaped"] = True
+        if self.delta is not None:
+            manifest["base"] = self.delta.describe()
         pieces: dict[str, _Piece] = {}
         for name, entry in self.entries.items():
             pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)
@@ -264,7 +270,7 @@ class Contents:
             manifest["coded"][name] = [crc, *kept.shape]
             if not kept.is_integer:
                 manifest.setdefault("bits", {})[name] = [dtype_name(kept.stored), dtype_name(kept.dtype)]
-        for alias in sorted(self.named):
+        for alias in sorted({*self.named, *(self.delta.same if self.delta else ())}):
             pieces[alias] = _Piece(torch.uint8, (0,), lambda: b"")
         files = _by_folder(pieces)
         for name, file in files.items():

@@ -265,7 +265,7 @@ class Loader:
 
         def tensor(name: str) -> Tensor:
             stored = self.source.aliases.get(name, name)
-            found = weights[stored] if stored in weights else self.source.read(stored)
+            found = self.source.value(stored, weights.get(stored))
             return found.float() if found.is_floating_point() else found
 
         result: dict[str, Tensor] = {}

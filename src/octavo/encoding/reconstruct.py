@@ -28,6 +28,7 @@ from octavo.encoding.batching import pieces, repeated
 from octavo.encoding.finish import Built
 from octavo.encoding.learnable import Changes, learnable, rebuilt
 from octavo.sources.batches import Batch, sequences_in
+from octavo.sources.differences import Difference
 from octavo.sources.modules import own_tensors
 from octavo.system.raw import Lazily
 
@@ -114,9 +115,10 @@ class _Fit:
         owners = {name: owner for name, owner in _linear(opened).items() if name in built.packed}
         counts = {name: opened.target.gains(form_of(opened.site(name), built.packed[name])) for name in owners}
         self.gains = {name: torch.zeros(opened.site(name).rows, count) for name, count in counts.items()}
-        # One factor a row scales an output, so that no gradient of the weight is needed.
-        self.owners = {name: owner for name, owner in owners.items() if counts[name] == 1}
-        self.grouped = {name: self._matrix(name, self.weights[name]) for name in owners if counts[name] > 1}
+        # One factor a row scales an output, so that no gradient of the weight is needed. Of a difference it does not.
+        whole = not isinstance(opened.source, Difference)
+        self.owners = {name: owner for name, owner in owners.items() if counts[name] == 1 and whole}
+        self.grouped = {name: self._matrix(name, self.weights[name]) for name in owners if name not in self.owners}
 
     def _matrix(self, name: str, weight: Tensor) -> Tensor:
         """A weight, or its gradient, as (rows, groups, columns of a group)."""

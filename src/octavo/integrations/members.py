@@ -29,7 +29,7 @@ def decode_members(module: Any) -> None:
         prefix = f"{subfolder}/" if subfolder else ""
         artifact = Artifact(folder)
         # A tensor stored once may belong to several folders.
-        stored = {**{name: name for name in artifact.names()}, **artifact.aliases}
+        stored = {**{name: name for name in (*artifact.names(), *artifact.same)}, **artifact.aliases}
         own = {name: of for name, of in stored.items() if name.startswith(prefix) and (prefix or "/" not in name)}
         found = artifact.state(set(own.values()))
         state = {name.removeprefix(prefix): found[of] for name, of in own.items()}

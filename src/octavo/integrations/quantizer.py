@@ -122,7 +122,10 @@ class OctavoQuantizer(HfQuantizer):
             _tell_unfilled(artifact, prefix, model)
             _check_size(artifact, model)
             # Tied names are filled too, and may be in the files without content.
-            places = [(name, name) for name in (*artifact.sites, *artifact.coded)] + list(artifact.aliases.items())
+            stored = (*artifact.sites, *artifact.coded)
+            # Of a delta nothing is as the loader reads it.
+            stored = stored if artifact.delta is None else (*artifact.names(), *artifact.same)
+            places = [(name, name) for name in stored] + list(artifact.aliases.items())
             wanted = dict.fromkeys(name for place, name in places if split_name(place)[0] == prefix)
             as_weight = chosen() if self.packed else None
             if self.packed and as_weight is None:

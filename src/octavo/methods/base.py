@@ -54,6 +54,8 @@ class Method(ABC):
     learns: ClassVar[bool] = False
     #: The targets that offer it, if its forms are the formats of other runtimes; all ordinary ones if there is none.
     runtimes: ClassVar[tuple[str, ...]] = ()
+    #: Whether it is made for differences of a tuned weight to its base: elsewhere it is offered only where it is named.
+    changes: ClassVar[bool] = False
     #: Words that a user may write for a method and a setting, such as ``float16``.
     words: ClassVar[Mapping[str, Setting]] = MappingProxyType({})
     #: Whether its :meth:`speed_settings` scale the inputs. Sites that read the same inputs then get the same setting.

@@ -59,7 +59,9 @@ def dense_names() -> frozenset[str]:
     return frozenset(name for name, cls in methods().items() if cls.dense)
 
 
-def select_methods(chosen: Sequence[str | Method] | None, preset: str, usable: Usable = _ALL) -> list[Method]:
+def select_methods(
+    chosen: Sequence[str | Method] | None, preset: str, usable: Usable = _ALL, *, changes: bool = False
+) -> list[Method]:
     """The methods of a preset, or those chosen, of the usable ones.
 
     Parameters
@@ -70,6 +72,8 @@ def select_methods(chosen: Sequence[str | Method] | None, preset: str, usable: U
         ``fast``, ``default``, ``best`` or ``data-free``.
     usable
         Which methods can be used at all.
+    changes
+        Whether what is compressed are differences to a base.
 
     Raises
     ------
@@ -81,14 +85,14 @@ def select_methods(chosen: Sequence[str | Method] | None, preset: str, usable: U
     known = {name: cls for name, cls in methods().items() if usable.fits(cls)}
     if chosen is None:
         allowed = PRESETS[: PRESETS.index("default" if preset == DATA_FREE else preset) + 1]
-        return [cls() for cls in known.values() if cls.preset in allowed]
+        return [cls() for cls in known.values() if cls.preset in allowed and (changes or not cls.changes)]
     if not chosen:
         raise RequestError("methods: the list is empty; name a method, or leave it out to use those of the preset")
-    found = {str(method): method for word in chosen for method in _of_word(word, known, usable)}
+    found = {str(method): method for word in chosen for method in _of_word(word, known, usable, changes)}
     return list(found.values())
 
 
-def _of_word(word: str | Method, known: dict[str, type[Method]], usable: Usable) -> list[Method]:
+def _of_word(word: str | Method, known: dict[str, type[Method]], usable: Usable, changes: bool) -> list[Method]:
     """The one method that a word names, or those of a family."""
     if isinstance(word, Method):
         if METHODS.all().get(word.name) is not type(word):
@@ -99,7 +103,8 @@ def _of_word(word: str | Method, known: dict[str, type[Method]], usable: Usable)
     if colon and name in METHODS:
         _refuse_unfit(name, known, usable)
         return [get_method(word)]
-    matches = [cls() for cls in known.values() if word in (cls.name, cls.family)]
+    family = [cls for cls in known.values() if word == cls.family and (changes or not cls.changes)]
+    matches = [cls() for cls in known.values() if word == cls.name or cls in family]
     if not matches:
         _refuse_unfit(word, known, usable)
         families = sorted({cls.family for cls in known.values()})

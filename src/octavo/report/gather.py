@@ -54,6 +54,7 @@ from octavo.report.text import things
 from octavo.request import Request
 from octavo.runtimes.packed.speed import interleaved
 from octavo.sources.batches import run, sequences_in
+from octavo.sources.differences import Difference
 from octavo.sources.sentences import transformer_folder
 from octavo.system.version import __version__
 from octavo.verification.proof import Proof
@@ -110,6 +111,7 @@ def report_data(
             dtypes=_dtypes(done),
             stored=opened.source.stored,
             dense_bytes=opened.source.original.dense_bytes,
+            base=opened.source.base.source.title if isinstance(opened.source, Difference) else None,
         ),
         budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
         artifact=WrittenArtifact(
@@ -370,7 +372,7 @@ def _latency(done: Result, artifact: Artifact) -> Latency | None:
         return None
     module, batch = opened.source.module, opened.held_data[0]
     original = opened.source.original.module or module
-    weights = opened.source.placed(artifact.state())
+    weights = opened.source.placed({name: artifact.stored(name) for name in artifact.names()})
 
     # A user's objective may use parts of a batch that the module does not take.
     call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs

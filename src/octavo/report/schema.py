@@ -48,6 +48,8 @@ class Original:
         Bytes by the format of a quantized file; empty for any other.
     dense_bytes
         What it takes decoded.
+    base
+        The base that it is stored as the difference to, if any: ``bytes`` are then those of the difference in 16 bits.
     """
 
     path: str
@@ -57,6 +59,7 @@ class Original:
     dtypes: Mapping[str, int] = field(default_factory=dict)
     stored: Mapping[str, int] | None = None
     dense_bytes: int | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from octavo.encoding.section import Cell, Section
-from octavo.report.schema import Latency, Report
+from octavo.report.schema import Latency, Original, Report
 from octavo.report.text import (
     NOT_MEASURED,
     count,
@@ -175,6 +175,16 @@ def _mark(value: object, limit: int = 160) -> str:
     return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", plain(value, limit))
 
 
+def _base(source: Original) -> str:
+    """A line of the card on the base of a delta."""
+    if source.base is None:
+        return ""
+    return (
+        f"- Base: {_mark(source.base)}; the difference to it is stored, the original size is that of the difference in "
+        "16 bits, and loading needs it: octavo.load(path, base=...)\n"
+    )
+
+
 def _card_section(section: Section) -> str:
     blocks = [f"## {_mark(section.title)}"]
     if section.text:
@@ -223,7 +233,7 @@ tags:
 {_mark(measured(report.quality), 600)}
 
 - Source: {_mark(source.path)}, {count(source.parameters)} parameters, {_mark(source.fingerprint)}
-- Methods: {families or "none"}
+{_base(source)}- Methods: {families or "none"}
 - Not compressed: {things(len(report.kept), "tensor")}
 - Calibrated on {_mark(calibration.text)}: {amount}{warnings}
 - Made by Octavo {_mark(report.octavo_version)} on {moment(report.created)}, seed {_mark(report.seed)}

@@ -308,6 +308,10 @@ class Source:
         """The modules that hold each tensor, in the order of the model: several if it is tied."""
         return {name: [module for module, _ in places] for name, places in self.places().items()}
 
+    def value(self, name: str, stored: Tensor | None = None) -> Tensor:
+        """A tensor of the model, or what it is if ``stored`` takes the place of what is stored of it."""
+        return self.read(name) if stored is None else stored
+
     def placed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's tensors that change if some tensors of the source are replaced.
 
@@ -317,11 +321,12 @@ class Source:
             New values by name in the source.
         """
         stored = {parameter: self.aliases.get(name, name) for name, parameter in self.direct.items()}
-        result = {parameter: weights[name] for parameter, name in stored.items() if name in weights}
+        result = {own: self.value(name, weights[name]) for own, name in stored.items() if name in weights}
         for conversion in self.conversions:
             names = [self.aliases.get(name, name) for name in conversion.names]
             if any(name in weights for name in names):
-                made = conversion.values([(weights[n] if n in weights else self.read(n)).float() for n in names])
+                given = (self.value(n, weights[n]) if n in weights else self.value(n) for n in names)
+                made = conversion.values([tensor.float() for tensor in given])
                 result.update((target, made[target]) for target in conversion.targets)
         return result
 

@@ -26,6 +26,8 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensor
 #: Names of the same weights in another precision, for ``from_pretrained(variant=...)``.
 _VARIANT = re.compile(r"model\..+\.safetensors")
 _ADAPTER = re.compile(r"adapter_model.*\.safetensors")
+#: The files of an adapter of ``peft``.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: The key of ``config.json`` that names the weight file.
 NAMED = "transformers_weights"
 #: Depth of sub-folders that are searched.
@@ -62,7 +64,8 @@ def weight_files(path: Path) -> WeightFiles:
 
     The order is ``transformers_weights`` in ``config.json``, ``model.safetensors``, then the shards named by
     ``model.safetensors.index.json``. Otherwise complete shards without an index are used, or the only other file. A
-    folder without ``config.json`` may hold several files. Adapters are never used, and variants such as
+    folder without ``config.json`` may hold several files. An adapter is used only if the folder is one of ``peft`` and
+    holds no model, and variants such as
     ``model.fp16.safetensors`` only if there is nothing else.
 
     Raises
@@ -80,7 +83,15 @@ def weight_files(path: Path) -> WeightFiles:
     for file in (_named(path), path / "model.safetensors", index):
         if file is not None and file.is_file():
             return _indexed(file) if file.name.endswith(".json") else WeightFiles([file])
+    if is_adapter(path):
+        return WeightFiles([path / ADAPTER_WEIGHTS])
     return replace(_others(path), usual=False)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of ``peft`` alone, and no model."""
+    alone = not (folder / "config.json").exists() and not (folder / "modules.json").exists()
+    return alone and (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_WEIGHTS).is_file()
 
 
 def _named(folder: Path) -> Path | None:

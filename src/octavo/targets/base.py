@@ -70,8 +70,9 @@ class Target(Counting, ABC):
 
     about: ClassVar[str] = ""
     budget: ClassVar[tuple[str, ...]] = ("ratio", "size", "bits")
-    #: By default what follows a plan: forms of other runtimes have no codes that training may choose freely.
-    unused: ClassVar[frozenset[str]] = frozenset({"recover", "minutes"})
+    #: By default a base, which other runtimes do not add to, and what follows a plan: their forms have no codes that
+    #: training may choose freely.
+    unused: ClassVar[frozenset[str]] = frozenset({"base", "recover", "minutes"})
     folds: ClassVar[bool] = True
     loads: ClassVar[bool] = False
     compresses: ClassVar[bool] = True
@@ -103,7 +104,7 @@ class Target(Counting, ABC):
 
     def methods(self, request: Request) -> list[Method]:
         """The methods to choose from; those for other runtimes are left out."""
-        return select_methods(request.methods, request.preset, ORDINARY)
+        return select_methods(request.methods, request.preset, ORDINARY, changes=request.base is not None)
 
     def adapted(self, source: Source) -> Source:
         """The source as this target takes it."""

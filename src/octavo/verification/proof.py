@@ -124,7 +124,7 @@ def _block_by_block(run: Run, artifact: Artifact) -> Proof:
     loader = f"{type(model).__name__}, block by block"
     if not run.opened.measurable:
         return Proof(loader, why=_UNCOMPARED)
-    losses = run.measure(Lazily({name: partial(artifact.tensor, name) for name in artifact.names()}))
+    losses = run.measure(Lazily({name: partial(artifact.stored, name) for name in artifact.names()}))
     return Proof(loader, losses)
 
 

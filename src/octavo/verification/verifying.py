@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.artifact import MANIFEST, Artifact, dtype_name
+from octavo.artifact.deltas import on_base
 from octavo.errors import ArtifactError, RequestError
 from octavo.integrations.transformers import load_as_users_do, load_model
 from octavo.integrations.trust import trusted
@@ -37,7 +38,13 @@ _TOLERANCE = 2.0
 
 
 def load(
-    path: str | Path, into: nn.Module | None = None, *, packed: bool = False, factors: bool = False, batch: Batch = None
+    path: str | Path,
+    into: nn.Module | None = None,
+    *,
+    base: Any = None,
+    packed: bool = False,
+    factors: bool = False,
+    batch: Batch = None,
 ) -> Any:
     """Load an artifact.
 
@@ -49,6 +56,10 @@ def load(
         A module to load the weights into; weights loaded earlier as packed or factors become dense first. Without it,
         the result is a ``transformers`` model if the architecture is known, and otherwise a dictionary of tensors. If
         the artifact is refused, the module is unchanged. Parameters on the ``meta`` device are allocated on the CPU.
+    base
+        For a delta, the model that it is the difference to: a folder, a file, or a module. Without it the base is
+        looked for under its title in the folders of the environment variable ``OCTAVO_BASE``, and beside the artifact.
+        A base of other content is refused.
     packed
         Whether weights stay packed in memory and run from their codes with inputs rounded to bfloat16, instead of being
         decoded. A ``transformers`` model then runs in bfloat16 as a whole; ``into`` keeps its other dtypes.
@@ -64,7 +75,8 @@ def load(
     ArtifactError
         If the artifact is damaged, or does not fit ``into``.
     RequestError
-        If factors are combined with ``packed``, no module is loaded, or the module fails on the batch.
+        If factors are combined with ``packed``, no module is loaded, or the module fails on the batch. If a base is
+        given for what is no delta, or a delta is to run packed or as factors.
 
     Examples
     --------
@@ -74,6 +86,11 @@ def load(
     'BertModel'
     """
     path = Path(path)
+    if base is not None:
+        if Artifact(path).delta is None:
+            raise RequestError(f"{path}: holds a whole model and is no delta; leave base out")
+        with on_base(base):
+            return load(path, into, packed=packed, factors=factors, batch=batch)
     if factors:
         return _with_factors(path, into, packed, batch)
     as_weight = packed_weight if packed else None
@@ -107,6 +124,8 @@ def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch
         raise RequestError(
             "weights run either packed (bfloat16) or as factors (float32); choose one of packed= and factors="
         )
+    if Artifact(path).delta is not None:
+        raise RequestError(f"{path}: is a delta, which has no factors of the model; leave factors out")
     if into is not None:
         # Whether the module fails on the batch is only known once the weights are loaded.
         with unless_refused(unwrapped(into), values=True):
@@ -154,7 +173,7 @@ def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None)
         return f" {artifact.sites[name]['shape']} {dtype_name(artifact.dtype(name))} {kind}"
 
     def decoded(name: str) -> dict[str, Tensor]:
-        return artifact.form(name).tensors() if name in artifact.sites else {"": artifact.tensor(name)}
+        return artifact.form(name).tensors() if name in artifact.sites else {"": artifact.stored(name)}
 
     for done, (name, parts) in enumerate(zip(names, in_order(decoded, names), strict=True)):
         digest.update(f"{name}{given(name)}\n".encode())

@@ -57,6 +57,11 @@ def open_model(path: str | Path) -> OpenedModel:
             load_transformer(source, path)
             return OpenedModel(source, dense_forms(source))
     artifact = trusted(path)
+    if artifact.delta is not None:
+        raise RequestError(
+            f"{path}: is a delta, whose forms are no weights of the model; save the model that octavo.load gives, and "
+            "export that"
+        )
     if not (path / CONFIG).exists() or not is_known(path):
         raise RequestError(
             f"{path}: holds bare tensors without a graph to export; load them into their module with octavo.load(path, "

@@ -49,7 +49,7 @@ class Speed(Target):
     about = "time of one call with onnxruntime on this machine"
     budget = ("speedup", "latency", "shape")
     # Its methods are those that a kernel runs. It measures here, on the whole model.
-    unused = frozenset({"recover", "minutes", "methods", "preset", "plan", "curvature", "memory", "executor"})
+    unused = frozenset({"base", "recover", "minutes", "methods", "preset", "plan", "curvature", "memory", "executor"})
     # The module's own graph is what is exported.
     folds = False
 
