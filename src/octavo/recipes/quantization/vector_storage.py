@@ -1,0 +1,313 @@
+"""The benchmark of learnable vector storage: methods that shrink the tables of a recommender, at equal bytes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.errors import OctavoError
+from octavo.forms import Form
+from octavo.recipes.frame import Gap, Lab, Stored, Study
+from octavo.recipes.frame.nets import shuffled
+from octavo.recipes.testbeds.ctr import CTR, MOVIELENS, ClickData, FilmMeans, auc, click_loss, clicks, crossed
+from octavo.recipes.testbeds.table_methods import AFTERWARDS, CODED, SEARCHED, SHARING, THIN, WIDTH, TableOf, replaced
+from octavo.training import DeepLight, Regimen
+from octavo.training.tables import CompactTable, FormTable, settle_tables, tables_of
+
+#: Bytes of the large tables, as shares of theirs in 32 bits.
+SHARES = (0.5, 0.25, 0.05, 0.01)
+#: Steps of every arm, examples of a step, rates that are tried.
+STEPS, BATCH, RATES = 312, 512, (1e-3, 3e-3, 1e-2)
+#: How much of the bytes of the tables a method must be able to fill, or it is left out at that size.
+FILLED = 0.7
+
+DENSE, MEANS, THINNER, ALONE, PRUNED = "dense", "mean of a film", "smaller dense", "quantization alone", "DeepLight"
+CHOSEN, LOOKUP, TRAINED = "development AUC (%)", "microseconds a row", "seconds of training"
+#: All methods that train their tables small.
+METHODS = (*SHARING, *CODED, *THIN, *SEARCHED, PRUNED)
+
+
+@Study(
+    "vector-storage",
+    system="Learnable vector storage compression",
+    source="Zhang et al. (2023), arXiv 2311.15578",
+    metric="test AUC (%)",
+    higher=True,
+    data=f"{MOVIELENS}, with crossed fields",
+    claims={
+        "eight bits": "8-bit trained tables equal float ones (0.2 points)",
+        "changes": "The best method at half the bytes loses at a hundredth",
+        "adaptive": "Own rows for frequent values beat plain hashing",
+        "codes": "Fewer codes for rare rows beat equal codebooks",
+    },
+    extras={
+        "mild": "At half the bytes, codes or pruning beat sharing rows",
+        "extreme": "At a hundredth, sharing rows beats codes and pruning",
+        "training": "The best trained table beats quantization alone",
+        "smaller": "The best trained table beats a smaller dense model",
+    },
+)
+def run(lab: Lab) -> None:
+    """A DeepFM whose long fields are crossed ones; all arms have the same steps, and fill the same bytes."""
+    shares = (0.3, 0.1) if lab.quick else SHARES
+    knobs: dict[str, float | None] = {}
+    for seed in lab.seeds:
+        lab.step(f"seed {seed}")
+        found = clicks(lab, shuffle=seed)
+        pairs = [(0, 2), (1, 2)] if lab.quick else [(0, 5), (0, 6), (1, 2), (1, 4)]
+        Comparison(lab, crossed(found, pairs), seed, knobs).all(shares)
+    judged(lab, shares)
+
+
+def named(name: str, share: float) -> str:
+    """The name of an arm."""
+    return f"{name}, {share:.0%}"
+
+
+def judged(lab: Lab, shares: Sequence[float]) -> None:
+    """Gates, claims and what the arms show."""
+    mild, extreme = shares[0], shares[-1]
+
+    def at(share: float, names: Sequence[str] = METHODS) -> list[str]:
+        """Arms at a size, best first on development data."""
+        arms = {named(name, share): lab.arms.get(named(name, share)) for name in names}
+        made = {name: sum(arm.also[CHOSEN]) for name, arm in arms.items() if arm is not None}
+        return sorted(made, key=lambda name: -made[name])
+
+    def both(ours: str, theirs: str, margin: float = 0.0) -> list[Gap]:
+        return [
+            lab.ahead(named(ours, share), named(theirs, share), margin)
+            for share in shares
+            if {named(ours, share), named(theirs, share)} <= set(lab.arms)
+        ]
+
+    small = [share for share in shares if named(THINNER, share) in lab.arms]
+    lab.gate("the dense model beats the mean rating of a film", lab.ahead(DENSE, MEANS))
+    lab.gate("there is room: a smaller dense model is worse", lab.ahead(DENSE, named(THINNER, small[-1])))
+    lab.gate("there is damage: hashing to the smallest size is worse", lab.ahead(DENSE, named("hash", extreme)))
+    lab.judge("eight bits", lab.ahead(named("low precision", shares[1 - lab.quick]), DENSE, -0.2))
+    # Among the methods that can be made that small.
+    able = [name for name in METHODS if named(name, extreme) in lab.arms]
+    winner = named(at(mild, able)[0].rpartition(",")[0], extreme)
+    lab.judge("changes", lab.ahead(next(name for name in at(extreme) if name != winner), winner))
+    lab.judge("adaptive", *both("AdaptEmb", "hash"))
+    lab.judge("codes", *both("MGQE", "DPQ"))
+    others = (*CODED, "PEP", PRUNED)
+    lab.judge("mild", lab.ahead(at(mild, others)[0], at(mild, tuple(SHARING))[0]))
+    lab.judge("extreme", lab.ahead(at(extreme, tuple(SHARING))[0], at(extreme, others)[0]))
+    alone = [share for share in shares if named(ALONE, share) in lab.arms]
+    lab.judge("training", *(lab.ahead(at(share)[0], named(ALONE, share)) for share in alone))
+    lab.judge("smaller", *(lab.ahead(at(share)[0], named(THINNER, share)) for share in small))
+    for share in shares:
+        order = at(share)
+        missing = [name for name in METHODS if named(name, share) not in lab.arms]
+        shown = ", ".join(f"{name.rpartition(',')[0]} {lab.arms[name].shown}" for name in order[:3])
+        left = f" {', '.join(missing)} cannot fill that size." if missing else ""
+        lab.say(f"Best at {share:.0%} on development data: {shown}; dense {lab.arms[DENSE].shown}.{left}")
+
+
+class Comparison:
+    """All arms of one seed.
+
+    Parameters
+    ----------
+    knobs
+        What sizes the tables of an arm, found by the first seed for all; None where a method cannot fill the bytes.
+    """
+
+    def __init__(self, lab: Lab, data: ClickData, seed: int, knobs: dict[str, float | None]) -> None:
+        self.lab, self.data, self.seed, self.knobs = lab, data, seed, knobs
+        self.steps = 8 if lab.quick else STEPS
+        self.batches = shuffled(*data.train, size=256 if lab.quick else BATCH, seed=seed)
+        large = [number for number, size in enumerate(data.sizes) if size >= (900 if lab.quick else 1000)]
+        self.counts = {f"tables.{k}": data.train[0][:, k].bincount(minlength=data.sizes[k]).float() for k in large}
+        self.sizes = tuple(len(counts) for counts in self.counts.values())
+        self.seconds = 0.0
+
+    def net(self, width: int = WIDTH) -> CTR:
+        """An untrained model."""
+        torch.manual_seed(self.seed)
+        return CTR(self.data.sizes, width)
+
+    def trained(self, model: nn.Module, lr: float, arm: str | None, part: float = 1.0, **options: Any) -> nn.Module:
+        """A model after a share of the steps; the others came before."""
+        count = round(part * self.steps)
+        started = time.perf_counter()
+        made = self.lab.train(
+            model, self.batches, click_loss, steps=count, seed=self.seed, arm=arm, before=self.steps - count,
+            optimizer=lambda module: torch.optim.Adam(module.parameters(), lr), **options,
+        )  # fmt: skip
+        self.seconds = time.perf_counter() - started
+        return made
+
+    def rate(self, name: str, make: Callable[[float], nn.Module]) -> float:
+        """The rate of a method, chosen once for all sizes."""
+        return self.lab.choose(f"rate of {name}", lambda lr: auc(make(lr), self.data.development), RATES)
+
+    def all(self, shares: Sequence[float]) -> None:
+        """Every arm."""
+        lr = self.rate(DENSE, lambda lr: self.trained(self.net(), lr, None))
+        dense = self.trained(self.net(), lr, DENSE)
+        whole = self.lab.stored(dense)
+        self.add(DENSE, dense, whole)
+        self.lab.add(MEANS, auc(FilmMeans(self.data), self.data.test))
+        nets = self.supernets()
+        for share in shares:
+            # 16 bits of the large tables are in the file of the dense model.
+            size = round(whole.bytes + (4 * share - 2) * WIDTH * sum(self.sizes))
+            for name, make in {**SHARING, **CODED, **THIN}.items():
+                self.direct(name, make, share, size)
+            for name in SEARCHED:
+                self.searched(name, nets[name], share, size)
+            self.pruned(share, size)
+            self.afterwards(dense, share, size)
+            self.thinner(share, size)
+
+    def direct(self, name: str, make: Callable[[TableOf, float], nn.Module], share: float, size: int) -> None:
+        """A method whose tables train from the start as they are stored."""
+
+        def model(knob: float) -> nn.Module:
+            torch.manual_seed(self.seed)
+            tables = {n: make(self.table(n, share), knob) for n in self.counts}
+            return replaced(self.net(), tables)
+
+        arm = named(name, share)
+        knob = self.knob(arm, share, lambda knob: self.stored(model(knob))[1], size)
+        if knob is not None:
+            lr = self.rate(name, lambda lr: self.trained(model(knob), lr, None))
+            self.add(arm, *self.stored(self.trained(model(knob), lr, arm)))
+
+    def supernets(self) -> dict[str, nn.Module]:
+        """Models with the supernets of searches, after half of the steps."""
+        found = {}
+        for name, method in SEARCHED.items():
+
+            def made(lr: float, net: Callable[[TableOf], CompactTable] = method.net) -> nn.Module:
+                torch.manual_seed(self.seed)
+                tables = {n: net(self.table(n, 1.0)) for n in self.counts}
+                return self.trained(replaced(self.net(), tables), lr, None, 0.5)
+
+            found[name] = made(self.rate(name, made))
+        return found
+
+    def searched(self, name: str, net: nn.Module, share: float, size: int) -> None:
+        """What a search chose, trained for the other half of the steps."""
+        chosen, tables = SEARCHED[name].chosen, tables_of(net)
+
+        def model(forms: Mapping[str, Form]) -> nn.Module:
+            assert isinstance(net, CTR)
+            return replaced(net, {n: FormTable(form) for n, form in forms.items()})
+
+        arm = named(name, share)
+        knob = self.knob(arm, share, lambda knob: self.stored(model(chosen(tables, knob, None)))[1], size)
+        if knob is not None:
+            forms = chosen(tables, knob, lambda forms: auc(model(forms), self.data.development))
+            lr = self.lab.choices[f"rate of {name}"].value
+            self.add(arm, *self.stored(self.trained(model(forms), lr, arm, 0.5)))
+
+    def pruned(self, share: float, size: int) -> None:
+        """Plain tables that a regimen prunes."""
+        arm = named(PRUNED, share)
+        weights = {f"{name}.weight": self.net().get_parameter(f"{name}.weight").detach() for name in self.counts}
+
+        def sized(knob: float) -> Stored:
+            forms = {name: AFTERWARDS["magnitude pruning"](weight, knob) for name, weight in weights.items()}
+            return self.lab.stored(self.net(), forms)
+
+        knob = self.knob(arm, share, sized, size)
+        if knob is not None:
+
+            def made(lr: float, arm: str | None = None) -> tuple[nn.Module, Regimen]:
+                regimen = DeepLight(min(1 - knob, 0.9999), names=tuple(weights))
+                return self.trained(self.net(), lr, arm, regimen=regimen), regimen
+
+            model, regimen = made(self.rate(PRUNED, lambda lr: made(lr)[0]), arm)
+            forms = regimen.forms(model)
+            self.add(arm, model, self.lab.stored(model, forms), list(forms.values())[-1].lookup)
+
+    def afterwards(self, dense: nn.Module, share: float, size: int) -> None:
+        """Tables of the trained model, compressed without training."""
+        weights = {f"{name}.weight": dense.get_parameter(f"{name}.weight").detach() for name in self.counts}
+        for name, make in AFTERWARDS.items():
+
+            def forms(knob: float, make: Callable = make) -> dict[str, Form]:
+                return {n: make(weight, knob) for n, weight in weights.items()}
+
+            arm = named(name, share)
+            knob = self.knob(arm, share, lambda knob: self.lab.stored(dense, forms(knob)), size)
+            if knob is not None:
+                found = forms(knob)
+                self.add(arm, dense, self.lab.stored(dense, found), list(found.values())[-1].lookup, seconds=0.0)
+        try:
+            alone = self.lab.quantization_alone(dense, size, weights)
+        except OctavoError:
+            return
+        self.add(named(ALONE, share), dense, alone, seconds=0.0)
+
+    def thinner(self, share: float, size: int) -> None:
+        """A dense model with thinner tables of all fields."""
+        try:
+            width = self.lab.thinner(self.net, size, range(1, WIDTH + 1))
+        except OctavoError:
+            return
+        lr = self.lab.choices[f"rate of {DENSE}"].value
+        made = self.trained(self.net(width), lr, named(THINNER, share))
+        self.add(named(THINNER, share), made, self.lab.stored(made))
+
+    def table(self, name: str, share: float) -> TableOf:
+        """What is known of a table."""
+        return TableOf(self.counts[name], share, self.sizes)
+
+    def knob(self, arm: str, share: float, stored: Callable[[float], Stored], size: int) -> float | None:
+        """The knob that fills the bytes, or None."""
+        if arm not in self.knobs:
+            self.lab.step(f"sizing {arm}")
+            tables = 4 * share * WIDTH * sum(self.sizes)
+            try:
+                self.knobs[arm] = self.lab.fit(stored, size, 0.0, 1.0, near=(1 - FILLED) * tables / size)[0]
+            except OctavoError:
+                self.knobs[arm] = None
+        return self.knobs[arm]
+
+    def stored(self, model: nn.Module) -> tuple[nn.Module, Stored, Callable[[torch.Tensor], torch.Tensor]]:
+        """The model with plain tables, what is in its file, and how a row of the largest table is read."""
+        made = copy.deepcopy(model)
+        last = list(self.counts)[-1]
+        forms = settle_tables(made)
+        form = forms.get(f"{last}.weight")
+        return made, self.lab.stored(made, forms), form.lookup if form is not None else made.get_submodule(last)
+
+    def add(
+        self,
+        arm: str,
+        model: nn.Module,
+        stored: Stored,
+        read: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Quality of what was read back, with the time of a lookup and of the training."""
+        made = stored.load(copy.deepcopy(model))
+        read = read or made.get_submodule(list(self.counts)[-1])
+        also: dict[str, Any] = {
+            CHOSEN: auc(made, self.data.development),
+            LOOKUP: lookup_time(read, self.sizes[-1]),
+            TRAINED: self.seconds if seconds is None else seconds,
+        }
+        self.lab.add(arm, auc(made, self.data.test), stored, **also)
+
+
+@torch.inference_mode()
+def lookup_time(read: Callable[[torch.Tensor], torch.Tensor], rows: int, count: int = 256) -> float:
+    """Microseconds for one of ``count`` random rows that are read at once, the least of three."""
+    index = torch.randint(rows, (count,), generator=torch.Generator().manual_seed(0))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        read(index)
+        times.append(time.perf_counter() - started)
+    return 1e6 * min(times) / count
