@@ -101,9 +101,9 @@ def crossed(found: ClickData, pairs: Sequence[tuple[int, int]]) -> ClickData:
         sizes.append(len(values))
         names.append(f"{found.names[a]} and {found.names[b]}")
     split = fields.split([len(part[0]) for part in parts])
-    a, b, c = ((rows, part[1]) for rows, part in zip(split, parts, strict=True))
+    train, development, test = ((rows, part[1]) for rows, part in zip(split, parts, strict=True))
     made = digest(found.digest.encode(), repr(pairs).encode())
-    return ClickData(a, b, c, made, tuple(sizes), tuple(names))
+    return ClickData(train, development, test, made, tuple(sizes), tuple(names))
 
 
 class CTR(nn.Module):
