@@ -86,6 +86,16 @@ def test_clicks_are_shuffled_on_demand():
     assert both[0] == both[1]
 
 
+def test_crossed_fields_are_pairs_of_values_that_occur():
+    plain = ctr.clicks(LAB)
+    crossed = ctr.crossed(plain, [(0, 2)])
+    assert crossed.names[-1] == "user and context" and crossed.digest != plain.digest
+    fields = torch.cat([part[0] for part in (crossed.train, crossed.development, crossed.test)])
+    assert torch.equal(crossed.train[0][:, :-1], plain.train[0]) and torch.equal(crossed.test[1], plain.test[1])
+    pairs = fields[:, [0, 2, 3]].unique(dim=0)
+    assert len(pairs) == len(pairs[:, :2].unique(dim=0)) == len(pairs[:, 2].unique()) == crossed.sizes[-1]
+
+
 def test_augmented_images_are_shifted_and_mirrored_ones_of_the_same_order():
     x, y = torch.rand(64, 2, 8, 8) + 1, torch.arange(64)
     plain, changed = (

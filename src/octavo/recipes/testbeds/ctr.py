@@ -95,11 +95,11 @@ def crossed(found: ClickData, pairs: Sequence[tuple[int, int]]) -> ClickData:
     """
     parts = (found.train, found.development, found.test)
     fields, sizes, names = torch.cat([part[0] for part in parts]), list(found.sizes), list(found.names)
-    for a, b in pairs:
-        values, index = (fields[:, a] * found.sizes[b] + fields[:, b]).unique(return_inverse=True)
+    for one, other in pairs:
+        values, index = (fields[:, one] * found.sizes[other] + fields[:, other]).unique(return_inverse=True)
         fields = torch.cat([fields, index[:, None]], 1)
         sizes.append(len(values))
-        names.append(f"{found.names[a]} and {found.names[b]}")
+        names.append(f"{found.names[one]} and {found.names[other]}")
     split = fields.split([len(part[0]) for part in parts])
     train, development, test = ((rows, part[1]) for rows, part in zip(split, parts, strict=True))
     made = digest(found.digest.encode(), repr(pairs).encode())

@@ -54,7 +54,7 @@ class TableOf:
     counts
         (rows,) how often each row is used in the training data.
     share
-        Bytes that it may take, as a share of those in 32 bits.
+        Bytes that it may take, as a share of those in 16 bits.
     sizes
         Rows of all tables that are replaced.
     """
@@ -76,7 +76,7 @@ class TableOf:
     @property
     def books(self) -> int:
         """The fewest codebooks whose codes fill the bytes with 8 bits each."""
-        wanted = self.share * 32 * WIDTH / 8
+        wanted = self.share * 16 * WIDTH / 8
         return next((books for books in (1, 2, 4, 8) if books >= wanted), WIDTH)
 
 
@@ -98,7 +98,8 @@ def _train(table: TableOf, knob: float) -> CompactTable:
 
 def _low_precision(table: TableOf, knob: float, *, learned: bool) -> CompactTable:
     levels = round(2 ** (14.9 * knob))
-    reach = DEVIATION * (3 if levels < 8 else 10)
+    # Few codes are used alike in a new table; many leave room for it to grow.
+    reach = DEVIATION * min(10, 1.2 * levels**0.6)
     return LowPrecision(table.rows, WIDTH, levels, reach=reach, learned=learned)
 
 
@@ -112,7 +113,8 @@ def _codes_by_frequency(table: TableOf, knob: float) -> CompactTable:
 
 
 def _mixed_widths(table: TableOf, knob: float) -> CompactTable:
-    widths = widths_by_frequency(table.sizes, 2 * (1 - knob), WIDTH)
+    # From equal widths, the power rises to 1; below half of the knob, all widths shrink.
+    widths = widths_by_frequency(table.sizes, min(1.0, 2 * (1 - knob)), WIDTH, min(1.0, 2 * knob))
     return FormTable(thin_rows(table.rows, WIDTH, widths[table.sizes.index(table.rows)]))
 
 
@@ -173,13 +175,17 @@ def _kept(nets: Nets, knob: float, judge: Judge | None) -> dict[str, Form]:
 
 
 def _widths(nets: Nets, knob: float, judge: Judge | None) -> dict[str, Form]:
-    """The most probable widths, less a price of their elements."""
+    """The most probable widths, less a price of their elements.
+
+    A prior that grows like the logarithm of the width lets every size be met, however little logits differ.
+    """
     found: dict[str, Form] = {}
     for name, net in nets.items():
         assert isinstance(net, WidthChoice)
         price = (1 / max(knob, 1e-6) - 1) * net.num_embeddings / sum(one.num_embeddings for one in nets.values())
-        logits = net.logits.detach().log_softmax(0) - price * torch.tensor(net.widths) / WIDTH
-        found[name] = net.of_width(net.widths[int(logits.argmax())])
+        widths = torch.tensor(net.widths).float()
+        worth = net.logits.detach().log_softmax(0) + widths.log() - price * widths / WIDTH
+        found[name] = net.of_width(net.widths[int(worth.argmax())])
     return found
 
 
@@ -212,7 +218,7 @@ def _evolved(nets: Nets, knob: float, judge: Judge | None) -> dict[str, Form]:
 
 
 SEARCHED: Mapping[str, Searched] = {
-    "AutoDim": Searched(lambda table: WidthChoice(table.rows, WIDTH), _widths),
+    "AutoDim": Searched(lambda table: WidthChoice(table.rows, WIDTH, range(1, WIDTH + 1)), _widths),
     "OptEmbed": Searched(lambda table: Prefixes(table.rows, WIDTH), _evolved),
     "AutoSrh": Searched(lambda table: GatedGroups(table.counts, WIDTH), _kept),
     "PEP": Searched(lambda table: SoftThreshold(table.rows, WIDTH), _kept),
