@@ -69,8 +69,8 @@ class UpdateCodec(Flow[UpdateState]):
     def __post_init__(self) -> None:
         if self.feedback and self.unbiased:
             raise RequestError(
-                f"{self.name}: an unbiased codec may err by more than what it sends, and with feedback its errors would "
-                "grow; leave feedback off, or take a biased codec"
+                f"{self.name}: an unbiased codec may err by more than what it sends, and with feedback its errors "
+                "would grow; leave feedback off, or take a biased codec"
             )
 
     @abstractmethod
@@ -102,8 +102,10 @@ class UpdateCodec(Flow[UpdateState]):
         for sample in samples:
             schema.check(sample)
         plan, flats = FlowPlan(self.name, self._knobs(), budget, schema), [schema.flat(sample) for sample in samples]
-        choice, amount = self.chosen(flats, plan), budget
-        for flat in flats:
+        choice = self.chosen(flats, plan)
+        # A byte an entry is a guess that is quickly made.
+        amount = self._filled(flats[0], plan, 0, budget, choice)[0]
+        for flat in flats[1:]:
             amount = min(amount, self._filled(flat, plan, 0, amount, choice)[0])
         return replace(plan, setting={"amount": amount, **choice})
 
@@ -160,7 +162,6 @@ class UpdateCodec(Flow[UpdateState]):
 
     def error(self, flat: Tensor, plan: FlowPlan, choice: Mapping[str, Any]) -> float:
         """Squared error of a sample, about at the budget."""
-        # A byte an entry is a guess that is quickly made.
         _, payload = self._filled(flat, plan, 0, plan.budget, choice, filled=_ROUGHLY)
         given = plan.schema.flat(self._unpacked(unseal(payload, plan, 0, self.parts), plan.schema, 0))
         return float((flat.double() - given).square().sum())
