@@ -1,5 +1,6 @@
 """The contract of every flow: it passes by being registered, on samples of what it carries."""
 
+import functools
 import json
 import math
 import subprocess
@@ -43,11 +44,18 @@ def sample(flow, seed=0):
     return SAMPLES[flow.carries](seed)
 
 
+@functools.cache
 def budget_of(flow):
     """A twentieth of what flows, or the least that the flow takes."""
     return within_reach(flow, Schema.of(sample(flow)).nbytes // 20)
 
 
+@functools.cache
+def plan_of(flow):
+    return flow.fit([sample(flow)], budget_of(flow))
+
+
+@functools.cache
 def within_reach(flow, budget):
     try:
         flow.fit([sample(flow)], budget)
@@ -77,7 +85,7 @@ def test_payloads_never_exceed_the_budget_and_fill_it(flow):
 
 
 def test_shapes_and_dtypes_come_back_and_both_sides_stay_in_step(flow):
-    plan = flow.fit([sample(flow)], budget_of(flow))
+    plan = plan_of(flow)
     sender, receiver = flow.start(plan), flow_of(FlowPlan.from_json(plan.to_json())).start(plan)
     for seed in range(4):
         sent = sample(flow, seed)
@@ -107,7 +115,7 @@ def fresh(tmp_path_factory):
     folder, expected = tmp_path_factory.mktemp("fresh"), {}
     for name in NAMES:
         flow = FLOWS.get(name)()
-        plan = flow.fit([sample(flow)], budget_of(flow))
+        plan = plan_of(flow)
         sender, receiver = flow.start(plan), flow.start(plan)
         (folder / name).mkdir()
         (folder / name / "plan").write_text(plan.to_json())
@@ -125,7 +133,7 @@ def test_a_fresh_process_decodes_the_same_bits(flow, fresh):
 
 
 def test_the_same_tensors_give_the_same_bytes(flow):
-    plan = flow.fit([sample(flow)], budget_of(flow))
+    plan = plan_of(flow)
     assert plan == flow.fit([sample(flow)], budget_of(flow))
     assert flow.encode(sample(flow, 1), flow.start(plan)) == flow.encode(sample(flow, 1), flow.start(plan))
 
@@ -146,7 +154,7 @@ def test_zeros_constants_and_single_elements_are_carried(flow):
 
 
 def test_damaged_payloads_are_refused_and_the_receiver_waits_for_the_right_one(flow):
-    plan = flow.fit([sample(flow)], budget_of(flow))
+    plan = plan_of(flow)
     payload, receiver = flow.encode(sample(flow), flow.start(plan)), flow.start(plan)
     g = torch.Generator().manual_seed(1)
     damaged = [b"", payload[:5], payload[:-1], payload + b"\0", b"\xff" * len(payload), bytes(len(payload))]
@@ -162,7 +170,7 @@ def test_damaged_payloads_are_refused_and_the_receiver_waits_for_the_right_one(f
 
 def test_payloads_with_a_right_checksum_are_not_believed_either(flow):
     """Whoever writes payloads by hand can compute checksums, too."""
-    plan = flow.fit([sample(flow)], budget_of(flow))
+    plan = plan_of(flow)
     payload = flow.encode(sample(flow), flow.start(plan))
     g = torch.Generator().manual_seed(2)
     for _ in range(150):
@@ -178,7 +186,7 @@ def test_payloads_with_a_right_checksum_are_not_believed_either(flow):
 
 
 def test_lost_repeated_and_foreign_payloads_are_told(flow):
-    plan = flow.fit([sample(flow)], budget_of(flow))
+    plan = plan_of(flow)
     sender, receiver = flow.start(plan), flow.start(plan)
     first, second = (flow.encode(sample(flow, seed), sender) for seed in range(2))
     with pytest.raises(ArtifactError, match="lost"):
@@ -193,7 +201,7 @@ def test_lost_repeated_and_foreign_payloads_are_told(flow):
 
 
 def test_what_cannot_be_sent_is_refused_and_nothing_moves(flow):
-    plan = flow.fit([sample(flow)], budget_of(flow))
+    plan = plan_of(flow)
     state, fine = flow.start(plan), sample(flow)
     wrong = {
         "not finite": {**fine, "layer.bias": fine["layer.bias"] / 0},
@@ -216,7 +224,7 @@ def test_what_cannot_be_sent_is_refused_and_nothing_moves(flow):
 
 
 def test_plans_are_checked(flow):
-    plan = flow.fit([sample(flow)], budget_of(flow))
+    plan = plan_of(flow)
     text = plan.to_json()
     assert FlowPlan.from_json(text) == plan
     data = json.loads(text)

@@ -47,7 +47,11 @@ def most_within(
         slope = (len(payload) - before[1]) / (amount - before[0]) if amount != before[0] else 0.0
         aimed = amount + (_AIMED * budget - len(payload)) / slope if slope > 0 else -1.0
         before = (amount, len(payload))
-        amount = round(aimed) if low < aimed < high and round(aimed) != amount else (low + high) // 2
+        if slope == 0 and low >= 0 and high > most:
+            # Nothing changed: perhaps all is sent already.
+            amount = most
+        else:
+            amount = round(aimed) if low < aimed < high and round(aimed) != amount else (low + high) // 2
         amount = min(max(amount, low + 1), high - 1)
     if found is None and high > 0:
         payload = make(0)

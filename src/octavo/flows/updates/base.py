@@ -37,6 +37,8 @@ class UpdateState:
     missing
         Error feedback of the sender: what was not sent so far, (elements,) float32. It takes as much memory as the
         update in float32.
+    evidence
+        Sum of the last updates, for a codec that chooses again from time to time.
     """
 
     plan: FlowPlan
@@ -44,6 +46,7 @@ class UpdateState:
     amount: int = 0
     choice: dict[str, Any] = field(default_factory=dict)
     missing: Tensor | None = None
+    evidence: Tensor | None = None
 
 
 @dataclass(frozen=True)

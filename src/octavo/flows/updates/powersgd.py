@@ -59,7 +59,7 @@ class PowerSGD(UpdateCodec):
 
     parts: ClassVar[int] = 4
 
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    ranks: tuple[int, ...] = (1, 4, 16)
     rounds: int = 2
 
     def __post_init__(self) -> None:
