@@ -15,6 +15,7 @@ from octavo.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from octavo.artifact import Artifact
+    from octavo.flows import updates as updates
     from octavo.pipeline import compress, frontier, plan, profile
     from octavo.request import Request
     from octavo.runtimes.onnx.exporting import export
@@ -56,6 +57,7 @@ _HOMES = {
     "plan": "octavo.pipeline",
     "profile": "octavo.pipeline",
     "save": "octavo.storing",
+    "updates": "octavo.flows",
     "verify": "octavo.verification.verifying",
 }
 

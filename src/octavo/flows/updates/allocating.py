@@ -18,7 +18,7 @@ from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec
 
 #: Rooms at which units are measured, as powers of two of their even share.
-_DOUBLINGS = (-3, -2, -1, 0, 1, 2, 3)
+_DOUBLINGS = (-3, -1, 0, 1, 3)
 #: Shares of a room that are filled where it is only measured: among rooms that double, and for one alone.
 ROUGHLY, CLOSELY = 0.6, 0.93
 #: Parts of the error bound that the dynamic programme tells apart, as in the source.
@@ -34,7 +34,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Tried:
     """A measured way to send a unit.
 
     Parameters
@@ -92,9 +92,9 @@ def packed(
 
 def measured(
     flat: Tensor, schema: Schema, codecs: Sequence[UpdateCodec], rooms: Sequence[int], full: float
-) -> list[Candidate]:
+) -> list[Tried]:
     """Candidates for a vector (elements,): nothing, and each codec with each choice at each room."""
-    found = [Candidate(-1, {}, 0, 0, float(flat.double().square().sum()))]
+    found = [Tried(-1, {}, 0, 0, float(flat.double().square().sum()))]
     for number, codec in enumerate(codecs):
         for choice in codec.choices():
             prepared, guess = codec.prepare(flat, schema, choice, 0), 0
@@ -104,11 +104,11 @@ def measured(
                     guess, data = fit
                     parts = [memoryview(part) for part in codec.pack(prepared, schema, guess, choice)]
                     error = float((flat.double() - codec.unpack(parts, schema, 0)).square().sum())
-                    found.append(Candidate(number, choice, guess, len(data), error))
+                    found.append(Tried(number, choice, guess, len(data), error))
     return found
 
 
-def table(candidates: Sequence[Sequence[Candidate]]) -> tuple[np.ndarray, np.ndarray]:
+def table(candidates: Sequence[Sequence[Tried]]) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and squared errors, (units, candidates); missing ones cost and lose beyond all others."""
     width = max(map(len, candidates))
     sizes = np.full((len(candidates), width), 2**62, np.int64)

@@ -20,7 +20,7 @@ from octavo.flows.schema import Schema
 from octavo.flows.updates.allocating import (
     CLOSELY,
     ROUGHLY,
-    Candidate,
+    Tried,
     Unit,
     least_bytes,
     least_error,
@@ -210,14 +210,14 @@ class Mixed(UpdateCodec):
     def _units(self, schema: Schema, choice: Mapping[str, Any]) -> tuple[Unit, ...]:
         return units(schema, self.joined) if choice.get("mixed") else whole(schema)
 
-    def _candidates(self, flat: Tensor, schema: Schema, room: int) -> list[list[Candidate]]:
-        parts, found = flat.split(schema.sizes), list[list[Candidate]]()
+    def _candidates(self, flat: Tensor, schema: Schema, room: int) -> list[list[Tried]]:
+        parts, found = flat.split(schema.sizes), list[list[Tried]]()
         for unit in units(schema, self.joined):
             part = torch.cat([parts[member] for member in unit.members])
             share = rooms(room * unit.schema.elements / max(schema.elements, 1))
             found.append(measured(part, unit.schema, self.members, share, ROUGHLY))
         return found
 
-    def _uniform(self, flat: Tensor, schema: Schema, room: int) -> Candidate:
+    def _uniform(self, flat: Tensor, schema: Schema, room: int) -> Tried:
         """The best of one codec for all tensors at once."""
         return min(measured(flat, schema, self.members, [room - 1], CLOSELY), key=lambda candidate: candidate.error)
