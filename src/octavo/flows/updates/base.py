@@ -105,9 +105,12 @@ class UpdateCodec(Flow[UpdateState]):
         for sample in samples:
             schema.check(sample)
         plan, flats = FlowPlan(self.name, self._knobs(), budget, schema), [schema.flat(sample) for sample in samples]
-        choice = self.chosen(flats, plan)
+        return self.planned(flats, plan, self.chosen(flats, plan))
+
+    def planned(self, flats: Sequence[Tensor], plan: FlowPlan, choice: dict[str, Any]) -> FlowPlan:
+        """The plan with a choice, and the amount with which every sample fits."""
         # A byte an entry is a guess that is quickly made.
-        amount = self._filled(flats[0], plan, 0, budget, choice)[0]
+        amount = self._filled(flats[0], plan, 0, plan.budget, choice)[0]
         for flat in flats[1:]:
             amount = min(amount, self._filled(flat, plan, 0, amount, choice)[0])
         return replace(plan, setting={"amount": amount, **choice})

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,13 +101,16 @@ class Mixed(UpdateCodec):
         This is the source's way: there a budget is what the uniform setting takes, and bytes are saved at its error.
         """
         plan = self.fit(samples, budget)
-        evidence = torch.stack([plan.schema.flat(sample) for sample in samples]).mean(0)
-        room = budget - overhead(self.parts) - 1
-        candidates = self._candidates(evidence, plan.schema, room)
+        flats = [plan.schema.flat(sample) for sample in samples]
+        evidence, room = torch.stack(flats).mean(0), budget - overhead(self.parts) - 1
+        uniform, candidates = self._uniform(evidence, plan.schema, room), self._candidates(evidence, plan.schema, room)
         sizes, errors = table(candidates)
-        chosen = least_bytes(sizes, errors, alpha * self._uniform(evidence, plan.schema, room).error)
-        fewest = int(sizes[np.arange(len(sizes)), chosen].sum()) + len(sizes) + overhead(self.parts) + 1
-        return self.fit(samples, fewest) if fewest < budget else plan
+        picked = least_bytes(sizes, errors, alpha * uniform.error)
+        best = [found[column] for found, column in zip(candidates, picked, strict=True)]
+        fewest = budget - room + sum(tried.bytes for tried in best) + len(best)
+        if fewest >= budget:
+            return plan
+        return self.planned(flats, replace(plan, budget=fewest), self._setting(best, True, uniform, evidence))
 
     def most(self, schema: Schema) -> int:
         """Bytes that no codec needs."""
@@ -117,24 +119,15 @@ class Mixed(UpdateCodec):
     def chosen(self, flats: Sequence[Tensor], plan: FlowPlan) -> dict[str, Any]:
         """What each unit gets, and the errors that are expected."""
         evidence, schema = torch.stack(list(flats)).mean(0), plan.schema
-        room, norm = plan.budget - overhead(self.parts) - 1, float(evidence.double().square().sum()) or 1.0
+        room = plan.budget - overhead(self.parts) - 1
         uniform = self._uniform(evidence, schema, room)
         candidates = self._candidates(evidence, schema, room)
         sizes, errors = table(candidates)
         picked = least_error(sizes, errors, room - len(candidates))
         best = [found[column] for found, column in zip(candidates, picked, strict=True)]
-        error = sum(candidate.error for candidate in best)
-        mixed = error < uniform.error and sum(candidate.bytes for candidate in best) + len(best) <= room
-        return {
-            "units": [[c.codec, c.choice, c.amount, c.bytes] for c in (best if mixed else [uniform])],
-            "mixed": mixed,
-            "error": (error if mixed else uniform.error) / norm,
-            "uniform": {
-                "codec": self.codecs[uniform.codec] if uniform.codec >= 0 else None,
-                "choice": uniform.choice,
-                "error": uniform.error / norm,
-            },
-        }
+        error = sum(tried.error for tried in best)
+        mixed = error < uniform.error and sum(tried.bytes for tried in best) + len(best) <= room
+        return self._setting(best if mixed else [uniform], mixed, uniform, evidence)
 
     def admits(self, choice: dict[str, Any], schema: Schema) -> bool:
         """Whether there is a codec, one of its choices, an amount and bytes for every unit."""
@@ -206,6 +199,19 @@ class Mixed(UpdateCodec):
                 state.choice = self.chosen([state.evidence / min(self.refresh, _LATE)], state.plan)
                 state.evidence = None
         return payload
+
+    def _setting(self, best: Sequence[Tried], mixed: bool, uniform: Tried, evidence: Tensor) -> dict[str, Any]:
+        norm = float(evidence.double().square().sum()) or 1.0
+        return {
+            "units": [[tried.codec, tried.choice, tried.amount, tried.bytes] for tried in best],
+            "mixed": mixed,
+            "error": sum(tried.error for tried in best) / norm,
+            "uniform": {
+                "codec": self.codecs[uniform.codec] if uniform.codec >= 0 else None,
+                "choice": uniform.choice,
+                "error": uniform.error / norm,
+            },
+        }
 
     def _units(self, schema: Schema, choice: Mapping[str, Any]) -> tuple[Unit, ...]:
         return units(schema, self.joined) if choice.get("mixed") else whole(schema)
