@@ -87,7 +87,7 @@ def packed(
             writer.block(part)
         return bytes(writer.data)
 
-    return most_within(room, codec.most(schema), guess, make, full)
+    return most_within(room, codec.most(schema), guess, make, full, codec.doubling)
 
 
 def measured(

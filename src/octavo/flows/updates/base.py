@@ -66,6 +66,8 @@ class UpdateCodec(Flow[UpdateState]):
     #: Whether the mean of what is decoded, over draws, is what was sent. Otherwise the codec contracts: what is decoded
     #: has a smaller error than zeros, which error feedback needs.
     unbiased: ClassVar[bool] = False
+    #: Amounts in which bytes about double; None where bytes are about in proportion to the amount.
+    doubling: ClassVar[int | None] = None
 
     feedback: bool = True
 
@@ -186,7 +188,7 @@ class UpdateCodec(Flow[UpdateState]):
         def make(amount: int) -> bytes:
             return seal(plan, step, self.pack(prepared, plan.schema, amount, choice))
 
-        found = most_within(plan.budget, self.most(plan.schema), guess, make, filled)
+        found = most_within(plan.budget, self.most(plan.schema), guess, make, filled, self.doubling)
         if found is None:
             smallest = len(make(0))
             raise BudgetError(

@@ -58,6 +58,7 @@ class PowerSGD(UpdateCodec):
     """
 
     parts: ClassVar[int] = 4
+    doubling: ClassVar[int | None] = FINE
 
     ranks: tuple[int, ...] = (1, 4, 16)
     rounds: int = 2

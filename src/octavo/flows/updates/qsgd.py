@@ -30,6 +30,7 @@ class QSGD(UpdateCodec):
     """
 
     parts: ClassVar[int] = 3
+    doubling: ClassVar[int | None] = FINE
     unbiased: ClassVar[bool] = True
 
     feedback: bool = False

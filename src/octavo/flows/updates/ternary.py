@@ -29,6 +29,7 @@ class Ternary(UpdateCodec):
     """
 
     parts: ClassVar[int] = 3
+    doubling: ClassVar[int | None] = FINE
     unbiased: ClassVar[bool] = True
 
     feedback: bool = False

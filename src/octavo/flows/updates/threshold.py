@@ -32,6 +32,7 @@ class Threshold(UpdateCodec):
     """
 
     parts: ClassVar[int] = 3
+    doubling: ClassVar[int | None] = FINE
 
     def most(self, schema: Schema) -> int:
         """The least threshold."""
