@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from octavo.artifact import Artifact
     from octavo.flows.deltas.merging import merge
     from octavo.flows.deltas.switching import Deltas
+    from octavo.flows import updates as updates
     from octavo.pipeline import compress, frontier, plan, profile
     from octavo.request import Request
     from octavo.runtimes.onnx.exporting import export
@@ -62,6 +63,7 @@ _HOMES = {
     "plan": "octavo.pipeline",
     "profile": "octavo.pipeline",
     "save": "octavo.storing",
+    "updates": "octavo.flows",
     "verify": "octavo.verification.verifying",
 }
 

@@ -31,7 +31,9 @@ class Flow(ABC, Generic[S]):
 
     @abstractmethod
     def fit(self, samples: Sequence[Mapping[str, Tensor]], budget: int) -> FlowPlan:
-        """A plan under which a payload has at most ``budget`` bytes, and within 2% of them where more bytes help.
+        """A plan under which a payload has at most ``budget`` bytes, and nearly as many where more bytes help.
+
+        Nearly is 2%, or 64 bytes where that is more: the tables of entropy coders have steps.
 
         Raises
         ------

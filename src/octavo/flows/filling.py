@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 #: Share of the budget that is filled where more can be sent.
@@ -11,7 +12,12 @@ _TRIES, _AIMED = 24, 0.99
 
 
 def most_within(
-    budget: int, most: int, guess: int, make: Callable[[int], bytes], filled: float = FILLED
+    budget: int,
+    most: int,
+    guess: int,
+    make: Callable[[int], bytes],
+    filled: float = FILLED,
+    doubling: int | None = None,
 ) -> tuple[int, bytes] | None:
     """An amount whose payload has at most ``budget`` bytes, and that share of them where there is such an amount.
 
@@ -25,6 +31,8 @@ def most_within(
         The payload of an amount; more takes more bytes, nearly.
     filled
         Share of the budget at which the search ends.
+    doubling
+        Amounts in which bytes about double; None where bytes are about in proportion.
 
     Returns
     -------
@@ -32,7 +40,9 @@ def most_within(
         The amount and its payload; None if that of 0 does not fit.
     """
     low, high, found = -1, most + 1, None
-    amount, before = min(max(guess, 0), most), (0, 0)
+    amount = min(max(guess, 0), most)
+    before: tuple[int, float] | None = (0, 0.0) if doubling is None else None
+    first = 1 / doubling if doubling is not None else 0.0
     for _ in range(_TRIES):
         payload = make(amount)
         if len(payload) <= budget:
@@ -44,12 +54,22 @@ def most_within(
         if high - low <= 1:
             break
         # Along the line through the last two sizes; what is sent beside the amount is unknown at first.
-        slope = (len(payload) - before[1]) / (amount - before[0]) if amount != before[0] else 0.0
-        aimed = amount + (_AIMED * budget - len(payload)) / slope if slope > 0 else -1.0
-        before = (amount, len(payload))
-        amount = round(aimed) if low < aimed < high and round(aimed) != amount else (low + high) // 2
+        height = _height(len(payload), doubling)
+        slope = (height - before[1]) / (amount - before[0]) if before and amount != before[0] else first
+        aimed = amount + (_height(_AIMED * budget, doubling) - height) / slope if slope > 0 else -1.0
+        before = (amount, height)
+        if slope == 0 and low >= 0 and high > most:
+            # Nothing changed: perhaps all is sent already.
+            amount = most
+        else:
+            amount = round(aimed) if low < aimed < high and round(aimed) != amount else (low + high) // 2
         amount = min(max(amount, low + 1), high - 1)
     if found is None and high > 0:
         payload = make(0)
         found = (0, payload) if len(payload) <= budget else None
     return found
+
+
+def _height(size: float, doubling: int | None) -> float:
+    """What rises in proportion to the amount."""
+    return size if doubling is None else math.log2(max(size, 1))

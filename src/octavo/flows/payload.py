@@ -20,6 +20,11 @@ _CRC = 4
 _LENGTH = struct.Struct("<I")
 
 
+def overhead(parts: int) -> int:
+    """Bytes that a payload of so many parts has beside them."""
+    return _HEAD.size + parts * _LENGTH.size
+
+
 def seal(plan: FlowPlan, step: int, parts: Sequence[bytes]) -> bytes:
     """A payload of some parts, each at most 4 GB."""
     lengths = b"".join(_LENGTH.pack(len(part)) for part in parts)
@@ -46,7 +51,7 @@ def unseal(payload: bytes, plan: FlowPlan, step: int, count: int) -> list[memory
         If the payload is damaged, of another plan, or not the one that is waited for.
     """
     view = memoryview(payload)
-    start = _HEAD.size + count * _LENGTH.size
+    start = overhead(count)
     if len(view) < start:
         raise ArtifactError(f"payload: {len(view)} bytes are too few for {count} parts; send it again")
     magic, version, parts, digest, sent, checksum = _HEAD.unpack(view[: _HEAD.size])

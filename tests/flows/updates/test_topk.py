@@ -74,7 +74,7 @@ def test_parts_that_do_not_fit_are_refused_before_memory_is_taken():
     codec, schema = TopK(), Schema.of({"a": torch.zeros(50), "b": torch.zeros(9)})
     plan = FlowPlan("top-k", TopK()._knobs(), 1000, schema, {"amount": 1, "levels": 7})
     code = lambda values, dtype=torch.int8: coding.encode(torch.tensor(values, dtype=dtype))  # noqa: E731
-    gap = lambda values: code(values, torch.int32)  # noqa: E731
+    gap = lambda values: b"\0" + code([value - 1 for value in values], torch.int32)  # noqa: E731
     step, good = b"\0\0\x80?", code([3, -1])
     vast = coding.encode(torch.ones(1 << 24, dtype=torch.int8))
     steps = step * 2

@@ -37,6 +37,8 @@ class UpdateState:
     missing
         Error feedback of the sender: what was not sent so far, (elements,) float32. It takes as much memory as the
         update in float32.
+    evidence
+        Sum of the last updates, for a codec that chooses again from time to time.
     """
 
     plan: FlowPlan
@@ -44,6 +46,7 @@ class UpdateState:
     amount: int = 0
     choice: dict[str, Any] = field(default_factory=dict)
     missing: Tensor | None = None
+    evidence: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,20 @@ class UpdateCodec(Flow[UpdateState]):
     carries: ClassVar[str] = "updates"
     #: How many parts :meth:`pack` makes.
     parts: ClassVar[int]
+    #: Whether the mean of what is decoded, over draws, is what was sent. Otherwise the codec contracts: what is decoded
+    #: has a smaller error than zeros, which error feedback needs.
+    unbiased: ClassVar[bool] = False
+    #: Amounts in which bytes about double; None where bytes are about in proportion to the amount.
+    doubling: ClassVar[int | None] = None
 
     feedback: bool = True
+
+    def __post_init__(self) -> None:
+        if self.feedback and self.unbiased:
+            raise RequestError(
+                f"{self.name}: an unbiased codec may err by more than what it sends, and with feedback its errors "
+                "would grow; leave feedback off, or take a biased codec"
+            )
 
     @abstractmethod
     def most(self, schema: Schema) -> int:
@@ -71,12 +86,16 @@ class UpdateCodec(Flow[UpdateState]):
         """Plain values among which :meth:`fit` chooses those of least error at the budget."""
         return [{}]
 
-    @abstractmethod
-    def pack(self, flat: Tensor, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
-        """The parts of a payload with so much of ``flat`` (elements,), float32 and finite."""
+    def prepare(self, flat: Tensor, schema: Schema, choice: Mapping[str, Any], step: int) -> Any:
+        """What packing needs of ``flat`` (elements,), float32 and finite, whatever the amount; by default ``flat``."""
+        return flat
 
     @abstractmethod
-    def unpack(self, parts: Sequence[memoryview], schema: Schema) -> Tensor:
+    def pack(self, prepared: Any, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
+        """The parts of a payload with so much of what was prepared."""
+
+    @abstractmethod
+    def unpack(self, parts: Sequence[memoryview], schema: Schema, step: int) -> Tensor:
         """The vector (elements,) that parts stand for; raises :class:`ArtifactError` before memory is taken."""
 
     def fit(self, samples: Sequence[Mapping[str, Tensor]], budget: int) -> FlowPlan:  # noqa: D102
@@ -88,21 +107,33 @@ class UpdateCodec(Flow[UpdateState]):
         for sample in samples:
             schema.check(sample)
         plan, flats = FlowPlan(self.name, self._knobs(), budget, schema), [schema.flat(sample) for sample in samples]
-        choices = self.choices()
-        errors = [self._error(flats[0], plan, choice) for choice in choices] if len(choices) > 1 else [0.0]
-        choice, amount = choices[errors.index(min(errors))], budget
-        for flat in flats:
+        return self.planned(flats, plan, self.chosen(flats, plan))
+
+    def planned(self, flats: Sequence[Tensor], plan: FlowPlan, choice: dict[str, Any]) -> FlowPlan:
+        """The plan with a choice, and the amount with which every sample fits."""
+        # A byte an entry is a guess that is quickly made.
+        amount = self._filled(flats[0], plan, 0, plan.budget, choice)[0]
+        for flat in flats[1:]:
             amount = min(amount, self._filled(flat, plan, 0, amount, choice)[0])
         return replace(plan, setting={"amount": amount, **choice})
+
+    def chosen(self, flats: Sequence[Tensor], plan: FlowPlan) -> dict[str, Any]:
+        """The choice for some samples: by default that of least error of the first."""
+        choices = self.choices()
+        return min(choices, key=lambda choice: self.error(flats[0], plan, choice)) if len(choices) > 1 else choices[0]
 
     def start(self, plan: FlowPlan) -> UpdateState:  # noqa: D102
         if plan.flow != self.name or plan.knobs != self._knobs():
             raise RequestError(f"{self.name}: the plan is of {plan.flow!r} with {plan.knobs}; use flow_of(plan)")
         choice = {name: value for name, value in plan.setting.items() if name != "amount"}
         amount = plan.setting.get("amount")
-        if isinstance(amount, bool) or not isinstance(amount, int) or choice not in self.choices():
+        if isinstance(amount, bool) or not isinstance(amount, int) or not self.admits(choice, plan.schema):
             raise RequestError(f"{self.name}: the plan's setting is {plan.setting!r}; fit it again")
         return UpdateState(plan, amount=amount, choice=choice)
+
+    def admits(self, choice: dict[str, Any], schema: Schema) -> bool:
+        """Whether a plan's choice is one of this codec's."""
+        return choice in self.choices()
 
     @torch.no_grad()
     def encode(self, tensors: Mapping[str, Tensor], state: UpdateState) -> bytes:  # noqa: D102
@@ -116,14 +147,14 @@ class UpdateCodec(Flow[UpdateState]):
         amount, payload = self._filled(flat, state.plan, state.step, state.amount, state.choice)
         if self.feedback:
             # As the receiver will have it, each tensor in its own dtype.
-            given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), schema)
+            given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), schema, state.step)
             state.missing = flat - schema.flat(given)
         state.step, state.amount = state.step + 1, amount
         return payload
 
     @torch.no_grad()
     def decode(self, payload: bytes, state: UpdateState) -> dict[str, Tensor]:  # noqa: D102
-        given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), state.plan.schema)
+        given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), state.plan.schema, state.step)
         state.step += 1
         return given
 
@@ -131,17 +162,16 @@ class UpdateCodec(Flow[UpdateState]):
         """The knobs as a plan holds them: tuples are lists in JSON."""
         return dict(json.loads(json.dumps(asdict(self))))
 
-    def _unpacked(self, parts: Sequence[memoryview], schema: Schema) -> dict[str, Tensor]:
+    def _unpacked(self, parts: Sequence[memoryview], schema: Schema, step: int) -> dict[str, Tensor]:
         try:
-            return schema.split(self.unpack(parts, schema))
+            return schema.split(self.unpack(parts, schema, step))
         except (ValueError, IndexError, OverflowError, RuntimeError) as error:
             raise ArtifactError(f"payload: its parts do not fit together: {error}") from error
 
-    def _error(self, flat: Tensor, plan: FlowPlan, choice: Mapping[str, Any]) -> float:
+    def error(self, flat: Tensor, plan: FlowPlan, choice: Mapping[str, Any]) -> float:
         """Squared error of a sample, about at the budget."""
-        # A byte an entry is a guess that is quickly made.
         _, payload = self._filled(flat, plan, 0, plan.budget, choice, filled=_ROUGHLY)
-        given = plan.schema.flat(self._unpacked(unseal(payload, plan, 0, self.parts), plan.schema))
+        given = plan.schema.flat(self._unpacked(unseal(payload, plan, 0, self.parts), plan.schema, 0))
         return float((flat.double() - given).square().sum())
 
     def _filled(
@@ -153,10 +183,12 @@ class UpdateCodec(Flow[UpdateState]):
         choice: Mapping[str, Any],
         filled: float = FILLED,
     ) -> tuple[int, bytes]:
-        def make(amount: int) -> bytes:
-            return seal(plan, step, self.pack(flat, plan.schema, amount, choice))
+        prepared = self.prepare(flat, plan.schema, choice, step)
 
-        found = most_within(plan.budget, self.most(plan.schema), guess, make, filled)
+        def make(amount: int) -> bytes:
+            return seal(plan, step, self.pack(prepared, plan.schema, amount, choice))
+
+        found = most_within(plan.budget, self.most(plan.schema), guess, make, filled, self.doubling)
         if found is None:
             smallest = len(make(0))
             raise BudgetError(

@@ -6,19 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from octavo import coding
-from octavo.coding import Allowance
-from octavo.errors import ArtifactError, RequestError
+from octavo.errors import RequestError
 from octavo.flows.base import flow
 from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec
+from octavo.flows.updates.codes import owners, pack_scaled, sums, tops, unpack_scaled
 
-#: Bytes of memory that decoding may take for every entry sent, and beside them.
-_EACH, _BESIDE = 96, 1 << 20
 #: Of one byte, without its last.
 _MOST = 127
 
@@ -43,6 +39,7 @@ class TopK(UpdateCodec):
     levels: tuple[int, ...] = (1, 3, 7, 15, 31, 63, 127)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "levels", tuple(self.levels))  # a plan from JSON brings a list
         if not self.levels or any(type(count) is not int or not 1 <= count <= _MOST for count in self.levels):
             raise RequestError(f"top-k: levels is {self.levels!r}; give whole numbers from 1 to {_MOST}")
@@ -55,46 +52,21 @@ class TopK(UpdateCodec):
         """All entries."""
         return schema.elements
 
-    def pack(self, flat: Tensor, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
+    def pack(self, prepared: Tensor, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
         """Gaps, codes, and the steps of the tensors that have entries."""
-        places, levels = _largest(flat, amount), choice["levels"]
-        values, owner = flat[places], _owners(places, schema)
-        top = torch.zeros(len(schema.names)).scatter_reduce(0, owner, values.abs(), "amax")
-        codes = (values.double() * levels / top.double()[owner]).round()
+        places, levels, blocks = largest(prepared, amount), choice["levels"], len(schema.sizes)
+        values, owner = prepared[places], owners(places, schema.sizes)
+        codes = (values.double() * levels / tops(values, owner, blocks).double()[owner]).round()
         codes = torch.where(codes == 0, values.sign().double(), codes).clamp(-levels, levels)
-        steps = _sums(values.double() * codes, owner, schema) / _sums(codes.square(), owner, schema)
-        sent = steps[owner.unique()].float().clamp_min(torch.finfo(torch.float32).tiny)
-        gaps = places.diff(prepend=torch.tensor([-1]))
-        kind = torch.int32 if schema.elements < 1 << 31 else torch.int64
-        return (
-            coding.encode(gaps.to(kind)),
-            coding.encode(codes.to(torch.int8)),
-            sent.numpy().astype("<f4").tobytes(),
-        )
+        steps = sums(values.double() * codes, owner, blocks) / sums(codes.square(), owner, blocks)
+        return pack_scaled(places, codes, steps, schema.sizes, _MOST)
 
-    def unpack(self, parts: Sequence[memoryview], schema: Schema) -> Tensor:
+    def unpack(self, parts: Sequence[memoryview], schema: Schema, step: int) -> Tensor:
         """Zeros but for what was sent."""
-        count, most = coding.describe(parts[1]).elements, schema.elements
-        _expect(count <= most and coding.describe(parts[0]).shape == (count,), f"{count} entries of {most}")
-        _expect(
-            len(parts[2]) % 4 == 0 and len(parts[2]) <= 4 * len(schema.names), "its steps are not as many as tensors"
-        )
-        allowance = Allowance(_EACH * count + _BESIDE)
-        gaps, codes = (coding.decode(part, max_elements=count, allowance=allowance) for part in parts[:2])
-        _expect(codes.dtype == torch.int8 and codes.shape == (count,), "its codes are not small integers")
-        _expect(not count or (int(gaps.min()) >= 1 and int(gaps.max()) <= most), "a place is out of range")
-        _expect(not count or bool(((codes != 0) & (codes != -128)).all()), "a code is out of range")
-        places = gaps.long().cumsum(0) - 1
-        _expect(not count or int(places[-1]) < most, "a place is out of range")
-        steps = torch.from_numpy(np.frombuffer(parts[2], "<f4").astype(np.float32))
-        owner = _owners(places, schema)
-        tensors, which = owner.unique(return_inverse=True)
-        _expect(len(tensors) == len(steps), f"{len(steps)} steps for {len(tensors)} tensors")
-        _expect(bool((torch.isfinite(steps) & (steps > 0)).all()), "a step is not a positive number")
-        return torch.zeros(most).index_copy_(0, places, codes * steps[which])
+        return unpack_scaled(parts, schema.sizes, _MOST)
 
 
-def _largest(flat: Tensor, amount: int) -> Tensor:
+def largest(flat: Tensor, amount: int) -> Tensor:
     """Places of the entries of largest magnitude, in order; of equal ones the first, and no zeros."""
     sizes = flat.abs()
     amount = min(amount, int(torch.count_nonzero(flat)))
@@ -105,17 +77,3 @@ def _largest(flat: Tensor, amount: int) -> Tensor:
     level = (sizes == threshold).nonzero()[:, 0]
     chosen[level[: amount - int(chosen.sum())]] = True
     return chosen.nonzero()[:, 0]
-
-
-def _owners(places: Tensor, schema: Schema) -> Tensor:
-    """Numbers of the tensors in which places lie."""
-    return torch.searchsorted(torch.tensor(schema.sizes).cumsum(0), places, right=True)
-
-
-def _sums(values: Tensor, owner: Tensor, schema: Schema) -> Tensor:
-    return torch.zeros(len(schema.names), dtype=torch.float64).index_add(0, owner, values)
-
-
-def _expect(condition: bool, what: str) -> None:
-    if not condition:
-        raise ArtifactError(f"payload of top-k: {what}; send it again")

@@ -1,0 +1,113 @@
+"""What the source of each codec claims, on small tensors."""
+
+import pytest
+import torch
+
+from octavo.errors import RequestError
+from octavo.flows.updates.kmeans import KMeansLevels
+from octavo.flows.updates.powersgd import PowerSGD
+from octavo.flows.updates.qsgd import QSGD
+from octavo.flows.updates.sign import Sign
+from octavo.flows.updates.sketch import Sketch
+from octavo.flows.updates.ternary import Ternary
+from octavo.flows.updates.threshold import Threshold
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def carried(codec, tensors, budget):
+    plan = codec.fit([tensors], budget)
+    return codec.decode(codec.encode(tensors, codec.start(plan)), codec.start(plan))
+
+
+def share(sent, found):
+    return float((sent - found).square().sum() / sent.square().sum())
+
+
+def test_threshold_sends_what_exceeds_it_in_multiples():
+    sent = normal(4000)
+    found = carried(Threshold(feedback=False), {"a": sent}, 700)["a"]
+    there = found != 0
+    assert sent[there].abs().min() >= sent[~there].abs().max()
+    levels = found[there].abs().unique()
+    assert len(levels) > 1 and torch.allclose(levels.diff(), levels.diff()[0].expand(len(levels) - 1), rtol=1e-4)
+
+
+def test_qsgd_has_levels_of_a_share_of_each_norm():
+    sent = {"a": normal(1500), "b": 100 * normal(1500, seed=1)}
+    found = carried(QSGD(), sent, 1500)
+    steps = {name: float(tensor.abs()[tensor != 0].min()) for name, tensor in found.items()}
+    for name, tensor in found.items():
+        codes = tensor / steps[name]
+        assert torch.allclose(codes, codes.round(), atol=1e-3)
+        assert bool(((tensor - sent[name]).abs() <= 1.001 * steps[name]).all())
+    assert steps["a"] / steps["b"] == pytest.approx(float(sent["a"].norm() / sent["b"].norm()), rel=1e-4)
+
+
+def test_ternary_with_all_bytes_has_the_scale_of_its_source():
+    sent = normal(1000)
+    found = carried(Ternary(), {"a": sent}, 4000)["a"]
+    assert set(found.unique().tolist()) == {-float(sent.abs().max()), 0.0, float(sent.abs().max())}
+    assert bool((found * sent >= 0).all())
+    few = carried(Ternary(), {"a": sent}, 160)["a"]
+    assert len(few.abs().unique()) == 2 and float(few.abs().max()) > 2 * float(sent.abs().max())
+
+
+def test_sign_has_one_bit_an_entry_and_the_mean_magnitude():
+    sent = normal(8000)
+    codec = Sign(feedback=False)
+    plan = codec.fit([{"a": sent}], 1100)
+    payload = codec.encode({"a": sent}, codec.start(plan))
+    assert len(payload) < 1080
+    found = codec.decode(payload, codec.start(plan))["a"]
+    assert torch.allclose(found, sent.sign() * sent.abs().mean())
+
+
+def test_kmeans_finds_clusters():
+    g = torch.Generator().manual_seed(0)
+    centres = torch.tensor([-3.0, 2.0])
+    which = torch.randint(2, (300,), generator=g)
+    sent = torch.zeros(3000)
+    sent[torch.randperm(3000, generator=g)[:300]] = centres[which] + 0.01 * normal(300)
+    found = carried(KMeansLevels(centroids=(2,), feedback=False), {"a": sent}, 4000)["a"]
+    assert len(found.unique()) == 3
+    assert torch.allclose(found.unique(), torch.tensor([-3.0, 0.0, 2.0]), atol=0.02) and share(sent, found) < 1e-4
+    with pytest.raises(RequestError, match="centroids is"):
+        KMeansLevels(centroids=(0,))
+    with pytest.raises(RequestError, match="iterations is"):
+        KMeansLevels(iterations=0)
+
+
+def test_low_rank_is_found_and_vectors_ride_along():
+    low = normal(80, 3) @ normal(3, 60, seed=1)
+    sent = {
+        "m": low,
+        "conv": (normal(16, 2, seed=2) @ normal(2, 75, seed=3)).view(16, 3, 5, 5),
+        "v": normal(40, seed=4),
+    }
+    found = carried(PowerSGD(ranks=(4,), feedback=False), sent, 1500)
+    assert all(share(sent[name], found[name]) < 0.01 for name in sent)
+    assert torch.linalg.matrix_rank(found["m"]) <= 4
+    for wrong in ({"ranks": ()}, {"ranks": (256,)}, {"rounds": 0}):
+        with pytest.raises(RequestError, match="powersgd: "):
+            PowerSGD(**wrong)
+
+
+def test_a_sketch_brings_its_share_of_any_update():
+    flat, spike = normal(4096), torch.zeros(4096)
+    spike[7] = 1.0
+    for sent in (flat, spike):
+        codec = Sketch(part=1024, feedback=False)
+        state = codec.start(codec.fit([{"a": sent}], 1 << 20))
+        # A quarter of the directions, finely quantized.
+        prepared = codec.prepare(sent, state.plan.schema, {"levels": 127}, 3)
+        parts = [memoryview(part) for part in codec.pack(prepared, state.plan.schema, 1024, {"levels": 127})]
+        assert share(sent, codec.unpack(parts, state.plan.schema, 3)) == pytest.approx(0.75, abs=0.05)
+        # Another step sees other directions.
+        assert share(sent, codec.unpack(parts, state.plan.schema, 4)) > 0.9
+    assert share(flat, carried(Sketch(part=1024, feedback=False), {"a": flat}, 1 << 20)["a"]) < 1e-3
+    for part in (0, 1000, 2.0):
+        with pytest.raises(RequestError, match="part is"):
+            Sketch(part=part)

@@ -1,0 +1,156 @@
+"""Two real processes train one model over loopback, and send payloads of a stated size instead of gradients."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import octavo
+from octavo.errors import RequestError
+
+NET = """
+import os, sys, datetime, torch
+import torch.distributed as dist
+from torch import nn
+import octavo
+
+rank = int(sys.argv[1])
+store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0, timeout=datetime.timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+model = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=0.05)
+generator = torch.Generator().manual_seed(5)
+teacher = torch.randn(64, 10, generator=generator)
+
+def batch(step):
+    g = torch.Generator().manual_seed(1000 * step + rank)
+    x = torch.randn(64, 64, generator=g)
+    return x, (x @ teacher).argmax(1)
+
+def loss_of(step, factor=1.0):
+    x, y = batch(step)
+    return nn.functional.cross_entropy(model(x), y) * factor
+
+def same(tensor):
+    parts = [torch.zeros_like(tensor) for _ in range(2)]
+    dist.all_gather(parts, tensor)
+    return torch.equal(*parts)
+
+def told(act):
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+"""
+
+
+def run(tmp_path, body):
+    """The lines that each of two processes printed."""
+    script = tmp_path / "worker.py"
+    script.write_text(NET + textwrap.dedent(body) + "\ndist.destroy_process_group()\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        subprocess.Popen([sys.executable, script, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outs = [worker.communicate(timeout=150) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, (_, errors) in zip(workers, outs, strict=True):
+        assert worker.returncode == 0, errors
+    return [out.splitlines() for out, _ in outs]
+
+
+def test_two_processes_train_with_payloads_and_stay_equal(tmp_path):
+    lines = run(
+        tmp_path,
+        """
+        sync = octavo.updates.compress_ddp(model, ratio=50)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        raw = sum(p.nbytes for p in net.parameters())
+        losses, sizes = [], []
+        for step in range(60):
+            optimizer.zero_grad()
+            loss = loss_of(step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            sizes.append(sync.sent)
+        assert sync.steps == 60 and sync.memory >= raw, sync.memory
+        assert max(sizes) <= raw // 50 and min(sizes) >= 0.98 * (raw // 50) - 64, sizes
+        assert all(same(p.detach()) for p in net.parameters())
+        assert sum(losses[-10:]) / 10 < 0.6 * sum(losses[:5]) / 5, losses
+        assert sync.plan.setting["error"] <= sync.plan.setting["uniform"]["error"]
+        print("fine")
+        """,
+    )
+    assert lines == [["fine"], ["fine"]]
+
+
+def test_gradients_that_are_not_finite_stop_all_workers(tmp_path):
+    lines = run(
+        tmp_path,
+        """
+        sync = octavo.updates.compress_ddp(model, ratio=20, codec="threshold")
+        loss_of(0).backward()
+        print(told(lambda: loss_of(1, float("nan") if rank == 1 else 1.0).backward()))
+        assert sync.steps == 1
+        """,
+    )
+    assert "worker 1 could not send its gradients" in lines[0][0]
+    assert "not finite; nothing was sent" in lines[1][0]
+
+
+def test_new_parameters_are_told(tmp_path):
+    lines = run(
+        tmp_path,
+        """
+        sync = octavo.updates.compress_ddp(model, ratio=20, codec="threshold")
+        loss_of(0).backward()
+        net.append(nn.Linear(10, 10))
+        print(told(lambda: loss_of(1).backward()))
+        """,
+    )
+    assert all("'5.weight' is new since compress_ddp" in out[0] for out in lines)
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield nn.parallel.DistributedDataParallel(nn.Linear(100, 40))
+    dist.destroy_process_group()
+
+
+def test_a_changed_number_of_workers_is_told(alone):
+    sync = octavo.updates.compress_ddp(alone, size=1000, codec="threshold")
+    alone(torch.randn(8, 100)).square().sum().backward()
+    assert sync.sent <= 1000 and sync.ratio >= 16
+    sync.workers = 3
+    with pytest.raises(RequestError, match="there were 3 workers and now are 1"):
+        alone(torch.randn(8, 100)).square().sum().backward()
+
+
+def test_requests_without_meaning_are_refused(alone):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    wrong = [
+        (sharded, {"ratio": 50}, "in FSDP"), (nn.Linear(2, 2), {"ratio": 50}, "is a Linear"),
+        (alone, {}, "give a ratio"), (alone, {"ratio": 50, "size": 10}, "give a ratio"), (alone, {"ratio": 0.5}, "at least 1"),
+        (alone, {"size": 0}, "0 bytes"), (alone, {"size": True}, "True bytes"), (alone, {"ratio": 50, "codec": "nothing"}, "is not known"),
+    ]  # fmt: skip
+    for model, request, says in wrong:
+        with pytest.raises(RequestError, match=says):
+            octavo.updates.compress_ddp(model, **request)
