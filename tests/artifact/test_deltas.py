@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import octavo
+from octavo.cli import app
 from octavo.errors import ArtifactError, RequestError
 
 transformers = pytest.importorskip("transformers")
@@ -204,3 +206,34 @@ def test_modules_in_memory_have_bases_in_memory(tmp_path):
     with pytest.raises(RequestError, match="holds a whole model and is no delta"):
         octavo.compress(tuned, ratio=3, preset="data-free").save(tmp_path / "whole")
         octavo.load(tmp_path / "whole", into=empty, base=base)
+
+
+def test_the_command_takes_a_base(models, tmp_path):
+    words = ["compress", models / "tuned", "--base", models / "base", "--ratio", 2, "--preset", "data-free"]
+    command = [*map(str, words), "--methods", "ternary,rtn,keep", "--out", str(tmp_path / "delta"), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["source"]["base"] == "base" and said["artifact"]["ratio"] >= 2
+    octavo.load(tmp_path / "delta", base=models / "base")
+
+
+def test_a_tied_model_in_bfloat16_comes_back_exactly_where_nothing_is_lost(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter += (0.01 * torch.randn(parameter.shape)).to(parameter)
+    base.save_pretrained(tmp_path / "tuned")
+    choices = {"size": "1MB", "preset": "data-free", "methods": ["keep"], "keep": {"*": "float32"}}
+    octavo.compress(tmp_path / "tuned", base=tmp_path / "base", **choices).save(tmp_path / "delta")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    # The differences are exact in float32; other tensors than matrices keep their relative precision in 16 bits.
+    for name, value in base.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value) or value.ndim == 1

@@ -29,6 +29,7 @@ class Ternary(Method):
     allocator chooses it.
     """
 
+    by_rows = True
     changes = True
     takes = ("density", "scale")
 
