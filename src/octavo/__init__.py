@@ -15,9 +15,9 @@ from octavo.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from octavo.artifact import Artifact
+    from octavo.flows import updates as updates
     from octavo.flows.deltas.merging import merge
     from octavo.flows.deltas.switching import Deltas
-    from octavo.flows import updates as updates
     from octavo.pipeline import compress, frontier, plan, profile
     from octavo.request import Request
     from octavo.runtimes.onnx.exporting import export

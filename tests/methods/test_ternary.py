@@ -1,4 +1,4 @@
-"""Ternary differences: signs with one scale, offered where a difference is compressed."""
+"""TernaryDifference differences: signs with one scale, offered where a difference is compressed."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import octavo
 from octavo.calibration.evidence import Evidence
 from octavo.methods import select_methods
-from octavo.methods.prune.ternary import Ternary
+from octavo.methods.prune.ternary import TernaryDifference
 
 GENERATOR = torch.Generator().manual_seed(0)
 CHANGE = 0.01 * torch.randn(48, 64, generator=GENERATOR)
@@ -14,14 +14,14 @@ EVIDENCE = Evidence(torch.rand(48, generator=GENERATOR) + 0.1, torch.diag(torch.
 
 
 def test_the_largest_changes_become_signs_with_the_stated_scale() -> None:
-    found = Ternary().encode(CHANGE, {"density": 0.1, "scale": 3}, EVIDENCE).dense()
+    found = TernaryDifference().encode(CHANGE, {"density": 0.1, "scale": 3}, EVIDENCE).dense()
     kept = CHANGE.abs() >= CHANGE.abs().flatten().topk(round(0.1 * CHANGE.numel())).values.min()
     assert torch.allclose(found, 3 * CHANGE.std(correction=0) * CHANGE.sign() * kept)
 
 
 @pytest.mark.parametrize("density", [0.02, 0.2, 0.5])
 def test_without_a_scale_it_is_that_of_least_expected_loss(density: float) -> None:
-    own = Ternary().encode(CHANGE, {"density": density}, EVIDENCE).dense()
+    own = TernaryDifference().encode(CHANGE, {"density": density}, EVIDENCE).dense()
     least = EVIDENCE.loss(own - CHANGE)
     assert all(EVIDENCE.loss(factor * own - CHANGE) > least for factor in (0.9, 1.1))
     assert least < EVIDENCE.loss(CHANGE)
@@ -29,14 +29,14 @@ def test_without_a_scale_it_is_that_of_least_expected_loss(density: float) -> No
 
 @pytest.mark.parametrize(("change", "density"), [(torch.zeros(4, 6), 0.5), (CHANGE, 0.0)])
 def test_where_nothing_is_kept_there_are_zeros(change: torch.Tensor, density: float) -> None:
-    form = Ternary().encode(change, {"density": density}, Evidence(torch.ones(len(change)), None))
+    form = TernaryDifference().encode(change, {"density": density}, Evidence(torch.ones(len(change)), None))
     assert not form.dense().any()
 
 
 @pytest.mark.parametrize("setting", [{"density": 1.5}, {"density": "half"}, {"density": 0.1, "scale": -1}])
 def test_a_setting_that_makes_no_sense_is_refused(setting: dict) -> None:
     with pytest.raises(octavo.RequestError, match=r"ternary: .* must be a number"):
-        Ternary().encode(CHANGE, setting, EVIDENCE)
+        TernaryDifference().encode(CHANGE, setting, EVIDENCE)
 
 
 def test_it_is_offered_for_differences_or_by_name() -> None:

@@ -20,7 +20,7 @@ _DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 
 @method("ternary", family="prune", preset="fast", source="Yadav et al. (2023), ComPEFT, arXiv 2311.13171")
 @dataclass(frozen=True)
-class Ternary(Method):
+class TernaryDifference(Method):
     """Keep the share ``density`` of largest ``|D[i, j]|`` as ``scale * std(D) * sign(D[i, j])``; all others are zero.
 
     ``D`` is a difference of a tuned weight to its base, (rows, columns), and ``std`` that of the whole of it. A setting
