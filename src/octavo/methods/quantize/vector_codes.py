@@ -45,7 +45,7 @@ class VectorCodes(Method):
     iterations: int = 25
 
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
-        """Those whose books take less than a quarter of their codes."""
+        """Settings whose books take less than a quarter of the bytes of their codes."""
         listed = [{"width": width, "entries": entries, "books": books} for width, entries, books in _SETTINGS]
         return [one for one in listed if 64 * one["width"] ** 2 * one["entries"] <= weight.numel()]
 
