@@ -105,6 +105,12 @@ def test_from_pretrained_finds_the_base_where_the_user_says_or_beside_it(models,
     assert octavo.verify(copy).outputs_match
 
 
+def test_it_is_verified_on_a_given_base(models, copy):
+    assert octavo.verify(copy, base=models / "base").outputs_match
+    with pytest.raises(ArtifactError, match="is another model"):
+        octavo.verify(copy, base=models / "tuned")
+
+
 def test_another_base_is_refused(models, copy, tmp_path):
     with pytest.raises(ArtifactError, match=r"is a delta of 'base', and .*tuned is another model .*no tensor for"):
         octavo.load(copy, base=models / "tuned")

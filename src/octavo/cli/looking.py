@@ -17,6 +17,9 @@ from octavo.verification import evaluating, verifying
 from octavo.verification.inspecting import inspected
 
 ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
+BASE = Annotated[
+    Path | None, typer.Option(parser=options.path, help="The model that a delta was made from. Default: OCTAVO_BASE.")
+]
 
 
 @command
@@ -44,12 +47,12 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
 
 @command
-def verify(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
+def verify(artifact: ARTIFACT, base: BASE = None, json_output: options.JSON = False) -> None:
     """Read an artifact back: sizes, checksums, weights and outputs as recorded when it was written.
 
     Example: octavo verify folded
     """
-    result = verifying.verify(checked(artifact))
+    result = verifying.verify(checked(artifact), base=base)
     if json_output:
         show_json(result)
         return

@@ -207,8 +207,15 @@ def _relative(outputs: Tensor | None, exact: Tensor) -> float:
     return float((outputs.float() - exact).norm() / exact.norm())
 
 
-def verify(path: str | Path) -> Verified:
+def verify(path: str | Path, *, base: Any = None) -> Verified:
     """Read an artifact from disk and check everything that can be checked without the source.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    base
+        The model that a delta was made from, as for :func:`octavo.load`.
 
     Returns
     -------
@@ -227,6 +234,11 @@ def verify(path: str | Path) -> Verified:
     >>> octavo.verify("folded").weights_match
     True
     """
+    with on_base(base):
+        return _verified(path)
+
+
+def _verified(path: str | Path) -> Verified:
     if is_foreign(path):
         return verify_foreign(path)
     artifact = Artifact(path)
