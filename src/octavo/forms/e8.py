@@ -13,8 +13,8 @@ from octavo.forms.base import Form, apply_by_rows, elements, expect, expect_inte
 
 #: Columns of a block.
 WIDTH = 8
-#: Largest coordinate: sums of a block stay exact in any integer dtype that is read.
-_LARGEST = 1 << 24
+#: Largest coordinate, so that sums of a block stay exact.
+_LARGEST = 1 << 30
 
 
 @form("e8")
@@ -66,7 +66,7 @@ class E8(Form):
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
-        return 16 * shape[0] * WIDTH * -(-shape[1] // WIDTH) + 4 * elements(shape)
+        return 20 * shape[0] * WIDTH * -(-shape[1] // WIDTH) + 4 * elements(shape)
 
     def dense(self) -> Tensor:  # noqa: D102
         return _points(self.first, self.last, self.half)[:, : self.columns]
@@ -92,9 +92,9 @@ def _points(first: Tensor, last: Tensor, half: Tensor) -> Tensor:
     rows, blocks = last.shape
     points = torch.empty(rows, blocks, WIDTH)
     points[..., :-1] = first.view(rows, blocks, WIDTH - 1)
-    odd = points[..., :-1].sum(2).remainder_(2)
-    # In floats, since twice a stored integer may not fit its dtype.
-    points[..., -1] = last.float() * 2 + odd
+    # In 64 bits, where neither sums nor twice a stored integer can overflow.
+    odd = first.view(rows, blocks, WIDTH - 1).sum(2, dtype=torch.int64) & 1
+    points[..., -1] = last.long() * 2 + odd
     return points.add_(half[..., None] * 0.5).flatten(1)
 
 

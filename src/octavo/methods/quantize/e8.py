@@ -48,7 +48,7 @@ class LatticeE8(Method):
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
         """Rows are scaled first, then all blocks are rounded one after another."""
-        step, weight = real(self.name, setting, "step", 1e-4), weight.float()
+        step, weight = real(self.name, setting, "step", 1e-6), weight.float()
         rows, columns = weight.shape
         peak = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         size = peak * (weight / peak).square().mean(1, keepdim=True).sqrt()

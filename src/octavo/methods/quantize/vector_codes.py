@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from octavo.methods.knobs import whole
 from octavo.methods.quantize.grids import compact
 
 #: Width, entries of a book, and books: 4 to 1 bits a weight.
-_SETTINGS = ((2, 256, 1), (2, 64, 1), (4, 256, 1), (4, 64, 1), (8, 256, 1))
+_SETTINGS = ((2, 256, 1), (2, 64, 1), (2, 16, 1), (4, 256, 1), (4, 64, 1), (8, 256, 1))
 #: Vectors for each entry that books are learned from, and distances that are in memory at once.
 _SAMPLE, _AT_ONCE = 256, 1 << 24
 _WIDTHS, _ENTRIES, _BOOKS = (1, 2, 4, 8, 16), 4096, 8
@@ -47,7 +48,9 @@ class VectorCodes(Method):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Settings whose books take less than a quarter of the bytes of their codes."""
         listed = [{"width": width, "entries": entries, "books": books} for width, entries, books in _SETTINGS]
-        return [one for one in listed if 64 * one["width"] ** 2 * one["entries"] <= weight.numel()]
+        # Two bytes for each value of a book, and the logarithm of its entries in bits for a code.
+        least = [64 * width**2 * entries / math.log2(entries) for width, entries, _ in _SETTINGS]
+        return [one for one, elements in zip(listed, least, strict=True) if elements <= weight.numel()]
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
         """Books first, then vectors."""
