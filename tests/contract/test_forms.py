@@ -769,3 +769,18 @@ def test_a_form_takes_no_more_memory_than_it_states(name):
     assert 0 < peak <= stated + NOISE, (peak >> 20, stated >> 20)
     # Stating far too much would refuse honest artifacts.
     assert stated <= allowance_for(shape).bytes / 2
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_another_default_dtype_changes_nothing(name):
+    """Loaders of half-precision models set one while they make and fill a model."""
+    form = cases()[name]
+    index, x = torch.tensor([0, 3, 1]), torch.randn(2, 16)
+    wanted = form.dense(), form.lookup(index), form.apply(x)
+    torch.set_default_dtype(torch.float16)
+    try:
+        again = unpack(memoryview((packed := pack(form)).blob), packed.parts, packed.meta, form.shape)
+        found = again.dense(), again.lookup(index), again.apply(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(wanted, found, strict=True))

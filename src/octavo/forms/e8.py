@@ -90,7 +90,7 @@ class E8(Form):
 
 def _points(first: Tensor, last: Tensor, half: Tensor) -> Tensor:
     rows, blocks = last.shape
-    points = torch.empty(rows, blocks, WIDTH)
+    points = torch.empty(rows, blocks, WIDTH, dtype=torch.float32)
     points[..., :-1] = first.view(rows, blocks, WIDTH - 1)
     # In 64 bits, where neither sums nor twice a stored integer can overflow.
     odd = first.view(rows, blocks, WIDTH - 1).sum(2, dtype=torch.int64) & 1

@@ -75,7 +75,7 @@ class RowBlocks(Form):
 
     def lookup(self, index: Tensor) -> Tensor:  # noqa: D102
         member, places = self.member[index].long(), self._places[index]
-        first, rows = 0, torch.empty(len(index), self.shape[1], device=member.device)
+        first, rows = 0, torch.empty(len(index), self.shape[1], dtype=torch.float32, device=member.device)
         for number, block in enumerate(self.blocks):
             here = member == number
             if bool(here.any()):

@@ -110,7 +110,7 @@ class Sparse(Form):
         return 6 * n + kept + (8 * n // group if group else 0)
 
     def dense(self) -> Tensor:  # noqa: D102
-        weight = torch.zeros(self.mask.shape)
+        weight = torch.zeros(self.mask.shape, dtype=torch.float32)
         places = self.mask.flatten().nonzero()[:, 0]
         weight.view(-1).index_copy_(0, places, self.values.dense().flatten())
         return weight
@@ -119,5 +119,5 @@ class Sparse(Form):
         mask, counts = self.mask[index], self.mask.sum(1)
         # The place of a row's first value, and of each after it.
         places = (counts.cumsum(0) - counts)[index][:, None] + mask.cumsum(1) - 1
-        rows = torch.zeros(mask.shape, device=mask.device)
+        rows = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return rows.masked_scatter(mask, self.values.dense()[0, places[mask]])
