@@ -195,14 +195,19 @@ def rows(source: str, quantizer: str) -> list[dict[str, Any]]:
         found = [stored(source, method, lambda weight, evidence, own=own: own) for own in settings]
     made = []
     for row in found:
-        bits = row["rate"] - least_rate(source, row["error"])
-        # The error that the bound has at this rate, by bisection.
-        low, high = 1e-12 * row["error"], row["error"]
-        for _ in range(50):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if least_rate(source, middle) > row["rate"] else (low, middle)
-        made.append({**row, "bits_over": bits, "decibels_over": 10 * math.log10(row["error"] / high)})
+        made.append({**row, **distance(source, row)})
     return made
+
+
+def distance(source: str, row: dict[str, float]) -> dict[str, float]:
+    """Distance of a point to the bound; below zero where weights have structure that the bound does not know."""
+    bits = row["rate"] - least_rate(source, row["error"])
+    # The error that the bound has at this rate, by bisection.
+    low, high = 1e-12 * row["error"], 16 * row["error"]
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if least_rate(source, middle) > row["rate"] else (low, middle)
+    return {"bits_over": bits, "decibels_over": 10 * math.log10(row["error"] / high)}
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def rate_distortion(results: dict[str, Any], table: Table) -> str:
             rows.append([curve["quantizer"], *cells, *speeds])
         head = ["quantizer", *(f"{rate:g} bits" for rate in _RATES), "encode", "decode"]
         title = curves[0]["title"]
-        parts.append(f"### {title[0].upper()}{title[1:]}\n\n{table(head, rows)}\n")
+        parts.append(f"### {title.capitalize() if title == source else title}\n\n{table(head, rows)}\n")
     sources = "\n".join(parts)
     return f"""## Distance to the rate-distortion bound
 
