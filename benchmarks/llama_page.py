@@ -40,9 +40,12 @@ def _tables(results: dict[str, Any], table: Table) -> str:
     ]  # fmt: skip
     head = ["mix", "MB", "Octavo's MB", "divergence", "Octavo's", "share", "perplexity", "Octavo's", "speed"]
     source = results["source"]
+    earlier = (
+        "" if "seen" not in results else "\nThese rows are of an earlier sample of text, which the command names.\n"
+    )
     return (
         f"## {results['model']}\n\nSource: {source['bytes'] / 1e6:.2f} MB, perplexity {source['perplexity']:.2f}. Preset "
-        f"`{results['preset']}`, windows of {results['context']} tokens.\n\n{table(head, rows)}\n\n{source_of(results)}\n"
+        f"`{results['preset']}`, windows of {results['context']} tokens.\n\n{table(head, rows)}\n{earlier}\n{source_of(results)}\n"
     )
 
 

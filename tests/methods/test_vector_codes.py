@@ -61,5 +61,7 @@ def test_odd_matrices(weight):
 
 
 def test_wrong_settings_are_named():
+    with pytest.raises(RequestError, match="vector-codes: width is 3"):
+        VectorCodes().encode(torch.zeros(2, 2), {"width": 3, "entries": 4, "books": 1}, plain(torch.zeros(2, 2)))
     with pytest.raises(RequestError, match="vector-codes: entries is 99999"):
         VectorCodes().encode(torch.zeros(2, 2), {"width": 4, "entries": 99999, "books": 1}, plain(torch.zeros(2, 2)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
+from octavo.errors import RequestError
 from octavo.forms import Form, Vectors
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.blocks import round_vectors
@@ -54,7 +55,9 @@ class VectorCodes(Method):
 
     def encode(self, weight: Tensor, setting: Setting, evidence: Evidence) -> Form:
         """Books first, then vectors."""
-        width = whole(self.name, setting, "width", 1, max(_WIDTHS))
+        width = whole(self.name, setting, "width", 1)
+        if width not in _WIDTHS:
+            raise RequestError(f"{self.name}: width is {width!r}; choose from {', '.join(map(str, _WIDTHS))}")
         entries, books = (
             whole(self.name, setting, "entries", 1, _ENTRIES),
             whole(self.name, setting, "books", 1, _BOOKS),
@@ -73,7 +76,7 @@ class VectorCodes(Method):
         def nearest(own: Tensor, first: int) -> Tensor:
             return _summed(values, _codes(own, values, costs[first // width].expand_as(own)))
 
-        if evidence.columns is not None and self.feedback and width in _WIDTHS:
+        if evidence.columns is not None and self.feedback:
             vectors = round_vectors(scaled, factored(evidence, ordered=False)[2], width, nearest).reshape(-1, width)
         codes = _codes(vectors, values, costs.repeat(rows, 1)).view(books, rows, blocks)
         return Vectors(codes.to(torch.uint8 if entries <= 256 else torch.int16), values[:, None].half(), columns, scale)
