@@ -7,9 +7,9 @@ import torch
 
 from octavo.calibration.evidence import Evidence
 from octavo.methods import get_method
-from octavo.methods.blocks import round_vectors
 from octavo.methods.feedback import factored, round_columns
 from octavo.methods.quantize.e8 import LatticeE8, nearest_points
+from octavo.methods.vector_feedback import round_vectors
 
 PLAIN = Evidence(torch.ones(64), None)
 

@@ -11,10 +11,10 @@ from octavo.calibration.evidence import Evidence
 from octavo.forms import E8, BlockScaled, Dense, Form
 from octavo.forms.e8 import WIDTH
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.blocks import round_vectors
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import real
 from octavo.methods.quantize.grids import compact
+from octavo.methods.vector_feedback import round_vectors
 
 
 @method(

@@ -12,10 +12,10 @@ from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import Form, Vectors
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.blocks import round_vectors
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import whole
 from octavo.methods.quantize.grids import compact
+from octavo.methods.vector_feedback import round_vectors
 
 #: Width, entries of a book, and books: 4 to 1 bits a weight.
 _SETTINGS = ((2, 256, 1), (2, 64, 1), (2, 16, 1), (4, 256, 1), (4, 64, 1), (8, 256, 1))
