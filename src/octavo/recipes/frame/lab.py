@@ -35,6 +35,10 @@ CACHE = Path(os.environ.get("OCTAVO_CACHE", Path.home() / ".cache" / "octavo")) 
 WIDENED = 3
 
 
+class UnreachedError(OctavoError):
+    """No value of a knob gives a file of the asked size."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One of the compared variants.
@@ -325,7 +329,7 @@ class Lab:
                 break
         if best is None or (best[1].bytes < (1 - near) * size and not self.quick):
             held = "none fits" if best is None else f"the nearest has {best[1].bytes}"
-            raise OctavoError(f"no value of the knob gives a file of {size} bytes ({held}); widen its range")
+            raise UnreachedError(f"no value of the knob gives a file of {size} bytes ({held}); widen its range")
         return best
 
     # Rivals

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.errors import OctavoError
 from octavo.forms import Form
 from octavo.recipes.frame import Gap, Lab, Stored, Study
+from octavo.recipes.frame.lab import UnreachedError
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.testbeds.ctr import CTR, MOVIELENS, ClickData, FilmMeans, auc, click_loss, clicks, crossed
 from octavo.recipes.testbeds.table_methods import AFTERWARDS, CODED, SEARCHED, SHARING, THIN, WIDTH, TableOf, replaced
@@ -250,7 +250,7 @@ class Comparison:
             return
         try:
             alone = self.lab.quantization_alone(dense, size, weights)
-        except OctavoError:
+        except UnreachedError:
             self.knobs[arm] = None
             return
         self.add(arm, dense, alone, seconds=0.0)
@@ -259,7 +259,8 @@ class Comparison:
         """A dense model with thinner tables of all fields."""
         try:
             width = self.lab.thinner(self.net, size, range(1, WIDTH + 1))
-        except OctavoError:
+        except UnreachedError:
+            self.knobs[named(THINNER, share)] = None
             return
         lr = self.lab.choices[f"rate of {DENSE}"].value
         made = self.trained(self.net(width), lr, named(THINNER, share))
@@ -285,7 +286,7 @@ class Comparison:
         tables = share * self.elements * 2
         try:
             self.knobs[arm] = self.lab.fit(stored, size, 0.0, 1.0, near=(1 - FILLED) * tables / size)[0]
-        except OctavoError:
+        except UnreachedError:
             self.knobs.setdefault(arm, None)
         return self.knobs[arm]
 
