@@ -60,13 +60,13 @@ def test_peak_memory_does_not_grow_with_depth(lab: Any, tmp_path: Path) -> None:
     words = ("--preset", "data-free", "--ratio", "4", "--methods", "entropy,keep")
     peaks = {}
     # The first layers fill the allocator's pools.
-    for count in (7, 15):
+    for count in (5, 21):
         source = write_shards(tmp_path / f"source-{count}", count)
         peaks[count], _ = peak_of(lab, "compress", source, *words, "--out", tmp_path / f"out-{count}")
         assert octavo.verify(tmp_path / f"out-{count}").weights_match
-    grown = 8 * SIDE * SIDE * 2
-    # Of 38 MB more of source, and 9 MB more of artifact, none stays; allocators waver by a few.
-    assert peaks[15] - peaks[7] < grown / 2, peaks
+    grown = 16 * SIDE * SIDE * 2
+    # Of 75 MB more of source, and 19 MB more of artifact, none stays; allocators and mapped pages waver by up to 20.
+    assert peaks[21] - peaks[5] < grown / 2, peaks
 
 
 def test_without_data_the_artifact_is_loaded_and_no_quality_is_stated(lab: Any, bert: Path, tmp_path: Path) -> None:
