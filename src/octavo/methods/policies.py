@@ -98,8 +98,13 @@ class Reinforce:
         if self.memory is not None and not 0 <= self.memory < 1:
             raise RequestError(f"memory: {self.memory!r} of a running mean; give a number from 0 to below 1, or None")
 
-    def update(self, rollouts: Sequence[Rollout[Choice]]) -> None:
+    def update(self, rollouts: Sequence[Rollout[Choice]], penalty: Tensor | None = None) -> None:
         """Take one step of the optimizer, and move the baseline.
+
+        Parameters
+        ----------
+        penalty
+            A scalar that is added to the loss, such as a price on the policy's entropy.
 
         Raises
         ------
@@ -118,7 +123,7 @@ class Reinforce:
             advantages = advantages.mean(0, keepdim=True)
         loss = -(advantages * torch.stack([rollout.logs for rollout in rollouts])).sum(1).mean()
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss if penalty is None else loss + penalty).backward()
         self.optimizer.step()
 
     def _answered(self, rewards: Tensor) -> Tensor:

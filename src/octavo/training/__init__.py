@@ -12,6 +12,7 @@ from octavo.training.regimens.comera import CoMERA, core_rates
 from octavo.training.regimens.deeplight import DeepLight
 from octavo.training.regimens.drop_and_grow import DropAndGrow
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
+from octavo.training.regimens.fliqs import FormatSearch
 from octavo.training.regimens.gradual_pruning import GradualPruning
 from octavo.training.regimens.maestro import OrderedDropout
 from octavo.training.regimens.rewinding import Rewinding
@@ -28,6 +29,7 @@ __all__ = [
     "CoMERA",
     "DeepLight",
     "DropAndGrow",
+    "FormatSearch",
     "GradualPruning",
     "HandOver",
     "OrderedDropout",

@@ -45,7 +45,7 @@ class WeightMasks:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
-        self.weights = _maskable(model, names)
+        self.weights = maskable(model, names)
         self.kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
         self._optimizer: torch.optim.Optimizer | None = None
         self._waiting: RemovableHandle | None = None
@@ -213,7 +213,14 @@ def cubic(done: float, first: float, last: float) -> float:
     return last + (first - last) * (1 - done) ** 3
 
 
-def _maskable(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+def maskable(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """Parameters of two dimensions or more by name: those that match a glob, or all that a layer calls ``weight``.
+
+    Raises
+    ------
+    RequestError
+        If a glob matches no such parameter, or the model has none.
+    """
     # A parameter that is tied appears once.
     matrices = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
     if names is None:
