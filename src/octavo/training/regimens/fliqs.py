@@ -97,6 +97,12 @@ class FormatSearch(Regimen):
         self._refuse_unbegun()
         return {name: part.settled.name for name, (part, _) in self._parts.items()}
 
+    @property
+    def certainty(self) -> float:
+        """The probability of the most probable format, a mean over the layers that are searched."""
+        self._refuse_unbegun()
+        return float(self._logits.detach().softmax(1).amax(1).mean()) if self._searched else 1.0
+
     def begin(self, model: nn.Module, steps: int) -> None:
         """Round all weights, and start from even odds."""
         found = maskable(model, self.names)
