@@ -20,7 +20,7 @@ from octavo.artifact import Packed, Sized, pack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.methods import Method, Setting, get_method
-from octavo.methods.base import PRESETS
+from octavo.methods.base import NAMED, PRESETS
 from octavo.methods.tables import is_table
 from octavo.sources.sites import Site
 from octavo.system.atomic import write_file
@@ -170,7 +170,7 @@ def profile_site(
     sample = sample_of(weight, evidence)
     # As a matrix of its own a sample of a table must be one, too, or what is a gain on tables alone would not show.
     tried = sample and (table_sample_of(weight, evidence) or sample)
-    for method in sorted(methods, key=lambda m: (not m.lossless, PRESETS.index(m.preset), m.elastic is None)):
+    for method in sorted(methods, key=lambda m: (not m.lossless, (*PRESETS, NAMED).index(m.preset), m.elastic is None)):
         if not method.accepts(site) or not window.tries(method):
             continue
         asked, method = method, method.at_site(site)

@@ -21,6 +21,8 @@ from octavo.system.registry import Registry
 Setting = dict[str, Any]
 
 PRESETS = ("fast", "default", "best")
+#: In place of a preset: only requests that name the method try it.
+NAMED = "named"
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -35,7 +37,7 @@ class Method(ABC):
     name: ClassVar[str]
     family: ClassVar[str]
     source: ClassVar[str]
-    #: The cheapest preset that tries this method.
+    #: The cheapest preset that tries this method, or ``named``.
     preset: ClassVar[str] = "default"
     #: Name of a knob that changes the size continuously, so that a budget can be met exactly; None if there is none.
     elastic: ClassVar[str | None] = None
@@ -144,12 +146,13 @@ def method(name: str, *, family: str, source: str, preset: str = "default") -> C
     source
         The publication of the algorithm.
     preset
-        The cheapest preset that tries it: ``fast``, ``default`` or ``best``.
+        The cheapest preset that tries it: ``fast``, ``default`` or ``best``; or ``named``, if only requests that name
+        it should wait for it.
     """
 
     def register(cls: M) -> M:
-        if preset not in PRESETS:
-            raise ValueError(f"method {name!r} has the unknown preset {preset!r}; choose from {PRESETS}")
+        if preset not in (*PRESETS, NAMED):
+            raise ValueError(f"method {name!r} has the unknown preset {preset!r}; choose from {(*PRESETS, NAMED)}")
         METHODS.add(name, cls)
         cls.name, cls.family, cls.source, cls.preset = name, family, source, preset
         return cls

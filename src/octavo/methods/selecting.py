@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from octavo.errors import RequestError
-from octavo.methods.base import METHODS, PRESETS, Method
+from octavo.methods.base import METHODS, NAMED, PRESETS, Method
 from octavo.methods.spelling import get_method
 
 #: The methods of `default`, without data.
@@ -103,7 +103,9 @@ def _of_word(word: str | Method, known: dict[str, type[Method]], usable: Usable,
     if colon and name in METHODS:
         _refuse_unfit(name, known, usable)
         return [get_method(word)]
-    family = [cls for cls in known.values() if word == cls.family and (changes or not cls.changes)]
+    family = [
+        cls for cls in known.values() if word == cls.family and cls.preset != NAMED and (changes or not cls.changes)
+    ]
     matches = [cls() for cls in known.values() if word == cls.name or cls in family]
     if not matches:
         _refuse_unfit(word, known, usable)
