@@ -196,7 +196,8 @@ def found() -> str:
     parts = [
         "# Methods\n",
         MADE,
-        "A method finds forms for a weight. *From preset* is the cheapest preset that tries it; one that is `named` runs only where a request\nnames it.\n",
+        "A method finds forms for a weight. *From preset* is the cheapest preset that tries it; "
+        "one that is `named` runs only where a request names it.\n",
     ]
     kinds = list(methods().values())
     for family in sorted({kind.family for kind in kinds}):

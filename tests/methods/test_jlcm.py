@@ -52,9 +52,7 @@ def test_rows_of_one_distribution_share_a_book():
 
 def test_codes_move_to_neighbours_first():
     weight, seen = matrix(), evidence()
-    before, after = (
-        JointCodebooks(groups=1, rounds=rounds).encode(weight, {"values": 16}, seen) for rounds in (0, 1)
-    )
+    before, after = (JointCodebooks(groups=1, rounds=rounds).encode(weight, {"values": 16}, seen) for rounds in (0, 1))
     assert isinstance(before, Codebook) and isinstance(after, Codebook)
     moved = (after.codes.int() - before.codes.int()).abs()
     assert 0.01 < (moved > 0).float().mean() < 0.9
