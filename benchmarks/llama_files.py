@@ -5,7 +5,8 @@ llama.cpp with llama-quantize, llama-imatrix, llama-perplexity and llama-bench. 
 files in packages) and `decoder`, which benchmarks/decoder.py trains and whose float16 GGUF file is the source of both.
 
 llama.cpp's importance matrix and Octavo's moments are of the same text, the development part of the studies' texts.
-Divergence and perplexity are measured by llama.cpp on their test part. OCTAVO_DATA must name these texts.
+Divergence and perplexity are measured by llama.cpp on their test part. OCTAVO_DATA must name these texts. Mixes that the
+file of results has already, with the same preset and context, are not measured again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import CACHE, save_results
+from common import CACHE, load_results, save_results
 from models import TITLES, gguf_file, model_folder
 
 import octavo
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--mixes", nargs="*", default=MIXES)
     parser.add_argument("--preset", default="default")
     parser.add_argument("--context", type=int, default=512, help="tokens of a window, as many as the model knows")
+    parser.add_argument("--force", action="store_true", help="measure mixes again that the results have")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     work = CACHE / "gguf-bench" / given.model
@@ -140,9 +142,12 @@ def main() -> None:
         octavo.profile(original, profile, **asked)
     with tempfile.TemporaryDirectory(prefix="octavo-") as aside:
         base = Path(aside) / "logits"
+        before = load_results(f"gguf-{given.model}")
+        same = (before.get("preset"), before.get("context")) == (given.preset, given.context) and not given.force
+        rows = [row for row in before.get("rows", []) if same]
+        done = {row["mix"] for row in rows}
         source = tools.judged(plain, base, judged)
-        rows = []
-        for mix in given.mixes:
+        for mix in [mix for mix in given.mixes if mix not in done]:
             theirs = tools.mixed(plain, matrix, mix, work / f"{mix}.gguf")
             ours = work / f"octavo-{mix}-{given.preset}"
             if not (ours / "model.gguf").exists():

@@ -45,6 +45,19 @@ def test_the_compiled_loop_reads_every_whole_stream(stream):
     assert np.array_equal(ans.decompress(memoryview(words.tobytes()), len(bytes_), table), bytes_)
 
 
+@pytest.mark.parametrize("letters", [2, 3, 16, 112, 255, 256])
+def test_quantiles_start_where_constriction_lets_them(letters):
+    generator = np.random.default_rng(letters)
+    tables = [np.full(letters, 255, np.uint8), *(generator.integers(low, 256, letters) for low in (0, 128, 220))]
+    for table in tables:
+        table = table.astype(np.uint8)
+        starts, _ = ans._tables(table)
+        for byte in range(len(starts) - 1):
+            # Coded onto nothing, a byte leaves the place where its quantiles start.
+            (word, *_) = np.frombuffer(ans.compress(np.array([byte]), table), "<u4").tolist() or [0]
+            assert word == starts[byte]
+
+
 @pytest.mark.parametrize("harm", ["cut", "longer", "changed"])
 def test_damaged_streams_give_what_constriction_gives(harm, monkeypatch):
     table = ans.quantize(np.exp(-np.abs(np.arange(40) - 20) / 3))

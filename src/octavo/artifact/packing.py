@@ -135,13 +135,14 @@ def pack(form: forms.Form, resident: Resident | None = None) -> Packed:
         Tells what the form takes while it runs, where that counts.
     """
     chunks, parts, codecs, offset = [], {}, dict[str, int](), 0
+    contexts = {id(tensor): context for tensor, context in form.contexts()}
     for name, tensor in form.tensors().items():
         if tensor.dtype.is_floating_point:
             chunk = raw_bytes(tensor).tobytes()
             parts[name] = [offset, len(chunk), dtype_name(tensor.dtype), *tensor.shape]
             codec = "raw"
         else:
-            chunk = coding.encode(tensor.cpu())
+            chunk = coding.encode(tensor.cpu(), contexts.get(id(tensor)))
             parts[name] = [offset, len(chunk)]
             codec = coding.describe(chunk).codec
         codecs[codec] = codecs.get(codec, 0) + len(chunk)

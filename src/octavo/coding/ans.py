@@ -73,9 +73,11 @@ def decompress(data: memoryview, count: int, table: np.ndarray, elements: int = 
 def _tables(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where every byte's quantiles start, with their end, and the byte at every first bits of a quantile."""
     shares = _shares(table)
-    # As constriction rounds shares that need not be perfect: each byte gets one, and its share of the rest.
-    scale = ((1 << _PRECISION) - len(shares)) / shares.sum()
-    before = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
+    # As constriction rounds shares that need not be perfect: each byte gets one, and its share of the rest. Its sums
+    # run from the first share to the last, which the last bit of a float depends on.
+    sums = np.cumsum(shares)
+    scale = ((1 << _PRECISION) - len(shares)) / sums[-1]
+    before = np.concatenate([[0.0], sums[:-1]])
     starts = (before * scale).astype(np.int64) + np.arange(len(shares))
     starts = np.append(starts, 1 << _PRECISION)
     first = np.searchsorted(starts, np.arange(1 << _FIRST) << (_PRECISION - _FIRST), side="right") - 1

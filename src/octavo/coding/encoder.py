@@ -11,6 +11,7 @@ from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, NARROW, STORAGE, a
 from octavo.coding.contexts import ContextPlan, plan
 from octavo.coding.layout import StreamLayout
 from octavo.coding.parallel import run
+from octavo.coding.parities import ParityContext, ParityLayout
 from octavo.errors import RequestError
 
 # ANS decodes half as fast as Huffman codes, so a large tensor must become this much smaller to justify it. For a small
@@ -19,15 +20,19 @@ ANS_GAIN = 0.005
 SMALL = 65536
 # Below this, classes cost more than they save.
 CONTEXT_ELEMENTS = 16384
+# Streams that are split by bits of context are put together element by element, so this must be saved.
+SPLIT_GAIN = 0.005
 
 
-def encode(tensor: torch.Tensor) -> bytes:
+def encode(tensor: torch.Tensor, context: ParityContext | None = None) -> bytes:
     """Store a tensor losslessly in as few bytes as possible.
 
     Parameters
     ----------
     tensor : torch.Tensor
         Of type bool, uint8, int8, int16, int32 or int64, of any shape.
+    context : ParityContext, optional
+        Bits on which the values depend; they are used where that saves bytes.
 
     Returns
     -------
@@ -39,10 +44,10 @@ def encode(tensor: torch.Tensor) -> bytes:
     RequestError
         If the tensor has another type.
     """
-    return _encode(tensor, 0)
+    return _encode(tensor, 0, context)
 
 
-def _encode(tensor: torch.Tensor, depth: int) -> bytes:
+def _encode(tensor: torch.Tensor, depth: int, context: ParityContext | None = None) -> bytes:
     if tensor.dtype not in DTYPES:
         raise RequestError(
             f"only bools and integers of up to 64 bits can be coded, not {tensor.dtype} of shape "
@@ -58,7 +63,7 @@ def _encode(tensor: torch.Tensor, depth: int) -> bytes:
 
     width = bitpack.width_of(low, high)
     fixed_bytes = min(values.nbytes, bitpack.packed_bytes(values.size, width))
-    candidates = _packed(values, low, high, fixed_bytes, depth) if width else []
+    candidates = _packed(values, low, high, fixed_bytes, depth, context) if width else []
     best = min((seal(codec, tables=t, chunks=c) for codec, t, c in candidates), key=len, default=None)
     if best is not None and len(best) < fixed_bytes:
         return best
@@ -77,7 +82,7 @@ def _fixed(values: np.ndarray, low: int, width: int, raw: bool) -> tuple[str, by
 
 
 def _packed(
-    values: np.ndarray, low: int, high: int, fixed_bytes: int, depth: int
+    values: np.ndarray, low: int, high: int, fixed_bytes: int, depth: int, context: ParityContext | None
 ) -> list[tuple[str, bytes, list[bytes]]]:
     """Return the ``huffman`` and ``ans`` candidates: codec, tables and chunks."""
     if depth == MAX_DEPTH and high - low > 255:
@@ -94,21 +99,29 @@ def _packed(
 
     nested = partial(_encode, depth=depth + 1)
 
-    def split(layout: StreamLayout | None) -> packed.Split:
+    def split(layout: StreamLayout | ParityLayout | None) -> packed.Split:
         return packed.split(values.reshape(len(values), -1) if layout else flat, layout, middle, nested)
 
     def attempt(codec: str, streams: packed.Split) -> tuple[str, bytes, list[bytes]]:
         return codec, *packed.encode(streams, codec, escape_bits, nested)
 
     close = [split(candidate.layout) for candidate in plans if candidate.bits <= 1.01 * plans[0].bits]
+    least = plans[0].bits
+    if context is not None and depth == 0 and values.ndim == 2 and values.size >= CONTEXT_ELEMENTS:
+        other = split(ParityLayout.of(plans[0].layout, context, values))
+        before, after = close[0].bits, other.bits
+        if after < (1 - SPLIT_GAIN) * before:
+            # Of a small tensor, both are tried.
+            close = [*close, other] if flat.size < SMALL else [other]
+            least *= after / before
     found = [attempt("huffman", candidate) for candidate in close]
     smallest = min(_size(candidate) for candidate in found)
     if flat.size < SMALL:
         found += [attempt("ans", candidate) for candidate in close]
-    elif plans[0].bits < 8 * (1 - ANS_GAIN) * 1.02 * min(smallest, fixed_bytes):
-        other = attempt("ans", close[0])
-        if _size(other) < (1 - ANS_GAIN) * min(smallest, fixed_bytes):
-            found.append(other)
+    elif least < 8 * (1 - ANS_GAIN) * 1.02 * min(smallest, fixed_bytes):
+        denser = attempt("ans", close[0])
+        if _size(denser) < (1 - ANS_GAIN) * min(smallest, fixed_bytes):
+            found.append(denser)
     return found
 
 

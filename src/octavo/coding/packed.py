@@ -1,6 +1,6 @@
 """Encoding as ``huffman`` or ``ans``: context classes, windows and escapes, shared by both coders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,9 +11,12 @@ from octavo.coding import ans, huffman, windows
 from octavo.coding.fields import Writer
 from octavo.coding.layout import Stream, StreamLayout
 from octavo.coding.parallel import run
+from octavo.coding.parities import ParityLayout
 
 # Encodes a vector that belongs to the tables.
 Nested = Callable[[torch.Tensor], bytes]
+#: Added to the number of streams where each is split by a bit of context.
+SPLIT = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,21 @@ class Split:
     sizes: list[int]
     histograms: list[tuple[int, np.ndarray]]
 
+    @property
+    def bits(self) -> float:
+        """About what the streams take: their entropies, and a table each."""
+        return sum(ans.cost(bins[bins > 0], 1) for _, bins in self.histograms) + 8 * len(self.head)
 
-def split(values: np.ndarray, layout: StreamLayout | None, middle: int, nested: Nested) -> Split:
+
+def split(values: np.ndarray, layout: StreamLayout | ParityLayout | None, middle: int, nested: Nested) -> Split:
     """Split a flat array, or a matrix if there is a layout, into streams.
 
     Parameters
     ----------
     values : numpy.ndarray
         Integers of the narrowest type that holds them.
-    layout : StreamLayout or None
-        Context classes of a matrix.
+    layout : StreamLayout, ParityLayout or None
+        Context classes of a matrix, and bits of context.
     middle : int
         A typical value.
     nested : callable
@@ -54,16 +62,27 @@ def split(values: np.ndarray, layout: StreamLayout | None, middle: int, nested: 
     """
     writer = Writer()
     sizes = [values.size]
-    writer.unsigned(layout.streams if layout else 0)
-    if layout:
-        writer.unsigned(layout.merge)
-        writer.unsigned(layout.base)
-        writer.block(nested(torch.from_numpy(layout.rows)))
-        writer.block(nested(torch.from_numpy(layout.columns)))
+    classes = layout.layout if isinstance(layout, ParityLayout) else layout
+    writer.unsigned((classes.streams if classes else 0) + (SPLIT if classes is not layout else 0))
+    if layout and classes:
+        writer.unsigned(classes.merge)
+        writer.unsigned(classes.base)
+        writer.block(nested(torch.from_numpy(classes.rows)))
+        writer.block(nested(torch.from_numpy(classes.columns)))
+        if isinstance(layout, ParityLayout):
+            for numbers in ((layout.context.lanes,), layout.context.own, layout.context.parities, layout.zeros):
+                writer.block(bytes(_unsigned(numbers)))
         values, sizes = layout.gather(values), layout.sizes
     ends = np.cumsum(sizes).tolist()
     parts = [values[end - size : end] for size, end in zip(sizes, ends, strict=True) if size]
     return Split(bytes(writer.data), values, sizes, [windows.histogram(part, middle) for part in parts])
+
+
+def _unsigned(numbers: Sequence[int]) -> bytearray:
+    writer = Writer()
+    for number in numbers:
+        writer.unsigned(number)
+    return writer.data
 
 
 def encode(streams: Split, codec: str, escape_bits: float, nested: Nested) -> tuple[bytes, list[bytes]]:

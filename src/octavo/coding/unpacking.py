@@ -11,7 +11,9 @@ from octavo.coding.allowance import Allowance
 from octavo.coding.container import Parsed
 from octavo.coding.fields import Reader
 from octavo.coding.layout import MAX_CLASSES, Stream, StreamLayout
+from octavo.coding.packed import SPLIT
 from octavo.coding.parallel import run
+from octavo.coding.parities import MOST_TAPS, ParityContext, ParityLayout
 from octavo.coding.radix import RadixWindow
 from octavo.errors import ArtifactError
 
@@ -53,12 +55,13 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
     return layout.scatter(values) if layout else values
 
 
-def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> StreamLayout | None:
+def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> StreamLayout | ParityLayout | None:
     streams = tables.unsigned()
     if streams == 0:
         return None
+    is_split, streams = streams > SPLIT, streams % SPLIT
     merge, base = tables.unsigned(), tables.unsigned()
-    if streams > 2 * MAX_CLASSES or not 1 <= merge <= MAX_CLASSES or base > 2 * MAX_CLASSES or len(shape) < 2:
+    if not 1 <= streams <= 2 * MAX_CLASSES or not 1 <= merge <= MAX_CLASSES or base > 2 * MAX_CLASSES or len(shape) < 2:
         raise ArtifactError(f"coded tensor: context classes {streams}, {merge}, {base} do not fit shape {shape}")
     height, width = shape[0], math.prod(shape[1:])
     vectors = []
@@ -67,7 +70,27 @@ def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> Stre
         if vector.dtype != torch.uint8 or vector.shape != (length,) or int(vector.max()) >= MAX_CLASSES:
             raise ArtifactError(f"coded tensor: context classes are not {length} bytes below {MAX_CLASSES}")
         vectors.append(vector.numpy())
-    return StreamLayout(vectors[0], vectors[1], merge, base, streams)
+    layout = StreamLayout(vectors[0], vectors[1], merge, base, streams)
+    return _read_parities(tables, layout) if is_split else layout
+
+
+def _read_parities(tables: Reader, layout: StreamLayout) -> ParityLayout:
+    lanes, own, parities, zeros = (_numbers(tables, most) for most in (1, MOST_TAPS, MOST_TAPS, layout.streams))
+    context = ParityContext(sum(lanes), tuple(own), tuple(parities))
+    context.check()
+    if len(zeros) != layout.streams or any(zero > size for zero, size in zip(zeros, layout.sizes, strict=True)):
+        raise ArtifactError("coded tensor: streams are split into more elements than they have")
+    return ParityLayout(layout, context, tuple(zeros))
+
+
+def _numbers(tables: Reader, most: int) -> list[int]:
+    """A block of at most so many integers."""
+    inner, found = Reader(tables.block()), list[int]()
+    while inner.data and len(found) < most:
+        found.append(inner.unsigned())
+    if inner.data:
+        raise ArtifactError(f"coded tensor: more than {most} numbers in a block of the head")
+    return found
 
 
 def _read_stream(tables: Reader, start: int, size: int, codec: str, storage: np.dtype) -> Stream:

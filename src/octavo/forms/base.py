@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from octavo.coding.allowance import Allowance
+from octavo.coding import Allowance, ParityContext
 from octavo.errors import ArtifactError
 from octavo.system.registry import Registry
 
@@ -91,17 +91,26 @@ class Form(ABC):
         """
         return round(stored(self) * share)
 
+    def contexts(self) -> list[tuple[Tensor, ParityContext]]:
+        """Tensors among :meth:`tensors` that code better knowing bits which their own rows above determine."""
+        return [found for part in _parts(self) if isinstance(part, Form) for found in part.contexts()]
+
     def held(self) -> list[Tensor]:
         """The tensors that the form holds in memory; the stored ones may differ."""
         parts: list[Tensor] = []
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            for part in value if isinstance(value, tuple) else (value,):
-                if isinstance(part, Tensor):
-                    parts.append(part)
-                elif isinstance(part, Form):
-                    parts += part.held()
+        for part in _parts(self):
+            if isinstance(part, Tensor):
+                parts.append(part)
+            elif isinstance(part, Form):
+                parts += part.held()
         return parts
+
+
+def _parts(form: Form) -> Iterator[Any]:
+    """The values of a form's fields, those of tuples one by one."""
+    for field in fields(form):  # type: ignore[arg-type]
+        value = getattr(form, field.name)
+        yield from value if isinstance(value, tuple) else (value,)
 
 
 def apply_by_rows(form: Form, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.coding import ParityContext
 from octavo.errors import ArtifactError
 from octavo.forms.base import Form, child, elements, expect, form, nest
 from octavo.forms.grid import Grid
@@ -20,6 +21,8 @@ LANES = 4
 #: parities determine the next quantizer.
 QUANTIZER_TAPS = (1, 4)
 PARITY_TAPS = (2,)
+#: Which quantizer reads each code of a matrix: the bits of this context.
+QUANTIZERS = ParityContext(LANES, QUANTIZER_TAPS, PARITY_TAPS)
 
 
 @form("trellis")
@@ -31,7 +34,8 @@ class Trellis(Form):
 
         quantizer[i, j] = quantizer[i - 4, j] ^ quantizer[i - 16, j] ^ p[i - 8, j]
 
-    Addition without carry makes this linear, so all rows are computed together.
+    Addition without carry makes this linear, so all rows are computed together. Codes of both quantizers have tables of
+    their own where that saves bytes (:mod:`octavo.coding.parities`).
 
     Parameters
     ----------
@@ -64,6 +68,9 @@ class Trellis(Form):
         # The levels (two or eight bytes each) and the bits of the quantizers.
         return elements(shape) * (6 if tensors["grid/codes"].dtype == torch.int8 else 20)
 
+    def contexts(self) -> list[tuple[Tensor, ParityContext]]:  # noqa: D102
+        return [(self.grid.codes, QUANTIZERS)]
+
     def dense(self) -> Tensor:  # noqa: D102
         return self.levels().dense()
 
@@ -76,31 +83,5 @@ class Trellis(Form):
             np.int16 if narrow.dtype == np.int8 else np.int64
         )
         levels <<= 1
-        levels |= quantizers(narrow)
+        levels |= QUANTIZERS.bits(narrow)
         return replace(self.grid, codes=torch.from_numpy(levels).to(codes.device))
-
-
-def quantizers(codes: np.ndarray) -> np.ndarray:
-    """Which quantizer reads each code, (rows, columns) of 0 and 1.
-
-    Division by ``h0``, eight columns to a byte. Over the integers modulo 2 the square of a polynomial is that of its
-    squared terms, so ``1 / h0 = h0(D) h0(D^2) h0(D^4) ...`` up to the power of D that leaves the matrix.
-    """
-    parities = np.packbits((codes & 1).astype(np.uint8, copy=False), axis=1)
-    chosen = np.zeros_like(parities)
-    for tap in PARITY_TAPS:
-        _add_delayed(chosen, parities, tap)
-    power = 1
-    while power * LANES < len(codes):
-        before = chosen.copy()
-        for tap in QUANTIZER_TAPS:
-            _add_delayed(chosen, before, tap * power)
-        power *= 2
-    return np.unpackbits(chosen, axis=1, count=codes.shape[1])
-
-
-def _add_delayed(total: np.ndarray, part: np.ndarray, steps: int) -> None:
-    """Add ``part`` to ``total``, ``steps`` rows of its lane later."""
-    rows = steps * LANES
-    if rows < len(total):
-        total[rows:] ^= part[:-rows]

@@ -43,7 +43,8 @@ class TrellisCoded(Stepped):
     least ``error^2 + rate * bits`` is found by dynamic programming (:mod:`octavo.methods.quantize.viterbi`). Columns
     follow one another as in the method ``entropy``, in the same units and with the same feedback of errors.
 
-    Below 1.2 to 1.7 bits per weight there is no gain, since the odd quantizer has no zero.
+    At few bits the codes of the two quantizers differ much, since only the even one has a zero. Their tables are
+    separate, and so are the lengths that the search counts with.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class TrellisCoded(Stepped):
     takes = ("step",)
 
     rate: float = 0.1
-    levels: tuple[float, ...] = (10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1.25)
+    levels: tuple[float, ...] = (10.5, 9, 7.75, 6.5, 5.5, 4.75, 4, 3.25, 2.5, 1.75, 1.25, 0.8)
 
     def accepts(self, site: Site) -> bool:
         """Paths go down the columns, so there must be several rows."""
@@ -98,7 +99,7 @@ class _Search:
         def sweep(start: int, *block: Tensor) -> None:
             span = slice(start, start + len(block[0]))
             arrays = (tensor.numpy() for tensor in block)
-            quick(*arrays, rows, columns[span], len(self._penalties) - 1, self._penalties, self._states[span])
+            quick(*arrays, rows, columns[span], self._penalties.shape[1] - 1, self._penalties, self._states[span])
 
         return round_blocks(targets, feedback, sweep).div_(2).floor_()
 
@@ -120,9 +121,9 @@ class _Search:
 
 
 def code_lengths(means: Tensor) -> Tensor:
-    """Bits of the codes -32 to 31, (means, 64), for Laplacian targets of these mean magnitudes in half steps.
+    """Bits of the codes -32 to 31, (2, means, 64), for Laplacian targets of these mean magnitudes in half steps.
 
-    Both quantizers round to the nearest level, a step wide, and the coder does not know which one was used.
+    Both quantizers round to the nearest level, a step wide, and the coder knows which one was used.
     """
     codes, means = torch.arange(-_CODES // 2, _CODES // 2, dtype=torch.float64), means[:, None]
 
@@ -133,4 +134,4 @@ def code_lengths(means: Tensor) -> Tensor:
         return (right + left) / 2
 
     even, odd = mass(2 * codes - 1, 2 * codes + 1), mass(2 * codes, 2 * codes + 2)
-    return -torch.log2(((even + odd) / 2).clamp_min(2.0**-_LONGEST))
+    return -torch.log2(torch.stack([even, odd]).clamp_min(2.0**-_LONGEST))

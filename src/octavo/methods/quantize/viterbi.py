@@ -27,8 +27,8 @@ def best_path(targets: np.ndarray, classes: np.ndarray, penalties: np.ndarray, s
     classes
         Row of ``penalties`` for each target, int32 of the same shape.
     penalties
-        (classes, codes) float32: the cost of each code, with zero in the middle; codes further out cost as much as the
-        outermost.
+        (2, classes, codes) float32: the cost of each code of both quantizers, with zero in the middle; codes further
+        out cost as much as the outermost.
     state
         (LANES,) int64: the state of each lane at the start. Overwritten with the states at the end.
 
@@ -47,11 +47,12 @@ def _plain(
     targets: np.ndarray, first: np.ndarray, classes: np.ndarray, penalties: np.ndarray, state: np.ndarray
 ) -> np.ndarray:
     """The NumPy version, with one call for all states and lanes of a step."""
-    half, lanes = penalties.shape[1] // 2, np.arange(LANES)
+    half, lanes = penalties.shape[2] // 2, np.arange(LANES)
     # Each remainder has one of every four adjacent levels.
     levels = first + ((np.arange(4, dtype=np.int32)[:, None] - first) & 3)
     errors = targets - levels.astype(np.float32)
-    costs = errors * errors + penalties[classes, np.clip(levels >> 1, -half, half - 1) + half]
+    codes = np.clip(levels >> 1, -half, half - 1) + half
+    costs = errors * errors + penalties[np.arange(4)[:, None] & 1, classes, codes]
     costs = costs.reshape(4, -1, LANES)
     sums = np.full((STATES, LANES), _FAR, np.float32)
     sums[state, lanes] = 0

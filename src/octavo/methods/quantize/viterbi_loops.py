@@ -23,15 +23,15 @@ def search(
     targets: np.ndarray, first: np.ndarray, classes: np.ndarray, penalties: np.ndarray, state: np.ndarray
 ) -> np.ndarray:
     """The search of :func:`octavo.methods.quantize.viterbi.best_path`; loops over lanes become vector instructions."""
-    half, steps = np.int32(penalties.shape[1] // 2), len(targets) // LANES
+    half, steps = np.int32(penalties.shape[2] // 2), len(targets) // LANES
     costs = np.empty((4, len(targets)), np.float32)
     for remainder in range(4):
-        r = np.int32(remainder)
+        r, quantizer = np.int32(remainder), remainder & 1
         for i in range(len(targets)):
             level = first[i] + ((r - first[i]) & np.int32(3))
             code = min(max(level >> np.int32(1), -half), half - np.int32(1)) + half
             error = targets[i] - np.float32(level)
-            costs[remainder, i] = error * error + penalties[classes[i], code]
+            costs[remainder, i] = error * error + penalties[quantizer, classes[i], code]
     sums = np.full((2, STATES, LANES), _FAR, np.float32)
     for lane in range(LANES):
         sums[0, state[lane], lane] = 0

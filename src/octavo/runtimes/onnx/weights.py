@@ -244,7 +244,7 @@ def _trellis(nodes: Nodes, name: str, form: Trellis, rows: Rows) -> str:
 
 
 def _levels(nodes: Nodes, name: str, codes: Tensor, levels: Tensor) -> str:
-    """``2 * codes + quantizer``, with :func:`octavo.forms.trellis.quantizers` as nodes."""
+    """``2 * codes + quantizer``, with the bits of :data:`octavo.forms.trellis.QUANTIZERS` as nodes."""
     value = _index(nodes, f"{name}/trellis", codes)
     one, two = (nodes.once(("int", k), partial(nodes.constant, "int", torch.tensor(k).int())) for k in (1, 2))
     parities = nodes.cast(nodes.add("BitwiseAnd", [value, one]), torch.uint8)
