@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo import coding
+from octavo.artifact import pack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import Grid, Trellis
-from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS, quantizers
+from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS, QUANTIZERS
 from octavo.methods import get_method
 from octavo.methods.quantize import viterbi
 from octavo.methods.quantize.trellis import TrellisCoded, code_lengths
@@ -37,13 +37,14 @@ def lanes(seed, steps, spread):
     generator = np.random.default_rng(seed)
     targets = (generator.standard_normal(steps * LANES) * spread).astype(np.float32)
     classes = generator.integers(0, CLASSES, len(targets)).astype(np.int32)
-    return targets, classes, generator.random((CLASSES, CODES), np.float32), np.zeros(LANES, np.int64)
+    return targets, classes, generator.random((2, CLASSES, CODES), np.float32), np.zeros(LANES, np.int64)
 
 
 def cost(levels, targets, classes, penalties):
     """What a path costs, by lane."""
-    code = np.clip(levels.astype(int) >> 1, -CODES // 2, CODES // 2 - 1) + CODES // 2
-    each = (targets.astype(float) - levels) ** 2 + penalties[classes, code]
+    levels = levels.astype(int)
+    code = np.clip(levels >> 1, -CODES // 2, CODES // 2 - 1) + CODES // 2
+    each = (targets.astype(float) - levels) ** 2 + penalties[levels & 1, classes, code]
     return each.reshape(-1, LANES).sum(0)
 
 
@@ -51,7 +52,7 @@ def cost(levels, targets, classes, penalties):
 @given(rows=st.integers(1, 150), columns=st.integers(1, 20), seed=st.integers(0, 2**20))
 def test_quantizers_follow_the_recurrence(rows, columns, seed):
     codes = np.random.default_rng(seed).integers(-128, 128, (rows, columns)).astype(np.int8)
-    assert np.array_equal(quantizers(codes), one_by_one(codes))
+    assert np.array_equal(QUANTIZERS.bits(codes), one_by_one(codes))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
@@ -90,7 +91,7 @@ def test_no_path_of_nearest_levels_costs_less():
             codes = np.repeat(paths.T >> 1, LANES, axis=0)
             possible = paths == (2 * codes + one_by_one(codes))[::LANES].T
             least = min(
-                ((targets[part] - path) ** 2 + penalties[classes[part], np.clip(path >> 1, -8, 7) + 8]).sum()
+                ((targets[part] - path) ** 2 + penalties[path & 1, classes[part], np.clip(path >> 1, -8, 7) + 8]).sum()
                 for path in paths[possible.all(1)]
             )
             assert possible.all(1).sum() == 2**steps and found[lane] == pytest.approx(least, rel=1e-5)
@@ -109,18 +110,17 @@ def test_chunks_go_on_where_the_last_one_ended():
 def test_code_lengths_are_those_of_a_distribution():
     means = torch.tensor([0.05, 0.5, 2.0, 6.0], dtype=torch.float64)
     bits = code_lengths(means)
-    assert torch.allclose((2.0**-bits).sum(1), torch.ones(4, dtype=torch.float64), atol=3e-3)
-    # By hand: half of what lies in -1..1 and half of what lies in 0..2.
+    assert torch.allclose((2.0**-bits).sum(2), torch.ones(2, 4, dtype=torch.float64), atol=3e-3)
+    # By hand: the even quantizer's zero is what lies in -1..1, and the odd one's what lies in 0..2.
     mean = 2.0
-    expected = 0.5 * (1 - np.exp(-1 / mean)) + 0.25 * (1 - np.exp(-2 / mean))
-    assert float(2.0 ** -bits[2, 32]) == pytest.approx(expected)
+    assert float(2.0 ** -bits[0, 2, 32]) == pytest.approx(1 - np.exp(-1 / mean))
+    assert float(2.0 ** -bits[1, 2, 32]) == pytest.approx(0.5 * (1 - np.exp(-2 / mean)))
 
 
 def bits_and_error(method, weight, step):
     form = method.encode(weight, {"step": step}, Evidence(torch.ones(len(weight)), None))
-    codes = form.tensors()["codes" if "codes" in form.tensors() else "grid/codes"]
     error = float((weight - form.dense()).square().mean())
-    return 8 * len(coding.encode(codes)) / weight.numel(), error
+    return 8 * pack(form).bytes / weight.numel(), error
 
 
 @pytest.mark.parametrize("step", [0.12, 0.4])
@@ -131,6 +131,14 @@ def test_nearly_a_decibel_is_gained_of_the_one_and_a_half_there_are(step):
     fewer, less = bits_and_error(TrellisCoded(), weight, step)
     gain = 10 * np.log10(error / less) + 6.02 * (bits - fewer)
     assert 0.85 < gain < 1.53
+
+
+@pytest.mark.parametrize(("step", "over"), [(1.0, 0.09), (1.3, 0.09), (1.8, 0.11)])
+def test_it_stays_near_the_bound_at_few_bits(step, over):
+    """The bound of Gaussian weights is half of the binary logarithm of their variance over the error."""
+    weight = torch.randn(1024, 192, generator=torch.Generator().manual_seed(0))
+    bits, error = bits_and_error(TrellisCoded(), weight, step)
+    assert 0 < bits + 0.5 * np.log2(error) < over
 
 
 def test_feedback_is_heeded(matrix, evidence):

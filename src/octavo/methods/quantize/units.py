@@ -8,6 +8,7 @@ are then spent at one slope. Row and column steps are rounded to eighths of an o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,15 +52,19 @@ class StepUnits:
 
     def steps(self, levels: Iterable[float]) -> list[float]:
         """The steps at which finely rounded Gaussian weights take the given bits; 1 if all weights are zero."""
+        if not self.deviation:
+            return [1.0]
+        # Their entropy is log2(deviation / step) + log2(2 pi e) / 2. A short decimal is readable in a plan and survives
+        # a round trip through YAML.
+        return [float(f"{self.deviation * 2 ** (2.05 - level):.5g}") for level in levels]
+
+    @cached_property
+    def deviation(self) -> float:
+        """Root mean square of the weights in these units."""
         # Divided first and scaled back last, since the squares of large weights would overflow.
         units = self.weight[:, self.order] / self.row_steps[:, None] / self.column_steps
         largest = float(units.abs().max()) if units.numel() else 0.0
-        if not largest > 0:
-            return [1.0]
-        deviation = float((units / largest).square().mean().sqrt()) * largest
-        # Their entropy is log2(deviation / step) + log2(2 pi e) / 2. A short decimal is readable in a plan and survives
-        # a round trip through YAML.
-        return [float(f"{deviation * 2 ** (2.05 - level):.5g}") for level in levels]
+        return float((units / largest).square().mean().sqrt()) * largest if largest > 0 else 0.0
 
     def grid(
         self,
