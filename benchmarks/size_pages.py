@@ -18,12 +18,23 @@ def large(results: Results, table: Table) -> str:
     """Models larger than memory, without data."""
     rows = [
         [
-            str(row["layers"]), f"{row['weights'] / 1e9:.2f}", f"{row['source_bytes'] / 1e9:.2f} GB", f"{row['ratio']:.3f}",
+            str(row["layers"]), f"{row['weights'] / 1e9:.2f}", f"{row['source_bytes'] / 1e9:.2f} GB",
+            row.get("asked", "--ratio 4").removeprefix("--"), f"{row['artifact_bytes'] / 1e9:.3f} GB", f"{row['ratio']:.3f}",
             f"{row['peak_memory'] / 1e9:.2f} GB", f"{row['seconds_per_billion_weights']:.0f}", f"{row['processor_seconds_per_billion_weights']:.0f}",
         ]
         for row in results["rows"]
     ]  # fmt: skip
-    head = ["blocks", "10⁹ weights", "source", "ratio", "peak memory", "s per 10⁹", "processor s per 10⁹"]
+    head = [
+        "blocks",
+        "10⁹ weights",
+        "source",
+        "asked",
+        "artifact",
+        "ratio",
+        "peak memory",
+        "s per 10⁹",
+        "processor s per 10⁹",
+    ]
     return f"""## Llama-7B's shape, without data
 
 {results["note"]}. A killed and resumed run gave the same bytes: {"yes" if results["resumed"]["same_bytes"] else "no"}.
