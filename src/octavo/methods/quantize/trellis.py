@@ -28,6 +28,8 @@ _LONGEST = 24
 #: The steps, in deviations of the weights, between which the price of a bit rises to twice the rate. At few bits zeros
 #: are made by that price at less loss than by still larger steps.
 _COARSE = (1.3, 1.9)
+#: The step, in the same unit, from which the coder splits codes by their quantizer.
+_SPLIT = 0.55
 
 
 @method(
@@ -73,8 +75,10 @@ class TrellisCoded(Stepped):
         units = StepUnits(self.name, weight, evidence)
         for setting in settings:
             step = real(self.name, setting, "step", 1e-38)
-            share = (step / (units.deviation or step) - _COARSE[0]) / (_COARSE[1] - _COARSE[0])
-            search = _Search(weight.shape[1], self.rate * (1 + min(max(share, 0.0), 1.0)))
+            coarse = step / (units.deviation or step)
+            share = (coarse - _COARSE[0]) / (_COARSE[1] - _COARSE[0])
+            rate = self.rate * (1 + min(max(share, 0.0), 1.0))
+            search = _Search(weight.shape[1], rate, split=coarse > _SPLIT)
             # The step of the grid is the distance between the levels of both quantizers.
             half = step / 2
             yield Trellis(units.grid(half, search.at_once, search.in_turn, chunk=_CHUNK, multiple=LANES))
@@ -83,10 +87,13 @@ class TrellisCoded(Stepped):
 class _Search:
     """Codes of a matrix, chunk by chunk: lanes continue from the states at the end of the last chunk."""
 
-    def __init__(self, columns: int, rate: float) -> None:
+    def __init__(self, columns: int, rate: float, *, split: bool) -> None:
         self._states = np.zeros((columns, LANES), np.int64)
+        lengths = code_lengths(Magnitudes.means)
+        if not split:
+            lengths = -torch.log2((2.0**-lengths).mean(0, keepdim=True)).expand_as(lengths)
         # Penalties are for errors in units of half a step.
-        self._penalties = (4 * rate * code_lengths(Magnitudes.means)).float().numpy()
+        self._penalties = np.ascontiguousarray((4 * rate * lengths).float().numpy())
 
     def at_once(self, targets: Tensor) -> Tensor:
         """Codes of targets (rows, columns) without feedback."""
