@@ -45,7 +45,7 @@ class WeightMasks:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
-        self.weights = _maskable(model, names)
+        self.weights = weights_of(model, names)
         self.kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
         self._optimizer: torch.optim.Optimizer | None = None
         self._waiting: RemovableHandle | None = None
@@ -213,14 +213,21 @@ def cubic(done: float, first: float, last: float) -> float:
     return last + (first - last) * (1 - done) ** 3
 
 
-def _maskable(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+def weights_of(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The weights of two dimensions or more that globs name; by default all that a layer calls ``weight``.
+
+    Raises
+    ------
+    RequestError
+        If a glob matches no weight, or the model has none.
+    """
     # A parameter that is tied appears once.
     matrices = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
     if names is None:
         found = {name: weight for name, weight in matrices.items() if name.rpartition(".")[2] == "weight"}
         if not found:
             raise RequestError(
-                f"{type(model).__name__}: has no weight to mask; name parameters of two dimensions or more"
+                f"{type(model).__name__}: has no weight to change; name parameters of two dimensions or more"
             )
         return found
     for pattern in names:

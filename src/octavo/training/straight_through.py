@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from octavo.forms import (
-    Dense, Folded, Form, Frequency, Grid, LowRank, Scaled, Sparse, Sum, TensorTrain, Trimmed, with_leaves,
+    Dense,
+    Folded,
+    Form,
+    Frequency,
+    Grid,
+    LowRank,
+    Scaled,
+    Sparse,
+    Sum,
+    TensorTrain,
+    Trimmed,
+    with_leaves,
 )  # fmt: skip
 
 #: How far a latent may begin from its code, where error feedback chose another code than rounding would.
