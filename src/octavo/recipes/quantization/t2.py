@@ -94,7 +94,8 @@ class Pipeline:
     def net(self, width: int | None = None) -> nn.Module:
         """An untrained net."""
         torch.manual_seed(self.seed)
-        return SeriesTransformer(*self.split.train[0].shape[1:], self.split.classes, width or self.width)
+        _, channels, times = self.split.train[0].shape
+        return SeriesTransformer(channels, times, self.split.classes, width or self.width)
 
     def trained(
         self, model: nn.Module, arm: str | None, steps: int, lr: float = RATE, regimen: Regimen | None = None

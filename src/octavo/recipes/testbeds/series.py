@@ -49,8 +49,8 @@ def _waves() -> Split:
     phase = 6.28 * torch.rand(192, 4, 1, generator=draws)
     x = torch.sin((y[:, None, None] + 1) * torch.arange(16) * 0.4 + phase)
     x = x + 0.5 * torch.randn(x.shape, generator=draws)
-    parts = [(x[a:b], y[a:b]) for a, b in ((0, 96), (96, 128), (128, 192))]
-    return Split(*parts, digest(x.numpy().tobytes()), classes=3)
+    train, development, test = ((x[a:b], y[a:b]) for a, b in ((0, 96), (96, 128), (128, 192)))
+    return Split(train, development, test, digest(x.numpy().tobytes()), classes=3)
 
 
 class SeriesTransformer(nn.Module):

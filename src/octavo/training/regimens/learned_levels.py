@@ -92,7 +92,7 @@ class _Levels(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         values, codes = self._nearest(weight)
         # The values' own gradient, and that of the identity for the weight.
-        return (values[codes] + weight - weight.detach()) * self.kept
+        return (values[codes] + (weight - weight.detach())) * self.kept
 
     def _nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         values = self.values.sort().values

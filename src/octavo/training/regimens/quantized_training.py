@@ -70,7 +70,7 @@ class _Rounding(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         rounded = self.encoded(weight).dense().to(weight).view(weight.shape)
-        return weight + (rounded - weight).detach()
+        return rounded + (weight - weight.detach())
 
     @torch.no_grad()
     def encoded(self, weight: Tensor) -> Form:
