@@ -8,20 +8,21 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from octavo.artifact import Artifact
+from octavo.artifact import Artifact, Contents, Entry, Kept, pack
 from octavo.forms import Codebook, Form
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.data import Split
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.testbeds.series import VOWELS, SeriesTransformer, vowels
 from octavo.runtimes.onnx.sessions import Session, require
-from octavo.storing import save
+from octavo.sources.sites import from_module
 from octavo.training import GradualPruning, LearnedLevels, accuracy, cross_entropy
 from octavo.training.formed import plain_copy
 from octavo.training.regimens.base import Regimen
@@ -183,7 +184,7 @@ def written(
         scale = state[name].abs().max().clamp_min(1e-12) / 127
         parts |= {name: (state[name] / scale).round().to(torch.int8), f"{name}.scale": scale}
     save_file({name: tensor.contiguous() for name, tensor in parts.items()}, flat)
-    save((model, forms), folder / "artifact", dtype=torch.float16, report=False, progress=False)
+    write_artifact(model, forms, folder / "artifact")
 
     def into(values: Mapping[str, Tensor]) -> Answer:
         model.load_state_dict(values)
@@ -201,6 +202,21 @@ def written(
     if onnx:
         made[ONNX] = as_onnx(model, one, folder / "net.onnx")
     return made
+
+
+def write_artifact(model: nn.Module, forms: Mapping[str, Form], folder: Path) -> None:
+    """Forms, and everything else in 16 bits, as in the other arms."""
+    source = from_module(model)
+    told = {"title": source.title, "fingerprint": "0" * 64, "bytes": source.original_bytes, "weights": source.weights}
+    contents = Contents(told)
+    for name, shape in source.shapes.items():
+        kind = source.dtypes[name]
+        if name in forms:
+            contents.entries[name] = Entry(pack(forms[name]), shape, kind)
+        else:
+            contents.kept[name] = Kept(partial(source.read, name), shape, torch.float16, kind)
+    folder.mkdir()
+    contents.write(folder)
 
 
 def answering(model: nn.Module) -> Answer:
