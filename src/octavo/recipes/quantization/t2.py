@@ -22,7 +22,7 @@ from octavo.recipes.frame.data import Split
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.testbeds.series import VOWELS, SeriesTransformer, vowels
 from octavo.runtimes.onnx.sessions import Session, require
-from octavo.sources.sites import from_module
+from octavo.sources.sites import Layout, from_module
 from octavo.training import GradualPruning, LearnedLevels, accuracy, cross_entropy
 from octavo.training.formed import plain_copy
 from octavo.training.regimens.base import Regimen
@@ -212,7 +212,7 @@ def write_artifact(model: nn.Module, forms: Mapping[str, Form], folder: Path) ->
     for name, shape in source.shapes.items():
         kind = source.dtypes[name]
         if name in forms:
-            contents.entries[name] = Entry(pack(forms[name]), shape, kind)
+            contents.entries[name] = Entry(pack(forms[name]), shape, kind, Layout())
         else:
             contents.kept[name] = Kept(partial(source.read, name), shape, torch.float16, kind)
     folder.mkdir()
