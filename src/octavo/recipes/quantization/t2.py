@@ -29,7 +29,7 @@ from octavo.training.regimens.base import Regimen
 
 #: Steps of every arm, and the last of them, which train levels; examples of a step; rates of both.
 STEPS, TUNED, BATCH, RATE, LAST = 400, 150, 32, 1e-3, 3e-4
-WIDTH, SPARSITY, LEVELS = 128, 0.8, 16
+WIDTH, SPARSITY, LEVELS = 128, 0.85, 16
 #: Loads and answers of which the median is told.
 ROUNDS = 15
 
