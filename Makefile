@@ -50,7 +50,7 @@ bench: $(READY) ## compare with other tools, continue where it stopped (hours); 
 
 reproduce: $(READY) ## measure what Octavo promises (hours; the first two take 20 minutes); writes docs/results.md
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench,onnx,ray,recipes]'
-	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps recbole
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt --no-deps aeon recbole
 	$(BIN)/python benchmarks/acceptance.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/speed.py

@@ -139,6 +139,12 @@ def folded(g: Gallery, rows: int, columns: int) -> Form:
     return forms.Folded(g.inner(*shape), fold, (c, h, w))
 
 
+def frequency(g: Gallery, rows: int, columns: int) -> Form:
+    _, height, width = kernel_of(columns)
+    block = g.random.choice([(1, height, width), (divisor(rows, 4, 3, 2), 1, divisor(columns, 8, 4, 3, 2))])
+    return forms.Frequency(g.inner(rows, columns), block)
+
+
 def row_blocks(g: Gallery, rows: int, columns: int) -> Form:
     count = min(3, rows)
     member = (torch.arange(rows) % count)[torch.randperm(rows, generator=g._torch)].to(torch.uint8)
@@ -207,7 +213,7 @@ def ggml(g: Gallery, rows: int, columns: int) -> Form:
 
 #: How a form of each registered kind is made.
 MAKERS: dict[str, Maker] = {
-    "affine": affine, "block-scaled": block_scaled, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "e8": e8, "folded": folded,
+    "affine": affine, "block-scaled": block_scaled, "codebook": codebook, "cut": cut, "dense": dense, "dense-sparse": dense_sparse, "e8": e8, "folded": folded, "frequency": frequency,
     "ggml": ggml, "grid": grid, "grouped-lowrank": grouped, "lowrank": lowrank, "row-blocks": row_blocks, "scaled": scaled,
     "separable": separable, "sparse": sparse, "tensor-train": tensor_train, "vectors": vectors, "hashed": hashed,
     "exact": lambda g, rows, columns: forms.Exact.of(g.floats(rows, columns).float()),

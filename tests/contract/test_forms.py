@@ -26,6 +26,7 @@ from octavo.forms import (
     DenseSparse,
     Exact,
     Folded,
+    Frequency,
     Grid,
     GroupedLowRank,
     Hash,
@@ -166,6 +167,15 @@ def folded(rows, columns, seed, fold, inner=grid):
     return Folded(inner(*shape, seed), fold, (c, h, w))
 
 
+def frequency(rows, columns, seed, kind="kernels"):
+    """Grids of kernels, and tiles of centres with a sparse correction."""
+    _, h, w = kernel_of(columns)
+    if kind == "kernels":
+        return Frequency(grid(rows, columns, seed, "steps"), (1, h, w))
+    tile = next(n for n in (4, 3, 2, 1) if rows % n == 0)
+    return Frequency(Sum(vectors(rows, columns, seed, shared=True), sparse(rows, columns, seed + 1)), (tile, 1, h * w))
+
+
 def rowblocks(rows, columns, seed):
     count = min(3, rows)
     member = torch.arange(rows)[torch.randperm(rows, generator=_generator(seed))] % count
@@ -269,6 +279,8 @@ FORMS = {
     "grouped lowrank(dense, dense)": lambda r, c, s: grouped(r, c, s, dense),
     "folded spatial": lambda r, c, s: folded(r, c, s, "spatial", lowrank),
     "folded filter": lambda r, c, s: folded(r, c, s, "filter"),
+    "frequency of kernels": frequency,
+    "frequency of tiles": lambda r, c, s: frequency(r, c, s, "tiles"),
     "row blocks": rowblocks,
     "dense sparse": dense_sparse,
     "dense sparse of wide blocks": lambda r, c, s: dense_sparse(r, c, s, 9, dense),

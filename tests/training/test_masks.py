@@ -221,7 +221,7 @@ def test_what_is_saved_is_really_small(regimen, rounds, examples, tmp_path):
         (lambda: DropAndGrow(growth="hope"), "hope"),
         (lambda: Rewinding(0.0), "share is 0.0"),
         (lambda: WeightMasks(net(), ["3.weight"]), "no weight '3.weight'.*0.weight"),
-        (lambda: WeightMasks(nn.BatchNorm1d(4)), "no weight to mask"),
+        (lambda: WeightMasks(nn.BatchNorm1d(4)), "no weight to change"),
         (lambda: WeightMasks(nn.Linear(6, 3)).prune(0.5, pattern=(2, 4)), "does not divide its 6 columns"),
         (lambda: GradualPruning().hand_over(net()), "nothing was trained"),
         (lambda: DropAndGrow().hand_over(net()), "nothing was trained"),

@@ -9,6 +9,7 @@ from octavo.forms.dense_sparse import DenseSparse
 from octavo.forms.e8 import E8
 from octavo.forms.exact import Exact
 from octavo.forms.folded import Folded
+from octavo.forms.frequency import Frequency
 from octavo.forms.grid import Grid
 from octavo.forms.grouped import GroupedLowRank
 from octavo.forms.hashed import Hash, Hashed
@@ -34,6 +35,7 @@ __all__ = [
     "Exact",
     "Folded",
     "Form",
+    "Frequency",
     "Grid",
     "GroupedLowRank",
     "Hash",

@@ -14,7 +14,9 @@ from octavo.training.regimens.drop_and_grow import DropAndGrow
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
 from octavo.training.regimens.fliqs import FormatSearch
 from octavo.training.regimens.gradual_pruning import GradualPruning
+from octavo.training.regimens.learned_levels import LearnedLevels
 from octavo.training.regimens.maestro import OrderedDropout
+from octavo.training.regimens.quantized_training import QuantizedTraining
 from octavo.training.regimens.rewinding import Rewinding
 from octavo.training.regimens.slimming import Slimming
 from octavo.training.regimens.trp import TrainedRankPruning
@@ -32,8 +34,10 @@ __all__ = [
     "FormatSearch",
     "GradualPruning",
     "HandOver",
+    "LearnedLevels",
     "OrderedDropout",
     "Prompted",
+    "QuantizedTraining",
     "Regimen",
     "Rewinding",
     "Slimming",

@@ -10,7 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.forms import Dense, Folded, Form, Grid, LowRank, Scaled, Sparse, Sum, TensorTrain, Trimmed, with_leaves
+from octavo.forms import (
+    Dense,
+    Folded,
+    Form,
+    Frequency,
+    Grid,
+    LowRank,
+    Scaled,
+    Sparse,
+    Sum,
+    TensorTrain,
+    Trimmed,
+    with_leaves,
+)  # fmt: skip
 
 #: How far a latent may begin from its code, where error feedback chose another code than rounding would.
 _WITHIN = 0.49
@@ -19,7 +32,7 @@ _SMALLEST = 1 / 32
 #: Magnitudes above it are counted together.
 _LEVELS = 255
 #: Forms that compute only with the matrices of the forms that they hold.
-_OF_MATRICES = (Folded, LowRank, Scaled, Sparse, Sum, TensorTrain, Trimmed)
+_OF_MATRICES = (Folded, Frequency, LowRank, Scaled, Sparse, Sum, TensorTrain, Trimmed)
 
 
 class StraightThrough:

@@ -15,6 +15,7 @@ from octavo.forms import (
     Exact,
     Folded,
     Form,
+    Frequency,
     Grid,
     GroupedLowRank,
     Hash,
@@ -88,6 +89,8 @@ FORMS: dict[str, tuple[Form, bool]] = {
     "folded": (Folded(Dense(real(32, ROWS * COLUMNS // 32)), "spatial", (16, 2, COLUMNS // 32 or 1)), True)
     if COLUMNS % 32 == 0
     else (Folded(Dense(real(12, ROWS * COLUMNS // 12)), "spatial", (4, 3, 4)), True),
+    "frequency of kernels": (Frequency(Dense(real(ROWS, COLUMNS)), (1, 3, 4)), False),
+    "frequency of tiles": (Frequency(Sum(GRID, Dense(real(ROWS, COLUMNS))), (8, 1, 6)), False),
     "factors": (LowRank(Grid(heavy(ROWS, 5), real(ROWS, 1)), Dense(real(5, COLUMNS).half())), False),
     "factors of full rank": (LowRank(Trellis(Grid(heavy(ROWS, ROWS), real(ROWS, 1))), Dense(real(ROWS, COLUMNS).half())), False),
     "scaled factors": (Scaled(LowRank(Dense(real(ROWS, 5)), Dense(real(5, COLUMNS))), whole(-9, 9, ROWS)), False),

@@ -14,13 +14,14 @@ from octavo.forms import Form, Vectors
 from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import whole
+from octavo.methods.quantize.centres import learned, nearest
 from octavo.methods.quantize.grids import compact
 from octavo.methods.vector_feedback import round_vectors
 
 #: Width, entries of a book, and books: 4 to 1 bits a weight.
 _SETTINGS = ((2, 256, 1), (2, 64, 1), (2, 16, 1), (4, 256, 1), (4, 64, 1), (8, 256, 1))
-#: Vectors for each entry that books are learned from, and distances that are in memory at once.
-_SAMPLE, _AT_ONCE = 256, 1 << 24
+#: Vectors for each entry that books are learned from.
+_SAMPLE = 256
 _WIDTHS, _ENTRIES, _BOOKS = (1, 2, 4, 8, 16), 4096, 8
 
 
@@ -73,11 +74,11 @@ class VectorCodes(Method):
         costs = curvature.view(blocks, width)
         values = self._books(vectors, importance, costs, entries, books)
 
-        def nearest(own: Tensor, first: int) -> Tensor:
+        def rounded(own: Tensor, first: int) -> Tensor:
             return _summed(values, _codes(own, values, costs[first // width].expand_as(own)))
 
         if evidence.columns is not None and self.feedback:
-            vectors = round_vectors(scaled, factored(evidence, ordered=False)[2], width, nearest).reshape(-1, width)
+            vectors = round_vectors(scaled, factored(evidence, ordered=False)[2], width, rounded).reshape(-1, width)
         codes = _codes(vectors, values, costs.repeat(rows, 1)).view(books, rows, blocks)
         return Vectors(codes.to(torch.uint8 if entries <= 256 else torch.int16), values[:, None].half(), columns, scale)
 
@@ -89,41 +90,20 @@ class VectorCodes(Method):
         cost = costs[chosen % len(costs)] * importance[chosen // len(costs), None].clamp_min(1e-12)
         made: list[Tensor] = []
         for _ in range(books):
-            book = self._learned(rest, cost, entries, generator).half().float()
+            book = learned(rest, cost, entries, self.iterations, generator).half().float()
             made.append(book)
-            rest = rest - book[_nearest(rest, book, cost)]
+            rest = rest - book[nearest(rest, book, cost)]
         return torch.stack(made)
-
-    def _learned(self, vectors: Tensor, cost: Tensor, entries: int, generator: torch.Generator) -> Tensor:
-        """Centres (entries, width) by k-means; entries that lose all vectors take random ones."""
-        book = vectors[torch.randint(len(vectors), (entries,), generator=generator)].clone()
-        for _ in range(self.iterations):
-            member = _nearest(vectors, book, cost)
-            mass = torch.zeros_like(book).index_add_(0, member, cost)
-            book = torch.zeros_like(book).index_add_(0, member, cost * vectors) / mass.clamp_min(1e-30)
-            empty = mass[:, 0] == 0
-            drawn = torch.randint(len(vectors), (int(empty.sum()),), generator=generator)
-            book[empty] = vectors[drawn]
-        return book
 
 
 def _codes(vectors: Tensor, values: Tensor, cost: Tensor) -> Tensor:
     """Entries (books, vectors) that a greedy search chooses, one book after another."""
     chosen, rest = [], vectors
     for book in values:
-        chosen.append(_nearest(rest, book, cost))
+        chosen.append(nearest(rest, book, cost))
         rest = rest - book[chosen[-1]]
     return torch.stack(chosen)
 
 
 def _summed(values: Tensor, codes: Tensor) -> Tensor:
     return torch.stack([book[own] for book, own in zip(values, codes, strict=True)]).sum(0)
-
-
-def _nearest(vectors: Tensor, book: Tensor, cost: Tensor) -> Tensor:
-    """The entry (vectors,) of least weighted squared distance."""
-    found, size = [], max(1, _AT_ONCE // len(book))
-    for own, weight in zip(vectors.split(size), cost.split(size), strict=True):
-        distance = weight @ book.square().t() - 2 * (own * weight) @ book.t()
-        found.append(distance.argmin(1))
-    return torch.cat(found)

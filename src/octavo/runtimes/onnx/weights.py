@@ -30,6 +30,7 @@ from octavo.forms import (
     DenseSparse,
     Folded,
     Form,
+    Frequency,
     Grid,
     GroupedLowRank,
     Hash,
@@ -46,6 +47,7 @@ from octavo.forms import (
     Vectors,
 )
 from octavo.forms.folded import FOLDS
+from octavo.forms.frequency import cosines
 from octavo.forms.grid import exponent_steps
 from octavo.forms.hashed import PRIME
 from octavo.forms.trellis import LANES, PARITY_TAPS, QUANTIZER_TAPS
@@ -438,6 +440,24 @@ def _folded(nodes: Nodes, name: str, form: Folded) -> str:
     apart = nodes.reshape(decoded(nodes, name, form.inner, ALL), *(sizes[axis] for axis in order))
     back = nodes.add("Transpose", [apart], perm=[order.index(axis) for axis in range(4)])
     return nodes.reshape(back, *form.shape)
+
+
+@whole(Frequency)
+def _frequency(nodes: Nodes, name: str, form: Frequency) -> str:
+    rows, height, width = form.block
+    value = decoded(nodes, name, form.coefficients, ALL)
+    if width > 1:
+        value = nodes.reshape(value, -1, width)
+        value = str(nodes.add("MatMul", [value, _cosines(nodes, width)]))
+    for side, last in ((height, width), (rows, form.shape[1])):
+        if side > 1:
+            inverse = nodes.add("Transpose", [_cosines(nodes, side)], perm=[1, 0])
+            value = str(nodes.add("MatMul", [inverse, nodes.reshape(value, -1, side, last)]))
+    return nodes.reshape(value, *form.shape)
+
+
+def _cosines(nodes: Nodes, size: int) -> str:
+    return nodes.once(("cosines", size), lambda: nodes.constant(f"cosines.{size}", cosines(size)))
 
 
 @whole(GroupedLowRank)

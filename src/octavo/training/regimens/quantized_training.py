@@ -1,0 +1,89 @@
+"""Training through rounding: the forward pass sees what will be stored, and gradients move what is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from octavo.calibration.evidence import Evidence
+from octavo.forms import Form
+from octavo.methods import Method, get_method
+from octavo.sources.sites import Layout
+from octavo.training.masks import maskable
+from octavo.training.regimens.base import Regimen, regimen
+
+
+@regimen("quantized-training", source="Polino et al. (2018), arXiv 1802.05668, with the straight-through estimator")
+@dataclass
+class QuantizedTraining(Regimen):
+    """Every pass computes with ``Q(w)``; its gradient moves ``w``; what is stored in the end is ``Q(w)``.
+
+    ``Q`` is any method at one setting, without calibration. A fast one should be chosen, since it encodes every weight
+    at every step. With the loss of a teacher (:func:`octavo.training.distillation`) this is quantized distillation.
+
+    Parameters
+    ----------
+    method
+        A method, or its name.
+    setting
+        Its setting.
+    names
+        Globs of the weights; by default those of all linear layers, convolutions and embeddings.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(8, 4)
+    >>> quantized = QuantizedTraining(setting={"bits": 2, "group": "row"})
+    >>> quantized.begin(layer, steps=10)
+    >>> max(len(row.unique()) for row in layer.weight) <= 4
+    True
+    """
+
+    method: str | Method = "rtn"
+    setting: Mapping[str, Any] = field(default_factory=lambda: {"bits": 4, "group": 64})
+    names: tuple[str, ...] | None = None
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Compute weights from what they are rounded to."""
+        method = get_method(self.method) if isinstance(self.method, str) else self.method
+        method.refuse_unknown(dict(self.setting))
+        for name in maskable(model, self.names):
+            prefix, _, leaf = name.rpartition(".")
+            parametrize.register_parametrization(model.get_submodule(prefix), leaf, _Rounding(method, self.setting))
+
+    def forms(self, model: nn.Module) -> dict[str, Form]:
+        """What the weights are rounded to."""
+        return {name: chain[0].encoded(chain.original) for name, chain in chains(model, _Rounding)}
+
+
+class _Rounding(nn.Module):
+    """A weight in the forms of a method, with the gradient of the identity."""
+
+    def __init__(self, method: Method, setting: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.method, self.setting = method, dict(setting)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rounded = self.encoded(weight).dense().to(weight).view(weight.shape)
+        return rounded + (weight - weight.detach())
+
+    @torch.no_grad()
+    def encoded(self, weight: Tensor) -> Form:
+        """The form of the weight now, on the CPU."""
+        matrix = Layout().to_matrix(weight.detach().float().cpu())
+        return self.method.encode(matrix, self.setting, Evidence(torch.ones(len(matrix)), None))
+
+
+def chains(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
+    """The parametrizations of one kind, by the name of their parameter."""
+    return [
+        (f"{prefix}.{leaf}".lstrip("."), chain)
+        for prefix, owner in model.named_modules()
+        for leaf, chain in getattr(owner, "parametrizations", {}).items()
+        if isinstance(chain[0], kind)
+    ]
