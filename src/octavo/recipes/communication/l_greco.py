@@ -31,9 +31,11 @@ from octavo.recipes.testbeds.workers import SmallDecoder, conv_net, nats_of, tog
 from octavo.training import accuracy, cross_entropy
 
 #: Steps of every arm by its net, of which the first are dense; examples of a step and worker; test windows.
-STEPS, WARM, BATCH, WINDOWS = {"images": 300, "text": 150}, 10, {"images": 64, "text": 16}, 256
+STEPS, WARM, BATCH, WINDOWS = {"images": 200, "text": 150}, 10, {"images": 64, "text": 16}, 256
 #: The uniform rank, that of the source's experiments.
 RANK = 4
+#: Tokens of a window.
+TOKENS = 64
 #: Worse by so many nats counts as no worse.
 MARGIN = 0.02
 DENSE, UNIFORM, LESS, OURS = "dense", "PowerSGD, rank 4", "PowerSGD, rank 1", "L-GreCo"
@@ -81,7 +83,8 @@ def run(lab: Lab) -> None:
     """Ranks and steps of grids are chosen so that the error is that of one setting, the best for its bytes."""
     images, words = fashion(lab), text_windows(lab)
     tensors = dict(zip(("x", "y", "test_x", "test_y"), (*images.train, *images.test), strict=True))
-    tensors |= {"ids": words.train[:20_000], "test_ids": words.test[:WINDOWS]}
+    tensors |= {"ids": words.train[:20_000, :TOKENS], "test_ids": words.test[:WINDOWS, :TOKENS]}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     nets = {"images": "", "text": ", text"}
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
