@@ -34,8 +34,12 @@ class Federation:
         Examples of every client.
     make
         The net before the first round.
-    rounds, epochs, batch, lr
-        Rounds; epochs of a client in each; its examples of a step; its rate.
+    rounds, lr, batch
+        Rounds; a client's rate; its examples of a step.
+    examples
+        What a client sees in a round; None for all that it has.
+    server
+        What the mean update is multiplied by.
     """
 
     clients: Sequence[Part]
@@ -43,8 +47,9 @@ class Federation:
     rounds: int
     lr: float
     seed: int
-    epochs: int = 1
     batch: int = 32
+    examples: int | None = None
+    server: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,17 @@ def federate(federation: Federation, opened: Callable[[], Send]) -> Trained:
                 mean[name] += tensor * (len(part[1]) / whole)
         with torch.no_grad():
             for name, parameter in net.named_parameters():
-                parameter += mean[name]
+                parameter.add_(mean[name], alpha=federation.server)
     return Trained(net.eval(), statistics.fmean(sizes), statistics.fmean(shares))
 
 
 def locally(federation: Federation, net: nn.Module, part: Part, number: int) -> nn.Module:
     """What a client makes of the net in one round: plain stochastic gradient descent."""
     optimizer = torch.optim.SGD(net.train().parameters(), federation.lr)
-    batches = shuffled(*part, size=min(federation.batch, len(part[1])), seed=1_000 * federation.seed + number)
-    for batch in itertools.chain.from_iterable(batches(epoch) for epoch in range(federation.epochs)):
+    size = min(federation.batch, len(part[1]))
+    most = len(part[1]) if federation.examples is None else min(federation.examples, len(part[1]))
+    batches = shuffled(*part, size=size, seed=1_000 * federation.seed + number)(0)
+    for batch in itertools.islice(batches, most // size):
         optimizer.zero_grad()
         cross_entropy(net, batch).backward()
         optimizer.step()
