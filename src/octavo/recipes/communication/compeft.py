@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.frame.nets import momentum, shuffled
 from octavo.recipes.testbeds.federated import Part, Tensors, coded, percent
 from octavo.recipes.testbeds.workers import conv_net
+from octavo.system.notes import OctavoWarning
 from octavo.training import cross_entropy
 
 #: Units of the hidden layer; steps of the base and of a fine-tune; images of a step, and test images.
@@ -193,7 +195,9 @@ def pruned(tune: Tensors, share: float) -> tuple[Tensors, int]:
 
 def join(lab: Lab, base: nn.Module, tunes: Mapping[str, list[Tensors]], development: Part, test: Part) -> None:
     """One net for all tasks by TIES, from deltas on disk as users have them."""
-    with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="octavo-") as folder, warnings.catch_warnings():
+        # That only differences are stored is what is wanted.
+        warnings.simplefilter("ignore", OctavoWarning)
         for arm, differences in tunes.items():
             paths = [Path(folder) / f"{arm} {number}" for number in range(len(differences))]
             for path, difference in zip(paths, differences, strict=True):
@@ -215,7 +219,7 @@ def moved(base: nn.Module, difference: Tensors) -> nn.Module:
     model = copy.deepcopy(base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter += difference[name]
+            parameter.add_(difference[name])
     return model.eval()
 
 

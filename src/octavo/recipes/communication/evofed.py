@@ -15,7 +15,7 @@ from octavo.flows.updates.fitness import Fitness
 from octavo.flows.updates.sketch import Sketch
 from octavo.flows.updates.topk import TopK
 from octavo.recipes.frame import Lab, Study, gap
-from octavo.recipes.frame.data import FASHION, fashion
+from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.testbeds.federated import Federation, Send, Tensors, coded, dealt, federate, percent, plain
 from octavo.recipes.testbeds.workers import conv_net
 
@@ -54,7 +54,8 @@ SHORT = "FedAvg, a tenth of the rounds"
 def run(lab: Lab) -> None:
     """Five clients with skewed classes; clients and server draw the same perturbations in every round."""
     split = fashion(lab)
-    split = replace(split, **{name: halved(getattr(split, name)) for name in ("train", "development", "test")})
+    parts = (halved(part) for part in (split.train, split.development, split.test))
+    split = Split(*parts, split.digest, split.classes)
     rounds = 2 if lab.quick else ROUNDS
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
