@@ -34,9 +34,9 @@ from octavo.training import cross_entropy
 #: Units of the hidden layer; steps of the base and of a fine-tune; images of a step, and test images.
 SMALL, LARGE, BASE, STEPS, BATCH, TEST = 64, 512, 800, 200, 64, 5_000
 #: Shares that are kept, both of the source, and tried scales in standard deviations.
-FEW, MANY, SCALES = 0.05, 0.2, (0.5, 1.0, 2.0, 4.0, 8.0)
-#: Tried scales of merged differences.
-MERGED = (0.25, 0.5, 1.0)
+FEW, MANY, SCALES = 0.05, 0.2, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+#: Tried scales of merged differences, and of one bit as multiples of the mean magnitude of each tensor.
+MERGED, BITS = (0.25, 0.5, 1.0), (0.25, 0.5, 1.0, 2.0)
 WHOLE, BEFORE, OURS, MEAN = "fine-tunes, 16 bits", "base", "ComPEFT", "mean of magnitudes"
 PRUNED, RANK, MIXED, BIT = "largest changes, 16 bits", "low rank", "mixed families", "one bit"
 JOINED, JOINED_WHOLE = "ComPEFT, merged", "fine-tunes, merged"
@@ -88,11 +88,12 @@ def run(lab: Lab) -> None:
     """Fully fine-tuned nets: the whole difference is one vector, with one threshold and one scale."""
     split = fashion(lab)
     for seed in lab.seeds:
-        for hidden in (SMALL, LARGE):
+        large = 40 if lab.quick else LARGE
+        for hidden in (24 if lab.quick else SMALL, large):
             lab.step(f"seed {seed}, {hidden} units")
             base = base_net(lab, split, hidden, seed)
-            tunes = [fine_tuned(lab, base, split, task, seed) for task in TASKS]
-            compare(lab, split, base, tunes, "" if hidden == LARGE else ", small net")
+            tunes = [fine_tuned(lab, base, split, task, seed) for task in list(TASKS)[: 2 if lab.quick else None]]
+            compare(lab, split, base, tunes, "" if hidden == large else ", small net")
     judge(lab)
 
 
@@ -126,17 +127,21 @@ def fine_tuned(lab: Lab, base: nn.Module, split: Split, task: str, seed: int) ->
 
 def compare(lab: Lab, split: Split, base: nn.Module, tunes: list[Tensors], mark: str) -> None:
     """All arms of one seed and net."""
-    few = split.test[0][:TEST], split.test[1][:TEST]
+    few = split.test[0][: 64 if lab.quick else TEST], split.test[1][: 64 if lab.quick else TEST]
     whole = sum(tensor.numel() for tensor in tunes[0].values()) * 2
 
     def scored(differences: list[Tensors], part: Part) -> float:
-        return mean([percent(moved(base, d), on(task, part)) for d, task in zip(differences, TASKS, strict=True)])
+        return mean([percent(moved(base, d), on(task, part)) for d, task in zip(differences, TASKS, strict=False)])
 
     def record(arm: str, make: Callable[[Tensors], tuple[Tensors, int]]) -> list[Tensors]:
         found = [make(tune) for tune in tunes]
         size = round(mean([size for _, size in found]))
-        lab.add(arm + mark, scored([arrived for arrived, _ in found], few), size, ratio=whole / max(size, 1))
+        ratio = {"ratio": whole / size} if size else {}
+        lab.add(arm + mark, scored([arrived for arrived, _ in found], few), size, **ratio)
         return [arrived for arrived, _ in found]
+
+    def scored_bits(factor: float) -> float:
+        return scored([one_bit(factor)(tune)[0] for tune in tunes], split.development)
 
     def alpha(share: float) -> float:
         def tried(scale: float) -> float:
@@ -158,13 +163,23 @@ def compare(lab: Lab, split: Split, base: nn.Module, tunes: list[Tensors], mark:
             record(named(arm, share), coded_alone(codec, size))
         record(named(PRUNED, share), lambda tune: pruned(tune, share))  # noqa: B023
         if share == MANY:
-            record(BIT, coded_alone(Sign(feedback=False), 1 << 30))
+            record(BIT, one_bit(lab.choose("scale of one bit", scored_bits, BITS)))
             join(lab, base, {JOINED_WHOLE: halves, JOINED: kept}, split.development, few)
 
 
 def coded_alone(codec: UpdateCodec, budget: int) -> Callable[[Tensors], tuple[Tensors, int]]:
     """A codec that is fitted to every difference."""
     return lambda tune: coded(codec, budget)()(tune)
+
+
+def one_bit(factor: float) -> Callable[[Tensors], tuple[Tensors, int]]:
+    """Signs times the mean magnitude of each tensor and a factor, which its scale would hold."""
+
+    def made(tune: Tensors) -> tuple[Tensors, int]:
+        arrived, size = coded_alone(Sign(feedback=False), 1 << 30)(tune)
+        return {name: factor * tensor for name, tensor in arrived.items()}, size
+
+    return made
 
 
 def ternary(tune: Tensors, share: float, scale: float | None) -> tuple[Tensors, int]:

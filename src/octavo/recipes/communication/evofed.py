@@ -54,17 +54,17 @@ SHORT = "FedAvg, a tenth of the rounds"
 def run(lab: Lab) -> None:
     """Five clients with skewed classes; clients and server draw the same perturbations in every round."""
     split = fashion(lab)
-    parts = (halved(part) for part in (split.train, split.development, split.test))
-    split = Split(*parts, split.digest, split.classes)
-    rounds = 2 if lab.quick else ROUNDS
+    train, development, test = (halved(part) for part in (split.train, split.development, split.test))
+    split = Split(train, development, test, split.digest, split.classes)
+    rounds = 1 if lab.quick else ROUNDS
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
         count = 64 if lab.quick else EACH
-        clients = dealt(split.train, CLIENTS, CONCENTRATION, seed)
+        clients = dealt(split.train, 2 if lab.quick else CLIENTS, CONCENTRATION, seed)
 
         def net(seed: int = seed) -> nn.Module:
             torch.manual_seed(seed)
-            return conv_net(split.train[0].shape[1:], split.classes)
+            return conv_net(split.train[0].shape[1:], split.classes, (4, 4) if lab.quick else (8, 16))
 
         whole = sum(parameter.numel() for parameter in net().parameters())
         size, base = overhead(2) + 4 * POPULATION, Federation(clients, net, rounds, 0.1, seed, examples=count)
@@ -81,7 +81,7 @@ def run(lab: Lab) -> None:
             CORRECTED: floats("corrected", whole, POPULATION),
             PARTS: floats("paired", -(-whole // 4), POPULATION // 2),
             LARGER: floats("paired", whole, 2 * POPULATION),
-            SMALL: coded(Fitness(part=whole), size),
+            SMALL: coded(Fitness(), size),
             LINEAR: coded(Sketch(feedback=False), size),
         }
         for arm, opened in {FEDAVG: plain, SHORT: plain, **lossy, TOP: coded(TopK(), size)}.items():

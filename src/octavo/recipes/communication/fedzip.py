@@ -62,7 +62,8 @@ def run(lab: Lab) -> None:
     for seed in lab.seeds:
         for mark, concentration in SPLITS.items():
             lab.step(f"seed {seed}{mark}")
-            clients = dealt(few(split, 400 if lab.quick else EXAMPLES), CLIENTS, concentration, seed)
+            examples, count = (96, 2) if lab.quick else (EXAMPLES, CLIENTS)
+            clients = dealt(few(split, examples), count, concentration, seed)
 
             def net(seed: int = seed) -> nn.Module:
                 torch.manual_seed(seed)

@@ -57,6 +57,7 @@ class Task:
     steps: int
     warm: int
     seed: int
+    small: bool = False
     mark: str = ""
 
 
@@ -89,8 +90,12 @@ def run(lab: Lab) -> None:
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
         many, warm = (2, 2) if lab.quick else (4, WARM)
-        tasks = [Task(net, 2, arms_of(net), steps_of(lab, net), warm, seed, mark) for net, mark in nets.items()]
-        tasks.append(Task("images", many, (UNIFORM, OURS), steps_of(lab, "images"), warm, seed, ", 4 workers"))
+        tasks = [
+            Task(net, 2, arms_of(net), steps_of(lab, net), warm, seed, lab.quick, mark) for net, mark in nets.items()
+        ]
+        tasks.append(
+            Task("images", many, (UNIFORM, OURS), steps_of(lab, "images"), warm, seed, lab.quick, ", 4 workers")
+        )
         with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
             path = Path(folder)
             save_file(tensors, path / "data.safetensors")
@@ -162,7 +167,11 @@ def trained(
     """Test loss, bytes of a payload, and other figures of one arm; the batches are those of all arms."""
     torch.manual_seed(task.seed)
     images, rank = task.net == "images", dist.get_rank()
-    net = conv_net(data["x"].shape[1:], 10, hidden=128) if images else SmallDecoder(int(data["ids"].max()) + 1)
+    net = (
+        conv_net(data["x"].shape[1:], 10, hidden=32 if task.small else 128)
+        if images
+        else SmallDecoder(int(data["ids"].max()) + 1, 32 if task.small else 64)
+    )
     loss_of = cross_entropy if images else nats_of
     optimizer = momentum(0.05)(net) if images else torch.optim.Adam(net.parameters(), 2e-3)
 
