@@ -200,15 +200,15 @@ class CompressedStrategy(Strategy):  # type: ignore[misc]
         return arrays, metrics
 
     def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
-        """Those of the inner strategy."""
+        """Messages of the inner strategy."""
         return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> Any:
-        """That of the inner strategy."""
+        """What the inner strategy makes of it."""
         return self.inner.aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:
-        """That of the inner strategy."""
+        """Describe the inner strategy."""
         self.inner.summary()
 
     def _restored(self, node: int, content: Any) -> dict[str, Tensor]:

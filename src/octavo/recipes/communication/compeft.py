@@ -199,7 +199,7 @@ def ternary(tune: Tensors, share: float, scale: float | None) -> tuple[Tensors, 
 
 
 def pruned(tune: Tensors, share: float) -> tuple[Tensors, int]:
-    """The same changes in 16 bits."""
+    """Largest changes of the whole vector in 16 bits."""
     schema = Schema.of(tune)
     flat = schema.flat(tune)
     places = largest(flat, round(share * len(flat)))

@@ -183,22 +183,24 @@ def trained(
                 yield [part[rank :: task.world] for part in parts]
             epoch += 1
 
-    def train(model: nn.Module, steps: int, average: Average = lambda gradients: None) -> float:
+    def train(model: nn.Module, steps: int, average: Average | None = None) -> float:
         started = time.perf_counter()
         for batch in islice(stream, steps):
             optimizer.zero_grad()
             loss_of(model, batch).backward()
-            average([parameter.grad for parameter in net.parameters() if parameter.grad is not None])
-            for parameter, mean in zip(net.parameters(), gradient, strict=True):
-                assert parameter.grad is not None
-                mean += parameter.grad / task.warm
+            if average is not None:
+                average([parameter.grad for parameter in net.parameters() if parameter.grad is not None])
             optimizer.step()
         return (time.perf_counter() - started) / steps
 
-    stream, gradient = batches(), [torch.zeros_like(parameter) for parameter in net.parameters()]
-    train(DistributedDataParallel(net, process_group=group), task.warm)
+    def collect(gradients: list[Tensor]) -> None:
+        for mean, own in zip(evidence, gradients, strict=True):
+            mean += own / task.warm
+
+    stream, evidence = batches(), [torch.zeros_like(parameter) for parameter in net.parameters()]
+    train(DistributedDataParallel(net, process_group=group), task.warm, collect)
     if arm == OURS:
-        ranked = RankedGradients([mean.clone() for mean in gradient], RANK, group)
+        ranked = RankedGradients(evidence, RANK, group)
         seconds, size = train(net, task.steps - task.warm, ranked.average), ranked.bytes
     else:
         model = DistributedDataParallel(net, process_group=group)
