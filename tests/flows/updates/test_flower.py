@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -194,3 +196,52 @@ def test_requests_without_meaning_are_refused():
     ):
         with pytest.raises(RequestError, match=says):
             CompressedUplink(**wrong)
+
+
+SIMULATED = """
+import torch
+from torch import nn
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+from octavo.flows.updates.flower import CompressedStrategy, CompressedUplink
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 4))
+
+client, server = ClientApp(mods=[CompressedUplink(ratio=20)]), ServerApp()
+
+@client.train()
+def train(message, context):
+    net = make()
+    net.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    x = torch.randn(256, 40)
+    nn.functional.cross_entropy(net(x), x[:, :4].argmax(1)).backward()
+    torch.optim.SGD(net.parameters(), 1.0).step()
+    records = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": 256})}
+    return Message(RecordDict(records), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    strategy = CompressedStrategy(FedAvg(fraction_evaluate=0.0))
+    strategy.start(grid, ArrayRecord(make().state_dict()), num_rounds=3)
+    for traffic in strategy.traffic:
+        print("traffic", traffic.uplink, traffic.plain, len(traffic.refused))
+
+run_simulation(server, client, num_supernodes=4, backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
+"""
+
+
+@pytest.mark.slow
+def test_the_simulation_of_flower_keeps_streams_in_step():
+    """Its clients are processes that have nothing but their context from round to round."""
+    pytest.importorskip("ray", reason="needs ray, the extra of Flower's simulation")
+    done = subprocess.run([sys.executable, "-c", SIMULATED], capture_output=True, text=True, timeout=300)
+    rounds = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("traffic")]
+    assert len(rounds) == 3, done.stderr[-2000:]
+    # The first replies also have plans.
+    assert all(int(up) * 20 < 1.05 * int(plain) for up, plain, _ in rounds[1:])
+    assert [refused for *_, refused in rounds] == ["0"] * 3
