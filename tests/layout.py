@@ -28,7 +28,9 @@ FLOORS = (
     ("report", "targets"),
     ("opening", "saving"),
     ("cutting",),
-    ("flows", "pipeline", "recipes"),
+    ("pipeline",),
+    ("flows",),
+    ("recipes",),
     ("cli", "storing"),
 )
 PACKAGE = "octavo"

@@ -111,6 +111,27 @@ def test_a_choice_follows_the_updates_and_keeps_what_is_missing():
     assert state.evidence is not None  # of the next refresh
 
 
+def test_tensors_that_had_no_gradient_get_bytes_as_soon_as_they_have_one():
+    """As factors of LoRA: one is zero at first, so that the other has no gradient."""
+    codec, first = Mixed(), {"a": torch.zeros(80, 80), "b": update(0)["low"]}
+    plan = codec.fit([first], 3000)
+    state, other = codec.start(plan), codec.start(plan)
+    codec.decode(codec.encode(first, state), other)
+    later = {"a": torch.randn(80, 80, generator=torch.Generator().manual_seed(1)), "b": first["b"]}
+    found = codec.decode(codec.encode(later, state), other)
+    assert found["a"].any() and found["b"].any()
+    nothing = codec.fit([{name: torch.zeros_like(tensor) for name, tensor in first.items()}], 3000)
+    state, other = codec.start(nothing), codec.start(nothing)
+    found = codec.decode(codec.encode(later, state), other)
+    assert found["a"].any() and found["b"].any()
+    held = state.choice
+    with pytest.raises(RequestError, match="not finite"):
+        codec.encode({**later, "a": later["a"] / 0}, state)
+    assert state.choice is held
+    with pytest.raises(RequestError, match="fit it again"):
+        codec.start(replace(plan, setting={**plan.setting, "silent": [7]}))
+
+
 @pytest.mark.parametrize(
     ("knobs", "says"),
     [

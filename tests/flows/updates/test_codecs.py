@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from octavo.errors import RequestError
+from octavo.flows.updates.fitness import Fitness, perturbations
 from octavo.flows.updates.kmeans import KMeansLevels
 from octavo.flows.updates.powersgd import PowerSGD
 from octavo.flows.updates.qsgd import QSGD
@@ -111,3 +112,32 @@ def test_a_sketch_brings_its_share_of_any_update():
     for part in (0, 1000, 2.0):
         with pytest.raises(RequestError, match="part is"):
             Sketch(part=part)
+
+
+@pytest.mark.parametrize(("estimator", "cosine"), [("single", 0.03), ("paired", 0.22), ("corrected", 0.22)])
+def test_fitness_without_pairs_is_drowned_by_the_lengths_of_perturbations(estimator, cosine):
+    """Of 512 numbers for 10,000 elements, the cosine is the root of N / (N + d), unless pairs are missing."""
+    sent, codec = normal(10_000), Fitness(part=10_000, estimator=estimator, spread=20.0)
+    schema = codec.fit([{"a": sent}], 20_000).schema
+    parts = codec.pack(codec.prepare(sent, schema, {"levels": 127}, 0), schema, 512, {"levels": 127})
+    found = codec.unpack([memoryview(part) for part in parts], schema, 0)
+    assert float(torch.cosine_similarity(sent, found, dim=0)) == pytest.approx(cosine, abs=0.03)
+
+
+def test_perturbations_are_drawn_from_the_step_and_normal():
+    drawn = perturbations(100, 301, 7)
+    assert torch.equal(drawn[:10], perturbations(10, 301, 7)) and not torch.equal(drawn, perturbations(100, 301, 8))
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.02) and float(drawn.std()) == pytest.approx(1, abs=0.02)
+    for wrong in ({"part": 1}, {"estimator": "best"}, {"spread": 0.0}):
+        with pytest.raises(RequestError, match="fitness: "):
+            Fitness(**wrong)
+
+
+def test_the_same_share_of_every_tensor_is_sent_layer_by_layer():
+    sent = {"large": 100 * normal(3000), "small": normal(1000, seed=1)}
+    counts = {}
+    for layerwise in (False, True):
+        found = carried(KMeansLevels(False, (2,), layerwise=layerwise), sent, 200)
+        counts[layerwise] = {name: int(torch.count_nonzero(tensor)) for name, tensor in found.items()}
+    assert counts[False]["small"] == 0
+    assert counts[True]["large"] == pytest.approx(3 * counts[True]["small"], abs=2)

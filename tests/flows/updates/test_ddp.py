@@ -125,6 +125,39 @@ def test_new_parameters_are_told(tmp_path):
     assert all("'5.weight' is new since compress_ddp" in out[0] for out in lines)
 
 
+def test_a_killed_worker_stops_the_others(tmp_path):
+    lines = run(
+        tmp_path,
+        """
+        sync = octavo.updates.compress_ddp(model, ratio=20, codec="threshold")
+        loss_of(0).backward()
+        if rank == 1:
+            os._exit(0)
+        net.zero_grad()
+        said = told(lambda: loss_of(1).backward())
+        print("nothing" != said and sync.steps == 1, flush=True)
+        os._exit(0)
+        """,
+    )
+    assert lines == [["True"], []]
+
+
+def test_gradients_of_zeros_arrive_as_zeros(tmp_path):
+    lines = run(
+        tmp_path,
+        """
+        sync = octavo.updates.compress_ddp(model, ratio=20)
+        for step in range(3):
+            net.zero_grad()
+            loss_of(step, 0.0).backward()
+            assert all(not p.grad.any() for p in net.parameters())
+        loss_of(3).backward()
+        print(sync.steps, all(bool(torch.isfinite(p.grad).all()) for p in net.parameters()), bool(net[0].weight.grad.any()))
+        """,
+    )
+    assert lines == [["4 True True"]] * 2
+
+
 @pytest.fixture
 def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

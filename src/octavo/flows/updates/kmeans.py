@@ -14,7 +14,7 @@ from octavo.flows.base import flow
 from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec
 from octavo.flows.updates.codes import expect, owners, pack_codes, pack_floats, unpack_codes, unpack_floats
-from octavo.flows.updates.topk import largest
+from octavo.flows.updates.topk import largest, largest_each
 
 _MOST = 127
 
@@ -22,7 +22,7 @@ _MOST = 127
 @flow("k-means", source="FedZip (Malekijoo et al., 2021, arXiv 2102.01593)")
 @dataclass(frozen=True)
 class KMeansLevels(UpdateCodec):
-    """Top entries of all tensors together; those of a tensor become the nearest of its centroids (Lloyd, 1982).
+    """Top entries; those of a tensor become the nearest of its centroids (Lloyd, 1982).
 
     Zero is one more centroid, that of all entries that are not sent. Labels and gaps are entropy-coded. The codec is
     biased: what it leaves out is lost without feedback.
@@ -33,12 +33,16 @@ class KMeansLevels(UpdateCodec):
         Numbers of values for a tensor, of which a fit takes the best; 2 are those of the source.
     iterations
         Rounds of Lloyd's algorithm; the source has 4.
+    layerwise
+        Whether the same share of every tensor is sent, as in the source; otherwise the largest of all tensors together,
+        which loses less.
     """
 
     parts: ClassVar[int] = 3
 
     centroids: tuple[int, ...] = (2, 4, 8, 16)
     iterations: int = 4
+    layerwise: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +62,8 @@ class KMeansLevels(UpdateCodec):
 
     def pack(self, prepared: Tensor, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
         """Gaps, labels, and the centroids of the tensors that have entries."""
-        places, count = largest(prepared, amount), choice["centroids"]
+        count = choice["centroids"]
+        places = largest_each(prepared, schema.sizes, amount) if self.layerwise else largest(prepared, amount)
         _, each = owners(places, schema.sizes).unique_consecutive(return_counts=True)
         labels, centroids = [places[:0]], [torch.zeros(0, dtype=torch.float64)]
         for values in prepared[places].double().split(each.tolist()):

@@ -58,7 +58,8 @@ class Mixed(UpdateCodec):
     Lagrange multiplier, or by a knapsack over bytes where that is better. The best uniform setting, one codec for all
     tensors at once, is measured too, and is what is sent where it is no worse. Every ``refresh`` steps the mean of the
     last ten updates is measured, with what was missing, and the choice is made again; the receiver needs no notice.
-    The codec is biased. The plan's setting reports ``error`` beside ``uniform``, as shares of the squared norm.
+    So it is in the first step in which a unit has content that had none. The codec is biased. The plan's setting
+    reports ``error`` beside ``uniform``, as shares of the squared norm.
 
     Parameters
     ----------
@@ -110,7 +111,9 @@ class Mixed(UpdateCodec):
         fewest = budget - room + sum(tried.bytes for tried in best) + len(best)
         if fewest >= budget:
             return plan
-        return self.planned(flats, replace(plan, budget=fewest), self._setting(best, True, uniform, evidence))
+        return self.planned(
+            flats, replace(plan, budget=fewest), self._setting(best, True, uniform, evidence, plan.schema)
+        )
 
     def most(self, schema: Schema) -> int:
         """Bytes that no codec needs."""
@@ -127,12 +130,15 @@ class Mixed(UpdateCodec):
         best = [found[column] for found, column in zip(candidates, picked, strict=True)]
         error = sum(tried.error for tried in best)
         mixed = error < uniform.error and sum(tried.bytes for tried in best) + len(best) <= room
-        return self._setting(best if mixed else [uniform], mixed, uniform, evidence)
+        return self._setting(best if mixed else [uniform], mixed, uniform, evidence, schema)
 
     def admits(self, choice: dict[str, Any], schema: Schema) -> bool:
         """Whether there is a codec, one of its choices, an amount and bytes for every unit."""
         found = choice.get("units")
         if not isinstance(found, list) or len(found) != len(self._units(schema, choice)):
+            return False
+        silent = choice.get("silent", [])
+        if not isinstance(silent, list) or any(type(n) is not int or not 0 <= n < len(found) for n in silent):
             return False
         for row in found:
             if not (isinstance(row, list) and len(row) == 4 and all(type(row[place]) is int for place in (0, 2, 3))):
@@ -189,8 +195,13 @@ class Mixed(UpdateCodec):
 
     @torch.no_grad()
     def encode(self, tensors: Mapping[str, Tensor], state: UpdateState) -> bytes:  # noqa: D102
-        missing = state.missing
-        payload = super().encode(tensors, state)
+        missing, before = state.missing, state.choice
+        self._awake(tensors, state)
+        try:
+            payload = super().encode(tensors, state)
+        except BaseException:
+            state.choice = before
+            raise
         if (state.step - 1) % self.refresh >= self.refresh - _LATE:
             fed = state.plan.schema.flat(tensors)
             fed = fed if missing is None else fed + missing
@@ -200,11 +211,30 @@ class Mixed(UpdateCodec):
                 state.evidence = None
         return payload
 
-    def _setting(self, best: Sequence[Tried], mixed: bool, uniform: Tried, evidence: Tensor) -> dict[str, Any]:
+    def _awake(self, tensors: Mapping[str, Tensor], state: UpdateState) -> None:
+        """Choose again at once when a unit without content so far has some: it would get no bytes until a refresh.
+
+        Factors of LoRA are such units: the gradient of one is zero as long as the other is.
+        """
+        if not state.choice.get("silent"):
+            return
+        schema = state.plan.schema
+        schema.check(tensors)
+        flat, found = schema.flat(tensors), self._units(schema, state.choice)
+        parts = flat.split(schema.sizes)
+        if any(bool(parts[member].any()) for number in state.choice["silent"] for member in found[number].members):
+            flat = flat if state.missing is None else flat + state.missing
+            if bool(torch.isfinite(flat).all()):
+                state.choice = self.chosen([flat], state.plan)
+
+    def _setting(
+        self, best: Sequence[Tried], mixed: bool, uniform: Tried, evidence: Tensor, schema: Schema
+    ) -> dict[str, Any]:
         norm = float(evidence.double().square().sum()) or 1.0
         return {
             "units": [[tried.codec, tried.choice, tried.amount, tried.bytes] for tried in best],
             "mixed": mixed,
+            "silent": self._silent(evidence, schema, mixed),
             "error": sum(tried.error for tried in best) / norm,
             "uniform": {
                 "codec": self.codecs[uniform.codec] if uniform.codec >= 0 else None,
@@ -212,6 +242,11 @@ class Mixed(UpdateCodec):
                 "error": uniform.error / norm,
             },
         }
+
+    def _silent(self, evidence: Tensor, schema: Schema, mixed: bool) -> list[int]:
+        """Numbers of the units that had no content when the choice was made."""
+        parts, found = evidence.split(schema.sizes), self._units(schema, {"mixed": mixed})
+        return [n for n, unit in enumerate(found) if not any(bool(parts[member].any()) for member in unit.members)]
 
     def _units(self, schema: Schema, choice: Mapping[str, Any]) -> tuple[Unit, ...]:
         return units(schema, self.joined) if choice.get("mixed") else whole(schema)

@@ -77,3 +77,12 @@ def largest(flat: Tensor, amount: int) -> Tensor:
     level = (sizes == threshold).nonzero()[:, 0]
     chosen[level[: amount - int(chosen.sum())]] = True
     return chosen.nonzero()[:, 0]
+
+
+def largest_each(flat: Tensor, sizes: Sequence[int], amount: int) -> Tensor:
+    """Places as of :func:`largest`, of every block about the same share; together ``amount`` but for rounding."""
+    share, start, found = amount / max(len(flat), 1), 0, [torch.zeros(0, dtype=torch.long)]
+    for size, part in zip(sizes, flat.split(list(sizes)), strict=True):
+        found.append(start + largest(part, round(share * size)))
+        start += size
+    return torch.cat(found)

@@ -1,0 +1,1 @@
+"""Studies of what workers and clients send: gradients, updates, fine-tunes, features."""
