@@ -187,7 +187,7 @@ def _merged(
     parities: np.ndarray,
     matrix: np.ndarray,
 ) -> bool:
-    """The same with NumPy, as many rows at once as do not depend on each other."""
+    """NumPy does the same, for as many rows at once as do not depend on each other."""
     bits = np.zeros(matrix.shape, np.uint8)
     for start in range(0, len(matrix), lanes):
         here = slice(start, start + lanes)
