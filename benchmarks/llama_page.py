@@ -32,8 +32,8 @@ def _tables(results: dict[str, Any], table: Table) -> str:
     rows = [
         [
             row["mix"], f"{row['llama.cpp']['bytes'] / 1e6:.2f}", f"{row['octavo']['bytes'] / 1e6:.2f}",
-            f"{row['llama.cpp']['divergence']:.5f}", f"{max(row['octavo']['divergence'], 0.0):.5f}",
-            "-" if row["share"] is None else f"{max(row['share'], 0.0):.3f}",
+            f"{row['llama.cpp']['divergence']:.5f}", f"{max(row['octavo']['divergence'], 0.0) + 0.0:.5f}",
+            "-" if row["share"] is None else f"{max(row['share'], 0.0) + 0.0:.3f}",
             f"{row['llama.cpp']['perplexity']:.2f}", f"{row['octavo']['perplexity']:.2f}", f"{row['speed']:.2f}",
         ]
         for row in results["rows"]
@@ -43,6 +43,11 @@ def _tables(results: dict[str, Any], table: Table) -> str:
     earlier = (
         "" if "seen" not in results else "\nThese rows are of an earlier sample of text, which the command names.\n"
     )
+    exact = [row["mix"] for row in results["rows"] if row["octavo"]["divergence"] <= 0]
+    if exact:
+        earlier += (
+            f"\nAt the size of {exact[0]} all weights of the source fit without loss, and so they do at larger ones.\n"
+        )
     return (
         f"## {results['model']}\n\nSource: {source['bytes'] / 1e6:.2f} MB, perplexity {source['perplexity']:.2f}. Preset "
         f"`{results['preset']}`, windows of {results['context']} tokens.\n\n{table(head, rows)}\n{earlier}\n{source_of(results)}\n"
