@@ -20,7 +20,7 @@ from octavo.training.masks import maskable
 from octavo.training.number_formats import NumberFormat
 from octavo.training.regimens.fliqs import SOURCE
 
-WIDTH, STEPS, RATE = 8, 600, 0.1
+WIDTH, STEPS, RATE = 8, 400, 0.1
 FORMATS, FLOATS = ("int3", "int4", "int5", "int6", "int8"), ("e2m1", "e2m3", "e4m3")
 #: Mean bits of a weight, and the one at which single questions are asked.
 SIZES, MIDDLE, OF_FLOATS = (3.25, 3.5, 4.0, 4.5, 5.5), 4.0, 5.0
