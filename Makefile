@@ -65,8 +65,11 @@ reproduce: $(READY) ## measure what Octavo promises (hours; the first two take 2
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/cut_speed.py --minutes 60
+	$(BIN)/python benchmarks/cut_photos.py --minutes 20
+	$(BIN)/python benchmarks/cut_plans.py
 	$(BIN)/python benchmarks/distilled.py
 	$(BIN)/python benchmarks/rate_distortion.py
+	$(BIN)/python benchmarks/recommender.py
 	$(BIN)/octavo reproduce --all
 	$(BIN)/octavo reproduce --page
 	$(BIN)/python benchmarks/large_calibrated.py

@@ -17,6 +17,7 @@ from distilled_page import PARTS as DISTILLED_PARTS
 from factor_pages import PARTS as FACTOR_PARTS
 from pruning_page import PARTS as PRUNING_PARTS
 from rate_page import PARTS as RATE_PARTS
+from recommender_page import PARTS as TABLE_PARTS
 from size_pages import PARTS
 
 from octavo.system.atomic import write_file
@@ -151,7 +152,9 @@ def main() -> None:
     parts = [acceptance(results), digits(read("digits")), ingredients(read("ablation"))]
     parts += [
         part(read(name), table)
-        for name, part in (PARTS | FACTOR_PARTS | PRUNING_PARTS | CUT_PARTS | RATE_PARTS | DISTILLED_PARTS).items()
+        for name, part in (
+            PARTS | FACTOR_PARTS | PRUNING_PARTS | CUT_PARTS | RATE_PARTS | DISTILLED_PARTS | TABLE_PARTS
+        ).items()
         if (RESULTS / f"{name}.json").exists()
     ]
     write_file(DOCS / "results.md", (page + "\n".join(parts)).encode())
