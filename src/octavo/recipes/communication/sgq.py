@@ -15,7 +15,7 @@ from octavo.recipes.testbeds.stripes import Boundary, Plain, SplitNet, Stripes, 
 from octavo.training import cross_entropy
 
 #: Channels that cross the link; steps of every arm; examples of a step.
-CHANNELS, STEPS, BATCH = 16, 300, 64
+CHANNELS, STEPS, BATCH = 16, 600, 64
 #: Bits a second of the simulated link.
 LINK = 4e6
 DENSE, OURS, RANDOM, SCALAR = "float32", "stripes of similar channels", "stripes at random", "a codebook a channel"
