@@ -1,6 +1,9 @@
 """No blob, damaged or malicious, does anything but raise ArtifactError."""
 
+import resource
 import struct
+import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -8,9 +11,11 @@ import pytest
 import torch
 
 from octavo.calibration.evidence import Evidence
-from octavo.coding import decode, describe, encode
+from octavo.coding import Allowance, decode, describe, encode, huffman
 from octavo.coding.container import CHUNK, assemble
 from octavo.coding.fields import Writer
+from octavo.coding.packed import SPLIT
+from octavo.coding.radix import RadixWindow
 from octavo.errors import ArtifactError
 from octavo.forms.trellis import QUANTIZERS
 from octavo.methods import get_method
@@ -133,6 +138,65 @@ def test_claims_are_checked_before_memory_is_taken() -> None:
     for call in (decode, describe):
         with pytest.raises(ArtifactError, match="more than the 1000 allowed"):
             call(legal, max_elements=1000)
+
+
+def _split_zeros(height: int, width: int, lanes: int, taps: tuple[int, ...]) -> bytes:
+    """A small blob that claims zeros whose streams are split by a context."""
+    tables, values = Writer(), np.zeros(height * width, np.int8)
+    for number in (SPLIT + 1, 1, 0):
+        tables.unsigned(number)
+    for length in (height, width):
+        tables.block(encode(torch.zeros(length, dtype=torch.uint8)))
+    for numbers in ((lanes,), taps, (1,), (values.size,)):
+        inner = Writer()
+        for number in numbers:
+            inner.unsigned(number)
+        tables.block(bytes(inner.data))
+    window = RadixWindow(0, 2)
+    tables.signed(window.low)
+    tables.unsigned(window.span)
+    tables.unsigned(0)
+    pieces = [values[start : start + CHUNK] for start in range(0, values.size, CHUNK)]
+    chunks = [huffman.compress(window.join(window.digitize(piece)[0])) for piece in pieces]
+    return assemble("huffman", torch.int8, (height, width), np.dtype("i1"), tables.data, chunks)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1 << 20), (4, 1 << 18), (64, 1 << 14)], ids=str)
+def test_split_streams_take_what_they_state(
+    shape: tuple[int, int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest delays claim 4160 rows of bits, and a row can have any of 64 classes."""
+    if compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.delitem(sys.modules, "numba", raising=False)
+    blob, allowance = _split_zeros(*shape, lanes=64, taps=(64,)), Allowance(1 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    decode(blob)
+    if sys.platform == "linux":  # in KiB; compiling takes some, and tracemalloc does not see compiled loops
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10
+    tracemalloc.start()
+    found = decode(blob, allowance=allowance)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not found.any() and peak <= allowance.stated
+    with pytest.raises(ArtifactError, match="nothing was allocated"):
+        decode(blob, allowance=Allowance(allowance.stated - 1))
+
+
+def test_streams_of_narrow_matrices_cannot_be_split() -> None:
+    """Row after row, NumPy would decode a million rows of one column for a minute."""
+    with pytest.raises(ArtifactError, match="cannot be split"):
+        decode(_split_zeros(100_000, 1, lanes=4, taps=(1,)))
+    codes = torch.randint(-2, 3, (100_000, 3), dtype=torch.int8)
+    assert encode(codes, QUANTIZERS) == encode(codes)
+
+
+@pytest.mark.parametrize("lanes, taps", [(0, (1,)), (65, (1,)), (4, (0,)), (4, (65,)), (4, (1,) * 8)])
+def test_contexts_that_no_encoder_writes(lanes: int, taps: tuple[int, ...]) -> None:
+    with pytest.raises(ArtifactError, match="no context of parities"):
+        decode(_split_zeros(200, 200, lanes, taps))
 
 
 def test_nesting_is_limited() -> None:

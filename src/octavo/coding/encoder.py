@@ -107,7 +107,7 @@ def _packed(
 
     close = [split(candidate.layout) for candidate in plans if candidate.bits <= 1.01 * plans[0].bits]
     least = plans[0].bits
-    if context is not None and depth == 0 and values.ndim == 2 and values.size >= CONTEXT_ELEMENTS:
+    if context is not None and values.size >= CONTEXT_ELEMENTS and context.suits(values.shape):
         other = split(ParityLayout.of(plans[0].layout, context, values))
         before, after = close[0].bits, other.bits
         if after < (1 - SPLIT_GAIN) * before:

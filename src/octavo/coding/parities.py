@@ -7,7 +7,7 @@ stream that its class and its bit name.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,8 +20,12 @@ from octavo.system.compiled import compiled
 
 #: Limits on what a file may say.
 MOST_LANES, MOST_TAPS, LONGEST = 64, 8, 64
+#: Codes of as many rows as do not depend on each other. NumPy would need far more time for each of fewer.
+_LEAST_AT_ONCE = 128
 #: Importing numba takes as long as it saves on so many elements.
 _WORTHWHILE = 1 << 22
+#: Elements that are put in place at once, and bytes of memory that each then takes.
+_AT_ONCE, _PLACE_BYTES = 1 << 18, 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class ParityContext:
         taps = (*self.own, *self.parities)
         if not 1 <= self.lanes <= MOST_LANES or len(taps) > MOST_TAPS or not all(1 <= tap <= LONGEST for tap in taps):
             raise ArtifactError(f"coded tensor: {self} is no context of parities")
+
+    def suits(self, shape: tuple[int, ...]) -> bool:
+        """Whether streams of such a tensor may be split: it is a matrix, and not so narrow that decoding is slow."""
+        return len(shape) == 2 and self.lanes * shape[1] >= _LEAST_AT_ONCE
 
     def bits(self, codes: np.ndarray) -> np.ndarray:
         """The bits of a matrix of codes, uint8.
@@ -92,8 +100,9 @@ class ParityLayout:
         """Split the streams of a matrix."""
         if layout is None:
             layout = StreamLayout(np.zeros(len(matrix), np.uint8), np.zeros(matrix.shape[1], np.uint8))
-        made = cls(layout, context, ())
-        counts = np.bincount(made._streams(matrix).reshape(-1), minlength=2 * layout.streams)
+        made, counts = cls(layout, context, ()), np.zeros(2 * layout.streams, np.int64)
+        for _, streams in made._some(matrix, context.bits(matrix)):
+            counts += np.bincount(streams, minlength=len(counts))
         return cls(layout, context, tuple(counts[::2].tolist()))
 
     @cached_property
@@ -102,18 +111,38 @@ class ParityLayout:
         return [part for zero, size in zip(self.zeros, self.layout.sizes, strict=True) for part in (zero, size - zero)]
 
     @cached_property
-    def _by_class(self) -> np.ndarray:
-        """(row classes, columns): the first of the two streams of an element."""
+    def _kinds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct row classes, (rows,) as numbers from zero, and (kinds, columns) the first of two streams."""
         layout = self.layout
-        classes = np.arange(MAX_CLASSES)[:, None] + layout.columns.astype(np.int64)
-        return 2 * np.clip(classes // layout.merge - layout.base, 0, layout.streams - 1)
+        used = np.zeros(MAX_CLASSES, bool)
+        used[layout.rows] = True
+        # Of every sum of classes. Twice the most streams fits a byte, so a matrix of few rows stays small.
+        sums = np.clip(np.arange(2 * MAX_CLASSES) // layout.merge - layout.base, 0, layout.streams - 1)
+        first = (2 * sums).astype(np.uint8)
+        number = (np.cumsum(used) - 1).astype(np.uint8)
+        return number[layout.rows], np.stack([first[kind:][layout.columns] for kind in np.flatnonzero(used)])
 
-    def _streams(self, matrix: np.ndarray) -> np.ndarray:
-        return (self._by_class[self.layout.rows] + self.context.bits(matrix)).astype(np.uint16)
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Where every stream begins."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    def _some(self, matrix: np.ndarray, bits: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the codes and streams of few rows at a time."""
+        rows, first = self._kinds
+        height = max(1, _AT_ONCE // matrix.shape[1])
+        for start in range(0, len(matrix), height):
+            here = slice(start, start + height)
+            yield matrix[here].reshape(-1), (first[rows[here]] + bits[here]).reshape(-1)
 
     def gather(self, matrix: np.ndarray) -> np.ndarray:
         """Return all streams of a matrix, one after the other."""
-        return matrix.reshape(-1)[np.argsort(self._streams(matrix).reshape(-1), kind="stable")]
+        joined, at = np.empty(matrix.size, matrix.dtype), self._starts.copy()
+        for codes, streams in self._some(matrix, self.context.bits(matrix)):
+            order, places, counts = _places(streams, at)
+            joined[places] = codes[order]
+            at += counts
+        return joined
 
     def scatter(self, joined: np.ndarray) -> np.ndarray:
         """Inverse of `gather`.
@@ -123,22 +152,38 @@ class ParityLayout:
         ArtifactError
             If the codes ask for more elements of a stream than it has.
         """
-        matrix = np.empty((len(self.layout.rows), len(self.layout.columns)), joined.dtype)
-        ends = np.cumsum(self.sizes)
+        rows, first = self._kinds
+        matrix = np.empty((len(rows), first.shape[1]), joined.dtype)
         own, parities = (np.array(taps, np.int64) for taps in (self.context.own, self.context.parities))
         quick = compiled(_merge) if "numba" in sys.modules or matrix.size >= _WORTHWHILE else None
         merge: Callable[..., Any] = quick or _merged
-        starts = ends - np.array(self.sizes)
-        rows = self.layout.rows.astype(np.int64)
-        if not merge(joined, rows, self._by_class, starts, ends, self.context.lanes, own, parities, matrix):
+        ends = self._starts + self.sizes
+        if not merge(joined, rows, first, self._starts.copy(), ends, self.context.lanes, own, parities, matrix):
             raise ArtifactError("coded tensor: the codes do not fit the sizes of their streams")
         return matrix
+
+    @property
+    def work(self) -> int:
+        """Bytes of memory that `scatter` takes beside its input and result, at most."""
+        height, width = len(self.layout.rows), len(self.layout.columns)
+        kinds, lanes = min(MAX_CLASSES, height), min(self.context.lanes, height)
+        # Numbers of rows; streams of kinds; bits; and of the rows that are put in place at once, orders and places.
+        return 16 * height + width * (2 * kinds + 8 + height + _PLACE_BYTES * lanes)
+
+
+def _places(streams: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order of elements by stream, their places where each stream is filled so far, and their number by stream."""
+    order = np.argsort(streams, kind="stable")
+    counts = np.bincount(streams, minlength=len(at))
+    places = np.repeat(at - (np.cumsum(counts) - counts), counts)
+    places += np.arange(len(order))
+    return order, places, counts
 
 
 def _merge(
     joined: np.ndarray,
     rows: np.ndarray,
-    by_class: np.ndarray,
+    first: np.ndarray,
     at: np.ndarray,
     ends: np.ndarray,
     lanes: int,
@@ -151,10 +196,11 @@ def _merge(
     depth = lanes
     for tap in own:
         depth = max(depth, lanes * (tap + 1))
-    # The bits of the last rows.
+    # The bits of the last rows: no more than there are, whatever a file says.
+    depth = min(depth, height)
     ring = np.zeros((depth, width), np.uint8)
     for i in range(height):
-        bits, streams = ring[i % depth], by_class[rows[i]]
+        bits, streams = ring[i % depth], first[rows[i]]
         bits[:] = 0
         for tap in own:
             if i >= lanes * tap:
@@ -179,7 +225,7 @@ def _merge(
 def _merged(
     joined: np.ndarray,
     rows: np.ndarray,
-    by_class: np.ndarray,
+    first: np.ndarray,
     at: np.ndarray,
     ends: np.ndarray,
     lanes: int,
@@ -196,15 +242,11 @@ def _merged(
             for tap in taps.tolist():
                 if start >= lanes * tap:
                     bits[here] ^= (source[start - lanes * tap :][:count] & 1).astype(np.uint8)
-        streams = (by_class[rows[here]] + bits[here]).reshape(-1)
-        order = np.argsort(streams, kind="stable")
-        counts = np.bincount(streams, minlength=len(at))
+        order, places, counts = _places((first[rows[here]] + bits[here]).reshape(-1), at)
         if (at + counts > ends).any():
             return False
-        # The place of each element in its stream, in the order of streams.
-        first = np.repeat(at - (np.cumsum(counts) - counts), counts)
         found = np.empty(len(order), matrix.dtype)
-        found[order] = joined[first + np.arange(len(order))]
+        found[order] = joined[places]
         matrix[here] = found.reshape(count, -1)
         at += counts
     return True

@@ -27,6 +27,10 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
     if not header.elements:
         raise ArtifactError(f"coded tensor: codec {header.codec} cannot hold zero elements")
     layout = _read_layout(tables, header.shape, nested)
+    if allowance is not None and isinstance(layout, ParityLayout):
+        # The values in streams and taken from there, and what taking them needs.
+        needed = 2 * header.elements * parsed.storage.itemsize + layout.work
+        allowance.check(needed, f"a coded tensor of shape {list(header.shape)} in split streams")
     streams, start = [], 0
     for size in layout.sizes if layout else [header.elements]:
         if size:
@@ -56,12 +60,12 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
 
 
 def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> StreamLayout | ParityLayout | None:
-    streams = tables.unsigned()
-    if streams == 0:
+    split, streams = divmod(tables.unsigned(), SPLIT)
+    if split == streams == 0:
         return None
-    is_split, streams = streams > SPLIT, streams % SPLIT
     merge, base = tables.unsigned(), tables.unsigned()
-    if not 1 <= streams <= 2 * MAX_CLASSES or not 1 <= merge <= MAX_CLASSES or base > 2 * MAX_CLASSES or len(shape) < 2:
+    known = split <= 1 and 1 <= streams <= 2 * MAX_CLASSES and 1 <= merge <= MAX_CLASSES and base <= 2 * MAX_CLASSES
+    if not known or len(shape) < 2:
         raise ArtifactError(f"coded tensor: context classes {streams}, {merge}, {base} do not fit shape {shape}")
     height, width = shape[0], math.prod(shape[1:])
     vectors = []
@@ -71,13 +75,15 @@ def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> Stre
             raise ArtifactError(f"coded tensor: context classes are not {length} bytes below {MAX_CLASSES}")
         vectors.append(vector.numpy())
     layout = StreamLayout(vectors[0], vectors[1], merge, base, streams)
-    return _read_parities(tables, layout) if is_split else layout
+    return _read_parities(tables, layout, shape) if split else layout
 
 
-def _read_parities(tables: Reader, layout: StreamLayout) -> ParityLayout:
+def _read_parities(tables: Reader, layout: StreamLayout, shape: tuple[int, ...]) -> ParityLayout:
     lanes, own, parities, zeros = (_numbers(tables, most) for most in (1, MOST_TAPS, MOST_TAPS, layout.streams))
     context = ParityContext(sum(lanes), tuple(own), tuple(parities))
     context.check()
+    if not context.suits(shape):
+        raise ArtifactError(f"coded tensor: streams of shape {shape} cannot be split by {context}")
     if len(zeros) != layout.streams or any(zero > size for zero, size in zip(zeros, layout.sizes, strict=True)):
         raise ArtifactError("coded tensor: streams are split into more elements than they have")
     return ParityLayout(layout, context, tuple(zeros))
