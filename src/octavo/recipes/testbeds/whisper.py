@@ -86,12 +86,13 @@ def _heard(count: int) -> list[Tensor]:
 
 @torch.inference_mode()
 def _written(model: Any, features: Tensor) -> Tensor:
-    """Tokens (1, at most :data:`TOKENS`), the likeliest one by one, without the end."""
+    """Tokens (1, at most :data:`TOKENS`), the likeliest one by one, without the end; at least one after the marks."""
     states, tokens = model.model.encoder(features).last_hidden_state, torch.tensor([START])
     while tokens.shape[1] < TOKENS:
         made = model.model.decoder(input_ids=tokens, encoder_hidden_states=states, use_cache=False).last_hidden_state
         # What follows the end are marks of languages, tasks and times, which are not asked for.
-        best = model.proj_out(made[:, -1])[:, : END + 1].argmax(1, keepdim=True)
+        known = END + (tokens.shape[1] > len(START))
+        best = model.proj_out(made[:, -1])[:, :known].argmax(1, keepdim=True)
         if int(best) == END:
             break
         tokens = torch.cat([tokens, best], 1)
