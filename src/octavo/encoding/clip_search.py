@@ -230,6 +230,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _rounding(module: nn.Module, bits: int, ratio: float) -> Iterator[None]:
     """A context in which the linear layers of a module round their input vectors."""
 
+    @torch.no_grad()
     def rounded(linear: nn.Module, args: tuple) -> tuple:
         flat = _grid(args[0].flatten(0, -2).float(), bits, ratio).dense()
         return (flat.view_as(args[0]).to(args[0]), *args[1:])
