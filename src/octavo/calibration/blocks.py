@@ -49,7 +49,7 @@ class Call:
             return kwargs["hidden_states"], cls(args, rest, "hidden_states")
         raise RequestError("its blocks take no hidden states, neither first nor by name")
 
-    def of(self, block: nn.Module, states: Tensor) -> Any:
+    def of(self, block: Callable[..., Any], states: Tensor) -> Any:
         """Call a block with other hidden states."""
         return block(states, *self.args, **self.kwargs) if self.name is None else block(
             *self.args, **self.kwargs, **{self.name: states}

@@ -35,7 +35,7 @@ STSB = "STS benchmark, English (ixa2.si.ehu.eus/stswiki)"
 
 Part = TypeVar("Part")
 #: Where Debian packages put data.
-_SYSTEM = "/usr/share/datasets"
+_SYSTEM = ("/usr/share/datasets", "/usr/share/asterisk/sounds")
 #: Of twenty pieces of text, these are for choices and for reporting.
 _DEVELOPMENT, _TEST = (9,), (4, 14)
 
@@ -74,7 +74,7 @@ def file(name: str) -> Path:
         If none has it.
     """
     given = os.environ.get("OCTAVO_DATA", "../shared/data")
-    for folder in (*given.split(os.pathsep), _SYSTEM):
+    for folder in (*given.split(os.pathsep), *_SYSTEM):
         if (Path(folder) / name).exists():
             return Path(folder) / name
     raise RequestError(
