@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, with_leaves
-from octavo.sources.sites import Layout
+from octavo.sources.sites import Layout, from_module
 
 
 def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, Layout] | None = None) -> None:
@@ -41,8 +42,7 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
             raise RequestError(
                 f"{name!r}: its shape {shape} does not match a form of shape {form.shape}; give a form of that shape"
             )
-        if sum(other is weight for part in module.modules() for other in part._parameters.values()) > 1:
-            raise RequestError(f"{name!r}: is shared with another module; give that module a separate weight first")
+        refuse_shared(module, name)
         parametrize.register_parametrization(owner, parameter, _Formed(form, layout, shape))
 
 
@@ -60,6 +60,25 @@ def layouts_of(module: nn.Module) -> dict[str, Layout]:
     return {name: chain[0].layout for name, chain in _chains(module)}
 
 
+def usual_layouts(module: nn.Module, names: Iterable[str]) -> dict[str, Layout]:
+    """How parameters of a module are read as matrices where they are stored, unless something else is said there."""
+    source = from_module(module)
+    stored = {own: name for name, own in reversed(source.parameters.items())}
+    tensors = ((name, stored.get(name, name)) for name in names)
+    return {name: source.layout_of(source.aliases.get(tensor, tensor)) for name, tensor in tensors}
+
+
+def refuse_shared(module: nn.Module, name: str) -> None:
+    """Raise :class:`RequestError` if a parameter belongs to several modules: the others would not see it computed."""
+    owner, parameter = _owner(module, name)
+    weight = getattr(owner, parameter)
+    if sum(other is weight for part in module.modules() for other in part._parameters.values()) > 1:
+        raise RequestError(
+            f"{name!r}: is shared with another module, which would read it as it is; leave it out, or give that module "
+            "a weight of its own first"
+        )
+
+
 def plain_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
     """A copy of a module in which some parameters are tensors, whatever they were computed from.
 
@@ -68,6 +87,11 @@ def plain_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
     RequestError
         If one of the parameters does not exist.
     """
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.RNNBase):
+                # It caches its weights in a list; computed ones that have a gradient could not be copied.
+                part.to(next(part.parameters()).device)
     copied = copy.deepcopy(module)
     for name in names:
         owner, parameter = _owner(copied, name)

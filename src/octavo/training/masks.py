@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Sparse
 from octavo.methods.prune.masks import largest, largest_by_group
-from octavo.sources.sites import Layout
+from octavo.training.formed import usual_layouts
 
 #: n of every m neighbours in a row.
 Pattern = tuple[int, int]
@@ -47,6 +47,7 @@ class WeightMasks:
     def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
         self.weights = maskable(model, names)
         self.kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+        self._layouts = usual_layouts(model, self.weights)
         self._optimizer: torch.optim.Optimizer | None = None
         self._waiting: RemovableHandle | None = None
         self.follow(model)
@@ -120,13 +121,14 @@ class WeightMasks:
     def _scores(self, name: str, pattern: Pattern | None) -> Tensor:
         size, kept = self.weights[name].detach().abs(), self.kept[name]
         if pattern is not None:
-            matrix = Layout().to_matrix(size)
+            layout = self._layouts[name]
+            matrix = layout.to_matrix(size)
             if matrix.shape[1] % pattern[1]:
                 raise RequestError(
                     f"{name}: pattern {pattern[0]}:{pattern[1]} does not divide its {matrix.shape[1]} columns; leave "
                     "it out of the names, or choose another pattern"
                 )
-            among = largest_by_group(matrix.cpu(), pattern).to(size.device).view(size.shape)
+            among = layout.from_matrix(largest_by_group(matrix.cpu(), pattern), tuple(size.shape)).to(size.device)
             size = size.masked_fill(among, torch.inf)
         # Below every magnitude, so that masks only shrink.
         return size.masked_fill(~kept, -1.0)
@@ -194,8 +196,9 @@ class WeightMasks:
         """
         found: dict[str, Form] = {}
         for name, kept in self.kept.items():
-            mask = Layout().to_matrix(kept.cpu())
-            matrix = Layout().to_matrix(model.get_parameter(name).detach().cpu())
+            layout = self._layouts[name]
+            mask = layout.to_matrix(kept.cpu())
+            matrix = layout.to_matrix(model.get_parameter(name).detach().cpu())
             found[name] = Sparse(mask, Dense(matrix[mask][None]), pattern)
         return found
 
@@ -227,7 +230,7 @@ def maskable(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Para
         found = {name: weight for name, weight in matrices.items() if name.rpartition(".")[2] == "weight"}
         if not found:
             raise RequestError(
-                f"{type(model).__name__}: has no weight to mask; name parameters of two dimensions or more"
+                f"{type(model).__name__}: has no weight to change; name parameters of two dimensions or more"
             )
         return found
     for pattern in names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from octavo.forms import BlockScaled, Codebook, Dense, Form, Grid
 from octavo.methods.quantize.grids import compact
 from octavo.methods.quantize.small_floats import VALUES, values_of
 from octavo.sources.sites import Layout
+from octavo.training.formed import refuse_shared, usual_layouts
 
 #: Bits of a row's scale.
 SCALE_BITS = 16
@@ -82,16 +82,21 @@ class Rounded(nn.Module):
         The format in evaluation mode, and in training mode.
     """
 
-    def __init__(self, settled: NumberFormat) -> None:
+    def __init__(self, settled: NumberFormat, layout: Layout) -> None:
         super().__init__()
         self.settled = self.drawn = settled
+        self.layout = layout
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight as it is stored."""
-        layout, chosen = Layout(), self.drawn if self.training else self.settled
-        with torch.no_grad():
-            stored = layout.from_matrix(chosen.form(layout.to_matrix(weight)).dense(), tuple(weight.shape))
-        return weight + (stored - weight).detach()
+        chosen = self.drawn if self.training else self.settled
+        stored = self.layout.from_matrix(self.form(weight, chosen).dense(), tuple(weight.shape)).to(weight)
+        return stored + (weight - weight.detach())
+
+    @torch.no_grad()
+    def form(self, weight: Tensor, chosen: NumberFormat) -> Form:
+        """What is stored of a weight in a format."""
+        return chosen.form(self.layout.to_matrix(weight.detach().float()))
 
 
 def rounding(
@@ -105,13 +110,11 @@ def rounding(
         If a weight is shared with another module, which would still read it unrounded.
     """
     found = {}
-    uses = Counter(id(weight) for part in model.modules() for weight in part._parameters.values())
-    for name in names:
+    for name, layout in usual_layouts(model, names).items():
+        refuse_shared(model, name)
         owner, _, parameter = name.rpartition(".")
-        module, part = model.get_submodule(owner), Rounded(settled[name])
-        if uses[id(getattr(module, parameter))] > 1:
-            raise RequestError(f"{name!r}: is shared with another module; leave it out by names, or untie it first")
-        shape = Layout().matrix_shape(tuple(getattr(module, parameter).shape))
+        module, part = model.get_submodule(owner), Rounded(settled[name], layout)
+        shape = layout.matrix_shape(tuple(getattr(module, parameter).shape))
         parametrize.register_parametrization(module, parameter, part)
         part.train(module.training)
         found[name] = part, shape

@@ -14,7 +14,7 @@ from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.factorize.dictionaries import DictionaryFactors, Shape, again, learn, split
 from octavo.sources.sites import Layout
-from octavo.training.formed import unparametrized
+from octavo.training.formed import unparametrized, usual_layouts
 from octavo.training.regimens.base import Regimen, regimen
 
 SOURCE = "DSFormer (Chand, Prabhu & Kumar, 2023, arXiv 2312.13211)"
@@ -37,7 +37,7 @@ class StraightThroughFactorizer(Regimen):
     shapes
         Width, atoms and nonzeros of the blocks of each weight, by parameter name.
     layouts
-        Layouts of weights whose matrix is not (outputs, everything else). Dictionaries cost least if the matrix is
+        Layouts of weights that are to be read as other matrices than usual. Dictionaries cost least if the matrix is
         tall.
     rounds
         Rounds of dictionary learning before the first step and after the last one.
@@ -64,14 +64,16 @@ class StraightThroughFactorizer(Regimen):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Factorize every weight, and run the network with the products."""
+        known = dict(model.named_parameters())
+        usual = usual_layouts(model, self.shapes.keys() & known.keys())
         for name, shape in self.shapes.items():
             prefix, _, parameter = name.rpartition(".")
-            weight = dict(model.named_parameters()).get(name)
+            weight = known.get(name)
             if weight is None:
                 raise RequestError(
                     f"{type(model).__name__}: has no parameter {name!r} that can be factorized; name one of its weights"
                 )
-            layout = self.layouts.get(name, Layout())
+            layout = self.layouts.get(name, usual[name])
             rows, columns = layout.matrix_shape(tuple(weight.shape))
             if not (
                 0 < shape.nonzeros <= shape.atoms <= max(rows, shape.width) and shape.nonzeros <= shape.width <= columns

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.policies import Reinforce, Rollout
-from octavo.sources.sites import Layout
 from octavo.training.losses import Batch, Loss
 from octavo.training.masks import maskable
 from octavo.training.number_formats import NumberFormat, Rounded, rounding
@@ -179,11 +178,11 @@ class FormatSearch(Regimen):
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """All weights in the formats that were chosen."""
         self._refuse_unbegun()
-        found, layout = {}, Layout()
+        found = {}
         for name, (part, _) in self._parts.items():
             owner, _, parameter = name.rpartition(".")
             chain: Any = model.get_submodule(owner).parametrizations
-            found[name] = part.settled.form(layout.to_matrix(chain[parameter].original.detach()))
+            found[name] = part.form(chain[parameter].original.cpu(), part.settled)
         return found
 
     def _refuse_unbegun(self) -> None:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from octavo.errors import RequestError
 from octavo.forms import Codebook, Form
 from octavo.sources.sites import Layout
+from octavo.training.formed import refuse_shared, usual_layouts
 from octavo.training.masks import maskable
 from octavo.training.regimens.base import Regimen, regimen
 from octavo.training.regimens.quantized_training import chains
@@ -59,8 +60,10 @@ class LearnedLevels(Regimen):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Place the levels, and compute weights from them."""
-        for name, weight in maskable(model, self.names).items():
-            prefix, _, leaf = name.rpartition(".")
+        found = maskable(model, self.names)
+        for name, layout in usual_layouts(model, found).items():
+            refuse_shared(model, name)
+            weight, (prefix, _, leaf) = found[name], name.rpartition(".")
             kept = weight.detach() != 0 if self.zeros else torch.ones_like(weight, dtype=torch.bool)
             held = weight.detach()[kept]
             count = self.levels - self.zeros
@@ -72,7 +75,7 @@ class LearnedLevels(Regimen):
                 order = held.float().sort().values
                 values = order[((torch.arange(count) + 0.5) / count * len(order)).long()].to(held)
             weight.requires_grad_(self.weights)
-            parametrize.register_parametrization(model.get_submodule(prefix), leaf, _Levels(values, kept))
+            parametrize.register_parametrization(model.get_submodule(prefix), leaf, _Levels(values, kept, layout))
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """Codes and values of all weights."""
@@ -84,8 +87,9 @@ class _Levels(nn.Module):
 
     kept: Tensor
 
-    def __init__(self, values: Tensor, kept: Tensor) -> None:
+    def __init__(self, values: Tensor, kept: Tensor, layout: Layout) -> None:
         super().__init__()
+        self.layout = layout
         self.values = nn.Parameter(values.clone())
         self.register_buffer("kept", kept)
 
@@ -105,4 +109,4 @@ class _Levels(nn.Module):
         values, codes = self._nearest(weight)
         if not bool(self.kept.all()):
             values, codes = torch.cat([values.new_zeros(1), values]), (codes + 1) * self.kept
-        return Codebook(Layout().to_matrix(codes.to(torch.uint8)).cpu(), values.detach().float().cpu())
+        return Codebook(self.layout.to_matrix(codes.to(torch.uint8)).cpu(), values.detach().float().cpu())

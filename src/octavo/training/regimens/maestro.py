@@ -15,7 +15,7 @@ from octavo.errors import RequestError
 from octavo.forms import Dense, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.sources.sites import Layout
-from octavo.training.formed import unparametrized
+from octavo.training.formed import unparametrized, usual_layouts
 from octavo.training.losses import Batch, Loss, divergence, logits_of, outputs_of
 from octavo.training.regimens.base import Regimen, regimen
 from octavo.training.widths import factorizable, ladder
@@ -93,8 +93,9 @@ class OrderedDropout(Regimen):
                 raise RequestError(
                     f"{type(model).__name__}: has no matrix {name!r} that can be factorized; name one of its weights"
                 )
+        for name, layout in usual_layouts(model, names).items():
             prefix, _, parameter = name.rpartition(".")
-            self._layers[name], owner = _Ordered(known[name]), model.get_submodule(prefix)
+            self._layers[name], owner = _Ordered(known[name], layout), model.get_submodule(prefix)
             kind = type(owner)
             parametrize.register_parametrization(owner, parameter, self._layers[name])
             self._layers[name].chain.append(getattr(owner.parametrizations, parameter))
@@ -174,9 +175,9 @@ class OrderedDropout(Regimen):
 class _Ordered(nn.Module):
     """The parametrization: its originals are ``U`` and ``V^T`` at full width; it returns the narrowed product."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
         super().__init__()
-        self.layout, self.shape = Layout(), tuple(weight.shape)
+        self.layout, self.shape = layout, tuple(weight.shape)
         self.rank = min(self.layout.matrix_shape(self.shape))
         self.width: int | None = None
         #: The module that holds the factors; in a list, since it also holds this module.

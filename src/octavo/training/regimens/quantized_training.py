@@ -14,6 +14,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods import Method, get_method
 from octavo.sources.sites import Layout
+from octavo.training.formed import refuse_shared, usual_layouts
 from octavo.training.masks import maskable
 from octavo.training.regimens.base import Regimen, regimen
 
@@ -52,9 +53,11 @@ class QuantizedTraining(Regimen):
         """Compute weights from what they are rounded to."""
         method = get_method(self.method) if isinstance(self.method, str) else self.method
         method.refuse_unknown(dict(self.setting))
-        for name in maskable(model, self.names):
+        for name, layout in usual_layouts(model, maskable(model, self.names)).items():
+            refuse_shared(model, name)
             prefix, _, leaf = name.rpartition(".")
-            parametrize.register_parametrization(model.get_submodule(prefix), leaf, _Rounding(method, self.setting))
+            rounding = _Rounding(method, self.setting, layout)
+            parametrize.register_parametrization(model.get_submodule(prefix), leaf, rounding)
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """What the weights are rounded to."""
@@ -64,18 +67,18 @@ class QuantizedTraining(Regimen):
 class _Rounding(nn.Module):
     """A weight in the forms of a method, with the gradient of the identity."""
 
-    def __init__(self, method: Method, setting: Mapping[str, Any]) -> None:
+    def __init__(self, method: Method, setting: Mapping[str, Any], layout: Layout) -> None:
         super().__init__()
-        self.method, self.setting = method, dict(setting)
+        self.method, self.setting, self.layout = method, dict(setting), layout
 
     def forward(self, weight: Tensor) -> Tensor:
-        rounded = self.encoded(weight).dense().to(weight).view(weight.shape)
+        rounded = self.layout.from_matrix(self.encoded(weight).dense(), tuple(weight.shape)).to(weight)
         return rounded + (weight - weight.detach())
 
     @torch.no_grad()
     def encoded(self, weight: Tensor) -> Form:
         """The form of the weight now, on the CPU."""
-        matrix = Layout().to_matrix(weight.detach().float().cpu())
+        matrix = self.layout.to_matrix(weight.detach().float().cpu())
         return self.method.encode(matrix, self.setting, Evidence(torch.ones(len(matrix)), None))
 
 
