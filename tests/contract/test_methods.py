@@ -330,6 +330,21 @@ def test_the_same_request_gives_the_same_bytes(name):
         assert torch.equal(weight, before), "encoding changed the weights that it was given"
 
 
+@pytest.mark.parametrize("name", CHOOSING)
+def test_matrices_with_one_input_share_what_depends_on_it_alone(name):
+    """Queries and keys, or a sample of rows and the whole, have one cache of results."""
+    torch.manual_seed(0)
+    method = get_method(name)
+    width = 32 if method.runtimes else 16
+    weights, columns = [coarse(torch.randn(rows, width)) for rows in (160, 240)], torch.eye(width) + 0.1
+    rows, cache = [torch.rand(len(weight)) + 0.1 for weight in weights], {}
+    for weight, own in zip(weights, rows, strict=True):
+        shared = _seen(method, Evidence(own, columns, 9, cache))
+        setting = _chosen(method.settings(weight, shared))[-1]
+        alone = method.encode(weight, setting, _seen(method, Evidence(own, columns, 9)))
+        assert pack(method.encode(weight, setting, shared)).blob == pack(alone).blob
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", METHODS)
 def test_values_that_are_not_finite_are_refused_by_name(name, value):

@@ -69,15 +69,18 @@ class Spectral(Method):
         """
         block = self.blocks(weight)
         rows, height, width = block
-        key = f"frequency {block}"
+        across = (1, height, width)
+        key = f"frequency {across}"
         if key not in evidence.cache:
-            moment, across = evidence.columns, (1, height, width)
+            moment = evidence.columns
             if moment is not None:
                 moment = to_frequency(to_frequency(moment, across).t().contiguous(), across)
                 moment = (moment + moment.t()) / 2
-            weights = evidence.rows.view(-1, rows).mean(1).repeat_interleave(rows)
-            evidence.cache[key] = Evidence(weights, moment, evidence.samples)
-        return to_frequency(weight.float(), block), evidence.cache[key], block
+            # Layers with one input, and samples of their rows, share what depends on the moment alone.
+            evidence.cache[key] = moment, {}
+        moment, cache = evidence.cache[key]
+        weights = evidence.rows.view(-1, rows).mean(1).repeat_interleave(rows)
+        return to_frequency(weight.float(), block), Evidence(weights, moment, evidence.samples, cache), block
 
 
 def _divisor(size: int, most: int) -> int:
