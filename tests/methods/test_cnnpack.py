@@ -87,6 +87,12 @@ def test_centres_hold_what_kernels_share():
     assert pack(with_centres).bytes < 0.7 * pack(alone).bytes
 
 
+def test_rows_that_the_loss_does_not_depend_on_have_centres():
+    weight, method = noise(64, 72), CNNpack(block=(1, 3, 3))
+    form = method.encode(weight, {"step": 0.1, "threshold": 0.0, "centres": 16}, Evidence(torch.zeros(64), None))
+    assert float((form.dense() - weight).norm()) < 0.1 * float(weight.norm())
+
+
 def test_a_network_is_compressed_with_it(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 16, 5), nn.ReLU(), nn.Conv2d(16, 32, 5), nn.Flatten(), nn.Linear(512, 10))

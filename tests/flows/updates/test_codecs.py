@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from octavo.errors import RequestError
+from octavo import coding
+from octavo.errors import ArtifactError, RequestError
 from octavo.flows.updates.fitness import Fitness, perturbations
 from octavo.flows.updates.kmeans import KMeansLevels
 from octavo.flows.updates.powersgd import PowerSGD
@@ -131,6 +132,20 @@ def test_perturbations_are_drawn_from_the_step_and_normal():
     for wrong in ({"part": 1}, {"estimator": "best"}, {"spread": 0.0}):
         with pytest.raises(RequestError, match="fitness: "):
             Fitness(**wrong)
+
+
+def test_a_payload_of_fitness_draws_no_more_than_fits_in_memory():
+    """Codes that are all zero take few bytes, and a part of a million elements would have a million perturbations."""
+    codec, sent = Fitness(part=1 << 20), normal(1 << 20)
+    schema = codec.fit([{"a": sent}], 1000).schema
+    assert codec.most(schema) == 8
+    parts = [
+        memoryview(part) for part in codec.pack(codec.prepare(sent, schema, {"levels": 7}, 0), schema, 8, {"levels": 7})
+    ]
+    assert len(codec.unpack(parts, schema, 0)) == 1 << 20
+    parts[0] = memoryview(coding.encode(torch.zeros(1 << 20, dtype=torch.int8)))
+    with pytest.raises(ArtifactError, match="1048576 numbers of 8"):
+        codec.unpack(parts, schema, 0)
 
 
 def test_the_same_share_of_every_tensor_is_sent_layer_by_layer():

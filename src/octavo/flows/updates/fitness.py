@@ -24,6 +24,8 @@ _LEVELS = (1, 3, 7, 15, 31, 63, 127)
 ESTIMATORS = ("paired", "single", "corrected")
 #: Perturbations are whole multiples of its inverse: a last bit of a logarithm cannot make two machines differ.
 _GRID = 256
+#: Random numbers for one payload: about 400 MB while they are drawn.
+_DRAWS = 1 << 23
 
 
 @flow("fitness", source="EvoFed (Rahimi et al., 2023, NeurIPS)")
@@ -39,7 +41,8 @@ class Fitness(UpdateCodec):
     Parameters
     ----------
     part
-        Elements of a part, each with a population of its own; the last part is padded with zeros.
+        Elements of a part, each with a population of its own; the last part is padded with zeros. Parts above 2896
+        elements cannot have as many perturbations, since a payload draws at most eight million numbers.
     estimator
         ``paired`` as above; ``single`` has the fitness ``-|D - s e_j|`` less its mean, which the lengths of ``e_j``
         drown; ``corrected`` takes these known lengths out of the squared fitness, and leaves ``D e_j``.
@@ -69,13 +72,13 @@ class Fitness(UpdateCodec):
         return [{"levels": count} for count in _LEVELS]
 
     def most(self, schema: Schema) -> int:
-        """As many perturbations as elements of every part."""
-        width = self._width(schema)
-        return -(-schema.elements // width) * width
+        """As many perturbations as elements of a part, or as can be drawn, for every part."""
+        return self._parts(schema) * min(self._width(schema), max(1, _DRAWS // self._width(schema)))
 
     def prepare(self, flat: Tensor, schema: Schema, choice: Mapping[str, Any], step: int) -> tuple[float, Tensor, int]:
         """A unit, in it the parts (parts, width), and the step."""
-        rows = torch.nn.functional.pad(flat, (0, self.most(schema) - len(flat))).view(-1, self._width(schema))
+        width, parts = self._width(schema), self._parts(schema)
+        rows = torch.nn.functional.pad(flat, (0, parts * width - len(flat))).view(parts, width)
         # In units of the largest entry, so that squares stay floats.
         unit = float(flat.abs().max()) if len(flat) else 0.0
         return unit, rows / (unit or 1.0), step
@@ -95,14 +98,13 @@ class Fitness(UpdateCodec):
 
     def unpack(self, parts: Sequence[memoryview], schema: Schema, step: int) -> Tensor:
         """The sum of perturbations."""
-        header, most = coding.describe(parts[0]), self.most(schema)
+        header, most, count = coding.describe(parts[0]), self.most(schema), self._parts(schema)
         expect(header.dtype == torch.int8 and len(header.shape) == 1, "its codes are not small integers")
         expect(header.elements <= most, f"{header.elements} numbers of {most}")
         (scale,) = unpack_floats(parts[1], 1)
         codes = coding.decode(parts[0], max_elements=header.elements).float()
-        width = self._width(schema)
-        drawn = perturbations(-(-len(codes) // max(most // width, 1)), width, step)
-        return (_summed(codes, drawn, most // width) * scale).flatten()[: schema.elements]
+        drawn = perturbations(-(-len(codes) // max(count, 1)), self._width(schema), step)
+        return (_summed(codes, drawn, count) * scale).flatten()[: schema.elements]
 
     def _judged(self, rows: Tensor, drawn: Tensor) -> Tensor:
         """A number for every part and perturbation, (parts, count) float64."""
@@ -117,6 +119,9 @@ class Fitness(UpdateCodec):
     def _width(self, schema: Schema) -> int:
         """Elements of a part: fewer where all tensors have fewer."""
         return min(self.part, max(schema.elements, 1))
+
+    def _parts(self, schema: Schema) -> int:
+        return -(-schema.elements // self._width(schema))
 
 
 def _summed(codes: Tensor, drawn: Tensor, parts: int) -> Tensor:

@@ -86,7 +86,8 @@ class CNNpack(Spectral):
             raise RequestError(
                 f"{self.name}: {number} centres for {len(vectors)} vectors of {width} coefficients; give fewer"
             )
-        cost = (evidence.rows / evidence.rows.max()).clamp_min(1e-9).repeat_interleave(columns // width)
+        cost = (evidence.rows / evidence.rows.max().clamp_min(1e-30)).clamp_min(1e-9)
+        cost = cost.repeat_interleave(columns // width)
         cost = cost[:, None].expand_as(vectors)
         draws = torch.Generator().manual_seed(0)
         book = centres.learned(vectors, cost, number, self.iterations, draws).half()

@@ -82,7 +82,7 @@ class JointCodebooks(Method):
         scale = compact(peak * (weight / peak).square().mean(1, keepdim=True).sqrt())
         scaled = weight / scale.float()
         importance = evidence.rows.float() * (scale.float() / scale.float().max()).square().flatten()
-        moment = torch.eye(weight.shape[1]) if evidence.columns is None else evidence.columns.float()
+        moment = evidence.moment(weight.shape[1]).float()
         member = _grouped(scaled, min(self.groups, max(1, len(weight) // 16)))
         blocks: list[Form] = []
         for number in range(int(member.max()) + 1):
