@@ -63,6 +63,14 @@ def test_values_alone_train_while_weights_stay(dense):
     assert accuracy(model, task()) > before
 
 
+def test_a_frozen_weight_stays_frozen():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    LearnedLevels().begin(model, 1)
+    assert not model[0].parametrizations.weight.original.requires_grad
+    assert model[2].parametrizations.weight.original.requires_grad
+
+
 def test_zeros_of_a_pruned_model_stay():
     model = net()
     with torch.no_grad():
@@ -112,6 +120,9 @@ def test_a_method_with_its_knobs_rounds():
         (lambda: LearnedLevels(257), "from 2 to 256"),
         (lambda: LearnedLevels(places="anywhere"), "quantiles, linear"),
         (lambda: LearnedLevels(names=("9.*",)).begin(net(), 1), "no weight '9"),
+        (lambda: LearnedLevels().forms(net()), "nothing was trained yet in this Sequential"),
+        (lambda: QuantizedTraining().forms(net()), "nothing was trained yet in this Sequential"),
+        (lambda: [LearnedLevels().begin(model, 1) for model in [net()] * 2], "no other regimen computes"),
         (lambda: QuantizedTraining("no-such").begin(net(), 1), "no-such"),
         (lambda: QuantizedTraining(setting={"bits": 4, "grup": 8}).begin(net(), 1), "'grup' is not a setting"),
         (lambda: QuantizedTraining(setting={"bits": 99, "group": 8}).begin(net(), 1), "bits is 99"),

@@ -52,9 +52,9 @@ class ParityContext:
     def bits(self, codes: np.ndarray) -> np.ndarray:
         """The bits of a matrix of codes, uint8.
 
-        Division by ``1 + sum of D^d`` over the integers modulo 2, eight columns to a byte. There the square of a
-        polynomial is that of its squared terms, so ``1 / h = h(D) h(D^2) h(D^4) ...`` up to the power of D that leaves
-        the matrix.
+        Division by ``h = 1 + sum of D^d`` over the integers modulo 2, eight columns to a byte. There the square of a
+        polynomial is that of its squared terms. So ``1 / h = h(D) h(D^2) h(D^4) ...``, up to the power of D that
+        leaves the matrix.
         """
         odd = np.packbits((codes & 1).astype(np.uint8, copy=False), axis=1)
         chosen = np.zeros_like(odd)
@@ -101,7 +101,7 @@ class ParityLayout:
         if layout is None:
             layout = StreamLayout(np.zeros(len(matrix), np.uint8), np.zeros(matrix.shape[1], np.uint8))
         made, counts = cls(layout, context, ()), np.zeros(2 * layout.streams, np.int64)
-        for _, streams in made._some(matrix, context.bits(matrix)):
+        for _, streams in made._by_parts(matrix, context.bits(matrix)):
             counts += np.bincount(streams, minlength=len(counts))
         return cls(layout, context, tuple(counts[::2].tolist()))
 
@@ -127,7 +127,7 @@ class ParityLayout:
         """Where every stream begins."""
         return np.cumsum(self.sizes) - self.sizes
 
-    def _some(self, matrix: np.ndarray, bits: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _by_parts(self, matrix: np.ndarray, bits: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the codes and streams of few rows at a time."""
         rows, first = self._kinds
         height = max(1, _AT_ONCE // matrix.shape[1])
@@ -138,7 +138,7 @@ class ParityLayout:
     def gather(self, matrix: np.ndarray) -> np.ndarray:
         """Return all streams of a matrix, one after the other."""
         joined, at = np.empty(matrix.size, matrix.dtype), self._starts.copy()
-        for codes, streams in self._some(matrix, self.context.bits(matrix)):
+        for codes, streams in self._by_parts(matrix, self.context.bits(matrix)):
             order, places, counts = _places(streams, at)
             joined[places] = codes[order]
             at += counts

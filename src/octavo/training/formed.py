@@ -49,7 +49,7 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
 def forms_of(module: nn.Module) -> dict[str, Form]:
     """The forms of all parameters that :func:`formed` replaced, with the current values of their leaves."""
     found = {}
-    for name, chain in _chains(module):
+    for name, chain in chains(module, _Formed):
         leaves = [getattr(chain, f"original{k}").detach().clone() for k in range(len(chain[0].leaves))]
         found[name] = chain[0].rebuilt(leaves)
     return found
@@ -57,7 +57,7 @@ def forms_of(module: nn.Module) -> dict[str, Form]:
 
 def layouts_of(module: nn.Module) -> dict[str, Layout]:
     """How the parameters that :func:`formed` replaced are read as matrices."""
-    return {name: chain[0].layout for name, chain in _chains(module)}
+    return {name: chain[0].layout for name, chain in chains(module, _Formed)}
 
 
 def usual_layouts(module: nn.Module, names: Iterable[str]) -> dict[str, Layout]:
@@ -116,12 +116,22 @@ def unparametrized(owner: nn.Module, parameter: str) -> None:
     parametrize.remove_parametrizations(owner, parameter)
 
 
-def _chains(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The parametrizations from :func:`formed`, by the name of their parameter."""
+def chains(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The parametrizations of one kind, by the name of their parameter."""
     for prefix, owner in module.named_modules():
         for parameter, chain in getattr(owner, "parametrizations", {}).items():
-            if isinstance(chain[0], _Formed):
+            if isinstance(chain[0], kind):
                 yield f"{prefix}.{parameter}".lstrip("."), chain
+
+
+def trained_chains(module: nn.Module, kind: type[nn.Module], regimen: str) -> dict[str, Any]:
+    """As :func:`chains`; raises :class:`RequestError` if there is none, as the regimen trained no such model."""
+    found = dict(chains(module, kind))
+    if not found:
+        raise RequestError(
+            f"{regimen}: nothing was trained yet in this {type(module).__name__}; give both to octavo.training.fit"
+        )
+    return found
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

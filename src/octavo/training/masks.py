@@ -230,7 +230,8 @@ def maskable(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Para
         found = {name: weight for name, weight in matrices.items() if name.rpartition(".")[2] == "weight"}
         if not found:
             raise RequestError(
-                f"{type(model).__name__}: has no weight to change; name parameters of two dimensions or more"
+                f"{type(model).__name__}: has no weight to change; name parameters of two dimensions or more, or "
+                "give a model whose weights no other regimen computes"
             )
         return found
     for pattern in names:

@@ -37,7 +37,7 @@ class NumberFormat:
     name: str
 
     def __post_init__(self) -> None:
-        if self.name not in VALUES and not _INTEGERS.fullmatch(self.name):
+        if self.name not in VALUES and not _INTEGERS.fullmatch(str(self.name)):
             raise RequestError(
                 f"number format: {self.name!r} is not known; choose int2 to int8, or {', '.join(VALUES)}"
             )

@@ -137,6 +137,7 @@ def test_a_lost_reply_and_a_killed_client_begin_again_with_a_plan():
     [
         ("damage", "checksum does not match"), ("repeat", "received before"), ("foreign", "other tensors"),
         ("bare", "has no payload"), ("planless", "sent no plan"), ("text", "not the plan of a flow"),
+        ("empty", "not a reply of"), ("words", "not a reply of"), ("numbers", "not a reply of"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trusted_is_left_out_and_told(harm, says, caplog):
@@ -155,6 +156,12 @@ def test_what_cannot_be_trusted_is_left_out_and_told(harm, says, caplog):
             ours.content[RECORD] = ConfigRecord({**record, "plan": plan})
         elif harm == "bare":
             del ours.content[RECORD]
+        elif harm == "empty":
+            ours.content[RECORD] = ConfigRecord({"step": 1})
+        elif harm == "words":
+            ours.content[RECORD] = ConfigRecord({**record, "payload": "none"})
+        elif harm == "numbers":
+            ours.content["arrays"] = MetricRecord({"loss": 1.0})
         elif number == 1:
             ours.content[RECORD] = (
                 ConfigRecord({**record, "plan": "{}"})
@@ -193,6 +200,9 @@ def test_requests_without_meaning_are_refused():
         ({}, "give a ratio"),
         ({"ratio": 2, "size": 3}, "give a ratio"),
         ({"ratio": 2, "codec": "x"}, "is not known"),
+        ({"ratio": 0}, "is 0; give a positive number"),
+        ({"ratio": -3.0}, "is -3.0; give a positive number"),
+        ({"size": "1MB"}, "is '1MB'; give a positive number"),
     ):
         with pytest.raises(RequestError, match=says):
             CompressedUplink(**wrong)

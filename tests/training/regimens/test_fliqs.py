@@ -71,7 +71,10 @@ def test_a_format_has_no_more_values_than_its_bits_allow(name):
         ({"formats": ()}, "give at least one"),
         ({"formats": ("int9",)}, "int9"),
         ({"formats": ("fp8",)}, "choose int2 to int8"),
+        ({"formats": "int4"}, r"one as \('int4',\)"),
+        ({"formats": (4, 8)}, "4 is not known"),
         ({"bits": 9.0}, "the formats have 4 to 8"),
+        ({"bits": "5"}, "the formats have 4 to 8"),
         ({"delay": 1.0}, "a share below 1"),
     ],
 )

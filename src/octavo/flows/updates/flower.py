@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,9 @@ class CompressedUplink:
         _require()
         if (self.ratio is None) == (self.size is None):
             raise RequestError("CompressedUplink: give a ratio, such as ratio=50, or the size of a payload in bytes")
+        asked = self.ratio if self.size is None else self.size
+        if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked < math.inf:
+            raise RequestError(f"CompressedUplink: the ratio or size is {asked!r}; give a positive number, such as 50")
         flow = FLOWS.get(self.codec)() if isinstance(self.codec, str) else self.codec
         if not isinstance(flow, UpdateCodec):
             raise RequestError(f"CompressedUplink: {self.codec!r} is not a codec of updates; name one, such as top-k")
@@ -98,7 +102,7 @@ class CompressedUplink:
         known, schema = _kept(context, self._flow), Schema.of(update)
         if known is not None and known.plan.schema == schema and known.step == waited:
             return known
-        budget = self.size if self.size is not None else int(schema.nbytes / (self.ratio or 1))
+        budget = int(self.size or schema.nbytes / (self.ratio or 1))
         state = self._flow.start(self._flow.fit([update], budget))
         if known is not None and known.plan.schema == schema:
             state.missing = known.missing
@@ -156,18 +160,20 @@ class CompressedStrategy(Strategy):  # type: ignore[misc]
 
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
         """Messages of the inner strategy, each with the step that is waited for."""
-        messages, self._sent, self._downlink = (
-            list(self.inner.configure_train(server_round, arrays, config, grid)),
-            {},
-            0,
-        )
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        self._sent, self._downlink = {}, 0
+        # Messages usually share one record of arrays, which is read once for all of them.
+        read: dict[int, dict[str, Tensor]] = {}
         for message in messages:
             node = message.metadata.dst_node_id
             state = self._receivers.get(node)
             # The inner strategy may give all messages one content.
             told = ConfigRecord({STEP: NONE if state is None else state.step})
             message.content = RecordDict({**message.content, RECORD: told})
-            self._sent[node] = message.content[self.key].to_torch_state_dict()
+            record = message.content[self.key]
+            if id(record) not in read:
+                read[id(record)] = record.to_torch_state_dict()
+            self._sent[node] = read[id(record)]
             self._kinds = {name: tensor.dtype for name, tensor in self._sent[node].items()}
             self._downlink += _bytes(message)
         return messages
@@ -181,11 +187,12 @@ class CompressedStrategy(Strategy):  # type: ignore[misc]
                 node = reply.metadata.src_node_id
                 try:
                     reply.content[self.key] = ArrayRecord(self._restored(node, reply.content))
-                except OctavoError as error:
+                except (OctavoError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                     # Its client sees that no step is waited for, and begins again.
                     self._receivers.pop(node, None)
-                    refused.append(f"client {node}: {error}")
-                    _LOG.warning("round %d leaves out client %d: %s", server_round, node, error)
+                    told = error if isinstance(error, OctavoError) else f"not a reply of CompressedUplink ({error!r})"
+                    refused.append(f"client {node}: {told}")
+                    _LOG.warning("round %d leaves out client %d: %s", server_round, node, told)
                     continue
                 del reply.content[RECORD]
                 plain += _bytes(reply)

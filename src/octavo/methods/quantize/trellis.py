@@ -43,8 +43,8 @@ class TrellisCoded(Stepped):
     """Entropy-constrained quantization on levels twice as dense as its codes: 1 dB less error in the same bits.
 
     The levels ``0, ±1, ±2 …`` are half a step apart: the even ones form one quantizer and the odd ones another. The
-    parities of the codes above a code in its column determine which quantizer reads it (:class:`octavo.forms.Trellis`),
-    so a code takes the bits of a whole step. A choice of codes is a path through a graph of 16 states; the path of
+    parities of the codes above a code in its column determine which quantizer reads it (:class:`octavo.forms.Trellis`).
+    So a code takes the bits of a whole step. A choice of codes is a path through a graph of 16 states; the path of
     least ``error^2 + rate * bits`` is found by dynamic programming (:mod:`octavo.methods.quantize.viterbi`). Columns
     follow one another as in the method ``entropy``, in the same units and with the same feedback of errors.
 

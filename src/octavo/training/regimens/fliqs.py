@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.policies import Reinforce, Rollout
+from octavo.training.formed import trained_chains
 from octavo.training.losses import Batch, Loss
 from octavo.training.masks import maskable
 from octavo.training.number_formats import NumberFormat, Rounded, rounding
@@ -72,12 +73,14 @@ class FormatSearch(Regimen):
     _parts: dict[str, tuple[Rounded, tuple[int, int]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.formats, str):
+            raise RequestError(f"fliqs: formats is {self.formats!r}; give several names, or one as ({self.formats!r},)")
         self._formats = [NumberFormat(name) for name in self.formats]
         self._assigned = {name: NumberFormat(chosen) for name, chosen in self.assigned.items()}
         if not self._formats:
             raise RequestError("fliqs: formats has none; give at least one, such as int4")
         low, high = min(part.bits for part in self._formats), max(part.bits for part in self._formats)
-        if self.bits is not None and not low <= self.bits <= high:
+        if self.bits is not None and not (isinstance(self.bits, int | float) and low <= self.bits <= high):
             raise RequestError(f"fliqs: bits is {self.bits!r}; the formats have {low} to {high}")
         if not 0 <= self.delay < 1 or self.pressure < 0 or self.entropy < 0 or self.rate <= 0:
             raise RequestError(
@@ -177,13 +180,8 @@ class FormatSearch(Regimen):
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """All weights in the formats that were chosen."""
-        self._refuse_unbegun()
-        found = {}
-        for name, (part, _) in self._parts.items():
-            owner, _, parameter = name.rpartition(".")
-            chain: Any = model.get_submodule(owner).parametrizations
-            found[name] = part.form(chain[parameter].original.cpu(), part.settled)
-        return found
+        found = trained_chains(model, Rounded, self.name)
+        return {name: chain[0].form(chain.original.cpu(), chain[0].settled) for name, chain in found.items()}
 
     def _refuse_unbegun(self) -> None:
         if not self._parts:

@@ -11,10 +11,9 @@ from torch.nn.utils import parametrize
 from octavo.errors import RequestError
 from octavo.forms import Codebook, Form
 from octavo.sources.sites import Layout
-from octavo.training.formed import refuse_shared, usual_layouts
+from octavo.training.formed import refuse_shared, trained_chains, usual_layouts
 from octavo.training.masks import maskable
 from octavo.training.regimens.base import Regimen, regimen
-from octavo.training.regimens.quantized_training import chains
 
 PLACES = ("quantiles", "linear")
 
@@ -74,12 +73,13 @@ class LearnedLevels(Regimen):
             else:
                 order = held.float().sort().values
                 values = order[((torch.arange(count) + 0.5) / count * len(order)).long()].to(held)
-            weight.requires_grad_(self.weights)
+            weight.requires_grad_(self.weights and weight.requires_grad)
             parametrize.register_parametrization(model.get_submodule(prefix), leaf, _Levels(values, kept, layout))
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """Codes and values of all weights."""
-        return {name: chain[0].form(chain.original.detach()) for name, chain in chains(model, _Levels)}
+        found = trained_chains(model, _Levels, self.name)
+        return {name: chain[0].form(chain.original.detach()) for name, chain in found.items()}
 
 
 class _Levels(nn.Module):

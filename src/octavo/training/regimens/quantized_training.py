@@ -14,7 +14,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods import Method, get_method
 from octavo.sources.sites import Layout
-from octavo.training.formed import refuse_shared, usual_layouts
+from octavo.training.formed import refuse_shared, trained_chains, usual_layouts
 from octavo.training.masks import maskable
 from octavo.training.regimens.base import Regimen, regimen
 
@@ -61,7 +61,8 @@ class QuantizedTraining(Regimen):
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """What the weights are rounded to."""
-        return {name: chain[0].encoded(chain.original) for name, chain in chains(model, _Rounding)}
+        found = trained_chains(model, _Rounding, self.name)
+        return {name: chain[0].encoded(chain.original) for name, chain in found.items()}
 
 
 class _Rounding(nn.Module):
@@ -80,13 +81,3 @@ class _Rounding(nn.Module):
         """The form of the weight now, on the CPU."""
         matrix = self.layout.to_matrix(weight.detach().float().cpu())
         return self.method.encode(matrix, self.setting, Evidence(torch.ones(len(matrix)), None))
-
-
-def chains(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
-    """The parametrizations of one kind, by the name of their parameter."""
-    return [
-        (f"{prefix}.{leaf}".lstrip("."), chain)
-        for prefix, owner in model.named_modules()
-        for leaf, chain in getattr(owner, "parametrizations", {}).items()
-        if isinstance(chain[0], kind)
-    ]
