@@ -185,11 +185,21 @@ def _of_module(
         raise RequestError(
             f"save: {odd!r} is {type(given[odd]).__name__}; give forms, such as octavo.forms.Dense(matrix)"
         )
+    _refresh_recurrent(module)
     copied = plain_copy(module, forms)
     source = from_module(copied, title=type(copied).__name__)
     if is_pretrained(copied):
         adopt(source, copied)
     return with_forms(source, forms, {**layouts_of(module), **(layouts or {})}, dtype)
+
+
+@torch.no_grad()
+def _refresh_recurrent(module: nn.Module) -> None:
+    """Recurrent layers cache their weights in a list; computed ones that have a gradient could not be copied."""
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):
+            # Moving them to where they are renews the list.
+            part.to(next(part.parameters()).device)
 
 
 def _forms(given: Mapping[str, Any]) -> dict[str, Form]:

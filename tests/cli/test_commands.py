@@ -209,7 +209,7 @@ def test_methods():
     rows = read("methods")
     assert [row["name"] for row in rows] == sorted(methods())
     for row in rows:
-        assert row["family"] and row["source"] and row["what"] and row["preset"] in ("fast", "default", "best")
+        assert row["family"] and row["source"] and row["what"] and row["preset"] in ("fast", "default", "best", "named")
 
 
 @pytest.mark.parametrize("kind", ["methods", "forms", "cuts", "regimens", "targets", "flows", "studies"])

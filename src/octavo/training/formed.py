@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, with_leaves
-from octavo.sources.sites import Layout, from_module
+from octavo.sources.sites import Layout
 
 
 def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, Layout] | None = None) -> None:
@@ -42,14 +41,15 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
             raise RequestError(
                 f"{name!r}: its shape {shape} does not match a form of shape {form.shape}; give a form of that shape"
             )
-        refuse_shared(module, name)
+        if sum(other is weight for part in module.modules() for other in part._parameters.values()) > 1:
+            raise RequestError(f"{name!r}: is shared with another module; give that module a separate weight first")
         parametrize.register_parametrization(owner, parameter, _Formed(form, layout, shape))
 
 
 def forms_of(module: nn.Module) -> dict[str, Form]:
     """The forms of all parameters that :func:`formed` replaced, with the current values of their leaves."""
     found = {}
-    for name, chain in chains(module, _Formed):
+    for name, chain in _chains(module):
         leaves = [getattr(chain, f"original{k}").detach().clone() for k in range(len(chain[0].leaves))]
         found[name] = chain[0].rebuilt(leaves)
     return found
@@ -57,26 +57,7 @@ def forms_of(module: nn.Module) -> dict[str, Form]:
 
 def layouts_of(module: nn.Module) -> dict[str, Layout]:
     """How the parameters that :func:`formed` replaced are read as matrices."""
-    return {name: chain[0].layout for name, chain in chains(module, _Formed)}
-
-
-def usual_layouts(module: nn.Module, names: Iterable[str]) -> dict[str, Layout]:
-    """How parameters of a module are read as matrices where they are stored, unless something else is said there."""
-    source = from_module(module)
-    stored = {own: name for name, own in reversed(source.parameters.items())}
-    tensors = ((name, stored.get(name, name)) for name in names)
-    return {name: source.layout_of(source.aliases.get(tensor, tensor)) for name, tensor in tensors}
-
-
-def refuse_shared(module: nn.Module, name: str) -> None:
-    """Raise :class:`RequestError` if a parameter belongs to several modules: the others would not see it computed."""
-    owner, parameter = _owner(module, name)
-    weight = getattr(owner, parameter)
-    if sum(other is weight for part in module.modules() for other in part._parameters.values()) > 1:
-        raise RequestError(
-            f"{name!r}: is shared with another module, which would read it as it is; leave it out, or give that module "
-            "a weight of its own first"
-        )
+    return {name: chain[0].layout for name, chain in _chains(module)}
 
 
 def plain_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
@@ -87,11 +68,6 @@ def plain_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
     RequestError
         If one of the parameters does not exist.
     """
-    with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, nn.RNNBase):
-                # It caches its weights in a list; computed ones that have a gradient could not be copied.
-                part.to(next(part.parameters()).device)
     copied = copy.deepcopy(module)
     for name in names:
         owner, parameter = _owner(copied, name)
@@ -116,22 +92,12 @@ def unparametrized(owner: nn.Module, parameter: str) -> None:
     parametrize.remove_parametrizations(owner, parameter)
 
 
-def chains(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """The parametrizations of one kind, by the name of their parameter."""
+def _chains(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The parametrizations from :func:`formed`, by the name of their parameter."""
     for prefix, owner in module.named_modules():
         for parameter, chain in getattr(owner, "parametrizations", {}).items():
-            if isinstance(chain[0], kind):
+            if isinstance(chain[0], _Formed):
                 yield f"{prefix}.{parameter}".lstrip("."), chain
-
-
-def trained_chains(module: nn.Module, kind: type[nn.Module], regimen: str) -> dict[str, Any]:
-    """As :func:`chains`; raises :class:`RequestError` if there is none, as the regimen trained no such model."""
-    found = dict(chains(module, kind))
-    if not found:
-        raise RequestError(
-            f"{regimen}: nothing was trained yet in this {type(module).__name__}; give both to octavo.training.fit"
-        )
-    return found
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Sparse
 from octavo.methods.prune.masks import largest, largest_by_group
-from octavo.training.formed import usual_layouts
+from octavo.training.computed import usual_layouts
 
 #: n of every m neighbours in a row.
 Pattern = tuple[int, int]

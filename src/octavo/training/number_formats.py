@@ -15,7 +15,7 @@ from octavo.forms import BlockScaled, Codebook, Dense, Form, Grid
 from octavo.methods.quantize.grids import compact
 from octavo.methods.quantize.small_floats import VALUES, values_of
 from octavo.sources.sites import Layout
-from octavo.training.formed import refuse_shared, usual_layouts
+from octavo.training.computed import refuse_shared, usual_layouts
 
 #: Bits of a row's scale.
 SCALE_BITS = 16

@@ -23,9 +23,6 @@ from octavo.methods.quantize.trellis import TrellisCoded
 from octavo.methods.spelling import get_method
 from octavo.sources.batches import Batch
 
-#: From this many bits per weight, a trellis base is better: 1 dB at equal bytes on MiniLM's matrices. Pruned bases and
-#: bases on group grids lost 2 to 6 dB against it at every size, and are not offered.
-_TRELLIS = 1.75
 #: Families with lossy forms, which a correction can improve.
 _FAMILIES = ("quantize", "prune")
 _PREFIX = "base."
@@ -52,7 +49,7 @@ class EoRA(Method):
     bits
         Bits per coefficient of the correction; 3 to 4 are enough according to the paper.
     levels
-        Bits per weight of the bases to try: ``trellis`` for the finer ones, ``entropy`` for the others.
+        Bits per weight of the bases to try, of the method ``trellis``.
     """
 
     takes = ("step", "rank", "bits")
@@ -78,12 +75,10 @@ class EoRA(Method):
     def settings(self, weight: Tensor, evidence: Evidence) -> list[Setting]:
         """Lossy bases, each with all ranks up to half of the smaller side."""
         rows, columns = weight.shape
-        fine, coarse = ([x for x in self.levels if (x >= _TRELLIS) is high] for high in (True, False))
-        bases: list[tuple[float, Setting]] = [
-            *zip(fine, map(_named, TrellisCoded(levels=tuple(fine)).settings(weight, evidence)), strict=False),
-            # A matrix of zeros has one setting, whatever the level.
-            *zip(coarse, Entropy(levels=tuple(coarse)).settings(weight, evidence), strict=False),
-        ]
+        # Pruned bases and bases on group grids lost 2 to 6 dB against a trellis at every size on MiniLM's matrices. A
+        # matrix of zeros has one setting, whatever the level.
+        coded = TrellisCoded(levels=self.levels).settings(weight, evidence)
+        bases = list(zip(self.levels, map(_named, coded), strict=False))
         ranks = dict.fromkeys(min(rank, max(1, min(rows, columns) // 2)) for rank in self.ranks)
         correction = self.bits * (rows + columns) / (rows * columns)
         sized = [

@@ -14,9 +14,7 @@ from octavo.methods.quantize.entropy import Entropy
 from octavo.methods.quantize.spectral import Spectral
 
 
-@method(
-    "cosine", family="quantize", preset="best", source="Wang et al. (2016), CNNpack, NeurIPS 29, without its clusters"
-)
+@method("dct", family="quantize", preset="best", source="Wang et al. (2016), CNNpack, NeurIPS 29, without its clusters")
 @dataclass(frozen=True)
 class CosineSteps(Spectral):
     """``entropy`` on the two-dimensional cosine transform of kernels, or of tiles of 8 x 8 weights.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from octavo.calibration.entropy_blocks import activation_entropies, entropy_blocks
 from octavo.calibration.objective import KL
-from octavo.encoding.clip_search import SOURCE, Clipped, ClipSearch
+from octavo.methods.quantize.clip_search import SOURCE, Clipped, ClipSearch
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.judging import rank_correlation
 from octavo.recipes.testbeds.whisper import prompts, whisper

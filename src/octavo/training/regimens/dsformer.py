@@ -14,7 +14,8 @@ from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.factorize.dictionaries import DictionaryFactors, Shape, again, learn, split
 from octavo.sources.sites import Layout
-from octavo.training.formed import unparametrized, usual_layouts
+from octavo.training.computed import usual_layouts
+from octavo.training.formed import unparametrized
 from octavo.training.regimens.base import Regimen, regimen
 
 SOURCE = "DSFormer (Chand, Prabhu & Kumar, 2023, arXiv 2312.13211)"

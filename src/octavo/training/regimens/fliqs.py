@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.policies import Reinforce, Rollout
-from octavo.training.formed import trained_chains
+from octavo.training.computed import chains
 from octavo.training.losses import Batch, Loss
 from octavo.training.masks import maskable
 from octavo.training.number_formats import NumberFormat, Rounded, rounding
@@ -180,7 +180,7 @@ class FormatSearch(Regimen):
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """All weights in the formats that were chosen."""
-        found = trained_chains(model, Rounded, self.name)
+        found = chains(model, Rounded, self.name)
         return {name: chain[0].form(chain.original.cpu(), chain[0].settled) for name, chain in found.items()}
 
     def _refuse_unbegun(self) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from octavo.errors import RequestError
 from octavo.forms import Codebook, Form
 from octavo.sources.sites import Layout
-from octavo.training.formed import refuse_shared, trained_chains, usual_layouts
+from octavo.training.computed import chains, refuse_shared, usual_layouts
 from octavo.training.masks import maskable
 from octavo.training.regimens.base import Regimen, regimen
 
@@ -78,7 +78,7 @@ class LearnedLevels(Regimen):
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """Codes and values of all weights."""
-        found = trained_chains(model, _Levels, self.name)
+        found = chains(model, _Levels, self.name)
         return {name: chain[0].form(chain.original.detach()) for name, chain in found.items()}
 
 

@@ -15,7 +15,8 @@ from octavo.errors import RequestError
 from octavo.forms import Dense, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.sources.sites import Layout
-from octavo.training.formed import unparametrized, usual_layouts
+from octavo.training.computed import usual_layouts
+from octavo.training.formed import unparametrized
 from octavo.training.losses import Batch, Loss, divergence, logits_of, outputs_of
 from octavo.training.regimens.base import Regimen, regimen
 from octavo.training.widths import factorizable, ladder

@@ -14,7 +14,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods import Method, get_method
 from octavo.sources.sites import Layout
-from octavo.training.formed import refuse_shared, trained_chains, usual_layouts
+from octavo.training.computed import chains, refuse_shared, usual_layouts
 from octavo.training.masks import maskable
 from octavo.training.regimens.base import Regimen, regimen
 
@@ -61,7 +61,7 @@ class QuantizedTraining(Regimen):
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """What the weights are rounded to."""
-        found = trained_chains(model, _Rounding, self.name)
+        found = chains(model, _Rounding, self.name)
         return {name: chain[0].encoded(chain.original) for name, chain in found.items()}
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from octavo.encoding.clip_search import ClipSearch
 from octavo.errors import RequestError
+from octavo.methods.quantize.clip_search import ClipSearch
 
 
 class Residual(nn.Module):

@@ -1,0 +1,50 @@
+"""Weights that a regimen computes whenever they are read: how they are stored, who else reads them, where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from octavo.errors import RequestError
+from octavo.sources.sites import Layout, from_module
+
+
+def usual_layouts(model: nn.Module, names: Iterable[str]) -> dict[str, Layout]:
+    """How parameters of a model are read as matrices where they are stored, unless something else is said there."""
+    source = from_module(model)
+    stored = {own: name for name, own in reversed(source.parameters.items())}
+    tensors = ((name, stored.get(name, name)) for name in names)
+    return {name: source.layout_of(source.aliases.get(tensor, tensor)) for name, tensor in tensors}
+
+
+def refuse_shared(model: nn.Module, name: str) -> None:
+    """Raise :class:`RequestError` if a parameter belongs to several modules: the others would not see it computed."""
+    weight = model.get_parameter(name)
+    if sum(other is weight for part in model.modules() for other in part._parameters.values()) > 1:
+        raise RequestError(
+            f"{name!r}: is shared with another module, which would read it as it is; leave it out by names, or give "
+            "that module a weight of its own first"
+        )
+
+
+def chains(model: nn.Module, kind: type[nn.Module], regimen: str) -> dict[str, Any]:
+    """The parametrizations of one kind, by the name of their parameter.
+
+    Raises
+    ------
+    RequestError
+        If there is none: the regimen did not train this model.
+    """
+    found = {
+        f"{prefix}.{parameter}".lstrip("."): chain
+        for prefix, owner in model.named_modules()
+        for parameter, chain in getattr(owner, "parametrizations", {}).items()
+        if isinstance(chain[0], kind)
+    }
+    if not found:
+        raise RequestError(
+            f"{regimen}: nothing was trained yet in this {type(model).__name__}; give both to octavo.training.fit first"
+        )
+    return found
