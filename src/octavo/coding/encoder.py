@@ -106,20 +106,20 @@ def _packed(
         return codec, *packed.encode(streams, codec, escape_bits, nested)
 
     close = [split(candidate.layout) for candidate in plans if candidate.bits <= 1.01 * plans[0].bits]
-    least = plans[0].bits
+    least, best = plans[0].bits, close[:1]
     if context is not None and values.size >= CONTEXT_ELEMENTS and context.suits(values.shape):
         other = split(ParityLayout.of(plans[0].layout, context, values))
         before, after = close[0].bits, other.bits
         if after < (1 - SPLIT_GAIN) * before:
-            # Of a small tensor, both are tried.
-            close = [*close, other] if flat.size < SMALL else [other]
-            least *= after / before
+            # Estimates are near enough for large tensors only.
+            close = [*close, other] if flat.size < 4 * SMALL else [other]
+            least, best = least * after / before, close
     found = [attempt("huffman", candidate) for candidate in close]
     smallest = min(_size(candidate) for candidate in found)
     if flat.size < SMALL:
         found += [attempt("ans", candidate) for candidate in close]
     elif least < 8 * (1 - ANS_GAIN) * 1.02 * min(smallest, fixed_bytes):
-        denser = attempt("ans", close[0])
+        denser = min((attempt("ans", candidate) for candidate in best), key=_size)
         if _size(denser) < (1 - ANS_GAIN) * min(smallest, fixed_bytes):
             found.append(denser)
     return found
