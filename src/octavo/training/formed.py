@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, with_leaves
 from octavo.sources.sites import Layout
+from octavo.training.computed import refuse_shared
 
 
 def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, Layout] | None = None) -> None:
@@ -41,8 +42,7 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
             raise RequestError(
                 f"{name!r}: its shape {shape} does not match a form of shape {form.shape}; give a form of that shape"
             )
-        if sum(other is weight for part in module.modules() for other in part._parameters.values()) > 1:
-            raise RequestError(f"{name!r}: is shared with another module; give that module a separate weight first")
+        refuse_shared(module, name)
         parametrize.register_parametrization(owner, parameter, _Formed(form, layout, shape))
 
 
