@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from octavo.errors import RequestError
+from octavo.forms import Form
 from octavo.sources.sites import Layout, from_module
 
 
@@ -27,6 +29,40 @@ def refuse_shared(model: nn.Module, name: str) -> None:
             f"{name!r}: is shared with another module, which would read it as it is; leave it out by names, or give "
             "that module a weight of its own first"
         )
+
+
+class Encoder(Protocol):
+    """What finds the form of a matrix, such as a number format or a method at one setting."""
+
+    def form(self, matrix: Tensor) -> Form:
+        """The form of a float32 matrix (rows, columns)."""
+        ...
+
+
+class Rounded(nn.Module):
+    """A parametrization that rounds a weight, with the gradient of the identity.
+
+    Attributes
+    ----------
+    settled, drawn
+        What finds the form in evaluation mode, and in training mode.
+    """
+
+    def __init__(self, settled: Any, layout: Layout) -> None:
+        super().__init__()
+        self.settled = self.drawn = settled
+        self.layout = layout
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight as it is stored."""
+        chosen = self.drawn if self.training else self.settled
+        stored = self.layout.from_matrix(self.form(weight, chosen).dense(), tuple(weight.shape)).to(weight)
+        return stored + (weight - weight.detach())
+
+    @torch.no_grad()
+    def form(self, weight: Tensor, chosen: Encoder) -> Form:
+        """What is stored of a weight."""
+        return chosen.form(self.layout.to_matrix(weight.detach().float()))
 
 
 def chains(model: nn.Module, kind: type[nn.Module], regimen: str) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from octavo.errors import RequestError
 from octavo.forms import BlockScaled, Codebook, Dense, Form, Grid
 from octavo.methods.quantize.grids import compact
 from octavo.methods.quantize.small_floats import VALUES, values_of
-from octavo.sources.sites import Layout
-from octavo.training.computed import refuse_shared, usual_layouts
+from octavo.training.computed import Rounded, refuse_shared, usual_layouts
 
 #: Bits of a row's scale.
 SCALE_BITS = 16
@@ -71,32 +70,6 @@ class NumberFormat:
 def _over(matrix: Tensor, scale: Tensor) -> Tensor:
     """A matrix over the scales of its rows; rows of zeros stay zeros."""
     return matrix / scale.float().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-class Rounded(nn.Module):
-    """A parametrization that rounds a weight, with the gradient of the identity.
-
-    Attributes
-    ----------
-    settled, drawn
-        The format in evaluation mode, and in training mode.
-    """
-
-    def __init__(self, settled: NumberFormat, layout: Layout) -> None:
-        super().__init__()
-        self.settled = self.drawn = settled
-        self.layout = layout
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight as it is stored."""
-        chosen = self.drawn if self.training else self.settled
-        stored = self.layout.from_matrix(self.form(weight, chosen).dense(), tuple(weight.shape)).to(weight)
-        return stored + (weight - weight.detach())
-
-    @torch.no_grad()
-    def form(self, weight: Tensor, chosen: NumberFormat) -> Form:
-        """What is stored of a weight in a format."""
-        return chosen.form(self.layout.to_matrix(weight.detach().float()))
 
 
 def rounding(

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.policies import Reinforce, Rollout
-from octavo.training.computed import chains
+from octavo.training.computed import Rounded, chains
 from octavo.training.losses import Batch, Loss
 from octavo.training.masks import maskable
-from octavo.training.number_formats import NumberFormat, Rounded, rounding
+from octavo.training.number_formats import NumberFormat, rounding
 from octavo.training.regimens.base import Regimen, regimen
 
 SOURCE = "FLIQS (Dotzel et al., 2023, arXiv 2308.03290)"

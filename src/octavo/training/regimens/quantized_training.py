@@ -13,8 +13,7 @@ from torch.nn.utils import parametrize
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods import Method, get_method
-from octavo.sources.sites import Layout
-from octavo.training.computed import chains, refuse_shared, usual_layouts
+from octavo.training.computed import Rounded, chains, refuse_shared, usual_layouts
 from octavo.training.masks import maskable
 from octavo.training.regimens.base import Regimen, regimen
 
@@ -56,28 +55,22 @@ class QuantizedTraining(Regimen):
         for name, layout in usual_layouts(model, maskable(model, self.names)).items():
             refuse_shared(model, name)
             prefix, _, leaf = name.rpartition(".")
-            rounding = _Rounding(method, self.setting, layout)
+            rounding = Rounded(_AtSetting(method, self.setting), layout)
             parametrize.register_parametrization(model.get_submodule(prefix), leaf, rounding)
 
     def forms(self, model: nn.Module) -> dict[str, Form]:
         """What the weights are rounded to."""
-        found = chains(model, _Rounding, self.name)
-        return {name: chain[0].encoded(chain.original) for name, chain in found.items()}
+        found = chains(model, Rounded, self.name)
+        return {name: chain[0].form(chain.original, chain[0].settled) for name, chain in found.items()}
 
 
-class _Rounding(nn.Module):
-    """A weight in the forms of a method, with the gradient of the identity."""
+@dataclass(frozen=True)
+class _AtSetting:
+    """A method at one setting, without calibration."""
 
-    def __init__(self, method: Method, setting: Mapping[str, Any], layout: Layout) -> None:
-        super().__init__()
-        self.method, self.setting, self.layout = method, dict(setting), layout
+    method: Method
+    setting: Mapping[str, Any]
 
-    def forward(self, weight: Tensor) -> Tensor:
-        rounded = self.layout.from_matrix(self.encoded(weight).dense(), tuple(weight.shape)).to(weight)
-        return rounded + (weight - weight.detach())
-
-    @torch.no_grad()
-    def encoded(self, weight: Tensor) -> Form:
-        """The form of the weight now, on the CPU."""
-        matrix = self.layout.to_matrix(weight.detach().float().cpu())
-        return self.method.encode(matrix, self.setting, Evidence(torch.ones(len(matrix)), None))
+    def form(self, matrix: Tensor) -> Form:
+        """The form of a matrix, on the CPU."""
+        return self.method.encode(matrix.cpu(), dict(self.setting), Evidence(torch.ones(len(matrix)), None))
