@@ -70,7 +70,7 @@ class Trained:
 
 
 def federate(federation: Federation, opened: Callable[[], Send]) -> Trained:
-    """Rounds of federated averaging (McMahan et al., 2017) in which all clients take part.
+    """Rounds of federated averaging (McMahan et al., 2017) in which all clients take part, until the net diverges.
 
     Parameters
     ----------
@@ -85,7 +85,11 @@ def federate(federation: Federation, opened: Callable[[], Send]) -> Trained:
         mean = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
         for client, (send, part) in enumerate(zip(sends, federation.clients, strict=True)):
             tuned = locally(federation, copy.deepcopy(net), part, 1000 * client + number)
-            arrived, size = send({name: p.detach() - before[name] for name, p in tuned.named_parameters()})
+            update = {name: p.detach() - before[name] for name, p in tuned.named_parameters()}
+            if not all(bool(tensor.isfinite().all()) for tensor in update.values()):
+                # A rate was too large. A net that diverged answers at random, and no rate is chosen for it.
+                return Trained(tuned.eval(), 0.0, 0.0)
+            arrived, size = send(update)
             sizes.append(size)
             shares.append(share_of(arrived))
             for name, tensor in arrived.items():
