@@ -51,8 +51,9 @@ def coarse_matmul(device: str = "cpu", *, wanted: bool = True) -> AbstractContex
 @cache
 def _native(device: str) -> bool:
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+        return torch.cuda.get_device_capability() >= (8, 0)
+    # Versions of PyTorch before 2.9 do not say it.
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device == "cpu" and any(found.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
 
 
