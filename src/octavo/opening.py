@@ -187,6 +187,8 @@ def _calibrated(opened: Opened, model: Runner | None, room: Workspace, progress:
                 seed=opened.request.seed,
                 text=opened.text,
                 curvature=opened.request.curvature,
+                # Models of transformers are trained under autocast; another module may not run there.
+                coarse=opened.request.preset == "fast" and opened.source.is_transformers,
                 progress=lambda done, total: progress("evidence", done, total),
             )
     room.save_calibration(found)

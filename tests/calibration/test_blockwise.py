@@ -88,6 +88,22 @@ def test_evidence_is_that_of_the_whole_model(ways):
             torch.testing.assert_close(a.columns, b.columns, rtol=1e-4, atol=1e-6 * float(a.columns.abs().max()))
 
 
+@pytest.mark.parametrize("way", ["whole", "blocks"])
+def test_products_in_bfloat16_give_nearly_the_same_evidence(ways, way, tmp_path):
+    _, sites, model, objective, _, evidence = ways[way]
+    exact = {site.name: evidence[site.name] for site in sites}
+    room = Workspace(tmp_path / "coarse", {}, resume=False)
+    model.calibrate(sites, padded_batches(), objective, room, seed=5, coarse=True)
+    for site in sites:
+        one, two = exact[site.name], room.evidence[site.name]
+        assert one.samples == two.samples
+        # Labels are drawn from nearly the same distribution, and a few of them are others.
+        assert float(two.rows.sum()) == pytest.approx(float(one.rows.sum()), rel=0.3)
+        if one.columns is not None:
+            assert float(two.columns.trace()) == pytest.approx(float(one.columns.trace()), rel=0.3)
+            assert float(torch.linalg.eigvalsh(two.columns).min()) > 0
+
+
 def test_measurements_are_those_of_the_whole_model(ways):
     source, sites, whole, objective, *_ = ways["whole"]
     blocks = ways["blocks"][2]

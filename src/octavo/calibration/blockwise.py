@@ -32,7 +32,7 @@ from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import OctavoError, RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.sites import Site, Source
-from octavo.system.matmul import fast_matmul
+from octavo.system.matmul import coarse_matmul, fast_matmul
 from octavo.system.sealed import digest, place_in
 
 _PROGRESS = "blocks.json"
@@ -116,6 +116,7 @@ class Blockwise(Runner):
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
+        coarse: bool = False,
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
         """Evidence of all sites, kept in a folder of work block by block; a killed run goes on where it was.
@@ -128,7 +129,7 @@ class Blockwise(Runner):
                 f"{self.source.title}: the model does not fit in memory and is run block by block, but curvature "
                 f"{curvature!r} needs two passes through the whole model; allow more --memory, or use curvature 'kfac'"
             )
-        return _Evidence(self, sites, batches, objective, room, seed, text, progress).gather()
+        return _Evidence(self, sites, batches, objective, room, seed, text, coarse, progress).gather()
 
     @fast_matmul()
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
@@ -231,10 +232,12 @@ class _Evidence:
         room: WorkFolder,
         seed: int,
         text: str,
+        coarse: bool,
         progress: Callable[[int, int], Any],
     ) -> None:
         self.model, self.blocks, self.batches, self.objective = model, model.blocks, batches, objective
         self.sites, self.room, self.seed, self.text, self.progress = sites, room, seed, text, progress
+        self.coarse = coarse
         self.sequences = count_sequences(batches)
         self.states = States(room.path / "states")
         #: Evidence of one role of tensors around the blocks; they may have a second role.
@@ -312,7 +315,8 @@ class _Evidence:
         with torch.inference_mode(), self.model.part(block):
             for number, call in enumerate(calls):
                 states = self.states[str(block), number]
-                self.states[str(block + 1), number] = self.blocks.run(block, states, call[block])
+                with coarse_matmul(wanted=self.coarse):
+                    self.states[str(block + 1), number] = self.blocks.run(block, states, call[block])
 
     def _postlude(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -320,7 +324,8 @@ class _Evidence:
             for number, batch in enumerate(self.batches):
                 begin(batch)
                 states = self.states[str(self.depth), number].requires_grad_(True)
-                outputs = self.blocks.postlude(self.objective, batch, states)
+                with coarse_matmul(wanted=self.coarse):
+                    outputs = self.blocks.postlude(self.objective, batch, states)
                 check_outputs(outputs, number)
                 self.objective.probe(outputs, generator).backward()
                 self._keep_gradient(self.depth, number, states)
@@ -330,7 +335,8 @@ class _Evidence:
             for number, batch in enumerate(self.batches):
                 begin(batch)
                 states = self.states[str(block), number].requires_grad_(True)
-                outputs = self.blocks.run(block, states, calls[number][block])
+                with coarse_matmul(wanted=self.coarse):
+                    outputs = self.blocks.run(block, states, calls[number][block])
                 outputs.backward(self.states[f"gradient {block + 1}", number])
                 self._keep_gradient(block, number, states)
 

@@ -19,6 +19,7 @@ from octavo.errors import RequestError
 from octavo.sources.batches import Batch, divided, mask_of, sequences_in
 from octavo.sources.sites import Site, Source
 from octavo.system.ahead import in_order
+from octavo.system.matmul import coarse_matmul
 
 MINIMUM_SEQUENCES = 8
 #: Gradients of weights are averaged over at least this many passes, if there are enough examples.
@@ -46,6 +47,7 @@ def calibrate(
     seed: int = 0,
     text: str = "",
     curvature: str = "kfac",
+    coarse: bool = False,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Calibration:
     """Gather the evidence of all sites from a pass over ``batches`` through a module in memory.
@@ -57,6 +59,8 @@ def calibrate(
     curvature
         ``kfac``, or ``ekfac`` for a second pass that measures the curvature of each layer
         (:mod:`octavo.calibration.curvature`, which states its memory).
+    coarse
+        Whether layers may multiply in bfloat16, where that is faster. Moments are summed in float32 either way.
     progress
         Called with the number of batches done and their total.
 
@@ -71,6 +75,7 @@ def calibrate(
     generator, module = torch.Generator().manual_seed(seed), source.module
     passes = 2 if curvature == "ekfac" else 1
     notes: list[str] = []
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
 
     def go_through(watches: Watches, some: Sequence[Batch], before: int) -> str:
         """Pass some batches there and back; returns why the first of all gave no gradient, or nothing."""
@@ -78,7 +83,8 @@ def calibrate(
         with differentiating(module), watches.watching():
             for done, batch in enumerate(some, before):
                 watches.begin(batch)
-                outputs = objective.outputs(module, batch)
+                with coarse_matmul(device, wanted=coarse):
+                    outputs = objective.outputs(module, batch)
                 check_outputs(outputs, done % len(batches))
                 failed = _sampled(objective, outputs, generator, first=not done)
                 said = failed if not done else said

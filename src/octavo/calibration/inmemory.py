@@ -48,12 +48,21 @@ class InMemory(Runner):
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
+        coarse: bool = False,
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
         """Evidence of all sites (:func:`octavo.calibration.calibrating.calibrate`), kept in a folder of work."""
         with replaced(self.module, self.folded):
             found = calibrate(
-                self.source, sites, batches, objective, seed=seed, text=text, curvature=curvature, progress=progress
+                self.source,
+                sites,
+                batches,
+                objective,
+                seed=seed,
+                text=text,
+                curvature=curvature,
+                coarse=coarse,
+                progress=progress,
             )
         room.evidence.write("whole", found.evidence)
         return found

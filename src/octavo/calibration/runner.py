@@ -29,6 +29,7 @@ class Runner(ABC):
         seed: int = 0,
         text: str = "",
         curvature: str = "kfac",
+        coarse: bool = False,
         progress: Callable[[int, int], Any] = lambda done, total: None,
     ) -> Calibration:
         """Gather the evidence of all sites and write it to the workspace.

@@ -156,7 +156,9 @@ class _Watch:
             flat = columns_of(self.module, self.site, seen.float())
             if len(flat) > _PATCHES and keep is None:
                 flat = flat[:: -(-len(flat) // _PATCHES)]
-            moment = (flat.t() @ flat).double().cpu()
+            # The layers may multiply in bfloat16, but sums of squares must not.
+            with torch.autocast(flat.device.type, enabled=False):
+                moment = (flat.t() @ flat).double().cpu()
             if self.site.layout.kind == "transposed":
                 kernel = self.site.columns // len(moment)
                 moment = torch.kron(moment, torch.eye(kernel, dtype=torch.float64))

@@ -31,6 +31,8 @@ _RETREATS = 3
 _TRIES = 10
 #: With preset ``fast`` a mixed plan is built only if the best uniform one is expected to lose more than so many times.
 _CLOSE = 1.05
+#: With preset ``fast`` the best uniform plan is built only if it is expected to lose at most so many times as much.
+_HOPELESS = 2.0
 #: The best plan of one family is built only if it is expected to lose at most so many times what the mixed one does.
 _FAR = 1.15
 #: Share of a site's bytes that may change to close a small gap.
@@ -210,7 +212,8 @@ def contest(
 
     The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``, the
     plain method. If plans can be measured, all that may win are built and the best wins. With preset ``fast`` only the
-    uniform plan is built if it is expected to lose hardly more than the mixed one. If plans cannot be measured, only
+    uniform plan is built if it is expected to lose hardly more than the mixed one, and only the mixed one if the other
+    is expected to lose far more. If plans cannot be measured, only
     that of least expected loss is built, and the figures of the others are expectations. The bytes that the winner
     leaves are then spent if that lowers its loss. Where the target rules points out for some reason (``considered``),
     rivals may have them, but only a plan that it admits may win.
@@ -226,9 +229,8 @@ def contest(
     if not opened.measurable:
         first = min(admitted, key=lambda plan: plan.expected, default=mixed)
         plans = [first, *(plan for plan in plans if plan is not first)]
-    elif opened.request.preset == "fast" and any(plan.expected <= _CLOSE * mixed.expected for plan in even):
-        # What a mix might gain is less than the error of its expectation, and what is not built costs nothing.
-        plans = even if even[0] in admitted else plans
+    elif opened.request.preset == "fast":
+        plans = _worth_building(opened, mixed, even, plans, admitted)
     built = [finish(run, profile, plans[0], asked)]
     for plan in plans[1:]:
         if (known := _among(built, plan)) is not None:
@@ -250,6 +252,23 @@ def contest(
     best = topped(run, considered, best, asked)
     refuse_broken(opened, best)
     return best, uniform
+
+
+def _worth_building(
+    opened: Opened, mixed: Plan, even: Sequence[Plan], plans: list[Plan], admitted: Sequence[Plan]
+) -> list[Plan]:
+    """The plans that preset ``fast`` builds: what is not built costs nothing."""
+    if any(plan.expected <= _CLOSE * mixed.expected for plan in even):
+        # What a mix might gain is less than the error of its expectation.
+        return list(even) if even[0] in admitted else plans
+    judged = mixed in admitted and mixed.expected > 0
+    hopeless = [plan for plan in even if judged and plan.expected > _HOPELESS * mixed.expected]
+    if hopeless:
+        times = min(plan.expected for plan in hopeless) / mixed.expected
+        opened.notes.append(
+            f"the best uniform plan was not built: it is expected to lose {times:.1f} times as much (preset fast)"
+        )
+    return [plan for plan in plans if plan not in hopeless]
 
 
 def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) -> list[Built]:

@@ -23,6 +23,8 @@ from octavo.calibration.evidence import Evidence, require_finite
 Sweep = Callable[[int, Tensor, Tensor, Tensor], None]
 #: Columns whose feedback is applied one by one; then one matrix product applies it to the remaining columns.
 _BLOCK = 64
+#: Rows of a triangular matrix that are solved rather than halved.
+_SOLVED = 192
 
 
 def factor(columns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,11 +34,22 @@ def factor(columns: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """
     require_finite(columns)
     backwards = order.flip(0)
-    lower = torch.linalg.cholesky(columns.double()[backwards][:, backwards]).flip(0, 1)
+    lower = torch.linalg.cholesky(columns[backwards[:, None], backwards].double())
     diagonal = lower.diagonal().clone()
-    unit = torch.eye(len(lower), dtype=lower.dtype)
-    inverse = torch.linalg.solve_triangular(lower / diagonal, unit, upper=True, unitriangular=True)
-    return diagonal.square().float(), -inverse.float()
+    inverse = _inverse(lower.div_(diagonal))
+    return diagonal.flip(0).square().float(), inverse.flip(0, 1).float().neg_()
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of a unit lower triangular matrix, by halves: products are twice as fast as solving."""
+    if len(lower) <= _SOLVED:
+        unit = torch.eye(len(lower), dtype=lower.dtype)
+        return torch.linalg.solve_triangular(lower, unit, upper=False, unitriangular=True)
+    half, found = len(lower) // 2, torch.zeros_like(lower)
+    found[:half, :half] = first = _inverse(lower[:half, :half])
+    found[half:, half:] = last = _inverse(lower[half:, half:])
+    found[half:, :half] = -(last @ (lower[half:, :half] @ first))
+    return found
 
 
 def important_first(columns: Tensor) -> Tensor:

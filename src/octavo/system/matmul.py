@@ -1,4 +1,4 @@
-"""The faster of PyTorch's two libraries for float32 matrix products on a CPU.
+"""Faster matrix products: the better of PyTorch's two libraries on a CPU, and bfloat16 where that is exact enough.
 
 By default PyTorch calls MKL, which reaches less than half of the possible speed on CPUs that are not Intel's. oneDNN,
 also part of PyTorch, has fast kernels for all CPUs (2.2x on an AMD EPYC with AVX-512). But PyTorch uses it only where
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -37,6 +37,24 @@ def fast_matmul() -> Iterator[None]:
         yield
     finally:
         _permit(-1)
+
+
+def coarse_matmul(device: str = "cpu", *, wanted: bool = True) -> AbstractContextManager[Any]:
+    """A context of autocast to bfloat16 on a type of device that multiplies it natively; elsewhere it changes nothing.
+
+    Products are twice as fast on a CPU with AVX-512 BF16 (measured on an AMD EPYC). Weights are not cached, since
+    callers exchange them.
+    """
+    return torch.autocast(device, torch.bfloat16, enabled=wanted and _native(device), cache_enabled=False)
+
+
+@cache
+def _native(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    # Versions of PyTorch before 2.9 do not say it.
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device == "cpu" and any(found.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
 
 
 def _permit(change: int) -> None:
