@@ -47,6 +47,7 @@ bench: $(READY) ## compare with other tools, continue where it stopped (hours); 
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/pages.py
+	$(BIN)/python tests/architectures/kinds.py
 
 reproduce: $(READY) ## measure what Octavo promises (hours; the first two take 20 minutes); writes docs/results.md
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[bench,onnx,ray,recipes]'
