@@ -218,3 +218,31 @@ def test_the_pages_are_made_from_the_results():
 def test_pictures_have_a_row_for_every_arm():
     drawn = picture(store.reproduce(made(), lab()))
     assert "theirs (990 bytes)" in drawn and "less is better" in drawn
+
+
+def test_a_run_that_was_stopped_goes_on_after_its_last_seed(kept):
+    begun, broken = [], [1]
+
+    def run(lab):
+        lab.add("before", 5.0)
+        for seed in lab.each_seed():
+            begun.append(seed)
+            rate = lab.choose("rate", lambda rate: -abs(rate - 2), (1, 2, 3))
+            if seed in broken:
+                raise KeyboardInterrupt
+            torch.manual_seed(seed)
+            lab.add("theirs", seed + rate, 990, also_this=3 * seed)
+            lab.add("plain", 9.0, 1000)
+        lab.judge("better", lab.ahead("theirs", "plain"))
+
+    with pytest.raises(KeyboardInterrupt):
+        store.reproduce(made(run), lab(run))
+    said, again = [], lab(run)
+    again.show = said.append
+    broken.clear()
+    result = store.reproduce(made(run), again)
+    assert begun == [0, 1, 1, 2] and any("going on after 1 seeds" in text for text in said)
+    fresh = store.reproduce(made(run), lab(run))
+    assert begun == [0, 1, 1, 2, 0, 1, 2], "a whole run leaves nothing that a later one would go on from"
+    assert (result.arms, result.choices, result.claims) == (fresh.arms, fresh.choices, fresh.claims)
+    assert not list(kept.rglob("tiny-*"))

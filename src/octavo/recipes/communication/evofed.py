@@ -57,7 +57,7 @@ def run(lab: Lab) -> None:
     train, development, test = (halved(part) for part in (split.train, split.development, split.test))
     split = Split(train, development, test, split.digest, split.classes)
     rounds = 1 if lab.quick else ROUNDS
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         count = 64 if lab.quick else EACH
         clients = dealt(split.train, 2 if lab.quick else CLIENTS, CONCENTRATION, seed)

@@ -59,7 +59,7 @@ SHARE, GAPS, HUFFMAN, TABLES, BOUND = "z (%)", "bytes", "Huffman bytes", "addres
 def run(lab: Lab) -> None:
     """Ten clients, all in every round; the size of a payload is stated, and z is what fits into it."""
     split = fashion(lab)
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         for mark, concentration in SPLITS.items():
             lab.step(f"seed {seed}{mark}")
             examples, count = (96, 2) if lab.quick else (EXAMPLES, CLIENTS)

@@ -87,7 +87,7 @@ def run(lab: Lab) -> None:
     tensors |= {"ids": words.train[:20_000, :TOKENS], "test_ids": words.test[:WINDOWS, :TOKENS]}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     nets = {"images": "", "text": ", text"}
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         many, warm = (2, 2) if lab.quick else (4, WARM)
         tasks = [

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, togeth
 from octavo.recipes.frame.stored import Stored, quantized, through_file
 from octavo.recipes.frame.study import Study
 from octavo.sources.sites import Layout
-from octavo.system.atomic import writing
+from octavo.system.atomic import write_file, writing
 from octavo.training import fit
 from octavo.training.losses import Loss
 
@@ -149,11 +149,26 @@ class Lab:
         self.reason: list[str] = []
         self._rows: dict[str, list[tuple[float, int, dict[str, float]]]] = {}
         self._steps: dict[tuple[str, int], int] = {}
+        #: Seconds of earlier parts of this run, which was stopped.
+        self.earlier = 0.0
+        self._started = time.perf_counter()
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the study, or one in a quick run."""
         return tuple(range(self.first_seed, self.first_seed + (1 if self.quick else self.study.seeds)))
+
+    def each_seed(self) -> Iterator[int]:
+        """The seeds one after another; a full run that was stopped goes on after the last seed that was done.
+
+        For studies that keep nothing of their own from one seed to the next. What the lab found so far is kept under
+        the code of the study until the run is whole.
+        """
+        done = self._take_up()
+        for seed in self.seeds[done:]:
+            yield seed
+            done += 1
+            self._keep(done)
 
     @property
     def trained_on(self) -> str:
@@ -452,6 +467,45 @@ class Lab:
             if len(arm.values) not in (1, len(self.seeds)):
                 count = len(arm.values)
                 raise OctavoError(f"{self.study.name}: arm {name!r} has {count} figures; add one for every seed")
+
+    # Runs that are stopped
+
+    @property
+    def _kept(self) -> Path:
+        """What is known of a run that is not whole yet; it depends on code, seeds and device."""
+        key = joined({**code_of(self.study.run), "first": str(self.first_seed), "device": self.trained_on})
+        return self.cached(f"{self.study.name}-{key}.json")
+
+    def _keep(self, done: int) -> None:
+        if self.quick:
+            return
+        state = {
+            "done": done,
+            "seconds": self.earlier + time.perf_counter() - self._started,
+            "rows": self._rows,
+            "steps": [[*key, count] for key, count in self._steps.items()],
+            "choices": [asdict(choice) for choice in self.choices.values()],
+            "bases": [asdict(base) for base in self.bases.values()],
+        }
+        write_file(self._kept, json.dumps(state).encode())
+
+    def _take_up(self) -> int:
+        """Read what is kept; returns how many seeds are done."""
+        if self.quick or not self._kept.exists():
+            return 0
+        state = json.loads(self._kept.read_text(encoding="utf-8"))
+        self.earlier = state["seconds"]
+        self._rows = {arm: [(value, size, also) for value, size, also in rows] for arm, rows in state["rows"].items()}
+        self._steps = {(arm, seed): count for arm, seed, count in state["steps"]}
+        self.choices = {choice["name"]: Choice(**choice) for choice in state["choices"]}
+        self.bases |= {base["name"].partition(" (")[0]: Base(**base) for base in state["bases"]}
+        self.step(f"going on after {state['done']} seeds; to start over remove {self._kept}")
+        return int(state["done"])
+
+    def forget(self) -> None:
+        """Remove what was kept for a run that is whole now."""
+        if not self.quick:
+            self._kept.unlink(missing_ok=True)
 
 
 def _endless(batches: Callable[[int], Iterable[Any]], first: int) -> Iterator[Any]:

@@ -120,6 +120,7 @@ def reproduce(study: Study, lab: Lab) -> StudyResult:
     for arm in lab.arms.values():
         if not all(math.isfinite(value) for values in (arm.values, *arm.also.values()) for value in values):
             raise RequestError(f"{study.name}: arm {arm.name!r} has figures that are not finite: {arm}")
+    lab.forget()
     options = " --quick" * lab.quick + f" --seed {lab.first_seed}" * bool(lab.first_seed)
     order = [*study.claims, *study.extras]
     return StudyResult(
@@ -139,7 +140,7 @@ def reproduce(study: Study, lab: Lab) -> StudyResult:
         seeds=lab.seeds,
         made_by=made_by,
         command=f"octavo reproduce {study.name}{options}",
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=round(lab.earlier + time.perf_counter() - started, 1),
         trained_on=lab.trained_on,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         versions=_versions(),

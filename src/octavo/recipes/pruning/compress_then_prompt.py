@@ -63,7 +63,7 @@ def run(lab: Lab) -> None:
     tokenizer, length = text_tokenizer(lab), windows.test.shape[1]
     reviews = packed([tokenizer.encode(f"{text}\n").ids for text, _ in sentiment(lab).test], length)
     count = 16 if lab.quick else 64
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         bed = Bed(lab, model, windows, reviews, seed)
         texts = [{"input_ids": part} for part in windows.train[seed * count :][:count].split(8)]
         levels = {name: one_shot(model, *how, texts) for name, how in LEVELS.items()}

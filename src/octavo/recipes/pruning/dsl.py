@@ -54,7 +54,7 @@ NDCG, ROWS = "NDCG@20 (%)", "spread of row sizes"
 )
 def run(lab: Lab) -> None:
     """A LightGCN of two layers; every seed has its own random split of the likes."""
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         compare(lab, likes(lab, seed), seed)
     arms = lab.arms

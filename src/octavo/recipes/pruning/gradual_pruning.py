@@ -49,7 +49,7 @@ ONCE, ACROSS = "pruned at once, fine-tuned", "one ranking for all layers"
 )
 def run(lab: Lab) -> None:
     """A ResNet-8 on CIFAR-10; bytes count masks and 16 bits per survivor."""
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         compare(lab, cifar10(lab), seed)
     arms = lab.arms

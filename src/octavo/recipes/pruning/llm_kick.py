@@ -70,7 +70,7 @@ REAL, FACTS, CONTEXT, SUMMARIES = "SmolLM2", "facts", "in the context", "summari
 )
 def run(lab: Lab) -> None:
     """Small decoders that learned facts, one a seed; and a pretrained one, whose questions are paired."""
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         known = remembering(lab, seed)
         asked = Asking(lab, "", known.model, known.encode)
         texts = [{"input_ids": part} for part in known.windows.train[-64 * (seed + 1) :][:64].split(8)]

@@ -53,7 +53,7 @@ Criterion = Callable[[nn.Module, list[Units], tuple[Tensor, Tensor]], dict[str, 
 )
 def run(lab: Lab) -> None:
     """Nets of ten classes, cut for three of them: filters inside of residual blocks go in steps of 5%."""
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         compare(lab, seed, "cifar10", "")
         compare(lab, seed, "fashion", ", Fashion-MNIST")

@@ -70,7 +70,7 @@ def run(lab: Lab) -> None:
         lost[name] = nats(model, test)
         lab.add(f"{name}, {UNTRAINED}", perplexity(lost[name]))
     width, teach = thin["mean, l2"], distillation(copy.deepcopy(base).to(lab.device), temperature=1.0)
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         torch.manual_seed(seed)
         begun: Mapping[str, tuple[nn.Module, Loss]] = {
             SCRATCH: (type(base)(width.config), next_token),

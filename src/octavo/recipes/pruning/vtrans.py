@@ -48,7 +48,7 @@ MISS = "distance from the stated share"
 )
 def run(lab: Lab) -> None:
     """A vision transformer, cut to a half and to a quarter of all its weights."""
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         compare(lab, fashion(lab), seed)
     arms, sizes = lab.arms, [at(OURS, share) for share in (MILD, STRONG)]

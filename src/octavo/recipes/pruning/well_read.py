@@ -79,7 +79,7 @@ def run(lab: Lab) -> None:
         stored = lab.stored(model)
         lab.add(arm, right(stored.load(model), parts.test), stored, **also)
 
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         new = encoder(lab, DEPTH, seed)
         add(SCRATCH, tuned(lab, new, parts, steps, seed, SCRATCH))

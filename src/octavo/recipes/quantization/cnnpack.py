@@ -54,7 +54,7 @@ CODED, STEPS_OF_COSINES = "quantization alone", "quantized cosines"
 )
 def run(lab: Lab) -> None:
     """A net with kernels of 5 x 5 and a ResNet-8 with 3 x 3; all trained arms have the same steps."""
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         split = fashion(lab)
         for side in (5, 3):

@@ -53,7 +53,7 @@ LINE, CERTAIN = "uniform precision at these bytes", "certainty"
 def run(lab: Lab) -> None:
     """A ResNet-8 of width 8 on CIFAR-10; all arms train as long, and bytes are those of files."""
     sizes = (MIDDLE,) if lab.quick else SIZES
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         Comparison(lab, cifar10(lab), seed).all(sizes)
     arms = lab.arms

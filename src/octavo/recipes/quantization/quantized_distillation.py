@@ -56,7 +56,7 @@ AFTER, AWARE, DISTILLED, LEVELS = (
 )
 def run(lab: Lab) -> None:
     """A ResNet-8 of half the width learns from one of the whole; all trained students have the same steps."""
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
         Students(lab, fashion(lab), seed).all()
     low, high = BITS
