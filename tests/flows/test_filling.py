@@ -2,7 +2,7 @@
 
 import pytest
 
-from octavo.flows.filling import FILLED, most_within
+from octavo.flows.filling import FILLED, Slope, most_within
 
 
 @pytest.mark.parametrize("guess", [0, 1, 500, 10_000, -3, 99_999])
@@ -28,3 +28,16 @@ def test_nothing_fits_or_all_does():
     assert most_within(9, 50, 3, lambda amount: bytes(10 + amount)) is None
     assert most_within(900, 50, 3, lambda amount: bytes(10 + amount)) == (50, bytes(60))
     assert most_within(9, 0, 3, lambda amount: bytes(5)) == (0, bytes(5))
+
+
+def test_a_remembered_slope_hits_the_budget_at_once():
+    tries, slope = [], Slope()
+
+    def make(amount):
+        tries.append(amount)
+        return bytes(2000 + amount)
+
+    assert most_within(5000, 10_000, 1000, make, slope=slope)[0] >= 2900
+    tries.clear()
+    assert most_within(6000, 10_000, 3000, make, slope=slope)[0] >= 3880
+    assert len(tries) == 2

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 #: Share of the budget that is filled where more can be sent.
 FILLED = 0.98
 #: Payloads that are made at most; the share that is aimed at leaves room for their unevenness.
 _TRIES, _AIMED = 24, 0.99
+
+
+@dataclass
+class Slope:
+    """How fast payloads grow with the amount, as the last search found it; None before the first."""
+
+    value: float | None = None
 
 
 def most_within(
@@ -18,6 +26,7 @@ def most_within(
     make: Callable[[int], bytes],
     filled: float = FILLED,
     doubling: int | None = None,
+    slope: Slope | None = None,
 ) -> tuple[int, bytes] | None:
     """An amount whose payload has at most ``budget`` bytes, and that share of them where there is such an amount.
 
@@ -33,6 +42,8 @@ def most_within(
         Share of the budget at which the search ends.
     doubling
         Amounts in which bytes about double; None where bytes are about in proportion.
+    slope
+        What the last search remembered, so that this one hits the budget sooner; it is brought up to date.
 
     Returns
     -------
@@ -41,8 +52,9 @@ def most_within(
     """
     low, high, found = -1, most + 1, None
     amount = min(max(guess, 0), most)
-    before: tuple[int, float] | None = (0, 0.0) if doubling is None else None
-    first = 1 / doubling if doubling is not None else 0.0
+    slope = slope or Slope()
+    before: tuple[int, float] | None = (0, 0.0) if doubling is None and slope.value is None else None
+    first = slope.value or (1 / doubling if doubling is not None else 0.0)
     for _ in range(_TRIES):
         payload = make(amount)
         if len(payload) <= budget:
@@ -55,10 +67,12 @@ def most_within(
             break
         # Along the line through the last two sizes; what is sent beside the amount is unknown at first.
         height = _height(len(payload), doubling)
-        slope = (height - before[1]) / (amount - before[0]) if before and amount != before[0] else first
-        aimed = amount + (_height(_AIMED * budget, doubling) - height) / slope if slope > 0 else -1.0
+        rise = (height - before[1]) / (amount - before[0]) if before and amount != before[0] else first
+        if before and rise > 0:
+            slope.value = rise
+        aimed = amount + (_height(_AIMED * budget, doubling) - height) / rise if rise > 0 else -1.0
         before = (amount, height)
-        if slope == 0 and low >= 0 and high > most:
+        if rise == 0 and low >= 0 and high > most:
             # Nothing changed: perhaps all is sent already.
             amount = most
         else:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from octavo.errors import ArtifactError, BudgetError, RequestError
 from octavo.flows.base import Flow
-from octavo.flows.filling import FILLED, most_within
+from octavo.flows.filling import FILLED, Slope, most_within
 from octavo.flows.flow_plan import FlowPlan
 from octavo.flows.payload import seal, unseal
-from octavo.flows.schema import Schema
+from octavo.flows.schema import Schema, all_finite
 
 #: Share of the budget that is filled where choices are compared.
 _ROUGHLY = 0.93
@@ -32,8 +32,8 @@ class UpdateState:
         What was agreed on.
     step
         Number of the next payload.
-    amount, choice
-        How much the sender sent last, and which of the codec's choices it follows.
+    amount, slope, choice
+        How much the sender sent last, how payloads grew with that, and which of the codec's choices it follows.
     missing
         Error feedback of the sender: what was not sent so far, (elements,) float32. It takes as much memory as the
         update in float32.
@@ -44,6 +44,7 @@ class UpdateState:
     plan: FlowPlan
     step: int = 0
     amount: int = 0
+    slope: Slope = field(default_factory=Slope)
     choice: dict[str, Any] = field(default_factory=dict)
     missing: Tensor | None = None
     evidence: Tensor | None = None
@@ -142,13 +143,13 @@ class UpdateCodec(Flow[UpdateState]):
         flat = schema.flat(tensors)
         if state.missing is not None:
             flat += state.missing
-        if not bool(torch.isfinite(flat).all()):
+        if not all_finite(flat):
             raise RequestError(f"{self.name}: the update with what is missing leaves float32; nothing was sent")
-        amount, payload = self._filled(flat, state.plan, state.step, state.amount, state.choice)
+        amount, payload = self._filled(flat, state.plan, state.step, state.amount, state.choice, slope=state.slope)
         if self.feedback:
             # As the receiver will have it, each tensor in its own dtype.
             given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), schema, state.step)
-            state.missing = flat - schema.flat(given)
+            state.missing = flat.sub_(schema.flat(given))
         state.step, state.amount = state.step + 1, amount
         return payload
 
@@ -182,13 +183,14 @@ class UpdateCodec(Flow[UpdateState]):
         guess: int,
         choice: Mapping[str, Any],
         filled: float = FILLED,
+        slope: Slope | None = None,
     ) -> tuple[int, bytes]:
         prepared = self.prepare(flat, plan.schema, choice, step)
 
         def make(amount: int) -> bytes:
             return seal(plan, step, self.pack(prepared, plan.schema, amount, choice))
 
-        found = most_within(plan.budget, self.most(plan.schema), guess, make, filled, self.doubling)
+        found = most_within(plan.budget, self.most(plan.schema), guess, make, filled, self.doubling, slope)
         if found is None:
             smallest = len(make(0))
             raise BudgetError(

@@ -271,4 +271,6 @@ def _kept(context: Any, codec: UpdateCodec) -> UpdateState | None:
     if type(flow_of(plan)) is not type(codec) or flow_of(plan) != codec:
         return None
     step, amount, choice = int(stored["step"]), int(stored["amount"]), json.loads(stored["choice"])
-    return UpdateState(plan, step, amount, choice, memory.get("missing"), memory.get("evidence"))
+    return UpdateState(
+        plan, step, amount, choice=choice, missing=memory.get("missing"), evidence=memory.get("evidence")
+    )

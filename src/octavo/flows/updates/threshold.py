@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,6 +20,31 @@ from octavo.flows.updates.rounding import FINE
 _MOST = (1 << 15) - 1
 #: Doublings from the largest threshold, twice the largest float, down to the least.
 _HIGHEST, _DOUBLINGS = 129, 278
+#: How far below a threshold entries are kept for the next one.
+_LOWER = 0.8
+
+
+class Large:
+    """The entries of a vector above thresholds that are near each other, found in one pass for all of them.
+
+    Parameters
+    ----------
+    flat
+        (elements,) float32.
+    """
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat, self._floor = flat, math.inf
+        self.top = max(abs(float(end)) for end in flat.aminmax()) if len(flat) else 0.0
+
+    def above(self, threshold: float) -> tuple[Tensor, Tensor]:
+        """Places, rising, and values of entries of at least that magnitude."""
+        if threshold < self._floor:
+            self._floor = threshold * _LOWER
+            self._places = (self._flat.abs() >= self._floor).nonzero()[:, 0]
+            self._values = self._flat[self._places]
+        chosen = self._values.abs() >= threshold
+        return self._places[chosen], self._values[chosen]
 
 
 @flow("threshold", source="Threshold quantization with feedback (Strom, 2015, Interspeech)")
@@ -38,18 +64,16 @@ class Threshold(UpdateCodec):
         """The least threshold."""
         return FINE * _DOUBLINGS
 
-    def prepare(self, flat: Tensor, schema: Schema, choice: Mapping[str, Any], step: int) -> tuple[Tensor, float]:
-        """The vector, and the least threshold that two bytes allow."""
-        return flat, float(flat.abs().max()) / _MOST if len(flat) else 0.0
+    def prepare(self, flat: Tensor, schema: Schema, choice: Mapping[str, Any], step: int) -> Large:
+        """The entries from which thresholds take theirs."""
+        return Large(flat)
 
-    def pack(
-        self, prepared: tuple[Tensor, float], schema: Schema, amount: int, choice: Mapping[str, Any]
-    ) -> Sequence[bytes]:
+    def pack(self, prepared: Large, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
         """Gaps, codes, and the threshold with the mean of what was rounded down."""
-        flat, least = prepared
-        threshold = max(2.0 ** (_HIGHEST - amount / FINE), least, torch.finfo(torch.float32).tiny)
-        places = (flat.abs() >= threshold).nonzero()[:, 0]
-        values = flat[places].double() / threshold
+        least = max(prepared.top / _MOST, torch.finfo(torch.float32).tiny)
+        threshold = max(2.0 ** (_HIGHEST - amount / FINE), least)
+        places, values = prepared.above(threshold)
+        values = values.double() / threshold
         codes = values.abs().floor().clamp(1, _MOST)
         rest = float((values.abs() - codes).mean().clamp(0, 1)) if len(places) else 0.0
         floats = torch.tensor([threshold, rest], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from octavo.flows.updates.codes import owners, pack_scaled, sums, tops, unpack_s
 
 #: Of one byte, without its last.
 _MOST = 127
+#: Entries of a sample, and how many of them beyond its share make it sure that enough others are as large.
+_SAMPLE, _SURE = 1 << 14, 64
 
 
 @flow("top-k", source="Sparsified updates with error feedback (Stich et al., 2018, arXiv 1809.07599)")
@@ -72,11 +75,22 @@ def largest(flat: Tensor, amount: int) -> Tensor:
     amount = min(amount, int(torch.count_nonzero(flat)))
     if not amount:
         return torch.zeros(0, dtype=torch.long)
-    threshold = sizes.kthvalue(len(sizes) - amount + 1).values
-    chosen = sizes > threshold
-    level = (sizes == threshold).nonzero()[:, 0]
+    # Few entries are looked at twice: those that are large beside a sample.
+    places = (sizes >= _below(sizes, amount)).nonzero()[:, 0]
+    places = places if len(places) >= amount else flat.nonzero()[:, 0]
+    few = sizes[places]
+    threshold = few.kthvalue(len(few) - amount + 1).values
+    chosen = few > threshold
+    level = (few == threshold).nonzero()[:, 0]
     chosen[level[: amount - int(chosen.sum())]] = True
-    return chosen.nonzero()[:, 0]
+    return places[chosen]
+
+
+def _below(sizes: Tensor, amount: int) -> float:
+    """A size that so many entries exceed, most likely; 0 where that is not sure."""
+    sample = sizes[:: -(-len(sizes) // _SAMPLE)]
+    rank = math.ceil(1.1 * amount / len(sizes) * len(sample)) + _SURE
+    return float(sample.kthvalue(len(sample) - rank + 1).values) if rank <= len(sample) else 0.0
 
 
 def largest_each(flat: Tensor, sizes: Sequence[int], amount: int) -> Tensor:
