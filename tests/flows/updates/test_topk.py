@@ -7,7 +7,7 @@ from octavo import coding
 from octavo.errors import ArtifactError, RequestError
 from octavo.flows import FlowPlan, Schema
 from octavo.flows.payload import seal
-from octavo.flows.updates.topk import TopK
+from octavo.flows.updates.topk import TopK, largest
 
 
 def update(seed, count=4000):
@@ -90,3 +90,20 @@ def test_parts_that_do_not_fit_are_refused_before_memory_is_taken():
     for parts in wrong:
         with pytest.raises(ArtifactError):
             codec.decode(seal(plan, 0, parts), codec.start(plan))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "mostly zeros", "one outlier", "few"])
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.01, 0.3, 0.9, 1.0])
+def test_the_largest_are_those_of_a_stable_sort(kind, share):
+    flat = torch.randn(40 if kind == "few" else 50_000, generator=torch.Generator().manual_seed(0))
+    if kind == "ties":
+        flat = flat.round()
+    elif kind == "mostly zeros":
+        flat[flat.abs() < 2.5] = 0
+    elif kind == "one outlier":
+        flat = 1e-3 * flat.sign()
+        flat[7] = 5
+    amount = round(share * len(flat))
+    order = flat.abs().argsort(descending=True, stable=True)[:amount]
+    wanted = order[flat[order] != 0].sort().values
+    assert torch.equal(largest(flat, amount), wanted)
