@@ -70,6 +70,7 @@ reproduce: $(READY) ## measure what Octavo promises (hours; the first two take 2
 	$(BIN)/python benchmarks/cut_plans.py
 	$(BIN)/python benchmarks/distilled.py
 	$(BIN)/python benchmarks/rate_distortion.py
+	$(BIN)/python benchmarks/low_bits.py
 	$(BIN)/python benchmarks/recommender.py
 	$(BIN)/octavo reproduce --all
 	$(BIN)/octavo reproduce --page

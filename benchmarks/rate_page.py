@@ -43,4 +43,24 @@ Command: `{results["command"]}`, {results["created"]}.
 """
 
 
-PARTS = {"rate-distortion": rate_distortion}
+def low_bits(results: dict[str, Any], table: Table) -> str:
+    """Plans of under two bits a weight."""
+    rows = [
+        [
+            f"{row['ratio']:g}", row["plan"], f"{row['bytes'] / 1e6:.2f} MB", f"{row['bits_per_weight']:.2f}",
+            f"{row['kl']:.3g}", f"{row['perplexity']:.4g}", str(row["codebook_sites"]),
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    return f"""## Under two bits a weight
+
+{results["rows"][0]["model"]}, calibrated and judged as in [the comparison with other tools](bench.md). `codebooks` is the default preset with
+the learned codebooks of `jlcm` among its methods; the last column says at how many sites they were chosen.
+
+{table(["ratio to float32", "plan", "artifact", "bits/weight", "mean KL", "perplexity", "sites with learned codebooks"], rows)}
+
+Command: `{results["command"]}`, {results["created"]}.
+"""
+
+
+PARTS = {"rate-distortion": rate_distortion, "low-bits": low_bits}
