@@ -241,7 +241,7 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_seed(kept):
     again.show = said.append
     broken.clear()
     result = store.reproduce(made(run), again)
-    assert begun == [0, 1, 1, 2] and any("going on after 1 seeds" in text for text in said)
+    assert begun == [0, 1, 1, 2] and any("1 of 3 seeds are done" in text for text in said)
     fresh = store.reproduce(made(run), lab(run))
     assert begun == [0, 1, 1, 2, 0, 1, 2], "a whole run leaves nothing that a later one would go on from"
     assert (result.arms, result.choices, result.claims) == (fresh.arms, fresh.choices, fresh.claims)

@@ -499,7 +499,7 @@ class Lab:
         self._steps = {(arm, seed): count for arm, seed, count in state["steps"]}
         self.choices = {choice["name"]: Choice(**choice) for choice in state["choices"]}
         self.bases |= {base["name"].partition(" (")[0]: Base(**base) for base in state["bases"]}
-        self.step(f"going on after {state['done']} seeds; to start over remove {self._kept}")
+        self.step(f"{state['done']} of {len(self.seeds)} seeds are done; to start over remove {self._kept}")
         return int(state["done"])
 
     def forget(self) -> None:
