@@ -18,6 +18,7 @@ from octavo.calibration.layers import columns_of, is_layer, scale_of_table
 from octavo.calibration.sides import Masks, sides_of
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.sites import Site, Source
+from octavo.system.matmul import exact_matmul
 from octavo.system.raw import raw_bytes
 
 #: Calibration moments overfit, so a share of their mean is added to every direction. Measured on MiniLM with 256
@@ -157,7 +158,7 @@ class _Watch:
             if len(flat) > _PATCHES and keep is None:
                 flat = flat[:: -(-len(flat) // _PATCHES)]
             # The layers may multiply in bfloat16, but sums of squares must not.
-            with torch.autocast(flat.device.type, enabled=False):
+            with exact_matmul(flat.device.type):
                 moment = (flat.t() @ flat).double().cpu()
             if self.site.layout.kind == "transposed":
                 kernel = self.site.columns // len(moment)

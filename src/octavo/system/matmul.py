@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -45,7 +45,14 @@ def coarse_matmul(device: str = "cpu", *, wanted: bool = True) -> AbstractContex
     Products are twice as fast on a CPU with AVX-512 BF16 (measured on an AMD EPYC). Weights are not cached, since
     callers exchange them.
     """
-    return torch.autocast(device, torch.bfloat16, enabled=wanted and _native(device), cache_enabled=False)
+    if not wanted or not _native(device):
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+
+
+def exact_matmul(device: str = "cpu") -> AbstractContextManager[Any]:
+    """A context without autocast, inside of :func:`coarse_matmul`."""
+    return torch.autocast(device, enabled=False) if _native(device) else nullcontext()
 
 
 @cache
