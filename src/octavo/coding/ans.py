@@ -22,6 +22,9 @@ _STEPS = np.array([256, 279, 304, 332, 362, 395, 431, 470], np.float64)
 _PRECISION, _FIRST = 24, 12
 #: Importing numba takes as long as it saves on so many elements.
 _WORTHWHILE = 1 << 24
+#: Bytes that this process has read without numba. Once they are twice as many, it most likely goes on reading, as where
+#: a model is loaded again and again, and imports it.
+_read_slowly = {"bytes": 0}
 
 
 def quantize(weights: np.ndarray) -> np.ndarray:
@@ -60,13 +63,14 @@ def decompress(data: memoryview, count: int, table: np.ndarray, elements: int = 
     words = np.frombuffer(data, "<u4").astype(np.uint32)
     if len(words) and words[-1] == 0:
         raise ArtifactError("coded tensor: ANS chunk ends in a zero word")
-    if len(words) and ("numba" in sys.modules or elements >= _WORTHWHILE):
+    if len(words) and ("numba" in sys.modules or max(elements, _read_slowly["bytes"] // 2) >= _WORTHWHILE):
         quick = compiled(_read)
         if quick is not None:
             found = np.empty(count, np.uint8)
             # A whole stream leaves nothing. Anything else is left to constriction, damaged data above all.
             if quick(words, *_tables(table), found):
                 return found
+    _read_slowly["bytes"] += count
     return constriction.stream.stack.AnsCoder(words).decode(_model(table), count).astype(np.uint8)
 
 
