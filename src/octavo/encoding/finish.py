@@ -33,8 +33,6 @@ _TRIES = 10
 _CLOSE = 1.05
 #: With preset ``fast`` the best uniform plan is built only if it is expected to lose at most so many times as much.
 _HOPELESS = 2.0
-#: The best plan of one family is built only if it is expected to lose at most so many times what the mixed one does.
-_FAR = 1.15
 #: Share of a site's bytes that may change to close a small gap.
 _SHARE = 0.04
 #: A site with more of the bytes than this share is left alone if others can close the gap.
@@ -211,20 +209,20 @@ def contest(
     """Build the mixed plan and its baselines; returns the winner and the best uniform plan.
 
     The rivals are the best uniform plan at the same bytes, the best plan of a single family and, if ``plain``, the
-    plain method. If plans can be measured, all that may win are built and the best wins. With preset ``fast`` only the
-    uniform plan is built if it is expected to lose hardly more than the mixed one, and only the mixed one if the other
-    is expected to lose far more. If plans cannot be measured, only
-    that of least expected loss is built, and the figures of the others are expectations. The bytes that the winner
-    leaves are then spent if that lowers its loss. Where the target rules points out for some reason (``considered``),
-    rivals may have them, but only a plan that it admits may win.
+    plain method. If plans can be measured, all that may win are built and the best wins; the plan of one family comes
+    last, and is left out where measurements of the others say that it loses. With preset ``fast`` only the uniform
+    plan is built if it is expected to lose hardly more than the mixed one, and only the mixed one if the other is
+    expected to lose far more. If plans cannot be measured, only that of least expected loss is built, and the figures
+    of the others are expectations. The bytes that the winner leaves are then spent if that lowers its loss. Where the
+    target rules points out for some reason (``considered``), rivals may have them, but only a plan that it admits may
+    win.
     """
     opened, target = run.opened, run.opened.target
     aim = replace(asked, bytes=int(asked.bytes * (1 - target.margin)))
     even, families = best_uniform(run, profile, aim), single_families(considered, asked)
     # Of one family alone, the mixed plan is already the best.
     plans = [mixed, *even, *(families[:1] if len(_families(considered)) > 1 else [])]
-    if opened.measurable and not target.exhaustive and opened.request.preset != "best":
-        plans = [plan for plan in plans if plan.label != ONE_FAMILY or plan.expected <= _FAR * mixed.expected]
+    selective = opened.measurable and not target.exhaustive and opened.request.preset != "best"
     admitted = [plan for plan in plans if target.admits(profile, plan, asked)]
     if not opened.measurable:
         first = min(admitted, key=lambda plan: plan.expected, default=mixed)
@@ -233,6 +231,8 @@ def contest(
         plans = _worth_building(opened, mixed, even, plans, admitted)
     built = [finish(run, profile, plans[0], asked)]
     for plan in plans[1:]:
+        if selective and plan.label == ONE_FAMILY and not may_win(plan, built):
+            continue
         if (known := _among(built, plan)) is not None:
             if plan.is_uniform and not known.plan.is_uniform and _alike(plan, known.plan):
                 known.plan.label = plan.label  # choosing site by site gave one setting for all
@@ -269,6 +269,12 @@ def _worth_building(
             f"the best uniform plan was not built: it is expected to lose {times:.1f} times as much (preset fast)"
         )
     return [plan for plan in plans if plan not in hopeless]
+
+
+def may_win(plan: Plan, built: Sequence[Built]) -> bool:
+    """Whether a plan is expected to lose less than those that were built, if it errs as the best of them did."""
+    errs = min(other.quality / max(other.plan.expected, 1e-30) for other in built)
+    return plan.expected * errs < min(other.quality for other in built)
 
 
 def _plain(run: Run, profile: Profile, asked: Budget, built: Sequence[Built]) -> list[Built]:
