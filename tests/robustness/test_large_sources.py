@@ -34,8 +34,11 @@ def write_shards(folder: Path, count: int) -> Path:
     return folder
 
 
+# What reads much imports numba, which takes 100 MB once, whatever the depth.
 _PEAK = """
-import sys
+import contextlib, sys
+with contextlib.suppress(ImportError):
+    import numba
 from octavo.cli import app
 try:
     app(sys.argv[1:], standalone_mode=False)

@@ -261,7 +261,8 @@ def _worth_building(
     if any(plan.expected <= _CLOSE * mixed.expected for plan in even):
         # What a mix might gain is less than the error of its expectation.
         return list(even) if even[0] in admitted else plans
-    judged = mixed in admitted and mixed.expected > 0
+    # Where types are few, the best of them everywhere is what users know.
+    judged = mixed in admitted and mixed.expected > 0 and not opened.target.exhaustive
     hopeless = [plan for plan in even if judged and plan.expected > _HOPELESS * mixed.expected]
     if hopeless:
         times = min(plan.expected for plan in hopeless) / mixed.expected
