@@ -3,7 +3,7 @@
     python benchmarks/low_bits.py [--ratios 20,24] [--plans default,best,codebooks]
 
 writes docs/results/low-bits.json row by row. All are calibrated on the benchmark's windows and judged on its 8,192
-tokens, read back from disk. ``codebooks`` is the default preset with ``jlcm``. About 10 minutes a row on one core.
+tokens, read back from disk. ``codebooks`` is the default preset with ``jlcm``.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def exact_matmul(device: str = "cpu") -> AbstractContextManager[Any]:
 def _native(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    # Versions of PyTorch before 2.9 do not say it.
+    # Older versions of PyTorch do not say it.
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return device == "cpu" and any(found.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.flows import FlowPlan, flow_of
+from octavo.flows.schema import all_finite
 from octavo.flows.updates import UpdateCodec, UpdateState
 from octavo.recipes.frame.data import Split
 from octavo.recipes.frame.nets import in_batches, shuffled
@@ -86,9 +87,9 @@ def federate(federation: Federation, opened: Callable[[], Send]) -> Trained:
         for client, (send, part) in enumerate(zip(sends, federation.clients, strict=True)):
             tuned = locally(federation, copy.deepcopy(net), part, 1000 * client + number)
             update = {name: p.detach() - before[name] for name, p in tuned.named_parameters()}
-            if not all(bool(tensor.isfinite().all()) for tensor in update.values()):
+            if not all(map(all_finite, update.values())):
                 # A rate was too large. A net that diverged answers at random, and no rate is chosen for it.
-                return Trained(tuned.eval(), 0.0, 0.0)
+                return Trained(tuned.eval(), statistics.fmean(sizes or [0]), statistics.fmean(shares or [0.0]))
             arrived, size = send(update)
             sizes.append(size)
             shares.append(share_of(arrived))
