@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from octavo.flows.updates.codes import pack_codes
 from octavo.flows.updates.kmeans import KMeansLevels
 from octavo.flows.updates.topk import largest_each
 from octavo.recipes.frame import Lab, Study, gap
-from octavo.recipes.frame.data import FASHION, fashion
+from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.testbeds.federated import (
     Federation,
     Send,
@@ -69,29 +70,24 @@ def run(lab: Lab) -> None:
                 torch.manual_seed(seed)
                 return conv_net(split.train[0].shape[1:], split.classes, hidden=32 if lab.quick else 256)
 
-            def at(lr: float, rounds: int, clients: list = clients, seed: int = seed) -> Federation:  # type: ignore[type-arg]
-                return Federation(clients, net, rounds, lr, seed)
-
-            def tried(lr: float) -> float:
-                return percent(federate(at(lr, max(rounds(lab) // 3, 1)), plain).net, split.development)
-
-            federation = at(lab.choose("rate of clients", tried, RATES), rounds(lab))
-            compare(lab, federation, split.test, mark)
+            compare(lab, Federation(clients, net, 1 if lab.quick else ROUNDS, RATES[0], seed), split, mark)
     judge(lab)
 
 
-def rounds(lab: Lab) -> int:
-    """Rounds of every arm."""
-    return 1 if lab.quick else ROUNDS
+def compare(lab: Lab, federation: Federation, split: Split, mark: str) -> None:
+    """All arms of one seed and one way of dealing; each has its own rate, since coarse updates bear less."""
 
+    def rated(arm: str, opened: Callable[[], Send]) -> Federation:
+        def tried(lr: float) -> float:
+            short = replace(federation, lr=lr, rounds=max(federation.rounds // 3, 1))
+            return percent(federate(short, opened).net, split.development)
 
-def compare(lab: Lab, federation: Federation, test: tuple[torch.Tensor, torch.Tensor], mark: str) -> None:
-    """All arms of one seed and one way of dealing."""
+        return replace(federation, lr=lab.choose(f"rate of clients, {arm}{mark}", tried, RATES))
 
     def record(arm: str, opened: Callable[[], Send]) -> float:
         lab.step(f"{arm}{mark}")
-        found = federate(federation, opened)
-        lab.add(arm + mark, percent(found.net, test), round(found.uplink), **{SHARE: 100 * found.sent})
+        found = federate(rated(arm, opened), opened)
+        lab.add(arm + mark, percent(found.net, split.test), round(found.uplink), **{SHARE: 100 * found.sent})
         return found.sent
 
     record(FEDAVG, plain)
@@ -104,11 +100,12 @@ def compare(lab: Lab, federation: Federation, test: tuple[torch.Tensor, torch.Te
         if ratio == RATIOS[0]:
             record(TOP, lambda share=share: lambda update: topmost(update, share))  # type: ignore[misc]
     if not mark:
-        client = locally(federation, federation.make(), federation.clients[0], 0)
-        for _ in range(federation.rounds - 1):
-            client = locally(federation, client, federation.clients[0], 0)
-        lab.add(ALONE, percent(client.eval(), test))
-        encoders(lab, federation)
+        dense = rated(FEDAVG, plain)
+        client = dense.make()
+        for _ in range(dense.rounds):
+            client = locally(dense, client, dense.clients[0], 0)
+        lab.add(ALONE, percent(client.eval(), split.test))
+        encoders(lab, dense)
 
 
 def topmost(update: Tensors, share: float) -> tuple[Tensors, int]:
