@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from octavo.flows.updates.threshold import Threshold
 from octavo.recipes.communication.compeft import ternary
-from octavo.recipes.testbeds.federated import Federation, coded, dealt, federate, plain
+from octavo.recipes.testbeds.federated import Federation, coded, dealt, federate, percent, plain
 from octavo.recipes.testbeds.ranked import RankedGradients, chosen_ranks, folded, uniform_bytes
 from octavo.recipes.testbeds.stripes import Plain, SplitNet, Stripes, Uniform, grouped
 from octavo.recipes.testbeds.workers import conv_net
@@ -109,6 +110,21 @@ def test_rounds_with_exact_payloads_are_federated_averaging():
         assert torch.allclose(ours, theirs, atol=1e-3)
     far = federate(federation, coded(Threshold(), 120))
     assert far.uplink <= 120 and far.sent < 0.5
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e30])
+def test_a_rate_that_is_too_large_gives_a_net_that_is_worse_and_no_error(rate):
+    x = normal(240, 1, 8, 8)
+    y = (x.mean((1, 2, 3)) > 0).long()
+
+    def make():
+        torch.manual_seed(0)
+        return conv_net((1, 8, 8), 2, widths=(4,))
+
+    federation = Federation(dealt((x, y), 3, None, 0), make, rounds=20, lr=rate, seed=0)
+    found = federate(federation, coded(Threshold(), 400))
+    right = percent(federate(replace(federation, lr=0.1), plain).net, (x, y))
+    assert percent(found.net, (x, y)) < right - 10 and 0 <= found.uplink <= 400
 
 
 @pytest.mark.parametrize(("share", "bits"), [(0.05, 0.336), (0.2, 0.922), (0.5, 1.5)])
