@@ -45,18 +45,19 @@ def coarse_matmul(device: str = "cpu", *, wanted: bool = True) -> AbstractContex
     Products are twice as fast on a CPU with AVX-512 BF16 (measured on an AMD EPYC). Weights are not cached, since
     callers exchange them.
     """
-    if not wanted or not _native(device):
+    if not wanted or not multiplies_bfloat16(device):
         return nullcontext()
     return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
 
 def exact_matmul(device: str = "cpu") -> AbstractContextManager[Any]:
     """A context without autocast, inside of :func:`coarse_matmul`."""
-    return torch.autocast(device, enabled=False) if _native(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if multiplies_bfloat16(device) else nullcontext()
 
 
 @cache
-def _native(device: str) -> bool:
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a type of device multiplies bfloat16 natively."""
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     # Older versions of PyTorch do not say it.

@@ -26,6 +26,7 @@ from octavo.recipes.frame.stored import Stored, quantized, through_file
 from octavo.recipes.frame.study import Study
 from octavo.sources.sites import Layout
 from octavo.system.atomic import write_file, writing
+from octavo.system.matmul import coarse_matmul, multiplies_bfloat16
 from octavo.training import fit
 from octavo.training.losses import Loss
 
@@ -172,7 +173,12 @@ class Lab:
 
     @property
     def trained_on(self) -> str:
-        """The name of the lab's device."""
+        """The name of the lab's device, and whether :meth:`train` multiplies in bfloat16 there."""
+        coarse = self.study.coarse and multiplies_bfloat16(self.device.type)
+        return f"{self._device_name} in bfloat16" if coarse else self._device_name
+
+    @property
+    def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def step(self, text: str) -> None:
@@ -213,7 +219,7 @@ class Lab:
             started = time.perf_counter()
             train(model)
             model.to("cpu")
-            known = {"seconds": f"{time.perf_counter() - started:.1f}", "device": self.trained_on}
+            known = {"seconds": f"{time.perf_counter() - started:.1f}", "device": self._device_name}
             with writing(file) as aside:
                 state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
                 save_file(state, aside, metadata=known)
@@ -262,7 +268,8 @@ class Lab:
                 yield tree_map(lambda part: part.to(self.device) if isinstance(part, Tensor) else part, batch)
 
         model.to(self.device)
-        fit(model, part, loss, epochs=epochs, seed=seed, **options)
+        with coarse_matmul(self.device.type, wanted=self.study.coarse):
+            fit(model, part, loss, epochs=epochs, seed=seed, **options)
         if arm is not None:
             self._steps[arm, seed] = self._steps.get((arm, seed), 0) + before + each * epochs
         return model.to("cpu").eval()

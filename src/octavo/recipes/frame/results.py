@@ -45,7 +45,7 @@ class StudyResult:
     seconds
         The time that the run took, without the bases that it found in the cache.
     trained_on
-        The device of all training: ``CPU`` or the name of a GPU.
+        The device of all training, ``CPU`` or the name of a GPU, and ``in bfloat16`` if it multiplied so.
     date
         The day in UTC, ``2026-11-22``.
     """

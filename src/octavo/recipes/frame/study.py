@@ -38,6 +38,9 @@ class Study:
         Statements of our own.
     seeds
         How many seeds a full run has.
+    coarse
+        Whether :meth:`Lab.train` multiplies in bfloat16 where the device does so natively. Convolutions train twice as
+        fast; weights and tests stay in float32.
     run
         The experiment: it fills the lab, and judges every claim.
     """
@@ -52,6 +55,7 @@ class Study:
     claims: Mapping[str, str]
     extras: Mapping[str, str] = field(default_factory=dict)
     seeds: int = 5
+    coarse: bool = False
     run: Run = field(default=lambda lab: None)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ ONCE, ACROSS = "pruned at once, fine-tuned", "one ranking for all layers"
     metric="test accuracy (%)",
     higher=True,
     data=CIFAR10,
+    coarse=True,
     claims={
         "half": "Sparse beats a dense net of half the width, equal non-zeros",
         "quarter": "Sparse beats a dense net of a quarter, equal non-zeros",

@@ -40,6 +40,7 @@ CODED, STEPS_OF_COSINES = "quantization alone", "quantized cosines"
     metric="test accuracy (%)",
     higher=True,
     data=FASHION,
+    coarse=True,
     claims={
         "five": "CNNpack beats pruning in space, wide kernels, equal bytes",
         "accuracy": "20 times smaller, wide kernels lose at most a point",
