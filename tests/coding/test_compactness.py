@@ -48,6 +48,14 @@ def test_scaled_matrices(shape: tuple[int, int], step: float, excess: float) -> 
     assert len(blob) < 0.995 * (counts * np.log2(codes.size / counts)).sum() / 8
 
 
+@pytest.mark.parametrize("spread", [0.4, 3.0, 40.0])
+def test_independent_values_are_coded_near_their_entropy(spread: float) -> None:
+    codes = (spread * torch.randn(200_000, generator=torch.Generator().manual_seed(0))).round().int()
+    counts = codes.unique(return_counts=True)[1]
+    entropy = float((counts * (codes.numel() / counts).log2()).sum()) / 8
+    assert entropy < len(encode(codes, independent=True)) < 1.01 * entropy + 300
+
+
 def test_an_outlier_costs_little() -> None:
     codes = torch.from_numpy(matrix((384, 384), 0.5)[0]).int()
     plain = len(encode(codes))

@@ -46,6 +46,8 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 @given(tensors())
 def test_any_tensor(tensor: torch.Tensor) -> None:
     check(tensor)
+    quick = decode(encode(tensor, independent=True))
+    assert quick.dtype == tensor.dtype and torch.equal(quick, tensor)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)

@@ -96,11 +96,16 @@ class Schema:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`flat`, in each tensor's own dtype; what that dtype cannot hold is clamped."""
-        found = {}
-        for name, dtype, shape, part in zip(self.names, self.dtypes, self.shapes, flat.split(self.sizes), strict=True):
-            largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-            found[name] = part.clamp(-largest, largest).to(dtype).view(shape)
-        return found
+        parts = zip(self.names, self.dtypes, self.shapes, flat.split(self.sizes), strict=True)
+        return {name: _clamped(part, dtype).to(dtype).view(shape) for name, dtype, shape, part in parts}
+
+    def held_(self, flat: Tensor) -> Tensor:
+        """All elements as :meth:`split` gives them, changed in place."""
+        for dtype, part in zip(self.dtypes, flat.split(self.sizes), strict=True):
+            _clamped(part, dtype, out=part)
+            if dtype is not torch.float32:
+                part.copy_(part.to(dtype))
+        return flat
 
     def plain(self) -> list[list[Any]]:
         """As JSON holds it: name, dtype and shape of every tensor."""
@@ -122,6 +127,12 @@ class Schema:
         if not names or len(set(names)) < len(names):
             raise ValueError("names are missing or not unique")
         return cls(tuple(names), tuple(dtypes), tuple(shapes))
+
+
+def _clamped(part: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """What a dtype can hold of each value, in float32."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return torch.clamp(part, -largest, largest, out=out)
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,8 @@ from octavo import coding
 from octavo.errors import ArtifactError, RequestError
 from octavo.flows import FlowPlan, Schema
 from octavo.flows.payload import seal
-from octavo.flows.updates.topk import TopK, largest
+from octavo.flows.updates.large import Large
+from octavo.flows.updates.topk import TopK
 
 
 def update(seed, count=4000):
@@ -106,4 +107,8 @@ def test_the_largest_are_those_of_a_stable_sort(kind, share):
     amount = round(share * len(flat))
     order = flat.abs().argsort(descending=True, stable=True)[:amount]
     wanted = order[flat[order] != 0].sort().values
-    assert torch.equal(largest(flat, amount), wanted)
+    found = Large(flat)
+    for tried in (amount // 2, amount, amount // 3, amount):
+        found.largest(tried)
+    places, values = found.largest(amount)
+    assert torch.equal(places, wanted) and torch.equal(values, flat[wanted])

@@ -17,6 +17,7 @@ from octavo.flows.filling import FILLED, Slope, most_within
 from octavo.flows.flow_plan import FlowPlan
 from octavo.flows.payload import seal, unseal
 from octavo.flows.schema import Schema, all_finite
+from octavo.flows.updates.codes import expect
 
 #: Share of the budget that is filled where choices are compared.
 _ROUGHLY = 0.93
@@ -148,31 +149,35 @@ class UpdateCodec(Flow[UpdateState]):
         amount, payload = self._filled(flat, state.plan, state.step, state.amount, state.choice, slope=state.slope)
         if self.feedback:
             # As the receiver will have it, each tensor in its own dtype.
-            given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), schema, state.step)
-            state.missing = flat.sub_(schema.flat(given))
+            given = self._received(payload, state.plan, state.step)
+            state.missing = flat.sub_(schema.held_(given))
         state.step, state.amount = state.step + 1, amount
         return payload
 
     @torch.no_grad()
     def decode(self, payload: bytes, state: UpdateState) -> dict[str, Tensor]:  # noqa: D102
-        given = self._unpacked(unseal(payload, state.plan, state.step, self.parts), state.plan.schema, state.step)
+        given = self._received(payload, state.plan, state.step)
         state.step += 1
-        return given
+        return state.plan.schema.split(given)
 
     def _knobs(self) -> dict[str, Any]:
         """The knobs as a plan holds them: tuples are lists in JSON."""
         return dict(json.loads(json.dumps(asdict(self))))
 
-    def _unpacked(self, parts: Sequence[memoryview], schema: Schema, step: int) -> dict[str, Tensor]:
+    def _received(self, payload: bytes, plan: FlowPlan, step: int) -> Tensor:
+        """The vector that a payload stands for, (elements,) float32."""
+        parts = unseal(payload, plan, step, self.parts)
         try:
-            return schema.split(self.unpack(parts, schema, step))
+            found = self.unpack(parts, plan.schema, step)
+            expect(found.shape == (plan.schema.elements,), f"it stands for a tensor of shape {tuple(found.shape)}")
+            return found
         except (ValueError, IndexError, OverflowError, RuntimeError) as error:
             raise ArtifactError(f"payload: its parts do not fit together: {error}") from error
 
     def error(self, flat: Tensor, plan: FlowPlan, choice: Mapping[str, Any]) -> float:
         """Squared error of a sample, about at the budget."""
         _, payload = self._filled(flat, plan, 0, plan.budget, choice, filled=_ROUGHLY)
-        given = plan.schema.flat(self._unpacked(unseal(payload, plan, 0, self.parts), plan.schema, 0))
+        given = plan.schema.held_(self._received(payload, plan, 0))
         return float((flat.double() - given).square().sum())
 
     def _filled(

@@ -16,8 +16,8 @@ from octavo.errors import ArtifactError
 _EACH, _BESIDE = 96, 1 << 20
 #: Where more than one entry in so many is not zero, all are sent instead of their places.
 _DENSE = 4
-#: Gaps above this are rare enough where bits are worth their coding.
-_FAR = 1 << 12
+#: Gaps from here on are rare enough where bits are worth their coding.
+_FAR = 1 << 14
 #: Bits that a table has for each value, about.
 _TABLE = 8
 
@@ -26,9 +26,10 @@ def pack_codes(places: Tensor, codes: Tensor, elements: int, largest: int) -> tu
     """Two parts: gaps between places that rise, and codes that are not zero; no gaps if all elements are sent."""
     kind = torch.int8 if largest < 128 else torch.int16
     if _DENSE * len(places) > elements:
-        return b"", coding.encode(torch.zeros(elements, dtype=kind).index_copy_(0, places, codes.to(kind)))
+        dense = torch.zeros(elements, dtype=kind).index_copy_(0, places, codes.to(kind))
+        return b"", coding.encode(dense, independent=True)
     gaps = places.diff(prepend=torch.tensor([-1])).numpy() - 1
-    return _pack_gaps(gaps, elements), coding.encode(codes.to(kind))
+    return _pack_gaps(gaps, elements), coding.encode(codes.to(kind), independent=True)
 
 
 def unpack_codes(parts: Sequence[memoryview], elements: int, largest: int) -> tuple[Tensor, Tensor]:
@@ -62,10 +63,15 @@ def _pack_gaps(gaps: np.ndarray, elements: int) -> bytes:
     Gaps between entries that lie anywhere have low bits that no coder makes smaller (Rice, 1979). Without them numbers
     are small, and coding is fast.
     """
-    low = min(range(max(int(gaps.max(initial=0)).bit_length(), 1)), key=lambda bits: bits + _entropy(gaps >> bits))
+    found, costs = np.bincount(np.minimum(gaps, _FAR - 1), minlength=2), list[float]()
+    while len(found) > 1:
+        costs.append(len(costs) * len(gaps) + _entropy(found))
+        # Without one more bit, pairs of values become one.
+        found = np.pad(found, (0, len(found) % 2)).reshape(-1, 2).sum(1)
+    low = int(np.argmin(costs))
+    gaps = gaps.astype(np.int32 if elements < 1 << 31 else np.int64)
     planes = [np.packbits(gaps >> bit & 1).tobytes() for bit in range(low)]
-    above = torch.from_numpy(gaps >> low).to(torch.int32 if elements < 1 << 31 else torch.int64)
-    return bytes([low]) + b"".join(planes) + coding.encode(above)
+    return bytes([low]) + b"".join(planes) + coding.encode(torch.from_numpy(gaps >> low), independent=True)
 
 
 def _unpack_gaps(part: memoryview, count: int, elements: int, allowance: Allowance) -> Tensor:
@@ -81,21 +87,18 @@ def _unpack_gaps(part: memoryview, count: int, elements: int, allowance: Allowan
     return gaps
 
 
-def _entropy(values: np.ndarray) -> float:
-    """Bits of a value on average, its share of the coder's table included."""
-    counts = np.bincount(np.minimum(values, _FAR))
+def _entropy(counts: np.ndarray) -> float:
+    """Bits of values with these counts, the coder's table included."""
     counts = counts[counts > 0]
-    if not len(values):
-        return 0.0
-    table = _TABLE * len(counts) / len(values)
-    return float(np.log2(len(values)) - (counts * np.log2(counts)).sum() / len(values)) + table
+    total = counts.sum()
+    return float(total * np.log2(max(total, 1)) - (counts * np.log2(counts)).sum()) + _TABLE * len(counts)
 
 
 def pack_scaled(
     places: Tensor, codes: Tensor, steps: Tensor, sizes: Sequence[int], largest: int
 ) -> tuple[bytes, bytes, bytes]:
     """Three parts: those of :func:`pack_codes`, and the steps (blocks,) of the blocks that have codes."""
-    there = owners(places, sizes).unique()
+    there = counts(places, sizes) > 0
     return *pack_codes(places, codes, sum(sizes), largest), pack_floats(steps[there])
 
 
@@ -103,10 +106,11 @@ def unpack_scaled(parts: Sequence[memoryview], sizes: Sequence[int], largest: in
     """Zeros but for codes times steps, (sum of sizes,) float32; raises :class:`ArtifactError` in time."""
     expect(len(parts[2]) <= 4 * len(sizes), "it has more steps than tensors")
     places, codes = unpack_codes(parts, sum(sizes), largest)
-    blocks, which = owners(places, sizes).unique_consecutive(return_inverse=True)
-    steps = unpack_floats(parts[2], len(blocks))
+    each = counts(places, sizes)
+    each = each[each > 0]
+    steps = unpack_floats(parts[2], len(each))
     expect(bool((steps > 0).all()), "a step is not a positive number")
-    return torch.zeros(sum(sizes)).index_copy_(0, places, codes * steps[which])
+    return torch.zeros(sum(sizes)).index_copy_(0, places, codes * steps.repeat_interleave(each))
 
 
 def pack_floats(values: Tensor) -> bytes:
@@ -124,19 +128,10 @@ def unpack_floats(part: memoryview, count: int) -> Tensor:
     return values
 
 
-def owners(places: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Numbers of the blocks in which places lie."""
-    return torch.searchsorted(torch.tensor(sizes).cumsum(0), places, right=True)
-
-
-def sums(values: Tensor, owner: Tensor, blocks: int) -> Tensor:
-    """The sum of every block, (blocks,) float64."""
-    return torch.zeros(blocks, dtype=torch.float64).index_add(0, owner, values.double())
-
-
-def tops(values: Tensor, owner: Tensor, blocks: int) -> Tensor:
-    """The largest magnitude of every block, (blocks,) float32; 0 without entries."""
-    return torch.zeros(blocks).scatter_reduce(0, owner, values.abs(), "amax")
+def counts(places: Tensor, sizes: Sequence[int]) -> Tensor:
+    """How many places, which rise, lie in each block, (blocks,)."""
+    ends = torch.searchsorted(places, torch.tensor(sizes).cumsum(0))
+    return ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
 
 
 def expect(condition: bool, what: str) -> None:

@@ -13,8 +13,8 @@ from octavo.errors import RequestError
 from octavo.flows.base import flow
 from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec
-from octavo.flows.updates.codes import expect, owners, pack_codes, pack_floats, unpack_codes, unpack_floats
-from octavo.flows.updates.topk import largest, largest_each
+from octavo.flows.updates.codes import counts, expect, pack_codes, pack_floats, unpack_codes, unpack_floats
+from octavo.flows.updates.large import Large, of_each
 
 _MOST = 127
 
@@ -60,13 +60,18 @@ class KMeansLevels(UpdateCodec):
         """All entries."""
         return schema.elements
 
-    def pack(self, prepared: Tensor, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
+    def prepare(self, flat: Tensor, schema: Schema, choice: Mapping[str, Any], step: int) -> list[Large]:
+        """The entries from which amounts take theirs, of all tensors together or of each."""
+        return [Large(part) for part in (flat.split(schema.sizes) if self.layerwise else (flat,))]
+
+    def pack(self, prepared: list[Large], schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
         """Gaps, labels, and the centroids of the tensors that have entries."""
         count = choice["centroids"]
-        places = largest_each(prepared, schema.sizes, amount) if self.layerwise else largest(prepared, amount)
-        _, each = owners(places, schema.sizes).unique_consecutive(return_counts=True)
+        places, sent = of_each(prepared, amount)
+        each = counts(places, schema.sizes)
+        each = each[each > 0]
         labels, centroids = [places[:0]], [torch.zeros(0, dtype=torch.float64)]
-        for values in prepared[places].double().split(each.tolist()):
+        for values in sent.double().split(each.tolist()):
             found = _lloyd(values.sort().values, count, self.iterations)
             labels.append(torch.bucketize(values, (found[1:] + found[:-1]) / 2) + 1)
             centroids.append(found)
@@ -77,11 +82,13 @@ class KMeansLevels(UpdateCodec):
         expect(len(parts[2]) <= 4 * _MOST * len(schema.sizes), "it has more centroids than its tensors can have")
         places, labels = unpack_codes(parts, schema.elements, _MOST)
         expect(not len(labels) or int(labels.min()) > 0, "a label is out of range")
-        there, which = owners(places, schema.sizes).unique_consecutive(return_inverse=True)
-        count = len(parts[2]) // 4 // max(len(there), 1)
+        each = counts(places, schema.sizes)
+        each = each[each > 0]
+        count = len(parts[2]) // 4 // max(len(each), 1)
         expect(not len(labels) or int(labels.max()) <= count, "a label is out of range")
-        centroids = unpack_floats(parts[2], count * len(there))
-        return torch.zeros(schema.elements).index_copy_(0, places, centroids[which * count + labels - 1])
+        centroids = unpack_floats(parts[2], count * len(each))
+        first = (torch.arange(len(each)) * count).repeat_interleave(each)
+        return torch.zeros(schema.elements).index_copy_(0, places, centroids[first + labels - 1])
 
 
 def _lloyd(ordered: Tensor, count: int, iterations: int) -> Tensor:

@@ -166,7 +166,8 @@ class Mixed(UpdateCodec):
         blobs = [b"\0"] * len(choice["units"])
         left, weight = amount - 1 - len(blobs), sum(sent.bytes for sent in prepared)
         for sent in prepared:
-            room = left * sent.bytes // max(weight, 1)
+            # What is all or nothing, such as equal values, gets its bytes; the largest unit compensates.
+            room = min(max(left * sent.bytes // max(weight, 1), sent.bytes), left)
             weight -= sent.bytes
             found = packed(sent.codec, sent.prepared, sent.unit.schema, room, sent.amount, sent.choice)
             if found is not None:

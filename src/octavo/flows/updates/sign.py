@@ -31,7 +31,7 @@ class Sign(UpdateCodec):
         """Signs as one coded tensor, and the scales as they are."""
         parts = prepared.split(schema.sizes)
         scales = torch.stack([part.double().abs().sum() / max(len(part), 1) for part in parts])
-        return coding.encode(prepared < 0), pack_floats(scales)
+        return coding.encode(prepared < 0, independent=True), pack_floats(scales)
 
     def unpack(self, parts: Sequence[memoryview], schema: Schema, step: int) -> Tensor:
         """Signs times scales."""

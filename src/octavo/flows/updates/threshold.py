@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,37 +13,13 @@ from octavo.flows.base import flow
 from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec
 from octavo.flows.updates.codes import expect, pack_codes, pack_floats, unpack_codes, unpack_floats
+from octavo.flows.updates.large import Large
 from octavo.flows.updates.rounding import FINE
 
 #: Of two bytes.
 _MOST = (1 << 15) - 1
 #: Doublings from the largest threshold, twice the largest float, down to the least.
 _HIGHEST, _DOUBLINGS = 129, 278
-#: How far below a threshold entries are kept for the next one.
-_LOWER = 0.8
-
-
-class Large:
-    """The entries of a vector above thresholds that are near each other, found in one pass for all of them.
-
-    Parameters
-    ----------
-    flat
-        (elements,) float32.
-    """
-
-    def __init__(self, flat: Tensor) -> None:
-        self._flat, self._floor = flat, math.inf
-        self.top = max(abs(float(end)) for end in flat.aminmax()) if len(flat) else 0.0
-
-    def above(self, threshold: float) -> tuple[Tensor, Tensor]:
-        """Places, rising, and values of entries of at least that magnitude."""
-        if threshold < self._floor:
-            self._floor = threshold * _LOWER
-            self._places = (self._flat.abs() >= self._floor).nonzero()[:, 0]
-            self._values = self._flat[self._places]
-        chosen = self._values.abs() >= threshold
-        return self._places[chosen], self._values[chosen]
 
 
 @flow("threshold", source="Threshold quantization with feedback (Strom, 2015, Interspeech)")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +14,11 @@ from octavo.errors import RequestError
 from octavo.flows.base import flow
 from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec
-from octavo.flows.updates.codes import owners, pack_scaled, sums, tops, unpack_scaled
+from octavo.flows.updates.codes import counts, pack_scaled, unpack_scaled
+from octavo.flows.updates.large import Large
 
 #: Of one byte, without its last.
 _MOST = 127
-#: Entries of a sample, and how many of them beyond its share make it sure that enough others are as large.
-_SAMPLE, _SURE = 1 << 14, 64
 
 
 @flow("top-k", source="Sparsified updates with error feedback (Stich et al., 2018, arXiv 1809.07599)")
@@ -55,13 +54,18 @@ class TopK(UpdateCodec):
         """All entries."""
         return schema.elements
 
-    def pack(self, prepared: Tensor, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
+    def prepare(self, flat: Tensor, schema: Schema, choice: Mapping[str, Any], step: int) -> Large:
+        """The entries from which amounts take theirs."""
+        return Large(flat)
+
+    def pack(self, prepared: Large, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
         """Gaps, codes, and the steps of the tensors that have entries."""
-        places, levels, blocks = largest(prepared, amount), choice["levels"], len(schema.sizes)
-        values, owner = prepared[places], owners(places, schema.sizes)
-        codes = (values.double() * levels / tops(values, owner, blocks).double()[owner]).round()
-        codes = torch.where(codes == 0, values.sign().double(), codes).clamp(-levels, levels)
-        steps = sums(values.double() * codes, owner, blocks) / sums(codes.square(), owner, blocks)
+        places, values = prepared.largest(amount)
+        levels, each, values = choice["levels"], counts(places, schema.sizes), values.double()
+        tops = _reduced(np.maximum, values.abs(), each)
+        codes = (values * (levels / tops).repeat_interleave(each)).round()
+        codes = torch.where(codes == 0, values.sign(), codes).clamp(-levels, levels)
+        steps = _reduced(np.add, values * codes, each) / _reduced(np.add, codes.square(), each)
         return pack_scaled(places, codes, steps, schema.sizes, _MOST)
 
     def unpack(self, parts: Sequence[memoryview], schema: Schema, step: int) -> Tensor:
@@ -69,34 +73,10 @@ class TopK(UpdateCodec):
         return unpack_scaled(parts, schema.sizes, _MOST)
 
 
-def largest(flat: Tensor, amount: int) -> Tensor:
-    """Places of the entries of largest magnitude, in order; of equal ones the first, and no zeros."""
-    sizes = flat.abs()
-    amount = min(amount, int(torch.count_nonzero(flat)))
-    if not amount:
-        return torch.zeros(0, dtype=torch.long)
-    # Few entries are looked at twice: those that are large beside a sample.
-    places = (sizes >= _below(sizes, amount)).nonzero()[:, 0]
-    places = places if len(places) >= amount else flat.nonzero()[:, 0]
-    few = sizes[places]
-    threshold = few.kthvalue(len(few) - amount + 1).values
-    chosen = few > threshold
-    level = (few == threshold).nonzero()[:, 0]
-    chosen[level[: amount - int(chosen.sum())]] = True
-    return places[chosen]
-
-
-def _below(sizes: Tensor, amount: int) -> float:
-    """A size that so many entries exceed, most likely; 0 where that is not sure."""
-    sample = sizes[:: -(-len(sizes) // _SAMPLE)]
-    rank = math.ceil(1.1 * amount / len(sizes) * len(sample)) + _SURE
-    return float(sample.kthvalue(len(sample) - rank + 1).values) if rank <= len(sample) else 0.0
-
-
-def largest_each(flat: Tensor, sizes: Sequence[int], amount: int) -> Tensor:
-    """Places as of :func:`largest`, of every block about the same share; together ``amount`` but for rounding."""
-    share, start, found = amount / max(len(flat), 1), 0, [torch.zeros(0, dtype=torch.long)]
-    for size, part in zip(sizes, flat.split(list(sizes)), strict=True):
-        found.append(start + largest(part, round(share * size)))
-        start += size
-    return torch.cat(found)
+def _reduced(operation: np.ufunc, values: Tensor, each: Tensor) -> Tensor:
+    """The maximum or sum of the values of every block, (blocks,) float64; 0 of a block that has none."""
+    there = each > 0
+    starts = (each.cumsum(0) - each)[there]
+    found = torch.zeros(len(each), dtype=torch.float64)
+    found[there] = torch.from_numpy(operation.reduceat(values.numpy(), starts.numpy()))
+    return found

@@ -18,10 +18,10 @@ from octavo.flows.deltas.merging import merge
 from octavo.flows.payload import overhead
 from octavo.flows.updates import UpdateCodec
 from octavo.flows.updates.codes import pack_codes, pack_floats, unpack_codes, unpack_floats
+from octavo.flows.updates.large import largest
 from octavo.flows.updates.mixed import Mixed
 from octavo.flows.updates.powersgd import PowerSGD
 from octavo.flows.updates.sign import Sign
-from octavo.flows.updates.topk import largest
 from octavo.pipeline import compress
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.data import FASHION, Split, fashion

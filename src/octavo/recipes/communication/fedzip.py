@@ -13,7 +13,7 @@ from octavo.flows import Schema
 from octavo.flows.payload import overhead
 from octavo.flows.updates.codes import pack_codes
 from octavo.flows.updates.kmeans import KMeansLevels
-from octavo.flows.updates.topk import largest_each
+from octavo.flows.updates.large import largest_each
 from octavo.recipes.frame import Lab, Study, gap
 from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.testbeds.federated import (
