@@ -41,6 +41,8 @@ class Federation:
         What a client sees in a round; None for all that it has.
     server
         What the mean update is multiplied by.
+    clip
+        The largest norm of a client's gradient; None for any.
     """
 
     clients: Sequence[Part]
@@ -51,6 +53,7 @@ class Federation:
     batch: int = 32
     examples: int | None = None
     server: float = 1.0
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def locally(federation: Federation, net: nn.Module, part: Part, number: int) -> 
     for batch in itertools.islice(batches, most // size):
         optimizer.zero_grad()
         cross_entropy(net, batch).backward()
+        if federation.clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), federation.clip)
         optimizer.step()
     return net
 
