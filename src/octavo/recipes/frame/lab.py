@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from octavo.errors import OctavoError
 from octavo.forms import Dense, Form
 from octavo.recipes.frame.fingerprints import code_of, joined
 from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, together
+from octavo.recipes.frame.records import Arm, Base, Choice, Found
 from octavo.recipes.frame.stored import Stored, quantized, through_file
 from octavo.recipes.frame.study import Study
 from octavo.sources.sites import Layout
@@ -38,85 +38,6 @@ WIDENED = 3
 
 class UnreachedError(OctavoError):
     """No value of a knob gives a file of the asked size."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the compared variants.
-
-    Parameters
-    ----------
-    name
-        The treatment and its size.
-    bytes
-        Bytes of the artifact's files, the mean over seeds; 0 if nothing is stored.
-    values
-        The study's metric, one value per seed.
-    also
-        Other figures by name, one value per seed each.
-    steps
-        Training steps that led to it, those of its base included.
-    """
-
-    name: str
-    bytes: int
-    values: tuple[float, ...]
-    also: Mapping[str, tuple[float, ...]]
-    steps: int = 0
-
-    @property
-    def mean(self) -> float:
-        """Mean over all seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds, None of a single one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    @property
-    def shown(self) -> str:
-        """Mean and spread, for texts."""
-        return f"{self.mean:.4g}" if self.spread is None else f"{self.mean:.4g} ± {self.spread:.2g}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A knob that was chosen on development data.
-
-    Parameters
-    ----------
-    name
-        What was chosen, and for which arm.
-    value
-        The winner.
-    scores
-        Development figure by the value that was tried.
-    edge
-        Whether the winner lies at the edge of everything that was tried.
-    """
-
-    name: str
-    value: float
-    scores: Mapping[str, float]
-    edge: bool
-
-
-@dataclass(frozen=True)
-class Base:
-    """A trained model that a study started from.
-
-    Parameters
-    ----------
-    name
-        Its name and the key of its cache: code, data and settings.
-    seconds
-        How long it took to make, on ``device``.
-    """
-
-    name: str
-    seconds: float
-    device: str
 
 
 @dataclass
@@ -143,16 +64,11 @@ class Lab:
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __post_init__(self) -> None:
-        self.bases: dict[str, Base] = {}
-        self.choices: dict[str, Choice] = {}
+        self.found = Found()
         self.gates: list[Gate] = []
         self.judged: dict[str, Judged] = {}
         self.reason: list[str] = []
-        self._rows: dict[str, list[tuple[float, int, dict[str, float]]]] = {}
-        self._steps: dict[tuple[str, int], int] = {}
-        #: Seconds of earlier parts of this run, which was stopped.
-        self.earlier = 0.0
-        self._started = time.perf_counter()
+        self._started, self._earlier = time.perf_counter(), 0.0
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -165,11 +81,47 @@ class Lab:
         For studies that keep nothing of their own from one seed to the next. What the lab found so far is kept under
         the code of the study until the run is whole.
         """
-        done = self._take_up()
-        for seed in self.seeds[done:]:
+        if not self.quick and self._kept.exists():
+            self.found = Found.from_json(self._kept.read_text(encoding="utf-8"))
+            self._earlier = self.found.seconds
+            self.step(f"{self.found.seeds} of {len(self.seeds)} seeds are done; to start over remove {self._kept}")
+        for seed in self.seeds[self.found.seeds :]:
             yield seed
-            done += 1
-            self._keep(done)
+            self.found.seeds += 1
+            self.found.seconds = self.seconds
+            if not self.quick:
+                write_file(self._kept, self.found.to_json())
+
+    def forget(self) -> None:
+        """Remove what was kept for a run that is whole now."""
+        if not self.quick:
+            self._kept.unlink(missing_ok=True)
+
+    @property
+    def _kept(self) -> Path:
+        """The file of a run that is not whole yet; it depends on code, seeds and device."""
+        key = joined({**code_of(self.study.run), "first": str(self.first_seed), "device": self.trained_on})
+        return self.cached(f"{self.study.name}-{key}.json")
+
+    @property
+    def seconds(self) -> float:
+        """How long the run took so far, parts that were stopped included."""
+        return self._earlier + time.perf_counter() - self._started
+
+    @property
+    def bases(self) -> dict[str, Base]:
+        """The trained models so far, by name."""
+        return self.found.bases
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """What was chosen so far, by name."""
+        return self.found.choices
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        """Everything recorded so far, by name."""
+        return self.found.arms
 
     @property
     def trained_on(self) -> str:
@@ -223,7 +175,7 @@ class Lab:
             with writing(file) as aside:
                 state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
                 save_file(state, aside, metadata=known)
-        self.bases[name] = Base(f"{name} ({key})", float(known.get("seconds", 0)), known.get("device", ""))
+        self.found.bases[name] = Base(f"{name} ({key})", float(known.get("seconds", 0)), known.get("device", ""))
         return model.eval()
 
     def cached(self, name: str) -> Path:
@@ -271,7 +223,7 @@ class Lab:
         with coarse_matmul(self.device.type, wanted=self.study.coarse):
             fit(model, part, loss, epochs=epochs, seed=seed, **options)
         if arm is not None:
-            self._steps[arm, seed] = self._steps.get((arm, seed), 0) + before + each * epochs
+            self.found.steps[arm, seed] = self.found.steps.get((arm, seed), 0) + before + each * epochs
         return model.to("cpu").eval()
 
     # Choices
@@ -399,18 +351,7 @@ class Lab:
         """
         row = {name.replace("_", " "): float(figure) for name, figure in also.items()}
         size = size.bytes if isinstance(size, Stored) else size
-        self._rows.setdefault(arm, []).append((float(value), size, row))
-
-    @property
-    def arms(self) -> dict[str, Arm]:
-        """Everything recorded so far, by name."""
-        found = {}
-        for name, rows in self._rows.items():
-            values, sizes, others = zip(*rows, strict=True)
-            also = {key: tuple(row[key] for row in others if key in row) for row in others for key in row}
-            steps = max((count for (arm, _), count in self._steps.items() if arm == name), default=0)
-            found[name] = Arm(name, round(statistics.fmean(sizes)), values, also, steps)
-        return found
+        self.found.rows.setdefault(arm, []).append((float(value), size, row))
 
     def ahead(
         self, ours: str, theirs: str, margin: float = 0.0, *, of: str | None = None, higher: bool | None = None
@@ -464,7 +405,7 @@ class Lab:
         OctavoError
             If trained arms differ in steps, a claim was not judged, or an arm lacks a seed.
         """
-        totals = {(arm, seed): count for (arm, seed), count in self._steps.items()}
+        totals = {(arm, seed): count for (arm, seed), count in self.found.steps.items()}
         if len(set(totals.values())) > 1:
             told = ", ".join(f"{arm} (seed {seed}): {count}" for (arm, seed), count in totals.items())
             raise OctavoError(f"{self.study.name}: trained arms have different steps ({told}); train all alike")
@@ -474,45 +415,6 @@ class Lab:
             if len(arm.values) not in (1, len(self.seeds)):
                 count = len(arm.values)
                 raise OctavoError(f"{self.study.name}: arm {name!r} has {count} figures; add one for every seed")
-
-    # Runs that are stopped
-
-    @property
-    def _kept(self) -> Path:
-        """What is known of a run that is not whole yet; it depends on code, seeds and device."""
-        key = joined({**code_of(self.study.run), "first": str(self.first_seed), "device": self.trained_on})
-        return self.cached(f"{self.study.name}-{key}.json")
-
-    def _keep(self, done: int) -> None:
-        if self.quick:
-            return
-        state = {
-            "done": done,
-            "seconds": self.earlier + time.perf_counter() - self._started,
-            "rows": self._rows,
-            "steps": [[*key, count] for key, count in self._steps.items()],
-            "choices": [asdict(choice) for choice in self.choices.values()],
-            "bases": [asdict(base) for base in self.bases.values()],
-        }
-        write_file(self._kept, json.dumps(state).encode())
-
-    def _take_up(self) -> int:
-        """Read what is kept; returns how many seeds are done."""
-        if self.quick or not self._kept.exists():
-            return 0
-        state = json.loads(self._kept.read_text(encoding="utf-8"))
-        self.earlier = state["seconds"]
-        self._rows = {arm: [(value, size, also) for value, size, also in rows] for arm, rows in state["rows"].items()}
-        self._steps = {(arm, seed): count for arm, seed, count in state["steps"]}
-        self.choices = {choice["name"]: Choice(**choice) for choice in state["choices"]}
-        self.bases |= {base["name"].partition(" (")[0]: Base(**base) for base in state["bases"]}
-        self.step(f"{state['done']} of {len(self.seeds)} seeds are done; to start over remove {self._kept}")
-        return int(state["done"])
-
-    def forget(self) -> None:
-        """Remove what was kept for a run that is whole now."""
-        if not self.quick:
-            self._kept.unlink(missing_ok=True)
 
 
 def _endless(batches: Callable[[int], Iterable[Any]], first: int) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from octavo.errors import MissingExtraError
-from octavo.recipes.frame.lab import Arm, Base
+from octavo.recipes.frame.records import Arm, Base
 from octavo.recipes.frame.results import StudyResult, changed, folder, last, writable
 from octavo.recipes.frame.study import studies
 from octavo.system.atomic import write_file

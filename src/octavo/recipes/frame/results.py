@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +14,8 @@ from pathlib import Path
 from octavo.errors import RequestError
 from octavo.recipes.frame.fingerprints import code_of
 from octavo.recipes.frame.judging import Gate, Judged, tally
-from octavo.recipes.frame.lab import Arm, Base, Choice, Lab
+from octavo.recipes.frame.lab import Lab
+from octavo.recipes.frame.records import Arm, Base, Choice
 from octavo.recipes.frame.study import Study, studies
 from octavo.report.gather import environment
 from octavo.report.schema import Environment
@@ -114,7 +114,7 @@ def reproduce(study: Study, lab: Lab) -> StudyResult:
     OctavoError
         If the run was not fair or not whole (:meth:`Lab.check`).
     """
-    started, made_by = time.perf_counter(), code_of(study.run, reproduce)
+    made_by = code_of(study.run, reproduce)
     study.run(lab)
     lab.check()
     for arm in lab.arms.values():
@@ -140,7 +140,7 @@ def reproduce(study: Study, lab: Lab) -> StudyResult:
         seeds=lab.seeds,
         made_by=made_by,
         command=f"octavo reproduce {study.name}{options}",
-        seconds=round(lab.earlier + time.perf_counter() - started, 1),
+        seconds=round(lab.seconds, 1),
         trained_on=lab.trained_on,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         versions=_versions(),
