@@ -6,12 +6,13 @@ files in packages) and `decoder`, which benchmarks/decoder.py trains and whose f
 
 llama.cpp's importance matrix and Octavo's moments are of the same text, the development part of the studies' texts.
 Divergence and perplexity are measured by llama.cpp on their test part. OCTAVO_DATA must name these texts. Mixes that the
-file of results has already, with the same preset and context, are not measured again.
+file of results has already, with the same preset, context and text, are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -118,6 +119,11 @@ def samples(folder: Path) -> tuple[Path, Path]:
     return folder / "seen.txt", folder / "judged.txt"
 
 
+def digest(*files: Path) -> str:
+    """Of the content of files."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def main() -> None:
     """Make and judge all files, and save what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -143,8 +149,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="octavo-") as aside:
         base = Path(aside) / "logits"
         before = load_results(f"gguf-{given.model}")
-        same = (before.get("preset"), before.get("context")) == (given.preset, given.context) and not given.force
-        rows = [row for row in before.get("rows", []) if same]
+        # Rows of another text cannot stand beside these.
+        made_for = {"preset": given.preset, "context": given.context, "text": digest(seen, judged)}
+        same = all(before.get(name) == value for name, value in made_for.items())
+        rows = [row for row in before.get("rows", []) if same and not (given.force and row["mix"] in given.mixes)]
         done = {row["mix"] for row in rows}
         source = tools.judged(plain, base, judged)
         for mix in [mix for mix in given.mixes if mix not in done]:
@@ -166,8 +174,8 @@ def main() -> None:
                   f"share {share:.3f}" if share is not None else "", f"speed {speeds[1] / speeds[0]:.2f}", flush=True)  # fmt: skip
             save_results(
                 f"gguf-{given.model}",
-                {"model": TITLES[given.model], "preset": given.preset, "source": asdict(source),
-                 "context": given.context, "rows": rows},
+                {"model": TITLES[given.model], **made_for, "source": asdict(source),
+                 "rows": sorted(rows, key=lambda row: MIXES.index(row["mix"]))},
                 f"{given.model} --preset {given.preset} --context {given.context} --tools BUILD/bin",
             )  # fmt: skip
 
