@@ -15,6 +15,7 @@ from common import RESULTS
 from cut_page import PARTS as CUT_PARTS
 from distilled_page import PARTS as DISTILLED_PARTS
 from factor_pages import PARTS as FACTOR_PARTS
+from flow_pages import PARTS as FLOW_PARTS
 from pruning_page import PARTS as PRUNING_PARTS
 from rate_page import PARTS as RATE_PARTS
 from recommender_page import PARTS as TABLE_PARTS
@@ -153,7 +154,7 @@ def main() -> None:
     parts += [
         part(read(name), table)
         for name, part in (
-            PARTS | FACTOR_PARTS | PRUNING_PARTS | CUT_PARTS | RATE_PARTS | DISTILLED_PARTS | TABLE_PARTS
+            PARTS | FACTOR_PARTS | PRUNING_PARTS | CUT_PARTS | RATE_PARTS | DISTILLED_PARTS | TABLE_PARTS | FLOW_PARTS
         ).items()
         if (RESULTS / f"{name}.json").exists()
     ]

@@ -17,6 +17,10 @@ class RequestError(OctavoError, ValueError):
     exit_code = 2
 
 
+class DivergedError(RequestError):
+    """A training whose loss is not finite, most likely for a learning rate that is too large."""
+
+
 class BudgetError(OctavoError):
     """The stated size cannot be reached. The command line exits with 3.
 

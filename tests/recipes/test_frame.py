@@ -1,6 +1,7 @@
 """The frame: what a lab enforces, fingerprints, bases, results and pages."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -10,8 +11,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from octavo.cli import app
-from octavo.errors import OctavoError, RequestError
-from octavo.recipes.frame import STUDIES, Lab, Study, get_study, studies, through_file
+from octavo.errors import DivergedError, OctavoError, RequestError
+from octavo.recipes.frame import STUDIES, Lab, Study, Verdict, get_study, studies, through_file
 from octavo.recipes.frame import lab as lab_module
 from octavo.recipes.frame import results as store
 from octavo.recipes.frame.fingerprints import code_of
@@ -131,6 +132,26 @@ def test_grids_grow_at_their_edge_and_choose_once():
     assert here.choose("rate", score, (1, 3)) == 27 and len(tried) == 5
     assert not here.choices["rate"].edge
     assert here.choose("other", lambda value: value, (1, 2), higher=True) == 16 and here.choices["other"].edge
+
+
+def test_a_rate_with_which_training_diverges_is_the_worst():
+    here = lab()
+
+    def score(value):
+        if value > 2:
+            raise DivergedError("the loss is nan in step 3")
+        return math.nan if value == 0.5 else value
+
+    assert here.choose("rate", score, (0.5, 1, 2, 4), higher=True) == 2
+    assert here.choices["rate"].scores == {"0.5": None, "1": 1, "2": 2, "4": None} and not here.choices["rate"].edge
+    with pytest.raises(OctavoError, match="no value of"):
+        here.choose("other", lambda value: math.inf, (1, 2))
+
+
+def test_what_is_compared_with_nothing_is_not_testable():
+    here = lab()
+    here.judge("better")
+    assert here.judged["better"].verdict is Verdict.NOT_TESTABLE
 
 
 def test_a_knob_is_fitted_to_bytes():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.errors import MissingExtraError, RequestError
+from octavo.errors import DivergedError, MissingExtraError, RequestError
 from octavo.sources.sites import Progress
 from octavo.system.atomic import writing
 from octavo.training.losses import Batch, Loss
@@ -65,8 +65,9 @@ def fit(
     Raises
     ------
     RequestError
-        If an epoch has no batches or not as many as the first, the loss is not finite, or the checkpoint belongs to
-        another run.
+        If an epoch has no batches or not as many as the first, or the checkpoint belongs to another run.
+    DivergedError
+        If the loss is not finite.
     """
     try:
         from accelerate import Accelerator
@@ -96,7 +97,7 @@ def fit(
             regimen.before_step(step)
             value = regimen.loss(ready, batch, loss)
             if not math.isfinite(value.item()):
-                raise RequestError(f"the loss is {value.item()} in step {step} of {steps}; lower the learning rate")
+                raise DivergedError(f"the loss is {value.item()} in step {step} of {steps}; lower the learning rate")
             accelerator.backward(value)
             regimen.after_backward(step)
             if clip is not None:

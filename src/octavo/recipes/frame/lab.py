@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from octavo.errors import OctavoError
+from octavo.errors import DivergedError, OctavoError
 from octavo.forms import Dense, Form
 from octavo.recipes.frame.fingerprints import code_of, joined
 from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, together
@@ -233,7 +234,8 @@ class Lab:
     ) -> float:
         """The value of best development score; a grid whose edge wins grows by its own factor.
 
-        A second call of the same name returns the first winner, so that one seed decides for all.
+        A second call of the same name returns the first winner, so that one seed decides for all. A value with which
+        training diverges, or whose figure is not finite, is the worst.
 
         Parameters
         ----------
@@ -253,14 +255,16 @@ class Lab:
             for value in values:
                 if value not in tried:
                     self.step(f"{name}: trying {value:g}")
-                    tried[value] = score(value)
+                    tried[value] = _tried(score, value, -better)
             best = max(tried, key=lambda value: better * tried[value])
+            if not math.isfinite(tried[best]):
+                raise OctavoError(f"{self.study.name}: {name}: no value of {sorted(tried)} gives a finite figure")
             known = sorted(tried)
             edge = best in (known[0], known[-1])
             if self.quick or len(grid) < 2 or not edge:
                 break
             values = [best * grid[0] / grid[1] if best == known[0] else best * grid[-1] / grid[-2]]
-        self.choices[name] = Choice(name, best, {f"{value:g}": tried[value] for value in sorted(tried)}, edge)
+        self.choices[name] = Choice(name, best, {f"{value:g}": _finite(tried[value]) for value in sorted(tried)}, edge)
         return best
 
     def fit(
@@ -378,7 +382,7 @@ class Lab:
         self.gates.append(Gate(text, gaps))
 
     def judge(self, key: str, *gaps: Gap, needs: Sequence[str] | None = None) -> None:
-        """Judge a claim or extra by comparisons that must all hold.
+        """Judge a claim or extra by comparisons that must all hold; without any it is not testable.
 
         Parameters
         ----------
@@ -390,7 +394,7 @@ class Lab:
         published = key in self.study.claims
         text = self.study.claims[key] if published else self.study.extras[key]
         failed = tuple(g.text for g in self.gates if not g.passed and (needs is None or g.text in needs))
-        verdict = Verdict.NOT_TESTABLE if failed else together(gaps)
+        verdict = Verdict.NOT_TESTABLE if failed or not gaps else together(gaps)
         self.judged[key] = Judged(text, published, verdict, gaps, failed)
 
     def say(self, text: str) -> None:
@@ -415,6 +419,19 @@ class Lab:
             if len(arm.values) not in (1, len(self.seeds)):
                 count = len(arm.values)
                 raise OctavoError(f"{self.study.name}: arm {name!r} has {count} figures; add one for every seed")
+
+
+def _finite(figure: float) -> float | None:
+    return figure if math.isfinite(figure) else None
+
+
+def _tried(score: Callable[[float], float], value: float, worst: int) -> float:
+    """The figure of a value; infinite, with the sign of the worst, where training diverges."""
+    try:
+        found = score(value)
+    except DivergedError:
+        return worst * math.inf
+    return found if math.isfinite(found) else worst * math.inf
 
 
 def _endless(batches: Callable[[int], Iterable[Any]], first: int) -> Iterator[Any]:

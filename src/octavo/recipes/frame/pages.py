@@ -65,7 +65,9 @@ def page(result: StudyResult) -> str:
     if result.choices:
         lines += ["## Chosen on development data", ""]
         for choice in result.choices:
-            tried = ", ".join(f"{value}: {figure(score)}" for value, score in choice.scores.items())
+            tried = ", ".join(
+                f"{value}: {'diverged' if score is None else figure(score)}" for value, score in choice.scores.items()
+            )
             edge = " It lies at the edge of what was tried." if choice.edge and len(choice.scores) > 1 else ""
             lines.append(f"- {choice.name}: {choice.value:g} (tried {tried}).{edge}")
         lines.append("")

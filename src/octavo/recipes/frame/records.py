@@ -59,14 +59,14 @@ class Choice:
     value
         The winner.
     scores
-        Development figure by the value that was tried.
+        Development figure by the value that was tried; None where training diverged.
     edge
         Whether the winner lies at the edge of everything that was tried.
     """
 
     name: str
     value: float
-    scores: Mapping[str, float]
+    scores: Mapping[str, float | None]
     edge: bool
 
 

@@ -33,6 +33,8 @@ LENGTH = 25
 STEPS, SIZE = 80, 8
 RATES = (3e-3, 1e-2, 3e-2)
 NONE, DENSE, OURS, NORMS, LORA = "no prompt", "prompt of dense weights", "prompt", "norms and biases", "LoRA"
+#: Dense weights with the prompt that was trained on them.
+PROMPTED = f"dense, {OURS}"
 Tuned = TypeVar("Tuned", bound=nn.Module)
 #: Makes a tuned module with a rate; for the arm of that name, if it is none of the trials.
 Make = Callable[[float, str | None], nn.Module]
@@ -52,7 +54,8 @@ Make = Callable[[float, str | None], nn.Module]
         "corpus": "It helps on another corpus too",
     },
     extras={
-        "half": "It recovers half of the nats that compression lost",
+        "more": "Compressed weights gain more from their prompt than dense ones from theirs",
+        "half": "It recovers half of the lost nats beyond what dense weights gain",
         "norms": "It does more than norms and biases of no more bytes",
         "lora": "It does more than LoRA of no more bytes",
     },
@@ -67,9 +70,10 @@ def run(lab: Lab) -> None:
         bed = Bed(lab, model, windows, reviews, seed)
         texts = [{"input_ids": part} for part in windows.train[seed * count :][:count].split(8)]
         levels = {name: one_shot(model, *how, texts) for name, how in LEVELS.items()}
-        prompts = {DENSE: bed.prompt(DENSE, {})}
+        prompts = {DENSE: bed.prompt(PROMPTED, {})}
         prompts |= {f"prompt of {name}": bed.prompt(f"{name}, {OURS}", forms) for name, forms in levels.items()}
         bed.add("dense", model, {})
+        bed.add(PROMPTED, Prompted(model, prompts[DENSE]), {})
         for name, forms in levels.items():
             bed.add(f"{name}, {NONE}", model, forms)
             inside = {f"model.{key}": form for key, form in forms.items()}
@@ -104,7 +108,7 @@ class Bed:
             start = SoftPrompt.start(self.model, LENGTH, seed=self.seed)
             return self.tuned(Prompted(self.frozen(forms), start), rate, arm)
 
-        made = self.best("prompts", make, arm)
+        made = self.best(arm, make)
         assert isinstance(made, Prompted)
         return made.prompt
 
@@ -120,7 +124,7 @@ class Bed:
                     layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))  # type: ignore[arg-type]
             return self.tuned(found, rate, arm)
 
-        return self.best(NORMS, make, f"{FIRST}, {NORMS}")
+        return self.best(f"{FIRST}, {NORMS}", make)
 
     def lora(self, forms: Mapping[str, Form]) -> dict[str, Form]:
         """The forms, with trained products of rank 1 beside those of queries and of the outputs of attention."""
@@ -136,7 +140,7 @@ class Bed:
             formed(found, beside)
             return self.tuned(found, rate, arm)
 
-        return {**forms, **forms_of(self.best(LORA, make, f"{FIRST}, {LORA}"))}
+        return {**forms, **forms_of(self.best(f"{FIRST}, {LORA}", make))}
 
     def frozen(self, forms: Mapping[str, Form]) -> nn.Module:
         """A copy of the model with the weights of these forms, none of which is trained."""
@@ -145,10 +149,10 @@ class Bed:
             found.get_parameter(name).data.copy_(form.dense())
         return found
 
-    def best(self, what: str, make: Make, arm: str) -> nn.Module:
-        """What is made with the rate of best development perplexity; the first seed and level decide for all."""
+    def best(self, arm: str, make: Make) -> nn.Module:
+        """What is made with the rate of best development perplexity; the first seed decides for all."""
         known = self.windows.development[: self.few]
-        rate = self.lab.choose(f"rate of {what}", lambda rate: perplexity(make(rate, None), known), RATES)
+        rate = self.lab.choose(f"rate of {arm}", lambda rate: perplexity(make(rate, None), known), RATES)
         return make(rate, arm)
 
     def tuned(self, module: Tuned, rate: float, arm: str | None) -> Tuned:
@@ -170,6 +174,14 @@ def judge(lab: Lab) -> None:
     def less(ours: str, theirs: str, of: str = "nats") -> Gap:
         return lab.ahead(ours, theirs, of=of, higher=False)
 
+    def beyond(name: str, share: float = 0.0) -> Gap:
+        rows = (arms[arm].also["nats"] for arm in (f"{name}, {NONE}", f"{name}, {OURS}", "dense", PROMPTED))
+        found = [
+            none - ours - (dense - own) - share * (none - dense) for none, ours, dense, own in zip(*rows, strict=True)
+        ]
+        what = f"nats gained at {name} over those that dense gains"
+        return gap(f"{what} and {share:.0%} of those lost" if share else what, found, [0.0])
+
     lab.gate("dense has a perplexity below 80", gap("80 less perplexity", [80], arms["dense"].values))
     for name in LEVELS:
         lost = lab.ahead("dense", f"{name}, {NONE}", 0.05, of="nats", higher=False)
@@ -179,10 +191,11 @@ def judge(lab: Lab) -> None:
     lab.judge("corpus", *(less(f"{name}, {OURS}", f"{name}, {NONE}", "nats on reviews") for name in LEVELS))
     pairs = [(name, other) for name in LEVELS for other in LEVELS if other != name]
     lab.judge("levels", *(less(f"{name}, prompt of {other}", f"{name}, {NONE}") for name, other in pairs))
-    dense, none, ours = (arms[arm].also["nats"] for arm in ("dense", f"{FIRST}, {NONE}", f"{FIRST}, {OURS}"))
-    regained = [(b - c) - (b - a) / 2 for a, b, c in zip(dense, none, ours, strict=True)]
-    lab.judge("half", gap("nats regained over half of those lost", regained, [0.0]))
+    lab.judge("more", *(beyond(name) for name in LEVELS))
+    lab.judge("half", beyond(FIRST, 0.5))
     for key, rival in (("norms", NORMS), ("lora", LORA)):
         lab.judge(key, less(f"{FIRST}, {OURS}", f"{FIRST}, {rival}"))
     shown = ", ".join(f"{arm} {arms[f'{FIRST}, {arm}'].shown}" for arm in (NONE, DENSE, OURS, NORMS, LORA))
-    lab.say(f"Dense perplexity is {arms['dense'].shown}. At {FIRST}: {shown}.")
+    lab.say(
+        f"Dense perplexity is {arms['dense'].shown}, with its own prompt {arms[PROMPTED].shown}. At {FIRST}: {shown}."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def run(lab: Lab) -> None:
     for key, rival in (("static", STATIC), ("smaller", SMALL), ("growth", RANDOM), ("gradual", GRADUAL)):
         lab.judge(key, *both(lab, rival))
     lab.judge("quantized", *both(lab, CODED))
-    spread = {name: arms[named(name, TENTH)].also[ROWS][0] for name in (STATIC, OURS)}
+    spread = {name: fmean(arms[named(name, TENTH)].also[ROWS]) for name in (STATIC, OURS)}
     rivals = (OURS, PRUNED, GRADUAL, RANDOM, STATIC, SMALL, CODED)
     shown = ", ".join(f"{name} {arms[named(name, TENTH)].shown}" for name in rivals)
     lab.say(
@@ -113,6 +114,16 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
     def sparse(density: float, growth: str = "gradient", updates: int = UPDATES) -> DropAndGrow:
         return DropAndGrow(density, updates, growth=growth, across=True, seed=seed)
 
+    regimens: dict[str, Callable[[float], Regimen]] = {
+        STATIC: lambda density: sparse(density, updates=0),
+        RANDOM: lambda density: sparse(density, "random"),
+        OURS: sparse,
+        GRADUAL: lambda density: GradualPruning(1 - density, across=True),
+    }
+
+    def rate(name: str, make: Callable[[float], Regimen]) -> float:
+        return best(name, lambda lr: trained(None, lr, make(TENTH)))
+
     def at_once(density: float) -> GradualPruning:
         return GradualPruning(1 - density, start=0.0, end=0.0, across=True)
 
@@ -122,7 +133,7 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
         lab.add(arm, found, stored.bytes, **{NDCG: ndcg, **also})
 
     large = best(DENSE, lambda lr: trained(None, lr))
-    masked = best(OURS, lambda lr: trained(None, lr, sparse(TENTH)))
+    rates = {name: rate(name, make) for name, make in regimens.items()}
     dense, begun = trained(DENSE, large), trained(None, large, count=steps - tuned)[0]
     add(DENSE, dense)
     found, ndcg = recall(Popular(data), data, data.test)
@@ -135,13 +146,8 @@ def compare(lab: Lab, data: Likes, seed: int) -> None:
         def name(arm: str, density: float = density) -> str:
             return named(arm, density)
 
-        made = {
-            STATIC: trained(name(STATIC), masked, sparse(density, updates=0)),
-            RANDOM: trained(name(RANDOM), masked, sparse(density, "random")),
-            OURS: trained(name(OURS), masked, sparse(density)),
-            GRADUAL: trained(name(GRADUAL), large, GradualPruning(1 - density, across=True)),
-            PRUNED: pruned(best(name(PRUNED), pruned, TUNING), name(PRUNED)),
-        }
+        made = {arm: trained(name(arm), rates[arm], make(density)) for arm, make in regimens.items()}
+        made[PRUNED] = pruned(best(name(PRUNED), pruned, TUNING), name(PRUNED))
         size = lab.stored(*made[OURS]).bytes
         width = lab.thinner(net, size, range(1, WIDTH + 1))
 

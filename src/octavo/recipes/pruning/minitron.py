@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from octavo.cuts import Score, best
 from octavo.cuts.depth import losses_without, without_run
 from octavo.cuts.scores.activation import Activation
 from octavo.cuts.structured import Structured
-from octavo.recipes.frame import Lab, Study, gap
+from octavo.recipes.frame import Gap, Lab, Stored, Study, gap
 from octavo.recipes.frame.bases import language_model
 from octavo.recipes.frame.data import TEXT
 from octavo.recipes.frame.nets import shuffled
@@ -31,7 +32,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 DENSE, SCRATCH, RANDOM = "dense", "random weights, labels", "random units, logits"
 LABELS, OURS, DEPTH = "width, labels", "width, logits", "depth, logits"
 AGGREGATED = {"mean, l2": ("mean", "l2"), "mean, mean": ("mean", "mean"), "variance": ("variance", "variance")}
-UNTRAINED = "before retraining"
+CHOSEN, UNTRAINED = "mean, l2", "before retraining"
 
 
 @Study(
@@ -53,57 +54,71 @@ UNTRAINED = "before retraining"
     },
 )
 def run(lab: Lab) -> None:
-    """A Llama of 6 layers loses 40% of its weights in width or in depth; all arms are trained for as many steps."""
+    """A Llama of 6 layers loses 40% of its weights in width or depth; each seed draws its own calibration text."""
     base, parts = language_model(lab)
     base.config.use_cache = False
-    seen = [{"input_ids": ids} for ids in parts.train[: 8 if lab.quick else 64].split(8)]
     development, test = (part[: 4 if lab.quick else 128] for part in (parts.development, parts.test))
-    steps = 2 if lab.quick else STEPS
-    lost = {DENSE: nats(base, test)}
-    lab.add(DENSE, perplexity(lost[DENSE]), lab.stored(base))
-    layers = Structured(("layer",)).units(base)[0]
-    run_losses = losses_without(base, layers, layers.count // 2, seen[:2], KL())
-    thin = {name: narrowed(base, seen, Activation(*how)) for name, how in AGGREGATED.items()}
-    shallow = Structured(("layer",), "magnitude", compensate=False)
-    depth = shallow.apply(base, without_run(layers, run_losses), shallow.observe(base, seen[:1]))
-    for name, model in {**thin, DEPTH: depth}.items():
-        lost[name] = nats(model, test)
-        lab.add(f"{name}, {UNTRAINED}", perplexity(lost[name]))
-    width, teach = thin["mean, l2"], distillation(copy.deepcopy(base).to(lab.device), temperature=1.0)
+    steps, count = (2, 8) if lab.quick else (STEPS, 64)
+
+    def add(arm: str, model: nn.Module, size: Stored | int = 0) -> None:
+        lost = fmean(nats(model, test))
+        lab.add(arm, math.exp(lost), size, nats=lost)
+
+    add(DENSE, base, lab.stored(base))
+    teach = distillation(copy.deepcopy(base).to(lab.device), temperature=1.0)
     for seed in lab.each_seed():
+        lab.step(f"cuts of seed {seed}")
+        seen = [{"input_ids": ids} for ids in parts.train[seed * count :][:count].split(8)]
+        cuts = {name: narrowed(base, seen, Activation(*how)) for name, how in AGGREGATED.items()}
+        cuts[DEPTH] = shallower(base, seen)
+        for name, model in cuts.items():
+            add(f"{name}, {UNTRAINED}", model)
+        width = cuts[CHOSEN]
         torch.manual_seed(seed)
         begun: Mapping[str, tuple[nn.Module, Loss]] = {
             SCRATCH: (type(base)(width.config), next_token),
             RANDOM: (narrowed(base, seen, None, seed), teach),
             LABELS: (width, next_token),
             OURS: (width, teach),
-            DEPTH: (depth, teach),
+            DEPTH: (cuts[DEPTH], teach),
         }
         for arm, (model, loss) in begun.items():
             lab.step(f"{arm}, seed {seed}")
-            train = partial(trained, lab, parts.train, model, loss, seed)
-            score = lambda lr, train=train: sum(nats(train(lr, max(1, steps // 3)), development))  # noqa: E731
-            done = train(lab.choose(f"rate of {arm}", score, RATES), steps, arm)
+            train = partial(trained, lab, parts.train, model, loss, seed, steps)
+            score = lambda lr, train=train: sum(nats(train(lr), development))  # noqa: E731
+            done = train(lab.choose(f"rate of {arm}", score, RATES), arm)
             stored = lab.stored(done)
-            lab.add(arm, perplexity(nats(stored.load(done), test)), stored)
-    judge(lab, lost)
+            add(arm, stored.load(done), stored)
+    judge(lab)
 
 
-def judge(lab: Lab, lost: Mapping[str, list[float]]) -> None:
+def judge(lab: Lab) -> None:
     """Gates and verdicts."""
     arms = lab.arms
+
+    def less(ours: str, theirs: str, margin: float = 0.0) -> Gap:
+        return lab.ahead(ours, theirs, margin, of="nats", higher=False)
+
     lab.gate("the base is better than 60", gap("60 less perplexity", [60], arms[DENSE].values))
     lab.gate("random weights are over 10 behind the base", lab.ahead(DENSE, SCRATCH, 10))
-    lab.gate("pruning does damage, over 0.3 nats", gap("nats over dense", lost["mean, l2"], lost[DENSE], 0.3))
+    lab.gate("pruning does damage, over 0.3 nats", less(DENSE, f"{CHOSEN}, {UNTRAINED}", 0.3))
     for key, rival in {"scratch": SCRATCH, "logits": LABELS, "width": DEPTH, "units": RANDOM}.items():
         lab.judge(key, lab.ahead(OURS, rival))
-    others = [name for name in AGGREGATED if name != "mean, l2"]
-    lab.judge("aggregation", *(gap(f"nats of {name} over ours", lost[name], lost["mean, l2"]) for name in others))
-    lab.judge("before", gap("nats of width over depth", lost["mean, l2"], lost[DEPTH]))
+    others = [name for name in AGGREGATED if name != CHOSEN]
+    lab.judge("aggregation", *(less(f"{CHOSEN}, {UNTRAINED}", f"{name}, {UNTRAINED}") for name in others))
+    lab.judge("before", less(f"{DEPTH}, {UNTRAINED}", f"{CHOSEN}, {UNTRAINED}"))
     lab.say("Perplexities: " + "; ".join(f"{arm} {found.shown}" for arm, found in arms.items()) + ".")
 
 
-def narrowed(base: nn.Module, seen: list[dict[str, Tensor]], score: Score[Any] | None, seed: int = 0) -> nn.Module:
+def shallower(base: nn.Module, seen: Sequence[dict[str, Tensor]]) -> nn.Module:
+    """The model without the run of half of its layers that changes its outputs least."""
+    layers = Structured(("layer",)).units(base)[0]
+    losses = losses_without(base, layers, layers.count // 2, seen[:2], KL())
+    cut = Structured(("layer",), "magnitude", compensate=False)
+    return cut.apply(base, without_run(layers, losses), cut.observe(base, seen[:1]))
+
+
+def narrowed(base: nn.Module, seen: Sequence[dict[str, Tensor]], score: Score[Any] | None, seed: int = 0) -> nn.Module:
     """The model without the units of lowest scores; random ones without a score."""
     cut = Structured(("head", "neuron", "column"), score or "magnitude", compensate=False, objective="kl")
     units, evidence = cut.units(base), cut.observe(base, seen)
@@ -113,7 +128,7 @@ def narrowed(base: nn.Module, seen: list[dict[str, Tensor]], score: Score[Any] |
 
 
 def trained(
-    lab: Lab, ids: Tensor, model: nn.Module, loss: Loss, seed: int, lr: float, steps: int, arm: str | None = None
+    lab: Lab, ids: Tensor, model: nn.Module, loss: Loss, seed: int, steps: int, lr: float, arm: str | None = None
 ) -> nn.Module:
     """A copy of a model after so many steps on shuffled windows of tokens."""
 
@@ -122,8 +137,3 @@ def trained(
             yield {"input_ids": part}
 
     return lab.train(copy.deepcopy(model), batches, loss, steps=steps, seed=seed, arm=arm, lr=lr)
-
-
-def perplexity(nats_of_windows: list[float]) -> float:
-    """The perplexity of windows of equal length."""
-    return math.exp(sum(nats_of_windows) / len(nats_of_windows))

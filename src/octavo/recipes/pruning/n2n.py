@@ -25,6 +25,8 @@ REMOVALS, SHRINKAGES, ROLLOUTS, RATES = 8, 10, 5, (5e-2, 5e-2)
 STEPS, PEAKS = 500, (1e-2, 3e-2)
 TEACHER, OURS, MOVED, SHARED = "teacher", "N2N", "N2N from a small teacher's policies", "N2N with shared credit"
 RANDOM, EVEN = "random search", "thinned evenly"
+#: The mean reward of all nets that a search tried.
+MEAN = "mean reward"
 
 
 @Study(
@@ -48,27 +50,26 @@ RANDOM, EVEN = "random search", "thinned evenly"
 def run(lab: Lab) -> None:
     """A teacher of nine convolutions; all searches try as many nets, each after an epoch on few images."""
     split = smaller(fashion(lab))
-    means: dict[str, list[float]] = {}
-    for seed in lab.seeds:
+    for seed in lab.each_seed():
         lab.step(f"seed {seed}")
-        search(lab, split, seed, means)
+        search(lab, split, seed)
     arms = lab.arms
     lab.gate("the teacher is above 80%", gap("accuracy", arms[TEACHER].values, [80]))
     lab.gate("thinning evenly costs accuracy", lab.ahead(TEACHER, EVEN))
     lab.gate("nets found have under half the parameters", gap("times fewer", arms[OURS].also["times fewer"], [2]))
     lab.judge("small", lab.ahead(OURS, TEACHER, -2.0), gap("times fewer", arms[OURS].also["times fewer"], [10]))
-    lab.judge("moved", gap("mean reward over that of a fresh policy", means[MOVED], means[OURS]))
+    lab.judge("moved", lab.ahead(MOVED, OURS, of=MEAN))
     lab.judge("random", lab.ahead(OURS, RANDOM, of="reward"))
-    lab.judge("curve", gap("mean reward over random nets", means[OURS], means[RANDOM]))
-    lab.judge("credit", gap("mean reward over shared credit", means[OURS], means[SHARED]))
+    lab.judge("curve", lab.ahead(OURS, RANDOM, of=MEAN))
+    lab.judge("credit", lab.ahead(OURS, SHARED, of=MEAN))
     lab.judge("even", lab.ahead(OURS, EVEN, of="reward"))
     lab.say(
-        f"N2N's nets have {statistics.fmean(arms[OURS].also['times fewer']):.0f} times fewer parameters and "
-        f"{arms[OURS].shown} % of {arms[TEACHER].shown} %."
+        f"N2N's nets have {statistics.fmean(arms[OURS].also['times fewer']):.0f} times fewer parameters. Their test "
+        f"accuracy is {arms[OURS].shown} %, that of their teachers {arms[TEACHER].shown} %."
     )
 
 
-def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> None:
+def search(lab: Lab, split: Split, seed: int) -> None:
     """All searches of one seed, and the nets that they found, trained in full."""
     wide = 4 if lab.quick else 8
     whole, little = chain(split, wide, 3), chain(split, wide // 2, 2)
@@ -110,10 +111,9 @@ def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> 
     ):
         lab.step(f"seed {seed}: {name}")
         found[name] = searching(trials, credit, start)
-        means.setdefault(name, []).append(statistics.fmean(found[name].rewards))
     lab.step(f"seed {seed}: {RANDOM}")
     others = random_search(trials, found[OURS].evaluations, seed)
-    means.setdefault(RANDOM, []).append(statistics.fmean(trial.reward for trial in others))
+    earned = {name: list(one.rewards) for name, one in found.items()} | {RANDOM: [trial.reward for trial in others]}
     nets = {name: one.best.net for name, one in found.items()}
     nets[RANDOM] = max(others, key=lambda trial: trial.reward).net
     nets[EVEN] = evenly(whole, nets[OURS].parameters)
@@ -124,7 +124,8 @@ def search(lab: Lab, split: Split, seed: int, means: dict[str, list[float]]) -> 
         stored = lab.stored(model)
         share = accuracy(stored.load(model), test)
         value = reward(1 - net.parameters / whole.parameters, share / best)
-        lab.add(name, 100 * share, stored, reward=value, times_fewer=whole.parameters / net.parameters)
+        mean = {MEAN: statistics.fmean(earned[name])} if name in earned else {}
+        lab.add(name, 100 * share, stored, reward=value, times_fewer=whole.parameters / net.parameters, **mean)
 
 
 def chain(split: Split, width: int, each: int) -> ChainNet:

@@ -30,6 +30,7 @@ TOWERS = ("model.encoder.layers", "model.decoder.layers")
 
 NONE, ALONE, RANDOM, ENTROPY, JOINT = "no clipping", "layer by layer", "random blocks", "entropy blocks", "all joint"
 ERROR, RUNS, RANKS = "error at the ends of the towers", "layers run", "rank correlation of entropy and gain"
+MOVED = "blocks that are not entropy blocks (%)"
 #: By how much an error may be larger and still be reached, and the share of runs that is far fewer.
 NEAR, FEWER = 0.02, 0.1
 Blocks = list[tuple[str, ...]]
@@ -61,29 +62,39 @@ def run(lab: Lab) -> None:
     heard = prompts(lab, model, held + drawn * len(lab.seeds))
     job = _Comparison(lab, model, heard[:held])
     job.add(NONE, ClipSearch(BITS, BITS, ratios=(1.0,)), job.singles, heard[held : held + drawn])
-    for number, seed in enumerate(lab.seeds):
-        at = held + drawn * number
+    for seed in lab.each_seed():
+        at = held + drawn * (seed - lab.first_seed)
         job.all(seed, heard[at : at + drawn])
-    own, other = job.likelihoods()
-    lab.gate("the source hears: other sounds cost its texts over a nat", gap("other over own sound", own, other, 1.0))
-    lab.gate("4 bits do damage, over 0.05 nats", gap("KL without clipping", lab.arms[NONE].values, [0.0], 0.05))
-    sizes = [lab.arms[name].bytes for name in (ALONE, RANDOM, ENTROPY, JOINT)]
-    # All codes have 4 bits, but those of clipped weights have more entropy, by up to 6% if all are clipped.
-    lab.gate("files differ by less than 5%", gap("5% over the difference", [0.05], [max(sizes) / min(sizes) - 1]))
+    judge(lab, *job.likelihoods())
 
+
+def judge(lab: Lab, own: list[float], other: list[float]) -> None:
+    """Gates and claims; the likelihoods are those of the source's texts with their own and with other sounds."""
     arms = lab.arms
+    sizes = [arms[name].bytes for name in (ALONE, RANDOM, ENTROPY, JOINT)]
+    common = {
+        "the source hears: other sounds cost its texts over a nat": gap("other over own sound", own, other, 1.0),
+        "4 bits do damage, over 0.05 nats": gap("KL without clipping", arms[NONE].values, [0.0], 0.05),
+        # All codes have 4 bits, but those of clipped weights have more entropy, by up to 6% if all are clipped.
+        "files differ by less than 5%": gap("5% over the difference", [0.05], [max(sizes) / min(sizes) - 1]),
+    }
+    for text, found in common.items():
+        lab.gate(text, found)
+    lab.gate("random blocks are others than entropy blocks", gap("blocks that differ", arms[RANDOM].also[MOVED], [0.0]))
+    needs = tuple(common)
     joint, ours = arms[JOINT].also, arms[ENTROPY].also
-    lab.judge("blocks", lab.ahead(ENTROPY, ALONE))
+    lab.judge("blocks", lab.ahead(ENTROPY, ALONE), needs=needs)
     lab.judge(
         "reach",
         lab.ahead(ENTROPY, ALONE, of=ERROR, higher=False),
         gap(f"error of {JOINT} and {NEAR:.0%} over {ENTROPY}", [(1 + NEAR) * e for e in joint[ERROR]], ours[ERROR]),
         gap(f"{FEWER:g} of the runs of {JOINT} over those of {ENTROPY}", [FEWER * n for n in joint[RUNS]], ours[RUNS]),
+        needs=needs,
     )
-    lab.judge("entropy", gap("rank correlation of neighbours", ours[RANKS], [0.0]))
+    lab.judge("entropy", gap("rank correlation of neighbours", ours[RANKS], [0.0]), needs=needs)
     lab.judge("random", lab.ahead(ENTROPY, RANDOM))
-    lab.judge("clipping", lab.ahead(ALONE, NONE))
-    lab.judge("joint", lab.ahead(JOINT, ALONE))
+    lab.judge("clipping", lab.ahead(ALONE, NONE), needs=needs)
+    lab.judge("joint", lab.ahead(JOINT, ALONE), needs=needs)
     for name in (ALONE, RANDOM, ENTROPY, JOINT):
         arm = arms[name]
         lab.say(
@@ -114,11 +125,14 @@ class _Comparison:
         chosen = [entropy_blocks(entropies) for entropies in found]
         draws = np.random.default_rng(seed)
         self.add(ALONE, SEARCH, self.singles, batches)
-        self.add(RANDOM, SEARCH, [block for blocks in chosen for block in _shuffled(blocks, draws)], batches)
+        own = [block for blocks in chosen for block in blocks]
+        others = [block for blocks in chosen for block in _shuffled(blocks, draws)]
+        moved = 100 * fmean(block not in own for block in others)
+        self.add(RANDOM, SEARCH, others, batches, **{MOVED: moved})
         gains = [[self.gain(pair, batches) for pair in pairwise(tower)] for tower in self.towers]
         entropies = [list(values.values())[:-1] for values in found]
         ranks = fmean(map(_ranks, entropies, gains))
-        self.add(ENTROPY, SEARCH, [block for blocks in chosen for block in blocks], batches, **{RANKS: ranks})
+        self.add(ENTROPY, SEARCH, own, batches, **{RANKS: ranks})
         self.add(JOINT, SEARCH, [tuple(tower) for tower in self.towers], batches)
 
     def gain(self, pair: tuple[str, str], batches: Sequence[Any]) -> float:

@@ -61,11 +61,11 @@ def run(lab: Lab) -> None:
         Students(lab, fashion(lab), seed).all()
     low, high = BITS
     lab.gate("the teacher beats the student", lab.ahead(TEACHER, STUDENT))
-    lab.gate("there is room: a thinner student of the bytes is worse", lab.ahead(STUDENT, THINNER, 1.0))
+    lab.gate("there is room: a thinner student of the bytes is worse", lab.ahead(TAUGHT, THINNER, 1.0))
     lab.gate("rounding afterwards does damage", lab.ahead(TAUGHT, of(AFTER, low), 1.0))
     lab.judge("distilled", lab.ahead(of(DISTILLED, low), of(AFTER, low)))
     lab.judge("levels", lab.ahead(of(LEVELS, low), of(AFTER, low)))
-    lab.judge("student", lab.ahead(of(DISTILLED, high), STUDENT, -1.0), needs=())
+    lab.judge("student", lab.ahead(of(DISTILLED, high), TAUGHT, -1.0))
     lab.judge("teacher", lab.ahead(of(DISTILLED, low), of(AWARE, low)))
     lab.judge("aware", lab.ahead(of(AWARE, low), of(AFTER, low)))
     lab.judge("smaller", lab.ahead(of(DISTILLED, low), THINNER))
@@ -76,7 +76,7 @@ def run(lab: Lab) -> None:
         + ", ".join(f"{name} {arms[of(name, bits)].shown} %" for name in (AFTER, AWARE, DISTILLED, LEVELS))
         for bits in BITS
     )
-    lab.say(f"{shown}. Learned levels fix the weights, so that only {2**low} or {2**high} numbers of a layer move.")
+    lab.say(f"{shown}. Learned levels fix the weights: only {2**low} or {2**high} numbers of a quantized matrix move.")
 
 
 def of(name: str, bits: int) -> str:
@@ -128,16 +128,16 @@ class Students:
             rounding = QuantizedTraining(setting={"bits": bits, "group": BUCKET}, names=NAMES)
             unseen = copy.deepcopy(whole)
             rounding.begin(unseen, 1)
-            size = self.add(of(AFTER, bits), whole, rounding.forms(unseen))
+            self.add(of(AFTER, bits), whole, rounding.forms(unseen))
+            self.tune(AWARE, bits, begun[False], rounding, taught=False)
+            size = self.tune(DISTILLED, bits, begun[True], rounding, taught=True)
             if bits == BITS[0]:
                 self.rivals(whole, size)
-            for arm, taught in ((AWARE, False), (DISTILLED, True)):
-                self.tune(arm, bits, begun[taught], rounding, taught=taught)
             fixed = LearnedLevels(2**bits, weights=False, names=NAMES)
             self.tune(LEVELS, bits, begun[True], fixed, taught=True)
 
-    def tune(self, arm: str, bits: int, begun: nn.Module, regimen: Regimen, *, taught: bool) -> None:
-        """Train a student through what it is rounded to."""
+    def tune(self, arm: str, bits: int, begun: nn.Module, regimen: Regimen, *, taught: bool) -> int:
+        """Train a student through what it is rounded to; returns its bytes."""
 
         def made(lr: float, name: str | None = None) -> tuple[nn.Module, Mapping[str, Form]]:
             model = self.trained(copy.deepcopy(begun), name, self.tuned, taught=taught, lr=lr, regimen=regimen)
@@ -146,10 +146,10 @@ class Students:
 
         name = of(arm, bits)
         lr = self.lab.choose(f"rate of {name}", lambda lr: accuracy(made(lr)[0], self.development), RATES)
-        self.add(name, *made(lr, name))
+        return self.add(name, *made(lr, name))
 
     def rivals(self, whole: nn.Module, size: int) -> None:
-        """What has equal bytes without training through rounding."""
+        """What has the bytes of quantized distillation without training through rounding."""
         width = self.lab.thinner(self.net, size, range(1, WIDTH + 1))
         self.add(THINNER, self.trained(self.net(width), THINNER, self.steps, taught=True))
         alone = self.lab.quantization_alone(whole, size)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
-from octavo.forms import Form
+from octavo.forms import Dense, Form
 from octavo.recipes.frame import Gap, Lab, Stored, Study
 from octavo.recipes.frame.lab import UnreachedError
 from octavo.recipes.frame.nets import shuffled
+from octavo.recipes.frame.stored import quantized
 from octavo.recipes.testbeds.ctr import CTR, MOVIELENS, ClickData, FilmMeans, auc, click_loss, clicks, crossed
 from octavo.recipes.testbeds.table_methods import AFTERWARDS, CODED, SEARCHED, SHARING, THIN, WIDTH, TableOf, replaced
 from octavo.training import DeepLight, Regimen
-from octavo.training.tables import CompactTable, FormTable, settle_tables, tables_of
+from octavo.training.tables import CompactTable, FormTable, LowPrecision, settle_tables, tables_of
+from octavo.training.tables.by_form import DEVIATION
 
 #: Bytes of the large tables, as shares of theirs in 16 bits, in which all methods store floats.
 SHARES = (0.5, 0.2, 0.1, 0.02)
@@ -29,7 +33,9 @@ LARGE = 900
 FILLED = 0.7
 
 DENSE, MEANS, THINNER, ALONE, PRUNED = "dense", "mean of a film", "smaller dense", "quantization alone", "DeepLight"
+EIGHT = "8-bit codes"
 CHOSEN, LOOKUP, TRAINED = "development AUC (%)", "microseconds a row", "seconds of training"
+OVER = "bytes over the stated ones (% of the tables)"
 #: All methods that train their tables small.
 METHODS = (*SHARING, *CODED, *THIN, *SEARCHED, PRUNED)
 
@@ -93,7 +99,7 @@ def judged(lab: Lab, shares: Sequence[float]) -> None:
     lab.gate("the dense model beats the mean rating of a film", lab.ahead(DENSE, MEANS))
     lab.gate("there is room: a smaller dense model is worse", lab.ahead(DENSE, named(THINNER, small[-1])))
     lab.gate("there is damage: hashing to the smallest size is worse", lab.ahead(DENSE, named("hash", extreme)))
-    lab.judge("eight bits", lab.ahead(named("low precision", mild), DENSE, -0.2))
+    lab.judge("eight bits", lab.ahead(EIGHT, DENSE, -0.2))
     # Among the methods that can be made that small.
     able = [name for name in METHODS if named(name, extreme) in lab.arms]
     winner = named(at(mild, able)[0].rpartition(",")[0], extreme)
@@ -112,6 +118,8 @@ def judged(lab: Lab, shares: Sequence[float]) -> None:
         shown = ", ".join(f"{name.rpartition(',')[0]} {lab.arms[name].shown}" for name in order[:3])
         left = f" {', '.join(missing)} cannot fill that size." if missing else ""
         lab.say(f"Best at {share:.0%} on development data: {shown}; dense {lab.arms[DENSE].shown}.{left}")
+    most = max((fmean(arm.also[OVER]), name) for name, arm in lab.arms.items() if OVER in arm.also)
+    lab.say(f"Of all sized arms, {most[1]} is farthest above its size: by {most[0]:.2g}% of the tables.")
 
 
 class Comparison:
@@ -131,6 +139,8 @@ class Comparison:
         self.counts = {f"tables.{k}": data.train[0][:, k].bincount(minlength=data.sizes[k]).float() for k in large}
         self.sizes = tuple(len(counts) for counts in self.counts.values())
         self.elements, self.seconds = WIDTH * sum(self.sizes), 0.0
+        #: Bytes that files and their tables must have now, and the seconds of every supernet.
+        self.size, self.tables, self.halves = 0, 0.0, dict[str, float]()
 
     def net(self, width: int = WIDTH) -> CTR:
         """An untrained model."""
@@ -159,9 +169,11 @@ class Comparison:
         whole = self.lab.stored(dense)
         self.add(DENSE, dense, whole)
         self.lab.add(MEANS, auc(FilmMeans(self.data), self.data.test))
+        self.eight()
         nets = self.supernets()
         for share in shares:
-            size = round(whole.bytes - (1 - share) * self.elements * 2)
+            self.tables = share * self.elements * 2
+            size = self.size = round(whole.bytes - self.elements * 2 + self.tables)
             for name, make in {**SHARING, **CODED, **THIN}.items():
                 self.direct(name, make, share, size)
             for name in SEARCHED:
@@ -170,19 +182,42 @@ class Comparison:
             self.afterwards(dense, share, size)
             self.thinner(share, size)
 
+    def small(self, make: Callable[[str], nn.Module]) -> CTR:
+        """An untrained model with other tables, by their names."""
+        torch.manual_seed(self.seed)
+        tables = {name: make(name) for name in self.counts}
+        return replaced(self.net(), tables)
+
+    def eight(self) -> None:
+        """Codes of 255 levels with a fixed step, of whatever bytes."""
+
+        def made(lr: float, arm: str | None = None) -> nn.Module:
+            model = self.small(lambda n: LowPrecision(len(self.counts[n]), WIDTH, 127, reach=10 * DEVIATION))
+            return self.trained(model, lr, arm)
+
+        self.add(EIGHT, *self.stored(made(self.rate(EIGHT, made), EIGHT)))
+
     def direct(self, name: str, make: Callable[[TableOf, float], nn.Module], share: float, size: int) -> None:
         """A method whose tables train from the start as they are stored."""
 
         def model(knob: float) -> nn.Module:
-            torch.manual_seed(self.seed)
-            tables = {n: make(self.table(n, share), knob) for n in self.counts}
-            return replaced(self.net(), tables)
+            return self.small(lambda n: make(self.table(n, share), knob))
+
+        def untrained(knob: float) -> Stored:
+            return self.stored(model(knob))[1]
 
         arm = named(name, share)
-        knob = self.knob(arm, share, lambda knob: self.stored(model(knob))[1], size)
-        if knob is not None:
-            lr = self.rate(name, lambda lr: self.trained(model(knob), lr, None))
-            self.add(arm, *self.stored(self.trained(model(knob), lr, arm)))
+        first = arm not in self.knobs
+        fitted = self.knob(arm, untrained, size)
+        if fitted is None:
+            return
+        knob = fitted
+        lr = self.rate(name, lambda lr: self.trained(model(knob), lr, None))
+        if first and name in CODED:
+            # Codes change their entropy as they train.
+            grown = self.stored(self.trained(model(knob), lr, None))[1].bytes - untrained(knob).bytes
+            knob = self.knob(arm, untrained, size - grown, once=False) or knob
+        self.add(arm, *self.stored(self.trained(model(knob), lr, arm)))
 
     def supernets(self) -> dict[str, nn.Module]:
         """Models with the supernets of searches, after half of the steps."""
@@ -190,11 +225,10 @@ class Comparison:
         for name, method in SEARCHED.items():
 
             def made(lr: float, net: Callable[[TableOf], CompactTable] = method.net) -> nn.Module:
-                torch.manual_seed(self.seed)
-                tables = {n: net(self.table(n, 1.0)) for n in self.counts}
-                return self.trained(replaced(self.net(), tables), lr, None, 0.5)
+                return self.trained(self.small(lambda n: net(self.table(n, 1.0))), lr, None, 0.5)
 
             found[name] = made(self.rate(name, made))
+            self.halves[name] = self.seconds
         return found
 
     def searched(self, name: str, net: nn.Module, share: float, size: int) -> None:
@@ -206,11 +240,12 @@ class Comparison:
             return replaced(net, {n: FormTable(form) for n, form in forms.items()})
 
         arm = named(name, share)
-        knob = self.knob(arm, share, lambda knob: self.stored(model(chosen(tables, knob, None)))[1], size, once=False)
+        knob = self.knob(arm, lambda knob: self.stored(model(chosen(tables, knob, None)))[1], size, once=False)
         if knob is not None:
             forms = chosen(tables, knob, lambda forms: auc(model(forms), self.data.development))
             lr = self.lab.choices[f"rate of {name}"].value
-            self.add(arm, *self.stored(self.trained(model(forms), lr, arm, 0.5)))
+            made = self.trained(model(forms), lr, arm, 0.5)
+            self.add(arm, *self.stored(made), seconds=self.halves[name] + self.seconds)
 
     def pruned(self, share: float, size: int) -> None:
         """Plain tables that a regimen prunes."""
@@ -221,7 +256,7 @@ class Comparison:
             forms = {name: AFTERWARDS["magnitude pruning"](weight, knob) for name, weight in weights.items()}
             return self.lab.stored(self.net(), forms)
 
-        knob = self.knob(arm, share, sized, size)
+        knob = self.knob(arm, sized, size)
         if knob is not None:
 
             def made(lr: float, arm: str | None = None) -> tuple[nn.Module, Regimen]:
@@ -235,44 +270,37 @@ class Comparison:
     def afterwards(self, dense: nn.Module, share: float, size: int) -> None:
         """Tables of the trained model, compressed without training."""
         weights = {f"{name}.weight": dense.get_parameter(f"{name}.weight").detach() for name in self.counts}
-        for name, make in AFTERWARDS.items():
+        alone = {ALONE: lambda weight, knob: quantized(Dense(weight), 0.05 + 15.95 * knob)}
+        for name, make in {**AFTERWARDS, **alone}.items():
 
             def forms(knob: float, make: Callable = make) -> dict[str, Form]:
                 return {n: make(weight, knob) for n, weight in weights.items()}
 
             arm = named(name, share)
-            knob = self.knob(arm, share, lambda knob: self.lab.stored(dense, forms(knob)), size, once=False)
+            knob = self.knob(arm, lambda knob: self.lab.stored(dense, forms(knob)), size, once=False)
             if knob is not None:
                 found = forms(knob)
                 self.add(arm, dense, self.lab.stored(dense, found), list(found.values())[-1].lookup, seconds=0.0)
-        arm = named(ALONE, share)
-        if self.knobs.get(arm, 1.0) is None:
-            return
-        try:
-            alone = self.lab.quantization_alone(dense, size, weights)
-        except UnreachedError:
-            self.knobs[arm] = None
-            return
-        self.add(arm, dense, alone, seconds=0.0)
 
     def thinner(self, share: float, size: int) -> None:
         """A dense model with thinner tables of all fields."""
-        try:
-            width = self.lab.thinner(self.net, size, range(1, WIDTH + 1))
-        except UnreachedError:
-            self.knobs[named(THINNER, share)] = None
-            return
-        lr = self.lab.choices[f"rate of {DENSE}"].value
-        made = self.trained(self.net(width), lr, named(THINNER, share))
-        self.add(named(THINNER, share), made, self.lab.stored(made))
+        arm = named(THINNER, share)
+        if arm not in self.knobs:
+            try:
+                self.knobs[arm] = self.lab.thinner(self.net, size, range(1, WIDTH + 1))
+            except UnreachedError:
+                self.knobs[arm] = None
+        width = self.knobs[arm]
+        if width is not None:
+            net = partial(self.net, int(width))
+            made = self.trained(net(), self.rate(THINNER, lambda lr: self.trained(net(), lr, None)), arm)
+            self.add(arm, made, self.lab.stored(made))
 
     def table(self, name: str, share: float) -> TableOf:
         """What is known of a table."""
         return TableOf(self.counts[name], share, self.sizes)
 
-    def knob(
-        self, arm: str, share: float, stored: Callable[[float], Stored], size: int, *, once: bool = True
-    ) -> float | None:
+    def knob(self, arm: str, stored: Callable[[float], Stored], size: int, *, once: bool = True) -> float | None:
         """The knob that fills the bytes, or None.
 
         Parameters
@@ -283,9 +311,8 @@ class Comparison:
         if arm in self.knobs and (once or self.knobs[arm] is None):
             return self.knobs[arm]
         self.lab.step(f"sizing {arm}")
-        tables = share * self.elements * 2
         try:
-            self.knobs[arm] = self.lab.fit(stored, size, 0.0, 1.0, near=(1 - FILLED) * tables / size)[0]
+            self.knobs[arm] = self.lab.fit(stored, size, 0.0, 1.0, near=(1 - FILLED) * self.tables / size)[0]
         except UnreachedError:
             self.knobs.setdefault(arm, None)
         return self.knobs[arm]
@@ -314,6 +341,8 @@ class Comparison:
             LOOKUP: lookup_time(read, self.sizes[-1]),
             TRAINED: self.seconds if seconds is None else seconds,
         }
+        if self.size:
+            also[OVER] = 100 * (stored.bytes - self.size) / self.tables
         self.lab.add(arm, auc(made, self.data.test), stored, **also)
 
 

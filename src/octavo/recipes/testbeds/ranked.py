@@ -26,19 +26,29 @@ class RankedGradients:
         A mean gradient of every parameter, from which ranks are chosen first.
     rank
         The uniform rank, whose error is the bound.
+    uniform
+        Whether that rank stays everywhere.
+    sent, steps
+        Bytes that a worker handed over so far, and in how many steps.
     """
 
     evidence: Sequence[Tensor]
     rank: int
     group: dist.ProcessGroup
     ranks: list[int] = field(default_factory=list)
-    bytes: int = 0
+    uniform: bool = False
+    sent: int = 0
     steps: int = 0
 
     def __post_init__(self) -> None:
         self._missing = [torch.zeros_like(tensor) for tensor in self.evidence]
         self._late = [torch.zeros_like(tensor) for tensor in self.evidence]
         self._choose(self.evidence)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a step, the mean over all steps."""
+        return round(self.sent / self.steps)
 
     @torch.no_grad()
     def average(self, gradients: Sequence[Tensor]) -> None:
@@ -61,7 +71,7 @@ class RankedGradients:
             else:
                 gradient.copy_(lefts[number])
                 self._missing[number] = torch.zeros_like(own)
-        self.bytes, self.steps = sent, self.steps + 1
+        self.sent, self.steps = self.sent + sent, self.steps + 1
         if -self.steps % REFRESH < LATE:
             self._late = [late + own / LATE for late, own in zip(self._late, fed, strict=True)]
             if self.steps % REFRESH == 0:
@@ -70,7 +80,7 @@ class RankedGradients:
 
     def _choose(self, evidence: Sequence[Tensor]) -> None:
         """New ranks, the same on all workers; what is missing stays."""
-        told = torch.tensor(chosen_ranks(evidence, self.rank))
+        told = torch.tensor((uniform_ranks if self.uniform else chosen_ranks)(evidence, self.rank))
         dist.broadcast(told, dist.get_global_rank(self.group, 0), group=self.group)
         self.ranks = told.tolist()
         generator = torch.Generator().manual_seed(self.steps)
@@ -112,10 +122,13 @@ def folded(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.ndim > 1 else tensor[None]
 
 
+def uniform_ranks(tensors: Sequence[Tensor], rank: int) -> list[int]:
+    """The ranks of PyTorch's PowerSGD hook: the given one, or 0 for what its factors would not halve."""
+    halved = [tensor.ndim > 1 and 2 * rank * sum(folded(tensor).shape) < tensor.numel() for tensor in tensors]
+    return [rank if half else 0 for half in halved]
+
+
 def uniform_bytes(tensors: Sequence[Tensor], rank: int) -> int:
     """Bytes that PyTorch's PowerSGD hook sends at a rank: factors in float32, other tensors as they are."""
-    total = 0
-    for tensor in tensors:
-        factors = rank * sum(folded(tensor).shape)
-        total += 4 * (factors if tensor.ndim > 1 and 2 * factors < tensor.numel() else tensor.numel())
-    return total
+    ranks = uniform_ranks(tensors, rank)
+    return sum(4 * (r * sum(folded(t).shape) if r else t.numel()) for t, r in zip(tensors, ranks, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ RATES = (2.5e-4, 5e-4, 1e-3)
 DEPTH, WIDTH, FILLING = 3, 96, 2e-3
 #: Tokens of MiniLM's vocabulary: the number of all, that of a gap to be filled, and the first that is a word.
 TOKENS, GAP, WORD = 30522, 103, 999
+#: Figures of a reader on text that it has not seen; frequencies are those of the words that it has read.
+NATS, COUNTED = "nats of a gap", "nats of a gap by frequencies"
 Inputs = dict[str, Tensor]
 Labelled = tuple[Inputs, Tensor]
 
@@ -143,8 +146,8 @@ def filled(module: nn.Module, batch: Labelled) -> Tensor:
     return functional.cross_entropy(run(module, inputs), words)
 
 
-def reader(lab: Lab, name: str, texts: Sequence[Inputs], steps: int, made_of: str) -> tuple[Any, float]:
-    """A small encoder that has filled gaps, trained once; and the nats of a gap in texts that it has not seen.
+def reader(lab: Lab, name: str, texts: Sequence[Inputs], steps: int, made_of: str) -> tuple[Any, dict[str, float]]:
+    """A small encoder that has filled gaps, trained once; and its figures on texts that it has not seen.
 
     Parameters
     ----------
@@ -160,10 +163,22 @@ def reader(lab: Lab, name: str, texts: Sequence[Inputs], steps: int, made_of: st
         fit(model, lambda epoch: itertools.islice(endless(rest), steps), filled, lr=FILLING)
 
     model = lab.base(name, make, train, data=made_of, quick=lab.quick, steps=steps, lr=FILLING)
+    tests, logs = list(with_gaps(held, 1)(0)), frequencies(rest).log()
     with torch.no_grad():
-        nats = [float(filled(model, batch)) for batch in with_gaps(held, 1)(0)]
+        figures = {
+            NATS: statistics.fmean(float(filled(model, batch)) for batch in tests),
+            COUNTED: statistics.fmean(float(-logs[words].mean()) for _, words in tests),
+        }
     assert isinstance(model, Filling)
-    return model.encoder, sum(nats) / len(nats)
+    return model.encoder, figures
+
+
+def frequencies(batches: Sequence[Inputs]) -> Tensor:
+    """Shares (vocabulary,) of the words that can be gaps; each word is counted once more than it occurs."""
+    ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
+    counts = 1.0 + ids[ids >= WORD].bincount(minlength=TOKENS)
+    counts[:WORD] = 0.0
+    return counts / counts.sum()
 
 
 def endless(batches: Sequence[Inputs]) -> Iterator[Labelled]:
@@ -192,7 +207,7 @@ def tuned(
 ) -> Classifier:
     """A copy of an encoder as a classifier, trained on labels at the rate that is best on development data."""
 
-    def learned(lr: float, steps: int, arm: str | None = None) -> Classifier:
+    def learned(lr: float, arm: str | None = None) -> Classifier:
         torch.manual_seed(seed)
         one = Classifier(copy.deepcopy(model))
         batches = dealt(parts.train, seed)
@@ -200,9 +215,9 @@ def tuned(
         return one
 
     def score(lr: float) -> float:
-        return right(learned(lr, max(1, steps // 2)), parts.development)
+        return right(learned(lr), parts.development)
 
-    return learned(lab.choose(f"rate of labels, {arm}", score, RATES), steps, arm)
+    return learned(lab.choose(f"rate of labels, {arm}", score, RATES), arm)
 
 
 def spaced(batches: Sequence[Labelled], count: int) -> list[Labelled]:
