@@ -23,8 +23,9 @@ from octavo.training.formed import settle
 
 #: Steps of every arm, and those of fine-tuning among them; rates of fine-tuning.
 STEPS, TUNED, RATES = 600, 150, (0.01, 0.03, 0.1)
-#: Times that the files of all arms are smaller than float32, and bits of a survivor before fine-tuning.
-RATIO, BITS = 20, 4.0
+#: Times that the files of all arms are smaller than float32, by the side of kernels: norms and labels of vectors, which
+#: nobody prunes, take most of a smaller file of the ResNet. And bits of a survivor before fine-tuning.
+RATIOS, BITS = {5: 20, 3: 8}, 4.0
 WIDTH, CENTRES = 16, 16
 
 DENSE, LINEAR, THINNER = "dense", "linear classifier", "thinner dense"
@@ -158,7 +159,7 @@ class Comparison:
         lab = self.lab
         dense = self.trained(self.net(), DENSE, self.steps)
         begun = self.trained(self.net(), None, self.steps - self.tuned)
-        size = sum(4 * weight.numel() for weight in dense.parameters()) // (3 if lab.quick else RATIO)
+        size = sum(4 * weight.numel() for weight in dense.parameters()) // (3 if lab.quick else RATIOS[self.side])
         self.add(DENSE, dense, lab.stored(dense))
         pixels = nn.Sequential(nn.Flatten(), nn.Linear(self.split.train[0][0].numel(), self.split.classes))
         linear = self.trained(pixels, LINEAR, self.steps, 1e-3)
