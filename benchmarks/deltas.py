@@ -185,25 +185,26 @@ class Comparison:
         budget = int(self.whole / ratio)
         how = {"data": self.task.texts[:SEEN], "objective": self.task.objective, "progress": False, "resume": True}
         out = work / f"{self.name}-{ratio:g}"
-        done = octavo.compress(
-            self.tuned, base=self.task.base, size=budget, workspace=work / f"{self.name}-profile", **how
+        self.compressed(
+            "octavo", ratio, budget, out, base=self.task.base, workspace=work / f"{self.name}-profile", **how
         )
-        done.save(out, overwrite=True)
-        model = octavo.load(out, copy.deepcopy(self.tuned), base=self.task.base)
-        self.note("octavo", ratio, stat_bytes(out), model)
         share = self.share(budget)
         scale = max(SCALES, key=lambda scale: self.development(ternary(self.difference, share, scale)[0]))
         found, size = ternary(self.difference, share, scale)
         self.note("ComPEFT", ratio, size, self.moved(found), share=share, scale=scale)
         found, size = coded_alone(PowerSGD(feedback=False), budget)(self.difference)
         self.note("low rank", ratio, size, self.moved(found))
+        self.compressed("the tuned model itself", ratio, budget, out, workspace=work / f"{self.name}-itself", **how)
+
+    def compressed(self, arm: str, ratio: float, budget: int, out: Path, **how: Any) -> None:
+        """A row of Octavo's own; without a score where the bytes cannot be reached."""
         try:
-            whole = octavo.compress(self.tuned, size=budget, workspace=work / f"{self.name}-itself", **how)
+            octavo.compress(self.tuned, size=budget, **how).save(out, overwrite=True)
         except octavo.BudgetError as error:
-            self.note("the tuned model itself", ratio, 0, None, error=str(error))
+            self.note(arm, ratio, 0, None, error=str(error))
             return
-        whole.save(out, overwrite=True)
-        self.note("the tuned model itself", ratio, stat_bytes(out), octavo.load(out, copy.deepcopy(self.tuned)))
+        given = {"base": how["base"]} if "base" in how else {}
+        self.note(arm, ratio, stat_bytes(out), octavo.load(out, copy.deepcopy(self.tuned), **given))
 
     def share(self, budget: int) -> float:
         """The largest share whose ternary payload fits."""
