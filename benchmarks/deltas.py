@@ -14,7 +14,7 @@ import argparse
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,14 @@ from octavo.recipes.communication.compeft import BITS, SCALES, coded_alone, one_
 from octavo.recipes.frame import Lab, studies
 from octavo.recipes.frame.data import likeness
 from octavo.recipes.testbeds.federated import Tensors
-from octavo.recipes.testbeds.students import Classifier, classifier, dealt, pretrained, read, reviews
-from octavo.recipes.testbeds.students import right as right_labels
+from octavo.recipes.testbeds.students import Classifier, dealt, pretrained, read, reviews, right
 from octavo.system.matmul import coarse_matmul
-from octavo.training import fit
+from octavo.training import cross_entropy, fit
 
 #: Epochs and rate of tuning on pairs, and pairs of a batch.
 EPOCHS, RATE, SIZE = 1, 1e-4, 32
-#: Batches of training text that Octavo calibrates on.
-SEEN = 24
+#: Ranks of which low rank takes the best, and batches of training text that Octavo calibrates on.
+RANKS, SEEN = (1, 4, 16, 64), 24
 
 
 class Embedder(nn.Module):
@@ -64,49 +63,43 @@ class Likeness:
         self.parts = likeness(lab)
         self.texts = read(sorted({text for pair in self.parts.train for text in pair[:2]})[::4])
         self.base: nn.Module = Embedder(pretrained(lab)).eval()
-        self.development, self.test = self._prepared(self.parts.development), self._prepared(self.parts.test)
+        self.development, self.test = _prepared(self.parts.development), _prepared(self.parts.test)
 
-    def tuned(self) -> nn.Module:
-        """The base after some epochs: the cosine of a pair learns its score."""
-        model, pairs = copy.deepcopy(self.base), list(self.parts.train)
-        kept = CACHE / "deltas" / f"sts-{self.parts.digest}-{EPOCHS}-{RATE:g}.safetensors"
-        if kept.exists():
-            model.load_state_dict(load_file(kept))
-            return model
+    def batches(self) -> list[Any]:
+        """Both sentences of some pairs, and their scores."""
+        pairs = list(self.parts.train)
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
         batches = []
         for start in range(0, len(order) - SIZE + 1, SIZE):
             some = [pairs[place] for place in order[start : start + SIZE]]
             scores = torch.tensor([score / 5 for *_, score in some])
-            # Batches of the tokenizer are in the order of lengths, so each side is read as one batch of its own order.
-            batches.append((_one(self, [a for a, *_ in some]), _one(self, [b for _, b, _ in some]), scores))
+            batches.append((_one([a for a, *_ in some]), _one([b for _, b, _ in some]), scores))
+        return batches
 
-        def loss(module: nn.Module, batch: Any) -> Tensor:
-            left, right, scores = batch
-            return functional.mse_loss((module(**left) * module(**right)).sum(1), scores)
-
-        fit(model, dealt(batches, 0), loss, epochs=EPOCHS, lr=RATE, warmup=0.1)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), kept)
-        return model
+    @staticmethod
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        """The squared error of cosines."""
+        one, other, scores = batch
+        return functional.mse_loss((module(**one) * module(**other)).sum(1), scores)
 
     @torch.inference_mode()
     def score(self, model: nn.Module, part: Any) -> float:
         """Of the pairs of a part."""
-        batches, left, right, scores = part
+        batches, one, other, scores = part
         vectors = torch.cat([model(**batch) for batch in batches])
-        cosines = (vectors[left] * vectors[right]).sum(1)
-        return 100 * float(spearmanr(cosines.numpy(), scores.numpy()).statistic)
-
-    def _prepared(self, pairs: Any) -> Any:
-        known = sorted({text for pair in pairs for text in pair[:2]}, key=lambda text: (len(text), text))
-        place = {text: number for number, text in enumerate(known)}
-        left, right = torch.tensor([(place[a], place[b]) for a, b, _ in pairs]).t()
-        return read(known), left, right, torch.tensor([score for *_, score in pairs])
+        return 100 * float(spearmanr((vectors[one] * vectors[other]).sum(1).numpy(), scores.numpy()).statistic)
 
 
-def _one(task: Likeness, texts: list[str]) -> dict[str, Tensor]:
-    """Sentences as one batch, in their order."""
+def _prepared(pairs: Any) -> Any:
+    """Batches of all sentences of some pairs, the numbers of both, and scores."""
+    known = sorted({text for pair in pairs for text in pair[:2]}, key=lambda text: (len(text), text))
+    place = {text: number for number, text in enumerate(known)}
+    one, other = torch.tensor([(place[a], place[b]) for a, b, _ in pairs]).t()
+    return read(known), one, other, torch.tensor([score for *_, score in pairs])
+
+
+def _one(texts: list[str]) -> dict[str, Tensor]:
+    """Sentences as one batch, in their order; the tokenizer's batches are in the order of lengths."""
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
     (batch,) = read([texts[place] for place in order])
     back = torch.tensor(order).argsort()
@@ -116,22 +109,22 @@ def _one(task: Likeness, texts: list[str]) -> dict[str, Tensor]:
 class Sentiment:
     """SST-2, with a new head: accuracy in percent."""
 
-    objective, metric = "kl", "accuracy on SST-2 (%)"
+    objective, metric, loss = "kl", "accuracy on SST-2 (%)", staticmethod(cross_entropy)
 
     def __init__(self, lab: Lab) -> None:
-        self.lab, self.parts = lab, reviews(lab)
+        self.parts = reviews(lab)
         self.texts = [batch for batch, _ in self.parts.train[::4]]
         torch.manual_seed(0)
         self.base: nn.Module = Classifier(pretrained(lab)).eval()
         self.development, self.test = self.parts.development, self.parts.test
 
-    def tuned(self) -> nn.Module:
-        """The classifier of the studies."""
-        return classifier(self.lab, self.parts)
+    def batches(self) -> list[Any]:
+        """Sentences and labels."""
+        return self.parts.train
 
     def score(self, model: nn.Module, part: Any) -> float:
         """Of the sentences of a part."""
-        return right_labels(model, part)
+        return right(model, part)
 
 
 TASKS: dict[str, Callable[[Lab], Any]] = {"sts": Likeness, "sst2": Sentiment}
@@ -141,14 +134,26 @@ class Comparison:
     """All arms of one task."""
 
     def __init__(self, name: str, lab: Lab, rows: list[dict[str, Any]]) -> None:
-        self.name, self.rows, self.task = name, rows, TASKS[name](lab)
-        with coarse_matmul():
-            self.tuned = self.task.tuned().eval()
+        self.name, self.lab, self.rows, self.task = name, lab, rows, TASKS[name](lab)
+        self.tuned = self.tune().eval()
         before = dict(self.task.base.named_parameters())
         self.difference: Tensors = {
             name: (parameter - before[name]).detach() for name, parameter in self.tuned.named_parameters()
         }
         self.whole = 2 * sum(tensor.numel() for tensor in self.difference.values() if bool(tensor.any()))
+
+    def tune(self) -> nn.Module:
+        """The base after it was tuned, which is done once."""
+        model = copy.deepcopy(self.task.base)
+        kept = CACHE / "deltas" / f"{self.name}-{self.task.parts.digest}-{EPOCHS}-{RATE:g}.safetensors"
+        if kept.exists():
+            model.load_state_dict(load_file(kept))
+            return model
+        with coarse_matmul():
+            fit(model, dealt(self.task.batches(), 0), self.task.loss, epochs=EPOCHS, lr=RATE, warmup=0.1)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), kept)
+        return model
 
     def note(self, arm: str, ratio: float | None, size: int, model: nn.Module | None, **also: Any) -> None:
         """A row, saved at once."""
@@ -167,16 +172,17 @@ class Comparison:
                 parameter.add_(difference[name])
         return model.eval()
 
-    def development(self, difference: Tensors) -> float:
-        """The score on development data."""
-        return float(self.task.score(self.moved(difference), self.task.development))
+    def chosen(self, arm: str, make: Callable[[float], Tensors], scales: Sequence[float]) -> float:
+        """The scale of best score on development data."""
+        score = lambda scale: float(self.task.score(self.moved(make(scale)), self.task.development))  # noqa: E731
+        return self.lab.choose(f"scale of {arm}, {self.name}", score, scales, higher=True)
 
     def fixed(self) -> None:
         """What has one size: both ends, and one bit an entry."""
         self.note("base", None, 0, self.task.base)
         halves = {name: tensor.half().float() for name, tensor in self.difference.items()}
         self.note("difference in 16 bits", 1, self.whole, self.moved(halves))
-        factor = max(BITS, key=lambda factor: self.development(one_bit(factor)(self.difference)[0]))
+        factor = self.chosen("one bit", lambda factor: one_bit(factor)(self.difference)[0], BITS)
         found, size = one_bit(factor)(self.difference)
         self.note("one bit", None, size, self.moved(found), scale=factor)
 
@@ -189,10 +195,10 @@ class Comparison:
             "octavo", ratio, budget, out, base=self.task.base, workspace=work / f"{self.name}-profile", **how
         )
         share = self.share(budget)
-        scale = max(SCALES, key=lambda scale: self.development(ternary(self.difference, share, scale)[0]))
+        scale = self.chosen(f"ComPEFT, {ratio:g}", lambda scale: ternary(self.difference, share, scale)[0], SCALES)
         found, size = ternary(self.difference, share, scale)
         self.note("ComPEFT", ratio, size, self.moved(found), share=share, scale=scale)
-        found, size = coded_alone(PowerSGD(feedback=False), budget)(self.difference)
+        found, size = coded_alone(PowerSGD(feedback=False, ranks=RANKS), budget)(self.difference)
         self.note("low rank", ratio, size, self.moved(found))
         self.compressed("the tuned model itself", ratio, budget, out, workspace=work / f"{self.name}-itself", **how)
 

@@ -4,7 +4,7 @@
 
 writes docs/results/federated.json. Clients, nets, rates and codecs are those of the study `fedzip`, whose result must be
 there. It needs the extra `flower` with Flower's simulation, and so an environment of its own: `pip install -e '.[train,flower]'
-'flwr[simulation]'`. About 20 minutes on two cores.
+'flwr[simulation]'`. Minutes an arm and seed.
 """
 
 from __future__ import annotations

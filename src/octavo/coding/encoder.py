@@ -99,17 +99,6 @@ def _packed(
     flat = values.reshape(-1)
     probe = flat[:: -(-flat.size // 4096)]
     middle = int(np.partition(probe, len(probe) // 2)[len(probe) // 2])
-    plans = [ContextPlan(None, 0.0)]
-    if (
-        not independent
-        and depth == 0
-        and values.ndim > 1
-        and values.size >= CONTEXT_ELEMENTS
-        and 1 < len(values) < values.size
-    ):
-        plans = plan(values.reshape(len(values), -1), middle)
-        if plans[0].bits > 8.1 * fixed_bytes:
-            return []
     escape_bits = math.inf if depth == MAX_DEPTH else 4.0 + min((high - low).bit_length(), 12)
 
     nested = partial(_encode, depth=depth + 1)
@@ -123,6 +112,11 @@ def _packed(
     if independent:
         streams = split(None)
         return [attempt("ans", streams)] if streams.bits < 8 * fixed_bytes else []
+    plans = [ContextPlan(None, 0.0)]
+    if depth == 0 and values.ndim > 1 and values.size >= CONTEXT_ELEMENTS and 1 < len(values) < values.size:
+        plans = plan(values.reshape(len(values), -1), middle)
+        if plans[0].bits > 8.1 * fixed_bytes:
+            return []
     close = [split(candidate.layout) for candidate in plans if candidate.bits <= 1.01 * plans[0].bits]
     least, best = plans[0].bits, close[:1]
     if context is not None and values.size >= CONTEXT_ELEMENTS and context.suits(values.shape):

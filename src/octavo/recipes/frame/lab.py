@@ -249,22 +249,23 @@ class Lab:
         if name in self.choices:
             return self.choices[name].value
         better = 1 if (self.study.higher if higher is None else higher) else -1
-        tried: dict[float, float] = {}
+        tried: dict[float, float | None] = {}
         values = list(grid[:1]) if self.quick else list(grid)
         for _ in range(WIDENED + 1):
             for value in values:
                 if value not in tried:
                     self.step(f"{name}: trying {value:g}")
-                    tried[value] = _tried(score, value, -better)
-            best = max(tried, key=lambda value: better * tried[value])
-            if not math.isfinite(tried[best]):
+                    tried[value] = _tried(score, value)
+            finite = {value: figure for value, figure in tried.items() if figure is not None}
+            if not finite:
                 raise OctavoError(f"{self.study.name}: {name}: no value of {sorted(tried)} gives a finite figure")
+            best = max(finite, key=lambda value: better * finite[value])
             known = sorted(tried)
             edge = best in (known[0], known[-1])
             if self.quick or len(grid) < 2 or not edge:
                 break
             values = [best * grid[0] / grid[1] if best == known[0] else best * grid[-1] / grid[-2]]
-        self.choices[name] = Choice(name, best, {f"{value:g}": _finite(tried[value]) for value in sorted(tried)}, edge)
+        self.choices[name] = Choice(name, best, {f"{value:g}": tried[value] for value in sorted(tried)}, edge)
         return best
 
     def fit(
@@ -421,17 +422,13 @@ class Lab:
                 raise OctavoError(f"{self.study.name}: arm {name!r} has {count} figures; add one for every seed")
 
 
-def _finite(figure: float) -> float | None:
-    return figure if math.isfinite(figure) else None
-
-
-def _tried(score: Callable[[float], float], value: float, worst: int) -> float:
-    """The figure of a value; infinite, with the sign of the worst, where training diverges."""
+def _tried(score: Callable[[float], float], value: float) -> float | None:
+    """The figure of a value; None where training diverges or the figure is not finite."""
     try:
         found = score(value)
     except DivergedError:
-        return worst * math.inf
-    return found if math.isfinite(found) else worst * math.inf
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _endless(batches: Callable[[int], Iterable[Any]], first: int) -> Iterator[Any]:

@@ -61,11 +61,13 @@ def run(lab: Lab) -> None:
         split = fashion(lab)
         for side in (5, 3):
             Comparison(lab, split, seed, side).all()
-    gates: dict[int, list[str]] = {5: [], 3: []}
-    for side, texts in gates.items():
-        texts += [f"{side} x {side}: dense beats linear by 2 points", f"{side} x {side}: the thinner net loses a point"]
-        lab.gate(texts[0], lab.ahead(of(DENSE, side), of(LINEAR, side), 2.0))
-        lab.gate(texts[1], lab.ahead(of(DENSE, side), of(THINNER, side), 1.0))
+    rivals = {
+        LINEAR: ("dense beats a linear classifier by 2 points", 2.0),
+        THINNER: ("a thinner net loses a point", 1.0),
+    }
+    for side in (5, 3):
+        for rival, (text, margin) in rivals.items():
+            lab.gate(of(text, side), lab.ahead(of(DENSE, side), of(rival, side), margin))
     for key, side, ours, theirs, margin in (
         ("five", 5, PACKED, SPACE, 0.0),
         ("accuracy", 5, PACKED, DENSE, -1.0),
@@ -75,7 +77,11 @@ def run(lab: Lab) -> None:
         ("alone", 5, PACKED, CODED, 0.0),
         ("smaller", 5, PACKED, THINNER, 0.0),
     ):
-        lab.judge(key, lab.ahead(of(ours, side), of(theirs, side), margin), needs=gates[side])
+        lab.judge(
+            key,
+            lab.ahead(of(ours, side), of(theirs, side), margin),
+            needs=[of(text, side) for text, _ in rivals.values()],
+        )
     arms = lab.arms
     for side in (5, 3):
         energy = arms[of(COSINE, side)].also[ENERGY]
@@ -87,7 +93,7 @@ def run(lab: Lab) -> None:
 
 
 def of(name: str, side: int) -> str:
-    """The name of an arm."""
+    """A name at a side of kernels."""
     return f"{name}, {side} x {side}"
 
 

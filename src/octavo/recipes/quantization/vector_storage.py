@@ -173,14 +173,14 @@ class Comparison:
         nets = self.supernets()
         for share in shares:
             self.tables = share * self.elements * 2
-            size = self.size = round(whole.bytes - self.elements * 2 + self.tables)
+            self.size = round(whole.bytes - self.elements * 2 + self.tables)
             for name, make in {**SHARING, **CODED, **THIN}.items():
-                self.direct(name, make, share, size)
+                self.direct(name, make, share)
             for name in SEARCHED:
-                self.searched(name, nets[name], share, size)
-            self.pruned(share, size)
-            self.afterwards(dense, share, size)
-            self.thinner(share, size)
+                self.searched(name, nets[name], share)
+            self.pruned(share)
+            self.afterwards(dense, share)
+            self.thinner(share)
 
     def small(self, make: Callable[[str], nn.Module]) -> CTR:
         """An untrained model with other tables, by their names."""
@@ -197,7 +197,7 @@ class Comparison:
 
         self.add(EIGHT, *self.stored(made(self.rate(EIGHT, made), EIGHT)))
 
-    def direct(self, name: str, make: Callable[[TableOf, float], nn.Module], share: float, size: int) -> None:
+    def direct(self, name: str, make: Callable[[TableOf, float], nn.Module], share: float) -> None:
         """A method whose tables train from the start as they are stored."""
 
         def model(knob: float) -> nn.Module:
@@ -208,7 +208,7 @@ class Comparison:
 
         arm = named(name, share)
         first = arm not in self.knobs
-        fitted = self.knob(arm, untrained, size)
+        fitted = self.knob(arm, untrained)
         if fitted is None:
             return
         knob = fitted
@@ -216,7 +216,7 @@ class Comparison:
         if first and name in CODED:
             # Codes change their entropy as they train.
             grown = self.stored(self.trained(model(knob), lr, None))[1].bytes - untrained(knob).bytes
-            knob = self.knob(arm, untrained, size - grown, once=False) or knob
+            knob = self.knob(arm, untrained, grown, once=False) or knob
         self.add(arm, *self.stored(self.trained(model(knob), lr, arm)))
 
     def supernets(self) -> dict[str, nn.Module]:
@@ -231,7 +231,7 @@ class Comparison:
             self.halves[name] = self.seconds
         return found
 
-    def searched(self, name: str, net: nn.Module, share: float, size: int) -> None:
+    def searched(self, name: str, net: nn.Module, share: float) -> None:
         """What a search chose, trained for the other half of the steps."""
         chosen, tables = SEARCHED[name].chosen, tables_of(net)
 
@@ -240,14 +240,14 @@ class Comparison:
             return replaced(net, {n: FormTable(form) for n, form in forms.items()})
 
         arm = named(name, share)
-        knob = self.knob(arm, lambda knob: self.stored(model(chosen(tables, knob, None)))[1], size, once=False)
+        knob = self.knob(arm, lambda knob: self.stored(model(chosen(tables, knob, None)))[1], once=False)
         if knob is not None:
             forms = chosen(tables, knob, lambda forms: auc(model(forms), self.data.development))
             lr = self.lab.choices[f"rate of {name}"].value
             made = self.trained(model(forms), lr, arm, 0.5)
             self.add(arm, *self.stored(made), seconds=self.halves[name] + self.seconds)
 
-    def pruned(self, share: float, size: int) -> None:
+    def pruned(self, share: float) -> None:
         """Plain tables that a regimen prunes."""
         arm = named(PRUNED, share)
         weights = {f"{name}.weight": self.net().get_parameter(f"{name}.weight").detach() for name in self.counts}
@@ -256,7 +256,7 @@ class Comparison:
             forms = {name: AFTERWARDS["magnitude pruning"](weight, knob) for name, weight in weights.items()}
             return self.lab.stored(self.net(), forms)
 
-        knob = self.knob(arm, sized, size)
+        knob = self.knob(arm, sized)
         if knob is not None:
 
             def made(lr: float, arm: str | None = None) -> tuple[nn.Module, Regimen]:
@@ -267,7 +267,7 @@ class Comparison:
             forms = regimen.forms(model)
             self.add(arm, model, self.lab.stored(model, forms), list(forms.values())[-1].lookup)
 
-    def afterwards(self, dense: nn.Module, share: float, size: int) -> None:
+    def afterwards(self, dense: nn.Module, share: float) -> None:
         """Tables of the trained model, compressed without training."""
         weights = {f"{name}.weight": dense.get_parameter(f"{name}.weight").detach() for name in self.counts}
         alone = {ALONE: lambda weight, knob: quantized(Dense(weight), 0.05 + 15.95 * knob)}
@@ -277,17 +277,17 @@ class Comparison:
                 return {n: make(weight, knob) for n, weight in weights.items()}
 
             arm = named(name, share)
-            knob = self.knob(arm, lambda knob: self.lab.stored(dense, forms(knob)), size, once=False)
+            knob = self.knob(arm, lambda knob: self.lab.stored(dense, forms(knob)), once=False)
             if knob is not None:
                 found = forms(knob)
                 self.add(arm, dense, self.lab.stored(dense, found), list(found.values())[-1].lookup, seconds=0.0)
 
-    def thinner(self, share: float, size: int) -> None:
+    def thinner(self, share: float) -> None:
         """A dense model with thinner tables of all fields."""
         arm = named(THINNER, share)
         if arm not in self.knobs:
             try:
-                self.knobs[arm] = self.lab.thinner(self.net, size, range(1, WIDTH + 1))
+                self.knobs[arm] = self.lab.thinner(self.net, self.size, range(1, WIDTH + 1))
             except UnreachedError:
                 self.knobs[arm] = None
         width = self.knobs[arm]
@@ -300,17 +300,20 @@ class Comparison:
         """What is known of a table."""
         return TableOf(self.counts[name], share, self.sizes)
 
-    def knob(self, arm: str, stored: Callable[[float], Stored], size: int, *, once: bool = True) -> float | None:
+    def knob(self, arm: str, stored: Callable[[float], Stored], grown: int = 0, *, once: bool = True) -> float | None:
         """The knob that fills the bytes, or None.
 
         Parameters
         ----------
+        grown
+            Bytes that training adds.
         once
             Whether the first seed finds it for all. Else the first only decides whether there is one.
         """
         if arm in self.knobs and (once or self.knobs[arm] is None):
             return self.knobs[arm]
         self.lab.step(f"sizing {arm}")
+        size = self.size - grown
         try:
             self.knobs[arm] = self.lab.fit(stored, size, 0.0, 1.0, near=(1 - FILLED) * self.tables / size)[0]
         except UnreachedError:
