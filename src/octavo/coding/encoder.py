@@ -35,7 +35,7 @@ def encode(tensor: torch.Tensor, context: ParityContext | None = None, *, indepe
         Bits on which the values depend; they are used where that saves bytes.
     independent : bool
         Whether no value depends on others, so that nothing but the distribution saves bytes. Then ANS alone is tried,
-        in half the time.
+        which takes less time.
 
     Returns
     -------

@@ -103,5 +103,5 @@ def _true(mask: Tensor) -> Tensor:
 
 
 def _ranked(sizes: Tensor, rank: int) -> float:
-    """The value of that place in rising order; NumPy finds it several times as fast."""
+    """The value of that place in rising order; NumPy finds it sooner."""
     return float(np.partition(sizes.numpy(), rank)[rank])
