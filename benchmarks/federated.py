@@ -4,7 +4,7 @@
 
 writes docs/results/federated.json. Clients, nets, rates and codecs are those of the study `fedzip`, whose result must be
 there. It needs the extra `flower` with Flower's simulation, and so an environment of its own: `pip install -e '.[train,flower]'
-'flwr[simulation]'`. Minutes an arm and seed.
+'flwr[simulation]'`. About a minute an arm and seed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from octavo.recipes.testbeds.workers import conv_net
 ARMS: dict[str, tuple[int, bool] | None] = {
     FEDAVG: None,
     at_ratio(OURS, 100): (100, False),
+    at_ratio(OURS, 300): (300, False),
     at_ratio(OURS, 1085): (1085, False),
     at_ratio(FED_BACK, 1085): (1085, True),
 }
@@ -122,4 +123,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Flower's processes know these functions by the name of their module, which is not that of a script.
+    import federated
+
+    federated.main()
