@@ -26,7 +26,8 @@ def deltas(results: dict[str, Any], table: Table) -> str:
                 "-" if row is None else "not reachable" if row["score"] is None else f"{row['score']:.2f}"
                 for row in found
             ]
-            rows.append([f"{ratio:g}", f"{here['octavo', ratio]['bytes']:,}", *cells])
+            size = here["octavo", ratio]["bytes"]
+            rows.append([f"{ratio:g}", f"{size:,}" if size else "-", *cells])
         parts.append(
             f"{whole['metric']}: base {base['score']:.2f}, difference in 16 bits {whole['score']:.2f} "
             f"({whole['bytes']:,} bytes), one bit an entry {bits['score']:.2f} ({bits['bytes']:,} bytes).\n\n"
