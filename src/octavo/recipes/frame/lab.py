@@ -127,12 +127,11 @@ class Lab:
     @property
     def trained_on(self) -> str:
         """The name of the lab's device, and whether :meth:`train` multiplies in bfloat16 there."""
-        coarse = self.study.coarse and multiplies_bfloat16(self.device.type)
-        return f"{self._device_name} in bfloat16" if coarse else self._device_name
+        return self._trains_on(self.study.coarse)
 
-    @property
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+    def _trains_on(self, coarse: bool) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{name} in bfloat16" if coarse and multiplies_bfloat16(self.device.type) else name
 
     def step(self, text: str) -> None:
         """Say what happens now."""
@@ -147,6 +146,7 @@ class Lab:
         train: Callable[[nn.Module], Any],
         *,
         data: str,
+        coarse: bool = False,
         **settings: Any,
     ) -> nn.Module:
         """A model that is trained once, and kept under the hash of code, data and settings.
@@ -157,6 +157,8 @@ class Lab:
             Return the untrained model, and train it in place. Their modules and what these import are the code.
         data
             A digest of the training data.
+        coarse
+            Whether it is trained with products in bfloat16, where the device multiplies so natively.
         settings
             Everything else that determines the weights, the seed included: plain values.
         """
@@ -170,9 +172,10 @@ class Lab:
         else:
             self.step(f"training {name}")
             started = time.perf_counter()
-            train(model)
+            with coarse_matmul(self.device.type, wanted=coarse):
+                train(model)
             model.to("cpu")
-            known = {"seconds": f"{time.perf_counter() - started:.1f}", "device": self._device_name}
+            known = {"seconds": f"{time.perf_counter() - started:.1f}", "device": self._trains_on(coarse)}
             with writing(file) as aside:
                 state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
                 save_file(state, aside, metadata=known)

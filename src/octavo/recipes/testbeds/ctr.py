@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def clicks_model(
         parts = [part.to(lab.device) for part in found.train]
         fit(model.to(lab.device), shuffled(*parts, size=512, seed=seed), click_loss, epochs=epochs, lr=lr, seed=seed)
 
-    settings = {"width": width, "hidden": list(hidden), "epochs": epochs, "lr": lr, "seed": seed}
+    settings: dict[str, Any] = {"width": width, "hidden": list(hidden), "epochs": epochs, "lr": lr, "seed": seed}
     model = lab.base(f"ctr-w{width}-s{seed}", make, train, data=found.digest, **settings)
     assert isinstance(model, CTR)
     return model
