@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import octavo
 from octavo.forms import Dense
 from octavo.recipes.frame import Lab, Stored, get_study, quantized
-from octavo.recipes.quantization.vector_storage import CHOSEN, LOOKUP, Comparison, lookup_time, named
 from octavo.recipes.testbeds.ctr import CTR, ClickKL, auc, clicks, crossed
+from octavo.recipes.testbeds.table_arms import CHOSEN, LOOKUP, Comparison, lookup_time, named
 from octavo.recipes.testbeds.table_methods import CODED, SHARING, THIN
 from octavo.training.tables import settle_tables
 
