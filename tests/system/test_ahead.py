@@ -28,6 +28,35 @@ def test_results_come_in_order_and_few_are_ahead(threads):
     assert max(ahead) <= threads + 1
 
 
+def test_a_slow_first_item_holds_nobody_up():
+    begun = [threading.Event() for _ in range(30)]
+
+    def work(item):
+        begun[item].set()
+        return item if item else begun[6].wait(10)
+
+    # Two are in progress or done, and five more may wait for the first.
+    assert list(in_order(work, range(30), 2, ahead=5)) == [True, *range(1, 30)]
+
+
+def test_few_results_wait_for_a_slow_first_item():
+    lock, begun, free = threading.Lock(), [], threading.Event()
+
+    def work(item):
+        with lock:
+            begun.append(item)
+            if len(begun) == 7:
+                free.set()
+        if not item:
+            free.wait(10)
+            time.sleep(0.05)
+            return list(begun)
+        return item
+
+    first, *rest = in_order(work, range(30), 2, ahead=5)
+    assert sorted(first) == list(range(7)) and rest == list(range(1, 30))
+
+
 def test_an_error_ends_the_work():
     seen = []
 

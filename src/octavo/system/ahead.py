@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -15,35 +16,52 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int = 0) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, *, ahead: int = 0
+) -> Iterator[Result]:
     """Results of ``function`` in the order of ``items``.
 
-    At most ``threads`` items are in progress or waiting to be used, so memory does not depend on the number of items.
-    Operations inside ``function`` run on one thread each.
+    At most ``threads`` items are in progress or waiting to be used, and ``ahead`` more while the first of them is not
+    done. So memory does not depend on the number of items. Operations inside ``function`` run on one thread each.
 
     Parameters
     ----------
     threads
         Number of threads; 0 uses PyTorch's number.
+    ahead
+        Results that may wait for an earlier one that takes longer, so that no thread waits for it.
     """
     before = torch.get_num_threads()
     threads = threads or before
     waiting: deque[Future[Result]] = deque()
+    # One item is ready when a thread becomes free.
+    source = iter(items)
+    ready = list(islice(source, 1))
+
+    def unfinished() -> list[Future[Result]]:
+        return [future for future in waiting if not future.done()]
+
+    def begin() -> None:
+        """Give free threads what comes next, as far as results may wait."""
+        while ready and len(unfinished()) < threads:
+            if len(waiting) >= threads and (len(waiting) >= threads + ahead or waiting[0].done()):
+                return
+            waiting.append(pool.submit(function, ready.pop()))
+            ready.extend(islice(source, 1))
+
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                for item in items:
-                    if len(waiting) < threads:
-                        waiting.append(pool.submit(function, item))
+                while ready or waiting:
+                    begin()
+                    if not waiting[0].done():
+                        wait(unfinished(), return_when=FIRST_COMPLETED)
                         continue
                     result = waiting.popleft().result()
-                    # Submitted before the result is used, so that no thread waits for that.
-                    waiting.append(pool.submit(function, item))
+                    # Before the result is used, so that no thread waits for that.
+                    begin()
                     yield result
                     del result
-                    _release()
-                while waiting:
-                    yield waiting.popleft().result()
                     _release()
             finally:
                 for future in waiting:

@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 
 #: Tasks running or queued per worker of a cluster: enough that none idles, few enough that memory is bounded.
 _AHEAD = 2
+#: Results per thread that may wait for a larger site before them; they are packed, so they take little memory.
+_WAITING = 8
 #: How often a task is retried on another worker when its worker dies.
 _RETRIES = 3
 #: Seconds to wait for a cluster to answer.
@@ -57,7 +59,7 @@ class Local(Executor):
         self.workers = workers or torch.get_num_threads()
 
     def map(self, function: Callable[..., Result], arguments: Iterable[tuple]) -> Iterator[Result]:  # noqa: D102
-        return in_order(lambda item: function(*item), arguments, self.workers)
+        return in_order(lambda item: function(*item), arguments, self.workers, ahead=_WAITING * self.workers)
 
     def describe(self) -> str:  # noqa: D102
         return f"{self.workers} threads"
