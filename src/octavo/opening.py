@@ -35,7 +35,7 @@ from octavo.system.progress import Progress
 from octavo.targets import Target
 
 #: Texts read at most, by preset.
-_TEXTS = {"fast": 128, "default": 384, "best": None, DATA_FREE: None}
+_TEXTS = {"fast": 96, "default": 384, "best": None, DATA_FREE: None}
 _WAY = "way.json"
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from octavo.sources.conversions import Conversion
 from octavo.sources.sites import Site, Source
+from octavo.system.matmul import gram
 
 #: Sites with more columns only have row weights.
 _WIDEST = 8192
@@ -48,7 +49,7 @@ class _Moment:
 
     def add(self, matrix: Tensor) -> None:
         if self.sum is not None:
-            self.sum += (matrix.t() @ matrix).double().cpu()
+            self.sum += gram(matrix).double().cpu()
             self.weight += float(matrix.square().sum(dtype=torch.float64))
 
 

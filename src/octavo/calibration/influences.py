@@ -30,6 +30,7 @@ from octavo.calibration.objective import objective as objective_named
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.sites import Progress
+from octavo.system.matmul import gram
 
 #: Models of the curvature that are solved exactly, and iterations on the whole of it.
 MODELS, ITERATIONS = ("ekfac", "kfac", "diagonal"), ("cg", "lissa")
@@ -190,7 +191,7 @@ def _kronecker(
             live = trace.gradients.any(-1)
             inputs, outputs = trace.inputs[live].double(), trace.gradients[live].double()
             left, right, count = sums.get(name, (0.0, 0.0, 0))
-            sums[name] = left + outputs.t() @ outputs, right + inputs.t() @ inputs, count + len(inputs)
+            sums[name] = left + gram(outputs), right + gram(inputs), count + len(inputs)
     # A sum over the positions of an example on one side, a mean on the other.
     return {name: kronecker(left / total, right / max(count, 1)) for name, (left, right, count) in sums.items()}
 

@@ -14,7 +14,7 @@ from octavo.calibration.blocks import Blocks
 from octavo.calibration.objective import Objective
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, mask_of
-from octavo.system.matmul import fast_matmul
+from octavo.system.matmul import fast_matmul, gram
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def input_moments(layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> 
         mask = next(masks[name])
         flow = args[0].detach()
         flat = (flow.flatten(0, -2) if mask is None else flow[mask.bool()]).double()
-        moments[name] = moments.get(name, 0) + flat.t() @ flat
+        moments[name] = moments.get(name, 0) + gram(flat)
 
     handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in layers.items()]
     try:

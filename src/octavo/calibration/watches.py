@@ -18,7 +18,7 @@ from octavo.calibration.layers import columns_of, is_layer, scale_of_table
 from octavo.calibration.sides import Masks, sides_of
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.sites import Site, Source
-from octavo.system.matmul import exact_matmul
+from octavo.system.matmul import exact_matmul, gram
 from octavo.system.raw import raw_bytes
 
 #: Calibration moments overfit, so a share of their mean is added to every direction. Measured on MiniLM with 256
@@ -110,7 +110,7 @@ class _Watch:
             flat = self.site.layout.to_gradient(flat.reshape(-1, self.site.rows).float())
             self.rows += flat.square().sum(0).double().cpu()
             if self.outputs is not None:
-                self.outputs += (flat.t() @ flat).double().cpu()
+                self.outputs += gram(flat).double().cpu()
 
         return backward
 
@@ -141,7 +141,7 @@ class _Watch:
             flat = gradient[live] if live is not None and live.shape == gradient.shape[:-1] else gradient.flatten(0, -2)
             scale = 1.0 if self.scale is None else self.scale
             flat = self.site.layout.to_gradient(flat.float())
-            self._add((flat.t() @ flat).double().cpu() * scale**2)
+            self._add(gram(flat).double().cpu() * scale**2)
 
         if output.is_leaf:
             # A copy, since models may operate in place, which a leaf does not allow.
@@ -159,7 +159,7 @@ class _Watch:
                 flat = flat[:: -(-len(flat) // _PATCHES)]
             # The layers may multiply in bfloat16, but sums of squares must not.
             with exact_matmul(flat.device.type):
-                moment = (flat.t() @ flat).double().cpu()
+                moment = gram(flat).double().cpu()
             if self.site.layout.kind == "transposed":
                 kernel = self.site.columns // len(moment)
                 moment = torch.kron(moment, torch.eye(kernel, dtype=torch.float64))

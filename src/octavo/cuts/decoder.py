@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, mask_of, run
-from octavo.system.matmul import fast_matmul
+from octavo.system.matmul import fast_matmul, gram
 
 #: Their rotary embedding rotates dimension ``i`` of a head with ``i + head / 2``, and there is no norm or clipping
 #: between the projections and the attention.
@@ -182,7 +182,7 @@ class _Sums:
 
     def _neurons(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         flow = self._kept(args[0])
-        self._add("neurons", flow.t() @ flow)
+        self._add("neurons", gram(flow))
 
     def _block(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before = self._kept(args[0] if args else kwargs["hidden_states"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from octavo.forms.base import expect, expect_integers
 #: Elements sampled to choose the number of low digits.
 _SAMPLE = 1 << 16
 _INFINITY = 0x7F800000
+#: Fewer low digits than this are stored raw.
+_DIGITS = 20
 
 
 def split(values: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -84,13 +87,16 @@ def _trailing_zeros(bits: Tensor) -> int:
 def _low_digits(patterns: Tensor) -> int:
     """The number of low digits to store raw for the fewest bytes; each table symbol is counted as one byte."""
     sample = patterns.reshape(-1)[:: -(-patterns.numel() // _SAMPLE)]
-
-    def cost(low: int) -> float:
-        counts = torch.unique(sample >> low, return_counts=True)[1].double()
-        entropy = float((counts * (len(sample) / counts).log2()).sum()) / len(sample)
-        return (entropy + low) * patterns.numel() + 8 * len(counts)
-
-    return min(range(20), key=cost)
+    values, counts = np.unique(sample.numpy(), return_counts=True)
+    costs = []
+    for low in range(_DIGITS):
+        entropy = float((counts * np.log2(len(sample) / counts)).sum()) / len(sample)
+        costs.append((entropy + low) * patterns.numel() + 8 * len(counts))
+        # Without the last digit, neighbours become equal; the values stay in order.
+        values = values >> 1
+        starts = np.flatnonzero(np.diff(values, prepend=values[0] - 1))
+        values, counts = values[starts], np.add.reduceat(counts, starts)
+    return costs.index(min(costs))
 
 
 def _narrow(integers: Tensor) -> Tensor:

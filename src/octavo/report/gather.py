@@ -56,6 +56,7 @@ from octavo.runtimes.packed.speed import interleaved
 from octavo.sources.batches import run, sequences_in
 from octavo.sources.differences import Difference
 from octavo.sources.sentences import transformer_folder
+from octavo.system.raw import Lazily
 from octavo.system.version import __version__
 from octavo.verification.proof import Proof
 from octavo.verification.recorded import Digests, Quality
@@ -373,7 +374,7 @@ def _latency(done: Result, artifact: Artifact) -> Latency | None:
         return None
     module, batch = opened.source.module, opened.held_data[0]
     original = opened.source.original.module or module
-    weights = opened.source.placed({name: artifact.stored(name) for name in artifact.names()})
+    weights = opened.source.placed(Lazily({name: partial(artifact.stored, name) for name in artifact.names()}))
 
     # A user's objective may use parts of a batch that the module does not take.
     call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs

@@ -321,12 +321,15 @@ class Source:
             New values by name in the source.
         """
         stored = {parameter: self.aliases.get(name, name) for name, parameter in self.direct.items()}
-        result = {own: self.value(name, weights[name]) for own, name in stored.items() if name in weights}
+        given = {own: name for own, name in stored.items() if name in weights}
+        # Weights may be decoded only when they are asked for.
+        values = in_order(lambda name: self.value(name, weights[name]), given.values())
+        result = dict(zip(given, values, strict=True))
         for conversion in self.conversions:
             names = [self.aliases.get(name, name) for name in conversion.names]
             if any(name in weights for name in names):
-                given = (self.value(n, weights[n]) if n in weights else self.value(n) for n in names)
-                made = conversion.values([tensor.float() for tensor in given])
+                parts = (self.value(n, weights[n]) if n in weights else self.value(n) for n in names)
+                made = conversion.values([tensor.float() for tensor in parts])
                 result.update((target, made[target]) for target in conversion.targets)
         return result
 

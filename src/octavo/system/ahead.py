@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,6 +15,8 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+#: Seconds from one return of freed memory to the next. Done after every small site it takes a twentieth of the time.
+_PAUSE = 2.0
 
 
 def in_order(
@@ -34,6 +37,7 @@ def in_order(
     before = torch.get_num_threads()
     threads = threads or before
     waiting: deque[Future[Result]] = deque()
+    released = time.monotonic()
     # One item is ready when a thread becomes free.
     source = iter(items)
     ready = list(islice(source, 1))
@@ -62,7 +66,7 @@ def in_order(
                     begin()
                     yield result
                     del result
-                    _release()
+                    released = _released(released)
             finally:
                 for future in waiting:
                     future.cancel()
@@ -70,12 +74,16 @@ def in_order(
         torch.set_num_threads(before)
 
 
-def _release() -> None:
-    """Return freed memory to the system.
+def _released(before: float) -> float:
+    """Return freed memory to the system, not too often; when that was last done.
 
     Small live allocations prevent the reuse of freed tensor blocks next to them. Without this, memory would grow with
     the number of items although nothing of them is kept.
     """
+    now = time.monotonic()
+    if now - before < _PAUSE:
+        return before
     # Only the C library of GNU/Linux has this call, and only it needs it.
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+    return now
