@@ -54,7 +54,7 @@ def coarse_matmul(device: str = "cpu", *, wanted: bool = True) -> AbstractContex
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``rows.t() @ rows`` of (N, columns), symmetric to the last bit.
+    """``rows.t() @ rows`` of (N, columns).
 
     Blocks of columns are multiplied with those from their own on, and the rest is mirrored. That is nearly half of the
     arithmetic, and takes 0.6 of the time.
