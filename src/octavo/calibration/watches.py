@@ -108,7 +108,8 @@ class _Watch:
         def backward(gradient: Tensor) -> None:
             flat = gradient.movedim(self._axis, -1) if keep is None else gradient[keep]
             flat = self.site.layout.to_gradient(flat.reshape(-1, self.site.rows).float())
-            self.rows += flat.square().sum(0).double().cpu()
+            # Not the sum of squares, which would be as large as the gradient.
+            self.rows += torch.linalg.vector_norm(flat, dim=0).cpu().double().square()
             if self.outputs is not None:
                 self.outputs += gram(flat).double().cpu()
 
@@ -123,9 +124,12 @@ class _Watch:
     def _add(self, moment: Tensor) -> None:
         # In place, since the moments of wide layers are large. The first is a copy, since sites share moments.
         if self.columns is None:
-            self.columns = moment.clone()
+            self.columns = moment.to(torch.float64, copy=True)
         else:
-            self.columns += moment
+            # Sums of two types would take new memory for each, which costs more than the sum.
+            if moment.shape not in self.shared:
+                self.shared[moment.shape] = torch.empty_like(self.columns)
+            self.columns += self.shared[moment.shape].copy_(moment)
 
     def _embedding(self, tokens: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
         live = mask.bool() if mask is not None and mask.numel() % tokens.numel() == 0 else None
@@ -159,10 +163,10 @@ class _Watch:
                 flat = flat[:: -(-len(flat) // _PATCHES)]
             # The layers may multiply in bfloat16, but sums of squares must not.
             with exact_matmul(flat.device.type):
-                moment = gram(flat).double().cpu()
+                moment = gram(flat).cpu()
             if self.site.layout.kind == "transposed":
                 kernel = self.site.columns // len(moment)
-                moment = torch.kron(moment, torch.eye(kernel, dtype=torch.float64))
+                moment = torch.kron(moment, torch.eye(kernel))
             self.shared[key] = (inputs, moment, len(flat))
         _, moment, count = self.shared[key]
         return moment, count

@@ -16,7 +16,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 #: Seconds from one return of freed memory to the next. Done after every small site it takes a twentieth of the time.
-_PAUSE = 2.0
+_PAUSE = 0.5
 
 
 def in_order(
