@@ -74,8 +74,9 @@ def page(results: dict[str, Any], table: Table) -> str:
     who = ["model", "preset", "version"]
     return f"""# Where the time goes
 
-`benchmarks/fast_page.py` makes this page from `docs/results/fast.json`. Each run is a process of its own at ratio {results["ratio"]}, after
-imports, with the built-in text. Before and after alternate in one run of the benchmark.
+`benchmarks/fast_page.py` makes this page from `docs/results/fast.json`. Each run is a process of its own at ratio {results["ratio"]}, with the
+built-in text. It has opened the original once, so what libraries import, one to three seconds, does not count. Before and
+after alternate in one run of the benchmark.
 
 Seconds by the clock, and per 100 million weights:
 
