@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import octavo.calibration.layerwise
+from octavo.calibration.blocks import Blocks
 from octavo.calibration.evidence import Evidence
 from octavo.calibration.layerwise import change_layers, input_moments
-from octavo.calibration.objective import Squared
+from octavo.calibration.objective import KL, Squared
 from octavo.errors import RequestError
 from octavo.methods import get_method
 from octavo.methods.factorize.eora import compensated_blocks
@@ -99,3 +100,24 @@ def test_corrections_that_know_the_inputs_lose_less(chain):
         losses.append(loss(compensated_blocks(model, Squared(), batches, forms, 3, 8, known=known)))
     assert losses == sorted(losses, reverse=True)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_block_of_a_model_with_a_cache_gives_the_same_each_time(attention):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model, batch = transformers.LlamaForCausalLM(config).eval(), {"input_ids": torch.arange(24).reshape(2, 12)}
+    model.set_attn_implementation(attention)
+    blocks = Blocks.find(model)
+    blocks.check(KL(), batch)
+    states, calls = blocks.prelude(KL(), batch)
+    other = blocks.run(0, -states, calls[0])
+    # A cache would hold the keys of the states before.
+    once = blocks.run(0, states, calls[0])
+    assert torch.equal(blocks.run(0, -states, calls[0]), other)
+    after = blocks.run(1, once, calls[1])
+    assert torch.allclose(blocks.postlude(KL(), batch, after), KL().outputs(model, batch), atol=1e-5)
+    assert model.config.use_cache

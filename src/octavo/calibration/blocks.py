@@ -204,12 +204,27 @@ class Blocks:
         try:
             for block, function in zip(self.list, functions, strict=True):
                 block.__dict__["forward"] = function
-            yield
+            with _without_cache(self.module):
+                yield
         finally:
             for block, before in zip(self.list, own, strict=True):
                 del block.__dict__["forward"]
                 if before is not None:
                     block.__dict__["forward"] = before
+
+
+@contextmanager
+def _without_cache(module: nn.Module) -> Iterator[None]:
+    """Keep a model of ``transformers`` from giving its blocks a cache, which would grow each time that a block runs."""
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
 
 
 class Loader:
