@@ -1,11 +1,13 @@
 """Rounding to the lattice E8, and error feedback over vectors of columns."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from octavo.calibration.evidence import Evidence
+from octavo.errors import RequestError
 from octavo.methods import get_method
 from octavo.methods.feedback import factored, round_columns
 from octavo.methods.quantize.e8 import LatticeE8, nearest_points
@@ -56,3 +58,12 @@ def test_vectors_of_one_column_are_rounded_as_columns_are(matrix, evidence):
     _, _, feedback = factored(evidence, ordered=False)
     one = round_vectors(matrix, feedback, 1, lambda own, _: own.round())
     assert torch.equal(one, round_columns(matrix.t().contiguous(), feedback, lambda _, target: target.round()).t())
+
+
+def test_a_step_that_is_too_fine_is_refused():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = 1e3
+    with pytest.raises(RequestError, match="too fine"):
+        get_method("e8").encode(
+            weight, {"step": 2e-6}, replace(PLAIN, rows=torch.ones(64).index_fill(0, torch.tensor([0]), 1e6))
+        )

@@ -158,3 +158,12 @@ def test_patterns_are_offered_where_they_divide():
         s.get("pattern") for s in get_method("wanda").settings(torch.zeros(3, 12), Evidence(torch.ones(3), None))
     }
     assert offered == {None, "2:4"}
+
+
+@pytest.mark.parametrize("pattern", ["2:6", "1:3", "3:5", "4:7"])
+def test_groups_that_do_not_divide_a_block_are_pruned(pattern, evidence_of):
+    keep, group = map(int, pattern.split(":"))
+    weight = torch.randn(32, 210, generator=torch.Generator().manual_seed(0))
+    columns = weight[:, : 210 // group * group]
+    form = get_method("sparsegpt").encode(columns, {"pattern": pattern, "bits": 6}, evidence_of(*columns.shape))
+    assert bool((form.mask.view(len(columns), -1, group).sum(2) == keep).all())

@@ -14,6 +14,7 @@ from octavo.errors import RequestError
 from octavo.methods import Method, get_method, methods, select_methods
 from octavo.methods.factorize.alds import ALDS
 from octavo.methods.factorize.fisher_svd import FisherSVD
+from octavo.methods.quantize.cosine import CosineSteps
 from octavo.methods.quantize.entropy import Entropy
 from octavo.methods.quantize.gptq import GPTQ
 from octavo.request import Request, listed
@@ -26,6 +27,7 @@ SPELLED = {
     "gptq:order=false": GPTQ(order=False),
     "alds:groups=1/3": ALDS(groups=(1, 3)),
     "fisher-svd:sweeps=0": FisherSVD(sweeps=0),
+    "dct:block=1/1/8": CosineSteps(block=(1, 1, 8)),
 }
 
 

@@ -100,6 +100,8 @@ class Profile:
     def corrected(self, curve: Curve, loss: float) -> float:
         """The expected loss of a point after correction by measured plans."""
         factor, exponent = self.correction.get(curve.group, (1.0, 1.0))
+        if math.isnan(loss):
+            return math.inf
         return float(factor * loss**exponent) if loss > 0 else 0.0
 
     def joint(self) -> list[list[Curve]]:

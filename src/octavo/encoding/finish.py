@@ -234,7 +234,7 @@ def contest(
         if selective and plan.label == ONE_FAMILY and not may_win(plan, built):
             continue
         if (known := _among(built, plan)) is not None:
-            if plan.is_uniform and not known.plan.is_uniform and _alike(plan, known.plan):
+            if plan.is_uniform and not known.plan.is_uniform:
                 known.plan.label = plan.label  # choosing site by site gave one setting for all
             continue
         if not opened.measurable:
@@ -343,7 +343,8 @@ def _same(one: Plan, other: Plan) -> bool:
     """Whether two plans differ only by the final adjustment of their continuous settings."""
     if {name: point.method for name, point in one.points.items()} != {n: p.method for n, p in other.points.items()}:
         return False
-    return all(
+    # Different types may take equal bytes.
+    return _alike(one, other) and all(
         abs(math.log((point.bytes + 1) / (other.points[name].bytes + 1))) < MARGIN for name, point in one.points.items()
     )
 

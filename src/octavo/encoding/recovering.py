@@ -186,17 +186,22 @@ class _Lesson:
         packed, size = self._sized(0.0)
         # What the coder makes of the codes' entropy changes little in training.
         self.bits = self.student.priced() * self.allowed * _AIM / max(size, 1)
-        low, high = 0.0, _NARROWEST
-        while size > self.allowed and high < 1:
+        low, high, fits = 0.0, _NARROWEST, size <= self.allowed
+        while not fits and high < 1:
             packed, size = self._sized(high)
-            low, high = (high, 4 * high) if size > self.allowed else (low, high)
+            fits = size <= self.allowed
+            low, high = (low, high) if fits else (high, 4 * high)
         for _ in range(_HALVINGS if low or high > _NARROWEST else 0):
             middle = (low + high) / 2
             tried, size = self._sized(middle)
             if size > self.allowed:
                 low = middle
             else:
-                high, packed = middle, tried
+                high, packed, fits = middle, tried, True
+        if not fits:
+            # Not a result, however little it loses; training goes on from here.
+            self._save(limit)
+            return True
         kept = self.student.kept()
         loss = self._loss(packed, kept)
         if not math.isfinite(loss):

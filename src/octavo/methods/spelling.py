@@ -48,9 +48,11 @@ def made_of(word: str, cls: type[T]) -> T:
 
 
 def _read(word: str, knob: Field[Any], text: str) -> Any:
-    """A value of the kind that the knob's default has."""
+    """A value of the kind that the knob's default has; integers if there is none."""
     default = default_of(knob)
     try:
+        if default is None:
+            return tuple(_value(int, part) for part in text.split(BETWEEN))
         if isinstance(default, tuple):
             kind = type(default[0]) if len({type(value) for value in default}) == 1 else float
             return tuple(_value(kind, part) for part in text.split(BETWEEN))

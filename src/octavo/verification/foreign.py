@@ -10,10 +10,13 @@ from pathlib import Path
 from octavo.errors import ArtifactError
 from octavo.system.atomic import write_file
 from octavo.system.replacing import FOREIGN
+from octavo.system.strict_json import read_object
 from octavo.verification.recorded import recorded_beside
 from octavo.verification.verified import Verified
 
 _PIECE = 1 << 22
+#: Largest size of a record in bytes; one entry takes about 150.
+_MOST = 1 << 20
 
 
 def record(folder: Path, target: str, files: Mapping[str, int], original: int, tensors: int) -> None:
@@ -48,10 +51,13 @@ def verify_foreign(path: str | Path) -> Verified:
     """
     folder = Path(path)
     try:
-        saved = json.loads((folder / FOREIGN).read_text(encoding="utf-8"))
+        saved = read_object(folder / FOREIGN, most=_MOST)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; copy the folder again") from error
+    try:
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in saved["files"].items()}
         original, tensors = int(saved["original_bytes"]), int(saved["tensors"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder / FOREIGN}: cannot be read: {error}; copy the folder again") from error
     total = hashlib.sha256()
     for name, (size, wanted) in files.items():

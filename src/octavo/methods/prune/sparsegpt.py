@@ -15,7 +15,8 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.feedback import factored, round_columns
 from octavo.methods.prune import masks
 
-#: Columns whose mask is chosen together: one feedback block, so that the costs are up to date.
+#: Columns whose mask is chosen together, or as many whole groups as fit: one feedback block, so that the costs are up
+#: to date.
 _BLOCK = 64
 #: Rows are swept in independent chunks that fit the cache. They are too short to be split over threads, whose
 #: synchronisation at every column would cost more than the work.
@@ -98,8 +99,9 @@ def _quantize(
     target: Tensor,
 ) -> Tensor:
     """Prune and round the targets of column ``j``; at the first column of a block choose the survivors."""
-    if j % _BLOCK == 0:
-        block = slice(j, j + _BLOCK)
+    width = _BLOCK if pattern is None else _BLOCK // pattern[1] * pattern[1]
+    if j % width == 0:
+        block = slice(j, j + width)
         scores = targets[block].t().square() * costs[:, block]
         if pattern is not None:
             best = masks.largest_by_group(scores, pattern)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
+from octavo.errors import RequestError
 from octavo.forms import E8, BlockScaled, Dense, Form
 from octavo.forms.e8 import WIDTH
 from octavo.methods.base import Method, Setting, method
@@ -15,6 +16,9 @@ from octavo.methods.feedback import factored
 from octavo.methods.knobs import real
 from octavo.methods.quantize.grids import compact
 from octavo.methods.vector_feedback import round_vectors
+
+#: Halves between whole numbers are exact in float32 below it.
+_LARGEST = 2**23
 
 
 @method(
@@ -25,7 +29,7 @@ from octavo.methods.vector_feedback import round_vectors
 )
 @dataclass(frozen=True)
 class LatticeE8(Method):
-    """``W[i, :] = scale[i] * points[i, :]``, eight columns at a time, in steps of each row's root mean square.
+    """``W[i, :] = scale[i] * points[i, :]``, eight columns at a time, in steps of the rows' mean root mean square.
 
     E8 wastes less than cubes of the same volume: 0.65 dB at the same rate. Blocks of columns are rounded with error
     feedback. Where rows differ in importance, their scales follow it.
@@ -33,7 +37,7 @@ class LatticeE8(Method):
     Parameters
     ----------
     levels
-        Steps to try, as shares of a row's root mean square.
+        Steps to try, as shares of the rows' mean root mean square.
     """
 
     by_rows = True
@@ -61,6 +65,11 @@ class LatticeE8(Method):
         else:
             points = round_vectors(
                 scaled, factored(evidence, ordered=False)[2], WIDTH, lambda own, _: nearest_points(own)
+            )
+        if points.numel() and not float(points.abs().amax()) < _LARGEST:
+            raise RequestError(
+                f"{self.name}: a step of {step:g} is too fine for this matrix, as its points exceed {_LARGEST}; choose "
+                "a coarser one"
             )
         return BlockScaled(E8.of(points, columns), Dense(scale))
 
