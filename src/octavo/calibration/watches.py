@@ -108,7 +108,7 @@ class _Watch:
         def backward(gradient: Tensor) -> None:
             flat = gradient.movedim(self._axis, -1) if keep is None else gradient[keep]
             flat = self.site.layout.to_gradient(flat.reshape(-1, self.site.rows).float())
-            # Not the sum of squares, which would be as large as the gradient.
+            # The squares themselves would take as much memory as the gradient.
             self.rows += torch.linalg.vector_norm(flat, dim=0).cpu().double().square()
             if self.outputs is not None:
                 self.outputs += gram(flat).double().cpu()

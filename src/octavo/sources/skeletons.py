@@ -75,9 +75,6 @@ def skeleton(folder: Path) -> nn.Module:
         raise RequestError(
             f"{folder}: the model cannot be built from its config.json: {error}; correct the config"
         ) from error
-    # One pass over whole texts does not need a cache of keys and values.
-    for part in (module.config, module.config.get_text_config()):
-        part.use_cache = False
     return module.eval()
 
 

@@ -56,8 +56,8 @@ def coarse_matmul(device: str = "cpu", *, wanted: bool = True) -> AbstractContex
 def gram(rows: Tensor) -> Tensor:
     """``rows.t() @ rows`` of (N, columns).
 
-    Blocks of columns are multiplied with those from their own on, and the rest is mirrored. That is nearly half of the
-    arithmetic, and takes 0.6 of the time.
+    Blocks of columns are multiplied with those from their own on, and the rest is mirrored. That takes 0.6 of the
+    arithmetic and of the time.
     """
     columns = rows.shape[1]
     found, block = rows.new_empty(columns, columns), max(_NARROW, -(-columns // _BLOCKS))
