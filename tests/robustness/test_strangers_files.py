@@ -166,15 +166,18 @@ def test_the_loader_of_transformers_takes_no_other_weights(artifact, shards, tmp
             transformers.AutoModel.from_pretrained(folder)
 
 
-def test_a_configuration_that_names_other_weights_is_noticed_by_the_loader_itself(copy):
+@pytest.mark.parametrize("within", [False, True], ids=["folder", "subfolder"])
+@pytest.mark.parametrize("loader", ["AutoConfig", "AutoModel", "BertConfig", "BertModel"])
+def test_a_configuration_that_names_other_weights_is_noticed_by_the_loader_itself(loader, within, copy):
     """A user of ``from_pretrained`` never calls our own check."""
     import transformers
 
     stored = load_file(copy / "model.safetensors")
     save_file(stored, copy / "other.safetensors", {"format": "pt"})
     configured(copy, transformers_weights="other.safetensors")
+    named = (copy.parent, {"subfolder": copy.name}) if within else (copy, {})
     with pytest.raises(ArtifactError, match="other weights"):
-        transformers.AutoModel.from_pretrained(copy)
+        getattr(transformers, loader).from_pretrained(named[0], **named[1])
 
 
 @pytest.mark.parametrize(

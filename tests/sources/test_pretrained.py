@@ -81,6 +81,22 @@ def test_a_model_in_memory_loads_by_its_own_class(name, tmp_path):
     octavo.verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 4, "preset": "fast"},
+        {"target": "memory", "ratio": 3, "preset": "fast"},
+        {"target": "speed", "speedup": 1.01},
+    ],
+    ids=str,
+)
+def test_a_model_that_nobody_else_holds_is_saved_too(options, tmp_path):
+    """What is made of a source outlives it, and so must the folder of its configuration."""
+    done = octavo.compress(llama(), data=[tokens()], progress=False, **options)
+    done.save(tmp_path / "out", report=False)
+    assert type(octavo.load(tmp_path / "out")) is T.LlamaForCausalLM
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "qwen3-moe"])
 def test_it_loads_into_the_model_as_well(name, tmp_path):
     torch.manual_seed(0)

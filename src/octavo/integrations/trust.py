@@ -99,11 +99,11 @@ def known(artifact: Artifact) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def _asked_for(path: Any) -> Path | None:
+def _asked_for(path: Any, subfolder: Any = None) -> Path | None:
     """The artifact that a library is about to open, if it was not checked yet."""
     # A string that is not a path may be a hub name.
     with suppress(OSError, TypeError, ValueError):
-        root = root_of(Path(path))
+        root = root_of(Path(path, subfolder or ""))
         return root if root is not None and root.resolve() != _KNOWN.get() else None
     return None
 
@@ -122,7 +122,7 @@ def guard_configurations(module: Any) -> None:
 
     @functools.wraps(usual)
     def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        root = _asked_for(pretrained_model_name_or_path)
+        root = _asked_for(pretrained_model_name_or_path, kwargs.get("subfolder"))
         if root is not None:
             trusted(root)
         return usual(cls, pretrained_model_name_or_path, **kwargs)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from octavo.sources.sites import DTYPES, SMALLEST_SITE, Progress, Source, examin
 from octavo.sources.skeletons import attach_module
 from octavo.sources.weight_files import beside, weight_files
 from octavo.system.paths import checked
+from octavo.system.temporary import TemporaryFolder
 from octavo.system.tensor_files import Place, offsets
 
 
@@ -90,10 +89,10 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
 
 def _in_floats(quantized: Source, path: Path, *, module: bool, progress: Progress) -> Source:
     """The source of a quantized folder: its model in floats, in a temporary folder that lives as long as the source."""
-    place = tempfile.TemporaryDirectory(prefix="octavo-floats-")
-    stored = write_floats(quantized, path, Path(place.name))
-    source = from_path(place.name, module=module, progress=progress)
-    weakref.finalize(source, place.cleanup)
+    place = TemporaryFolder("octavo-floats-")
+    stored = write_floats(quantized, path, place.path)
+    source = from_path(place.path, module=module, progress=progress)
+    source.temporary += (place,)
     source.title, source.stored = quantized.title, stored
     types = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in stored.items())
     source.notes.append(

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import tempfile
-import weakref
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 from octavo.errors import MissingExtraError, RequestError
 from octavo.sources.bounded import bounded
 from octavo.sources.sites import Source, from_module
+from octavo.system.temporary import TemporaryFolder
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -66,9 +65,9 @@ def open_gguf(file: Path) -> Source:
         f"the source is already quantized ({types}): ratios are relative to these bytes; as floats it takes "
         f"{source.dense_bytes / 1e6:.2f} MB"
     )
-    folder = tempfile.TemporaryDirectory(prefix="octavo-gguf-")
-    weakref.finalize(source, folder.cleanup)
-    source.companions = Path(folder.name)
+    folder = TemporaryFolder("octavo-gguf-")
+    source.temporary += (folder,)
+    source.companions = folder.path
     _write_companions(file, module, source.companions)
     return source
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from octavo.sources.names import names_of
 from octavo.sources.shaped import fit_shapes
 from octavo.sources.sites import Source
 from octavo.sources.skeletons import skeleton
+from octavo.system.temporary import TemporaryFolder
 
 #: File names of tokenizers and processors in the folder of the model's weights.
 _TOKENIZER = (
@@ -37,9 +36,9 @@ def adopt(source: Source, module: Any) -> None:
 
     A model whose tensors do not match its configuration stays a plain module, with a note.
     """
-    folder = tempfile.TemporaryDirectory(prefix="octavo-config-")
-    weakref.finalize(source, folder.cleanup)
-    place = Path(folder.name)
+    folder = TemporaryFolder("octavo-config-")
+    source.temporary += (folder,)
+    place = folder.path
     config = type(module.config).from_dict(module.config.to_dict())
     config.architectures = [type(module).__name__]
     config.__dict__.pop("quantization_config", None)

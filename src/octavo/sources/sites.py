@@ -22,6 +22,7 @@ from octavo.sources.modules import own_tensors, state_of
 from octavo.sources.narrowing import FLOATS
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
+from octavo.system.temporary import TemporaryFolder
 
 #: Called with the amount done and the total.
 Progress = Callable[[int, int], Any]
@@ -205,6 +206,8 @@ class Source:
     unstored: int = 0
     #: Folder of configuration and tokenizer, if not ``path``.
     companions: Path | None = None
+    #: Folders that exist as long as this source and all that are made of it.
+    temporary: tuple[TemporaryFolder, ...] = field(default=(), repr=False)
     #: Bytes by storage type, if tensors are stored in types that torch lacks.
     stored: dict[str, int] = field(default_factory=dict)
     #: Notes on how the source was read.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from octavo.sources.sentences import split_name, transformer_folder
 from octavo.sources.shaped import fit_shapes
 from octavo.sources.sites import Source, examine
 from octavo.sources.skeletons import skeleton
+from octavo.system.temporary import TemporaryFolder
 
 
 @torch.no_grad()
@@ -84,9 +83,9 @@ def thinned(
         uncut=source,
     )
     if source.folder is not None:
-        folder = tempfile.TemporaryDirectory(prefix="octavo-config-")
-        weakref.finalize(made, folder.cleanup)
-        made.companions = Path(folder.name)
+        folder = TemporaryFolder("octavo-config-")
+        made.temporary += (folder,)
+        made.companions = folder.path
         made.notes += copy_companions(source.folder, made.companions)
         inner = transformer_folder(source.folder)
         config = read_config(inner) | _differences(source.module, module)
