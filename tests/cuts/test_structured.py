@@ -138,9 +138,54 @@ def test_token_rows_that_no_text_uses_go_and_the_others_get_new_numbers(kind, tm
     assert torch.allclose(outputs_of(again, moved), found, atol=1e-5)
 
 
-def test_tokens_that_a_config_names_stay():
+@pytest.mark.parametrize(
+    ("where", "entry", "value"),
+    [
+        ("config", "eos_token_id", 7),
+        ("config", "eos_token_id", [2, 7]),
+        ("generation_config", "eos_token_id", [2, 7]),
+        ("generation_config", "forced_bos_token_id", 7),
+        ("generation_config", "forced_decoder_ids", [[1, None], [2, 7]]),
+        ("generation_config", "force_words_ids", [[3, 4], [5, 7]]),
+    ],
+)
+def test_tokens_that_a_config_names_stay(where, entry, value):
     model = small("llama")
-    cut = Structured(("token",), "magnitude", compensate=False)
-    kept = {"vocabulary:token": torch.arange(61) != 2}
-    with pytest.raises(RequestError, match="lacks token 2, which is the eos_token_id of the config; keep it"):
-        cut.apply(model, kept, cut.observe(model, [batch_of("llama")]))
+    setattr(getattr(model, where), entry, value)
+    cut = Structured(("token",), "usage", compensate=False)
+    evidence = cut.observe(model, [{"input_ids": torch.full((2, 4), 9)}])
+    kept = {"vocabulary:token": torch.arange(61) != 7}
+    with pytest.raises(RequestError, match=f"lacks token 7, which is the {entry} of the config; keep it"):
+        cut.apply(model, kept, evidence)
+    # The score knows of it, too.
+    assert bool(best(cut.scores(model, cut.units(model), evidence), 0.5)["vocabulary:token"][7])
+
+
+#: Entries of a config of generation, and what they are without tokens 3 and 5.
+ENTRIES = [
+    ("eos_token_id", [2, 6], [2, 4]),
+    ("eos_token_id", 6, 4),
+    ("forced_decoder_ids", [[1, None], [3, 6]], [[1, None], [3, 4]]),
+    ("force_words_ids", [[2, 4], [[6], [7]]], [[2, 3], [[4], [5]]]),
+    ("bad_words_ids", [[4], [4, 5], [6, 7]], [[3], [4, 5]]),
+    ("bad_words_ids", [[3]], None),
+    ("suppress_tokens", [-1, 3, 4, 60], [-1, 3, 58]),
+    ("begin_suppress_tokens", [], []),
+    ("sequence_bias", {(4,): 2.0, (5, 6): -1.0}, {(3,): 2.0}),
+    ("sequence_bias", [[[4], 2.0], [[5, 6], -1.0]], [[[3], 2.0]]),
+    ("lang_to_id", {"<|en|>": 6, "<|de|>": 5}, {"<|en|>": 4}),
+]
+
+
+@pytest.mark.parametrize(("entry", "value", "expected"), ENTRIES)
+def test_all_that_names_tokens_gets_their_new_numbers(entry, value, expected):
+    model = small("whisper")
+    configs = [each for each in (model.config, model.generation_config) if hasattr(each, entry)]
+    for each in configs or [model.generation_config]:
+        setattr(each, entry, value)
+    cut = Structured(("token",), "usage", compensate=False)
+    kept = {"vocabulary:token": ~torch.isin(torch.arange(61), torch.tensor([3, 5]))}
+    thinner = cut.apply(model, kept, cut.observe(model, [batch_of("whisper")]))
+    assert getattr(thinner.generation_config, entry) == expected
+    assert getattr(thinner.config, entry, expected) == expected
+    assert getattr(model.generation_config, entry) == value, "the model stays as it is"

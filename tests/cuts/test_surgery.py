@@ -12,7 +12,8 @@ import octavo.cuts.surgery
 from octavo.cuts import Slice, Units, best, resize, skeleton, trimmed, without
 from octavo.cuts.decoder import observe
 from octavo.cuts.modegpt import MoDeGPT
-from octavo.cuts.scoring import magnitudes, output_energies
+from octavo.cuts.scores.magnitude import WeightMagnitude
+from octavo.cuts.scoring import output_energies
 from octavo.errors import RequestError
 
 
@@ -110,7 +111,7 @@ def test_slices_as_forms_hold_what_is_left_and_scores_say_what_goes():
             layer.mlp.gate_proj.weight[:11] = 1.0
     units = MoDeGPT().units(model)
     moments = observe(model, [{"input_ids": torch.randint(0, 64, (8, 16))}])
-    for scores in (magnitudes(model, units), output_energies(model, moments)):
+    for scores in (WeightMagnitude().scores(model, units, None), output_energies(model, moments)):
         assert {name: len(value) for name, value in scores.items()} == {part.name: part.count for part in units}
         kept = best(scores, 0.25)
         assert not kept["model.layers.1:mlp"][:11].any() and kept["model.layers.1:mlp"][11:].all()

@@ -51,6 +51,19 @@ def test_layers_go_but_not_those_that_shrink_the_image():
         ChainNet(1, NET.layers[:1], 3).kept([False])
 
 
+def chain(*pools, norm=None, mean=None, linear=None, **options):
+    """A convolution and a linear layer, with what a chain may or may not have."""
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1, bias=False, **options), norm or nn.BatchNorm2d(2), nn.ReLU(), *pools,
+        mean or nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear or nn.Linear(2, 3),
+    )  # fmt: skip
+
+
+def test_pools_of_equal_effect_are_read_alike():
+    for pool in (nn.MaxPool2d(2), nn.MaxPool2d((2, 2), stride=(2, 2))):
+        assert ChainNet.of(chain(pool)).layers == (ConvLayer(2, pooled=True),)
+
+
 @pytest.mark.parametrize(
     ("module", "says"),
     [
@@ -58,6 +71,15 @@ def test_layers_go_but_not_those_that_shrink_the_image():
         (nn.Sequential(nn.Conv2d(1, 2, 3)), "is not the convolution of a chain"),
         (nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.ReLU()), "is followed by BatchNorm2d and ReLU"),
         (NET.module()[:-1], "after 4 convolutions it has AdaptiveAvgPool2d"),
+        (chain(nn.MaxPool2d(2, stride=1)), "is not the pooling of a chain"),
+        (chain(nn.MaxPool2d(3, stride=2)), "is not the pooling of a chain"),
+        (chain(nn.MaxPool2d(2, padding=1)), "is not the pooling of a chain"),
+        (chain(nn.MaxPool2d(2, dilation=2)), "is not the pooling of a chain"),
+        (chain(nn.MaxPool2d(2, ceil_mode=True)), "give nn.MaxPool2d"),
+        (chain(mean=nn.AdaptiveAvgPool2d(2)), r"leaves 2 pixels; a chain takes the mean of all"),
+        (chain(linear=nn.Linear(2, 3, bias=False)), "has no bias"),
+        (chain(norm=nn.BatchNorm2d(2, affine=False)), "needs weights and running statistics"),
+        (chain(padding_mode="reflect"), "is not the convolution of a chain"),
     ],
 )
 def test_what_is_no_chain_is_refused(module, says):
@@ -125,3 +147,16 @@ def test_trials_need_batches_and_a_trained_teacher():
         Trials(trials().teacher, IMAGES.split(24), wrong)
     with pytest.raises(RequestError, match="give at least one of each"):
         Trials(NET.module(), [], [])
+
+
+def test_a_net_above_the_limit_teaches_the_policies_but_never_wins():
+    options = {"removals": 0, "shrinkages": 1, "rollouts": 8}
+    free = searched(trials(), **options)
+    # Policies have patience with such nets at first, so that the same one has the highest reward again.
+    known = trials(limit=free.best.net.parameters - 1)
+    found = searched(known, **options)
+    assert found.drawn[0].net == free.drawn[0].net and not all(trial.fits for trial in found.drawn)
+    assert max(found.drawn, key=lambda trial: trial.reward).net == free.best.net
+    assert found.best.fits and found.best.net.parameters <= known.limit
+    with pytest.raises(RequestError, match=r"the smallest net that was drawn has \d+ parameters, which is above"):
+        _ = searched(trials(limit=1), **options).best

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+import octavo
 from octavo.errors import RequestError
-from octavo.forms import Dense, LowRank
+from octavo.forms import Dense, Form, LowRank, RowBlocks
+from octavo.methods.factorize.dictionaries import Shape, learn, split
 from octavo.training import accuracy, cross_entropy, distillation, fit, formed, forms_of, settle
+from octavo.training.regimens.dsformer import StraightThroughFactorizer
+from octavo.training.regimens.maestro import OrderedDropout
 
 
 def task():
@@ -94,3 +98,70 @@ def test_dropout_draws_other_masks_in_every_step():
     batch = torch.ones(8, 64), torch.zeros(8, dtype=torch.long)
     fit(model, lambda epoch: [batch] * 3, cross_entropy)
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def tied():
+    """An embedding whose weight is that of the layer behind it."""
+    model = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 12, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.weight"])
+@pytest.mark.parametrize(
+    "regimen",
+    [
+        lambda name: OrderedDropout(names=(name,)),
+        lambda name: StraightThroughFactorizer({name: Shape(4, 4, 2)}),
+    ],
+)
+def test_tied_weights_are_refused_by_either_name(regimen, name):
+    model = tied()
+    with pytest.raises(RequestError, match=f"'{name}': is shared with another module"):
+        regimen(name).begin(model, 1)
+    assert model[1].weight is model[0].weight
+
+
+def test_forms_follow_a_model_to_another_device():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6))
+    shape = Shape(4, 6, 2)
+    sparse = learn(split(model[0].weight.detach(), 4), shape, 1).form(8)
+    blocks = RowBlocks(torch.arange(6) % 2, (Dense(torch.ones(3, 6)), Dense(torch.ones(3, 6))))
+    formed(model, {"0.weight": sparse, "1.weight": blocks})
+    assert model(torch.ones(2, 8)).shape == (2, 6)
+    assert model.to("meta")(torch.ones(2, 8, device="meta")).shape == (2, 6)
+    devices = {tensor.device.type for form in forms_of(model).values() for tensor in form.held()}
+    assert devices == {"meta"}
+
+
+def test_start_values_are_not_kept_and_a_computed_weight_cannot_be_set():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    formed(model, {"0.weight": low_rank(64, 64, 2)})
+    held = [
+        part
+        for module in model.modules()
+        for value in vars(module).values()
+        for part in (value.held() if isinstance(value, Form) else value if isinstance(value, list) else [])
+    ]
+    assert not [part for part in held if isinstance(part, torch.Tensor) and not part.is_meta]
+    with pytest.raises(RequestError, match="is computed from a lowrank form, so it cannot be set; call"):
+        model[0].weight = torch.ones(64, 64)
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5])
+def test_a_padding_row_that_is_zero_stays_zero(first, tmp_path):
+    def padded():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(12, 8, padding_idx=3), nn.Flatten(), nn.Linear(24, 4))
+        model[0].weight.data[3] = first
+        return model
+
+    model, index = padded(), torch.randint(0, 12, (64, 3))
+    formed(model, {"0.weight": low_rank(12, 8, 3)})
+    fit(model, lambda epoch: [(index, index[:, 0] % 4)] * 10, cross_entropy, epochs=3, lr=1e-2)
+    forms = settle(model)
+    assert bool((model[0].weight[3] == 0).all()) is (first == 0)
+    assert torch.equal(model[0].weight, forms["0.weight"].dense()) and int((model[0].weight == 0).all(1).sum()) < 2
+    octavo.save((model, forms), tmp_path / "small", report=False, progress=False)
+    stored = octavo.load(tmp_path / "small", into=padded())
+    assert bool((stored[0].weight[3] == 0).all()) is (first == 0)

@@ -14,6 +14,7 @@ from octavo.cuts.base import Units, check_kept
 from octavo.cuts.readers import readers_of
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, run
+from octavo.system.modes import evaluating
 
 
 def by_norms(units: Sequence[Units], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,13 +70,14 @@ def carry(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor], 
         If ``kept`` does not fit the units, or a layer that reads them does not run.
     """
     check_kept(units, kept)
-    moved: Any = copy.deepcopy(model).eval()
+    moved: Any = copy.deepcopy(model)
     losses: dict[str, _Loss] = {}
     for part in units:
         for reader in readers_of(moved, part) if part.name in kept else ():
             loss = losses.setdefault(reader.name, _Loss(reader.module, reader.axis))
             loss.places += reader.places[~kept[part.name].cpu()].flatten().tolist()
-    _observe(moved, losses, batches)
+    with evaluating(moved):
+        _observe(moved, losses, batches)
     for name, loss in losses.items():
         if loss.total is None:
             raise RequestError(
@@ -86,7 +88,7 @@ def carry(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor], 
             loss.layer.bias += mean.to(loss.layer.bias)
         elif loss.norm is not None:
             loss.norm.running_mean -= mean.to(loss.norm.running_mean)
-    return moved.train(model.training)
+    return moved
 
 
 @dataclass

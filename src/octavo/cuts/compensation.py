@@ -72,9 +72,10 @@ def compensate(
         mask = kept.get(part.name)
         if mask is None or bool(mask.all()) or reader.name not in moments:
             continue
-        gone = torch.zeros(moments[reader.name].matrix.shape[0], dtype=torch.bool)
-        gone[reader.places[~mask.cpu()].flatten()] = True
-        _fit(reader, ~gone, moments[reader.name].matrix)
+        moment = moments[reader.name].matrix
+        stays = torch.ones(len(moment), dtype=torch.bool)
+        stays[reader.places[~mask.cpu()].flatten()] = False
+        _fit(reader, stays, moment)
 
 
 def _alone(model: nn.Module, units: Sequence[Units]) -> Iterator[tuple[Units, UnitReader]]:
@@ -95,7 +96,7 @@ def _fit(reader: UnitReader, stays: Tensor, moment: Tensor) -> None:
         whole = torch.cat([whole, bias.double()[:, None]], 1)
     else:
         stays, moment = stays[:-1], moment[:-1, :-1]
-    moment = moment.to(whole.device)
+    stays, moment = stays.to(whole.device), moment.to(whole.device)
     inner = moment[stays][:, stays]
     inner = inner + _DAMPING * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     moved = torch.linalg.solve(inner, moment[stays][:, ~stays] @ whole[:, ~stays].t()).t()

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, mask_of, run
 from octavo.system.matmul import fast_matmul, gram
+from octavo.system.modes import evaluating
 
 #: Their rotary embedding rotates dimension ``i`` of a head with ``i + head / 2``, and there is no norm or clipping
 #: between the projections and the attention.
@@ -121,7 +122,7 @@ def observe(model: nn.Module, batches: Iterable[Batch]) -> list[Moments]:
         If there are no batches, or an activation is not finite.
     """
     found = [_Sums(block) for block in blocks(model)]
-    with _evaluating(model), _hooked(found):
+    with evaluating(model), _hooked(found):
         for batch in batches:
             mask = mask_of(batch)
             for sums in found:
@@ -189,18 +190,6 @@ class _Sums:
         after = self._kept(output[0] if isinstance(output, tuple) else output)
         self._add("cosine", cosine_similarity(before, after, dim=-1).double().sum())
         self.count += len(before)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in evaluation mode that restores the mode of every module."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

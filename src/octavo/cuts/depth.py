@@ -41,14 +41,15 @@ def losses_without(
             "layers; give units of the kind 'layer', and leave at least one"
         )
     total, seen = torch.zeros(layers.count - count + 1, dtype=torch.float64), 0
+    device = next(model.parameters()).device
     with differentiating(model):
         for batch in batches:
             reference = objective.outputs(model, batch)
             for first in range(len(total)):
-                gate = torch.ones(1, layers.count)
+                gate = torch.ones(1, layers.count, device=device)
                 gate[:, first : first + count] = 0
                 with gated(model, [layers], {layers.name: gate}):
-                    total[first] += objective.divergence(reference, objective.outputs(model, batch)).sum()
+                    total[first] += float(objective.divergence(reference, objective.outputs(model, batch)).sum())
             seen += sequences_in(batch)
     return total / max(1, seen)
 

@@ -93,13 +93,18 @@ class MoDeGPT(Cut[list[Moments]]):
         thinner, found = copy.deepcopy(model), Decomposition({}, {})
         for block, seen in zip(blocks(thinner), _of_blocks(model, evidence), strict=True):
             for kind in self.types:
-                masks = [kept.get(part.name, torch.ones(part.count, dtype=torch.bool)) for part in _units(block, kind)]
+                device = block.linear("mlp.down_proj").weight.device
+                masks = [
+                    kept[part.name].to(device)
+                    if part.name in kept
+                    else torch.ones(part.count, dtype=torch.bool, device=device)
+                    for part in _units(block, kind)
+                ]
                 if all(bool(mask.all()) for mask in masks):
                     continue
                 together = masks[0] if kind == "mlp" else torch.stack(masks)
                 together = together.repeat(1, 2) if kind == "query-key" else together
-                device = block.linear("mlp.down_proj").weight.device
-                remove(kind, block, seen, together.to(device), self.ridge, found)
+                remove(kind, block, seen, together, self.ridge, found)
         neurons = {name: form for name, form in found.forms.items() if ".mlp." in name and isinstance(form, Trimmed)}
         rest = {name: form for name, form in found.forms.items() if name not in neurons}
         biases = {name: bias for name, bias in found.biases.items() if ".mlp." in name}

@@ -42,10 +42,13 @@ class UnitReader:
     places: Tensor
 
     def owners(self, features: int) -> Tensor:
-        """(features,) number of the unit that each input feature belongs to; the number of units where to none."""
-        count, each = self.places.shape
-        owners = torch.full((features,), count)
-        owners[self.places.flatten()] = torch.arange(count).repeat_interleave(each)
+        """(features,) number of the unit that each input feature belongs to; the number of units where to none.
+
+        They are where the places are.
+        """
+        (count, each), device = self.places.shape, self.places.device
+        owners = torch.full((features,), count, device=device)
+        owners[self.places.flatten()] = torch.arange(count, device=device).repeat_interleave(each)
         return owners
 
     def written(self, rows: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ def gated(model: nn.Module, units: Sequence[Units], gates: dict[str, Tensor]) ->
     Parameters
     ----------
     gates
-        (examples, units) by the name of units.
+        (examples, units) by the name of units. They act on the device and in the dtype of what they scale.
     """
     with ExitStack() as hooks:
         for part in units:
@@ -147,8 +150,8 @@ def gated(model: nn.Module, units: Sequence[Units], gates: dict[str, Tensor]) ->
 def _scaling(reader: UnitReader, gate: Tensor) -> Callable[..., Any]:
     def act(module: nn.Module, args: tuple[Any, ...]) -> Any:
         flow = args[0].movedim(reader.axis, -1)
-        owners = reader.owners(flow.shape[-1]).to(gate.device)
-        factors = torch.cat([gate, torch.ones_like(gate[:, :1])], 1)[:, owners].to(flow.dtype)
+        own, owners = gate.to(flow), reader.owners(flow.shape[-1]).to(flow.device)
+        factors = torch.cat([own, torch.ones_like(own[:, :1])], 1)[:, owners]
         # A module may fold examples and positions into one dimension.
         factors = factors.repeat_interleave(len(flow) // len(factors), 0)
         scaled = flow * factors.reshape(len(flow), *[1] * (flow.ndim - 2), -1)
@@ -159,7 +162,7 @@ def _scaling(reader: UnitReader, gate: Tensor) -> Callable[..., Any]:
 
 def _adding(gate: Tensor) -> Callable[[int, Tensor, Tensor], Tensor]:
     def seen(number: int, before: Tensor, after: Tensor) -> Tensor:
-        share = gate[:, number].to(after.dtype).reshape(-1, *[1] * (after.ndim - 1))
+        share = gate[:, number].to(after).reshape(-1, *[1] * (after.ndim - 1))
         return before + share * (after - before)
 
     return seen

@@ -110,7 +110,7 @@ def perturbed(logs: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     They are drawn one after another without replacement (Kool et al., 2019, arXiv 1903.06059).
     """
-    uniform = torch.rand(len(logs), generator=generator).clamp(1e-20, 1 - 1e-7)
+    uniform = torch.rand(len(logs), generator=generator).clamp(1e-20, 1 - 1e-7).to(logs.device)
     return logs.detach() - (-uniform.log()).log()
 
 
@@ -136,5 +136,5 @@ def drawn(odds: Tensor, count: int, generator: torch.Generator | None = None) ->
 
 def concrete(odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Keep scores between 0 and 1 with noise: ``sigmoid(odds + log u - log(1 - u))`` of uniform ``u`` (rows,)."""
-    uniform = torch.rand(len(odds), generator=generator).clamp(1e-6, 1 - 1e-6)
+    uniform = torch.rand(len(odds), generator=generator).clamp(1e-6, 1 - 1e-6).to(odds.device)
     return (odds + uniform.log() - (-uniform).log1p()).sigmoid()

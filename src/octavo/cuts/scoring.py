@@ -1,4 +1,4 @@
-"""Scores of units that need no decomposition: what a cut is compared with."""
+"""A score of units that needs no decomposition: what a cut is compared with."""
 
 from __future__ import annotations
 
@@ -7,26 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from octavo.cuts.base import Units
 from octavo.cuts.decoder import Moments, blocks
 from octavo.cuts.decomposition import pair_scores
-
-
-@torch.no_grad()
-def magnitudes(model: nn.Module, units: Sequence[Units]) -> dict[str, Tensor]:
-    """The product of the sums of squares of everything that hangs on a unit, matrix by matrix: (count,) by name."""
-    own = model.state_dict()
-
-    def energy(name: str, dim: int, places: Tensor) -> Tensor:
-        weight = own[name].double().square().movedim(dim, 0).flatten(1).sum(1)
-        return weight[places.to(weight.device)].flatten(1).sum(1)
-
-    return {
-        part.name: torch.stack(
-            [energy(piece.tensor, piece.dim, piece.places) for piece in part.slices if own[piece.tensor].ndim > 1]
-        ).prod(0)
-        for part in units
-    }
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from octavo.cuts.vocabulary import check_special, free_padding, renumber_tokens
 from octavo.errors import RequestError
 from octavo.methods.spelling import made_of
 from octavo.sources.batches import Batch, run
+from octavo.system.modes import evaluating
 
 #: Kinds whose numbers are widths of matrices.
 _WIDTHS = (NEURON, COLUMN, CHANNEL)
@@ -163,7 +164,7 @@ class Structured(Cut[Observed]):
         tokens = next((part for part in units if part.kind == TOKEN and part.name in kept), None)
         padding = {}
         if tokens is not None:
-            check_special(anatomy(model).config, tokens, kept[tokens.name])  # type: ignore[union-attr]
+            check_special(model, anatomy(model).config, tokens, kept[tokens.name])  # type: ignore[union-attr]
             padding = free_padding(fitted, tokens, kept[tokens.name])
         thinner = without(fitted, units, kept)
         if (found := anatomy(thinner)) is not None:
@@ -181,10 +182,8 @@ class Structured(Cut[Observed]):
             return self.objective
         if self.objective or not batches:
             return objective_of(self.objective or "kl")
-        training = model.training
-        with torch.no_grad():
-            result = run(model.eval(), batches[0])
-        model.train(training)
+        with evaluating(model), torch.no_grad():
+            result = run(model, batches[0])
         return fitting(result, model, batches[0])
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from octavo.forms import Dense, TensorTrain
+from octavo.errors import RequestError
+from octavo.forms import Dense, Form, TensorTrain
 from octavo.forms.tensor_train import full_ranks
-from octavo.training.formed import unparametrized
+from octavo.training.formed import unparametrized, with_zero_row, zero_row_of
 
 
 def random_train(
@@ -40,11 +41,11 @@ def attach(model: nn.Module, forms: Mapping[str, TensorTrain]) -> None:
     """Train weights, by parameter name, as trains, with diagonals of 1 between the cores.
 
     Embeddings, and linear layers whose train has cores of the inputs before those of the outputs, never make their
-    matrix. Other layers compute it in every forward pass.
+    matrix. Other layers compute it in every forward pass. The padding row of an embedding stays zero if it is zero.
     """
     for name, form in forms.items():
         owner = model.get_submodule(name.rpartition(".")[0])
-        kind, train = type(owner), Train(form)
+        kind, train = type(owner), Train(form, zero_row_of(owner))
         parametrize.register_parametrization(owner, "weight", train)
         # PyTorch made a class for this module alone; it is removed together with the train.
         if kind is nn.Linear and train.inputs:
@@ -69,7 +70,7 @@ def elements(model: nn.Module) -> int:
     return sum(train.size() for train in trains(model).values())
 
 
-def fold(model: nn.Module) -> dict[str, TensorTrain]:
+def fold(model: nn.Module) -> dict[str, Form]:
     """Replace every train by its current dense matrix; returns the trains."""
     found = {name: train.form() for name, train in trains(model).items()}
     for name in found:
@@ -80,8 +81,10 @@ def fold(model: nn.Module) -> dict[str, TensorTrain]:
 class Train(nn.Module):
     """The parametrization: cores and diagonals are its originals, and it returns the matrix."""
 
-    def __init__(self, form: TensorTrain) -> None:
+    def __init__(self, form: TensorTrain, zero_row: int | None = None) -> None:
         super().__init__()
+        self.zero_row = zero_row
+        #: Where cores start, until they are parameters.
         self.start, self.count = [core.dense() for core in form.cores], len(form.cores)
         self.modes, self.matrix = (form.row_modes, form.column_modes), form.shape
         #: Parameters of the enclosing list, where they are registered.
@@ -90,14 +93,23 @@ class Train(nn.Module):
             self.register_buffer(f"kept{bond}", torch.ones(rank, dtype=torch.bool))
 
     def right_inverse(self, weight: Tensor) -> list[Tensor]:
-        """Cores, then diagonals; the weight's values are not used."""
-        ones = [torch.ones(core.shape[1]).to(weight) for core in self.start[:-1]]
-        return [*(core.to(weight) for core in self.start), *ones]
+        """Cores, then diagonals, once; the weight's values are not used."""
+        if not self.start:
+            raise RequestError(
+                f"weight of shape {self.matrix}: is computed from a tensor train, so it cannot be set; fold it first"
+            )
+        cores, self.start = [core.to(weight) for core in self.start], []
+        return [*cores, *(torch.ones_like(core[0]) for core in cores[:-1])]
 
     def forward(self, *parts: Tensor) -> Tensor:
         """The matrix of cores and diagonals, for code that reads the weight."""
         whole = multiplied(self.effective(parts))[0, ..., 0]
-        return whole[: self.matrix[0], : self.matrix[1]]
+        rows = whole[: self.matrix[0], : self.matrix[1]]
+        return self.with_zeros(torch.arange(len(rows), device=rows.device), rows)
+
+    def with_zeros(self, index: Tensor, rows: Tensor) -> Tensor:
+        """Rows by their numbers, with zeros where they must be."""
+        return rows if self.zero_row is None else rows.masked_fill((index == self.zero_row)[:, None], 0.0)
 
     def effective(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Cores (r_(k-1), o_k, i_k, r_k) with the diagonals after them, without the cut ranks."""
@@ -110,10 +122,11 @@ class Train(nn.Module):
             found.append(_remaining(_remaining(wide, 0, kept[k]), 3, kept[k + 1]))
         return found
 
-    def form(self) -> TensorTrain:
+    def form(self) -> Form:
         """The train that is to be stored."""
         cores = self.effective([part.detach() for part in self.held])
-        return TensorTrain(tuple(Dense(core.flatten(0, 2)) for core in cores), *self.modes, *self.matrix)
+        found = TensorTrain(tuple(Dense(core.flatten(0, 2)) for core in cores), *self.modes, *self.matrix)
+        return found if self.zero_row is None else with_zero_row(found, self.zero_row)
 
     @property
     def inputs(self) -> int:
@@ -144,7 +157,7 @@ class Train(nn.Module):
 
     def surrogate(self) -> Tensor:
         """The size with every rank replaced by the sum of magnitudes."""
-        one = torch.ones(())
+        one = self.held[0].new_ones(())
         ranks = [one, *(diagonal.abs().sum() for diagonal in self.masked()), one]
         return torch.stack(
             [ranks[k] * (o * i) * ranks[k + 1] for k, (o, i) in enumerate(zip(*self.modes, strict=True))]
@@ -196,7 +209,7 @@ def _embedding(layer: Any, index: Tensor) -> Tensor:
     if layer.padding_idx is not None:
         # As in PyTorch, uses of this row do not train it.
         rows = torch.where((needed == layer.padding_idx)[:, None], rows.detach(), rows)
-    return functional.embedding(places, rows)
+    return functional.embedding(places, chain[0].with_zeros(needed, rows))
 
 
 def _balanced(cores: Sequence[Tensor]) -> int:

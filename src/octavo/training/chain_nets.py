@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -70,7 +71,9 @@ class ChainNet:
         RequestError
             If the module has anything else, or in another order.
         """
-        leaves = [(name, part) for name, part in module.named_modules() if not list(part.children())]
+        leaves: list[tuple[str, Any]] = [
+            (name, part) for name, part in module.named_modules() if not list(part.children())
+        ]
         parts = [(name, part) for name, part in leaves if not isinstance(part, nn.Dropout | nn.Identity | nn.Flatten)]
         layers: list[ConvLayer] = []
         inputs = 0
@@ -84,7 +87,15 @@ class ChainNet:
                 f"{type(module).__name__}: after {len(layers)} convolutions it has {found}; a chain is convolutions, "
                 "each with batch normalization, a ReLU and perhaps a pooling, then AdaptiveAvgPool2d and one Linear"
             )
-        return cls(inputs, tuple(layers), parts[1][1].out_features)
+        (place, mean), (last, linear) = parts
+        if mean.output_size not in (1, (1, 1)):
+            raise RequestError(
+                f"{place}: {mean} leaves {mean.output_size} pixels; a chain takes the mean of all, so give "
+                "AdaptiveAvgPool2d(1)"
+            )
+        if linear.bias is None:
+            raise RequestError(f"{last}: {linear} has no bias; the linear layer of a chain has one, so give it one")
+        return cls(inputs, tuple(layers), linear.out_features)
 
     def module(self) -> nn.Sequential:
         """A net with random weights, (N, inputs, H, W) to (N, classes)."""
@@ -132,20 +143,35 @@ class ChainNet:
         return given
 
 
-def _read(name: str, convolution: nn.Conv2d, rest: list[tuple[str, nn.Module]]) -> ConvLayer:
+def _halves(pool: nn.MaxPool2d) -> bool:
+    """Whether a pooling is ``nn.MaxPool2d(2)``."""
+    twos, plain = (2, (2, 2)), (pool.padding in (0, (0, 0)), pool.dilation in (1, (1, 1)))
+    return (
+        pool.kernel_size in twos and pool.stride in twos and all(plain) and not (pool.ceil_mode or pool.return_indices)
+    )
+
+
+def _read(name: str, convolution: nn.Conv2d, rest: list[tuple[str, Any]]) -> ConvLayer:
     """A layer from its convolution and the modules after it, which are taken from the list."""
     kernel, stride, padding = convolution.kernel_size, convolution.stride, convolution.padding
     usual = convolution.groups == 1 and convolution.dilation == (1, 1) and convolution.bias is None
+    usual = usual and convolution.padding_mode == "zeros"
     if not usual or kernel != kernel[:1] * 2 or stride != stride[:1] * 2 or padding != (kernel[0] // 2,) * 2:
         raise RequestError(
             f"{name}: {convolution} is not the convolution of a chain; it needs a square kernel, one stride, a padding "
-            "of half the kernel, and neither groups, dilation nor bias"
+            "with zeros of half the kernel, and neither groups, dilation nor bias"
         )
     kinds = [type(part) for _, part in rest[:3]]
     if kinds[:2] != [nn.BatchNorm2d, nn.ReLU]:
         raise RequestError(f"{name}: a convolution of a chain is followed by BatchNorm2d and ReLU")
+    norm: Any = rest[0][1]
+    if not (norm.affine and norm.track_running_stats):
+        raise RequestError(f"{rest[0][0]}: {norm} is not that of a chain; it needs weights and running statistics")
     pooled = kinds[2:] == [nn.MaxPool2d]
-    if pooled and rest[2][1].kernel_size not in (2, (2, 2)):
-        raise RequestError(f"{rest[2][0]}: a pooling of a chain is 2 x 2")
+    if pooled and not _halves(rest[2][1]):
+        raise RequestError(
+            f"{rest[2][0]}: {rest[2][1]} is not the pooling of a chain, which takes the maximum of 2 x 2 pixels in "
+            "steps of 2, without padding, dilation or ceil_mode; give nn.MaxPool2d(2)"
+        )
     del rest[: 2 + pooled]
     return ConvLayer(convolution.out_channels, kernel[0], stride[0], pooled)

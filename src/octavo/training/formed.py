@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from octavo.errors import RequestError
-from octavo.forms import Dense, Form, with_leaves
+from octavo.forms import BlockScaled, Dense, Form, Grid, with_leaves
 from octavo.sources.sites import Layout
 from octavo.training.computed import refuse_shared
 
@@ -20,7 +21,8 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
     """Compute parameters of ``module`` from forms, and train the dense leaves of the forms.
 
     Every :class:`octavo.forms.Dense` inside a form becomes a parameter; the rest, such as indices, is fixed. The module
-    runs unchanged: when it reads its weight, it gets the form's matrix, with gradients.
+    runs unchanged: when it reads its weight, it gets the form's matrix, with gradients. The padding row of an embedding
+    stays zero if it is zero.
 
     Parameters
     ----------
@@ -43,6 +45,8 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
                 f"{name!r}: its shape {shape} does not match a form of shape {form.shape}; give a form of that shape"
             )
         refuse_shared(module, name)
+        row = zero_row_of(owner) if parameter == "weight" and layout == Layout() else None
+        form = form if row is None else with_zero_row(form, row)
         parametrize.register_parametrization(owner, parameter, _Formed(form, layout, shape))
 
 
@@ -50,7 +54,7 @@ def forms_of(module: nn.Module) -> dict[str, Form]:
     """The forms of all parameters that :func:`formed` replaced, with the current values of their leaves."""
     found = {}
     for name, chain in _chains(module):
-        leaves = [getattr(chain, f"original{k}").detach().clone() for k in range(len(chain[0].leaves))]
+        leaves = [getattr(chain, f"original{k}").detach().clone() for k in range(chain[0].count)]
         found[name] = chain[0].rebuilt(leaves)
     return found
 
@@ -82,6 +86,40 @@ def settle(module: nn.Module) -> dict[str, Form]:
     for name in found:
         unparametrized(*_owner(module, name))
     return found
+
+
+def without_leaves(form: Form) -> Form:
+    """A form whose dense leaves have shapes but no values, for code that trains them elsewhere."""
+    return with_leaves(form, lambda leaf: Dense(leaf.weight.to("meta")) if isinstance(leaf, Dense) else leaf)
+
+
+def on_device(form: Form, device: torch.device) -> Form:
+    """A form from :func:`without_leaves` with all its tensors on the device of the leaves that are trained."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, Form):
+            return on_device(value, device)
+        return tuple(map(moved, value)) if isinstance(value, tuple) else value
+
+    if isinstance(form, Dense):
+        return form
+    values = {field.name: getattr(form, field.name) for field in fields(form) if field.init}  # type: ignore[arg-type]
+    return replace(form, **{name: moved(value) for name, value in values.items()})  # type: ignore[type-var]
+
+
+def zero_row_of(module: nn.Module) -> int | None:
+    """The padding row of an embedding, if it is zero; None for other modules."""
+    row = module.padding_idx if isinstance(module, nn.Embedding) else None
+    return None if row is None or bool(module.get_parameter("weight")[row].any()) else row
+
+
+def with_zero_row(form: Form, row: int) -> Form:
+    """A form with zeros in one row, whatever is learned: the rest of the form may be shared by all rows."""
+    codes = torch.ones(form.shape[0], 1, dtype=torch.int8)
+    codes[row] = 0
+    return BlockScaled(form, Grid(codes, torch.ones(1, 1, dtype=torch.float16)))
 
 
 def unparametrized(owner: nn.Module, parameter: str) -> None:
@@ -117,13 +155,22 @@ class _Formed(nn.Module):
 
     def __init__(self, form: Form, layout: Layout, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.form, self.layout, self.shape = form, layout, shape
-        self.leaves: list[Tensor] = []
+        self.form, self.layout, self.shape = without_leaves(form), layout, shape
+        self.device: torch.device | None = None
+        #: Where leaves start, until they are parameters.
+        self.start: list[Tensor] = []
         with_leaves(form, self._collected)
+        self.count = len(self.start)
 
     def right_inverse(self, weight: Tensor) -> Sequence[Tensor]:
-        """The trained leaves; the weight's values are not used."""
-        return [leaf.to(weight) for leaf in self.leaves]
+        """The leaves, once; the weight's values are not used."""
+        if len(self.start) < self.count:
+            raise RequestError(
+                f"weight of shape {self.shape}: is computed from a {self.form.name} form, so it cannot be set; call "
+                "octavo.training.settle first"
+            )
+        leaves, self.start = [leaf.to(weight) for leaf in self.start], []
+        return leaves
 
     def forward(self, *leaves: Tensor) -> Tensor:
         return self.layout.from_matrix(self.rebuilt(leaves).dense(), self.shape)
@@ -131,11 +178,14 @@ class _Formed(nn.Module):
     def rebuilt(self, leaves: Sequence[Tensor]) -> Form:
         """The form with other leaves, in the order of discovery."""
         coming = iter(leaves)
+        # The module may have been moved since the last time.
+        if leaves and leaves[0].device != self.device:
+            self.form, self.device = on_device(self.form, leaves[0].device), leaves[0].device
         return with_leaves(self.form, lambda leaf: Leaf(next(coming)) if isinstance(leaf, Dense) else leaf)
 
     def _collected(self, leaf: Form) -> Form:
         if isinstance(leaf, Dense):
-            self.leaves.append(leaf.weight.detach().clone())
+            self.start.append(leaf.weight.detach().clone())
         return leaf
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from octavo.sources.batches import mask_of, run
+from octavo.system.modes import evaluating
 
 Batch = Any
 #: Maps a module and a batch to a scalar.
@@ -49,15 +50,14 @@ def distillation(teacher: nn.Module, loss: Loss | None = None, *, share: float =
     Parameters
     ----------
     teacher
-        The teacher module, with the same inputs as the student; it is not trained.
+        The teacher module, with the same inputs as the student. It runs in evaluation mode and is not trained.
     loss
         Loss of the labels; without one only the teacher counts, and batches need no labels.
     """
-    teacher.eval().requires_grad_(False)
 
     def combined(module: nn.Module, batch: Batch) -> Tensor:
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
-        with torch.no_grad():
+        with evaluating(teacher), torch.no_grad():
             target = outputs_of(teacher, inputs) / temperature
         value = divergence(target, outputs_of(module, inputs) / temperature) * temperature**2
         return value if loss is None else share * value + (1 - share) * loss(module, batch)
@@ -75,10 +75,8 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
 def accuracy(module: nn.Module, batches: Iterable[Batch]) -> float:
     """Share of examples of ``(inputs, labels)`` whose label has the largest logit."""
     right = total = 0
-    training = module.training
-    module.eval()
-    for inputs, labels in batches:
-        right += int((outputs_of(module, inputs).argmax(-1) == labels).sum())
-        total += labels.numel()
-    module.train(training)
+    with evaluating(module):
+        for inputs, labels in batches:
+            right += int((outputs_of(module, inputs).argmax(-1) == labels).sum())
+            total += labels.numel()
     return right / max(total, 1)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from octavo.errors import RequestError
 from octavo.methods.policies import Credit, Reinforce, Rollout
+from octavo.system.modes import evaluating
 from octavo.training.chain_nets import ChainNet
 from octavo.training.loop import fit
 from octavo.training.losses import Batch, accuracy, divergence, outputs_of
@@ -62,11 +63,14 @@ class Trial:
         On the data for choices, after a short training.
     reward
         What the policies get.
+    fits
+        Whether it is within the limit, if there is one. A net above it teaches the policies, but is no result.
     """
 
     net: ChainNet
     accuracy: float
     reward: float
+    fits: bool = True
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Trials:
         if not self.batches or not self.score:
             raise RequestError("trials: no batches to teach on, or none to score on; give at least one of each")
         self.whole = ChainNet.of(self.teacher)
+        self._device = next(self.teacher.parameters()).device
         self._lessons = lessons(self.teacher, self.batches)
         self._best = accuracy(self.teacher, self.score)
         if not self._best:
@@ -120,13 +125,12 @@ class Trials:
             starts = [self._started(net, self.seed + number) for number in range(self.starts)]
             self.tried[net] = sum(starts) / len(starts)
         value = reward(1 - net.parameters / self.whole.parameters, self.tried[net] / self._best)
-        if self.limit is not None and net.parameters > self.limit:
-            value = above_limit(value, update)
-        return Trial(net, self.tried[net], value)
+        fits = self.limit is None or net.parameters <= self.limit
+        return Trial(net, self.tried[net], value if fits else above_limit(value, update), fits)
 
     def _started(self, net: ChainNet, seed: int) -> float:
         torch.manual_seed(seed)
-        child = net.module()
+        child = net.module().to(self._device)
         fit(child, lambda epoch: self._lessons, taught, epochs=self.epochs, lr=self.rate, seed=seed)
         return accuracy(child, self.score)
 
@@ -134,8 +138,8 @@ class Trials:
 @torch.no_grad()
 def lessons(teacher: nn.Module, batches: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Each batch with the teacher's logits, which are computed once for all students."""
-    teacher.eval()
-    return [(batch, outputs_of(teacher, batch)) for batch in batches]
+    with evaluating(teacher):
+        return [(batch, outputs_of(teacher, batch)) for batch in batches]
 
 
 def taught(module: nn.Module, batch: Batch) -> Tensor:
@@ -224,8 +228,20 @@ class Found:
 
     @property
     def best(self) -> Trial:
-        """The net of highest reward."""
-        return max(self.drawn, key=lambda trial: trial.reward)
+        """The net of highest reward within the limit.
+
+        Raises
+        ------
+        RequestError
+            If none that was drawn is within it.
+        """
+        found = _best(self.drawn)
+        if not found.fits:
+            raise RequestError(
+                f"search: the smallest net that was drawn has {found.net.parameters} parameters, which is above the "
+                "limit; draw more, or raise the limit"
+            )
+        return found
 
 
 def searched(
@@ -293,10 +309,21 @@ def searched(
             means.append(sum(rollout.total for rollout in episode) / rollouts)
             progress(len(means), removals + shrinkages)
         if drawn:
-            base = max(drawn, key=lambda trial: trial.reward).net
+            base = _best(drawn).net
     if not drawn:
         raise RequestError("search: no net that was drawn can be built; draw more, or give a teacher of more layers")
     return Found(tuple(drawn), tuple(means), removal, shrinkage)
+
+
+def _best(drawn: Sequence[Trial]) -> Trial:
+    """The net of highest reward within the limit; the smallest one where all are above it.
+
+    Rewards of nets above the limit depend on when they were drawn, so they cannot be compared.
+    """
+    fitting = [trial for trial in drawn if trial.fits]
+    if not fitting:
+        return min(drawn, key=lambda trial: trial.net.parameters)
+    return max(fitting, key=lambda trial: trial.reward)
 
 
 def random_search(trials: Trials, count: int, seed: int = 0) -> tuple[Trial, ...]:

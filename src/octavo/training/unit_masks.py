@@ -142,7 +142,7 @@ def _spread(values: Tensor, place: UnitReader, features: int) -> Tensor:
 
 def _masked(flow: Tensor, values: Tensor, place: UnitReader) -> Tensor:
     """What a layer reads or writes, times (examples or 1, units)."""
-    factors = _spread(values, place, flow.shape[place.axis])
+    factors = _spread(values, place, flow.shape[place.axis]).to(flow)
     shape = [len(factors), *[1] * (flow.ndim - 1)]
     shape[place.axis] = factors.shape[1]
     return flow * factors.view(shape)
@@ -166,10 +166,10 @@ def _scale(place: UnitReader, values: Tensor) -> None:
     if module.weight.ndim == 1:
         for tensor in (module.weight, getattr(module, "bias", None)):
             if tensor is not None:
-                tensor.mul_(_spread(values, place, len(tensor)))
+                tensor.mul_(_spread(values, place, len(tensor)).to(tensor))
         return
     # The linear layer of GPT-2 holds (inputs, outputs).
     dim = 0 if type(module).__name__ == "Conv1D" else 1
     shape = [1] * module.weight.ndim
     shape[dim] = module.weight.shape[dim]
-    module.weight.mul_(_spread(values, place, shape[dim]).view(shape))
+    module.weight.mul_(_spread(values, place, shape[dim]).to(module.weight).view(shape))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, LowRank
 from octavo.methods.factorize.factors import whitened
+from octavo.system.modes import evaluating
 
 
 def factorizable(model: nn.Module) -> tuple[str, ...]:
@@ -111,20 +112,23 @@ def within_share(
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Recompute the statistics of batch normalization, since layers of another rank change means and variances.
 
-    They become the averages over these inputs; everything else is unchanged.
+    They become the averages over these inputs; everything else is unchanged. All other layers run in evaluation mode,
+    as they will where the statistics are used.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    training = model.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    for inputs in batches:
-        model(inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.train(training)
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        try:
+            for inputs in batches:
+                model(inputs)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    return model
 
 
 def allocated(

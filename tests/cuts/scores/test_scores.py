@@ -8,6 +8,7 @@ from octavo.calibration.curvature import kronecker
 from octavo.calibration.objective import Loss, Squared
 from octavo.cuts import SCORES, Slice, Units
 from octavo.cuts.layers import layer_units
+from octavo.cuts.readers import gated
 from octavo.cuts.scores.activation import Activation
 from octavo.cuts.scores.gradients import Fisher, OptimalBrainSurgeon, Taylor
 from octavo.cuts.scores.magnitude import NormScale, WeightMagnitude
@@ -169,3 +170,17 @@ def test_every_score_is_finite_and_takes_any_units():
 def test_aggregations_that_are_not_known_are_refused():
     with pytest.raises(RequestError, match="sequence is 'max'; choose one of mean, l2, variance"):
         Activation(sequence="max")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)])
+def test_gates_act_where_and_as_precisely_as_the_model_runs(device, dtype):
+    net, gates = net_of().to(device, dtype), {"0": torch.ones(4, 3, requires_grad=True)}
+    x = torch.ones(4, 5, device=device, dtype=dtype)
+    with gated(net, [PAIRS], gates):
+        result = net(x)
+    assert (result.device.type, result.dtype) == (device, dtype)
+    # Tensors of the device "meta" have no values.
+    if device == "cpu":
+        assert torch.equal(result, net(x))
+        result.sum().backward()
+        assert gates["0"].grad.shape == (4, 3) and gates["0"].grad.dtype == torch.float32

@@ -325,3 +325,15 @@ def test_trains_of_other_modes_can_be_attached():
         5,
         1,
     )
+
+
+def test_a_padding_row_that_is_zero_stays_zero():
+    model = net()
+    model.words = nn.Embedding(VOCABULARY, 24, padding_idx=5)
+    stage = regimen(gamma=0.5)
+    fit(model, task(), cross_entropy, epochs=1, lr=1e-2, regimen=stage)
+    rows = model.words(torch.tensor([[5, 6]])).detach()
+    assert not rows[0, 0].any() and rows[0, 1].any() and not model.words.weight[5].any()
+    forms = fold(model)
+    assert not forms["words.weight"].dense()[5].any() and not model.words.weight[5].any()
+    assert torch.allclose(model.words(torch.tensor([[5, 6]])), rows, atol=1e-6)

@@ -67,6 +67,7 @@ def test_with_masks_alone_weights_stay_until_they_are_fixed(learned):
     kept = regimen.kept(model)
     mask, own = kept["0"], model.state_dict()
     assert torch.equal(own["0.weight"], learned["0.weight"])
+    assert all(weight.requires_grad for weight in model.parameters()), "they can be trained on"
     # The means of the masks are in the layer that reads the units: one factor a column.
     ratios = own["2.weight"][kept["2"]][:, mask] / learned["2.weight"][kept["2"]][:, mask]
     assert torch.allclose(ratios, ratios[:1].expand_as(ratios), rtol=1e-3)

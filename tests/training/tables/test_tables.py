@@ -142,6 +142,12 @@ def test_nothing_is_looked_up_from_an_empty_batch(name):
         (lambda: LowPrecision(5, 8, 40000), "40000 levels"),
         (lambda: LowPrecision(0, 8), "0 rows"),
         (lambda: GatedGroups(torch.ones(3), 8), "6 groups of 3 rows"),
+        (lambda: GatedGroups(torch.ones(300), 2, 257), "257 blocks"),
+        (lambda: ranked(torch.ones(300), range(1, 258)), "give at most 256"),
+        (
+            lambda: RowGroups(torch.arange(257), [FormTable(Dense(torch.ones(1, 2)))] * 257),
+            "257 tables, but the number of a group is one byte",
+        ),
         (lambda: WidthChoice(5, 8, (9,)), "widths"),
         (lambda: SoftThreshold(2, 4).kept(9), "9 of 8"),
         (lambda: Prefixes(2, 4).kept(3, 1), "3 rows of 1"),
@@ -265,3 +271,65 @@ def test_a_network_stands_for_a_table():
 def test_every_kind_of_table_is_here():
     kinds = {type(made(name)) for name in KINDS}
     assert kinds == set(CompactTable.__subclasses__())
+
+
+class Shared(nn.Module):
+    """Two encoders that read the same table, and one that has its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.other = (nn.ModuleDict() for _ in range(3))
+        self.left["table"] = self.right["table"] = nn.Embedding(ROWS, COLUMNS)
+        self.other["table"] = nn.Embedding(ROWS, COLUMNS)
+
+    def forward(self, index):
+        return self.left["table"](index) + self.right["table"](index) + self.other["table"](index)
+
+
+@pytest.mark.parametrize("names", [None, ["left.*"], ["right.*"]])
+def test_a_table_that_two_modules_share_is_replaced_in_both(names):
+    model = Shared()
+    with_tables(model, lambda old: LowPrecision(ROWS, COLUMNS), names)
+    assert isinstance(model.left["table"], LowPrecision) and model.left["table"] is model.right["table"]
+    assert isinstance(model.other["table"], LowPrecision) is (names is None)
+    before = model.eval()(torch.arange(ROWS))
+    forms = settle_tables(model)
+    assert type(model.left["table"]) is nn.Embedding and model.left["table"] is model.right["table"]
+    assert forms.keys() == ({"left.table.weight"} if names else {"left.table.weight", "other.table.weight"})
+    assert torch.allclose(model(torch.arange(ROWS)), before, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_reading_the_weight_changes_nothing_and_draws_nothing(name):
+    table = made(name).train()
+    state, random = {key: value.clone() for key, value in table.state_dict().items()}, torch.get_rng_state()
+    rows = table.weight
+    assert torch.equal(rows, table.weight) and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[key]) for key, value in table.state_dict().items())
+    assert rows.requires_grad and all(part.training for part in table.modules())
+
+
+def test_as_many_groups_as_a_byte_can_number():
+    torch.manual_seed(0)
+    table = GatedGroups(torch.rand(300), 2, 256)
+    assert len(table.form().blocks) == 256
+    assert torch.allclose(table.form().dense(), table.weight.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_padding_row_that_is_zero_stays_zero(name, tmp_path):
+    def net():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Embedding(ROWS, COLUMNS, padding_idx=5), nn.Linear(COLUMNS, 1))
+
+    model = with_tables(net(), lambda old: made(name))
+    lesson(model, 4)
+    index = torch.arange(ROWS)
+    table = model.train()[0]
+    assert not table(index)[5].any() and not table.weight[5].any() and table(index)[6:].any()
+    rows = model.eval()[0](index).detach()
+    forms = settle_tables(model)
+    assert not model[0].weight[5].any() and torch.allclose(model[0].weight, rows, atol=2e-3, rtol=2e-3)
+    octavo.save((model, forms), tmp_path / "small", report=False, progress=False)
+    read = octavo.Artifact(tmp_path / "small").form("0.weight")
+    assert not read.lookup(torch.tensor([5])).any() and torch.equal(read.dense(), model[0].weight.detach())

@@ -1,5 +1,7 @@
 """Teaching: what the losses compute, that students learn by them, and what bad input is told."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -314,3 +316,22 @@ def test_other_tokenizers_are_told():
         same_tokens(Words(known), Words({**known, "e": 3}))
     with pytest.raises(RequestError, match="one vocabulary but split a text"):
         same_tokens(Words(known), Words(known, letters=True))
+
+
+def test_maps_leave_the_student_as_it_was():
+    torch.manual_seed(0)
+    teacher, student = (
+        nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 5))
+        for width in (16, 4)
+    )
+    student[1].eval()
+    before, modes = copy.deepcopy(student.state_dict()), [part.training for part in student.modules()]
+    lesson = Lesson(teacher, [HiddenStates({"1": "1"})])
+    with lesson.maps(student, torch.randn(8, 6)):
+        pass
+    assert [part.training for part in student.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    student.train()
+    with lesson.maps(student, torch.randn(8, 6)):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())

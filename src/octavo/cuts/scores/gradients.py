@@ -58,12 +58,13 @@ class Taylor(Score[dict[str, Tensor]]):
         for part in units:
             if not part.wholes and not readers_of(model, part):
                 raise RequestError(f"taylor: no layer reads the units {part.name!r}; choose another score, as fisher")
-        sums = {part.name: torch.zeros(part.count, dtype=torch.float64) for part in units}
+        device = next(model.parameters()).device
+        sums = {part.name: torch.zeros(part.count, dtype=torch.float64, device=device) for part in units}
         count, generator = 0, torch.Generator().manual_seed(self.seed)
         with differentiating(model):
             for batch in _all(batches):
                 size = sequences_in(batch)
-                gates = {part.name: torch.ones(size, part.count, requires_grad=True) for part in units}
+                gates = {part.name: torch.ones(size, part.count, device=device, requires_grad=True) for part in units}
                 with gated(model, units, gates):
                     value = objective.probe(objective.outputs(model, batch), generator)
                 found = torch.autograd.grad(value, list(gates.values()), allow_unused=True)
@@ -71,7 +72,8 @@ class Taylor(Score[dict[str, Tensor]]):
                     if gradient is not None:
                         sums[name] += gradient.double().square().sum(0)
                 count += size
-        return {name: total / count for name, total in sums.items()}
+        # Scores are compared on the CPU, as those from weights are.
+        return {name: total.cpu() / count for name, total in sums.items()}
 
 
 @score("fisher", source="Theis et al., 2018, arXiv 1801.05787")

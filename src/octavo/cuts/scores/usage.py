@@ -43,9 +43,8 @@ class Usage(Score[dict[str, Tensor]]):
         with differentiating(model), watched(tables, seen):
             for batch in batches:
                 objective.outputs(model, batch)
-        named = {
-            number for part in model.modules() for number in special_tokens(getattr(part, "config", None)).values()
-        }
+        configs = [getattr(part, name, None) for part in model.modules() for name in ("config", "generation_config")]
+        named = {number for config in configs for numbers in special_tokens(config).values() for number in numbers}
         for count in counts.values():
             for number in named:
                 if number < len(count):

@@ -14,7 +14,8 @@ from octavo.cuts import best, trimmed
 from octavo.cuts.decoder import PROJECTIONS, blocks, observe
 from octavo.cuts.decomposition import allocate, decompose
 from octavo.cuts.modegpt import MoDeGPT
-from octavo.cuts.scoring import magnitudes, output_energies
+from octavo.cuts.scores.magnitude import WeightMagnitude
+from octavo.cuts.scoring import output_energies
 from octavo.forms import Dense, Form, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.recipes.frame import Lab, Study, gap
@@ -81,7 +82,7 @@ def run(lab: Lab) -> None:
     energies = output_energies(model, seen)
     add(DENSE, {})
     add(RANDOM, trimmed(model, units, best({p.name: torch.rand(p.count, generator=generator) for p in units}, MORE)))
-    add(MAGNITUDE, trimmed(model, units, best(magnitudes(model, units), MORE)))
+    add(MAGNITUDE, trimmed(model, units, best(WeightMagnitude().scores(model, units, None), MORE)))
     add(SVD, factored(named, {}, MORE))
     for share in (LESS, MORE):
         add(f"{ENERGY}, {share:.0%}", trimmed(model, units, best(energies, share)))

@@ -14,7 +14,7 @@ from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.factorize.dictionaries import DictionaryFactors, Shape, again, learn, split
 from octavo.sources.sites import Layout
-from octavo.training.computed import usual_layouts
+from octavo.training.computed import refuse_shared, usual_layouts
 from octavo.training.formed import unparametrized
 from octavo.training.regimens.base import Regimen, regimen
 
@@ -65,7 +65,8 @@ class StraightThroughFactorizer(Regimen):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Factorize every weight, and run the network with the products."""
-        known = dict(model.named_parameters())
+        # A weight that two modules share has two names here, so that it is refused by either.
+        known = dict(model.named_parameters(remove_duplicate=False))
         usual = usual_layouts(model, self.shapes.keys() & known.keys())
         for name, shape in self.shapes.items():
             prefix, _, parameter = name.rpartition(".")
@@ -74,6 +75,7 @@ class StraightThroughFactorizer(Regimen):
                 raise RequestError(
                     f"{type(model).__name__}: has no parameter {name!r} that can be factorized; name one of its weights"
                 )
+            refuse_shared(model, name)
             layout = self.layouts.get(name, usual[name])
             rows, columns = layout.matrix_shape(tuple(weight.shape))
             if not (

@@ -15,7 +15,7 @@ from octavo.errors import RequestError
 from octavo.forms import Dense, LowRank
 from octavo.methods.factorize.factors import whitened
 from octavo.sources.sites import Layout
-from octavo.training.computed import usual_layouts
+from octavo.training.computed import refuse_shared, usual_layouts
 from octavo.training.formed import unparametrized
 from octavo.training.losses import Batch, Loss, divergence, logits_of, outputs_of
 from octavo.training.regimens.base import Regimen, regimen
@@ -83,7 +83,8 @@ class OrderedDropout(Regimen):
     def begin(self, model: nn.Module, steps: int) -> None:
         """Replace every weight by its factors."""
         self._generator.manual_seed(self.seed)
-        known, names = dict(model.named_parameters()), self.names or factorizable(model)
+        # A weight that two modules share has two names here, so that it is refused by either.
+        known, names = dict(model.named_parameters(remove_duplicate=False)), self.names or factorizable(model)
         if not names:
             raise RequestError(
                 f"{type(model).__name__}: has no linear layer and no convolution without groups; give a model with "
@@ -94,6 +95,7 @@ class OrderedDropout(Regimen):
                 raise RequestError(
                     f"{type(model).__name__}: has no matrix {name!r} that can be factorized; name one of its weights"
                 )
+            refuse_shared(model, name)
         for name, layout in usual_layouts(model, names).items():
             prefix, _, parameter = name.rpartition(".")
             self._layers[name], owner = _Ordered(known[name], layout), model.get_submodule(prefix)

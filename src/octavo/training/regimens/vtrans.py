@@ -113,9 +113,9 @@ class VTrans(Regimen):
         self._now = 1 - (1 - self.share) * min(1.0, (step + 1) / self._rise)
         for mask in self._masks.values():
             mask.renew()
-        if self.only_masks:
+        if self.only_masks and not self._fixed:
             for weight in self._trained:
-                weight.requires_grad_(self._fixed)
+                weight.requires_grad_(False)
 
     def penalty_of(self, model: nn.Module) -> Tensor | None:
         """The bound and the size of all masks; none when they are fixed."""
@@ -130,6 +130,10 @@ class VTrans(Regimen):
 
     def after_backward(self, step: int) -> None:
         """Train the masks, and let the multipliers ascend."""
+        if self.only_masks:
+            # Weights are frozen only while gradients are computed, so that none stays so after the last step.
+            for weight in self._trained:
+                weight.requires_grad_(True)
         if not self._fixed:
             self._adam.step()
             self._ascent.step()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.forms import Form
+from octavo.system.modes import evaluating
+from octavo.training.formed import with_zero_row, zero_row_of
 
 
 class CompactTable(nn.Module, ABC):
@@ -36,6 +38,8 @@ class CompactTable(nn.Module, ABC):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         #: The row that uses do not train, as in ``nn.Embedding``; None if there is none.
         self.padding_idx: int | None = None
+        #: The row that is zero, whatever the table shares with other rows; None if there is none.
+        self.zero_row: int | None = None
 
     @abstractmethod
     def read(self, index: Tensor) -> Tensor:
@@ -63,12 +67,21 @@ class CompactTable(nn.Module, ABC):
         rows = self.read(needed)
         if self.padding_idx is not None:
             rows = torch.where((needed == self.padding_idx)[:, None], rows.detach(), rows)
+        rows = self._with_zeros(needed, rows)
         return rows[places.flatten()].reshape(*index.shape, self.embedding_dim)
 
     @property
     def weight(self) -> Tensor:
-        """All rows (rows, columns), for code that reads the weight of an embedding."""
-        return self.read(torch.arange(self.num_embeddings, device=next(self.parameters()).device))
+        """All rows (rows, columns) as they would be stored, for code that reads the weight of an embedding.
+
+        Reading them changes nothing and draws nothing, in training mode too.
+        """
+        index = torch.arange(self.num_embeddings, device=next(self.parameters()).device)
+        with evaluating(self):
+            return self._with_zeros(index, self.read(index))
+
+    def _with_zeros(self, index: Tensor, rows: Tensor) -> Tensor:
+        return rows if self.zero_row is None else rows.masked_fill((index == self.zero_row)[:, None], 0.0)
 
     def extra_repr(self) -> str:
         """The size, as for an embedding."""
@@ -86,6 +99,8 @@ def with_tables(
     module: nn.Module, make: Callable[[nn.Embedding], CompactTable], names: Sequence[str] | None = None
 ) -> nn.Module:
     """Replace embeddings inside a module by compressed tables, in place; train it as usual afterwards.
+
+    The padding row of an embedding stays zero if it is zero.
 
     Parameters
     ----------
@@ -116,16 +131,22 @@ def with_tables(
     >>> {name: form.name for name, form in forms.items()}, type(net[0]).__name__
     ({'0.weight': 'hashed'}, 'Embedding')
     """
-    found = {name: part for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
+    found = {part: places for part, places in _places(module).items() if isinstance(part, nn.Embedding)}
     if names is not None:
+        known = [name for places in found.values() for name in places]
         for glob in names:
-            if not any(fnmatchcase(name, glob) for name in found):
-                raise RequestError(f"tables: no embedding is named {glob!r}; choose from {', '.join(found) or 'none'}")
-        found = {name: part for name, part in found.items() if any(fnmatchcase(name, glob) for glob in names)}
-    if not found or "" in found:
+            if not any(fnmatchcase(name, glob) for name in known):
+                raise RequestError(f"tables: no embedding is named {glob!r}; choose from {', '.join(known) or 'none'}")
+        found = {
+            part: places
+            for part, places in found.items()
+            if any(fnmatchcase(name, glob) for name in places for glob in names)
+        }
+    if not found or module in found:
         raise RequestError(f"{type(module).__name__}: holds no embedding to replace; give the module that holds one")
     owners = [weight for part in module.modules() for weight in part._parameters.values()]
-    for name, old in found.items():
+    for old, places in found.items():
+        name = places[0]
         if sum(weight is old.weight for weight in owners) > 1 or old.max_norm is not None:
             raise RequestError(f"{name!r}: is tied to another weight or limits its norms; give it a plain weight first")
         made = make(old)
@@ -134,8 +155,8 @@ def with_tables(
                 f"{name!r}: a table of {made.extra_repr()} does not replace {old.num_embeddings}, {old.embedding_dim}; "
                 "give one of that size"
             )
-        made.padding_idx = old.padding_idx
-        module.set_submodule(name, made.to(old.weight.device).train(old.training))
+        made.padding_idx, made.zero_row = old.padding_idx, zero_row_of(old)
+        _put(module, places, made.to(old.weight.device).train(old.training))
     return module
 
 
@@ -144,10 +165,25 @@ def settle_tables(module: nn.Module) -> dict[str, Form]:
 
     With ``octavo.save((module, forms), path)`` they become an artifact.
     """
-    forms = {}
+    forms, everywhere = {}, _places(module)
     for name, table in tables_of(module).items():
         form, device = table.form(), next(table.parameters()).device
+        form = form if table.zero_row is None else with_zero_row(form, table.zero_row)
         plain = nn.Embedding.from_pretrained(form.dense().to(device), freeze=False, padding_idx=table.padding_idx)
-        module.set_submodule(name, plain.train(table.training))
+        _put(module, everywhere[table], plain.train(table.training))
         forms[f"{name}.weight"] = form
     return forms
+
+
+def _places(module: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of each module inside: one that several others share has several."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        found.setdefault(part, []).append(name)
+    return found
+
+
+def _put(module: nn.Module, places: Sequence[str], made: nn.Module) -> None:
+    """Put a module at all places of another, so that it is shared as that was."""
+    for name in places:
+        module.set_submodule(name, made)

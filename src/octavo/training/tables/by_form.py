@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Hash, Hashed, LowRank, RowBlocks, TensorTrain, with_leaves
 from octavo.forms.hashed import PRIME
+from octavo.forms.rowblocks import MOST_BLOCKS
 from octavo.methods.factorize.mpo import modes
 from octavo.training.adaptive_trains import random_train
-from octavo.training.formed import Leaf
+from octavo.training.formed import Leaf, on_device, without_leaves
 from octavo.training.tables.base import CompactTable
 
 #: Standard deviation of the elements of new tables.
@@ -31,26 +32,34 @@ class FormTable(CompactTable):
 
     def __init__(self, form: Form) -> None:
         super().__init__(*form.shape)
-        self._start, self.leaves = form, nn.ParameterList()
+        self._fixed, self.leaves = without_leaves(form), nn.ParameterList()
+        self._device: torch.device | None = None
         with_leaves(form, self._opened)
         if not len(self.leaves):
             raise RequestError(f"table: the form {form.name!r} has no dense part to train; give one that has")
 
     def read(self, index: Tensor) -> Tensor:  # noqa: D102
+        # The table may have been moved since the last time.
+        if self.leaves[0].device != self._device:
+            self._device = self.leaves[0].device
+            self._fixed = on_device(self._fixed, self._device)
         coming = iter(self.leaves)
-        return self._with(lambda: Leaf(next(coming))).lookup(index)
+        return _with(self._fixed, lambda: Leaf(next(coming))).lookup(index)
 
     def form(self) -> Form:  # noqa: D102
         coming = iter(self.leaves)
-        return self._with(lambda: Dense(next(coming).detach().cpu().clone()))
-
-    def _with(self, leaf: Callable[[], Form]) -> Form:
-        return with_leaves(self._start, lambda old: leaf() if isinstance(old, Dense) else old)
+        fixed = on_device(self._fixed, torch.device("cpu"))
+        return _with(fixed, lambda: Dense(next(coming).detach().cpu().clone()))
 
     def _opened(self, leaf: Form) -> Form:
         if isinstance(leaf, Dense):
             self.leaves.append(nn.Parameter(leaf.weight.detach().float().clone()))
         return leaf
+
+
+def _with(form: Form, leaf: Callable[[], Form]) -> Form:
+    """A form with other dense leaves, in the order of discovery."""
+    return with_leaves(form, lambda old: leaf() if isinstance(old, Dense) else old)
 
 
 def random_dense(rows: int, columns: int, deviation: float = DEVIATION) -> Dense:
@@ -115,8 +124,20 @@ def frequent_rows(counts: Tensor, columns: int, own: int, size: int) -> RowBlock
 
 
 def ranked(counts: Tensor, ends: Sequence[int]) -> Tensor:
-    """Blocks of rows (rows,) uint8 by frequency: block 0 holds the ``ends[0]`` most frequent, and so on."""
-    place = torch.empty(len(counts), dtype=torch.long)
+    """Blocks of rows (rows,) uint8 by frequency: block 0 holds the ``ends[0]`` most frequent, and so on.
+
+    They are on the CPU, where tables are made.
+
+    Raises
+    ------
+    RequestError
+        If there are more blocks than a byte can number.
+    """
+    if len(ends) >= MOST_BLOCKS:
+        raise RequestError(
+            f"blocks of rows: {len(ends) + 1} blocks, but the number of a block is one byte; give at most {MOST_BLOCKS}"
+        )
+    counts, place = counts.cpu(), torch.empty(len(counts), dtype=torch.long)
     place[counts.argsort(descending=True, stable=True)] = torch.arange(len(counts))
     return torch.bucketize(place, torch.tensor(ends), right=True).to(torch.uint8)
 

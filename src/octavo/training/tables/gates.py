@@ -29,7 +29,7 @@ class GatedGroups(CompactTable):
     Raises
     ------
     RequestError
-        If there are fewer rows than groups.
+        If there are fewer rows than groups, or more than 256 groups.
     """
 
     def __init__(self, counts: Tensor, embedding_dim: int, groups: int = GROUPS) -> None:

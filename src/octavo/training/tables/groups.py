@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.forms import RowBlocks
+from octavo.forms.rowblocks import MOST_BLOCKS
 from octavo.training.tables.base import CompactTable
 
 
@@ -25,11 +26,15 @@ class RowGroups(CompactTable):
     Raises
     ------
     RequestError
-        If members and tables do not fit.
+        If members and tables do not fit, or there are more than 256 tables.
     """
 
     def __init__(self, member: Tensor, tables: Sequence[CompactTable]) -> None:
         super().__init__(len(member), tables[0].embedding_dim)
+        if len(tables) > MOST_BLOCKS:
+            raise RequestError(
+                f"row groups: {len(tables)} tables, but the number of a group is one byte; give at most {MOST_BLOCKS}"
+            )
         sizes = member.long().bincount(minlength=len(tables)).tolist()
         if sizes != [table.num_embeddings for table in tables] or len({table.embedding_dim for table in tables}) > 1:
             raise RequestError(
@@ -37,7 +42,7 @@ class RowGroups(CompactTable):
                 "one table of the same width for each group"
             )
         self.tables = nn.ModuleList(tables)
-        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        starts = torch.tensor([0, *sizes[:-1]], device=member.device).cumsum(0)
         self.register_buffer("member", member.to(torch.uint8))
         self.register_buffer("places", member.argsort(stable=True).argsort() - starts[member.long()])
 

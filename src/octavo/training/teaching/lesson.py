@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, described, mask_of, run
+from octavo.system.modes import evaluating
 from octavo.system.raw import raw_bytes
 from octavo.training.losses import Loss
 from octavo.training.teaching.internals import outputs_within
@@ -29,7 +30,7 @@ class Lesson:
     Parameters
     ----------
     teacher
-        It has the same inputs as the student, and is not trained.
+        It has the same inputs as the student. It runs in evaluation mode and is not trained.
     terms
         What is compared, such as :class:`Logits`, :class:`HiddenStates`, :class:`Relations` or :class:`Channels`.
     loss
@@ -67,7 +68,7 @@ class Lesson:
     ) -> None:
         if not terms or terms[0].weight is None:
             raise RequestError("lesson: its first term needs a weight, to which the others can be scaled; give one")
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = teacher
         self.terms, self.loss, self.remember = tuple(terms), loss, remember
         self._known: dict[str, list[Tensor]] = {}
 
@@ -90,6 +91,8 @@ class Lesson:
     def maps(self, student: nn.Module, batch: Batch) -> Iterator[None]:
         """Give the student the learned maps that the terms need, and drop them at the end.
 
+        Nothing else of the student changes. The batch runs in evaluation mode, so that no statistics move.
+
         Parameters
         ----------
         batch
@@ -97,7 +100,7 @@ class Lesson:
         """
         if hasattr(student, _MAPS):
             raise RequestError("lesson: the student has learned maps of another lesson; end that one first")
-        with torch.no_grad():
+        with evaluating(student), torch.no_grad():
             pairs = self._compared(student, batch)[0]
         maps = _Maps()
         for number, term in enumerate(self.terms):
@@ -107,7 +110,7 @@ class Lesson:
                     maps[_key(number, place)] = made.to(ours)
         student.add_module(_MAPS, maps)
         try:
-            with torch.no_grad():
+            with evaluating(student), torch.no_grad():
                 self(student, batch)
             yield
         finally:
@@ -137,7 +140,7 @@ class Lesson:
         if key in self._known:
             found = self._known[key]
         else:
-            with outputs_within(self.teacher, names) as seen:
+            with evaluating(self.teacher), outputs_within(self.teacher, names) as seen:
                 run(self.teacher, inputs)
             found = _listed(self.teacher, seen, names)
             if self.remember is not None:
