@@ -22,7 +22,7 @@ from octavo.encoding.finish import Built
 from octavo.encoding.result import Result
 from octavo.errors import RequestError
 from octavo.forms import Form
-from octavo.forms.leaves import dense_leaves
+from octavo.forms.leaves import dense_leaves, on_device
 from octavo.methods import DATA_FREE, Method
 from octavo.methods.selecting import dense_method
 from octavo.opening import open_request
@@ -179,7 +179,7 @@ def _of_module(
                 "Cut.apply, and save what it returns"
             )
         given = given.forms
-    forms = {**forms_of(module), **_forms(given)}
+    forms = _forms({**forms_of(module), **given})
     odd = next((name for name in given if name not in forms), None)
     if odd is not None:
         raise RequestError(
@@ -203,7 +203,9 @@ def _refresh_recurrent(module: nn.Module) -> None:
 
 
 def _forms(given: Mapping[str, Any]) -> dict[str, Form]:
-    return {name: value for name, value in given.items() if isinstance(value, Form)}
+    """The forms among what was given, on the CPU, where they are coded."""
+    here = torch.device("cpu")
+    return {name: on_device(value, here) for name, value in given.items() if isinstance(value, Form)}
 
 
 def _bare(given: Mapping[str, Form | Tensor]) -> Source:
@@ -222,7 +224,7 @@ def _bare(given: Mapping[str, Form | Tensor]) -> Source:
         shapes={name: tuple(value.shape) for name, value in given.items()},
         dtypes={name: dtype_of(value) for name, value in given.items()},
         aliases={},
-        read=lambda name: given[name].detach(),  # type: ignore[union-attr]
+        read=lambda name: given[name].detach().cpu(),  # type: ignore[union-attr]
     )
 
 

@@ -99,14 +99,12 @@ def test_a_model_is_compressed_where_it_is(name, preset, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["perceptron", "llama"])
-def test_a_model_runs_packed_where_it_is(name, tmp_path):
-    data = {"data": batches(name, "cpu")}
-    octavo.compress(model_of(name), ratio=3, target="memory", progress=False, preset="fast", **data).save(
-        tmp_path / "out"
-    )
-    packed = octavo.load(tmp_path / "out", into=model_of(name).to(DEVICE), packed=True)
+def test_packed_weights_say_that_they_need_a_cpu_and_factors_stay_dense(name, tmp_path):
+    options = {"data": batches(name, "cpu"), "progress": False, "preset": "fast"}
+    octavo.compress(model_of(name), ratio=3, target="memory", **options).save(tmp_path / "out")
+    with pytest.raises(RequestError, match="packed weights run on a CPU"):
+        octavo.load(tmp_path / "out", into=model_of(name).to(DEVICE), packed=True)
     dense = octavo.load(tmp_path / "out", into=model_of(name))
-    assert close(outputs(packed, name, DEVICE), outputs(dense, name, "cpu"), 5e-2)
     factored = octavo.load(tmp_path / "out", into=model_of(name).to(DEVICE), factors=True)
     assert close(outputs(factored, name, DEVICE), outputs(dense, name, "cpu"))
 
@@ -135,7 +133,7 @@ def test_units_are_removed_where_the_model_is(cut, name):
 
 
 @pytest.mark.parametrize("regimen", ["none", *REGIMENS.names()])
-def test_a_regimen_acts_where_the_model_is(regimen):
+def test_a_regimen_acts_where_the_model_is(regimen, tmp_path):
     model = model_of("convolutions").to(DEVICE)
     images = drawn(96, 2, 6, 6).to(DEVICE)
     labels = images[:, 0].unflatten(1, (2, 3)).unflatten(3, (2, 3)).mean((2, 4)).flatten(1).argmax(1)
@@ -143,9 +141,12 @@ def test_a_regimen_acts_where_the_model_is(regimen):
     chosen = None if regimen == "none" else REGIMENS.get(regimen).suited_to(model)
     losses = fit(model, lambda epoch: data, cross_entropy, epochs=4, lr=1e-2, regimen=chosen)
     assert losses[-1] < losses[0] and {t.device.type for t in model.state_dict().values()} == {DEVICE.type}
-    if chosen is not None:
-        for key, form in chosen.hand_over(model).forms.items():
-            assert torch.isfinite(form.dense()).all(), key
+    left = None if chosen is None else chosen.hand_over(model)
+    if left is not None and left.kept:
+        return  # Units are to be removed first, which the tests of cuts show.
+    octavo.save(model if left is None else (model, left), tmp_path / "out", progress=False)
+    again = octavo.load(tmp_path / "out", into=model_of("convolutions").to(DEVICE))
+    assert bool(torch.isfinite(outputs(again, "convolutions", DEVICE)).all())
 
 
 @pytest.mark.parametrize("name", FLOWS.names())

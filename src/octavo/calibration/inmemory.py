@@ -77,7 +77,7 @@ class InMemory(Runner):
             for number, batch in enumerate(batches):
                 outputs = objective.outputs(self.module, batch)
                 old = change.old if self.original is self.module else {}
-                losses.append(objective.divergence(self._reference.of(number, batch, old), outputs))
+                losses.append(objective.divergence(self._reference.of(number, batch, old), outputs).cpu())
         return torch.cat(losses)
 
     @fast_matmul()
@@ -96,7 +96,7 @@ class InMemory(Runner):
         with torch.inference_mode():
             for number, batch in enumerate(batches):
                 outputs = objective.outputs(module, batch)
-                losses.append(objective.divergence(self._reference.of(number, batch, old), outputs))
+                losses.append(objective.divergence(self._reference.of(number, batch, old), outputs).cpu())
         return torch.cat(losses)
 
     def _refer(self, batches: Sequence[Batch], objective: Objective) -> _Outputs | _LastStates:

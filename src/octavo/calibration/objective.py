@@ -92,10 +92,10 @@ class Objective(ABC):
 
     @fast_matmul()
     def measure(self, module: nn.Module, batches: Iterable[Batch], reference: Iterable[Tensor]) -> Tensor:
-        """Divergence of every example, shape (examples,)."""
+        """Divergence of every example, shape (examples,), on the CPU."""
         with torch.inference_mode():
             pairs = zip(batches, reference, strict=True)
-            return torch.cat([self.compared(old, self.outputs(module, batch)) for batch, old in pairs])
+            return torch.cat([self.compared(old, self.outputs(module, batch)).cpu() for batch, old in pairs])
 
 
 class OfOutputs(Objective):

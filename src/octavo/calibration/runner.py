@@ -39,7 +39,7 @@ class Runner(ABC):
 
     @abstractmethod
     def measure(self, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, Tensor]) -> Tensor:
-        """Divergence of every example from the source with some tensors replaced, (examples,).
+        """Divergence of every example from the source with some tensors replaced, (examples,) on the CPU.
 
         Parameters
         ----------
@@ -51,7 +51,7 @@ class Runner(ABC):
     def judge(
         self, batches: Sequence[Batch], objective: Objective, module: nn.Module, old: Mapping[str, Tensor]
     ) -> Tensor:
-        """Divergence of every example from the source for another module, (examples,).
+        """Divergence of every example from the source for another module, (examples,) on the CPU.
 
         Parameters
         ----------

@@ -91,8 +91,8 @@ class Schema:
                 raise RequestError(f"{name!r} has values that are not finite; nothing was sent")
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """All elements in a row, float32, in memory of their own."""
-        return torch.cat([tensors[name].detach().float().flatten() for name in self.names])
+        """All elements in a row, float32, on the CPU, in memory of their own."""
+        return torch.cat([tensors[name].detach().cpu().float().flatten() for name in self.names])
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`flat`, in each tensor's own dtype; what that dtype cannot hold is clamped."""

@@ -27,8 +27,8 @@ def _patterns(keep: int, group: int) -> Tensor:
 class Sparse(Form):
     """A mask and the kept values, as a 1 x kept matrix in row-major order, in a nested form.
 
-    The mask is stored in the smallest of three ways: one bit per weight, gaps between kept weights, or (n:m sparsity)
-    one pattern number per group of ``m`` columns.
+    The mask is stored in one of three ways: one bit per weight, gaps between kept weights, or (n:m sparsity) one
+    pattern number per group of ``m`` columns.
 
     Parameters
     ----------
@@ -38,11 +38,15 @@ class Sparse(Form):
         Form of shape (1, number of kept values).
     pattern
         ``(n, m)`` if every group of ``m`` columns keeps exactly ``n``, else None.
+    stored_as
+        ``mask`` or ``gaps``, how a mask without a pattern is stored; None for whichever is smaller. A restored form
+        keeps what it was stored as, since which is smaller depends on the version of the coder.
     """
 
     mask: Tensor
     values: Form
     pattern: tuple[int, int] | None = None
+    stored_as: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102
@@ -59,10 +63,9 @@ class Sparse(Form):
             where = {"patterns": index[keys]}
         else:
             positions = self.mask.flatten().nonzero().flatten()
-            gaps = torch.diff(positions, prepend=torch.tensor([-1])) - 1
-            where = {"mask": self.mask.to(torch.uint8)}
-            if len(coding.encode(gaps)) < len(coding.encode(where["mask"])):
-                where = {"gaps": gaps}
+            ways = {"mask": self.mask.to(torch.uint8), "gaps": torch.diff(positions, prepend=torch.tensor([-1])) - 1}
+            way = self.stored_as or min(ways, key=lambda name: len(coding.encode(ways[name])))
+            where = {way: ways[way]}
         return {**where, **nest(values=self.values)}
 
     def meta(self) -> dict[str, Any]:  # noqa: D102
@@ -73,7 +76,7 @@ class Sparse(Form):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> Sparse:  # noqa: D102
         total, kept = shape[0] * shape[1], int(meta["kept"])
         expect(0 <= kept <= total, f"{kept} kept weights in a matrix of {total} weights")
-        pattern = None
+        pattern = stored_as = None
         if "pattern" in meta:
             keep, group = (int(value) for value in meta["pattern"])
             expect(
@@ -94,13 +97,13 @@ class Sparse(Form):
             expect(kept == 0 or int(positions[-1]) < total, "gaps point beyond the matrix")
             mask = torch.zeros(total, dtype=torch.bool)
             mask[positions] = True
-            mask = mask.view(shape)
+            mask, stored_as = mask.view(shape), "gaps"
         else:
-            mask = expect_integers(tensors["mask"], shape, "mask").bool()
+            mask, stored_as = expect_integers(tensors["mask"], shape, "mask").bool(), "mask"
         # Summing would first convert every bit to a 64-bit integer.
         found = int(mask.count_nonzero())
         expect(found == kept, f"the mask keeps {found} weights, the manifest says {kept}")
-        return cls(mask, child(tensors, meta, "values", (1, kept)), pattern)
+        return cls(mask, child(tensors, meta, "values", (1, kept)), pattern, stored_as)
 
     @classmethod
     def work(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shape: tuple[int, int]) -> int:  # noqa: D102
@@ -110,7 +113,7 @@ class Sparse(Form):
         return 6 * n + kept + (8 * n // group if group else 0)
 
     def dense(self) -> Tensor:  # noqa: D102
-        weight = torch.zeros(self.mask.shape, dtype=torch.float32)
+        weight = torch.zeros(self.mask.shape, dtype=torch.float32, device=self.mask.device)
         places = self.mask.flatten().nonzero()[:, 0]
         weight.view(-1).index_copy_(0, places, self.values.dense().flatten())
         return weight

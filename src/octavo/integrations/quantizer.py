@@ -152,8 +152,11 @@ class OctavoQuantizer(HfQuantizer):
         # Names are used as patterns there, so names with unusual characters are skipped.
         return [Decoding(leaf, leaf, [Decode(self)]) for leaf in leaves if re.fullmatch(r"\w+", leaf)]
 
-    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
-        """The model's converters, wrapped for decoded weights, and converters for all other weights."""
+    def update_weight_conversions(self, weight_conversions: list, model: Any = None) -> list:
+        """The model's converters, wrapped for decoded weights, and converters for all other weights.
+
+        Before 5.21 the library gives no model.
+        """
         own = [Decoding.of(x, self) if isinstance(x, WeightConverter) else x for x in weight_conversions]
         return own + self.get_weight_conversions()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
@@ -33,13 +33,20 @@ def run(module: nn.Module, batch: Batch) -> Any:
     """
     args, keywords = _call(module, batch)
     try:
-        with nullcontext() if module.training else repeatable():
+        with nullcontext() if module.training else repeatable(), _differentiable(module):
             return module(*copied(args), **copied(keywords))
     except (OctavoError, MemoryError):
         raise
     except Exception as error:
         # A module may raise any exception.
         raise RequestError(failure(module, batch, error)) from error
+
+
+def _differentiable(module: nn.Module) -> AbstractContextManager[Any]:
+    """A context without cuDNN if a gradient of recurrent layers may be asked for: it has none in evaluation mode."""
+    wanted = torch.is_grad_enabled() and not module.training and torch.backends.cudnn.is_available()
+    recurrent = wanted and any(isinstance(part, nn.RNNBase) for part in module.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
 
 @contextmanager

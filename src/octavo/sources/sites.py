@@ -423,7 +423,8 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         dtypes={name: tensor.dtype for name, tensor in tensors.items()},
         aliases=aliases,
-        read=lambda name: tensors[name].detach(),
+        # Methods and coders run on the CPU, wherever the module is.
+        read=lambda name: tensors[name].detach().cpu(),
         module=module,
         parameters=state.parameters,
         fixed=state.fixed,

@@ -99,6 +99,7 @@ class Train(nn.Module):
                 f"weight of shape {self.matrix}: is computed from a tensor train, so it cannot be set; fold it first"
             )
         cores, self.start = [core.to(weight) for core in self.start], []
+        self.to(weight.device)
         return [*cores, *(torch.ones_like(core[0]) for core in cores[:-1])]
 
     def forward(self, *parts: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class Train(nn.Module):
 
     def effective(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Cores (r_(k-1), o_k, i_k, r_k) with the diagonals after them, without the cut ranks."""
-        ones = torch.ones(1, dtype=torch.bool)
+        ones = torch.ones(1, dtype=torch.bool, device=parts[0].device)
         kept = [ones, *(self.kept(bond) for bond in range(self.count - 1)), ones]
         found = []
         for k, modes in enumerate(zip(*self.modes, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from octavo.errors import RequestError
 from octavo.forms import BlockScaled, Dense, Form, Grid, with_leaves
+from octavo.forms.leaves import on_device
 from octavo.sources.sites import Layout
 from octavo.training.computed import refuse_shared
 
@@ -91,22 +92,6 @@ def settle(module: nn.Module) -> dict[str, Form]:
 def without_leaves(form: Form) -> Form:
     """A form whose dense leaves have shapes but no values, for code that trains them elsewhere."""
     return with_leaves(form, lambda leaf: Dense(leaf.weight.to("meta")) if isinstance(leaf, Dense) else leaf)
-
-
-def on_device(form: Form, device: torch.device) -> Form:
-    """A form from :func:`without_leaves` with all its tensors on the device of the leaves that are trained."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        if isinstance(value, Form):
-            return on_device(value, device)
-        return tuple(map(moved, value)) if isinstance(value, tuple) else value
-
-    if isinstance(form, Dense):
-        return form
-    values = {field.name: getattr(form, field.name) for field in fields(form) if field.init}  # type: ignore[arg-type]
-    return replace(form, **{name: moved(value) for name, value in values.items()})  # type: ignore[type-var]
 
 
 def zero_row_of(module: nn.Module) -> int | None:

@@ -97,10 +97,12 @@ def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
         return Proof(why="transformers does not know the architecture; its code is copied but never run here")
     if source.is_skeleton or (source.module is None and not fits(source, run.opened.memory)):
         return _block_by_block(run, artifact)
-    # A folder's model runs in float32; a module given in memory runs unchanged.
-    own = next((p.dtype for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
-    options = {"dtype": own} if own is not None else {}
+    # A folder's model runs in float32; a module given in memory runs unchanged, and where it is.
+    own = next((p for p in source.module.parameters() if p.is_floating_point()), None) if source.module else None
+    options = {"dtype": own.dtype} if own is not None else {}
     loaded = load_as_users_do(artifact.path / inner.relative_to(folder), options)
+    if own is not None:
+        loaded.model.to(own.device)
     _check_keys(artifact.path, loaded.missing, loaded.unexpected, source.unfilled, source.unused)
     if members(folder):
         encoder = load_encoder(artifact.path)
@@ -111,6 +113,8 @@ def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
     loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
     losses = run.judge(loaded.model) if run.opened.measurable else None
+    # The outputs that are recorded are those on the CPU.
+    loaded.model.to("cpu")
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in loaded.model.parameters()):
         loaded = load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE)
     return Proof(loader, losses, "" if run.opened.measurable else _UNCOMPARED, probe(loaded.model))

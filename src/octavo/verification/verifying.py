@@ -76,7 +76,8 @@ def load(
         If the artifact is damaged, or does not fit ``into``.
     RequestError
         If factors are combined with ``packed``, no module is loaded, or the module fails on the batch. If a base is
-        given for what is no delta, or a delta is to run packed or as factors.
+        given for what is no delta, or a delta is to run packed or as factors. If ``into`` is not on the CPU, where
+        packed weights run.
 
     Examples
     --------
@@ -93,6 +94,8 @@ def load(
             return load(path, into, packed=packed, factors=factors, batch=batch)
     if factors:
         return _with_factors(path, into, packed, batch)
+    if packed and into is not None:
+        _require_cpu(into)
     as_weight = packed_weight if packed else None
     if into is None and (path / MANIFEST).exists() and (path / "config.json").exists():
         # The transformers loader opens the files and trusts them, so they are checked first.
@@ -116,6 +119,16 @@ def load(
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return into
+
+
+def _require_cpu(module: nn.Module) -> None:
+    """Refuse a module that is on another device than the one where packed weights run."""
+    elsewhere = {str(tensor.device) for tensor in module.parameters()} - {"cpu", "meta"}
+    if elsewhere:
+        raise RequestError(
+            f"into: packed weights run on a CPU, and the module is on {', '.join(sorted(elsewhere))}; move it to the "
+            "CPU first, or leave packed out"
+        )
 
 
 def _with_factors(path: Path, into: nn.Module | None, packed: bool, batch: Batch) -> nn.Module:

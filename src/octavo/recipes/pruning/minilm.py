@@ -115,7 +115,8 @@ def taught(
     """Teach a model in place, at the rate of least loss on held-out sentences."""
 
     def learn(one: nn.Module, lr: float, arm: str | None = None) -> float:
-        with lesson.maps(one, texts[0]):
+        first = {name: part.to(lab.device) for name, part in texts[0].items()}
+        with lesson.maps(one.to(lab.device), first):
             lab.train(one, dealt(texts, seed), lesson, steps=steps, seed=seed, arm=arm, lr=lr)
             return value(lab, lesson, one, held)
 

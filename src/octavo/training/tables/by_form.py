@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Hash, Hashed, LowRank, RowBlocks, TensorTrain, with_leaves
 from octavo.forms.hashed import PRIME
+from octavo.forms.leaves import on_device
 from octavo.forms.rowblocks import MOST_BLOCKS
 from octavo.methods.factorize.mpo import modes
 from octavo.training.adaptive_trains import random_train
-from octavo.training.formed import Leaf, on_device, without_leaves
+from octavo.training.formed import Leaf, without_leaves
 from octavo.training.tables.base import CompactTable
 
 #: Standard deviation of the elements of new tables.
