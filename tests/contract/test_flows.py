@@ -128,6 +128,69 @@ def fresh(tmp_path_factory):
     return {name: (torch.load(folder / name / "out", weights_only=True), expected[name]) for name in NAMES}
 
 
+def _spike(shape):
+    made = torch.zeros(shape)
+    made.view(-1)[3] = -2.5
+    return made
+
+
+#: Updates at the edges of float32, and those whose largest entry is their whole norm.
+EDGES = {
+    "one entry": lambda: _spike((96, 130)),
+    "equal entries": lambda: torch.full((96, 130), 0.1),
+    "largest": lambda: torch.full((96, 130), torch.finfo(torch.float32).max),
+    "both ends": lambda: torch.cat([torch.full((48, 130), 3e38), torch.full((48, 130), -3e38)]),
+    "smallest": lambda: torch.full((96, 130), torch.finfo(torch.float32).smallest_normal),
+    "far apart": lambda: torch.logspace(-38, 38, 96 * 130).view(96, 130),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_updates_at_the_edges_are_sent_and_received(flow, edge):
+    sent = {"layer.weight": EDGES[edge](), "layer.bias": torch.zeros(96)}
+    budget = Schema.of(sent).nbytes // 8
+    plan = flow.fit([sent], budget)
+    sender, receiver = flow.start(plan), flow.start(plan)
+    for _ in range(2):
+        try:
+            payload = flow.encode(sent, sender)
+        except RequestError as error:
+            # What was left out and the next update may be too large together.
+            assert "leaves float32" in str(error) and sender.step == receiver.step
+            continue
+        assert len(payload) <= budget
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in flow.decode(payload, receiver).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layer.weight": torch.full((96, 130), math.nan)}, "not finite"),
+        ({"wide": torch.full((5, 1), 1e300, dtype=torch.float64)}, "leaves float32"),
+        ({"layer.bias": torch.zeros(7)}, "layer.bias"),
+    ],
+    ids=["not a number", "beyond float32", "another shape"],
+)
+def test_what_cannot_be_sent_changes_no_state(flow, change, says):
+    plan = plan_of(flow)
+    sender, untouched, receiver = flow.start(plan), flow.start(plan), flow.start(plan)
+    for state in (sender, untouched):
+        flow.encode(sample(flow), state)
+    with pytest.raises(RequestError, match=says):
+        flow.encode({**sample(flow, 1), **change}, sender)
+    payload = flow.encode(sample(flow, 2), sender)
+    assert payload == flow.encode(sample(flow, 2), untouched)
+    with pytest.raises(RequestError, match=says):
+        flow.fit(
+            [{**sample(flow, 1), **change}]
+            if "layer.bias" not in change
+            else [sample(flow), {**sample(flow), **change}],
+            budget_of(flow),
+        )
+    receiver.step = 1
+    flow.decode(payload, receiver)
+
+
 def test_a_fresh_process_decodes_the_same_bits(flow, fresh):
     assert all(equal(ours, theirs) for ours, theirs in zip(*fresh[flow.name], strict=True))
 

@@ -160,6 +160,40 @@ def test_gradients_of_zeros_arrive_as_zeros(tmp_path):
     assert lines == [["4 True True"]] * 2
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ('{"size": 20_000 + 100 * rank}', "payloads of 20100 bytes and worker 0 of 20000"),
+        ('{"size": 20_000, "codec": "threshold" if rank else "top-k"}', "worker 1 has another codec"),
+    ],
+    ids=["budgets", "codecs"],
+)
+def test_workers_of_different_requests_are_all_told(asked, says, tmp_path):
+    lines = run(
+        tmp_path,
+        f"""
+        sync = octavo.updates.compress_ddp(model, **{asked})
+        print(told(lambda: loss_of(0).backward()))
+        """,
+    )
+    assert all(says in out[0] for out in lines)
+
+
+def test_the_mean_of_halves_is_taken_in_float32(tmp_path):
+    lines = run(
+        tmp_path,
+        """
+        big = nn.parallel.DistributedDataParallel(nn.Linear(64, 64).half())
+        octavo.updates.compress_ddp(big, ratio=1.5, codec="top-k")
+        # Each gradient is within float16, and their sum is not.
+        big(torch.full((1, 64), 50_000.0).half()).float().sum().backward()
+        found = big.module.weight.grad.float()
+        print(bool(torch.isfinite(found).all()), bool((found > 40_000).any()))
+        """,
+    )
+    assert lines == [["True True"]] * 2
+
+
 @pytest.fixture
 def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -183,8 +217,8 @@ def test_requests_without_meaning_are_refused(alone):
     sharded = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
     wrong = [
         (sharded, {"ratio": 50}, "in FSDP"), (nn.Linear(2, 2), {"ratio": 50}, "is a Linear"),
-        (alone, {}, "give a ratio"), (alone, {"ratio": 50, "size": 10}, "give a ratio"), (alone, {"ratio": 0.5}, "at least 1"),
-        (alone, {"size": 0}, "0 bytes"), (alone, {"size": True}, "True bytes"), (alone, {"ratio": 50, "codec": "nothing"}, "is not known"),
+        (alone, {}, "give a ratio"), (alone, {"ratio": 50, "size": 10}, "give a ratio"), (alone, {"ratio": 0.5}, "a number from 1"),
+        (alone, {"size": 0}, "size is 0"), (alone, {"size": True}, "size is True"), (alone, {"ratio": 1e9}, "leaves no byte"), (alone, {"ratio": 50, "codec": "nothing"}, "is not known"),
     ]  # fmt: skip
     for model, request, says in wrong:
         with pytest.raises(RequestError, match=says):

@@ -200,9 +200,10 @@ def test_requests_without_meaning_are_refused():
         ({}, "give a ratio"),
         ({"ratio": 2, "size": 3}, "give a ratio"),
         ({"ratio": 2, "codec": "x"}, "is not known"),
-        ({"ratio": 0}, "is 0; give a positive number"),
-        ({"ratio": -3.0}, "is -3.0; give a positive number"),
-        ({"size": "1MB"}, "is '1MB'; give a positive number"),
+        ({"ratio": 0.5}, "the ratio is 0.5; give a number from 1"),
+        ({"ratio": 0}, "the ratio is 0; give a number from 1"),
+        ({"ratio": -3.0}, "the ratio is -3.0; give a number from 1"),
+        ({"size": "1MB"}, "the size is '1MB'; give the bytes"),
     ):
         with pytest.raises(RequestError, match=says):
             CompressedUplink(**wrong)

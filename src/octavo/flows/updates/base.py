@@ -39,7 +39,8 @@ class UpdateState:
         Error feedback of the sender: what was not sent so far, (elements,) float32. It takes as much memory as the
         update in float32.
     evidence
-        Sum of the last updates, for a codec that chooses again from time to time.
+        What a codec that chooses again from time to time has seen of the last updates: the sum of their shares in a
+        mean.
     """
 
     plan: FlowPlan
@@ -106,9 +107,7 @@ class UpdateCodec(Flow[UpdateState]):
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
             raise RequestError(f"{self.name}: the budget is {budget!r}; give the bytes of a payload, such as 100_000")
         schema = Schema.of(samples[0])
-        for sample in samples:
-            schema.check(sample)
-        plan, flats = FlowPlan(self.name, self._knobs(), budget, schema), [schema.flat(sample) for sample in samples]
+        plan, flats = FlowPlan(self.name, self._knobs(), budget, schema), [self._flat(s, schema) for s in samples]
         return self.planned(flats, plan, self.chosen(flats, plan))
 
     def planned(self, flats: Sequence[Tensor], plan: FlowPlan, choice: dict[str, Any]) -> FlowPlan:
@@ -139,26 +138,45 @@ class UpdateCodec(Flow[UpdateState]):
 
     @torch.no_grad()
     def encode(self, tensors: Mapping[str, Tensor], state: UpdateState) -> bytes:  # noqa: D102
-        schema = state.plan.schema
-        schema.check(tensors)
-        flat = schema.flat(tensors)
-        if state.missing is not None:
-            flat += state.missing
-        if not all_finite(flat):
-            raise RequestError(f"{self.name}: the update with what is missing leaves float32; nothing was sent")
+        flat = self._flat(tensors, state.plan.schema, state.missing)
+        # Where anything raises, the state is as it was.
+        after = replace(state, slope=replace(state.slope))
+        payload = self.advance(flat, after)
+        vars(state).update(vars(after))
+        return payload
+
+    def advance(self, flat: Tensor, state: UpdateState) -> bytes:
+        """The payload of ``flat`` (elements,), which may be changed, and the state of the step after it."""
         amount, payload = self._filled(flat, state.plan, state.step, state.amount, state.choice, slope=state.slope)
         if self.feedback:
             # As the receiver will have it, each tensor in its own dtype.
             given = self._received(payload, state.plan, state.step)
-            state.missing = flat.sub_(schema.held_(given))
+            state.missing = flat.sub_(state.plan.schema.held_(given))
         state.step, state.amount = state.step + 1, amount
         return payload
 
     @torch.no_grad()
     def decode(self, payload: bytes, state: UpdateState) -> dict[str, Tensor]:  # noqa: D102
-        given = self._received(payload, state.plan, state.step)
+        found = state.plan.schema.split(self._received(payload, state.plan, state.step))
         state.step += 1
-        return state.plan.schema.split(given)
+        return found
+
+    def _flat(self, tensors: Mapping[str, Tensor], schema: Schema, missing: Tensor | None = None) -> Tensor:
+        """The tensors in a row, with what is missing of them, (elements,) float32; all are finite."""
+        schema.check(tensors)
+        flat = schema.flat(tensors)
+        if missing is not None:
+            flat += missing
+        if not all_finite(flat):
+            # Float64 holds larger values, and updates add up to them.
+            parts = zip(schema.names, flat.split(schema.sizes), strict=True)
+            name = next(name for name, part in parts if not all_finite(part))
+            fed = "" if missing is None else " with what is missing of it"
+            raise RequestError(
+                f"{self.name}: {name!r}{fed} leaves float32 (beyond {torch.finfo(torch.float32).max:.2g}); send "
+                "smaller updates; nothing was sent"
+            )
+        return flat
 
     def _knobs(self) -> dict[str, Any]:
         """The knobs as a plan holds them: tuples are lists in JSON."""

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from octavo.errors import ArtifactError, RequestError
-from octavo.flows.base import FLOWS, flow_of
+from octavo.flows.base import flow_of
 from octavo.flows.flow_plan import FlowPlan
 from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec, UpdateState
+from octavo.flows.updates.requested import Requested
 
 #: Stands for the length of a payload that a worker could not make.
 _FAILED = -1
@@ -56,7 +57,7 @@ class CompressedGradients:
     @property
     def ratio(self) -> float:
         """Bytes of the last gradients over those of the last payload; 0 before the first step."""
-        return self.plan.schema.nbytes / self.sent if self.plan is not None else 0.0
+        return self.plan.schema.nbytes / self.sent if self.plan is not None and self.sent else 0.0
 
     @property
     def memory(self) -> int:
@@ -91,25 +92,49 @@ class CompressedGradients:
         except Exception as error:
             # The others wait for this worker: they are told, and all refuse the step.
             failure = error
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-        dist.all_gather(lengths, torch.tensor([_FAILED if failure else len(payload)]), group=self.group)
-        failed = [rank for rank, length in enumerate(lengths) if int(length) == _FAILED]
-        if failure is not None:
-            raise failure
-        if failed:
-            raise RequestError(f"compress_ddp: worker {failed[0]} could not send its gradients; see its error")
-        longest = max(int(length) for length in lengths)
-        if longest > self.budget:
-            raise ArtifactError(f"compress_ddp: a payload of {longest} bytes exceeds the budget of {self.budget}")
+        lengths = self._agreed(_FAILED if failure else len(payload), failure)
+        assert self.plan is not None
+        longest = max(lengths)
         room = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
         own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
         dist.all_gather(room, own, group=self.group)
-        total: dict[str, Tensor] = {}
+        # Shares are added in float32: a sum of float16 may leave its range, and bfloat16 drops small terms.
+        schema, mean = self.plan.schema, torch.zeros(self.plan.schema.elements)
         for data, length, state in zip(room, lengths, self._receivers, strict=True):
-            for name, tensor in self.codec.decode(data[: int(length)].numpy().tobytes(), state).items():
-                total[name] = total[name] + tensor if name in total else tensor
+            mean += schema.flat(self.codec.decode(data[:length].numpy().tobytes(), state)).div_(world)
         self.steps, self.sent = self.steps + 1, len(payload)
-        return {name: tensor / world for name, tensor in total.items()}
+        return schema.split(mean)
+
+    def _agreed(self, length: int, failure: Exception | None) -> list[int]:
+        """The lengths of the payloads of all workers; raises on all of them unless all can go on together."""
+        plan = 0 if self.plan is None else int.from_bytes(self.plan.digest, "little", signed=True)
+        heard = [torch.zeros(3, dtype=torch.int64) for _ in range(self.workers)]
+        dist.all_gather(heard, torch.tensor([length, self.budget, plan]), group=self.group)
+        lengths, budgets, plans = zip(*(told.tolist() for told in heard), strict=True)
+        for rank, budget in enumerate(budgets):
+            if budget != budgets[0]:
+                raise RequestError(
+                    f"compress_ddp: worker {rank} has payloads of {budget} bytes and worker 0 of {budgets[0]}; give "
+                    "all workers the same ratio or size"
+                ) from failure
+        if failure is not None:
+            raise failure
+        if _FAILED in lengths:
+            raise RequestError(
+                f"compress_ddp: worker {lengths.index(_FAILED)} could not send its gradients; see its error"
+            )
+        for rank, digest in enumerate(plans):
+            if digest != plans[0]:
+                raise RequestError(
+                    f"compress_ddp: worker {rank} has another codec or other parameters than worker 0; give all "
+                    "workers the same"
+                )
+        if max(lengths) > self.budget:
+            raise ArtifactError(
+                f"compress_ddp: a payload of {max(lengths)} bytes exceeds the budget of {self.budget}; give all "
+                "workers the same Octavo"
+            )
+        return list(lengths)
 
     def _payload(self, pending: Sequence[Any]) -> bytes:
         gradients = {
@@ -150,7 +175,7 @@ def compress_ddp(
     model
         A :class:`torch.nn.parallel.DistributedDataParallel` on CPU that has made no step; call this on every worker.
     ratio
-        Bytes of the gradients over those of a payload.
+        Bytes of the gradients over those of a payload, at least 1.
     size
         Bytes of a payload instead.
     codec
@@ -179,21 +204,13 @@ def compress_ddp(
         raise RequestError(
             f"compress_ddp: the model is a {type(model).__name__}; wrap it in DistributedDataParallel first"
         )
-    flow = FLOWS.get(codec)() if isinstance(codec, str) else codec
-    if not isinstance(flow, UpdateCodec):
-        raise RequestError(f"compress_ddp: {codec!r} is no codec of updates; name one, such as 'mixed'")
+    requested = Requested.of("compress_ddp", codec, ratio, size)
     named = {parameter: name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
     if any(parameter.device.type != "cpu" for parameter in named):
         raise RequestError("compress_ddp: parameters are not on the CPU, where payloads are made; move the model there")
     whole = sum(parameter.nbytes for parameter in named)
-    if (ratio is None) == (size is None):
-        raise RequestError("compress_ddp: give a ratio, such as ratio=50, or the size of a payload in bytes")
-    if ratio is not None and not 1 <= ratio < float("inf"):
-        raise RequestError(f"compress_ddp: the ratio is {ratio!r}; give at least 1, such as 50")
-    budget = size if size is not None else int(whole / ratio) if ratio else 0
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise RequestError(f"compress_ddp: {budget!r} bytes for {whole} of gradients; give the bytes of a payload")
-    group = model.process_group
-    found = CompressedGradients(flow, budget, dist.get_world_size(group), group, _model=model.module, _names=named)
+    budget, group = requested.budget(whole), model.process_group
+    workers = dist.get_world_size(group)
+    found = CompressedGradients(requested.codec, budget, workers, group, _model=model.module, _names=named)
     model.register_comm_hook(state=None, hook=lambda _, bucket: found.hook(bucket))
     return found

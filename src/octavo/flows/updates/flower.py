@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ArtifactError, MissingExtraError, OctavoError, RequestError
-from octavo.flows.base import FLOWS, flow_of
+from octavo.flows.base import flow_of
 from octavo.flows.flow_plan import FlowPlan
 from octavo.flows.schema import Schema
 from octavo.flows.updates.base import UpdateCodec, UpdateState
+from octavo.flows.updates.requested import Requested
 
 try:
     from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -42,7 +42,7 @@ class CompressedUplink:
     Parameters
     ----------
     ratio
-        Bytes of the floating arrays over those of a payload.
+        Bytes of the floating arrays over those of a payload, at least 1.
     size
         Bytes of a payload instead.
     codec
@@ -64,15 +64,7 @@ class CompressedUplink:
 
     def __post_init__(self) -> None:
         _require()
-        if (self.ratio is None) == (self.size is None):
-            raise RequestError("CompressedUplink: give a ratio, such as ratio=50, or the size of a payload in bytes")
-        asked = self.ratio if self.size is None else self.size
-        if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked < math.inf:
-            raise RequestError(f"CompressedUplink: the ratio or size is {asked!r}; give a positive number, such as 50")
-        flow = FLOWS.get(self.codec)() if isinstance(self.codec, str) else self.codec
-        if not isinstance(flow, UpdateCodec):
-            raise RequestError(f"CompressedUplink: {self.codec!r} is not a codec of updates; name one, such as top-k")
-        self._flow = flow
+        self._requested = Requested.of("CompressedUplink", self.codec, self.ratio, self.size)
 
     def __call__(self, message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
         """Let the app train, and replace its arrays by a payload; other messages pass."""
@@ -90,7 +82,7 @@ class CompressedUplink:
         update = {name: tuned[name] - tensor for name, tensor in before.items() if tensor.is_floating_point()}
         state = self._opened(context, update, waited)
         plan = {"plan": state.plan.to_json()} if state.step == 0 else {}
-        payload = self._flow.encode(update, state)
+        payload = self._requested.codec.encode(update, state)
         _keep(context, state)
         whole = {name: tensor for name, tensor in tuned.items() if name not in update}
         reply.content[self.key] = ArrayRecord(whole)
@@ -99,11 +91,11 @@ class CompressedUplink:
 
     def _opened(self, context: Any, update: dict[str, Tensor], waited: int) -> UpdateState:
         """The sender's state at the step that the server waits for; from a new plan unless it is the next one."""
-        known, schema = _kept(context, self._flow), Schema.of(update)
+        codec, schema = self._requested.codec, Schema.of(update)
+        known = _kept(context, codec)
         if known is not None and known.plan.schema == schema and known.step == waited:
             return known
-        budget = int(self.size or schema.nbytes / (self.ratio or 1))
-        state = self._flow.start(self._flow.fit([update], budget))
+        state = codec.start(codec.fit([update], self._requested.budget(schema.nbytes)))
         if known is not None and known.plan.schema == schema:
             state.missing = known.missing
         return state

@@ -103,7 +103,7 @@ class Mixed(UpdateCodec):
         """
         plan = self.fit(samples, budget)
         flats = [plan.schema.flat(sample) for sample in samples]
-        evidence, room = torch.stack(flats).mean(0), budget - overhead(self.parts) - 1
+        evidence, room = _mean(flats), budget - overhead(self.parts) - 1
         uniform, candidates = self._uniform(evidence, plan.schema, room), self._candidates(evidence, plan.schema, room)
         sizes, errors = table(candidates)
         picked = least_bytes(sizes, errors, alpha * uniform.error)
@@ -121,7 +121,7 @@ class Mixed(UpdateCodec):
 
     def chosen(self, flats: Sequence[Tensor], plan: FlowPlan) -> dict[str, Any]:
         """What each unit gets, and the errors that are expected."""
-        evidence, schema = torch.stack(list(flats)).mean(0), plan.schema
+        evidence, schema = _mean(flats), plan.schema
         room = plan.budget - overhead(self.parts) - 1
         uniform = self._uniform(evidence, schema, room)
         candidates = self._candidates(evidence, schema, room)
@@ -194,39 +194,29 @@ class Mixed(UpdateCodec):
             raise ArtifactError(f"payload: {len(reader.data)} bytes are left over; send it again")
         return torch.cat(found)
 
-    @torch.no_grad()
-    def encode(self, tensors: Mapping[str, Tensor], state: UpdateState) -> bytes:  # noqa: D102
-        missing, before = state.missing, state.choice
-        self._awake(tensors, state)
-        try:
-            payload = super().encode(tensors, state)
-        except BaseException:
-            state.choice = before
-            raise
-        if (state.step - 1) % self.refresh >= self.refresh - _LATE:
-            fed = state.plan.schema.flat(tensors)
-            fed = fed if missing is None else fed + missing
-            state.evidence = fed if state.evidence is None else state.evidence + fed
-            if state.step % self.refresh == 0:
-                state.choice = self.chosen([state.evidence / min(self.refresh, _LATE)], state.plan)
-                state.evidence = None
+    def advance(self, flat: Tensor, state: UpdateState) -> bytes:
+        """As for every codec, after a new choice where one is due, and before the next."""
+        if self._awake(flat, state):
+            state.choice = self.chosen([flat], state.plan)
+        if state.step % self.refresh >= self.refresh - _LATE:
+            # Shares of a mean are added: the sum of huge updates would leave float32.
+            share = flat / min(self.refresh, _LATE)
+            state.evidence = share if state.evidence is None else state.evidence + share
+        payload = super().advance(flat, state)
+        if state.evidence is not None and state.step % self.refresh == 0:
+            # Where all updates are at the edge of float32, rounding takes their mean beyond it.
+            state.choice = self.chosen([state.evidence.nan_to_num()], state.plan)
+            state.evidence = None
         return payload
 
-    def _awake(self, tensors: Mapping[str, Tensor], state: UpdateState) -> None:
-        """Choose again at once when a unit without content so far has some: it would get no bytes until a refresh.
+    def _awake(self, flat: Tensor, state: UpdateState) -> bool:
+        """Whether a unit without content so far has some: without a new choice it gets no bytes until a refresh.
 
         Factors of LoRA are such units: the gradient of one is zero as long as the other is.
         """
-        if not state.choice.get("silent"):
-            return
-        schema = state.plan.schema
-        schema.check(tensors)
-        flat, found = schema.flat(tensors), self._units(schema, state.choice)
-        parts = flat.split(schema.sizes)
-        if any(bool(parts[member].any()) for number in state.choice["silent"] for member in found[number].members):
-            flat = flat if state.missing is None else flat + state.missing
-            if bool(torch.isfinite(flat).all()):
-                state.choice = self.chosen([flat], state.plan)
+        schema, silent = state.plan.schema, state.choice.get("silent", [])
+        parts, found = flat.split(schema.sizes), self._units(schema, state.choice)
+        return any(bool(parts[member].any()) for number in silent for member in found[number].members)
 
     def _setting(
         self, best: Sequence[Tried], mixed: bool, uniform: Tried, evidence: Tensor, schema: Schema
@@ -263,3 +253,8 @@ class Mixed(UpdateCodec):
     def _uniform(self, flat: Tensor, schema: Schema, room: int) -> Tried:
         """The best of one codec for all tensors at once."""
         return min(measured(flat, schema, self.members, [room - 1], CLOSELY), key=lambda candidate: candidate.error)
+
+
+def _mean(flats: Sequence[Tensor]) -> Tensor:
+    """The mean of some samples, (elements,) float32; a sum of huge ones would leave float32."""
+    return torch.stack(list(flats)).mean(0, dtype=torch.float64).float()

@@ -90,7 +90,7 @@ class PowerSGD(UpdateCodec):
                 start = torch.randn(columns, rank, generator=generator)
                 pairs, sizes = _factored(part.view(rows, columns), start, self.rounds)
                 values.append(pairs.flatten())
-                weights.append(sizes.double().sqrt())
+                weights.append(sizes.sqrt())
             else:
                 values.append(part)
                 weights.append(torch.ones(1, dtype=torch.float64))
@@ -144,7 +144,7 @@ def _blocks(schema: Schema, rank: int) -> list[int]:
 
 
 def _factored(matrix: Tensor, start: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Pairs of columns of equal norm, (rank, rows + columns), and the sizes of the components, (rank,)."""
+    """Pairs of columns of equal norm, (rank, rows + columns), and the sizes of the components, (rank,) float64."""
     # In units of the largest entry, so that squares neither overflow nor vanish.
     unit = matrix.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     scaled, right = matrix / unit, start
@@ -153,5 +153,7 @@ def _factored(matrix: Tensor, start: Tensor, rounds: int) -> tuple[Tensor, Tenso
         right = scaled.T @ left
     # The components of the subspace itself: the largest first, none in the way of another.
     turn, sizes, along = torch.linalg.svd(right.T, full_matrices=False)
-    root = (sizes * unit).sqrt()
-    return torch.cat([(left @ turn).T * root[:, None], along * root[:, None]], 1), sizes * unit
+    # A size may leave float32 where the entries are at its edge; its root does not.
+    sizes = sizes.double() * unit.double()
+    root = sizes.sqrt().float()
+    return torch.cat([(left @ turn).T * root[:, None], along * root[:, None]], 1), sizes

@@ -17,6 +17,8 @@ from octavo.flows.updates.rounding import FINE, Drawn, draws, rounded
 
 #: Doublings of the levels below and above one.
 _BELOW, _ABOVE = 16, 14
+#: The largest code: that of an entry which is the whole norm.
+_MOST = 1 << _ABOVE
 
 
 @flow("qsgd", source="QSGD (Alistarh et al., 2017, arXiv 1610.02132)")
@@ -46,9 +48,9 @@ class QSGD(UpdateCodec):
 
     def pack(self, prepared: Drawn, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
         """Gaps, codes and steps."""
-        found = rounded(prepared, 2.0 ** (_BELOW - amount / FINE), schema.sizes)
-        return pack_scaled(*found, schema.sizes, 1 << _ABOVE)
+        found = rounded(prepared, 2.0 ** (_BELOW - amount / FINE), schema.sizes, _MOST)
+        return pack_scaled(*found, schema.sizes, _MOST)
 
     def unpack(self, parts: Sequence[memoryview], schema: Schema, step: int) -> Tensor:
         """Codes times steps."""
-        return unpack_scaled(parts, schema.sizes, 1 << _ABOVE)
+        return unpack_scaled(parts, schema.sizes, _MOST)

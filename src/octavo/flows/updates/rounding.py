@@ -40,14 +40,20 @@ def draws(flat: Tensor, step: int) -> Tensor:
     return torch.rand(len(flat), generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(drawn: Drawn, share: float, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(drawn: Drawn, share: float, sizes: Sequence[int], largest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Places, codes that are not zero, and steps (blocks,) float32, where each step is a share of the block's top.
 
     ``v / step`` becomes the whole number below, or that above with the chance of what lies between.
+
+    Parameters
+    ----------
+    largest
+        Magnitude of the largest ``v / step``, which no code exceeds.
     """
     limits = torch.finfo(torch.float32)
     steps = (drawn.tops * share).clamp(limits.tiny, limits.max).float()
     spread = steps.reciprocal().repeat_interleave(torch.tensor(sizes))
-    codes = spread.mul_(drawn.flat).add_(drawn.draws).floor_()
+    # The inverse of a step is rounded, too: the largest entry may come out a hair above its code.
+    codes = spread.mul_(drawn.flat).add_(drawn.draws).floor_().clamp_(-largest, largest)
     places = codes.nonzero()[:, 0]
     return places, codes[places], steps

@@ -45,9 +45,8 @@ class Ternary(UpdateCodec):
 
     def pack(self, prepared: Drawn, schema: Schema, amount: int, choice: Mapping[str, Any]) -> Sequence[bytes]:
         """Gaps, signs and scales."""
-        places, codes, steps = rounded(prepared, 2.0 ** (_BEYOND - amount / FINE), schema.sizes)
-        # The inverse of a step is rounded, too: the largest entry may come out a hair above one.
-        return pack_scaled(places, codes.clamp(-1, 1), steps, schema.sizes, 1)
+        found = rounded(prepared, 2.0 ** (_BEYOND - amount / FINE), schema.sizes, 1)
+        return pack_scaled(*found, schema.sizes, 1)
 
     def unpack(self, parts: Sequence[memoryview], schema: Schema, step: int) -> Tensor:
         """Signs times scales."""
