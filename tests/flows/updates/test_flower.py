@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from octavo.errors import RequestError
+from octavo.flows import FLOWS
 from octavo.flows.updates.flower import RECORD, CompressedStrategy, CompressedUplink
 
 pytest.importorskip("flwr", reason="needs the extra flower")
@@ -152,7 +153,7 @@ def test_what_cannot_be_trusted_is_left_out_and_told(harm, says, caplog):
         elif harm == "repeat":
             return [*replies, twin_of(ours)]
         elif harm == "foreign":
-            plan = CompressedUplink(size=400)._flow.fit([{"other": torch.randn(900)}], 400).to_json()
+            plan = FLOWS.get(CompressedUplink.codec)().fit([{"other": torch.randn(900)}], 400).to_json()
             ours.content[RECORD] = ConfigRecord({**record, "plan": plan})
         elif harm == "bare":
             del ours.content[RECORD]
