@@ -1,13 +1,18 @@
 """What a plan leaves of its budget: spent where that lowers the loss, and told truly where it does not."""
 
+import math
+import random
+
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import octavo
 from octavo.allocation.leftover import upgrades
-from octavo.allocation.profiles import Curve, Point, Profile
+from octavo.allocation.profiles import Curve, Point, Profile, alike
 from octavo.allocation.solver import uniform
 from octavo.methods import get_method
 from octavo.report.summary import comparison, verdict
@@ -158,3 +163,45 @@ def test_a_pinned_or_given_plan_is_not_said_to_be_without_alternative(tmp_path):
     )  # fmt: skip
     note = done.save(tmp_path / "out", report=False)["artifact"]["note"]
     assert note == "less than 98% of the budget is used by this plan"
+
+
+def one_by_one(profile, points, left, pinned):
+    """What :func:`upgrades` has to find, looked for among all points again for each."""
+    now, found = dict(points), []
+    while True:
+        best, most = None, 0.0
+        for curves in profile.joint():
+            if any(curve.site in pinned for curve in curves):
+                continue
+            size = sum(now[curve.site].bytes for curve in curves)
+            loss = sum(profile.corrected(curve, now[curve.site].loss) for curve in curves)
+            for chosen in alike([curve.points for curve in curves]):
+                more = sum(point.bytes for point in chosen) - size
+                gain = loss - sum(profile.corrected(curve, p.loss) for curve, p in zip(curves, chosen, strict=True))
+                if more <= left and gain > 0 and gain / max(more, 1) > most:
+                    best, most = (curves, chosen, more), gain / max(more, 1)
+        if best is None:
+            return found
+        left -= best[2]
+        raised = [(curve.site, point) for curve, point in zip(best[0], best[1], strict=True)]
+        now.update(raised)
+        found += raised
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), left=st.integers(0, 3000), sites=st.integers(1, 7))
+def test_they_are_those_found_one_by_one(seed, left, sites):
+    made = random.Random(seed)
+    curves = [
+        [
+            (bits, made.choice([50, 100, bits * 20]), made.choice([0.0, 1.0, math.nan, made.random()]))
+            for bits in range(8)
+        ]
+        for _ in range(sites)
+    ]
+    profile = profile_of(*curves)
+    profile.options["joined"] = {curve.site: made.choice("ab") for curve in profile.curves if made.random() < 0.5}
+    profile.correction = {curve.group: (made.uniform(0.5, 2), made.uniform(0.8, 1.2)) for curve in profile.curves[::2]}
+    points = {curve.site: made.choice(curve.points) for curve in profile.curves}
+    pinned = [curve.site for curve in profile.curves if made.random() < 0.2]
+    assert upgrades(profile, points, left, pinned) == one_by_one(profile, points, left, pinned)

@@ -1,6 +1,7 @@
 """Choosing points: within the budget, near the optimum, never worse than one setting for all."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from octavo.allocation.budget import Budget, budget
 from octavo.allocation.plans import read_plan
-from octavo.allocation.profiles import Curve, Point, Profile, densified, envelope, family, interpolate
+from octavo.allocation.profiles import Curve, Point, Profile, densified, envelope, family
 from octavo.allocation.solver import PointTable, allocate, uniform
 from octavo.errors import BudgetError, RequestError
 from octavo.methods import get_method
@@ -173,11 +174,12 @@ def test_densified_points_lie_between_their_neighbours():
 @given(octaves=st.floats(-13, 1))
 def test_interpolated_points_are_monotone_and_meet_the_measured(octaves):
     curve = elastic_profile().curves[1]
-    point, coarser = (interpolate(family(curve, ELASTIC), at) for at in (octaves, octaves + 0.1))
+    point, coarser = (family(curve, ELASTIC).at(place) for place in (octaves, octaves + 0.1))
     assert point.bytes >= coarser.bytes and point.loss <= coarser.loss
+    assert point.bytes == family(curve, ELASTIC).bytes_at(octaves)
     for exact in curve.points:
         if exact.method == ELASTIC:
-            at = interpolate(family(curve, ELASTIC), get_method(ELASTIC).octaves(exact.setting))
+            at = family(curve, ELASTIC).at(get_method(ELASTIC).octaves(exact.setting))
             assert abs(at.bytes - exact.bytes) <= 1 and at.loss == pytest.approx(exact.loss)
 
 
@@ -302,3 +304,14 @@ def test_the_smallest_is_what_it_says():
     tight = allocate(profile, Budget(profile.smallest, "tight"))
     assert tight.bytes == profile.smallest
     assert torch.tensor([tight.points[c.site].bytes == min(p.bytes for p in c.points) for c in profile.curves]).all()
+
+
+@pytest.mark.parametrize("correction", [{}, {"linear 8x8": (2.0, 0.9)}])
+def test_a_loss_that_is_not_a_number_is_not_none(correction):
+    """A point whose loss is NaN is smaller than all others, and still no plan has it that can do without."""
+    bad = Point(FIXED, {"bits": 2}, 20, math.nan)
+    points = [Point("keep", {"dtype": "float32"}, 64, 0.0), Point(FIXED, {"bits": 4}, 30, 0.1), bad]
+    profile = Profile("nan", "f", 64, 16, 0, [Curve("a", "linear", (8, 8), points)], correction)
+    assert profile.corrected(profile.curves[0], math.nan) == math.inf
+    assert [allocate(profile, Budget(size, "")).points["a"].bytes for size in (64, 63, 30)] == [64, 30, 30]
+    assert all(plan.points["a"] is not bad for plan in uniform(profile, Budget(40, "")))

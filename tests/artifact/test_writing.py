@@ -214,3 +214,19 @@ def test_what_differs_in_one_bit_is_no_constant():
     assert not is_constant(torch.full((64,), 3))
     assert not is_constant(torch.full((8,), 0.3))
     assert not is_constant(torch.zeros(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float32])
+def test_tensors_of_too_many_dimensions_are_named(dtype):
+    made = contents()
+    made.kept["deep"] = kept(torch.zeros([1] * 33, dtype=dtype))
+    with pytest.raises(octavo.RequestError, match=r"'deep' has 33 dimensions.*at most 32"):
+        _ = made.bytes
+
+
+def test_a_site_may_have_as_many_dimensions_as_a_tensor(tmp_path):
+    torch.manual_seed(0)
+    module = torch.nn.ParameterDict({"w": torch.randn(8, 8, *[2] * 4, *[1] * 20)})
+    octavo.compress(module, ratio=3, preset="data-free").save(tmp_path / "out")
+    assert octavo.verify(tmp_path / "out").weights_match
+    assert octavo.load(tmp_path / "out")["w"].shape == module["w"].shape

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.coding import decode, describe, encode
-from octavo.coding.container import CHUNK, DTYPES
+from octavo.coding.container import CHUNK, DTYPES, MAX_DIMENSIONS
 from octavo.errors import RequestError
 
 INTEGERS = [dtype for dtype in DTYPES if dtype != torch.bool]
@@ -105,3 +105,9 @@ def test_all_widths() -> None:
 def test_floats_are_refused() -> None:
     with pytest.raises(RequestError, match="float32"):
         encode(torch.zeros(3))
+
+
+def test_dimensions_are_limited_when_a_tensor_is_stored() -> None:
+    check(torch.arange(8).view(8, *[1] * (MAX_DIMENSIONS - 1)))
+    with pytest.raises(RequestError, match=r"up to 32 dimensions .* not of 33; flatten"):
+        encode(torch.zeros([1] * 33, dtype=torch.int8))

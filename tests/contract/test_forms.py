@@ -45,6 +45,7 @@ from octavo.forms import (
     restore,
 )
 from octavo.forms.base import MAX_DEPTH, allowance_for
+from octavo.forms.floats import split
 from octavo.forms.ggml import GgmlBlocks
 from octavo.forms.tensor_train import full_ranks
 
@@ -478,6 +479,29 @@ def test_a_mask_is_stored_in_the_smallest_way():
     assert set(patterns) == {"patterns"} and patterns["patterns"] < 64 * 64 / 4 * 2.6 / 8 + 128
 
 
+@pytest.mark.parametrize("share", [0.02, 0.256, 0.7])
+@pytest.mark.parametrize("way", ["mask", "gaps"])
+def test_a_mask_is_restored_in_the_way_it_was_stored(way, share):
+    """Even if the other would be smaller: another version of the coder may think so, and digests must not change."""
+    form = replace(sparse(64, 96, 0, share), stored_as=way)
+    packed = pack(form)
+    again = unpack(memoryview(packed.blob), packed.parts, packed.meta, form.shape)
+    assert way in packed.parts and set(again.tensors()) == set(packed.parts)
+    assert pack(again).blob == packed.blob and torch.equal(again.dense(), form.dense())
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "exact", "grid", "sparse(grid) few", "folded filter", "affine", "row blocks"]
+)
+def test_scaling_leaves_what_is_scaled(name):
+    base = cases()[name]
+    expected = base.dense().clone()
+    form = Scaled(base, gains(len(expected), 3))
+    for _ in range(2):
+        torch.testing.assert_close(form.dense(), form.factors[:, None] * expected, rtol=1e-6, atol=0)
+    assert torch.equal(base.dense(), expected)
+
+
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 28), (torch.float16, 15), (torch.bfloat16, 12)])
 def test_floats_without_loss_take_fewer_bits(dtype, most):
     weight = 0.05 * torch.randn(64, 512, generator=_generator(0)).to(dtype)
@@ -557,6 +581,27 @@ def test_indices_out_of_range_are_refused():
     assert "gaps" in parts
     for value in (-2, 1600, 2**62):
         refused({**parts, "gaps": parts["gaps"].clone().index_fill_(0, torch.tensor(1), value)}, few.meta(), few.shape)
+
+
+@pytest.mark.parametrize(
+    ("step", "how", "more"),
+    [
+        (torch.tensor([[1e30]]).bfloat16().float(), {"kind": "reach", "levels": 3}, {}),
+        (
+            torch.tensor([[3e38]]),
+            {"kind": "product", "block": 1},
+            {"step/ratio": torch.tensor([[100]], dtype=torch.int16)},
+        ),
+    ],
+)
+def test_steps_that_overflow_are_refused(step, how, more):
+    """All numbers in the file are finite, but not what is computed from them."""
+    form = Affine(torch.tensor([[1, 2, 3, -3]], dtype=torch.int16), torch.tensor([[0.5]]))
+    floats, meta = split(step)
+    parts = {key: part for key, part in form.tensors().items() if not key.startswith("step/")}
+    parts |= {f"step/{key}": part for key, part in floats.items()} | more
+    with pytest.raises(ArtifactError, match="not finite"):
+        restore(parts, {**form.meta(), "step": {**how, **meta}}, form.shape)
 
 
 def test_vectors_that_are_not_there_are_refused():

@@ -1,6 +1,7 @@
 """Recovery by distillation: the source teaches what is stored, in the same bytes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,29 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_state(net, monkeyp
     done = recovered(net)
     assert "not finite" in done.recovery.ended
     assert done.built.quality <= done.recovery.before
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+def test_what_does_not_fit_is_no_result(net, monkeypatch, looks):
+    """Forms that take too many bytes at every dead zone are never kept; the plan or an earlier state is."""
+    packed, zones = recovering.Student.packed, []
+
+    def too_large(self, deadzone=0.0):
+        zones.append(deadzone)
+        found = packed(self, deadzone)
+        # The first is the size of the plan itself.
+        if zones.count(0.0) <= 1 + looks:
+            return found
+        return {name: replace(item, content=item.blob + bytes(4000)) for name, item in found.items()}
+
+    monkeypatch.setattr(recovering.Student, "packed", too_large)
+    done = recovered(net)
+    assert max(zones) > 0.8 and done.recovery.steps > 0 and done.recovery.ended == "the time was up"
+    assert done.built.counted <= done.budget.bytes
+    assert done.recovery.after <= done.recovery.before
+    if not looks:
+        assert done.built.quality == done.recovery.before
+        assert any("the plan stays as it was" in note for note in done.opened.notes)
 
 
 @pytest.mark.parametrize(

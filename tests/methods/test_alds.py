@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import octavo
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import GroupedLowRank
@@ -203,3 +204,24 @@ def test_budgets_and_groups_that_cannot_be():
         RankedLayer(kernels()["layer0"][0], 5)
     with pytest.raises(RequestError, match="5 groups do not divide 12 channels"):
         layers()["layer0"].errors(5)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e7, 1e9, 1e20])
+@pytest.mark.parametrize("place", [(3, 5), (40, 120)])
+@pytest.mark.parametrize("seen", [True, False])
+def test_one_weight_that_is_far_larger_ends_no_setting(size, place, seen, matrix, evidence):
+    """Groups then differ by more than the codes of one step can hold."""
+    weight = matrix.clone()
+    weight[place] = size
+    evidence = evidence if seen else Evidence(torch.ones(len(weight)), None)
+    method = get_method("alds")
+    for form in method.encode_all(weight, method.settings(weight, evidence), evidence):
+        assert evidence.loss(form.dense() - weight) < 0.02 * evidence.loss(weight)
+
+
+def test_a_layer_with_one_huge_weight_is_compressed():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(96, 64))
+    with torch.no_grad():
+        net[0].weight[3, 5] = 1e8
+    assert octavo.compress(net, ratio=1.5, methods=["alds"], preset="best").ratio >= 1.5

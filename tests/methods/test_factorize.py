@@ -282,3 +282,30 @@ def test_few_components_of_a_large_matrix_are_those_of_all(decay):
     product = lambda parts: parts.left @ parts.right  # noqa: E731
     assert float((product(few) - product(whole)).norm() / product(whole).norm()) < 1e-3
     assert torch.equal(factors.whitened(weight, most=20).left, few.left), "the same matrix gives the same bytes"
+
+
+@pytest.mark.parametrize("rank", [100, 200])
+def test_sweeps_over_the_curvature_lower_the_loss_at_every_rank(rank):
+    """Also where the fit is too large to be solved exactly."""
+    generator = torch.Generator().manual_seed(0)
+    weight, left, right = (torch.randn(*s, generator=generator) for s in ((256, 256), (50, 256, 2), (50, 2, 256)))
+    # Few positions in each example, and examples of different weight: no product of two moments.
+    gradients = left @ right * torch.rand(50, 1, 1, generator=generator)
+    outputs, inputs = (torch.einsum(sums, gradients, gradients) / 50 for sums in ("nij,nkj->ik", "nij,nik->jk"))
+    damping = 0.1 * torch.eye(256)
+    curvature = kronecker(outputs + damping, inputs + damping).corrected(gradients)
+    curvature = replace(curvature, values=curvature.values + 0.1 * curvature.values.mean())
+    rows, columns = curvature.nearest()
+    evidence = Evidence(rows, columns, 50, curvature=curvature)
+    begun, swept = (
+        evidence.loss(weight - get_method(word).encode(weight, {"rank": rank, "bits": 8}, evidence).dense())
+        for word in ("fisher-svd:sweeps=0", "fisher-svd")
+    )
+    assert swept < 0.9 * begun
+
+
+def test_a_curvature_of_zeros_is_no_error():
+    zero = kronecker(torch.zeros(12, 12), torch.zeros(16, 16))
+    evidence = Evidence(*zero.nearest(), 4, curvature=zero)
+    form = get_method("fisher-svd").encode(torch.randn(12, 16), {"rank": 4, "bits": 6}, evidence)
+    assert torch.isfinite(form.dense()).all()

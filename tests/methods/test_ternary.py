@@ -27,10 +27,18 @@ def test_without_a_scale_it_is_that_of_least_expected_loss(density: float) -> No
     assert least < EVIDENCE.loss(CHANGE)
 
 
-@pytest.mark.parametrize(("change", "density"), [(torch.zeros(4, 6), 0.5), (CHANGE, 0.0)])
-def test_where_nothing_is_kept_there_are_zeros(change: torch.Tensor, density: float) -> None:
-    form = TernaryDifference().encode(change, {"density": density}, Evidence(torch.ones(len(change)), None))
-    assert not form.dense().any()
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        (torch.zeros(4, 6), {"density": 0.5}),
+        (torch.zeros(4, 6), {"density": 0.5, "scale": 2}),
+        (CHANGE, {"density": 0.0}),
+        (CHANGE, {"density": 0.2, "scale": 0}),
+    ],
+)
+def test_where_nothing_is_kept_there_are_zeros(change: torch.Tensor, setting: dict) -> None:
+    form = TernaryDifference().encode(change, setting, Evidence(torch.ones(len(change)), None))
+    assert not form.dense().any() and form.values.shape == (1, 0)
 
 
 @pytest.mark.parametrize("setting", [{"density": 1.5}, {"density": "half"}, {"density": 0.1, "scale": -1}])

@@ -1,6 +1,7 @@
 """GGUF files of every architecture, read by ``transformers`` and, where it is installed, by llama.cpp."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,24 @@ def test_other_programs_read_what_was_measured(kind: str, tmp_path: Path) -> Non
     wanted, found = logits(model), logits(read)
     divergence = float((wanted.exp() * (wanted - found)).sum(-1).mean())
     assert divergence < 3 * report.quality.value + 1e-4
+
+
+def test_the_best_uniform_plan_is_there_beside_one_of_equal_bytes(tmp_path: Path) -> None:
+    """Several types take 4.5 bits, so a mix of them takes the same bytes at every site and is still another plan."""
+    model = saved("llama", tmp_path / "source")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name:  # even levels suit weights that are spread evenly
+                parameter.uniform_(-0.2, 0.2)
+    model.save_pretrained(tmp_path / "source")
+    done = octavo.compress(str(tmp_path / "source"), target="gguf", data=tokens(), size=49350)
+    types = {
+        min(curve.points, key=lambda point: (point.bytes > 0.6 * math.prod(curve.shape), point.loss)).setting["type"]
+        for curve in done.profile.curves
+    }
+    assert {"q4_0", "iq4_nl"} <= types
+    assert done.rival is not None and done.rival.plan.is_uniform
+    assert done.built.quality <= done.rival.quality
 
 
 def test_a_source_in_gguf_keeps_its_metadata_and_tokenizer(tmp_path: Path) -> None:

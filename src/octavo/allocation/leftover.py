@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
-from octavo.allocation.profiles import Curve, Point, Profile, alike
+import numpy as np
+
+from octavo.allocation.profiles import Point, Profile
+from octavo.allocation.solver import PointTable, improvements, totals
 
 
 def upgrades(
@@ -22,28 +25,11 @@ def upgrades(
     pinned
         Sites whose form the user chose.
     """
-    now, found = dict(points), list[tuple[str, Point]]()
-    rows = [curves for curves in profile.joint() if not any(curve.site in pinned for curve in curves)]
-
-    def total(curves: Sequence[Curve], chosen: Sequence[Point]) -> tuple[int, float]:
-        """Bytes and expected loss of some sites."""
-        losses = (profile.corrected(curve, point.loss) for curve, point in zip(curves, chosen, strict=True))
-        return sum(point.bytes for point in chosen), sum(losses)
-
-    while True:
-        best, most = None, 0.0
-        for curves in rows:
-            size, loss = total(curves, [now[curve.site] for curve in curves])
-            for chosen in alike([curve.points for curve in curves]):
-                new, lost = total(curves, chosen)
-                more, gain = new - size, loss - lost
-                # Points that are both smaller and better come first.
-                worth = gain / max(more, 1)
-                if more <= left and gain > 0 and worth > most:
-                    best, most = (curves, chosen, more), worth
-        if best is None:
-            return found
-        left -= best[2]
-        raised = [(curve.site, point) for curve, point in zip(best[0], best[1], strict=True)]
-        now.update(raised)
-        found += raised
+    table, found = PointTable(profile, interpolate=False), list[tuple[str, Point]]()
+    free = [row for row, curves in enumerate(table.rows) if not any(curve.site in pinned for curve in curves)]
+    now = [totals(profile, table.rows[row], [tuple(points[curve.site] for curve in table.rows[row])]) for row in free]
+    size, loss = (np.array([each[part][0] for each in now]) for part in (0, 1))
+    for index, column in improvements(table.bytes[free], table.loss[free], size, loss, left):
+        row = free[index]
+        found += zip((curve.site for curve in table.rows[row]), table.points[row][column], strict=True)
+    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from octavo.allocation.budget import Budget
 from octavo.allocation.knapsack import knapsack
 from octavo.allocation.plans import MIXED, Plan
-from octavo.allocation.profiles import Point, Profile, alike, densified, family, interpolate
+from octavo.allocation.profiles import Curve, Point, Profile, alike, densified, family
 from octavo.errors import BudgetError
 from octavo.methods import Setting, get_method
 from octavo.methods.selecting import dense_names
@@ -45,17 +47,39 @@ def solve(costs: np.ndarray, losses: np.ndarray, room: int) -> np.ndarray:
 def filled(costs: np.ndarray, losses: np.ndarray, chosen: np.ndarray, room: int) -> np.ndarray:
     """A choice improved by giving the remaining budget, step by step, to the site that gains most per unit."""
     rows, chosen = np.arange(len(costs)), chosen.copy()
-    left = room - int(costs[rows, chosen].sum())
-    while True:
-        more = costs - costs[rows, chosen][:, None]
-        gain = losses[rows, chosen][:, None] - losses
-        worth = np.where((more > 0) & (more <= left) & (gain > 0), gain / np.maximum(more, 1), 0.0)
-        best = int(worth.argmax()) if worth.size else 0
-        if not worth.size or worth.flat[best] <= 0:
-            return chosen
-        row, column = divmod(best, worth.shape[1])
-        left -= int(more[row, column])
+    size, loss = costs[rows, chosen], losses[rows, chosen]
+    for row, column in improvements(costs, losses, size, loss, room - int(size.sum()), only_larger=True):
         chosen[row] = column
+    return chosen
+
+
+def improvements(
+    costs: np.ndarray, losses: np.ndarray, size: np.ndarray, loss: np.ndarray, left: int, *, only_larger: bool = False
+) -> Iterator[tuple[int, int]]:
+    """The next site and point that gain most per unit and fit into what is ``left``, one after another.
+
+    Parameters
+    ----------
+    costs, losses
+        (sites, points), as for :func:`solve`.
+    size, loss
+        (sites,): cost and loss of what is chosen so far.
+    only_larger
+        Whether a point must cost more than the one chosen. Otherwise those that cost less come first.
+    """
+    size, loss = size.copy(), loss.copy()
+    while costs.size:
+        more = costs - size[:, None]
+        with np.errstate(invalid="ignore"):  # a point that is missing is infinitely bad, and so may one chosen be
+            gain = loss[:, None] - losses
+        usable = (more <= left) & (gain > 0) & ((more > 0) | (not only_larger))
+        worth = np.where(usable, gain / np.maximum(more, 1), 0.0)
+        row, column = divmod(int(worth.argmax()), worth.shape[1])
+        if worth[row, column] <= 0:
+            return
+        yield row, column
+        left -= int(more[row, column])
+        size[row], loss[row] = costs[row, column], losses[row, column]
 
 
 class PointTable:
@@ -77,23 +101,22 @@ class PointTable:
         self.bytes = np.full((len(self.points), width), 2**62, dtype=np.int64)
         self.loss = np.full((len(self.points), width), np.inf)
         for row, (curves, choices) in enumerate(zip(self.rows, self.points, strict=True)):
-            self.bytes[row, : len(choices)] = [sum(p.bytes for p in points) for points in choices]
-            self.loss[row, : len(choices)] = [
-                sum(profile.corrected(curve, p.loss) for curve, p in zip(curves, points, strict=True))
-                for points in choices
-            ]
+            self.bytes[row, : len(choices)], self.loss[row, : len(choices)] = totals(profile, curves, choices)
 
     def solve(self, room: int, *, thorough: bool = True) -> np.ndarray:
         """Index of the chosen point of every site, at most ``room`` bytes in total; by a multiplier, or better."""
         chosen = solve(self.bytes, self.loss, room)
-        if not thorough or any(
-            get_method(name).elastic
-            for name in {point.method for row in self.points for points in row for point in points}
-        ):
+        if not thorough or self._elastic:
             return chosen
         # Without a continuous setting nothing fills the gap that a multiplier leaves.
         other = filled(self.bytes, self.loss, knapsack(self.bytes, self.loss, room), room)
         return min(chosen, other, key=self.total)
+
+    @cached_property
+    def _elastic(self) -> bool:
+        """Whether any method has a continuous setting."""
+        names = {point.method for row in self.points for points in row for point in points}
+        return any(get_method(name).elastic for name in names)
 
     def total(self, chosen: np.ndarray) -> float:
         """Expected loss of a choice."""
@@ -116,6 +139,18 @@ class PointTable:
             raise unreachable(budget, self.profile.original_bytes, smallest)
         room = max(int(budget.bytes * (1 - margin)), smallest) - self.profile.fixed_bytes
         return self.plan(budget, room, thorough=thorough)
+
+
+def totals(
+    profile: Profile, curves: Sequence[Curve], choices: Sequence[tuple[Point, ...]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and expected loss of every choice, each of which is one point of every curve."""
+    size, loss = np.zeros(len(choices), np.int64), np.zeros(len(choices))
+    for place, curve in enumerate(curves):
+        points = [choice[place] for choice in choices]
+        size += np.array([point.bytes for point in points], np.int64)
+        loss += profile.corrected_all(curve, [point.loss for point in points])
+    return size, loss
 
 
 def allocate(
@@ -190,17 +225,21 @@ def _settings(profile: Profile, name: str) -> list[dict[str, Point]]:
     dense = dense_names()
     for curve in profile.curves:
         seen.update({repr(p.setting): p.setting for p in curve.points if p.method == name})
+    own = {curve.site: [p for p in curve.points if p.method == name] for curve in profile.curves}
+    kept = {curve.site: [p for p in curve.points if p.method in dense] for curve in profile.curves}
+    others = {
+        curve.site: min(kept[curve.site], key=lambda p: p.bytes, default=None)
+        or min(curve.points, key=lambda p: (math.isnan(p.loss), p.loss))
+        for curve in profile.curves
+    }
     plans = []
     for setting in seen.values():
         points = {}
-        for curve in profile.curves:
-            exact = [p for p in curve.points if p.method == name and p.setting == setting]
-            kept = [p for p in curve.points if p.method in dense]
-            finest = sorted(curve.points, key=lambda p: p.loss)
-            found = (exact or sorted(kept, key=lambda p: p.bytes) or finest)[0]
+        for site, point in others.items():
+            found = next((p for p in own[site] if p.setting == setting), point)
             # A kernel pads a matrix of few rows until 16 bits are smaller.
-            smaller = (p for p in kept if p.bytes < found.bytes and p.loss <= found.loss)
-            points[curve.site] = min(smaller, key=lambda p: p.loss, default=found)
+            smaller = (p for p in kept[site] if p.bytes < found.bytes and p.loss <= found.loss)
+            points[site] = min(smaller, key=lambda p: p.loss, default=found)
         plans.append(points)
     return plans
 
@@ -218,9 +257,9 @@ def _elastic(profile: Profile, budget: Budget, name: str) -> list[dict[str, Poin
     low, high = -60.0, 40.0
     for _ in range(60):
         middle = (low + high) / 2
-        points = {site: interpolate(points, middle) for site, points in families.items()}
-        low, high = (low, middle) if _total(profile, points) <= budget.bytes else (middle, high)
-    return [{site: interpolate(points, high) for site, points in families.items()}]
+        fits = profile.fixed_bytes + sum(found.bytes_at(middle) for found in families.values()) <= budget.bytes
+        low, high = (low, middle) if fits else (middle, high)
+    return [{site: found.at(high) for site, found in families.items()}]
 
 
 def _total(profile: Profile, points: Mapping[str, Point]) -> int:

@@ -37,7 +37,6 @@ class Outline:
             if place not in inner:
                 chunk = blob[entry[0] : entry[0] + entry[1]]
                 codec = "raw" if len(entry) > 2 else coding.describe(chunk).codec
-                found: Packed | None = None
                 parts[name] = [length, *entry[1:]]
                 codecs[codec] = codecs.get(codec, 0) + len(chunk)
                 chunks.append(chunk)

@@ -25,6 +25,8 @@ from octavo.artifact.configuration import listed
 from octavo.artifact.deltas import Delta
 from octavo.artifact.packing import Packed, dtype_name
 from octavo.coding.container import DTYPES as INTEGERS
+from octavo.coding.container import MAX_DIMENSIONS
+from octavo.errors import RequestError
 from octavo.sources.sentences import split_name
 from octavo.sources.sites import Layout
 from octavo.system.raw import raw_bytes
@@ -256,6 +258,13 @@ class Contents:
             manifest["reshaped"] = True
         if self.delta is not None:
             manifest["base"] = self.delta.describe()
+        shapes = {name: tensor.shape for tensors in (self.entries, self.kept) for name, tensor in tensors.items()}
+        for name, shape in shapes.items():
+            if len(shape) > MAX_DIMENSIONS:
+                raise RequestError(
+                    f"tensor {name!r} has {len(shape)} dimensions; an artifact holds tensors of at most "
+                    f"{MAX_DIMENSIONS}, so reshape it"
+                )
         pieces: dict[str, _Piece] = {}
         for name, entry in self.entries.items():
             pieces[name] = _Piece(torch.uint8, (entry.packed.bytes,), entry.packed.read)

@@ -92,7 +92,7 @@ def combined(roles: Sequence[Evidence]) -> Evidence:
 
     The loss is the sum over roles of ``rows[i] * columns[j, k]``. Methods need one product: the one with the same
     marginals, ``rows = sum_t trace(C_t) r_t`` and ``columns = sum_t sum(r_t) C_t / sum_t sum(r_t) trace(C_t)``, which
-    is nearest to the sum in relative entropy.
+    is nearest to the sum in relative entropy. If no role costs anything, columns are the mean of the roles'.
     """
     if len(roles) == 1:
         return roles[0]
@@ -100,6 +100,7 @@ def combined(roles: Sequence[Evidence]) -> Evidence:
     traces = [float(columns.double().trace()) for _, columns in terms]
     sums = [float(rows.double().sum()) for rows, _ in terms]
     total = sum(a * b for a, b in zip(sums, traces, strict=True))
+    shares = [each / total if total > 0 else 1 / len(terms) for each in sums]
     rows = sum((rows * trace for (rows, _), trace in zip(terms, traces, strict=True)), torch.zeros(()))
-    columns = sum((columns * (share / total) for (_, columns), share in zip(terms, sums, strict=True)), torch.zeros(()))
+    columns = sum((columns * share for (_, columns), share in zip(terms, shares, strict=True)), torch.zeros(()))
     return Evidence(rows, columns, max(role.samples for role in roles), terms=terms)

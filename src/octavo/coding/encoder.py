@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from octavo.coding import bitpack, packed
-from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, NARROW, STORAGE, assemble
+from octavo.coding.container import CHUNK, DTYPES, MAX_DEPTH, MAX_DIMENSIONS, NARROW, STORAGE, assemble
 from octavo.coding.contexts import ContextPlan, plan
 from octavo.coding.layout import StreamLayout
 from octavo.coding.parallel import run
@@ -30,7 +30,7 @@ def encode(tensor: torch.Tensor, context: ParityContext | None = None, *, indepe
     Parameters
     ----------
     tensor : torch.Tensor
-        Of type bool, uint8, int8, int16, int32 or int64, of any shape.
+        Of type bool, uint8, int8, int16, int32 or int64, with at most 32 dimensions.
     context : ParityContext, optional
         Bits on which the values depend; they are used where that saves bytes.
     independent : bool
@@ -45,7 +45,7 @@ def encode(tensor: torch.Tensor, context: ParityContext | None = None, *, indepe
     Raises
     ------
     RequestError
-        If the tensor has another type.
+        If the tensor has another type or more dimensions.
     """
     return _encode(tensor, 0, context, independent)
 
@@ -55,6 +55,11 @@ def _encode(tensor: torch.Tensor, depth: int, context: ParityContext | None = No
         raise RequestError(
             f"only bools and integers of up to 64 bits can be coded, not {tensor.dtype} of shape "
             f"{tuple(tensor.shape)}; convert the tensor first"
+        )
+    if tensor.ndim > MAX_DIMENSIONS:
+        raise RequestError(
+            f"only tensors of up to {MAX_DIMENSIONS} dimensions can be coded, not of {tensor.ndim}; flatten the tensor "
+            "first"
         )
     array = tensor.detach().cpu().contiguous().numpy()
     if not array.size:

@@ -65,7 +65,7 @@ class Scaled(Form):
         weight, factors = self.base.dense(), self.factors[:, None]
         # In place, which is several times as fast, unless the base gives a view of what it holds.
         memory = weight.untyped_storage().data_ptr()
-        held = any(memory == part.untyped_storage().data_ptr() for part in self.base.tensors().values())
+        held = any(memory == part.untyped_storage().data_ptr() for part in self.base.held())
         return weight * factors if held else weight.mul_(factors)
 
     def apply(self, x: Tensor) -> Tensor:  # noqa: D102

@@ -62,7 +62,7 @@ def load(
     if kind == "reach":
         levels = meta["levels"]
         expect(type(levels) is int and 0 < levels < 1 << 24, f"{levels!r} is not a valid number of levels")
-        return _steps(floats.join(parts, meta, shape), levels, low)
+        return _finite(_steps(floats.join(parts, meta, shape), levels, low))
     expect(kind == "product", f"steps are stored as {kind!r}; this version knows plain, reach and product")
     block = meta["block"]
     expect(
@@ -71,7 +71,13 @@ def load(
     )
     shared = floats.join(parts, meta, (shape[0], shape[1] // block))
     ratio = expect_integers(parts["ratio"], shape, "ratio")
-    return shared.repeat_interleave(block, 1) * ratio.float()
+    return _finite(shared.repeat_interleave(block, 1) * ratio.float())
+
+
+def _finite(steps: Tensor) -> Tensor:
+    """Computed steps, which may overflow although what they are computed from is finite."""
+    expect(bool(torch.isfinite(steps).all()), "steps computed from a file are not finite, so Octavo did not write them")
+    return steps
 
 
 def _steps(reach: Tensor, levels: int, low: Tensor | None) -> Tensor:

@@ -142,7 +142,7 @@ def method(name: str, *, family: str, source: str, preset: str = "default") -> C
     name
         The name that users write.
     family
-        ``quantize``, ``prune``, ``factorize`` or ``share``.
+        The family by which it is named and compared: ``quantize``, ``prune``, ``factorize``, ``keep``, or its own.
     source
         The publication of the algorithm.
     preset

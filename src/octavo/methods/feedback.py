@@ -21,6 +21,9 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence, require_finite
 
 Sweep = Callable[[int, Tensor, Tensor, Tensor], None]
+#: Weights of a chunk of rows, which fits the cache. Its columns are too short to be split over threads, whose
+#: synchronisation at every column would cost more than the work.
+_CHUNK = 1 << 19
 #: Columns whose feedback is applied one by one; then one matrix product applies it to the remaining columns.
 _BLOCK = 64
 #: Rows of a triangular matrix that are solved rather than halved.
@@ -67,6 +70,38 @@ def factored(evidence: Evidence, *, ordered: bool = True) -> tuple[Tensor, Tenso
         order = important_first(columns) if ordered else torch.arange(len(columns))
         evidence.cache[key] = (order, *factor(columns, order))
     return evidence.cache[key]
+
+
+def swept(
+    weight: Tensor,
+    order: Tensor,
+    rounded: Callable[[slice, Tensor], Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    chunk: int = _CHUNK,
+) -> Tensor:
+    """What a sweep over the columns of a matrix finds, (rows, columns); rows are independent and go by chunks.
+
+    Parameters
+    ----------
+    weight
+        (rows, columns).
+    order
+        The columns in the order of processing, (columns,).
+    rounded
+        Called with some rows and their weights (columns, rows) in that order, which it may overwrite; returns what it
+        finds in place of them, usually by :func:`round_columns` or :func:`round_blocks`.
+    dtype
+        Of what is found.
+    chunk
+        Approximate weights of a chunk.
+    """
+    found = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    height = max(1, chunk // max(weight.shape[1], 1))
+    for start in range(0, len(weight), height):
+        span = slice(start, min(start + height, len(weight)))
+        found[span, order] = rounded(span, weight[span].t()[order].contiguous()).t().to(dtype)
+    return found
 
 
 def round_columns(targets: Tensor, feedback: Tensor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:

@@ -43,9 +43,10 @@ class Verified:
     tensors
         Number of tensors, tied names counted.
     weights_sha256
-        The digest of the decoded weights.
+        The digest of the decoded weights; in a folder of another runtime, of its files' recorded checksums.
     weights_match, outputs_match
-        True if they are those recorded; None if nothing was recorded.
+        True if they are those recorded; None if nothing was recorded. In a folder of another runtime, the first is True
+        if all files are those recorded, and outputs are not compared.
     outputs_difference
         How far outputs on a fixed input are from those recorded, relative to the largest; None if none were recorded.
     loader

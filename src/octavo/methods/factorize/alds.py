@@ -17,7 +17,6 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.factors import Factors
 from octavo.methods.knobs import real, whole
-from octavo.methods.quantize.entropy import Entropy
 from octavo.sources.sites import Site
 
 SOURCE = "ALDS (Liebenwein et al., 2021, arXiv 2107.11442)"
@@ -131,7 +130,7 @@ def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float)
     step = factors.step_for(Factors(left, right[0], used), bits)
     values = values.clamp_min(float(used.min()))
     weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30)
-    first = Entropy().encode(left, {"step": step}, Evidence(weights, torch.diag(values.flatten())))
+    first = factors.on_grid(left, step, Evidence(weights, torch.diag(values.flatten())))
     stored = first.dense().double().unflatten(1, (groups, rank)).transpose(0, 1)
     heavy = stored * weights.double()[:, None]
     normal = heavy.mT @ stored
@@ -141,4 +140,4 @@ def _quantized(parts: list[Factors], evidence: Evidence, rank: int, bits: float)
     exact = left.double().unflatten(1, (groups, rank)).transpose(0, 1) @ right.double()
     refitted = torch.linalg.solve(normal, heavy.mT @ exact).float()
     implied = Evidence(diagonal.flatten().float(), evidence.columns, cache=evidence.cache)
-    return GroupedLowRank(first, Entropy().encode(refitted.flatten(0, 1), {"step": step}, implied), groups)
+    return GroupedLowRank(first, factors.on_grid(refitted.flatten(0, 1), step, implied), groups)

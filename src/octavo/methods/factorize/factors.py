@@ -25,6 +25,7 @@ from octavo.methods.base import Method, Setting
 from octavo.methods.feedback import factored
 from octavo.methods.knobs import real, whole
 from octavo.methods.quantize.entropy import Entropy
+from octavo.methods.quantize.units import StepUnits
 from octavo.methods.tables import is_table
 
 #: Ranks, as shares of the rank whose factors have as many elements as the matrix, with bits per coefficient: the hull
@@ -256,7 +257,7 @@ def quantized(parts: Factors, bits: float, evidence: Evidence, coder: Method | N
     left, right, values = parts.left, parts.right, parts.values
     step = step_for(parts, bits)
     weights = evidence.rows.clamp_min(float(evidence.rows.max()) * 1e-9).clamp_min(1e-30)
-    first = (coder or Entropy()).encode(left, {"step": step}, Evidence(weights, torch.diag(values)))
+    first = on_grid(left, step, Evidence(weights, torch.diag(values)), coder)
     stored = first.dense().double()
     heavy = stored * weights.double()[:, None]
     normal = heavy.t() @ stored
@@ -271,8 +272,16 @@ def quantized(parts: Factors, bits: float, evidence: Evidence, coder: Method | N
         factored(evidence)
         # Results that depend only on the inputs are shared by all ranks.
         implied.cache.update((key, value) for key, value in evidence.cache.items() if key.startswith("factored"))
-    second = Entropy().encode(refitted, {"step": step}, implied)
-    return LowRank(first, second)
+    return LowRank(first, on_grid(refitted, step, implied))
+
+
+def on_grid(factor: Tensor, step: float, evidence: Evidence, coder: Method | None = None) -> Form:
+    """A factor rounded by :class:`Entropy` or another coder with the step, or with the finest that its codes allow.
+
+    One step serves all components. If they differ by many orders of magnitude, it is too fine for the strongest.
+    """
+    coder = coder or Entropy()
+    return coder.encode(factor, {"step": max(step, StepUnits(coder.name, factor, evidence).finest)}, evidence)
 
 
 def step_for(parts: Factors, bits: float) -> float:

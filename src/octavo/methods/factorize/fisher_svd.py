@@ -16,9 +16,12 @@ from octavo.methods.base import Method, Setting, method
 from octavo.methods.factorize import factors
 from octavo.methods.factorize.activation_svd import ActivationSVD
 
-#: Larger ranks are not fitted: fitting takes multiplications in proportion to rank squared times weights, and gains
-#: little if few components are left out.
+#: A fit is solved exactly up to this product of rank squared and weights, to which its multiplications are
+#: proportional.
 _WORK = 1 << 31
+#: Steps of conjugate gradients that improve a larger fit. On random matrices, at a third to a half of the full rank,
+#: they took a tenth of the time of exact fits and kept nine tenths of their gain.
+_STEPS = 8
 #: Elements of the weighted factors held at once.
 _ELEMENTS = 1 << 22
 
@@ -37,8 +40,9 @@ class FisherSVD(ActivationSVD):
     the product of least ``trace(E^T S E A)``: the truncated SVD of ``S^(1/2) W A^(1/2)``, transformed back. Then the
     factors are fitted in turn to the corrected eigenvalues ``Lam`` (:mod:`octavo.calibration.curvature`): in the
     eigenbasis, with one factor ``U`` fixed, column ``j`` of the other is ``(U^T diag(Lam[:, j]) U)^-1 U^T diag(Lam[:,
-    j]) W[:, j]``, which never raises the loss. Both factors are quantized as in the other low-rank methods. Nothing is
-    offered for evidence without a curvature (``curvature="kfac"``).
+    j]) W[:, j]``, which never raises the loss. Where ``rank^2 rows columns`` exceeds 2^31, conjugate gradients approach
+    these columns instead. Both factors are quantized as in the other low-rank methods. Nothing is offered for evidence
+    without a curvature (``curvature="kfac"``).
 
     Parameters
     ----------
@@ -84,11 +88,11 @@ class Fitting:
     def of(self, rank: int, sweeps: int) -> factors.Factors:
         """Factors of a rank after the given number of sweeps; 0 gives the whitened SVD."""
         found, curvature = self.begin.first(rank), self.curvature
-        if sweeps and bool(self.target.any()) and rank**2 * self.target.numel() <= _WORK:
-            left = found.left.double()
+        if sweeps and bool(self.target.any()) and bool(self.values.any()):
+            left, right = found.left.double(), found.right.t().double()
             for _ in range(sweeps):
-                right = _solved(left, self.values, self.target)
-                left = _solved(right, self.values.t(), self.target.t())
+                right = _fitted(left, right, self.values, self.target)
+                left = _fitted(right, left, self.values.t(), self.target.t())
             # Components by falling energy again, with equal weight on both sides, as the quantizer expects.
             found = factors.whitened(left @ right.t(), curvature.output_values, curvature.input_values, rank)
         left, right = curvature.outputs @ found.left, found.right @ curvature.inputs.t()
@@ -105,6 +109,13 @@ def fitted(weight: Tensor, curvature: Curvature, share: float, *, sweeps: int = 
     return LowRank(Dense(parts.left), Dense(parts.right))
 
 
+def _fitted(factor: Tensor, other: Tensor, values: Tensor, target: Tensor) -> Tensor:
+    """The other factor (columns, rank) of ``factor @ other.T``, fitted to the target."""
+    if factor.shape[1] ** 2 * target.numel() <= _WORK:
+        return _solved(factor, values, target)
+    return _improved(factor, other, values, target)
+
+
 def _solved(factor: Tensor, values: Tensor, target: Tensor) -> Tensor:
     """For every column ``j`` the row ``x`` that minimizes ``sum_i values[i, j] (target[i, j] - factor[i] x)^2``."""
     rows = []
@@ -115,3 +126,24 @@ def _solved(factor: Tensor, values: Tensor, target: Tensor) -> Tensor:
         normal.diagonal(dim1=1, dim2=2).add_(float(normal.diagonal(dim1=1, dim2=2).max()) * 1e-12)
         rows.append(torch.linalg.solve(normal, heavy @ target[:, some].t()[:, :, None])[..., 0])
     return torch.cat(rows)
+
+
+def _improved(factor: Tensor, other: Tensor, values: Tensor, target: Tensor) -> Tensor:
+    """Rows ``x`` (columns, rank) moved towards those of :func:`_solved`, all at once, which never raises the loss."""
+    diagonal = values.t() @ factor.square()
+    ridge = float(diagonal.max()) * 1e-12
+    scale = 1 / (diagonal + ridge)
+    found, rest = other.clone(), (values * (target - factor @ other.t())).t() @ factor
+    direction = scale * rest
+    size = (rest * direction).sum(1)
+    for _ in range(_STEPS):
+        seen = factor @ direction.t()
+        curved = (values * seen.square()).sum(0) + ridge * direction.square().sum(1)
+        # A column that is fitted exactly has nowhere to go.
+        share = torch.where(curved > 0, size / curved, 0.0)[:, None]
+        found += share * direction
+        rest -= share * ((values * seen).t() @ factor + ridge * direction)
+        scaled = scale * rest
+        before, size = size, (rest * scaled).sum(1)
+        direction = scaled + torch.where(before > 0, size / before, 0.0)[:, None] * direction
+    return found

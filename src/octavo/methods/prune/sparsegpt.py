@@ -12,15 +12,12 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factored, round_columns
+from octavo.methods.feedback import factored, round_columns, swept
 from octavo.methods.prune import masks
 
 #: Columns whose mask is chosen together, or as many whole groups as fit: one feedback block, so that the costs are up
 #: to date.
 _BLOCK = 64
-#: Rows are swept in independent chunks that fit the cache. They are too short to be split over threads, whose
-#: synchronisation at every column would cost more than the work.
-_CHUNK = 1 << 19
 
 
 @method("sparsegpt", family="prune", source="SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774)")
@@ -74,15 +71,16 @@ def _sweep(weight: Tensor, rows: Tensor, request: masks.MaskRequest, factors: tu
     costs = rows[:, None] * curvature
     planned = masks.choose(weight[:, order].square() * costs, request, by_row=False)
     step = None if request.bits is None else masks.step_of(weight[:, order], planned, request.bits)
-    kept, mask = torch.empty(weight.shape), torch.empty(weight.shape, dtype=torch.bool)
-    height = max(1, _CHUNK // weight.shape[1])
-    for start in range(0, len(weight), height):
-        span = slice(start, min(start + height, len(weight)))
-        targets = weight[span].t()[order].contiguous()
+    mask = torch.empty(weight.shape, dtype=torch.bool)
+
+    def survivors(rows: slice, targets: Tensor) -> Tensor:
         chosen = torch.empty(targets.shape, dtype=torch.bool)
-        quantize = partial(_quantize, targets, costs[span], planned[span], chosen, step, request.pattern)
-        kept[span, order] = round_columns(targets, feedback, quantize).t()
-        mask[span, order] = chosen.t()
+        quantize = partial(_quantize, targets, costs[rows], planned[rows], chosen, step, request.pattern)
+        values = round_columns(targets, feedback, quantize)
+        mask[rows, order] = chosen.t()
+        return values
+
+    kept = swept(weight, order, survivors)
     if step is None:
         return masks.unrounded(kept, mask, request.pattern)
     return masks.survivors(kept.div_(step).round_(), mask, step, request.pattern)

@@ -46,7 +46,8 @@ class TernaryDifference(Method):
             step = real(self.name, setting, "scale", 0.0) * float(weight.std(correction=0))
         else:
             step = _fitted(weight, signs, evidence)
-        return masks.survivors(signs, mask, max(step, torch.finfo(torch.float32).tiny), None)
+        # A scale of zero makes every weight zero, so none is kept.
+        return masks.survivors(signs, mask & (step > 0), max(step, torch.finfo(torch.float32).tiny), None)
 
 
 def _fitted(weight: Tensor, signs: Tensor, evidence: Evidence) -> float:

@@ -120,7 +120,7 @@ def _rows(fitted: Fitted, span: slice) -> Fitted:
 
 def _spread(fitted: Fitted, columns: int) -> tuple[Tensor, Tensor | float]:
     """Steps and zero points of every weight."""
-    scale, zero = fitted.spread(0, len(fitted.scale))
+    scale, zero = fitted.spread(slice(None))
     steps = scale.t().repeat_interleave(fitted.width, 1)[:, :columns]
     if not isinstance(zero, Tensor):
         return steps, zero

@@ -14,7 +14,7 @@ from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.forms.ggml import GgmlBlocks
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factored, round_blocks, round_columns
+from octavo.methods.feedback import factored, round_blocks, round_columns, swept
 from octavo.methods.knobs import choice
 from octavo.methods.quantize.descent import descended
 from octavo.methods.quantize.ggml_refit import refitted
@@ -101,15 +101,14 @@ def _swept(
 ) -> Tensor:
     """Values (rows, columns) on the levels of their groups, rounded column after column."""
     order, _, feedback = factored(evidence)
-    groups, found = order // kind.group, torch.empty_like(weight)
-    height = max(1, _CHUNK // weight.shape[1])
-    for start in range(0, len(weight), height):
-        part = slice(start, start + height)
-        steps = step[part].t().contiguous()
-        offsets = torch.zeros_like(steps) if offset is None else offset[part].t().contiguous()
-        targets = weight[part].t()[order].contiguous()
-        found[part, order] = _rounded(targets, feedback, groups, steps, offsets, levels).t()
-    return found
+    groups = order // kind.group
+
+    def rounded(rows: slice, targets: Tensor) -> Tensor:
+        steps = step[rows].t().contiguous()
+        offsets = torch.zeros_like(steps) if offset is None else offset[rows].t().contiguous()
+        return _rounded(targets, feedback, groups, steps, offsets, levels)
+
+    return swept(weight, order, rounded, chunk=_CHUNK)
 
 
 def _rounded(

@@ -12,13 +12,10 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factored, round_blocks, round_columns
+from octavo.methods.feedback import factored, round_blocks, round_columns, swept
 from octavo.methods.quantize.grids import SETTINGS, Fitted, fit, kernel_settings, nearest
 from octavo.system.compiled import compiled
 
-#: Rows are rounded in independent chunks that fit the cache. They are too short to be split over threads, whose
-#: synchronisation at every column would cost more than the work.
-_CHUNK = 1 << 19
 #: Columns a group of onnxruntime's blockwise kernel; the first that divides a matrix is taken.
 _BLOCK_WIDTHS = (64, 128, 32, 16)
 
@@ -79,21 +76,17 @@ class GPTQ(Method):
 
 def _sweep(weight: Tensor, fitted: Fitted, order: Tensor, feedback: Tensor) -> Tensor:
     """Codes (rows, columns) of one pass over the columns in ``order``."""
-    codes = torch.empty(weight.shape, dtype=fitted.dtype)
     groups = order // fitted.width
-    height = max(1, _CHUNK // weight.shape[1])
-    for start in range(0, len(weight), height):
-        stop = min(start + height, len(weight))
-        scale, zero = fitted.spread(start, stop)
+
+    def codes(rows: slice, targets: Tensor) -> Tensor:
+        scale, zero = fitted.spread(rows)
         # Codes without zero points lie between the two bounds.
         low, high = (torch.as_tensor(bound - zero).expand_as(scale) for bound in (fitted.low, fitted.high))
-
-        targets = weight[start:stop].t()[order].contiguous()
         rounded = _rounded(targets, feedback, groups, scale, low, high)
         # The values are exact multiples of their steps, so division restores their codes.
-        steps = rounded.div_(scale[groups]).round_().add_(zero if isinstance(zero, float) else zero[groups])
-        codes[start:stop, order] = steps.t().to(fitted.dtype)
-    return codes
+        return rounded.div_(scale[groups]).round_().add_(zero if isinstance(zero, float) else zero[groups])
+
+    return swept(weight, order, codes, dtype=fitted.dtype)
 
 
 def _rounded(targets: Tensor, feedback: Tensor, groups: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

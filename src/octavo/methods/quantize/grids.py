@@ -75,10 +75,10 @@ class Fitted:
     low: int
     high: int
 
-    def spread(self, start: int, stop: int) -> tuple[Tensor, Tensor | float]:
-        """Scales and zero points of rows ``start`` to ``stop``, transposed to (groups, rows) floats."""
-        zero = 0.0 if self.zero is None else self.zero[start:stop].t().float().contiguous()
-        return self.scale[start:stop].t().float().contiguous(), zero
+    def spread(self, rows: slice) -> tuple[Tensor, Tensor | float]:
+        """Scales and zero points of some rows, transposed to (groups, rows) floats."""
+        zero = 0.0 if self.zero is None else self.zero[rows].t().float().contiguous()
+        return self.scale[rows].t().float().contiguous(), zero
 
     def grid(self, codes: Tensor) -> Grid:
         """The form of codes on this grid."""
@@ -86,7 +86,7 @@ class Fitted:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Columns of the codes."""
+        """The integer type of the codes."""
         return torch.int8 if self.zero is None else torch.uint8
 
 

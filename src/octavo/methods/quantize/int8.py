@@ -12,7 +12,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.forms import Form, Grid
 from octavo.forms.grid import DIVISIONS, exponent_steps
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factor, important_first, round_columns
+from octavo.methods.feedback import factor, important_first, round_columns, swept
 from octavo.methods.knobs import real
 
 #: Smoothings to try if inputs are rounded too.
@@ -20,8 +20,6 @@ SMOOTHING = (0.0, 0.25, 0.5, 0.75)
 _HIGHEST = 127
 #: Column factors stay within these powers of two of each other.
 _OCTAVES = 12
-#: Rows are rounded in chunks that fit the cache (docs/decisions.md).
-_CHUNK = 1 << 19
 
 
 @method(
@@ -83,10 +81,8 @@ def _round(targets: Tensor, evidence: Evidence, smooth: Tensor) -> Tensor:
     moment = evidence.columns / smooth[:, None] / smooth
     order = important_first(moment)
     _, feedback = factor(moment, order)
-    codes = torch.empty_like(targets)
-    height = max(1, _CHUNK // targets.shape[1])
-    for start in range(0, len(targets), height):
-        part = targets[start : start + height].t()[order].contiguous()
-        rounded = round_columns(part, feedback, lambda _, target: target.round().clamp_(-_HIGHEST, _HIGHEST))
-        codes[start : start + height, order] = rounded.t()
-    return codes
+
+    def rounded(rows: slice, targets: Tensor) -> Tensor:
+        return round_columns(targets, feedback, lambda _, target: target.round().clamp_(-_HIGHEST, _HIGHEST))
+
+    return swept(targets, order, rounded)

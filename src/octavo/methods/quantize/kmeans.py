@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Codebook, Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factored, round_columns
+from octavo.methods.feedback import factored, round_columns, swept
 from octavo.methods.knobs import whole
 from octavo.methods.quantize.grids import compact
 
@@ -20,9 +20,6 @@ _SIZES = (256, 64, 32, 16, 8, 4)
 _BINS = 8192
 #: A row's scale takes 16 bits: half a bit per weight for a row of this length.
 _SCALED_COLUMNS = 32
-#: Rows are rounded in independent chunks that fit the cache. They are too short to be split over threads, whose
-#: synchronisation at every column would cost more than the work.
-_CHUNK = 1 << 19
 
 
 @method("kmeans", family="quantize", preset="best", source="Lloyd (1982); Han et al. (2015), arXiv 1510.00149")
@@ -89,13 +86,12 @@ class KMeans(Method):
 def _nearest(weight: Tensor, values: Tensor, order: Tensor | None, feedback: Tensor | None) -> Tensor:
     """Indices (rows, columns) of the nearest values, column after column if there is feedback."""
     edges = (values[1:] / 2 + values[:-1] / 2).contiguous()
-    if feedback is not None:
-        given, weight = weight, torch.empty_like(weight)
-        height = max(1, _CHUNK // weight.shape[1])
-        for start in range(0, len(weight), height):
-            targets = given[start : start + height].t()[order].contiguous()
-            rounded = round_columns(targets, feedback, lambda j, target: values[torch.bucketize(target, edges)])
-            weight[start : start + height, order] = rounded.t()
+    if order is not None and feedback is not None:
+
+        def rounded(rows: slice, targets: Tensor) -> Tensor:
+            return round_columns(targets, feedback, lambda j, target: values[torch.bucketize(target, edges)])
+
+        weight = swept(weight, order, rounded)
     return torch.bucketize(weight, edges, out_int32=True)
 
 

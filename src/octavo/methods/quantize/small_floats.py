@@ -14,7 +14,7 @@ from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
 from octavo.forms import BlockScaled, Codebook, Dense, Form
 from octavo.methods.base import Method, Setting, method
-from octavo.methods.feedback import factored, round_columns
+from octavo.methods.feedback import factored, round_columns, swept
 from octavo.methods.knobs import choice, whole
 from octavo.methods.quantize.grids import compact
 
@@ -28,7 +28,6 @@ POWER, E4M3, FLOAT = "power", "e4m3", "float16"
 _EXPONENTS = 127
 #: Scales that are tried are those at the largest magnitude, and so many of the format on either side.
 _NEIGHBOURS = (0, 1, -1, -2)
-_CHUNK = 1 << 19
 
 
 @cache
@@ -102,19 +101,17 @@ class SmallFloats(Method):
         if evidence.columns is None or not self.feedback:
             return torch.bucketize(weight / scales[:, places], edges, out_int32=True).to(torch.uint8)
         order, _, feedback = factored(evidence)
-        codes = torch.empty(weight.shape, dtype=torch.uint8)
-        height = max(1, _CHUNK // weight.shape[1])
-        for start in range(0, len(weight), height):
-            part = slice(start, start + height)
-            steps = scales[part].t()[places[order]].contiguous()
 
-            def nearest(j: int, target: Tensor, steps: Tensor = steps) -> Tensor:
+        def codes(rows: slice, targets: Tensor) -> Tensor:
+            steps = scales[rows].t()[places[order]].contiguous()
+
+            def nearest(j: int, target: Tensor) -> Tensor:
                 return values[torch.bucketize(target / steps[j], edges)] * steps[j]
 
-            rounded = round_columns(weight[part].t()[order].contiguous(), feedback, nearest)
             # Values are multiples of their scales, to a rounding error that moves none across an edge.
-            codes[part, order] = torch.bucketize(rounded / steps, edges).t().to(torch.uint8)
-        return codes
+            return torch.bucketize(round_columns(targets, feedback, nearest) / steps, edges)
+
+        return swept(weight, order, codes, dtype=torch.uint8)
 
 
 def _best(blocks: Tensor, values: Tensor, cost: Tensor, tables: Tensor, first: Tensor) -> Tensor:

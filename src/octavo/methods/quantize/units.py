@@ -62,9 +62,19 @@ class StepUnits:
     def deviation(self) -> float:
         """Root mean square of the weights in these units."""
         # Divided first and scaled back last, since the squares of large weights would overflow.
-        units = self.weight[:, self.order] / self.row_steps[:, None] / self.column_steps
+        units = self._units()
         largest = float(units.abs().max()) if units.numel() else 0.0
         return float((units / largest).square().mean().sqrt()) * largest if largest > 0 else 0.0
+
+    @property
+    def finest(self) -> float:
+        """A step whose codes all fit. The feedback of errors may add to a code: half of the range is left for it."""
+        units = self._units()
+        return 2 * float(units.abs().max()) / _LARGEST if units.numel() else 0.0
+
+    def _units(self) -> Tensor:
+        """The weights in these units, columns in the order of processing."""
+        return self.weight[:, self.order] / self.row_steps[:, None] / self.column_steps
 
     def grid(
         self,
