@@ -149,7 +149,7 @@ EDGES = {
 def test_updates_at_the_edges_are_sent_and_received(flow, edge):
     sent = {"layer.weight": EDGES[edge](), "layer.bias": torch.zeros(96)}
     budget = Schema.of(sent).nbytes // 8
-    plan = flow.fit([sent], budget)
+    plan = flow.fit([sent, sent], budget)
     sender, receiver = flow.start(plan), flow.start(plan)
     for _ in range(2):
         try:

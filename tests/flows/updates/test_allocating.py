@@ -1,5 +1,6 @@
 """The dynamic programme and the multiplier choose what brute force chooses, and settings are refreshed."""
 
+import copy
 from dataclasses import replace
 from itertools import product
 
@@ -130,6 +131,47 @@ def test_tensors_that_had_no_gradient_get_bytes_as_soon_as_they_have_one():
     assert state.choice is held
     with pytest.raises(RequestError, match="fit it again"):
         codec.start(replace(plan, setting={**plan.setting, "silent": [7]}))
+
+
+@pytest.mark.parametrize("largest", [1.0, 3.4e38])
+def test_a_choice_is_made_again_however_large_updates_are(largest):
+    """Ten updates at the edge of float32 have a mean, although their sum is infinite."""
+    codec, sent = Mixed(refresh=10), {"a": torch.full((70, 70), largest), "b": torch.full((9,), -largest)}
+    plan = codec.fit([sent] * 2, 2000)
+    state, other = codec.start(plan), codec.start(plan)
+    for step in range(11):
+        found = codec.decode(codec.encode(sent, state), other)
+        assert all(torch.allclose(found[name], sent[name]) for name in sent), step
+    assert state.step == 11 and plan.setting["error"] == state.choice["error"]
+
+
+class Interrupted(Mixed):
+    """Stopped by its user when everything is done but to hand over the payload."""
+
+    def advance(self, flat, state):
+        super().advance(flat, state)
+        raise KeyboardInterrupt
+
+
+def test_states_move_only_when_something_was_sent():
+    codec, stopped = Mixed(refresh=2), Interrupted(refresh=2)
+    first = {**update(0), "faint": torch.zeros(70, 70)}
+    plan = codec.fit([first], 2000)
+    state, twin = codec.start(plan), codec.start(plan)
+    for step in range(2):
+        before = copy.deepcopy(vars(state))
+        # At first a silent tensor has content; then the choice is made again.
+        for sender, tensors, error in (
+            (stopped, update(step), KeyboardInterrupt),
+            (codec, {**update(step), "bias": update(step)["bias"] / 0}, RequestError),
+        ):
+            with pytest.raises(error):
+                sender.encode(tensors, state)
+            after = vars(state)
+            kept = {name for name, value in before.items() if not isinstance(value, torch.Tensor)}
+            assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+            assert all(torch.equal(after[name], before[name]) for name in before.keys() - kept)
+        assert codec.encode(update(step), state) == codec.encode(update(step), twin)
 
 
 @pytest.mark.parametrize(

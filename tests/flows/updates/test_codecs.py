@@ -57,6 +57,22 @@ def test_ternary_with_all_bytes_has_the_scale_of_its_source():
     assert len(few.abs().unique()) == 2 and float(few.abs().max()) > 2 * float(sent.abs().max())
 
 
+@pytest.mark.parametrize("codec", [QSGD(), Ternary()], ids=["qsgd", "ternary"])
+@pytest.mark.parametrize("scale", [1e-37, 1.0, 3e38])
+def test_entries_that_are_a_whole_norm_can_be_received_at_any_budget(codec, scale):
+    """Of thousands of largest entries some draw nearly one, which must not lift their code beyond the largest."""
+    signs = normal(3000).sign()
+    sent = {str(number): scale * (0.5 + number / 6000) * sign for number, sign in enumerate(signs)}
+    for budget in (1 << 14, 1 << 20):
+        plan = codec.fit([sent], budget)
+        sender, receiver = codec.start(plan), codec.start(plan)
+        for _ in range(3):
+            found = codec.decode(codec.encode(sent, sender), receiver)
+            assert all(bool(torch.isfinite(tensor)) for tensor in found.values())
+    # With all bytes, the largest code stands for the whole norm.
+    assert all(float(found[name]) == pytest.approx(float(sent[name]), rel=1e-4) for name in sent)
+
+
 def test_sign_has_one_bit_an_entry_and_the_mean_magnitude():
     sent = normal(8000)
     codec = Sign(feedback=False)

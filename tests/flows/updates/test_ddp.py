@@ -1,4 +1,4 @@
-"""Two real processes train one model over loopback, and send payloads of a stated size instead of gradients."""
+"""Real processes train one model over loopback, and send payloads of a stated size instead of gradients."""
 
 import socket
 import subprocess
@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import nn
 import octavo
 
-rank = int(sys.argv[1])
-store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0, timeout=datetime.timedelta(seconds=60))
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+rank, port, world = (int(text) for text in sys.argv[1:])
+store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=datetime.timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 model = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=0.05)
@@ -38,9 +38,9 @@ def loss_of(step, factor=1.0):
     return nn.functional.cross_entropy(model(x), y) * factor
 
 def same(tensor):
-    parts = [torch.zeros_like(tensor) for _ in range(2)]
+    parts = [torch.zeros_like(tensor) for _ in range(world)]
     dist.all_gather(parts, tensor)
-    return torch.equal(*parts)
+    return all(torch.equal(parts[0], part) for part in parts)
 
 def told(act):
     try:
@@ -51,8 +51,8 @@ def told(act):
 """
 
 
-def run(tmp_path, body):
-    """The lines that each of two processes printed."""
+def run(tmp_path, body, world=2):
+    """The lines that each process printed."""
     script = tmp_path / "worker.py"
     # Threads of gloo sometimes abort a process that ends by itself.
     ending = "dist.destroy_process_group()\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
@@ -61,8 +61,11 @@ def run(tmp_path, body):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        subprocess.Popen([sys.executable, script, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(port), str(world)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
     ]  # fmt: skip
     try:
         outs = [worker.communicate(timeout=150) for worker in workers]
@@ -163,35 +166,43 @@ def test_gradients_of_zeros_arrive_as_zeros(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ('{"size": 20_000 + 100 * rank}', "payloads of 20100 bytes and worker 0 of 20000"),
-        ('{"size": 20_000, "codec": "threshold" if rank else "top-k"}', "worker 1 has another codec"),
+        ("size=20_000 + 100 * rank", "worker 1 has payloads of 20100 bytes and worker 0 of 20000; give all"),
+        ("size=20_000 - 19_990 * rank", "worker 1 has payloads of 10 bytes and worker 0 of 20000; give all"),
+        ("size=20_000, codec=('top-k', 'threshold')[rank]", "worker 1 has another codec or other parameters than"),
     ],
-    ids=["budgets", "codecs"],
+    ids=["budgets", "budgets of which one is too small", "codecs"],
 )
-def test_workers_of_different_requests_are_all_told(asked, says, tmp_path):
+def test_workers_of_different_requests_are_all_told_the_same(asked, says, tmp_path):
     lines = run(
         tmp_path,
         f"""
-        sync = octavo.updates.compress_ddp(model, **{asked})
+        sync = octavo.updates.compress_ddp(model, {asked})
         print(told(lambda: loss_of(0).backward()))
+        assert sync.steps == sync.sent == sync.ratio == 0
         """,
     )
-    assert all(says in out[0] for out in lines)
+    assert lines[0] == lines[1] and lines[0][0].startswith(f"RequestError: compress_ddp: {says}")
 
 
-def test_the_mean_of_halves_is_taken_in_float32(tmp_path):
+def test_means_neither_overflow_nor_drop_small_terms(tmp_path):
+    """Sums would be infinite in float16 and float32, and 256 + 1 is 256 in bfloat16."""
     lines = run(
         tmp_path,
         """
-        big = nn.parallel.DistributedDataParallel(nn.Linear(64, 64).half())
-        octavo.updates.compress_ddp(big, ratio=1.5, codec="top-k")
-        # Each gradient is within float16, and their sum is not.
-        big(torch.full((1, 64), 50_000.0).half()).float().sum().backward()
-        found = big.module.weight.grad.float()
-        print(bool(torch.isfinite(found).all()), bool((found > 40_000).any()))
+        for dtype, sent, mean in (
+            (torch.float16, [6e4, 6e4, 6e4], 6e4), (torch.bfloat16, [256, 1, 1], 86), (torch.float32, [3e38] * 3, 3e38),
+        ):
+            linear = nn.parallel.DistributedDataParallel(nn.Linear(8, 8, bias=False).to(dtype))
+            octavo.updates.compress_ddp(linear, size=1000, codec="top-k")
+            linear(torch.full((1, 8), sent[rank], dtype=dtype)).sum().backward()
+            found = linear.module.weight.grad
+            assert found.dtype == dtype and same(found), found
+            assert torch.allclose(found, torch.full_like(found, mean)), found
+        print("fine")
         """,
+        world=3,
     )
-    assert lines == [["True True"]] * 2
+    assert lines == [["fine"]] * 3
 
 
 @pytest.fixture
@@ -217,8 +228,7 @@ def test_requests_without_meaning_are_refused(alone):
     sharded = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
     wrong = [
         (sharded, {"ratio": 50}, "in FSDP"), (nn.Linear(2, 2), {"ratio": 50}, "is a Linear"),
-        (alone, {}, "give a ratio"), (alone, {"ratio": 50, "size": 10}, "give a ratio"), (alone, {"ratio": 0.5}, "a number from 1"),
-        (alone, {"size": 0}, "size is 0"), (alone, {"size": True}, "size is True"), (alone, {"ratio": 1e9}, "leaves no byte"), (alone, {"ratio": 50, "codec": "nothing"}, "is not known"),
+        (alone, {"ratio": 1e6}, "leaves no byte of 16160"),
     ]  # fmt: skip
     for model, request, says in wrong:
         with pytest.raises(RequestError, match=says):

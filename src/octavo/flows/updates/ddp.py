@@ -190,8 +190,9 @@ def compress_ddp(
     ------
     RequestError
         If the model is not in DistributedDataParallel, or a request cannot be served. In a step: if a gradient is not
-        finite, a parameter is new, or the number of workers changed. All workers raise in the same step.
-        DistributedDataParallel cannot go on after an error in a step: begin again from the weights before it.
+        finite, a parameter is new, the number of workers changed, or sizes or codecs differ between workers. All
+        workers raise in the same step. DistributedDataParallel cannot go on after an error in a step: begin again from
+        the weights before it.
     BudgetError
         In the first step, if not even the smallest payload fits.
     """
