@@ -397,3 +397,16 @@ def test_data_free_preset_needs_no_data(tmp_path):
     restored = octavo.load(tmp_path / "out", into=nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)))
     error = (restored[0].weight - model[0].weight).detach().square().sum() / model[0].weight.detach().square().sum()
     assert float(error) < 0.01
+
+
+@pytest.mark.parametrize("methods", [["entropy"], ["alds", "entropy"]], ids=str)
+def test_a_weight_far_beyond_all_others_ends_no_run(methods, tmp_path):
+    """The step that the budget would take is too fine for the code of such a weight."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(96, 64))
+    with torch.no_grad():
+        net[0].weight[3, 5] = 1e8
+    done = octavo.compress(net, ratio=1.5, methods=methods, preset="best", progress=False)
+    done.save(tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", into=nn.Sequential(nn.Linear(96, 64)))[0].weight.detach()
+    assert done.ratio >= 1.5 and loaded[3, 5] == pytest.approx(1e8, rel=1e-3)

@@ -145,10 +145,18 @@ def encode_plan(
     moved = points
     signs: set[bool] = set()
     for attempt in range(_ROUNDS):
-        for done, (name, found) in enumerate(encode_all(run, moved)):
-            points[name], packed[name] = replace(moved[name], bytes=target.bytes(found), estimated=False), found
-            seen(name, points[name])
-            run.progress("encode", done + 1, len(moved))
+        new, made = dict[str, Point](), dict[str, Packed]()
+        try:
+            for done, (name, found) in enumerate(encode_all(run, moved)):
+                new[name], made[name] = replace(moved[name], bytes=target.bytes(found), estimated=False), found
+                seen(name, new[name])
+                run.progress("encode", done + 1, len(moved))
+        except RequestError:
+            if not attempt:
+                raise
+            # A setting between measured ones, or beyond them, may be one that the method refuses.
+            break
+        points, packed = {**points, **new}, {**packed, **made}
         contents = seal(opened, packed, _kept(opened, profile, points))
         total = target.total(contents)
         if asked is None or attempt == _ROUNDS - 1 or _fits(total, asked):
