@@ -75,8 +75,7 @@ class Window:
     def tries(self, method: Method) -> bool:
         """Whether a method is tried; dense storage, and what every plan is held against, always are.
 
-        Lossless codes are not: where they are far beyond the budget, packing them takes a sixth of the time of a
-        profile.
+        Lossless codes are not: where they are far beyond the budget, packing them takes time and no plan takes them.
         """
         return self.reach is None or self.reaches(method) or method.dense or method.plain
 

@@ -20,6 +20,7 @@ from octavo.sources.batches import Batch, divided, mask_of, sequences_in
 from octavo.sources.sites import Site, Source
 from octavo.system.ahead import in_order
 from octavo.system.matmul import coarse_matmul
+from octavo.system.modes import evaluating
 
 MINIMUM_SEQUENCES = 8
 #: Gradients of weights are averaged over at least this many passes, if there are enough examples.
@@ -176,14 +177,12 @@ def check_outputs(outputs: Tensor, number: int) -> None:
 @contextmanager
 def differentiating(module: nn.Module) -> Iterator[None]:
     """A context in which a module is in evaluation mode and no parameter requires a gradient."""
-    training = {submodule: submodule.training for submodule in module.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    module.eval().requires_grad_(False)
+    module.requires_grad_(False)
     try:
-        yield
+        with evaluating(module):
+            yield
     finally:
-        for submodule, flag in training.items():
-            submodule.training = flag
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
 

@@ -214,7 +214,9 @@ class Mixed(UpdateCodec):
 
         Factors of LoRA are such units: the gradient of one is zero as long as the other is.
         """
-        schema, silent = state.plan.schema, state.choice.get("silent", [])
+        schema, silent = state.plan.schema, state.choice.get("silent")
+        if not silent:
+            return False
         parts, found = flat.split(schema.sizes), self._units(schema, state.choice)
         return any(bool(parts[member].any()) for number in silent for member in found[number].members)
 
