@@ -91,22 +91,11 @@ def _unquantized(name: str) -> Path:
     """A language model in float32 safetensors: what the other tools can read, with the values of the GGUF file."""
     folder = CACHE / "models" / name
     if not folder.exists():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from octavo.sources.gguf import write_floats
 
-        file = gguf_file(name)
-        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        if hasattr(loaded.config, "quantization_config"):
-            del loaded.config.quantization_config
-        # A model that was never quantized saves without a word of it.
-        model = type(loaded)(loaded.config)
-        model.load_state_dict(loaded.state_dict())
-        model.tie_weights()
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent))
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        write_floats(gguf_file(name), aside, torch.float32)
         try:
             aside.rename(folder)
         except OSError:

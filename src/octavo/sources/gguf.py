@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,20 @@ def _model(file: Path, elements: list[int]) -> nn.Module:
             f"{file}: lacks {len(missing)} weights of {type(module).__name__}, such as {missing[0]!r}; copy it again"
         )
     return module.eval()
+
+
+def write_floats(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model of a GGUF file as a folder of plain floats, with its configuration and tokenizer.
+
+    Errors are those of :func:`open_gguf`.
+    """
+    source: Any = open_gguf(file)
+    # Loaders keep some weights packed, and refuse to write them; a new model has none that are.
+    model = type(source.module)(source.module.config)
+    model.load_state_dict(source.module.state_dict())
+    model.tie_weights()
+    shutil.copytree(source.companions, folder, dirs_exist_ok=True)
+    model.to(dtype).save_pretrained(folder)
 
 
 def _write_companions(file: Path, module: Any, folder: Path) -> None:

