@@ -1,7 +1,7 @@
 """Encoding with the codec that gives the fewest bytes."""
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ SMALL = 65536
 CONTEXT_ELEMENTS = 16384
 # Streams that are split by bits of context are put together element by element, so this must be saved.
 SPLIT_GAIN = 0.005
+# Vectors of at most so many elements are remembered: every setting of a matrix has the same exponents of its rows and
+# columns, and every layout of its codes the same classes. At 20 ms a matrix their coding took a third of the time.
+REMEMBERED = 4096
 
 
 def encode(tensor: torch.Tensor, context: ParityContext | None = None, *, independent: bool = False) -> bytes:
@@ -62,12 +65,28 @@ def _encode(tensor: torch.Tensor, depth: int, context: ParityContext | None = No
             "first"
         )
     array = tensor.detach().cpu().contiguous().numpy()
+    if array.size <= REMEMBERED:
+        # So short a vector has no use for its context.
+        return _remembered(array.tobytes(), array.dtype, tensor.dtype, array.shape, depth, independent)
+    return _smallest(array, tensor.dtype, depth, context, independent)
+
+
+@lru_cache(maxsize=512)
+def _remembered(
+    content: bytes, numbers: np.dtype, dtype: torch.dtype, shape: tuple[int, ...], depth: int, independent: bool
+) -> bytes:
+    return _smallest(np.frombuffer(content, numbers).reshape(shape), dtype, depth, None, independent)
+
+
+def _smallest(
+    array: np.ndarray, dtype: torch.dtype, depth: int, context: ParityContext | None, independent: bool
+) -> bytes:
     if not array.size:
-        return assemble("raw", tensor.dtype, tensor.shape, STORAGE[DTYPES.index(tensor.dtype)], b"", [])
-    array = array.astype(STORAGE[DTYPES.index(tensor.dtype)], copy=False)
+        return assemble("raw", dtype, array.shape, STORAGE[DTYPES.index(dtype)], b"", [])
+    array = array.astype(STORAGE[DTYPES.index(dtype)], copy=False)
     low, high = int(array.min()), int(array.max())
     values = array.astype(_narrowest(array.dtype, low, high), copy=False)
-    seal = partial(assemble, dtype=tensor.dtype, shape=tensor.shape, storage=values.dtype)
+    seal = partial(assemble, dtype=dtype, shape=array.shape, storage=values.dtype)
 
     width = bitpack.width_of(low, high)
     fixed_bytes = min(values.nbytes, bitpack.packed_bytes(values.size, width))
