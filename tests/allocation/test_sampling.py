@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import octavo
-from octavo.allocation.profiles import profile_site
 from octavo.allocation.sampling import MEDIUM, sample_of, table_sample_of
+from octavo.allocation.site_curves import profile_site
 from octavo.allocation.windows import Window
 from octavo.artifact import pack
 from octavo.calibration.curvature import kronecker

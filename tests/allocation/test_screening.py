@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import octavo
-from octavo.allocation.profiles import Curve, Point, profile_site
+from octavo.allocation.profiles import Curve, Point
 from octavo.allocation.screening import kind_of, pilots, reaches
+from octavo.allocation.site_curves import profile_site
 from octavo.allocation.windows import Reach, Window
 from octavo.calibration.evidence import Evidence
 from octavo.methods import get_method

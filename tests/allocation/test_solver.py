@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.allocation.budget import Budget, budget
+from octavo.allocation.interpolation import densified, family
 from octavo.allocation.plans import read_plan
-from octavo.allocation.profiles import Curve, Point, Profile, densified, envelope, family
+from octavo.allocation.profiles import Curve, Point, Profile, envelope
 from octavo.allocation.solver import PointTable, allocate, uniform
 from octavo.errors import BudgetError, RequestError
 from octavo.methods import get_method

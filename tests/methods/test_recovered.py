@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import octavo
-from octavo.allocation.profiles import profile_site
+from octavo.allocation.site_curves import profile_site
 from octavo.allocation.windows import Window
 from octavo.artifact import pack, unpack
 from octavo.calibration.evidence import Evidence

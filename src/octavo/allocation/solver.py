@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from octavo.allocation.budget import Budget
+from octavo.allocation.interpolation import densified, family
 from octavo.allocation.knapsack import knapsack
 from octavo.allocation.plans import MIXED, Plan
-from octavo.allocation.profiles import Curve, Point, Profile, alike, densified, family
+from octavo.allocation.profiles import Curve, Point, Profile, alike
 from octavo.errors import BudgetError
 from octavo.methods import Setting, get_method
 from octavo.methods.selecting import dense_names

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from octavo.allocation.counting import Counting
-from octavo.allocation.profiles import Curve, Point, profile_site
+from octavo.allocation.profiles import Curve, Point
+from octavo.allocation.site_curves import profile_site
 from octavo.allocation.windows import Window
 from octavo.artifact import Packed, Sized, pack, unpack
 from octavo.calibration.evidence import Evidence

@@ -11,8 +11,8 @@ import torch
 
 from octavo.allocation.curves import window_of
 from octavo.allocation.opened import Opened
-from octavo.allocation.profiles import profile_site
 from octavo.allocation.sampling import MEDIUM
+from octavo.allocation.site_curves import profile_site
 from octavo.artifact import Packed
 from octavo.artifact.packing import Sized
 from octavo.calibration.blocks import Blocks

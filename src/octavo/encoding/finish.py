@@ -12,10 +12,11 @@ import numpy as np
 from octavo.allocation.budget import Budget
 from octavo.allocation.counting import MARGIN
 from octavo.allocation.encoded import as_weights, encode_all, seal
+from octavo.allocation.interpolation import slope
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.opened import Opened, Run
 from octavo.allocation.plans import MIXED, ONE_FAMILY, Plan
-from octavo.allocation.profiles import Point, Profile, slope
+from octavo.allocation.profiles import Point, Profile
 from octavo.allocation.rivals import PlainRival, best_uniform
 from octavo.allocation.solver import allocate, unreachable
 from octavo.artifact import Contents, Packed

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from octavo.allocation.budget import Budget
+from octavo.allocation.interpolation import densified
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.plans import Plan
-from octavo.allocation.profiles import Profile, densified
+from octavo.allocation.profiles import Profile
 from octavo.allocation.solver import PointTable, uniform
 from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import replaced
