@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from octavo.saving import Compressed
     from octavo.storing import save
     from octavo.verification.evaluating import evaluate
-    from octavo.verification.verifying import load, verify
+    from octavo.verification.loading import load
+    from octavo.verification.verifying import verify
 
 __all__ = [
     "Artifact",
@@ -58,7 +59,7 @@ _HOMES = {
     "evaluate": "octavo.verification.evaluating",
     "export": "octavo.runtimes.onnx.exporting",
     "frontier": "octavo.pipeline",
-    "load": "octavo.verification.verifying",
+    "load": "octavo.verification.loading",
     "merge": "octavo.flows.deltas.merging",
     "plan": "octavo.pipeline",
     "profile": "octavo.pipeline",

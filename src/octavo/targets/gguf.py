@@ -46,7 +46,7 @@ from octavo.system.records import plain_json
 from octavo.targets.base import target
 from octavo.targets.fixed import ForeignFile
 from octavo.targets.gguf_pace import limit, lossless, pace, quick
-from octavo.verification.verifying import load
+from octavo.verification.loading import load
 
 FILE = "model.gguf"
 #: Held-out sequences that llama.cpp runs, and the lengths that they are cut to and need.

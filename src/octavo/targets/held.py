@@ -18,8 +18,8 @@ from octavo.runtimes.packed.speed import generates, greedy, interleaved
 from octavo.sources.batches import run
 from octavo.sources.sentences import split_name
 from octavo.system.records import plain_json
+from octavo.verification.loading import load
 from octavo.verification.recorded import PackedFigures, PackedSpeed
-from octavo.verification.verifying import load
 
 _TOKENS = 16
 

@@ -36,7 +36,7 @@ from octavo.verification.knowledge import (
     scored,
     summaries,
 )
-from octavo.verification.verifying import load
+from octavo.verification.loading import load
 
 
 @dataclass(frozen=True)

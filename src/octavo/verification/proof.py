@@ -26,8 +26,8 @@ from octavo.sources.names import names_of
 from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.skeletons import skeleton
 from octavo.system.raw import Lazily
+from octavo.verification.loading import load
 from octavo.verification.probes import Outputs, probe
-from octavo.verification.verifying import load
 
 #: Verification compares in float32, whatever the dtype of the model.
 _WIDE = {"dtype": torch.float32}
