@@ -26,7 +26,7 @@ from octavo.sources.batches import Batch
 from octavo.sources.differences import difference
 from octavo.sources.memory import fits, least_bytes
 from octavo.sources.regrouping import regrouped
-from octavo.sources.sites import SMALLEST_SITE, Source
+from octavo.sources.source import SMALLEST_SITE, Source
 from octavo.sources.witness import Witness
 from octavo.system.clock import Clock
 from octavo.system.executors import Executor

@@ -33,7 +33,8 @@ from octavo.saving import check_writable, save_result
 from octavo.sources.modules import unwrapped
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.pretrained import adopt, is_pretrained
-from octavo.sources.sites import Layout, Site, Source, from_module
+from octavo.sources.sites import Layout, Site
+from octavo.sources.source import Source, from_module
 from octavo.system.matmul import fast_matmul
 from octavo.system.notes import warn
 from octavo.system.progress import Progress, Shown, callback, with_progress

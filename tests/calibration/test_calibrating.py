@@ -13,7 +13,7 @@ from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import objective
 from octavo.calibration.watches import DAMPING
 from octavo.errors import RequestError
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 
 
 def gather(module, batches, name="squared", seed=0):

@@ -16,7 +16,7 @@ from octavo.calibration.watches import DAMPING
 from octavo.errors import RequestError
 from octavo.methods import get_method
 from octavo.methods.factorize.fisher_svd import FisherSVD
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 
 ROWS, COLUMNS = 5, 7
 

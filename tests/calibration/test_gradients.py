@@ -14,7 +14,7 @@ from octavo.calibration.inmemory import replaced
 from octavo.calibration.layers import is_layer, scale_of_table
 from octavo.calibration.objective import objective
 from octavo.errors import RequestError
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 
 WIDTH, LENGTH, EXAMPLES = 32, 6, 64
 

@@ -419,7 +419,7 @@ def test_probes_sample_the_curvature_of_every_kind_of_output(wanted, make, width
 )
 def test_outputs_have_an_objective_by_default(make, kind):
     from octavo.calibration.inputs import choose_objective
-    from octavo.sources.sites import from_module
+    from octavo.sources.source import from_module
 
     module = Giving(make).train()
     assert type(choose_objective(from_module(module), None, [torch.randn(3, 4)])) is kind

@@ -11,7 +11,7 @@ from octavo.calibration.objective import KL, Cosine, Squared
 from octavo.calibration.purposes import default_objective, returned_fields
 from octavo.errors import RequestError
 from octavo.sources.files import from_path
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 
 TEXT = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,

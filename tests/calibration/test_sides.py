@@ -8,7 +8,7 @@ from torch import nn
 from octavo.calibration.calibrating import calibrate
 from octavo.calibration.objective import objective
 from octavo.calibration.sides import Masks, sides_of
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 
 WORDS, WIDTH, LENGTH = 100, 32, 9
 LENGTHS = [9, 4, 6, 5, 9, 7, 3, 8]

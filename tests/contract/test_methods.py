@@ -27,7 +27,8 @@ from octavo.forms import Form
 from octavo.methods import Method, get_method, methods
 from octavo.sources.files import from_path
 from octavo.sources.loading import load_weights
-from octavo.sources.sites import Layout, Site, from_module
+from octavo.sources.sites import Layout, Site
+from octavo.sources.source import from_module
 from octavo.system.raw import narrowed
 
 METHODS = sorted(methods())

@@ -90,7 +90,7 @@ def test_convolutions_and_tables(tmp_path):
 
 
 def test_ordinary_weights_have_no_scale():
-    from octavo.sources.sites import examine, from_module
+    from octavo.sources.source import examine, from_module
 
     source = from_module(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
     source.read("0.weight").mul_(1e-11)

@@ -13,7 +13,7 @@ from octavo.forms import GroupedLowRank
 from octavo.methods import get_method
 from octavo.methods.factorize.alds import decomposed
 from octavo.methods.factorize.minimax import RankChoice, RankedLayer, allocate_ranks, constant_ranks, energy_ranks
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 
 
 def kernels() -> dict[str, tuple[torch.Tensor, int]]:

@@ -18,7 +18,7 @@ import octavo
 from octavo.encoding.section import Section
 from octavo.errors import MissingExtraError, OctavoError, RequestError
 from octavo.report import Report, write
-from octavo.report.gather import unused
+from octavo.report.alternatives import unused
 
 SECTIONS = [
     "outcome",

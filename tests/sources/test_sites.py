@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 import octavo
 from octavo.errors import RequestError
 from octavo.sources.files import from_path
-from octavo.sources.sites import SMALLEST_SITE, Layout, examine, from_module
+from octavo.sources.sites import Layout
+from octavo.sources.source import SMALLEST_SITE, examine, from_module
 
 TRANSPOSED = Layout("transposed")
 

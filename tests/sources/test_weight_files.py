@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import octavo
 from octavo.sources.files import from_path
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 
 def write(folder: Path, **options: object) -> dict[str, torch.Tensor]:

@@ -14,8 +14,9 @@ from octavo.artifact.configuring import configurations
 from octavo.artifact.deltas import Delta
 from octavo.sources.differences import Difference
 from octavo.sources.narrowing import Narrowing, stored_dtype
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
 from octavo.sources.skeletons import tied_names, unfilled_names
+from octavo.sources.source import Source
 
 #: Norms, biases and other tensors are stored in 16 bits if this costs less than this in total, in the metric's units.
 _FREE = 1e-7

@@ -17,7 +17,8 @@ from octavo.forms import Form
 from octavo.forms.leaves import dense_form, dense_leaves, is_dense, with_dense_leaves
 from octavo.sources.modules import own_tensors
 from octavo.sources.narrowing import FLOATS
-from octavo.sources.sites import Layout, Site, Source
+from octavo.sources.sites import Layout, Site
+from octavo.sources.source import Source
 
 
 @dataclass

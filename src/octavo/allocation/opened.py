@@ -21,7 +21,8 @@ from octavo.errors import RequestError
 from octavo.methods import Method, Setting
 from octavo.request import Request
 from octavo.sources.batches import Batch, tokens_alone
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.sources.witness import Witness
 from octavo.system.attention import attention_for
 from octavo.system.clock import Clock

@@ -12,7 +12,7 @@ from octavo.artifact.configuration import is_configuration
 from octavo.sources.companions import companion_files
 from octavo.sources.model_classes import read_config
 from octavo.sources.sentences import members, transformer_folder
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 from octavo.sources.weight_files import ADAPTER_CONFIG, NAMED, is_adapter
 
 

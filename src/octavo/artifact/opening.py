@@ -16,7 +16,7 @@ from octavo.artifact.packing import is_shape, naturals
 from octavo.artifact.writing import FORMAT_VERSION, INDEX, MANIFEST, WEIGHTS, unescaped
 from octavo.errors import ArtifactError
 from octavo.sources.sentences import SUBFOLDER
-from octavo.sources.sites import DTYPES as CODES
+from octavo.sources.source import DTYPES as CODES
 from octavo.system.replacing import FOREIGN
 from octavo.system.strict_json import parse_object, read_plain
 from octavo.system.tensor_files import Place

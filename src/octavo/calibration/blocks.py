@@ -20,7 +20,7 @@ from octavo.calibration.objective import Objective
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.conversions import Conversion
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 #: The part of a model around its blocks; the blocks are numbered.
 AROUND = -1

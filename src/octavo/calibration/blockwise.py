@@ -31,7 +31,8 @@ from octavo.calibration.watches import Watches
 from octavo.calibration.work_folder import SCRATCH, WorkFolder
 from octavo.errors import OctavoError, RequestError
 from octavo.sources.batches import Batch
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.system.matmul import coarse_matmul, fast_matmul
 from octavo.system.sealed import digest, place_in
 

@@ -17,7 +17,8 @@ from octavo.calibration.objective import Objective
 from octavo.calibration.watches import DAMPING, Corrections, Watches
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, divided, mask_of, sequences_in
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.system.ahead import in_order
 from octavo.system.matmul import coarse_matmul
 from octavo.system.modes import evaluating

@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from octavo.calibration.inmemory import replaced
 from octavo.calibration.objective import Objective
 from octavo.sources.batches import Batch
-from octavo.sources.sites import Layout, Source
+from octavo.sources.sites import Layout
+from octavo.sources.source import Source
 
 #: Tolerated change of outputs, as a share of the largest output, or one rounding of the stored dtype.
 _TOLERANCE = 1e-4

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.sources.conversions import Conversion
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.system.matmul import gram
 
 #: Sites with more columns only have row weights.

@@ -29,7 +29,7 @@ from octavo.calibration.objective import Loss, Objective
 from octavo.calibration.objective import objective as objective_named
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, sequences_in
-from octavo.sources.sites import Progress
+from octavo.sources.source import Progress
 from octavo.system.matmul import gram
 
 #: Models of the curvature that are solved exactly, and iterations on the whole of it.

@@ -17,7 +17,8 @@ from octavo.calibration.work_folder import WorkFolder
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch
 from octavo.sources.modules import own_tensors
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.system.matmul import fast_matmul
 
 #: The source's outputs on all data are kept up to this size. Otherwise they are recomputed from the hidden states after

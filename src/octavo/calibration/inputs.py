@@ -25,7 +25,7 @@ from octavo.sources.modules import unwrapped
 from octavo.sources.pretrained import adopt, is_pretrained
 from octavo.sources.processors import media_batches
 from octavo.sources.sentences import transformer_folder
-from octavo.sources.sites import Source, examine, from_module
+from octavo.sources.source import Source, examine, from_module
 from octavo.sources.texts import builtin_texts, check_texts, cleaned, read_texts
 from octavo.sources.tokens import (
     check_tokens,

@@ -13,7 +13,7 @@ from octavo.calibration.objective import KL, Cosine, Objective, Squared
 from octavo.errors import RequestError
 from octavo.sources.model_classes import HEADED, HEADED_MODULE, json_object
 from octavo.sources.sentences import Member, is_encoder_folder, members
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 from octavo.sources.tokens import prompt_length
 
 #: Class name suffixes of heads whose logits are a distribution over classes or tokens.

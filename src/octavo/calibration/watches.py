@@ -17,7 +17,8 @@ from octavo.calibration.gradients import Gradients, Seen
 from octavo.calibration.layers import columns_of, is_layer, scale_of_table
 from octavo.calibration.sides import Masks, sides_of
 from octavo.sources.batches import Batch, sequences_in
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.system.matmul import exact_matmul, gram
 from octavo.system.raw import raw_bytes
 

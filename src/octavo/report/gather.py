@@ -6,67 +6,44 @@ import math
 import os
 import platform
 import resource
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from octavo.allocation.budget import Budget
-from octavo.allocation.interpolation import densified
 from octavo.allocation.leftover import upgrades
 from octavo.allocation.plans import Plan
-from octavo.allocation.profiles import Profile
-from octavo.allocation.solver import PointTable, uniform
+from octavo.allocation.profiles import Curve, Profile
 from octavo.artifact import Artifact, dtype_name
-from octavo.calibration.inmemory import replaced
-from octavo.calibration.objective import OfOutputs
 from octavo.encoding.result import Result
 from octavo.encoding.section import Section
-from octavo.errors import BudgetError
-from octavo.integrations.transformers import load_as_users_do
 from octavo.methods import get_method
+from octavo.report.alternatives import best_uniform, tradeoff, unused
+from octavo.report.latency import latency_of
 from octavo.report.schema import (
     Allowed,
-    BestUniform,
     BitsHistogram,
     Calibrated,
-    ChosenPoint,
-    CurvePoint,
     Environment,
     FamilyTotal,
     KeptRow,
-    Latency,
     Original,
     Report,
     SiteRow,
-    Tradeoff,
-    UniformPoint,
-    UnusedFamily,
     WrittenArtifact,
 )
 from octavo.report.stop_plans import explorer_of
 from octavo.report.text import things
 from octavo.request import Request
-from octavo.runtimes.packed.speed import interleaved
-from octavo.sources.batches import run, sequences_in
+from octavo.sources.batches import sequences_in
 from octavo.sources.differences import Difference
-from octavo.sources.sentences import transformer_folder
-from octavo.system.raw import Lazily
 from octavo.system.version import __version__
 from octavo.verification.proof import Proof
 from octavo.verification.recorded import Digests, Quality
 from octavo.verification.verifying import digest_of
-
-_PAIRS = 7
-#: Seconds after which no further round is timed, by preset.
-_PATIENCE = {"fast": 0.4}
-_USUAL_PATIENCE = 2.0
 
 
 def report_data(
@@ -92,7 +69,7 @@ def report_data(
     quality = None if losses is None else float(losses.mean())
     p95 = None if losses is None else float(losses.quantile(0.95))
     written = sum(files.values())
-    sites = tuple(_site_row(done, name) for name in built.packed)
+    sites = tuple(_site_row(done, curve) for curve in profile.curves if curve.site in built.packed)
     codecs: dict[str, int] = {}
     for entry in built.contents.entries.values():
         for codec, size in entry.packed.codecs.items():
@@ -136,7 +113,7 @@ def report_data(
             uniform=done.rival.quality if done.rival and losses is not None else None,
             p95=p95,
         ),
-        latency=_latency(done, artifact),
+        latency=latency_of(done, artifact),
         calibration=Calibrated(
             done.run.calibration.text,
             done.run.calibration.sequences,
@@ -144,7 +121,7 @@ def report_data(
             (*opened.notes, *done.run.calibration.warnings),
         ),
         winner="uniform" if done.rival is not None and built.plan.is_uniform else "mixed",
-        uniform=_best_uniform(done),
+        uniform=best_uniform(done),
         curve=tradeoff(done, quality),
         sites=sites,
         kept=(
@@ -216,9 +193,9 @@ def _dtypes(done: Result) -> dict[str, int]:
     return counts
 
 
-def _site_row(done: Result, name: str) -> SiteRow:
+def _site_row(done: Result, curve: Curve) -> SiteRow:
+    name = curve.site
     site, point, packed = done.opened.site(name), done.built.plan.points[name], done.built.packed[name]
-    curve = next(curve for curve in done.profile.curves if curve.site == name)
     target = done.opened.target
     # In another runtime's file a site takes what the budget counts; in an artifact it takes its own bytes.
     size = target.bytes(packed) if target.foreign else packed.bytes
@@ -274,90 +251,6 @@ def _form_rows(done: Result) -> Iterator[KeptRow]:
             yield KeptRow(name, entry.shape, rest, math.prod(entry.shape) * entry.dtype.itemsize, reason)
 
 
-def unused(done: Result) -> dict[str, UnusedFamily]:
-    """Families that were tried but chosen at no site, and the loss of their best settings at the same bytes."""
-    chosen = done.built.plan.points
-    won = {get_method(point.method).family for point in chosen.values()}
-    tried: dict[str, dict[str, float]] = {}
-    for curve in done.profile.curves:
-        point = chosen[curve.site]
-        least: dict[str, float] = {}
-        for other in densified(curve):
-            method = get_method(other.method)
-            family = method.family
-            # Keeping a weight unchanged is not a competing family.
-            if family not in won and not method.dense:
-                within = other.loss if other.bytes <= point.bytes else math.inf
-                least[family] = min(least.get(family, math.inf), within)
-        for family, loss in least.items():
-            tried.setdefault(family, {})[curve.site] = loss
-    found: dict[str, UnusedFamily] = {}
-    for family, losses in sorted(tried.items()):
-        smaller = {site: loss for site, loss in losses.items() if math.isfinite(loss)}
-        times = {site: loss / chosen[site].loss for site, loss in smaller.items() if chosen[site].loss > 0}
-        found[family] = UnusedFamily(
-            sites=len(losses),
-            larger=len(losses) - len(smaller),
-            exact=len(smaller) - len(times),
-            times=(min(times.values()), statistics.median(times.values())) if times else None,
-            nearest=min(times, key=lambda site: times[site]) if times else None,
-        )
-    return found
-
-
-def _best_uniform(done: Result) -> BestUniform | None:
-    """The best uniform plan, and the number of sites that use its setting."""
-    rival = done.rival
-    if rival is None:
-        return None
-    name = rival.plan.label.split()[0]
-    own = [point.setting for point in rival.plan.points.values() if point.method == name]
-    common = max(own, key=own.count)
-    moving = get_method(name).elastic or ""
-    same = [setting for setting in own if {**setting, moving: 0} == {**common, moving: 0}]
-    in_memory = done.budget.target == "memory"
-    return BestUniform(
-        method=name,
-        setting=common,
-        sites=len(same),
-        of=len(rival.plan.points),
-        moved=any(setting != common for setting in same),
-        # For a plan that was not built only the bytes that the budget counts are known.
-        bytes=done.size(rival) if rival.packed or not in_memory else None,
-        held=rival.counted if in_memory else None,
-        quality=rival.quality,
-    )
-
-
-def tradeoff(done: Result, quality: float | None) -> Tradeoff:
-    """Expected loss over ratios from the profile, and for uniform settings."""
-    profile, rival = done.profile, done.rival
-    points: list[CurvePoint] = []
-    choices = PointTable(profile)
-    # After a cut alone there is nothing to choose.
-    for share in (0.5, 0.62, 0.78, 1.0, 1.25, 1.6, 2.0) if profile.curves else ():
-        size = int(done.built.counted * share)
-        try:
-            plan = choices.allocate(Budget(size, ""))
-        except BudgetError:
-            continue
-        if plan.bytes < 0.97 * size:
-            continue  # beyond the profiled range the curve would only repeat its end
-        expected = plan.expected + done.run.at_rest
-        points.append(CurvePoint(profile.original_bytes / plan.bytes, plan.bytes, expected))
-    rivals: list[UniformPoint] = []
-    for plan in uniform(profile, done.budget):
-        method, _, setting = plan.label.partition(" ")
-        measured = rival.quality if rival is not None and rival.plan.label.startswith(f"{method} ") else None
-        ratio = profile.original_bytes / plan.bytes
-        rivals.append(UniformPoint(method, setting, ratio, plan.bytes, plan.expected + done.run.at_rest, measured))
-    return Tradeoff(
-        tuple(points),
-        tuple(rivals),
-        ChosenPoint(done.ratio, done.size(done.built), quality),
-    )
-
-
 def _code_lengths(sites: Sequence[SiteRow]) -> BitsHistogram:
     top = max([1.0, *(row.bits_per_weight for row in sites)])
     step = 0.25 if top <= 8 else 0.5 if top <= 16 else 1.0
@@ -366,50 +259,3 @@ def _code_lengths(sites: Sequence[SiteRow]) -> BitsHistogram:
     for row in sites:
         weights[min(int(row.bits_per_weight / step), len(weights) - 1)] += row.parameters
     return BitsHistogram(bins, tuple(weights))
-
-
-def _latency(done: Result, artifact: Artifact) -> Latency | None:
-    """Latency of a forward pass before and after, interleaved in one run so that the machine's load cancels."""
-    opened = done.opened
-    if opened.source.module is None or opened.source.is_skeleton or not opened.held_data:
-        return None
-    module, batch = opened.source.module, opened.held_data[0]
-    original = opened.source.original.module or module
-    weights = opened.source.placed(Lazily({name: partial(artifact.stored, name) for name in artifact.names()}))
-
-    # A user's objective may use parts of a batch that the module does not take.
-    call_on = run if isinstance(opened.objective, OfOutputs) else opened.objective.outputs
-
-    def pass_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
-        def call() -> None:
-            with replaced(module, tensors):
-                call_on(module, batch)
-
-        return call
-
-    both = {"original": pass_of(original, {}), "artifact": pass_of(module, weights)}
-    patience = _PATIENCE.get(opened.request.preset, _USUAL_PATIENCE)
-    seconds = interleaved(both, _PAIRS, patience)
-    result = Latency(
-        original=1000 * seconds["original"],
-        artifact=1000 * seconds["artifact"],
-        note="median of interleaved passes of one batch; weights are decoded at load, both run dense",
-    )
-    if opened.source.is_transformers and opened.source.path is not None and opened.source.path.is_dir():
-        source, written = (transformer_folder(path) for path in (opened.source.path, artifact.path))
-        # Reading the original must touch its pages too, since a mapped file is only loaded when read.
-        loads = {
-            "load_original": lambda: _touch(load_as_users_do(source).model),
-            "load_artifact": lambda: _touch(load_as_users_do(written).model),
-        }
-        seconds = interleaved(loads, 3, patience)
-        result = replace(
-            result,
-            load_original=1000 * seconds["load_original"],
-            load_artifact=1000 * seconds["load_artifact"],
-        )
-    return result
-
-
-def _touch(module: nn.Module) -> float:
-    return float(sum(parameter.detach().sum() for parameter in module.parameters()))

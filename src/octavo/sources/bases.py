@@ -15,7 +15,7 @@ from octavo.errors import OctavoError, RequestError
 from octavo.sources.files import from_path
 from octavo.sources.modules import unwrapped
 from octavo.sources.sentences import weight_folders
-from octavo.sources.sites import Source, examine, from_module
+from octavo.sources.source import Source, examine, from_module
 from octavo.sources.weight_files import weight_files
 from octavo.system.paths import checked
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.errors import RequestError
 from octavo.sources.bases import Base, base_for
 from octavo.sources.narrowing import FLOATS
-from octavo.sources.sites import Source, examine
+from octavo.sources.source import Source, examine
 from octavo.system.raw import narrowed
 
 #: Bytes of an element of the difference that sizes are compared with.

@@ -14,7 +14,7 @@ from octavo.errors import MissingExtraError, OctavoError, RequestError
 from octavo.sources.conversions import Conversion
 from octavo.sources.names import names_of
 from octavo.sources.sentences import DENSE, members, model_type
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 _BATCH = 32
 _KINDS = (DENSE, "SparseEncoder", "CrossEncoder")

@@ -17,8 +17,8 @@ from octavo.sources.gguf import gguf_file, open_gguf
 from octavo.sources.model_classes import read_config
 from octavo.sources.prequantized import write_floats
 from octavo.sources.sentences import members, transformer_folder, weight_folders
-from octavo.sources.sites import DTYPES, SMALLEST_SITE, Progress, Source, examine
 from octavo.sources.skeletons import attach_module
+from octavo.sources.source import DTYPES, SMALLEST_SITE, Progress, Source, examine
 from octavo.sources.weight_files import beside, weight_files
 from octavo.system.paths import checked
 from octavo.system.temporary import TemporaryFolder

@@ -17,7 +17,7 @@ from torch import nn
 
 from octavo.errors import MissingExtraError, RequestError
 from octavo.sources.bounded import bounded
-from octavo.sources.sites import Source, from_module
+from octavo.sources.source import Source, from_module
 from octavo.system.temporary import TemporaryFolder
 
 

@@ -15,8 +15,8 @@ from octavo.errors import OctavoError, RequestError
 from octavo.sources.encoders import bind_encoder, is_installed, load_encoder
 from octavo.sources.model_classes import class_for, require_transformers
 from octavo.sources.sentences import members, transformer_folder
-from octavo.sources.sites import Source
 from octavo.sources.skeletons import bind
+from octavo.sources.source import Source
 
 #: No network, no pickles, no code from files.
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}

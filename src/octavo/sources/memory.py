@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 #: A run on a module in memory takes about this many times its float32 weights: the weights, those of the measured plan,
 #: those read back from disk, and activations.

@@ -19,7 +19,7 @@ from octavo.errors import RequestError
 from octavo.sources.coded_weights import CodedWeight, coded_weights, is_dropped
 from octavo.sources.companions import copy_companions
 from octavo.sources.model_classes import read_config
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 #: Bytes of a file of floats.
 _SHARD = 1 << 30

@@ -12,8 +12,8 @@ from torch import nn
 from octavo.errors import RequestError
 from octavo.sources.names import names_of
 from octavo.sources.shaped import fit_shapes
-from octavo.sources.sites import Source
 from octavo.sources.skeletons import skeleton
+from octavo.sources.source import Source
 from octavo.system.temporary import TemporaryFolder
 
 #: File names of tokenizers and processors in the folder of the model's weights.

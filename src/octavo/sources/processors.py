@@ -18,7 +18,7 @@ from octavo.sources.media import ENDINGS, Item, image, items_in, sound, texts_of
 from octavo.sources.model_classes import require_transformers
 from octavo.sources.model_kinds import is_paired, takes_tokens
 from octavo.sources.sentences import transformer_folder
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 from octavo.sources.texts import builtin_texts, cleaned
 from octavo.sources.tokens import MAX_TOKENS, context_of, is_causal, tokenizer_of
 

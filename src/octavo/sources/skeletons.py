@@ -18,7 +18,7 @@ from octavo.sources.model_classes import class_for, is_known, read_config, requi
 from octavo.sources.names import names_of
 from octavo.sources.sentences import split_name, transformer_folder
 from octavo.sources.shaped import fit_shapes
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 
 class _WithoutContent(TorchFunctionMode):

@@ -17,8 +17,8 @@ from octavo.sources.model_classes import read_config
 from octavo.sources.modules import own_tensors
 from octavo.sources.sentences import split_name, transformer_folder
 from octavo.sources.shaped import fit_shapes
-from octavo.sources.sites import Source, examine
 from octavo.sources.skeletons import skeleton
+from octavo.sources.source import Source, examine
 from octavo.system.temporary import TemporaryFolder
 
 

@@ -18,7 +18,8 @@ from octavo.encoding.section import Section
 from octavo.errors import RequestError
 from octavo.methods import ORDINARY, Method, select_methods
 from octavo.request import Request, Role, flagged, names
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.system.registry import Registry
 
 T = TypeVar("T", bound="type[Target]")

@@ -39,7 +39,8 @@ from octavo.runtimes.pack_quantized import (
 from octavo.sources.companions import copy_companions
 from octavo.sources.loading import load_folder, refused_as
 from octavo.sources.sentences import transformer_folder
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.targets.base import target
 from octavo.targets.fixed import ForeignFile
 

@@ -41,7 +41,8 @@ from octavo.runtimes.gguf.files import (
     write_file,
 )
 from octavo.runtimes.gguf.llama import Ran, has_llama_cpp, ran
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.system.records import plain_json
 from octavo.targets.base import target
 from octavo.targets.fixed import ForeignFile

@@ -18,7 +18,8 @@ from octavo.forms import Form
 from octavo.methods import Method, Setting, Usable, select_methods
 from octavo.request import Request
 from octavo.runtimes.packed import resident_bytes
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.targets.base import target
 from octavo.targets.fixed import FixedSizes
 from octavo.targets.held import packed_figures, section

@@ -22,7 +22,7 @@ from octavo.encoding.reconstruct import reconstruct, reserve
 from octavo.encoding.result import Result
 from octavo.errors import RequestError
 from octavo.request import Request
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 from octavo.targets.base import Goal, Target
 
 

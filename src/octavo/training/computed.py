@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.forms import Form
-from octavo.sources.sites import Layout, from_module
+from octavo.sources.sites import Layout
+from octavo.sources.source import from_module
 
 
 def usual_layouts(model: nn.Module, names: Iterable[str]) -> dict[str, Layout]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from octavo.errors import DivergedError, MissingExtraError, RequestError
-from octavo.sources.sites import Progress
+from octavo.sources.source import Progress
 from octavo.system.atomic import writing
 from octavo.training.losses import Batch, Loss
 from octavo.training.regimens.base import Regimen

@@ -21,7 +21,7 @@ from octavo.sources.batches import Batch
 from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.memory import fits
 from octavo.sources.sentences import members, split_name, transformer_folder
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 from octavo.sources.tokens import check_tokens, context_of, is_causal, text_batches, window_batches
 from octavo.system.matmul import fast_matmul
 from octavo.system.paths import checked, reason

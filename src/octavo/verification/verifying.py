@@ -17,7 +17,7 @@ from octavo.integrations.transformers import load_as_users_do
 from octavo.runtimes.packed import held_bytes
 from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.sentences import members, transformer_folder
-from octavo.sources.sites import Progress
+from octavo.sources.source import Progress
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
 from octavo.verification.foreign import is_foreign, verify_foreign

@@ -12,7 +12,8 @@ from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.factorize.alds import ALDS, decomposed
 from octavo.methods.factorize.minimax import Allocation, RankChoice, RankedLayer, allocate_ranks
-from octavo.sources.sites import Layout, Site, from_module
+from octavo.sources.sites import Layout, Site
+from octavo.sources.source import from_module
 
 
 @dataclass(frozen=True)

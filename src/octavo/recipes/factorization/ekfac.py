@@ -19,7 +19,7 @@ from octavo.recipes.frame.bases import classifier
 from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.frame.nets import in_batches, shuffled
 from octavo.recipes.testbeds.small_nets import cross_entropies, small_images, small_net
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 from octavo.training import cross_entropy
 
 #: Solver, most passes of an iteration, and the curvature's labels, which are drawn but for one arm.

@@ -14,7 +14,8 @@ from octavo.artifact import Artifact, Contents, Entry, Kept, pack
 from octavo.calibration.evidence import Evidence
 from octavo.forms import Dense, Form, with_leaves
 from octavo.methods.quantize.entropy import Entropy
-from octavo.sources.sites import Layout, from_module
+from octavo.sources.sites import Layout
+from octavo.sources.source import from_module
 from octavo.system.raw import narrowed
 
 

@@ -22,7 +22,8 @@ from octavo.recipes.frame.data import Split
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.testbeds.series import VOWELS, SeriesTransformer, vowels
 from octavo.runtimes.onnx.sessions import Session, require
-from octavo.sources.sites import Layout, from_module
+from octavo.sources.sites import Layout
+from octavo.sources.source import from_module
 from octavo.training import GradualPruning, LearnedLevels, accuracy, cross_entropy
 from octavo.training.formed import plain_copy
 from octavo.training.regimens.base import Regimen

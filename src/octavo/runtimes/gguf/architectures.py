@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.coding.ggml import row_order
 from octavo.errors import MissingExtraError, RequestError
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 Config = Mapping[str, Any]
 

@@ -19,7 +19,7 @@ from octavo.forms import Dense, Form
 from octavo.forms.ggml import GgmlBlocks
 from octavo.runtimes.gguf.architectures import Laid, require_gguf
 from octavo.runtimes.gguf.vocabulary import add_vocabulary, copy_metadata
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 #: Bytes to which every tensor of a file is padded.
 _ALIGNED = 32

@@ -24,7 +24,7 @@ from octavo.forms.grid import exponent_steps
 from octavo.runtimes.lowering import Lowering
 from octavo.runtimes.onnx.kernels import BLOCK_WIDTHS, FLOAT, INT8, kernel_of
 from octavo.sources.batches import Batch, run
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 #: Inner values of a factored layer are not watched; they are assumed Gaussian, in a range of this many standard
 #: deviations.

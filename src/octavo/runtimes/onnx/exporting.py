@@ -24,7 +24,7 @@ from octavo.runtimes.onnx.opened import open_model
 from octavo.runtimes.onnx.sessions import Session, require
 from octavo.runtimes.onnx.small import lower_small
 from octavo.sources.batches import Batch
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 from octavo.system.atomic import tidy, writing
 from octavo.system.locks import Lock
 from octavo.system.paths import checked_output

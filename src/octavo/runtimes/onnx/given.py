@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.calibration.objective import Batch
 from octavo.errors import RequestError
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 
 #: Height and width of images if the config does not state them.
 _IMAGE = 224

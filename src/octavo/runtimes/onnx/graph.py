@@ -24,7 +24,8 @@ from octavo.runtimes.onnx.given import Inputs, inputs_of
 from octavo.runtimes.onnx.sessions import require
 from octavo.sources.batches import run
 from octavo.sources.modules import own_tensors
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 
 DOMAIN = "octavo"
 SITE, LOOKUP, WEIGHT, TIED = "Site", "Lookup", "Weight", "Tied"

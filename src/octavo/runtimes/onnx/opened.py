@@ -20,8 +20,9 @@ from octavo.runtimes.onnx.small import packed_bytes
 from octavo.sources.files import from_path
 from octavo.sources.loading import load_transformer
 from octavo.sources.model_classes import is_known
-from octavo.sources.sites import Layout, Source
+from octavo.sources.sites import Layout
 from octavo.sources.skeletons import bind
+from octavo.sources.source import Source
 from octavo.system.paths import checked
 
 

@@ -23,7 +23,7 @@ from octavo.runtimes.onnx.exporting import SHAPE, parse_shape
 from octavo.runtimes.onnx.given import Tokens, check_tokens_only
 from octavo.runtimes.onnx.sessions import require
 from octavo.sources.sentences import members
-from octavo.sources.sites import Source
+from octavo.sources.source import Source
 from octavo.targets.base import Goal, Target, target
 from octavo.targets.speed.asked import Asked, asked_for
 from octavo.targets.speed.search import Search, offered

@@ -37,7 +37,8 @@ from octavo.runtimes.onnx.kernels import FLOAT, kernel_of, lower
 from octavo.runtimes.onnx.latency import Table, compare
 from octavo.runtimes.onnx.opened import dense_forms
 from octavo.runtimes.onnx.sessions import Session
-from octavo.sources.sites import Site, Source
+from octavo.sources.sites import Site
+from octavo.sources.source import Source
 from octavo.targets.speed.asked import Asked
 
 #: The baseline that speed is counted against.

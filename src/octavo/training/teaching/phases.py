@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from octavo.errors import RequestError
-from octavo.sources.sites import Progress
+from octavo.sources.source import Progress
 from octavo.training.loop import fit
 from octavo.training.losses import Batch
 from octavo.training.teaching.lesson import Lesson
