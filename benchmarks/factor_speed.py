@@ -16,7 +16,7 @@ from octavo.calibration.calibrating import calibrate
 from octavo.calibration.objective import Cosine
 from octavo.methods.factorize.factors import whitened
 from octavo.methods.factorize.mpo import bond, decompose, elements, modes
-from octavo.sources.sites import from_module
+from octavo.sources.source import from_module
 from octavo.sources.tokens import text_batches
 
 

@@ -17,7 +17,7 @@ from octavo.artifact import Packed, Sized
 from octavo.calibration.evidence import Evidence
 from octavo.errors import BudgetError, MissingExtraError, RequestError
 from octavo.methods import get_method
-from octavo.runtimes.pack_quantized import Stored
+from octavo.runtimes.pack_quantized import PackQuantized
 from octavo.targets import get_target
 
 pytest.importorskip("compressed_tensors")
@@ -195,7 +195,7 @@ def test_what_it_cannot_serve_is_refused_with_the_mend(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bytes_tell_how_a_weight_is_stored(columns, bits):
     for groups in {1, *(columns // group for group in (32, 64, 128) if columns % group == 0)}:
-        stored = Stored(bits, groups, torch.bfloat16)
+        stored = PackQuantized(bits, groups, torch.bfloat16)
         parts = {"codes": [0, 9], "scale": [9, 7, "bfloat16", 1, groups]}
         packed = Packed(Sized(16), parts, {"form": "grid"}, {}, stored.bytes((48, columns)))
-        assert Stored.of_packed(packed, (48, columns)) == stored
+        assert PackQuantized.of_packed(packed, (48, columns)) == stored

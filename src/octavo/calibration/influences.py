@@ -29,7 +29,7 @@ from octavo.calibration.objective import Loss, Objective
 from octavo.calibration.objective import objective as objective_named
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, sequences_in
-from octavo.sources.source import Progress
+from octavo.sources.source import StepProgress
 from octavo.system.matmul import gram
 
 #: Models of the curvature that are solved exactly, and iterations on the whole of it.
@@ -70,7 +70,7 @@ def influence(
     solver: str = "ekfac",
     steps: int = 200,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: StepProgress = lambda done, total: None,
 ) -> Influence:
     """The influence of training examples on the losses of queries.
 

@@ -19,7 +19,7 @@ from octavo.errors import RequestError
 from octavo.sources.batches import Batch, sequences_in
 
 #: Maps vectors (vectors, weights) to their products.
-Product = Callable[[Tensor], Tensor]
+Operator = Callable[[Tensor], Tensor]
 
 
 class GaussNewton:
@@ -63,7 +63,7 @@ class GaussNewton:
 
 
 def conjugate_gradients(
-    product: Product, vectors: Tensor, damping: Tensor, *, tolerance: float = 1e-3, most: int = 200
+    product: Operator, vectors: Tensor, damping: Tensor, *, tolerance: float = 1e-3, most: int = 200
 ) -> Tensor:
     """``(F + damping)^-1 v`` of every vector (vectors, weights).
 

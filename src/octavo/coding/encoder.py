@@ -127,10 +127,10 @@ def _packed(
 
     nested = partial(_encode, depth=depth + 1)
 
-    def split(layout: StreamLayout | ParityLayout | None) -> packed.Split:
+    def split(layout: StreamLayout | ParityLayout | None) -> packed.Streams:
         return packed.split(values.reshape(len(values), -1) if layout else flat, layout, middle, nested)
 
-    def attempt(codec: str, streams: packed.Split) -> tuple[str, bytes, list[bytes]]:
+    def attempt(codec: str, streams: packed.Streams) -> tuple[str, bytes, list[bytes]]:
         return codec, *packed.encode(streams, codec, escape_bits, nested)
 
     if independent:

@@ -14,13 +14,13 @@ from octavo.coding.parallel import run
 from octavo.coding.parities import ParityLayout
 
 # Encodes a vector that belongs to the tables.
-Nested = Callable[[torch.Tensor], bytes]
+NestedEncoder = Callable[[torch.Tensor], bytes]
 #: Added to the number of streams where each is split by a bit of context.
 SPLIT = 1 << 10
 
 
 @dataclass(frozen=True)
-class Split:
+class Streams:
     """A tensor in streams: what both coders share.
 
     Parameters
@@ -46,7 +46,9 @@ class Split:
         return sum(ans.cost(bins[bins > 0], 1) for _, bins in self.histograms) + 8 * len(self.head)
 
 
-def split(values: np.ndarray, layout: StreamLayout | ParityLayout | None, middle: int, nested: Nested) -> Split:
+def split(
+    values: np.ndarray, layout: StreamLayout | ParityLayout | None, middle: int, nested: NestedEncoder
+) -> Streams:
     """Split a flat array, or a matrix if there is a layout, into streams.
 
     Parameters
@@ -75,7 +77,7 @@ def split(values: np.ndarray, layout: StreamLayout | ParityLayout | None, middle
         values, sizes = layout.gather(values), layout.sizes
     ends = np.cumsum(sizes).tolist()
     parts = [values[end - size : end] for size, end in zip(sizes, ends, strict=True) if size]
-    return Split(bytes(writer.data), values, sizes, [windows.histogram(part, middle) for part in parts])
+    return Streams(bytes(writer.data), values, sizes, [windows.histogram(part, middle) for part in parts])
 
 
 def _unsigned(numbers: Sequence[int]) -> bytearray:
@@ -85,12 +87,12 @@ def _unsigned(numbers: Sequence[int]) -> bytearray:
     return writer.data
 
 
-def encode(streams: Split, codec: str, escape_bits: float, nested: Nested) -> tuple[bytes, list[bytes]]:
+def encode(streams: Streams, codec: str, escape_bits: float, nested: NestedEncoder) -> tuple[bytes, list[bytes]]:
     """Return the tables and chunks of a tensor in streams.
 
     Parameters
     ----------
-    streams : Split
+    streams : Streams
         Result of `split`.
     codec : str
         ``huffman`` or ``ans``.

@@ -18,10 +18,10 @@ from octavo.coding.radix import RadixWindow
 from octavo.errors import ArtifactError
 
 # Decodes a vector of the tables, with at most the given number of elements.
-Nested = Callable[[memoryview, int], torch.Tensor]
+NestedDecoder = Callable[[memoryview, int], torch.Tensor]
 
 
-def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -> np.ndarray:
+def decode(parsed: Parsed, nested: NestedDecoder, allowance: Allowance | None = None) -> np.ndarray:
     """Return the values, flat or as a matrix, of blobs of either codec."""
     header, tables = parsed.header, parsed.tables
     if not header.elements:
@@ -59,7 +59,7 @@ def decode(parsed: Parsed, nested: Nested, allowance: Allowance | None = None) -
     return layout.scatter(values) if layout else values
 
 
-def _read_layout(tables: Reader, shape: tuple[int, ...], nested: Nested) -> StreamLayout | ParityLayout | None:
+def _read_layout(tables: Reader, shape: tuple[int, ...], nested: NestedDecoder) -> StreamLayout | ParityLayout | None:
     split, streams = divmod(tables.unsigned(), SPLIT)
     if split == streams == 0:
         return None
@@ -106,7 +106,7 @@ def _read_stream(tables: Reader, start: int, size: int, codec: str, storage: np.
     return Stream(start, size, window, table)
 
 
-def _read_escapes(parsed: Parsed, nested: Nested, allowance: Allowance | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_escapes(parsed: Parsed, nested: NestedDecoder, allowance: Allowance | None) -> tuple[np.ndarray, np.ndarray]:
     """Return positions and values of the escapes."""
     count, elements = parsed.tables.unsigned(), parsed.header.elements
     if count == 0:

@@ -22,7 +22,7 @@ KINDS = ("llama", "mistral", "qwen2")
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderBlock:
     """One layer of a decoder.
 
     Parameters
@@ -57,7 +57,7 @@ PROJECTIONS = (
 )  # fmt: skip
 
 
-def blocks(model: nn.Module) -> list[Block]:
+def blocks(model: nn.Module) -> list[DecoderBlock]:
     """The blocks of a causal language model of ``transformers``, first to last.
 
     Raises
@@ -82,7 +82,7 @@ def blocks(model: nn.Module) -> list[Block]:
         absent = [path for path in PROJECTIONS if not isinstance(parts.get(path), nn.Linear)]
         if absent:
             raise RequestError(f"{name}: {absent[0]} is not an nn.Linear; cut blocks before compressing them")
-        found.append(Block(name, layer, heads, shared, parts["self_attn.q_proj"].out_features // heads))
+        found.append(DecoderBlock(name, layer, heads, shared, parts["self_attn.q_proj"].out_features // heads))
     return found
 
 
@@ -134,7 +134,7 @@ def observe(model: nn.Module, batches: Iterable[Batch]) -> list[Moments]:
 class _Sums:
     """Running sums of one block, fed by hooks."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: DecoderBlock) -> None:
         self.block = block
         self.keep: Tensor | None = None
         self.sums: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from octavo.cuts.decoder import Block, Moments, blocks
+from octavo.cuts.decoder import DecoderBlock, Moments, blocks
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Trimmed
 from octavo.methods.factorize.factors import Factors, whitened
@@ -138,7 +138,7 @@ def decompose(
     return result
 
 
-def remove(kind: str, block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
+def remove(kind: str, block: DecoderBlock, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
     """Add to ``result`` what is left of one type of module in a block.
 
     Parameters
@@ -150,7 +150,7 @@ def remove(kind: str, block: Block, seen: Moments, kept: Tensor, ridge: float, r
     {"mlp": _mlp, "query-key": _query_key, "value-output": _value_output}[kind](block, seen, kept, ridge, result)
 
 
-def _most(kind: str, block: Block, seen: Moments, keep: float, ridge: float) -> Tensor:
+def _most(kind: str, block: DecoderBlock, seen: Moments, keep: float, ridge: float) -> Tensor:
     """The units of a block that matter most, as many as are to stay."""
     if kind == "query-key":
         return pairs(seen.queries, seen.keys, _count(keep, block.size // 2))
@@ -227,7 +227,7 @@ def value_factors(outputs: Tensor, moment: Tensor, rank: int | None, ridge: floa
     return whitened(outputs.transpose(0, 1).flatten(0, 1), None, moment, rank, damping=ridge)
 
 
-def _mlp(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
+def _mlp(block: DecoderBlock, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
     gate, up, down = (block.linear(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
     for name, linear in (("gate", gate), ("up", up)):
         _cut_rows(block, f"mlp.{name}_proj", linear.weight, linear.bias, kept, result)
@@ -235,13 +235,13 @@ def _mlp(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomp
     result.forms[f"{block.name}.mlp.down_proj.weight"] = Trimmed(Dense(weight), _all(len(weight), kept), kept)
 
 
-def _query_key(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
+def _query_key(block: DecoderBlock, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
     for name, rows in (("q", kept.repeat_interleave(block.group, 0)), ("k", kept)):
         linear = block.linear(f"self_attn.{name}_proj")
         _cut_rows(block, f"self_attn.{name}_proj", linear.weight, linear.bias, rows.flatten(), result)
 
 
-def _value_output(block: Block, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
+def _value_output(block: DecoderBlock, seen: Moments, kept: Tensor, ridge: float, result: Decomposition) -> None:
     value, output, name = block.linear("self_attn.v_proj"), block.linear("self_attn.o_proj"), f"{block.name}.self_attn"
     values = value.weight.double().view(block.shared, block.size, -1)
     outputs = output.weight.double().view(-1, block.shared, block.group, block.size)
@@ -272,7 +272,7 @@ def _value_output(block: Block, seen: Moments, kept: Tensor, ridge: float, resul
 
 
 def _cut_rows(
-    block: Block, path: str, weight: Tensor, bias: Tensor | None, kept: Tensor, result: Decomposition
+    block: DecoderBlock, path: str, weight: Tensor, bias: Tensor | None, kept: Tensor, result: Decomposition
 ) -> None:
     result.forms[f"{block.name}.{path}.weight"] = Trimmed(
         Dense(weight[kept].clone()), kept, _all(weight.shape[1], kept)

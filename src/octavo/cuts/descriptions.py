@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 #: A pattern of tensor names, and the dimensions of them that are columns of the residual stream.
-Stream = tuple[str, tuple[int, ...]]
+StreamPlace = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Description:
     """
 
     stacks: tuple[Stack, ...]
-    stream: tuple[Stream, ...] = ()
+    stream: tuple[StreamPlace, ...] = ()
     hidden: tuple[str, ...] = ("hidden_size",)
     head_size: str | None = None
     tokens: tuple[str, ...] = ()
@@ -208,7 +208,7 @@ _LLAMA = Description(
 #: Gemma scales its embeddings by the square root of the number of columns.
 _GEMMA = Description((_DECODER,), head_size="head_dim", tokens=_DECODER_TOKENS)
 
-_VIT_STREAM: tuple[Stream, ...] = (
+_VIT_STREAM: tuple[StreamPlace, ...] = (
     ("*embeddings.cls_token", (2,)),
     ("*embeddings.mask_token", (1, 2)),
     ("*embeddings.position_embeddings", (2,)),

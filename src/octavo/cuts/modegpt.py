@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from octavo.cuts.base import Cut, Slice, Units, check_kept, cut
-from octavo.cuts.decoder import Block, Moments, blocks, observe
+from octavo.cuts.decoder import DecoderBlock, Moments, blocks, observe
 from octavo.cuts.decomposition import (
     TYPES,
     Decomposition,
@@ -125,7 +125,7 @@ def _of_blocks(model: nn.Module, evidence: list[Moments]) -> list[Moments]:
     return evidence
 
 
-def _name(block: Block, kind: str, head: int | None = None) -> str:
+def _name(block: DecoderBlock, kind: str, head: int | None = None) -> str:
     return f"{block.name}:{kind}" if head is None else f"{block.name}:{kind}.{head}"
 
 
@@ -133,7 +133,7 @@ def _layer(name: str) -> str:
     return name.partition(":")[0]
 
 
-def _units(block: Block, kind: str) -> list[Units]:
+def _units(block: DecoderBlock, kind: str) -> list[Units]:
     """The units of one type in a block, with the rows and columns that are theirs."""
     size, group, prefix = block.size, block.group, f"{block.name}.self_attn"
     if kind == "mlp":
@@ -159,6 +159,6 @@ def _units(block: Block, kind: str) -> list[Units]:
     return found
 
 
-def _rows(block: Block, path: str, places: Tensor) -> list[Slice]:
+def _rows(block: DecoderBlock, path: str, places: Tensor) -> list[Slice]:
     leaves = ("weight",) if block.linear(path).bias is None else ("weight", "bias")
     return [Slice(f"{block.name}.{path}.{leaf}", 0, places) for leaf in leaves]

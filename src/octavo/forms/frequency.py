@@ -16,7 +16,7 @@ from octavo.forms.base import Form, child, elements, expect, form, nest
 #: Blocks have no longer side: neighbours that far apart have little in common.
 LONGEST_SIDE = 64
 #: Rows, height and width of a block.
-Block = tuple[int, int, int]
+BlockShape = tuple[int, int, int]
 
 
 @form("frequency")
@@ -38,7 +38,7 @@ class Frequency(Form):
     """
 
     coefficients: Form
-    block: Block
+    block: BlockShape
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102
@@ -95,17 +95,17 @@ def cosines(size: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).float()
 
 
-def to_frequency(matrix: Tensor, block: Block) -> Tensor:
+def to_frequency(matrix: Tensor, block: BlockShape) -> Tensor:
     """The coefficients of a matrix (rows, columns), whose blocks have ``(rows, height, width)``."""
     return _transformed(matrix, block, [cosines(side) for side in block])
 
 
-def to_space(coefficients: Tensor, block: Block) -> Tensor:
+def to_space(coefficients: Tensor, block: BlockShape) -> Tensor:
     """The matrix (rows, columns) of its coefficients: the inverse of :func:`to_frequency`."""
     return _transformed(coefficients, block, [cosines(side).t() for side in block])
 
 
-def _transformed(matrix: Tensor, block: Block, sides: list[Tensor]) -> Tensor:
+def _transformed(matrix: Tensor, block: BlockShape, sides: list[Tensor]) -> Tensor:
     """Multiply each side of all blocks by its transform."""
     shape, (rows, height, width) = matrix.shape, block
     by_rows, by_height, by_width = (side.to(matrix) for side in sides)

@@ -25,7 +25,7 @@ from octavo.forms import Dense, Form, Grid
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "pack-quantized"
 #: A tensor of a file without its content: dtype and shape.
-Outline = tuple[torch.dtype, tuple[int, ...]]
+TensorOutline = tuple[torch.dtype, tuple[int, ...]]
 #: Names of dtypes in safetensors files, in its order of writing.
 _CODES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
@@ -64,7 +64,7 @@ def scaled(form: Form, factors: Tensor) -> Form:
 
 
 @dataclass(frozen=True)
-class Stored:
+class PackQuantized:
     """How a weight is stored.
 
     Parameters
@@ -82,7 +82,7 @@ class Stored:
     dtype: torch.dtype
 
     @classmethod
-    def of_form(cls, form: Form) -> Stored:
+    def of_form(cls, form: Form) -> PackQuantized:
         """How a form is stored."""
         if isinstance(form, Dense):
             return cls(0, 0, form.weight.dtype)
@@ -92,7 +92,7 @@ class Stored:
         return cls(bits, form.scale.shape[1], form.scale.dtype)
 
     @classmethod
-    def of_packed(cls, packed: Packed, shape: tuple[int, int]) -> Stored:
+    def of_packed(cls, packed: Packed, shape: tuple[int, int]) -> PackQuantized:
         """How a packed form of a shape is stored, from its sizes alone."""
         if "weight" in packed.parts:
             return cls(0, 0, DTYPES[packed.parts["weight"][2]])
@@ -107,7 +107,7 @@ class Stored:
                 return cls(bits, groups, dtype)
         raise ValueError(f"{packed.resident} bytes are not those of a weight of shape {shape}")
 
-    def outlines(self, name: str, shape: tuple[int, int]) -> dict[str, Outline]:
+    def outlines(self, name: str, shape: tuple[int, int]) -> dict[str, TensorOutline]:
         """The tensors of a weight of that name and shape."""
         if not self.bits:
             return {name: (self.dtype, shape)}
@@ -143,7 +143,7 @@ class Stored:
         return f"{self.bits} bits, " + ("a scale a row" if self.groups == 1 else f"groups of {columns // self.groups}")
 
 
-def file_bytes(outlines: Mapping[str, Outline]) -> int:
+def file_bytes(outlines: Mapping[str, TensorOutline]) -> int:
     """Bytes of a safetensors file of such tensors, as the library writes it."""
     order = sorted(outlines, key=lambda name: (list(_CODES).index(outlines[name][0]), name.encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -156,11 +156,13 @@ def file_bytes(outlines: Mapping[str, Outline]) -> int:
     return 8 + length + -length % 8 + start
 
 
-def _bytes(outline: Outline) -> int:
+def _bytes(outline: TensorOutline) -> int:
     return math.prod(outline[1]) * outline[0].itemsize
 
 
-def config_text(config: Mapping[str, Any], modules: Mapping[str, tuple[Stored, int]], ignore: Iterable[str]) -> bytes:
+def config_text(
+    config: Mapping[str, Any], modules: Mapping[str, tuple[PackQuantized, int]], ignore: Iterable[str]
+) -> bytes:
     """The configuration of a model whose modules are stored in some way.
 
     Parameters

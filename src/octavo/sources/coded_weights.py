@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.errors import RequestError
 
 #: Floats of one weight from its parts, by the end of their names.
-Decode = Callable[[Mapping[str, Tensor]], Tensor]
+Decoding = Callable[[Mapping[str, Tensor]], Tensor]
 #: AutoAWQ stores the columns of a word in this order.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -41,7 +41,7 @@ class CodedWeight:
 
     name: str
     parts: dict[str, str]
-    decode: Decode
+    decode: Decoding
 
 
 def is_dropped(name: str) -> bool:
@@ -90,7 +90,7 @@ def coded_weights(dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any]) 
 
 
 def _found(
-    dtypes: Mapping[str, torch.dtype], marker: str, leaf: str, parts: tuple[str, ...], decode: Decode
+    dtypes: Mapping[str, torch.dtype], marker: str, leaf: str, parts: tuple[str, ...], decode: Decoding
 ) -> list[CodedWeight]:
     """The weights that have a tensor whose name ends in a marker."""
     layers = [name.removesuffix(f".{marker}") for name in dtypes if name.endswith(f".{marker}")]
@@ -122,7 +122,7 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
     return codes.flatten(-2)
 
 
-def _gptq(config: Mapping[str, Any]) -> Decode:
+def _gptq(config: Mapping[str, Any]) -> Decoding:
     """Codes packed along the inputs, with a step and a zero for every output and group of inputs."""
     bits = int(config.get("bits", 4))
     #: The first version stores zeros less one.
@@ -140,7 +140,7 @@ def _gptq(config: Mapping[str, Any]) -> Decode:
     return decode
 
 
-def _awq(config: Mapping[str, Any]) -> Decode:
+def _awq(config: Mapping[str, Any]) -> Decoding:
     """Codes packed along the outputs in an order of their own."""
     bits, version = int(config.get("bits", 4)), str(config.get("version", "gemm")).lower()
     if bits != 4 or version != "gemm":
@@ -159,7 +159,7 @@ def _awq(config: Mapping[str, Any]) -> Decode:
     return decode
 
 
-def _compressed(config: Mapping[str, Any]) -> Decode:
+def _compressed(config: Mapping[str, Any]) -> Decoding:
     """Signed codes packed along the inputs, as the format ``pack-quantized`` of compressed-tensors."""
     widths = {
         int(group["weights"]["num_bits"])

@@ -18,14 +18,14 @@ from octavo.sources.model_classes import read_config
 from octavo.sources.prequantized import write_floats
 from octavo.sources.sentences import members, transformer_folder, weight_folders
 from octavo.sources.skeletons import attach_module
-from octavo.sources.source import DTYPES, SMALLEST_SITE, Progress, Source, examine
+from octavo.sources.source import DTYPES, SMALLEST_SITE, Source, StepProgress, examine
 from octavo.sources.weight_files import beside, weight_files
 from octavo.system.paths import checked
 from octavo.system.temporary import TemporaryFolder
 from octavo.system.tensor_files import Place, offsets
 
 
-def from_path(path: str | Path, *, module: bool = True, progress: Progress = lambda done, total: None) -> Source:
+def from_path(path: str | Path, *, module: bool = True, progress: StepProgress = lambda done, total: None) -> Source:
     """Open a ``transformers`` folder, a ``.safetensors`` file, a sharded index, or a GGUF file.
 
     Parameters
@@ -87,7 +87,7 @@ def from_path(path: str | Path, *, module: bool = True, progress: Progress = lam
     return source
 
 
-def _in_floats(quantized: Source, path: Path, *, module: bool, progress: Progress) -> Source:
+def _in_floats(quantized: Source, path: Path, *, module: bool, progress: StepProgress) -> Source:
     """The source of a quantized folder: its model in floats, in a temporary folder that lives as long as the source."""
     place = TemporaryFolder("octavo-floats-")
     stored = write_floats(quantized, path, place.path)

@@ -25,7 +25,7 @@ from octavo.system.raw import raw_bytes
 from octavo.system.temporary import TemporaryFolder
 
 #: Called with the amount done and the total.
-Progress = Callable[[int, int], Any]
+StepProgress = Callable[[int, int], Any]
 
 #: A smaller weight is kept unchanged: its overhead would cost more than coding saves.
 SMALLEST_SITE = 512
@@ -329,7 +329,7 @@ def from_module(module: nn.Module, *, title: str | None = None) -> Source:
     )
 
 
-def examine(source: Source, progress: Progress = lambda done, total: None) -> None:
+def examine(source: Source, progress: StepProgress = lambda done, total: None) -> None:
     """Read every tensor once and store the digests of their contents.
 
     NaN and Inf are refused in weights and in trainable parameters. Masks, buffers and frozen parameters that are not

@@ -27,8 +27,8 @@ from octavo.request import Request
 from octavo.runtimes.pack_quantized import (
     CONFIG,
     WEIGHTS,
-    Outline,
-    Stored,
+    PackQuantized,
+    TensorOutline,
     config_text,
     file_bytes,
     gains,
@@ -152,7 +152,7 @@ class CompressedTensors(ForeignFile):
 
     def resident(self, form: Form, rows: int) -> int:
         """Bytes of the tensors of a weight."""
-        return Stored.of_form(form).bytes((rows, form.shape[1]))
+        return PackQuantized.of_form(form).bytes((rows, form.shape[1]))
 
     def beside(self, opened: Opened) -> int:
         """Bytes of the configuration and of all tensors that are not sites."""
@@ -163,7 +163,7 @@ class CompressedTensors(ForeignFile):
         stored = {}
         for name, item in packed.items():
             site = opened.site(name)
-            stored[name] = Stored.of_packed(item, (site.rows, site.columns))
+            stored[name] = PackQuantized.of_packed(item, (site.rows, site.columns))
         return replace(contents, resident=self._bytes(opened, contents, stored))
 
     def files(self, folder: Path, artifact: Artifact) -> Sequence[Path]:
@@ -176,10 +176,10 @@ class CompressedTensors(ForeignFile):
         assert opened.source.folder is not None
         copy_companions(opened.source.folder, folder)
         tensors = {name: kept.tensor().contiguous() for name, kept in contents.kept.items()}
-        stored: dict[str, Stored] = {}
+        stored: dict[str, PackQuantized] = {}
         for name, item in packed.items():
             form = form_of(opened.site(name), item)
-            stored[name] = Stored.of_form(form)
+            stored[name] = PackQuantized.of_form(form)
             tensors |= stored[name].tensors(name, form)
         write_file(folder, tensors, self._config(opened, contents, stored))
 
@@ -195,7 +195,7 @@ class CompressedTensors(ForeignFile):
         weights: Counter[str] = Counter()
         for name, item in result.built.packed.items():
             site = opened.site(name)
-            words = Stored.of_packed(item, (site.rows, site.columns)).words(site.columns)
+            words = PackQuantized.of_packed(item, (site.rows, site.columns)).words(site.columns)
             kinds[words] += 1
             weights[words] += site.parameters
         count = len(result.built.packed)
@@ -226,15 +226,15 @@ class CompressedTensors(ForeignFile):
             return True
         return isinstance(source.owner(site.name), nn.Linear) and site.name.endswith(".weight")
 
-    def _bytes(self, opened: Opened, contents: Contents, stored: Mapping[str, Stored]) -> int:
+    def _bytes(self, opened: Opened, contents: Contents, stored: Mapping[str, PackQuantized]) -> int:
         """Bytes of both files."""
-        outlines: dict[str, Outline] = {name: (kept.stored, kept.shape) for name, kept in contents.kept.items()}
+        outlines: dict[str, TensorOutline] = {name: (kept.stored, kept.shape) for name, kept in contents.kept.items()}
         for name, item in stored.items():
             site = opened.site(name)
             outlines |= item.outlines(name, (site.rows, site.columns))
         return file_bytes(outlines) + len(self._config(opened, contents, stored))
 
-    def _config(self, opened: Opened, contents: Contents, stored: Mapping[str, Stored]) -> bytes:
+    def _config(self, opened: Opened, contents: Contents, stored: Mapping[str, PackQuantized]) -> bytes:
         source = opened.source
         modules = {_module(source, name): (item, opened.site(name).columns) for name, item in stored.items()}
         matrices = {_module(source, name) for name, kept in contents.kept.items() if len(kept.shape) > 1}

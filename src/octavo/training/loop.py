@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from octavo.errors import DivergedError, MissingExtraError, RequestError
-from octavo.sources.source import Progress
+from octavo.sources.batches import Batch
+from octavo.sources.source import StepProgress
 from octavo.system.atomic import writing
-from octavo.training.losses import Batch, Loss
+from octavo.training.losses import LossFunction
 from octavo.training.regimens.base import Regimen
 
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
@@ -23,7 +24,7 @@ Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
 def fit(
     model: nn.Module,
     batches: Callable[[int], Iterable[Batch]],
-    loss: Loss,
+    loss: LossFunction,
     *,
     epochs: int = 1,
     lr: float = 1e-3,
@@ -33,7 +34,7 @@ def fit(
     regimen: Regimen | None = None,
     checkpoint: Path | None = None,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: StepProgress = lambda done, total: None,
 ) -> list[float]:
     """Train ``model`` in place.
 

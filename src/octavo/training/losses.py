@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from octavo.sources.batches import mask_of, run
+from octavo.sources.batches import Batch, mask_of, run
 from octavo.system.modes import evaluating
 
-Batch = Any
 #: Maps a module and a batch to a scalar.
-Loss = Callable[[nn.Module, Batch], Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
 
 
 def outputs_of(module: nn.Module, inputs: Any) -> Tensor:
@@ -42,7 +41,9 @@ def next_token(module: nn.Module, batch: Batch) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def distillation(teacher: nn.Module, loss: Loss | None = None, *, share: float = 0.5, temperature: float = 2.0) -> Loss:
+def distillation(
+    teacher: nn.Module, loss: LossFunction | None = None, *, share: float = 0.5, temperature: float = 2.0
+) -> LossFunction:
     """A teacher's distribution combined with the true labels (Hinton et al., 2015).
 
     ``share * T^2 * KL(teacher || student) + (1 - share) * loss``, both distributions softened by the temperature ``T``.

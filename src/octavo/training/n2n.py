@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from octavo.errors import RequestError
 from octavo.methods.policies import Credit, Reinforce, Rollout
+from octavo.sources.batches import Batch
 from octavo.system.modes import evaluating
 from octavo.training.chain_nets import ChainNet
 from octavo.training.loop import fit
-from octavo.training.losses import Batch, accuracy, divergence, outputs_of
+from octavo.training.losses import accuracy, divergence, outputs_of
 
 #: Shares of a layer's channels that a policy may choose.
 SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -203,7 +204,7 @@ def described_layers(net: ChainNet) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundNet:
     """What a search found.
 
     Parameters
@@ -252,10 +253,10 @@ def searched(
     rollouts: int = 5,
     credit: Credit = Credit.TO_GO,
     rates: tuple[float, float] = (3e-3, 1e-1),
-    start: Found | None = None,
+    start: FoundNet | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Found:
+) -> FoundNet:
     """Search smaller nets: layers go in the first stage, and the best of it becomes thinner in the second.
 
     Parameters
@@ -312,7 +313,7 @@ def searched(
             base = _best(drawn).net
     if not drawn:
         raise RequestError("search: no net that was drawn can be built; draw more, or give a teacher of more layers")
-    return Found(tuple(drawn), tuple(means), removal, shrinkage)
+    return FoundNet(tuple(drawn), tuple(means), removal, shrinkage)
 
 
 def _best(drawn: Sequence[Trial]) -> Trial:

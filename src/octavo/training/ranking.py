@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from octavo.errors import RequestError
-from octavo.training.losses import Batch, Loss, outputs_of
+from octavo.sources.batches import Batch
+from octavo.training.losses import LossFunction, outputs_of
 
 
 def ranking_loss(scores: Tensor, positive: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def ranking_loss(scores: Tensor, positive: Tensor) -> Tensor:
     return (scores[chosen] - scores[~chosen].max()).clamp(max=0.0).square().mean()
 
 
-def few_misses(weight: float = 1.0, ranking: float = 0.0) -> Loss:
+def few_misses(weight: float = 1.0, ranking: float = 0.0) -> LossFunction:
     """The loss of a detector that is to miss few positives: weighted cross entropy, plus the ranking of positives.
 
     ``BCE(weight * positives) + ranking * ranking_loss`` of batches ``(inputs, labels)``, for modules that return one

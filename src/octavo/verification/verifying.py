@@ -17,7 +17,7 @@ from octavo.integrations.transformers import load_as_users_do
 from octavo.runtimes.packed import held_bytes
 from octavo.sources.encoders import is_installed, load_encoder
 from octavo.sources.sentences import members, transformer_folder
-from octavo.sources.source import Progress
+from octavo.sources.source import StepProgress
 from octavo.system.ahead import in_order
 from octavo.system.raw import raw_bytes
 from octavo.verification.foreign import is_foreign, verify_foreign
@@ -31,7 +31,7 @@ from octavo.verification.verified import PackedRun, Verified
 _TOLERANCE = 2.0
 
 
-def digest_of(artifact: Artifact, progress: Progress = lambda done, total: None) -> str:
+def digest_of(artifact: Artifact, progress: StepProgress = lambda done, total: None) -> str:
     """SHA-256 over the decoded content of every tensor: codes, scales, factors and their meaning.
 
     A few tensors are in memory at a time. The digest is equal on all machines, unlike one of products, whose rounding

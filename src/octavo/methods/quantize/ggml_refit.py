@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.coding.ggml import BlockType, Fields
-from octavo.methods.quantize.ggml_steps import Parts, stored
+from octavo.methods.quantize.ggml_steps import BlockParts, stored
 from octavo.methods.quantize.normal_equations import normal_equations, solved
 
 #: Elements of the largest intermediate.
@@ -38,7 +38,7 @@ def refitted(weight: Tensor, moment: Tensor, kind: BlockType, fields: Fields) ->
     return Fields(fields.codes, d, base, scales, minima)
 
 
-def _chunks(weight: Tensor, moment: Tensor, kind: BlockType, fields: Fields, height: int) -> Iterator[Parts]:
+def _chunks(weight: Tensor, moment: Tensor, kind: BlockType, fields: Fields, height: int) -> Iterator[BlockParts]:
     levels = torch.tensor(kind.levels, dtype=torch.float32)
     for start in range(0, len(weight), height):
         part = slice(start, start + height)

@@ -24,7 +24,7 @@ _AGAIN = (None, None, None)
 _AT_ONCE = 1 << 18
 _LARGEST, _TINY = 65504.0, 1e-30
 
-Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+BlockParts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def fitted(weight: Tensor, kind: BlockType, importance: Tensor | None) -> Fields:
@@ -47,14 +47,14 @@ def fitted(weight: Tensor, kind: BlockType, importance: Tensor | None) -> Fields
     return Fields(torch.empty(0, dtype=torch.uint8), d, base, scales, minima)
 
 
-def _chunks(groups: Tensor, weights: Tensor, kind: BlockType) -> Iterator[Parts]:
+def _chunks(groups: Tensor, weights: Tensor, kind: BlockType) -> Iterator[BlockParts]:
     height = max(1, _AT_ONCE // (groups.shape[1] * groups.shape[2]))
     for part in groups.split(height):
         step, offset = (_affine if kind.offset else _scaled)(part, weights, kind)
         yield _small(step, offset) if kind.scales is None else _two_level(part, weights, kind, step, offset)
 
 
-def stored(step: Tensor, offset: Tensor | None, kind: BlockType) -> Parts:
+def stored(step: Tensor, offset: Tensor | None, kind: BlockType) -> BlockParts:
     """``d``, ``base``, ``scales`` and ``minima`` nearest to steps and offsets (rows, groups)."""
     if kind.scales is None:
         return _small(step, offset)
@@ -148,11 +148,11 @@ def _half(values: Tensor) -> Tensor:
     return values.clamp(-_LARGEST, _LARGEST).half()
 
 
-def _small(step: Tensor, offset: Tensor | None) -> Parts:
+def _small(step: Tensor, offset: Tensor | None) -> BlockParts:
     return _half(step), None if offset is None else _half(offset), None, None
 
 
-def _two_level(x: Tensor, weights: Tensor, kind: BlockType, step: Tensor, offset: Tensor | None) -> Parts:
+def _two_level(x: Tensor, weights: Tensor, kind: BlockType, step: Tensor, offset: Tensor | None) -> BlockParts:
     """Blocks' float16 values and groups' integers whose products are nearest to steps and offsets."""
     assert kind.scales is not None
     share = kind.block // kind.group

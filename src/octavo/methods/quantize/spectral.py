@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
-from octavo.forms.frequency import LONGEST_SIDE, Block, to_frequency
+from octavo.forms.frequency import LONGEST_SIDE, BlockShape, to_frequency
 from octavo.methods.base import Method
 from octavo.sources.sites import Site
 
@@ -28,7 +28,7 @@ class Spectral(Method):
     #: The largest tile of a matrix that is no convolution's, as rows and columns.
     tile: ClassVar[tuple[int, int]]
 
-    block: Block | None = None
+    block: BlockShape | None = None
 
     def accepts(self, site: Site) -> bool:
         """Weights with neighbours: not the single rows of values, which have no order."""
@@ -42,7 +42,7 @@ class Spectral(Method):
         height, width = (1, *kernel)[-2:]
         return replace(self, block=(1, height, width))
 
-    def blocks(self, weight: Tensor) -> Block:
+    def blocks(self, weight: Tensor) -> BlockShape:
         """The block of a matrix, which divides it.
 
         Raises
@@ -62,7 +62,7 @@ class Spectral(Method):
             )
         return sides
 
-    def moved(self, weight: Tensor, evidence: Evidence) -> tuple[Tensor, Evidence, Block]:
+    def moved(self, weight: Tensor, evidence: Evidence) -> tuple[Tensor, Evidence, BlockShape]:
         """Coefficients, the cost of their errors, and the block.
 
         With ``W = coefficients T`` the moment of columns is ``T C T^T``. Rows of one tile share its mean weight.

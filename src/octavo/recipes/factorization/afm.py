@@ -21,7 +21,7 @@ DENSE_RATES, RATES = (3e-3, 6e-3, 1.2e-2), (3e-4, 1e-3, 3e-3)
 EPOCHS, BATCH, WIDTH, HIDDEN = 3, 512, 16, (256, 128)
 
 #: Ranks by name of the layer, and the hidden sizes of a smaller network.
-Plan = tuple[dict[str, int], list[int]]
+RanksAndSizes = tuple[dict[str, int], list[int]]
 DENSE, SVD, LINEAR, OURS, SMALL = "dense", "SVD", "AFM without ReLU", "AFM", "smaller dense"
 
 
@@ -47,7 +47,7 @@ DENSE, SVD, LINEAR, OURS, SMALL = "dense", "SVD", "AFM without ReLU", "AFM", "sm
 )
 def run(lab: Lab) -> None:
     """Tables and hidden layers in parts of equal ranks; every seed has its own random split of the data."""
-    plans: dict[int, Plan] = {}
+    plans: dict[int, RanksAndSizes] = {}
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
         data = clicks(lab, shuffle=seed)
@@ -79,7 +79,7 @@ def named(name: str, ratio: int | None = None, *, tuned: bool = True) -> str:
     return f"{name}{'' if ratio is None else f', {ratio}x'}{', fine-tuned' if tuned else ''}"
 
 
-def plan(lab: Lab, sizes: Sequence[int], ratio: int) -> Plan:
+def plan(lab: Lab, sizes: Sequence[int], ratio: int) -> RanksAndSizes:
     """Ranks of the parts, and hidden sizes of a smaller network; tables are as much thinner in both."""
     dense, width = CTR(sizes, WIDTH, HIDDEN), WIDTH // ratio
     layers = {n: part.weight.shape for n, part in dense.named_modules() if isinstance(part, nn.Linear | nn.Embedding)}
@@ -97,7 +97,7 @@ def plan(lab: Lab, sizes: Sequence[int], ratio: int) -> Plan:
     return ranks(share), hidden(smaller)
 
 
-def compare(lab: Lab, data: ClickData, plans: Mapping[int, Plan], seed: int) -> None:
+def compare(lab: Lab, data: ClickData, plans: Mapping[int, RanksAndSizes], seed: int) -> None:
     """All arms of one seed: dense networks, then parts of the large one before and after fine-tuning."""
     epoch = len(data.train[0]) // BATCH
 

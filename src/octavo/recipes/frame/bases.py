@@ -136,7 +136,7 @@ def pretrained_decoder(lab: Lab, train: int, development: int, test: int) -> tup
 
 
 @dataclass(frozen=True)
-class Quality:
+class BaseQuality:
     """How good a base is on test data.
 
     Parameters
@@ -156,13 +156,13 @@ class Quality:
     device: str
 
 
-def make_all(lab: Lab) -> list[Quality]:
+def make_all(lab: Lab) -> list[BaseQuality]:
     """Make all trained bases that are not cached: five classifiers of both data sets, and two language models."""
-    found: list[Quality] = []
+    found: list[BaseQuality] = []
 
     def note(metric: str, value: float) -> None:
         made = list(lab.bases.values())[-1]
-        found.append(Quality(made.name, metric, value, made.seconds, made.device))
+        found.append(BaseQuality(made.name, metric, value, made.seconds, made.device))
 
     for data in CLASSIFIERS:
         test = in_batches(images(lab, data).test)

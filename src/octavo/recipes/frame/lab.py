@@ -22,14 +22,14 @@ from octavo.errors import DivergedError, OctavoError
 from octavo.forms import Dense, Form
 from octavo.recipes.frame.fingerprints import code_of, joined
 from octavo.recipes.frame.judging import Gap, Gate, Judged, Verdict, gap, together
-from octavo.recipes.frame.records import Arm, Base, Choice, Found
+from octavo.recipes.frame.records import Arm, BaseRecord, Choice, Found
 from octavo.recipes.frame.stored import Stored, quantized, through_file
 from octavo.recipes.frame.study import Study
 from octavo.sources.sites import Layout
 from octavo.system.atomic import write_file, writing
 from octavo.system.matmul import coarse_matmul, multiplies_bfloat16
 from octavo.training import fit
-from octavo.training.losses import Loss
+from octavo.training.losses import LossFunction
 
 #: The folder of trained models and other slow work of studies.
 CACHE = Path(os.environ.get("OCTAVO_CACHE", Path.home() / ".cache" / "octavo")) / "recipes"
@@ -110,7 +110,7 @@ class Lab:
         return self._earlier + time.perf_counter() - self._started
 
     @property
-    def bases(self) -> dict[str, Base]:
+    def bases(self) -> dict[str, BaseRecord]:
         """The trained models so far, by name."""
         return self.found.bases
 
@@ -179,7 +179,7 @@ class Lab:
             with writing(file) as aside:
                 state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
                 save_file(state, aside, metadata=known)
-        self.found.bases[name] = Base(f"{name} ({key})", float(known.get("seconds", 0)), known.get("device", ""))
+        self.found.bases[name] = BaseRecord(f"{name} ({key})", float(known.get("seconds", 0)), known.get("device", ""))
         return model.eval()
 
     def cached(self, name: str) -> Path:
@@ -192,7 +192,7 @@ class Lab:
         self,
         model: nn.Module,
         batches: Callable[[int], Iterable[Any]],
-        loss: Loss,
+        loss: LossFunction,
         *,
         steps: int,
         seed: int,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from octavo.errors import MissingExtraError
-from octavo.recipes.frame.records import Arm, Base
+from octavo.recipes.frame.records import Arm, BaseRecord
 from octavo.recipes.frame.results import StudyResult, changed, folder, last, writable
 from octavo.recipes.frame.study import studies
 from octavo.system.atomic import write_file
@@ -83,9 +83,9 @@ def page(result: StudyResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bases(bases: Sequence[Base]) -> str:
+def _bases(bases: Sequence[BaseRecord]) -> str:
     """Bases that differ in their seed alone are told together; the key of the cache is left out."""
-    groups: dict[str, list[Base]] = {}
+    groups: dict[str, list[BaseRecord]] = {}
     for base in bases:
         groups.setdefault(re.sub(r"(-s\d+)? \(\w+\)$", "", base.name), []).append(base)
     return "; ".join(

@@ -71,7 +71,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseRecord:
     """A trained model that a study started from.
 
     Parameters
@@ -106,7 +106,7 @@ class Found:
     rows: dict[str, list[tuple[float, int, dict[str, float]]]] = field(default_factory=dict)
     steps: dict[tuple[str, int], int] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
-    bases: dict[str, Base] = field(default_factory=dict)
+    bases: dict[str, BaseRecord] = field(default_factory=dict)
     seeds: int = 0
     seconds: float = 0.0
 
@@ -130,7 +130,7 @@ class Found:
             {arm: [(value, size, also) for value, size, also in rows] for arm, rows in state["rows"].items()},
             {(arm, seed): count for arm, seed, count in state["steps"]},
             {choice["name"]: Choice(**choice) for choice in state["choices"]},
-            {name: Base(**base) for name, base in state["bases"].items()},
+            {name: BaseRecord(**base) for name, base in state["bases"].items()},
             state["seeds"],
             state["seconds"],
         )

@@ -15,7 +15,7 @@ from octavo.errors import RequestError
 from octavo.recipes.frame.fingerprints import code_of
 from octavo.recipes.frame.judging import Gate, Judged, tally
 from octavo.recipes.frame.lab import Lab
-from octavo.recipes.frame.records import Arm, Base, Choice
+from octavo.recipes.frame.records import Arm, BaseRecord, Choice
 from octavo.recipes.frame.study import Study, studies
 from octavo.report.gather import environment
 from octavo.report.schema import Environment
@@ -61,7 +61,7 @@ class StudyResult:
     gates: tuple[Gate, ...]
     arms: tuple[Arm, ...]
     choices: tuple[Choice, ...]
-    bases: tuple[Base, ...]
+    bases: tuple[BaseRecord, ...]
     reason: str
     seeds: tuple[int, ...]
     made_by: Mapping[str, str]

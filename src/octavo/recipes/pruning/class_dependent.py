@@ -12,7 +12,7 @@ from octavo.recipes.frame.data import FASHION, Parts
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.testbeds.detection import ALARMS, MeanDistance, Part, detected, perceptron, pullovers
 from octavo.training import few_misses
-from octavo.training.losses import Loss
+from octavo.training.losses import LossFunction
 from octavo.training.regimens.rewinding import Rewinding
 
 #: Of the weights that are left, masked before every round; rounds after the first; steps of each; examples of a step.
@@ -46,7 +46,7 @@ MISSED, AREA, LEFT = f"missed at {ALARMS:.0%} false alarms (%)", "AUC (%)", "wei
 )
 def run(lab: Lab) -> None:
     """A perceptron of 300 and 100 units that finds pullovers, 2% of its training images, through rounds of pruning."""
-    losses: dict[str, Loss] = {}
+    losses: dict[str, LossFunction] = {}
     for seed in lab.seeds:
         lab.step(f"seed {seed}")
         data = pullovers(lab, seed)
@@ -92,10 +92,10 @@ def both_shares(lab: Lab, arm: str) -> str:
     return f"{found.mean:.1f}% and {sum(found.also[MISSED]) / len(found.values):.1f}%"
 
 
-def chosen(lab: Lab, data: Parts[Part]) -> dict[str, Loss]:
+def chosen(lab: Lab, data: Parts[Part]) -> dict[str, LossFunction]:
     """The losses, with weights that miss the fewest of the development data at equal false alarms."""
 
-    def best(name: str, grid: tuple[float, ...], loss: Callable[[float], Loss]) -> float:
+    def best(name: str, grid: tuple[float, ...], loss: Callable[[float], LossFunction]) -> float:
         def score(value: float) -> float:
             model = perceptron(data.train[0].shape[1], lab.first_seed)
             return detected(trained(lab, data, model, loss(value), lab.first_seed), data.development).at_equal
@@ -112,8 +112,8 @@ def chosen(lab: Lab, data: Parts[Part]) -> dict[str, Loss]:
 
 
 def trained(
-    lab: Lab, data: Parts[Part], model: nn.Module, loss: Loss, seed: int, number: int = 0, arm: str | None = None,
-    ticket: Rewinding | None = None,
+    lab: Lab, data: Parts[Part], model: nn.Module, loss: LossFunction, seed: int, number: int = 0,
+    arm: str | None = None, ticket: Rewinding | None = None,
 ) -> nn.Module:  # fmt: skip
     """One round."""
     batches = shuffled(*data.train, size=64 if lab.quick else BATCH, seed=100 * seed + number)
@@ -121,7 +121,7 @@ def trained(
     return lab.train(model, batches, loss, steps=steps, seed=seed, arm=arm, regimen=ticket, lr=1e-3)
 
 
-def compress(lab: Lab, data: Parts[Part], name: str, loss: Loss, seed: int) -> None:
+def compress(lab: Lab, data: Parts[Part], name: str, loss: LossFunction, seed: int) -> None:
     """All rounds of one loss, each stored, read back and measured."""
     model, ticket = perceptron(data.train[0].shape[1], seed), Rewinding(SHARE)
     size, whole = 0, model

@@ -23,7 +23,7 @@ from octavo.recipes.frame.data import TEXT
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.frame.windows import nats
 from octavo.training import distillation, next_token
-from octavo.training.losses import Loss
+from octavo.training.losses import LossFunction
 
 #: The share of heads, neurons and columns that goes. Half of the layers weigh as much.
 SHARE = 0.25
@@ -75,7 +75,7 @@ def run(lab: Lab) -> None:
             add(f"{name}, {UNTRAINED}", model)
         width = cuts[CHOSEN]
         torch.manual_seed(seed)
-        begun: Mapping[str, tuple[nn.Module, Loss]] = {
+        begun: Mapping[str, tuple[nn.Module, LossFunction]] = {
             SCRATCH: (type(base)(width.config), next_token),
             RANDOM: (narrowed(base, seen, None, seed), teach),
             LABELS: (width, next_token),
@@ -128,7 +128,14 @@ def narrowed(base: nn.Module, seen: Sequence[dict[str, Tensor]], score: Score[An
 
 
 def trained(
-    lab: Lab, ids: Tensor, model: nn.Module, loss: Loss, seed: int, steps: int, lr: float, arm: str | None = None
+    lab: Lab,
+    ids: Tensor,
+    model: nn.Module,
+    loss: LossFunction,
+    seed: int,
+    steps: int,
+    lr: float,
+    arm: str | None = None,
 ) -> nn.Module:
     """A copy of a model after so many steps on shuffled windows of tokens."""
 

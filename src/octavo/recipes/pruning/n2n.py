@@ -15,7 +15,7 @@ from octavo.recipes.frame.data import FASHION, Split, fashion
 from octavo.recipes.frame.nets import in_batches, shuffled
 from octavo.training import accuracy, cross_entropy
 from octavo.training.chain_nets import ChainNet, ConvLayer
-from octavo.training.n2n import Found, Trials, lessons, random_search, reward, searched, taught
+from octavo.training.n2n import FoundNet, Trials, lessons, random_search, reward, searched, taught
 
 #: Images that candidates learn from, in batches of 25, and those that they are measured on.
 LEARNED, SCORED = 1_000, 1_000
@@ -95,7 +95,7 @@ def search(lab: Lab, split: Split, seed: int) -> None:
     best = accuracy(teacher, test)
     trials = Trials(teacher, images, scored, rate=peak, seed=seed)
 
-    def searching(given: Trials, credit: Credit = Credit.TO_GO, start: Found | None = None) -> Found:
+    def searching(given: Trials, credit: Credit = Credit.TO_GO, start: FoundNet | None = None) -> FoundNet:
         return searched(
             given, removals=removals, shrinkages=shrinkages, rollouts=rollouts, rates=RATES, credit=credit, start=start,
             seed=seed,
@@ -103,7 +103,7 @@ def search(lab: Lab, split: Split, seed: int) -> None:
 
     lab.step(f"seed {seed}: policies of the small teacher")
     before = searching(Trials(small, images, scored, rate=peak, seed=seed))
-    found: dict[str, Found] = {}
+    found: dict[str, FoundNet] = {}
     for name, credit, start in (
         (OURS, Credit.TO_GO, None),
         (MOVED, Credit.TO_GO, before),

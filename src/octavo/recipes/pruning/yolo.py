@@ -20,7 +20,7 @@ from octavo.recipes.frame.data import CIFAR10, FASHION, cifar10, fashion
 from octavo.recipes.frame.nets import shuffled
 from octavo.recipes.testbeds.costs import milliseconds
 from octavo.recipes.testbeds.scenes import Locator, average_precision, heat, scenes
-from octavo.training.losses import Loss
+from octavo.training.losses import LossFunction
 from octavo.training.regimens.slimming import Slimming, scales, without_decay
 from octavo.training.teaching import Channels, HiddenStates, Lesson, Term
 
@@ -71,7 +71,9 @@ def run(lab: Lab) -> None:
         torch.manual_seed(seed)
         return Locator(width, classes)
 
-    def trained(model: nn.Module, seed: int, steps: int, lr: float, loss: Loss = heat, **options: Any) -> nn.Module:
+    def trained(
+        model: nn.Module, seed: int, steps: int, lr: float, loss: LossFunction = heat, **options: Any
+    ) -> nn.Module:
         batches = shuffled(*parts.train, size=32, seed=seed)
         return lab.train(model, batches, loss, steps=steps, seed=seed, optimizer=without_decay(lr), **options)
 

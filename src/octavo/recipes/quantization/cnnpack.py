@@ -115,27 +115,27 @@ class FiveByFive(nn.Module):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedLayer:
     """What is pruned of a weight, (rows, columns), and the form around what is left."""
 
     content: Tensor
     around: Callable[[Form], Form]
 
 
-def opened(arm: str, weight: Tensor) -> Opened:
+def opened(arm: str, weight: Tensor) -> OpenedLayer:
     """A convolution's weight in the domain of an arm."""
     matrix, block = weight.detach().flatten(1), (1, *weight.shape[2:])
     if arm == SPACE:
-        return Opened(matrix, lambda form: form)
+        return OpenedLayer(matrix, lambda form: form)
     coefficients = to_frequency(matrix, block)
     vectors = weight.shape[0] * weight.shape[1]
     if arm == COSINE or vectors < 16 * CENTRES:
-        return Opened(coefficients, lambda form: Frequency(form, block))
+        return OpenedLayer(coefficients, lambda form: Frequency(form, block))
     setting = {"step": float(coefficients.abs().max()), "threshold": 0.0, "centres": CENTRES}
     found = CNNpack(block=block).encode(matrix, setting, plain(len(matrix)))
     assert isinstance(found, Frequency) and isinstance(found.coefficients, Sum)
     base = found.coefficients.base
-    return Opened(coefficients - base.dense(), lambda form: Frequency(Sum(base, form), block))
+    return OpenedLayer(coefficients - base.dense(), lambda form: Frequency(Sum(base, form), block))
 
 
 class Comparison:

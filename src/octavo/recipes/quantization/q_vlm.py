@@ -33,7 +33,7 @@ ERROR, RUNS, RANKS = "error at the ends of the towers", "layers run", "rank corr
 MOVED = "blocks that are not entropy blocks (%)"
 #: By how much an error may be larger and still be reached, and the share of runs that is far fewer.
 NEAR, FEWER = 0.02, 0.1
-Blocks = list[tuple[str, ...]]
+LayerBlocks = list[tuple[str, ...]]
 
 
 @Study(
@@ -117,7 +117,7 @@ class _Comparison:
         self.towers = [
             [f"{tower}.{name}" for name, _ in self.model.get_submodule(tower).named_children()] for tower in TOWERS
         ]
-        self.singles: Blocks = [(name,) for tower in self.towers for name in tower]
+        self.singles: LayerBlocks = [(name,) for tower in self.towers for name in tower]
 
     def all(self, seed: int, batches: Sequence[Any]) -> None:
         """The arms of a draw."""
@@ -141,7 +141,7 @@ class _Comparison:
         alone, joint = (SEARCH.search(self.model, blocks, batches) for blocks in ([pair[:1], pair[1:]], [pair]))
         return 1 - joint.errors[-1] / alone.errors[-1]
 
-    def add(self, arm: str, search: ClipSearch, blocks: Blocks, batches: Sequence[Any], **also: float) -> None:
+    def add(self, arm: str, search: ClipSearch, blocks: LayerBlocks, batches: Sequence[Any], **also: float) -> None:
         """Search, store and read back, and record the figures of an arm."""
         self.lab.step(arm)
         found = search.search(self.model, blocks, batches)
@@ -179,7 +179,7 @@ class _Comparison:
         return rows
 
 
-def _shuffled(blocks: Blocks, draws: np.random.Generator) -> Blocks:
+def _shuffled(blocks: LayerBlocks, draws: np.random.Generator) -> LayerBlocks:
     """Blocks of the same sizes in another order, if there is one."""
     own, names = tuple(map(len, blocks)), [name for block in blocks for name in block]
     others = sorted({*permutations(own)} - {own}) or [own]

@@ -57,7 +57,7 @@ class Federation:
 
 
 @dataclass(frozen=True)
-class Trained:
+class FederatedNet:
     """A net after all rounds.
 
     Parameters
@@ -73,7 +73,7 @@ class Trained:
     sent: float
 
 
-def federate(federation: Federation, opened: Callable[[], Send]) -> Trained:
+def federate(federation: Federation, opened: Callable[[], Send]) -> FederatedNet:
     """Rounds of federated averaging (McMahan et al., 2017) in which all clients take part, until the net diverges.
 
     Parameters
@@ -92,7 +92,7 @@ def federate(federation: Federation, opened: Callable[[], Send]) -> Trained:
             update = {name: p.detach() - before[name] for name, p in tuned.named_parameters()}
             if not all(map(all_finite, update.values())):
                 # A rate was too large. A net that diverged answers at random, and no rate is chosen for it.
-                return Trained(tuned.eval(), statistics.fmean(sizes or [0]), statistics.fmean(shares or [0.0]))
+                return FederatedNet(tuned.eval(), statistics.fmean(sizes or [0]), statistics.fmean(shares or [0.0]))
             arrived, size = send(update)
             sizes.append(size)
             shares.append(share_of(arrived))
@@ -101,7 +101,7 @@ def federate(federation: Federation, opened: Callable[[], Send]) -> Trained:
         with torch.no_grad():
             for name, parameter in net.named_parameters():
                 parameter.add_(mean[name], alpha=federation.server)
-    return Trained(net.eval(), statistics.fmean(sizes), statistics.fmean(shares))
+    return FederatedNet(net.eval(), statistics.fmean(sizes), statistics.fmean(shares))
 
 
 def locally(federation: Federation, net: nn.Module, part: Part, number: int) -> nn.Module:

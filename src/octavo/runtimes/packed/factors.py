@@ -35,7 +35,7 @@ _MEASURED: dict[Hashable, dict[str, float]] = {}
 
 
 @dataclass(frozen=True)
-class Choice:
+class RunChoice:
     """How a factored site runs.
 
     Parameters
@@ -124,7 +124,7 @@ def run_as_factors(
         with a single row, tables with a single index, and convolutions stay dense, since image sizes are unknown.
     """
     shown = None if batch is None else _inputs(module, batch)
-    choices: dict[str, Choice] = {}
+    choices: dict[str, RunChoice] = {}
     for name, parameters, form, layout in sites:
         users = _users(module, parameters)
         choices[name], weight = _choose(users, form, layout, shown)
@@ -136,7 +136,7 @@ def run_as_factors(
     module.__dict__[_CHOICES] = choices
 
 
-def factored(module: nn.Module) -> dict[str, Choice]:
+def factored(module: nn.Module) -> dict[str, RunChoice]:
     """How every factored site runs in a module loaded with ``factors=True``, by name in the artifact."""
     return dict(module.__dict__.get(_CHOICES, {}))
 
@@ -196,11 +196,11 @@ def _supported(owner: nn.Module) -> bool:
 
 def _choose(
     users: Sequence[tuple[nn.Module, str]], form: Form, layout: Layout, shown: Mapping[nn.Module, Tensor] | None
-) -> tuple[Choice, nn.Parameter | None]:
+) -> tuple[RunChoice, nn.Parameter | None]:
     """How a site runs, and its weight as factors if they could be made."""
 
-    def stays(reason: str) -> tuple[Choice, None]:
-        return Choice(False, None, reason), None
+    def stays(reason: str) -> tuple[RunChoice, None]:
+        return RunChoice(False, None, reason), None
 
     if not users:
         return stays("no module holds its weight")
@@ -232,8 +232,8 @@ def _choose(
         for way, value in _MEASURED[key].items():
             seconds[way] += value
     if seconds["factors"] <= _WORTH * seconds["dense"]:
-        return Choice(True, seconds, "measured to be faster than dense"), weight
-    return Choice(False, seconds, "measured not to be faster than dense"), weight
+        return RunChoice(True, seconds, "measured to be faster than dense"), weight
+    return RunChoice(False, seconds, "measured not to be faster than dense"), weight
 
 
 def _smallest(owner: nn.Module, dense: Tensor, layout: Layout) -> Tensor | None:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 
 from octavo.forms import Form
+from octavo.sources.batches import Batch
 from octavo.system.registry import Registry
 from octavo.training.formed import forms_of
-from octavo.training.losses import Batch, Loss
+from octavo.training.losses import LossFunction
 
 R = TypeVar("R", bound="type[Regimen]")
 
@@ -56,7 +57,7 @@ class Regimen:
     def penalty_of(self, model: nn.Module) -> Tensor | None:
         """A scalar that is added to the task's loss, or None."""
 
-    def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
         """What is differentiated: the task's loss and the penalty; overridden where they are not just added."""
         value, penalty = loss(model, batch), self.penalty_of(model)
         return value if penalty is None else value + penalty

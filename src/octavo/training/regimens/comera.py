@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Form, TensorTrain
 from octavo.methods.factorize.mpo import modes
+from octavo.sources.batches import Batch
 from octavo.training.adaptive_trains import attach, random_train, trains
 from octavo.training.loop import Optimizers
-from octavo.training.losses import Batch, Loss
+from octavo.training.losses import LossFunction
 from octavo.training.regimens.base import Regimen, regimen
 
 PENALTIES = ("size", "mean")
@@ -113,7 +114,7 @@ class CoMERA(Regimen):
         """That of the early stage."""
         return self.gamma * self._penalty() if self.gamma else None
 
-    def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
         """The task's loss with the penalties of the stage."""
         if self.target is None:
             return super().loss(model, batch, loss)

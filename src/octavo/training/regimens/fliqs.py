@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.methods.policies import Reinforce, Rollout
+from octavo.sources.batches import Batch
 from octavo.training.computed import Rounded, chains
-from octavo.training.losses import Batch, Loss
+from octavo.training.losses import LossFunction
 from octavo.training.masks import maskable
 from octavo.training.number_formats import NumberFormat, rounding
 from octavo.training.regimens.base import Regimen, regimen
@@ -139,7 +140,7 @@ class FormatSearch(Regimen):
         for name, index in zip(self._searched, self._drawn.tolist(), strict=True):
             self._parts[name][0].drawn = self._formats[index]
 
-    def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
         """The task's loss, from which the reward is made."""
         value = loss(model, batch)
         self._lost = float(value.detach())

@@ -14,10 +14,11 @@ from torch.nn.utils import parametrize
 from octavo.errors import RequestError
 from octavo.forms import Dense, LowRank
 from octavo.methods.factorize.factors import whitened
+from octavo.sources.batches import Batch
 from octavo.sources.sites import Layout
 from octavo.training.computed import refuse_shared, usual_layouts
 from octavo.training.formed import unparametrized
-from octavo.training.losses import Batch, Loss, divergence, logits_of, outputs_of
+from octavo.training.losses import LossFunction, divergence, logits_of, outputs_of
 from octavo.training.regimens.base import Regimen, regimen
 from octavo.training.widths import factorizable, ladder
 
@@ -112,11 +113,11 @@ class OrderedDropout(Regimen):
         layer, width = pairs[int(torch.randint(len(pairs), (), generator=self._generator))]
         layer.width = width
 
-    def loss(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
         """The loss of the narrowed network, or of both, plus the group lasso."""
         return super().loss(model, batch, partial(self._distilled, loss=loss) if self.distil else loss)
 
-    def _distilled(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    def _distilled(self, model: nn.Module, batch: Batch, loss: LossFunction) -> Tensor:
         layer, width = next((layer, layer.width) for layer in self._layers.values() if layer.width)
         layer.width = None
         outputs: list[Tensor] = []

@@ -20,7 +20,7 @@ FOLDINGS = ("channel", *FOLDS)
 #: Relative size of singular values treated as rounding errors of a projected matrix.
 _ROUNDING = 1e-6
 
-Kernel = tuple[int, int, int]
+KernelShape = tuple[int, int, int]
 
 
 @regimen("trp", source=SOURCE)
@@ -171,5 +171,5 @@ def _unfolded(matrices: Tensor, which: str, weight: Tensor) -> Tensor:
     return matrix.reshape(weight.shape).to(weight.dtype)
 
 
-def _kernel(weight: Tensor) -> Kernel:
+def _kernel(weight: Tensor) -> KernelShape:
     return (weight.shape[1], weight.shape[2], weight.shape[3])

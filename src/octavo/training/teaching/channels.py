@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
-from octavo.training.teaching.terms import Pair, Term, same_places
+from octavo.training.teaching.terms import TensorPair, Term, same_places
 
 
 def channel_divergence(theirs: Tensor, ours: Tensor, temperature: float = 1.0) -> Tensor:
@@ -50,7 +50,7 @@ class Channels(Term):
         """The matched layers."""
         return list(self.layers.items())
 
-    def value(self, pairs: Sequence[Pair], mask: Tensor | None) -> Tensor:
+    def value(self, pairs: Sequence[TensorPair], mask: Tensor | None) -> Tensor:
         """The mean over layers."""
         for pair in pairs:
             if pair[0].ndim != 4:

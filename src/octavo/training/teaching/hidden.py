@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
-from octavo.training.teaching.terms import Pair, Term, same_places
+from octavo.training.teaching.terms import TensorPair, Term, same_places
 
 
 def hidden_error(theirs: Tensor, ours: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class HiddenStates(Term):
         """The matched layers."""
         return list(self.layers.items())
 
-    def value(self, pairs: Sequence[Pair], mask: Tensor | None) -> Tensor:
+    def value(self, pairs: Sequence[TensorPair], mask: Tensor | None) -> Tensor:
         """The mean over layers."""
         for pair in pairs:
             same_places(pair, -1)

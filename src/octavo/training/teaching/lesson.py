@@ -14,9 +14,9 @@ from octavo.errors import RequestError
 from octavo.sources.batches import Batch, described, mask_of, run
 from octavo.system.modes import evaluating
 from octavo.system.raw import raw_bytes
-from octavo.training.losses import Loss
+from octavo.training.losses import LossFunction
 from octavo.training.teaching.internals import outputs_within
-from octavo.training.teaching.terms import Pair, Term
+from octavo.training.teaching.terms import TensorPair, Term
 
 #: The student's child that holds the learned maps while it is taught.
 _MAPS = "teaching_maps"
@@ -62,7 +62,7 @@ class Lesson:
         self,
         teacher: nn.Module,
         terms: Sequence[Term],
-        loss: Loss | None = None,
+        loss: LossFunction | None = None,
         *,
         remember: torch.dtype | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class Lesson:
         finally:
             delattr(student, _MAPS)
 
-    def _compared(self, student: nn.Module, batch: Batch) -> tuple[list[list[Pair]], Tensor | None, Tensor]:
+    def _compared(self, student: nn.Module, batch: Batch) -> tuple[list[list[TensorPair]], Tensor | None, Tensor]:
         """For every term its pairs of outputs; the mask of padding, and the loss of the labels."""
         inputs = batch[0] if isinstance(batch, tuple | list) else batch
         _same_vocabulary(self.teacher, student)

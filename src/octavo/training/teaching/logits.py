@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.training.losses import divergence
-from octavo.training.teaching.terms import Pair, Term
+from octavo.training.teaching.terms import TensorPair, Term
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Logits(Term):
         """The outputs of the models."""
         return [("", "")]
 
-    def value(self, pairs: Sequence[Pair], mask: Tensor | None) -> Tensor:
+    def value(self, pairs: Sequence[TensorPair], mask: Tensor | None) -> Tensor:
         """The divergence, averaged over examples or tokens."""
         ((theirs, ours),) = pairs
         if theirs.shape[-1] != ours.shape[-1]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from octavo.errors import RequestError
-from octavo.sources.source import Progress
+from octavo.sources.batches import Batch
+from octavo.sources.source import StepProgress
 from octavo.training.loop import fit
-from octavo.training.losses import Batch
 from octavo.training.teaching.lesson import Lesson
 
 
@@ -35,7 +35,7 @@ def teach(
     phases: Sequence[Phase],
     *,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: StepProgress = lambda done, total: None,
 ) -> list[list[float]]:
     """Teach a student in place, one phase after another; learned maps are dropped at the end of each.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import RequestError
-from octavo.training.teaching.terms import Pair, Term
+from octavo.training.teaching.terms import TensorPair, Term
 
 #: Attention itself, and the relations of values.
 ATTENTION, VALUES = ("query", "key"), ("value", "value")
@@ -142,7 +142,7 @@ class Relations(Term):
         theirs, ours = _chosen(teacher, self.teacher), _chosen(student, self.student)
         return list(zip(theirs.modules, ours.modules, strict=True))
 
-    def value(self, pairs: Sequence[Pair], mask: Tensor | None) -> Tensor:
+    def value(self, pairs: Sequence[TensorPair], mask: Tensor | None) -> Tensor:
         """The sum of the divergences."""
         theirs, ours = (_parts([pair[side] for pair in pairs]) for side in (0, 1))
         total = theirs["query"].new_zeros(())

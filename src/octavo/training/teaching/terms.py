@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 
 #: Outputs of a module of the teacher, and of one of the student.
-Pair = tuple[Tensor, Tensor]
+TensorPair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Term(ABC):
         """Names of the modules whose outputs are compared: of the teacher, and of the student."""
 
     @abstractmethod
-    def value(self, pairs: Sequence[Pair], mask: Tensor | None) -> Tensor:
+    def value(self, pairs: Sequence[TensorPair], mask: Tensor | None) -> Tensor:
         """The scalar to minimize.
 
         Parameters
@@ -48,7 +48,7 @@ class Term(ABC):
         return None
 
 
-def same_places(pair: Pair, channels: int) -> None:
+def same_places(pair: TensorPair, channels: int) -> None:
     """Raise :class:`RequestError` unless both outputs have one shape, except in the dimension of ``channels``."""
     theirs, ours = (list(output.shape) for output in pair)
     if len(theirs) != len(ours):

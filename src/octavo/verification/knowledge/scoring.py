@@ -18,7 +18,7 @@ from octavo.verification.knowledge.questions import Question
 #: Returns the token ids of a text.
 Encode = Callable[[str], Sequence[int]]
 #: Returns log-probabilities (sequences, tokens, vocabulary) of the next token for every batch of ``input_ids``.
-Run = Callable[[Sequence[Batch]], Iterable[Tensor]]
+RunBatches = Callable[[Sequence[Batch]], Iterable[Tensor]]
 #: Sequences a batch.
 _SIZE = 32
 
@@ -81,7 +81,7 @@ def scored(answered: Sequence[Answered]) -> Recalled:
     )
 
 
-def answered(questions: Sequence[Question], encode: Encode, run: Run) -> list[Answered]:
+def answered(questions: Sequence[Question], encode: Encode, run: RunBatches) -> list[Answered]:
     """Ask all questions.
 
     An answer follows its prompt after a space. It has the log-likelihood of all its tokens. It is written by greedy
@@ -125,7 +125,7 @@ def _tokens(encode: Encode, prompt: str, answer: str) -> Pair:
     return tuple(whole[:common]), tuple(whole[common:])
 
 
-def _likelihoods(pairs: Sequence[Pair], run: Run) -> dict[Pair, tuple[float, bool]]:
+def _likelihoods(pairs: Sequence[Pair], run: RunBatches) -> dict[Pair, tuple[float, bool]]:
     """Log-likelihood of every answer, and whether each of its tokens is the likeliest.
 
     The last token of an answer is not read. So answers that only differ there share a sequence.
