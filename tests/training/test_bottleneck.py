@@ -73,3 +73,17 @@ def test_units_that_overlap_are_refused():
     twice = [Units(name, "neuron", 4, (Slice("0.weight", 0, torch.arange(4)[:, None]),)) for name in ("a", "b")]
     with pytest.raises(RequestError, match=r"some overlap in dimension 0 of '0\.weight'"):
         UnitSizes(net, twice)
+
+
+def test_units_are_read_once_however_many_tensors_there_are():
+    class Counted(list):
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            return super().__iter__()
+
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(9)])
+    units = Counted(chain_units(net))
+    UnitSizes(net, units)
+    assert len(units) == 8 and units.reads == 1

@@ -109,3 +109,34 @@ def test_a_low_rank_encoder_learns():
     assert size(model) < 0.6 * whole
     fit(model, lambda epoch: list(zip(x.split(32), y.split(32), strict=True)), cross_entropy, epochs=8, lr=1e-2)
     assert accuracy(model, [(x, y)]) > 0.8
+
+
+def test_a_pair_is_frozen_where_its_layer_was():
+    model = net()
+    model[3].weight.requires_grad_(False)
+    first, second = low_rank(model, 0.5)[3]
+    assert [part.requires_grad for part in (first.weight, second.weight, second.bias)] == [False, False, True]
+    assert all(part.requires_grad for part in model[0].parameters())
+
+
+def test_layers_that_share_a_parameter_stay_as_they_are():
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Embedding(12, 8), nn.Linear(8, 12))
+    tied[2].weight = tied[1].weight
+    low_rank(tied, 0.25)
+    assert isinstance(tied[0], nn.Sequential)
+    assert tied[2].weight is tied[1].weight
+    twins = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    twins[1].bias = twins[0].bias
+    assert all(isinstance(layer, nn.Linear) for layer in low_rank(twins, 0.25))
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_a_layer_with_hooks_is_refused_and_nothing_is_replaced(kind):
+    watched = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = list(watched.modules())
+    handle = getattr(watched[1], f"register_{kind}")(lambda *_: None)
+    with pytest.raises(RequestError, match="'1': has hooks"):
+        low_rank(watched, 0.25)
+    assert list(watched.modules()) == before
+    handle.remove()
+    assert isinstance(low_rank(watched, 0.25)[1], nn.Sequential)

@@ -68,3 +68,17 @@ def test_what_cannot_be_made_smaller_is_told():
     formed(plain, {})
     with pytest.raises(RequestError, match="has no one-way filters"):
         in_stages(plain)
+
+
+def test_stages_are_shared_and_frozen_as_their_layers_were():
+    torch.manual_seed(0)
+    layer, other = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    model = one_way(nn.Sequential(layer, nn.Sequential(other, layer)))
+    layer.requires_grad_(False)
+    layer.bias.requires_grad_(True)
+    stages, x = in_stages(model), torch.randn(2, 8, 6, 6)
+    assert stages[0] is stages[1][1] and stages[1][0] is not stages[0]
+    frozen = {name for name, part in stages[0].named_parameters() if not part.requires_grad}
+    assert frozen == {"channel.weight", "vertical.weight", "horizontal.weight"}
+    assert all(part.requires_grad for part in stages[1][0].parameters())
+    assert torch.allclose(stages(x), model(x), atol=1e-5)

@@ -1,18 +1,35 @@
 """One training loop: it learns, resumes where it stopped, and trains forms as they will be stored."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import octavo
-from octavo.errors import RequestError
+from octavo.errors import DivergedError, RequestError
 from octavo.forms import Dense, Form, LowRank, RowBlocks
 from octavo.methods.factorize.dictionaries import Shape, learn, split
-from octavo.training import accuracy, cross_entropy, distillation, fit, formed, forms_of, settle
+from octavo.training import (
+    REGIMENS,
+    DropAndGrow,
+    GradualPruning,
+    accuracy,
+    cross_entropy,
+    distillation,
+    fit,
+    formed,
+    forms_of,
+    settle,
+)
+from octavo.training.masks import WeightMasks
 from octavo.training.regimens.dsformer import StraightThroughFactorizer
+from octavo.training.regimens.fliqs import FormatSearch
+from octavo.training.regimens.learned_levels import LearnedLevels
 from octavo.training.regimens.maestro import OrderedDropout
+from octavo.training.regimens.quantized_training import QuantizedTraining
 
 
 def task():
@@ -165,3 +182,133 @@ def test_a_padding_row_that_is_zero_stays_zero(first, tmp_path):
     octavo.save((model, forms), tmp_path / "small", report=False, progress=False)
     stored = octavo.load(tmp_path / "small", into=padded())
     assert bool((stored[0].weight[3] == 0).all()) is (first == 0)
+
+
+def momentum(model):
+    return torch.optim.SGD(model.parameters(), 0.1, 0.9)
+
+
+def test_gradients_from_before_do_not_count():
+    fresh, used = net(), net()
+    for weight in used.parameters():
+        weight.grad = torch.full_like(weight, 100.0)
+    # Frozen, it is in no step, but would be in the norm by which gradients are clipped.
+    used[0].bias.requires_grad_(False)
+    fresh[0].bias.requires_grad_(False)
+    for model in (fresh, used):
+        fit(model, lambda epoch: task()(epoch)[:1], cross_entropy, optimizer=momentum)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), used.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"regimen": GradualPruning(0.9)}, "knob 'sparsity': 0.5 there, 0.9 here"),
+        ({"regimen": DropAndGrow(0.5)}, "regimen: GradualPruning there, DropAndGrow here"),
+        ({"regimen": None}, "regimen: GradualPruning there, Regimen here"),
+        ({"optimizer": lambda model: torch.optim.Adam(model.parameters(), 0.1)}, "optimizer: SGD there, Adam here"),
+    ],
+)
+def test_a_checkpoint_of_another_regimen_or_optimizer_is_refused(other, said, tmp_path):
+    options = {"epochs": 1, "checkpoint": tmp_path / "state", "optimizer": momentum, "regimen": GradualPruning(0.5)}
+    fit(net(), task(), cross_entropy, **options)
+    with pytest.raises(RequestError, match=f"a checkpoint of another run .{said}"):
+        fit(net(), task(), cross_entropy, **{**options, **other})
+    again = {**options, "regimen": GradualPruning(0.5)}
+    assert len(fit(net(), task(), cross_entropy, **again)) == 1
+
+
+def test_a_checkpoint_of_another_net_changes_nothing(tmp_path):
+    options = {"checkpoint": tmp_path / "state", "optimizer": momentum}
+    fit(net(), task(), cross_entropy, **options)
+    # The first layer has the shape of the one in the checkpoint.
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RequestError, match="its weights have other names or shapes"):
+        fit(model, task(), cross_entropy, **options)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda model: QuantizedTraining().begin(model, 1),
+        lambda model: LearnedLevels(4).begin(model, 1),
+        lambda model: FormatSearch().begin(model, 1),
+        lambda model: OrderedDropout(names=("body.weight", "head.weight")).begin(model, 1),
+        lambda model: StraightThroughFactorizer(dict.fromkeys(("body.weight", "head.weight"), Shape(4, 4, 2))).begin(
+            model, 1
+        ),
+        lambda model: formed(model, {"body.weight": low_rank(8, 8, 2), "head.weight": low_rank(12, 8, 2)}),
+    ],
+    ids=["quantized", "levels", "formats", "dropout", "factorizer", "formed"],
+)
+def test_what_is_refused_for_one_weight_changes_no_other(begin):
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "table": nn.Embedding(12, 8), "head": nn.Linear(8, 12, bias=False)})
+    model["head"].weight = model["table"].weight
+    before = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters()}
+    with pytest.raises(RequestError, match="is shared with another module"):
+        begin(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is weight and torch.equal(weight, value) for name, (weight, value) in before.items())
+
+
+def convolutions():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(),
+        nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("name", REGIMENS.names())
+def test_a_run_that_fails_leaves_no_hooks_and_no_frozen_weights(name, step):
+    def failing(module, batch):
+        value = cross_entropy(module, batch)
+        return next(values) * value
+
+    model, values = convolutions(), iter([1.0] * step + [float("nan")])
+    batch = torch.randn(4, 2, 4, 4), torch.arange(4)
+    regimen = REGIMENS.get(name).suited_to(model)
+    if name == "vtrans":
+        regimen.only_masks = True
+    with pytest.raises(DivergedError, match=f"in step {step} of 8"):
+        fit(model, lambda epoch: [batch] * 8, failing, regimen=regimen)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert not _global_optimizer_post_hooks and all(weight.requires_grad for weight in model.parameters())
+    assert torch.equal(model(batch[0]), model(batch[0]))
+
+
+def test_a_run_that_fails_restores_columns_that_were_not_drawn():
+    model = net()
+    with pytest.raises(DivergedError):
+        fit(
+            model,
+            lambda epoch: [(torch.full((2, 16), torch.nan), torch.arange(2))],
+            cross_entropy,
+            regimen=OrderedDropout(),
+        )
+    assert [int(torch.linalg.matrix_rank(model[k].weight)) for k in (0, 2)] == [16, 4]
+
+
+def test_other_masks_of_the_same_weights_do_not_disturb_a_run():
+    model = net()
+    others = [WeightMasks(model), WeightMasks(model)]
+    fit(model, task(), cross_entropy, regimen=GradualPruning(0.5))
+    assert float((model[0].weight == 0).float().mean()) == 0.5 and all(part.density == 1 for part in others)
+
+
+def test_work_before_the_first_step_is_linear_in_layers():
+    def calls(layers):
+        model, seen = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)]), []
+        sys.setprofile(lambda frame, event, arg: seen.append(event))
+        try:
+            QuantizedTraining().begin(model, 1)
+        finally:
+            sys.setprofile(None)
+        return len(seen)
+
+    few, many, more = (calls(layers) for layers in (40, 80, 160))
+    assert more - many < 2.2 * (many - few)

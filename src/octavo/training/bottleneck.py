@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,13 +53,17 @@ class UnitSizes:
 
     def __init__(self, model: nn.Module, units: Sequence[Units]) -> None:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        pieces: dict[tuple[str, int], list[tuple[str, Tensor]]] = defaultdict(list)
+        for part in units:
+            for piece in part.slices:
+                pieces[piece.tensor, piece.dim].append((part.name, piece.places))
         self.total = sum(map(math.prod, shapes.values()))
         #: For every dimension of every tensor: places that no unit has, and how many each unit of some units has.
         self._tensors: list[list[tuple[int, list[tuple[str, int]]]]] = []
         for tensor, shape in shapes.items():
             dims = []
             for dim, length in enumerate(shape):
-                here = [(u.name, p.places) for u in units for p in u.slices if (p.tensor, p.dim) == (tensor, dim)]
+                here = pieces.get((tensor, dim), [])
                 taken = torch.cat([places.flatten() for _, places in here]) if here else torch.zeros(0)
                 if len(taken.unique()) < len(taken):
                     raise RequestError(f"units: some overlap in dimension {dim} of {tensor!r}; give each place once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -22,14 +23,20 @@ def usual_layouts(model: nn.Module, names: Iterable[str]) -> dict[str, Layout]:
     return {name: source.layout_of(source.aliases.get(tensor, tensor)) for name, tensor in tensors}
 
 
-def refuse_shared(model: nn.Module, name: str) -> None:
+def owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its ``id``."""
+    return Counter(id(weight) for part in model.modules() for weight in part._parameters.values())
+
+
+def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
     """Raise :class:`RequestError` if a parameter belongs to several modules: the others would not see it computed."""
-    weight = model.get_parameter(name)
-    if sum(other is weight for part in model.modules() for other in part._parameters.values()) > 1:
-        raise RequestError(
-            f"{name!r}: is shared with another module, which would read it as it is; leave it out by names, or give "
-            "that module a weight of its own first"
-        )
+    held = owners(model)
+    for name in names:
+        if held[id(model.get_parameter(name))] > 1:
+            raise RequestError(
+                f"{name!r}: is shared with another module, which would read it as it is; leave it out by names, or "
+                "give that module a weight of its own first"
+            )
 
 
 class Encoder(Protocol):

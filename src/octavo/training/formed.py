@@ -37,15 +37,17 @@ def formed(module: nn.Module, forms: Mapping[str, Form], layouts: Mapping[str, L
     RequestError
         If the parameter does not exist or is shared with another module, or the form has another shape.
     """
+    layouts = {name: (layouts or {}).get(name, Layout()) for name in forms}
     for name, form in forms.items():
-        owner, parameter = _owner(module, name)
-        weight, layout = getattr(owner, parameter), (layouts or {}).get(name, Layout())
-        shape = tuple(weight.shape)
-        if form.shape != layout.matrix_shape(shape):
+        shape = tuple(getattr(*_owner(module, name)).shape)
+        if form.shape != layouts[name].matrix_shape(shape):
             raise RequestError(
                 f"{name!r}: its shape {shape} does not match a form of shape {form.shape}; give a form of that shape"
             )
-        refuse_shared(module, name)
+    refuse_shared(module, forms)
+    for name, form in forms.items():
+        (owner, parameter), layout = _owner(module, name), layouts[name]
+        shape = tuple(getattr(owner, parameter).shape)
         row = zero_row_of(owner) if parameter == "weight" and layout == Layout() else None
         form = form if row is None else with_zero_row(form, row)
         parametrize.register_parametrization(owner, parameter, _Formed(form, layout, shape))

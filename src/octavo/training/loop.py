@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def fit(
     Raises
     ------
     RequestError
-        If an epoch has no batches or not as many as the first, or the checkpoint belongs to another run.
+        If an epoch has no batches or not as many as the first, or the checkpoint belongs to another run: one of other
+        epochs, batches, rates, seed, optimizer or regimen.
     DivergedError
         If the loss is not finite.
     """
@@ -80,51 +82,65 @@ def fit(
     if not a_batch_each:
         raise RequestError("batches: an epoch has none, so there is nothing to train on; give at least one")
     steps = epochs * a_batch_each
-    regimen.begin(model, steps)
-    made = (optimizer or (lambda module: _adamw(module, lr)))(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _rate(step, steps, warmup))
-    # The model stays on its device.
-    accelerator = Accelerator(device_placement=False)
-    ready, made, schedule = accelerator.prepare(model, made, schedule)
-    losses: list[float] = []
-    run = {"epochs": epochs, "batches": a_batch_each, "seed": seed, "rates": schedule.get_last_lr()}
-    if checkpoint is not None and checkpoint.exists():
-        losses = _resume(checkpoint, run, model, made, schedule, regimen)
-    step = len(losses) * a_batch_each
-    model.train()
-    for number in range(len(losses), epochs):
-        total = 0.0
-        for batch in batches(number):
-            regimen.before_step(step)
-            value = regimen.loss(ready, batch, loss)
-            if not math.isfinite(value.item()):
-                raise DivergedError(f"the loss is {value.item()} in step {step} of {steps}; lower the learning rate")
-            accelerator.backward(value)
-            regimen.after_backward(step)
-            if clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), clip)
-            made.step()
-            schedule.step()
-            made.zero_grad()
-            regimen.after_step(step)
-            total += value.item()
-            step += 1
-            progress(step, steps)
-        if step != (number + 1) * a_batch_each:
-            had = step - number * a_batch_each
-            raise RequestError(
-                f"epoch {number} has {had} batches, but epoch 0 has {a_batch_each}; give every epoch as many"
-            )
-        regimen.after_epoch(number)
-        losses.append(total / a_batch_each)
-        if checkpoint is not None:
-            state = {
-                "run": run, "model": model.state_dict(), "optimizer": made.state_dict(),
-                "schedule": schedule.state_dict(), "regimen": regimen.state(), "losses": losses,
-                "random": torch.get_rng_state(),
-            }  # fmt: skip
-            _save(checkpoint, state)
-    model.eval()
+    try:
+        regimen.begin(model, steps)
+        made = (optimizer or (lambda module: _adamw(module, lr)))(model)
+        regimen.optimized_by(made)
+        schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _rate(step, steps, warmup))
+        knobs = {f"knob {knob!r}": value for knob, value in regimen.knobs().items()}
+        run = {
+            "epochs": epochs, "batches": a_batch_each, "seed": seed, "rates": schedule.get_last_lr(),
+            "optimizer": type(made).__name__, "regimen": type(regimen).__name__, **knobs,
+        }  # fmt: skip
+        # The model stays on its device.
+        accelerator = Accelerator(device_placement=False)
+        ready, made, schedule = accelerator.prepare(model, made, schedule)
+        losses: list[float] = []
+        if checkpoint is not None and checkpoint.exists():
+            losses = _resume(checkpoint, run, model, made, schedule, regimen)
+        step = len(losses) * a_batch_each
+        model.train()
+        # Gradients of an earlier backward pass would count in the first step.
+        model.zero_grad()
+        made.zero_grad()
+        for number in range(len(losses), epochs):
+            total = 0.0
+            for batch in batches(number):
+                regimen.before_step(step)
+                value = regimen.loss(ready, batch, loss)
+                if not math.isfinite(value.item()):
+                    raise DivergedError(
+                        f"the loss is {value.item()} in step {step} of {steps}; lower the learning rate"
+                    )
+                accelerator.backward(value)
+                regimen.after_backward(step)
+                if clip is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), clip)
+                made.step()
+                schedule.step()
+                made.zero_grad()
+                regimen.after_step(step)
+                total += value.item()
+                step += 1
+                progress(step, steps)
+            if step != (number + 1) * a_batch_each:
+                had = step - number * a_batch_each
+                raise RequestError(
+                    f"epoch {number} has {had} batches, but epoch 0 has {a_batch_each}; give every epoch as many"
+                )
+            regimen.after_epoch(number)
+            losses.append(total / a_batch_each)
+            if checkpoint is not None:
+                state = {
+                    "run": run, "model": model.state_dict(), "optimizer": made.state_dict(),
+                    "schedule": schedule.state_dict(), "regimen": regimen.state(), "losses": losses,
+                    "random": torch.get_rng_state(),
+                }  # fmt: skip
+                _save(checkpoint, state)
+        model.eval()
+    except BaseException:
+        regimen.abort(model)
+        raise
     return losses
 
 
@@ -157,14 +173,23 @@ def _resume(
         state = torch.load(file, weights_only=True, map_location="cpu")
         before = state["run"]
         if before != run:
-            raise RequestError(f"{file}: a checkpoint of another run ({before}, this run is {run}); remove it")
+            key = next(key for key in {**run, **before} if before.get(key) != run.get(key))
+            there, here = (shorten(str(known.get(key)), 60) for known in (before, run))
+            raise RequestError(f"{file}: a checkpoint of another run ({key}: {there} there, {here} here); remove it")
+        if _shapes(state["model"]) != _shapes(model.state_dict()):
+            raise ValueError("its weights have other names or shapes")
         regimen.resume(state["regimen"])
-        model.load_state_dict(state["model"])
+        # The model last, so that it is as it was where the rest is refused.
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
+        model.load_state_dict(state["model"])
         torch.set_rng_state(state["random"])
         return [float(value) for value in state["losses"]]
     except RequestError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, AttributeError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
         raise RequestError(f"{file}: not a checkpoint of this model and optimizer ({error}); remove it") from error
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(tensor, "shape", None) for name, tensor in state.items()}

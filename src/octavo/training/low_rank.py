@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from octavo.errors import RequestError
 from octavo.methods.factorize.factors import whitened
+from octavo.training.computed import owners
 
 #: Initialisation of the factors: random, or from the layer's weights.
 STARTS = ("random", "svd", "semi-nmf")
@@ -24,7 +25,8 @@ STARTS = ("random", "svd", "semi-nmf")
 def low_rank(module: nn.Module, rank: int | float, start: str = "random") -> nn.Module:
     """Replace linear layers and convolutions inside ``module`` by pairs of thin layers, in place.
 
-    Grouped convolutions, and layers whose pair would not have fewer weights, are unchanged.
+    Grouped convolutions, layers that share a parameter with another one (as a tied head does), and layers whose pair
+    would not have fewer weights, are unchanged. What is frozen stays so.
 
     Parameters
     ----------
@@ -37,7 +39,8 @@ def low_rank(module: nn.Module, rank: int | float, start: str = "random") -> nn.
     Raises
     ------
     RequestError
-        If the rank or start is invalid, or the module itself is a layer, which cannot be replaced in place.
+        If the rank or start is invalid, or the module itself is a layer, which cannot be replaced in place. If a layer
+        has hooks, which its pair would not have; then nothing is replaced.
     """
     if start not in STARTS:
         raise RequestError(f"low-rank layers: start {start!r} is not known; choose from {', '.join(STARTS)}")
@@ -47,13 +50,19 @@ def low_rank(module: nn.Module, rank: int | float, start: str = "random") -> nn.
         raise RequestError(
             f"{type(module).__name__}: a layer cannot be replaced in place; give the module that holds it"
         )
+    ranks: dict[nn.Module, int] = {}
+    held = owners(module)
+    for name, layer in module.named_modules():
+        shared = any(held[id(parameter)] > 1 for parameter in layer.parameters(recurse=False))
+        if _thinnable(layer) and not shared and (thin := _rank_of(layer, rank)) is not None:
+            _refuse_hooks(name, layer)
+            ranks[layer] = thin
     # A layer used in two places stays one layer.
-    made: dict[nn.Module, nn.Module] = {}
+    made = {layer: _pair(layer, thin, start) for layer, thin in ranks.items()}
     for parent in list(module.modules()):
-        for name, layer in list(parent._modules.items()):
-            if layer is not None and _thinnable(layer):
-                made[layer] = made.get(layer) or _pair(layer, rank, start)
-                setattr(parent, name, made[layer])
+        for name, child in list(parent._modules.items()):
+            if child in made:
+                setattr(parent, name, made[child])
     return module
 
 
@@ -94,14 +103,23 @@ def _thinnable(layer: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
-def _pair(layer: Any, rank: int | float, start: str) -> nn.Module:
-    weight = layer.weight.flatten(1)
-    rows, columns = weight.shape
+def _rank_of(layer: Any, rank: int | float) -> int | None:
+    """The rank of a layer's pair; None if the pair would not have fewer weights."""
+    rows, columns = layer.weight.flatten(1).shape
     even = rows * columns / (rows + columns)
     thin = max(1, round(rank * even)) if rank < 1 else int(rank)
-    if thin >= even:
-        return layer  # type: ignore[no-any-return]
+    return thin if thin < even else None
+
+
+def _refuse_hooks(name: str, layer: nn.Module) -> None:
+    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
+        raise RequestError(f"{name!r}: has hooks, which its pair would not have; remove them, and set them afterwards")
+
+
+@torch.no_grad()
+def _pair(layer: Any, thin: int, start: str) -> nn.Module:
+    weight = layer.weight.flatten(1)
+    rows, columns = weight.shape
     bias, place = layer.bias is not None, {"device": weight.device, "dtype": weight.dtype}
     first: Any
     second: Any
@@ -120,6 +138,10 @@ def _pair(layer: Any, rank: int | float, start: str) -> nn.Module:
         second.weight.copy_(left.reshape(second.weight.shape))
         if bias:
             second.bias.copy_(layer.bias)
+    for own in (first.weight, second.weight):
+        own.requires_grad_(layer.weight.requires_grad)
+    if bias:
+        second.bias.requires_grad_(layer.bias.requires_grad)
     return nn.Sequential(first, second).train(layer.training)
 
 

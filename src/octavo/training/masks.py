@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, Sparse
@@ -37,6 +34,8 @@ class WeightMasks:
         The parameters, by name.
     kept
         Bools of their shapes, True where a weight is kept.
+    optimizer
+        What trains the weights, whose state :meth:`hold` sets to zero too; None until it is set.
 
     Raises
     ------
@@ -48,26 +47,13 @@ class WeightMasks:
         self.weights = maskable(model, names)
         self.kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
         self._layouts = usual_layouts(model, self.weights)
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._waiting: RemovableHandle | None = None
-        self.follow(model)
+        self.optimizer: torch.optim.Optimizer | None = None
 
     def follow(self, model: nn.Module) -> None:
-        """Hold the weights of this model from now on, and the state of the optimizer that steps them next."""
+        """Hold the weights of this model from now on; its optimizer is not known yet."""
         self.weights = {name: model.get_parameter(name) for name in self.weights}
         self.kept = {name: kept.to(self.weights[name].device) for name, kept in self.kept.items()}
-        self._optimizer = None
-        if self._waiting is not None:
-            self._waiting.remove()
-        # A regimen never sees the optimizer, so the first step of the one that owns these weights tells of it.
-        self._waiting = register_optimizer_step_post_hook(self._found)
-
-    def _found(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        own = {id(weight) for weight in self.weights.values()}
-        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            self._optimizer = optimizer
-            assert self._waiting is not None
-            self._waiting.remove()
+        self.optimizer = None
 
     @property
     def density(self) -> float:
@@ -81,7 +67,7 @@ class WeightMasks:
         for name, weight in self.weights.items():
             masked = ~self.kept[name]
             weight.masked_fill_(masked, 0.0)
-            remembered = self._optimizer.state.get(weight, {}) if self._optimizer else {}
+            remembered = self.optimizer.state.get(weight, {}) if self.optimizer else {}
             for value in remembered.values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     value.masked_fill_(masked, 0.0)

@@ -83,8 +83,8 @@ def rounding(
         If a weight is shared with another module, which would still read it unrounded.
     """
     found = {}
+    refuse_shared(model, names)
     for name, layout in usual_layouts(model, names).items():
-        refuse_shared(model, name)
         owner, _, parameter = name.rpartition(".")
         module, part = model.get_submodule(owner), Rounded(settled[name], layout)
         shape = layout.matrix_shape(tuple(getattr(module, parameter).shape))

@@ -69,7 +69,8 @@ def one_way(module: nn.Module, terms: int = 1) -> nn.Module:
 def in_stages(module: nn.Module) -> nn.Module:
     """A copy of a module from :func:`one_way` that runs the one-way filters one after another.
 
-    It needs fewer multiplications, computes the same outputs up to rounding, and can be trained further.
+    It needs fewer multiplications, computes the same outputs up to rounding, and can be trained further. What is frozen
+    stays so.
 
     Raises
     ------
@@ -80,12 +81,16 @@ def in_stages(module: nn.Module) -> nn.Module:
     if not forms:
         raise RequestError(f"{type(module).__name__}: has no one-way filters; call octavo.training.one_way first")
     made = copy.deepcopy(module)
+    stages = {}
     for name, form in forms.items():
-        place = name.rpartition(".")[0]
-        stages = OneWayStages(made.get_submodule(place), form)
-        if not place:
-            return stages
-        made.set_submodule(place, stages)
+        layer = made.get_submodule(name.rpartition(".")[0])
+        stages[layer] = OneWayStages(layer, form)
+    if made in stages:
+        return stages[made]
+    # A layer used in two places stays one layer.
+    for place, part in list(made.named_modules(remove_duplicate=False)):
+        if part in stages:
+            made.set_submodule(place, stages[part])
     return made
 
 
@@ -95,7 +100,8 @@ class OneWayStages(nn.Module):
     Parameters
     ----------
     layer
-        A convolution or a transposed one, whose bias, stride, padding and dilation are taken over.
+        A convolution or a transposed one, whose bias, stride, padding and dilation are taken over. Its filters are
+        computed from one-way filters, or are a parameter.
     form
         Its filters.
     """
@@ -125,10 +131,13 @@ class OneWayStages(nn.Module):
 
         stages = [nn.Conv2d(layer.in_channels, channels, 1, bias=False, **place), along(0), along(1)]
         self.channel, self.vertical, self.horizontal = stages
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        bias = layer.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        trained = any(part.requires_grad for part in layer.parameters() if part is not bias)
         with torch.no_grad():
             for stage, part in zip(stages, (form.channel, form.vertical, form.horizontal), strict=True):
                 stage.weight.copy_(part.dense().view_as(stage.weight))
+                stage.weight.requires_grad_(trained)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in channels, H, W) to (N, out channels, H', W')."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Dense, Form, LowRank
 from octavo.methods.factorize.factors import whitened
+from octavo.sources.batches import run
 from octavo.system.modes import evaluating
 
 
@@ -113,10 +114,17 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Recompute the statistics of batch normalization, since layers of another rank change means and variances.
 
     They become the averages over these inputs; everything else is unchanged. All other layers run in evaluation mode,
-    as they will where the statistics are used.
+    as they will where the statistics are used. A normalization that does not run keeps its statistics.
+
+    Raises
+    ------
+    RequestError
+        If there are no batches, or the model fails on one; then all statistics are as they were.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    before = [{name: tensor.clone() for name, tensor in norm.named_buffers()} for norm in norms]
+    count = 0
     with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
@@ -124,10 +132,19 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             norm.train()
         try:
             for inputs in batches:
-                model(inputs)
+                run(model, inputs)
+                count += 1
+        except BaseException:
+            count = 0
+            raise
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, old in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
+                if not count or not norm.num_batches_tracked:
+                    for name, tensor in old.items():
+                        norm.get_buffer(name).copy_(tensor)
+    if not count:
+        raise RequestError("recalibrate: there are no batches to take statistics from; give at least one")
     return model
 
 

@@ -312,8 +312,11 @@ def test_bad_options_are_named(options, words):
 def test_bad_models_and_targets_are_named():
     with pytest.raises(RequestError, match="no linear layer or embedding with 1000 elements"):
         regimen().begin(nn.Linear(4, 4), 1)
+    refused = net()
     with pytest.raises(RequestError, match=r"target is 10 elements, but with every rank at 1 there are \d+"):
-        regimen(target=10).begin(net(), 1)
+        regimen(target=10).begin(refused, 1)
+    assert not trains(refused)
+    assert all(torch.equal(a, b) for a, b in zip(refused.parameters(), net().parameters(), strict=True))
 
 
 def test_trains_of_other_modes_can_be_attached():

@@ -197,6 +197,40 @@ def test_normalization_is_recalibrated_without_touching_anything_else():
     assert not model.training and model[1].momentum == 0.1
 
 
+@pytest.mark.parametrize("where", ["none", "shape", "reading"])
+def test_statistics_stay_where_they_cannot_be_recalibrated(where):
+    def batches():
+        if where != "none":
+            yield x[:16]
+            yield x[:, :, 1:, :, None] if where == "shape" else [][0]
+
+    model, x = net(), task()(0)[0][0]
+    model.train()(x)
+    before = copy.deepcopy(model.state_dict())
+    error, said = (IndexError, "list") if where == "reading" else (RequestError, "no batches|fails on a batch")
+    with pytest.raises(error, match=said):
+        recalibrate(model, batches())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model[1].momentum == 0.1 and model.training
+
+
+def test_a_normalization_that_does_not_run_keeps_its_statistics():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model, x = Half(), torch.randn(32, 4) + 3
+    model.other(x)
+    before = copy.deepcopy(model.other.state_dict())
+    recalibrate(model, [x])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.other.state_dict().items())
+    assert torch.allclose(model.used.running_mean, x.mean(0), atol=1e-5)
+
+
 def test_widths_go_where_they_lower_the_loss_most():
     shapes = {"a": (10, 10), "b": (10, 10)}
     curves = {"a": {1: 3.0, 2: 1.0, 3: 0.9}, "b": {1: 1.0, 2: 0.9, 3: 0.2}}

@@ -102,7 +102,9 @@ def test_unusable_knobs_are_named(knobs, says):
 
 
 def test_weights_that_cannot_take_part_are_named():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), torch.randn(2, 3)
     with pytest.raises(RequestError, match=r"Sequential: '1\.weight' is not the weight of a linear layer"):
-        begun(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), names=("1.weight",))
+        begun(model, names=("0.weight", "1.weight"))
+    assert torch.equal(model(x), model(x)), "no layer has noise"
     with pytest.raises(RequestError, match="has no linear layer"):
         begun(nn.Sequential(nn.LayerNorm(3)))

@@ -156,4 +156,5 @@ def test_what_cannot_be_reached_or_masked_is_refused():
         VTrans(chain_units(model), 0.01).begin(model, 10)
     rows = Units("rows", "token", 4, (Slice("4.weight", 0, torch.arange(4)[:, None]),))
     with pytest.raises(RequestError, match="no layer reads 'rows'"):
-        VTrans([rows], 0.95).begin(model, 10)
+        fit(model, task, cross_entropy, regimen=VTrans([*chain_units(model), rows], 0.95))
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()), "masks are gone"

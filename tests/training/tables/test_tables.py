@@ -333,3 +333,30 @@ def test_a_padding_row_that_is_zero_stays_zero(name, tmp_path):
     octavo.save((model, forms), tmp_path / "small", report=False, progress=False)
     read = octavo.Artifact(tmp_path / "small").form("0.weight")
     assert not read.lookup(torch.tensor([5])).any() and torch.equal(read.dense(), model[0].weight.detach())
+
+
+def test_a_refused_model_keeps_all_embeddings():
+    def refused(model, word, make):
+        before = list(model.modules())
+        with pytest.raises(RequestError, match=word):
+            with_tables(model, make)
+        assert list(model.modules()) == before
+
+    make = lambda old: LowPrecision(old.num_embeddings, old.embedding_dim)  # noqa: E731
+    tied = nn.Sequential(nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    tied[2].weight = tied[1].weight
+    refused(tied, "'1': is tied", make)
+    refused(nn.Sequential(nn.Embedding(9, 4), nn.Embedding(5, 4, max_norm=1.0)), "'1': is tied", make)
+    refused(nn.Sequential(nn.Embedding(9, 4), nn.Embedding(5, 4)), "does not replace 5, 4", lambda old: make(tied[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_table_has_the_dtype_and_the_flag_of_its_embedding(name, dtype):
+    for trained in (True, False):
+        model = nn.Sequential(nn.Embedding(ROWS, COLUMNS), nn.Linear(COLUMNS, 1)).to(dtype).requires_grad_(trained)
+        table = with_tables(model, lambda old: made(name))[0]
+        assert model(torch.tensor([[0, 5]])).dtype == table.weight.dtype == dtype
+        assert any(part.requires_grad for part in table.parameters()) is trained
+        settle_tables(model)
+        assert model[0].weight.dtype == dtype and model[0].weight.requires_grad is trained

@@ -232,6 +232,29 @@ def test_a_teacher_that_is_remembered_runs_once_for_each_batch():
     assert len(calls) == 2
 
 
+def test_batches_that_differ_anywhere_are_remembered_apart():
+    transformers = pytest.importorskip("transformers")
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x, scale=1.0, deep=None):
+            return self.inner(x) * scale + (0.0 if deep is None else deep["shift"][0])
+
+    torch.manual_seed(0)
+    teacher, student, x = Scaled(), Scaled(), torch.randn(5, 4)
+    plain, kept = Lesson(teacher, [Logits()]), Lesson(teacher, [Logits()], remember=torch.float32)
+    shifts = [{"x": x, "deep": {"shift": [torch.arange(3.0) * k]}} for k in (1, 2)]
+    batches = [{"x": x, "scale": 2.0}, {"x": x, "scale": 3.0}, {"x": 2 * x}, *shifts]
+    for batch in [kind(part) for kind in (dict, transformers.BatchEncoding) for part in batches]:
+        with torch.no_grad():
+            assert float(kept(student, batch)) == pytest.approx(float(plain(student, batch)))
+    with pytest.raises(RequestError, match="cannot be remembered, since the content of object is not known"):
+        kept(student, {"x": x, "note": object()})
+
+
 def test_phases_follow_each_other():
     teacher, student = net(32), net(8, seed=1)
     inner, outer = Lesson(teacher, [HiddenStates({"1": "1"})]), Lesson(teacher, [Logits()])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from octavo.forms import Form
 from octavo.sources.batches import Batch
 from octavo.system.registry import Registry
+from octavo.training.contents import content
 from octavo.training.formed import forms_of
 from octavo.training.losses import LossFunction
 
@@ -51,6 +53,9 @@ class Regimen:
     def begin(self, model: nn.Module, steps: int) -> None:
         """Called first, with the number of steps: replace weights by forms, allocate state."""
 
+    def optimized_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after :meth:`begin`, for those that change what the optimizer remembers of weights."""
+
     def before_step(self, step: int) -> None:
         """Called before the forward pass: project or resample weights."""
 
@@ -70,6 +75,21 @@ class Regimen:
 
     def after_epoch(self, number: int) -> None:
         """After an epoch."""
+
+    def abort(self, model: nn.Module) -> None:
+        """Called if the run ends by an error, in :meth:`begin` perhaps: remove hooks, and restore flags."""
+
+    def knobs(self) -> dict[str, str]:
+        """The content of the fields that a dataclass is made with; a checkpoint is of a run with these."""
+        names: list[str] = [own.name for own in fields(self) if own.init] if is_dataclass(self) else []
+        found = {}
+        for name in names:
+            value = getattr(self, name)
+            try:
+                found[name] = content(value)
+            except TypeError:
+                found[name] = type(value).__name__
+        return found
 
     def state(self) -> dict[str, Any]:
         """State for checkpoints besides the model's parameters and buffers: tensors and plain values."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +12,7 @@ from octavo.forms import Form, TensorTrain
 from octavo.methods.factorize.mpo import modes
 from octavo.sources.batches import Batch
 from octavo.training.adaptive_trains import attach, random_train, trains
+from octavo.training.computed import owners
 from octavo.training.loop import Optimizers
 from octavo.training.losses import LossFunction
 from octavo.training.regimens.base import Regimen, regimen
@@ -95,20 +94,22 @@ class CoMERA(Regimen):
 
     def begin(self, model: nn.Module, steps: int) -> None:
         """Replace weights by trains of random cores, unless they already are trains."""
-        if not trains(model):
-            found = self._random(model)
-            if not found:
-                what = f"no linear layer or embedding with {self.smallest} elements or more"
-                raise RequestError(f"comera: {type(model).__name__} has {what}")
-            attach(model, found)
-        self._trains = list(trains(model).values())
-        self._start = self.size
-        least = sum(math.prod((o, i)) for train in self._trains for o, i in zip(*train.modes, strict=True))
+        known = trains(model)
+        new = {} if known else self._random(model)
+        if not known and not new:
+            what = f"no linear layer or embedding with {self.smallest} elements or more"
+            raise RequestError(f"comera: {type(model).__name__} has {what}")
+        splits = [train.modes for train in known.values()]
+        splits += [(form.row_modes, form.column_modes) for form in new.values()]
+        least = sum(o * i for split in splits for o, i in zip(*split, strict=True))
         if self.target is not None and self.target < least:
             raise RequestError(
                 f"comera: target is {self.target} elements, but with every rank at 1 there are {least}; give at least "
                 "that"
             )
+        attach(model, new)
+        self._trains = list(trains(model).values())
+        self._start = self.size
 
     def penalty_of(self, model: nn.Module) -> Tensor | None:
         """That of the early stage."""
@@ -161,11 +162,11 @@ class CoMERA(Regimen):
     def _random(self, model: nn.Module) -> dict[str, TensorTrain]:
         found = {}
         # A weight shared by two modules is skipped.
-        owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+        held = owners(model)
         for name, module in model.named_modules():
             if type(module) not in (nn.Linear, nn.Embedding) or module.weight.numel() < self.smallest:
                 continue
-            if owners[id(module.weight)] > 1:
+            if held[id(module.weight)] > 1:
                 continue
             # Such embeddings change or read their whole table.
             if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from octavo.errors import RequestError
@@ -53,6 +54,10 @@ class DeepLight(Regimen):
     def begin(self, model: nn.Module, steps: int) -> None:
         """Find the weights, and the step of the last pruning."""
         self._masks, self._last = WeightMasks(model, self.names), max(0, round(self.end * steps) - 1)
+
+    def optimized_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """What it remembers of masked weights is zero, too."""
+        self._held().optimizer = optimizer
 
     def after_backward(self, step: int) -> None:
         """Gradients of zeros do not count."""

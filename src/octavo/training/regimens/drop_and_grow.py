@@ -88,6 +88,10 @@ class DropAndGrow(Regimen):
         falls = (self.first - self.last) / 2
         self._at = {step: self.last + falls * (1 + math.cos(math.pi * step / steps)) for step in at}
 
+    def optimized_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """What it remembers of masked weights is zero, too."""
+        self._held.optimizer = optimizer
+
     def after_backward(self, step: int) -> None:
         """Sum gradients before an update, change the masks where it is time, and mask the gradients."""
         if self.growth == "gradient" and any(step <= at < step + self.batches for at in self._at):

@@ -68,16 +68,15 @@ class StraightThroughFactorizer(Regimen):
         # A weight that two modules share has two names here, so that it is refused by either.
         known = dict(model.named_parameters(remove_duplicate=False))
         usual = usual_layouts(model, self.shapes.keys() & known.keys())
+        layouts = {}
         for name, shape in self.shapes.items():
-            prefix, _, parameter = name.rpartition(".")
             weight = known.get(name)
             if weight is None:
                 raise RequestError(
                     f"{type(model).__name__}: has no parameter {name!r} that can be factorized; name one of its weights"
                 )
-            refuse_shared(model, name)
-            layout = self.layouts.get(name, usual[name])
-            rows, columns = layout.matrix_shape(tuple(weight.shape))
+            layouts[name] = self.layouts.get(name, usual[name])
+            rows, columns = layouts[name].matrix_shape(tuple(weight.shape))
             if not (
                 0 < shape.nonzeros <= shape.atoms <= max(rows, shape.width) and shape.nonzeros <= shape.width <= columns
             ):
@@ -85,7 +84,10 @@ class StraightThroughFactorizer(Regimen):
                     f"{name!r}: {shape} does not fit a matrix of {rows} x {columns}; give nonzeros up to atoms and "
                     f"width, atoms up to the {rows} rows, and a width up to the {columns} columns"
                 )
-            self._found[name] = _Factorized(weight, layout, shape, self.rounds)
+        refuse_shared(model, self.shapes)
+        for name, shape in self.shapes.items():
+            prefix, _, parameter = name.rpartition(".")
+            self._found[name] = _Factorized(known[name], layouts[name], shape, self.rounds)
             parametrize.register_parametrization(model.get_submodule(prefix), parameter, self._found[name])
 
     def before_step(self, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from octavo.errors import RequestError
@@ -79,6 +80,10 @@ class GradualPruning(Regimen):
             first + span * event // count: cubic(event / count, self.initial, self.sparsity)
             for event in range(count + 1)
         }
+
+    def optimized_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """What it remembers of masked weights is zero, too."""
+        self._held.optimizer = optimizer
 
     def before_step(self, step: int) -> None:
         """Mask more weights where it is time."""

@@ -60,8 +60,8 @@ class LearnedLevels(Regimen):
     def begin(self, model: nn.Module, steps: int) -> None:
         """Place the levels, and compute weights from them."""
         found = maskable(model, self.names)
+        refuse_shared(model, found)
         for name, layout in usual_layouts(model, found).items():
-            refuse_shared(model, name)
             weight, (prefix, _, leaf) = found[name], name.rpartition(".")
             kept = weight.detach() != 0 if self.zeros else torch.ones_like(weight, dtype=torch.bool)
             held = weight.detach()[kept]

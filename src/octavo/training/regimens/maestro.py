@@ -96,7 +96,7 @@ class OrderedDropout(Regimen):
                 raise RequestError(
                     f"{type(model).__name__}: has no matrix {name!r} that can be factorized; name one of its weights"
                 )
-            refuse_shared(model, name)
+        refuse_shared(model, names)
         for name, layout in usual_layouts(model, names).items():
             prefix, _, parameter = name.rpartition(".")
             self._layers[name], owner = _Ordered(known[name], layout), model.get_submodule(prefix)
@@ -140,6 +140,11 @@ class OrderedDropout(Regimen):
 
     def after_step(self, step: int) -> None:
         """Restore all columns of all layers."""
+        for layer in self._layers.values():
+            layer.width = None
+
+    def abort(self, model: nn.Module) -> None:
+        """Restore all columns, whatever was drawn."""
         for layer in self._layers.values():
             layer.width = None
 

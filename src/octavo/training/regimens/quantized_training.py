@@ -52,8 +52,9 @@ class QuantizedTraining(Regimen):
         """Compute weights from what they are rounded to."""
         method = get_method(self.method) if isinstance(self.method, str) else self.method
         method.refuse_unknown(dict(self.setting))
-        for name, layout in usual_layouts(model, maskable(model, self.names)).items():
-            refuse_shared(model, name)
+        found = maskable(model, self.names)
+        refuse_shared(model, found)
+        for name, layout in usual_layouts(model, found).items():
             prefix, _, leaf = name.rpartition(".")
             rounding = Rounded(_AtSetting(method, self.setting), layout)
             parametrize.register_parametrization(model.get_submodule(prefix), leaf, rounding)

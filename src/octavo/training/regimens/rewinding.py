@@ -72,6 +72,10 @@ class Rewinding(Regimen):
             self._masks.hold()
         self.rounds += 1
 
+    def optimized_by(self, optimizer: torch.optim.Optimizer) -> None:
+        """What it remembers of masked weights is zero, too."""
+        self._held.optimizer = optimizer
+
     def after_backward(self, step: int) -> None:
         """Masked weights have no gradients."""
         self._held.hold_gradients()

@@ -100,7 +100,8 @@ class TurboVBI(Regimen):
                 raise RequestError(
                     f"{type(model).__name__}: {name!r} is not the weight of a linear layer or convolution; name one"
                 )
-            self._weights[name] = _Gaussian(layers[prefix], self.prior)
+        for name in names:
+            self._weights[name] = _Gaussian(layers[name.rpartition(".")[0]], self.prior)
         self._adam = torch.optim.Adam([own.log_variance for own in self._weights.values()], self.rate)
         self._rise = max(1, round(self.warmup * steps))
         self._last_noise = max(0, round((1 - self.tuned) * steps) - 1)
@@ -129,6 +130,11 @@ class TurboVBI(Regimen):
                 own.prune(self.smallest)
             if own.kept is not None:
                 own.layer.weight.mul_(own.kept)
+
+    def abort(self, model: nn.Module) -> None:
+        """End the noise."""
+        for own in self._weights.values():
+            own.quiet()
 
     def state(self) -> dict[str, Any]:
         """Variances and beliefs."""

@@ -65,6 +65,7 @@ class VTrans(Regimen):
     tuned: float = 0.25
     rate: float = 0.05
     _masks: dict[str, UnitMask] = field(default_factory=dict, init=False, repr=False)
+    _trained: list[nn.Parameter] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -91,7 +92,8 @@ class VTrans(Regimen):
                 f"vtrans: share is {self.share!r}, but with one unit at every place {least:.3f} of the weights are "
                 "left; give more, or other units"
             )
-        self._masks = {part.name: UnitMask(model, part) for part in self.units}
+        for part in self.units:
+            self._masks[part.name] = UnitMask(model, part)
         ones = {name: torch.ones_like(mask.mean) for name, mask in self._masks.items()}
         self._weights = {
             part.name: (1 - float(self._sizes.left(ones | {part.name: ones[part.name][1:]})) / self._sizes.total)
@@ -144,6 +146,13 @@ class VTrans(Regimen):
         """Fix the masks in time."""
         if step == self._last_noise:
             self._fix()
+
+    def abort(self, model: nn.Module) -> None:
+        """End the masks, and let weights be trained on."""
+        for weight in self._trained:
+            weight.requires_grad_(True)
+        for mask in self._masks.values():
+            mask.remove()
 
     def state(self) -> dict[str, Any]:
         """Masks and multipliers."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.forms import Form
 from octavo.system.modes import evaluating
+from octavo.training.computed import owners
 from octavo.training.formed import with_zero_row, zero_row_of
 
 
@@ -29,6 +30,8 @@ class CompactTable(nn.Module, ABC):
         If there are no rows or no columns.
     """
 
+    like: Tensor
+
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
         if num_embeddings < 1 or embedding_dim < 1:
@@ -40,6 +43,8 @@ class CompactTable(nn.Module, ABC):
         self.padding_idx: int | None = None
         #: The row that is zero, whatever the table shares with other rows; None if there is none.
         self.zero_row: int | None = None
+        # Rows have its dtype, whatever they are computed in; it follows the model to another one.
+        self.register_buffer("like", torch.zeros(0), persistent=False)
 
     @abstractmethod
     def read(self, index: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ class CompactTable(nn.Module, ABC):
         rows = self.read(needed)
         if self.padding_idx is not None:
             rows = torch.where((needed == self.padding_idx)[:, None], rows.detach(), rows)
-        rows = self._with_zeros(needed, rows)
+        rows = self._finished(needed, rows)
         return rows[places.flatten()].reshape(*index.shape, self.embedding_dim)
 
     @property
@@ -78,9 +83,10 @@ class CompactTable(nn.Module, ABC):
         """
         index = torch.arange(self.num_embeddings, device=next(self.parameters()).device)
         with evaluating(self):
-            return self._with_zeros(index, self.read(index))
+            return self._finished(index, self.read(index))
 
-    def _with_zeros(self, index: Tensor, rows: Tensor) -> Tensor:
+    def _finished(self, index: Tensor, rows: Tensor) -> Tensor:
+        rows = rows.to(self.like.dtype)
         return rows if self.zero_row is None else rows.masked_fill((index == self.zero_row)[:, None], 0.0)
 
     def extra_repr(self) -> str:
@@ -100,7 +106,8 @@ def with_tables(
 ) -> nn.Module:
     """Replace embeddings inside a module by compressed tables, in place; train it as usual afterwards.
 
-    The padding row of an embedding stays zero if it is zero.
+    The padding row of an embedding stays zero if it is zero. Rows have the embedding's dtype, and the table of a frozen
+    embedding is frozen.
 
     Parameters
     ----------
@@ -117,7 +124,8 @@ def with_tables(
     Raises
     ------
     RequestError
-        If no embedding matches, one is tied to another weight or limits its norms, or a table has another size.
+        If no embedding matches, one is tied to another weight or limits its norms, or a table has another size. Then
+        nothing is replaced.
 
     Examples
     --------
@@ -144,19 +152,23 @@ def with_tables(
         }
     if not found or module in found:
         raise RequestError(f"{type(module).__name__}: holds no embedding to replace; give the module that holds one")
-    owners = [weight for part in module.modules() for weight in part._parameters.values()]
-    for old, places in found.items():
-        name = places[0]
-        if sum(weight is old.weight for weight in owners) > 1 or old.max_norm is not None:
+    held = owners(module)
+    for old, (name, *_) in found.items():
+        if held[id(old.weight)] > 1 or old.max_norm is not None:
             raise RequestError(f"{name!r}: is tied to another weight or limits its norms; give it a plain weight first")
-        made = make(old)
+    tables = {old: make(old) for old in found}
+    for old, made in tables.items():
         if (made.num_embeddings, made.embedding_dim) != (old.num_embeddings, old.embedding_dim):
             raise RequestError(
-                f"{name!r}: a table of {made.extra_repr()} does not replace {old.num_embeddings}, {old.embedding_dim}; "
-                "give one of that size"
+                f"{found[old][0]!r}: a table of {made.extra_repr()} does not replace {old.num_embeddings}, "
+                f"{old.embedding_dim}; give one of that size"
             )
+    for old, made in tables.items():
         made.padding_idx, made.zero_row = old.padding_idx, zero_row_of(old)
-        _put(module, places, made.to(old.weight.device).train(old.training))
+        made.like = old.weight.detach().new_zeros(0)
+        if not old.weight.requires_grad:
+            made.requires_grad_(False)
+        _put(module, found[old], made.to(old.weight.device).train(old.training))
     return module
 
 
@@ -169,7 +181,9 @@ def settle_tables(module: nn.Module) -> dict[str, Form]:
     for name, table in tables_of(module).items():
         form, device = table.form(), next(table.parameters()).device
         form = form if table.zero_row is None else with_zero_row(form, table.zero_row)
-        plain = nn.Embedding.from_pretrained(form.dense().to(device), freeze=False, padding_idx=table.padding_idx)
+        rows = form.dense().to(device, table.like.dtype)
+        frozen = not any(part.requires_grad for part in table.parameters())
+        plain = nn.Embedding.from_pretrained(rows, frozen, padding_idx=table.padding_idx)
         _put(module, everywhere[table], plain.train(table.training))
         forms[f"{name}.weight"] = form
     return forms

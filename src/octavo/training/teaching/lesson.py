@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, described, mask_of, run
 from octavo.system.modes import evaluating
-from octavo.system.raw import raw_bytes
+from octavo.training.contents import content
 from octavo.training.losses import LossFunction
 from octavo.training.teaching.internals import outputs_within
 from octavo.training.teaching.terms import TensorPair, Term
@@ -37,12 +36,12 @@ class Lesson:
         The loss of labels or of next tokens, with weight 1. Without one, batches need no labels.
     remember
         A dtype in which the teacher's outputs are kept for batches that come again, so that the teacher runs once for
-        each. They are known by their content. None runs it in every step.
+        each. They are known by their content: all tensors, keys and plain values. None runs it in every step.
 
     Raises
     ------
     RequestError
-        If there are no terms, or the first has no weight.
+        If there are no terms, or the first has no weight; in a call, if a batch to remember has unknown content.
 
     Examples
     --------
@@ -136,7 +135,7 @@ class Lesson:
     @torch.no_grad()
     def _taught(self, inputs: Any, names: list[str]) -> list[Tensor]:
         """The teacher's outputs, from memory where the batch is known."""
-        key = "" if self.remember is None else _digest(inputs)
+        key = "" if self.remember is None else _known_by(inputs)
         if key in self._known:
             found = self._known[key]
         else:
@@ -177,18 +176,15 @@ def _same_vocabulary(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def _digest(inputs: Any) -> str:
-    """A hash of the content of a batch."""
-    found, waiting = hashlib.sha256(described(inputs).encode()), [inputs]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Tensor):
-            found.update(raw_bytes(part))
-        elif isinstance(part, dict):
-            waiting += part.values()
-        elif isinstance(part, tuple | list):
-            waiting += part
-    return found.hexdigest()
+def _known_by(inputs: Any) -> str:
+    """The content of a batch."""
+    try:
+        return content(inputs)
+    except TypeError as error:
+        raise RequestError(
+            f"lesson: a batch of {described(inputs)} cannot be remembered, since {error}; give tensors and plain "
+            "values, or leave out remember="
+        ) from error
 
 
 def _key(term: int, place: int) -> str:
