@@ -485,6 +485,33 @@ def test_the_model_is_left_as_it_was(fail):
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
+class Unplaceable:
+    """A tensor for which there is no memory."""
+
+    def to(self, **_):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("frozen.bias", Unplaceable(), MemoryError),
+        ("none", torch.zeros(2), KeyError),
+        ("one.bias", torch.zeros(32), OSError),
+    ],
+)
+def test_replaced_tensors_come_back_whatever_fails(name, value, error):
+    module = Boom().train()
+    module.norm.eval()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    training = [part.training for part in module.modules()]
+    with pytest.raises(error), replaced(module, {"one.weight": torch.zeros(32, 24), name: value}) as old:
+        assert not module.training and torch.equal(old["one.weight"], before["one.weight"])
+        raise OSError
+    assert [part.training for part in module.modules()] == training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
 def test_outputs_that_are_not_finite_are_refused():
     module = nn.Linear(32, 32)
     x = torch.randn(16, 32)

@@ -55,6 +55,17 @@ def test_blocks_follow_the_running_mean_and_end_at_the_depth():
     assert entropy_blocks({}) == []
 
 
+def test_the_model_is_as_before():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.ReLU())
+    net[1].eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    found = [activation_entropies(net, ["2"], [5 + torch.arange(32.0).view(8, 4)]) for _ in range(2)]
+    assert found[0] == found[1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert [part.training for part in net.modules()] == [True, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("layers", "batch", "said"),
     [

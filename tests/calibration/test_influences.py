@@ -137,6 +137,28 @@ def test_regressions_have_another_curvature():
     assert correlation(found.scores, exact.scores) > 0.95
 
 
+class Late(nn.Module):
+    """Outputs that depend on its layer only where a batch says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x) if bool((x > 0).all()) else self.layer(x) * 0 + x[:, :2]
+
+
+def test_examples_without_a_part_in_the_outputs_have_no_influence():
+    torch.manual_seed(0)
+    live, dead = torch.rand(8, 4) + 0.1, -torch.rand(3, 4)
+    summed = lambda module, batch: module(batch).square().sum(1)  # noqa: E731
+    found = influence(Late(), [live, dead], [live[:2]], summed)
+    assert found.scores.shape == (2, 11) and not found.scores[:, 8:].any() and found.scores[:, :8].any()
+    for solver in ("ekfac", "kfac", "diagonal", "cg"):
+        with pytest.raises(RequestError, match=r"outputs (on the examples depend on none|do not depend)"):
+            influence(Late(), [dead], [live[:2]], summed, solver=solver)
+
+
 def test_requests_that_cannot_be_met_are_explained(trained):
     net, batches, queries = trained
     for change, message in (

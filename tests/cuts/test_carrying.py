@@ -56,6 +56,21 @@ def test_constant_channels_go_without_a_trace():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_norm_without_running_statistics_takes_constants_out_by_itself():
+    torch.manual_seed(0)
+    second = nn.Conv2d(4, 5, 3, bias=False)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), second, nn.BatchNorm2d(5, track_running_stats=False), nn.ReLU()
+    ).eval()
+    places, kept, x = torch.arange(4)[:, None], {"0": torch.tensor([True, False, True, True])}, torch.randn(4, 2, 9, 9)
+    names = (("0.weight", 0), ("0.bias", 0), ("2.weight", 1))
+    part = Units("0", "channel", 4, tuple(Slice(name, dim, places) for name, dim in names))
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 2.0
+        carried = without(carry(model, [part], kept, [x]), [part], kept)
+        assert carried[2].in_channels == 3 and torch.allclose(carried(x), model(x), atol=1e-5)
+
+
 def test_means_are_kept_where_images_are_padded():
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4)

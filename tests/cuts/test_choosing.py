@@ -27,6 +27,8 @@ def test_shares_that_cannot_be_are_refused(share, says):
         best_across({"a": torch.ones(4)}, share)
 
 
-def test_scores_that_are_not_finite_are_refused():
+def test_scores_that_are_not_finite_or_not_there_are_refused():
+    with pytest.raises(RequestError, match="there are no scores to choose by; give those of at least one place"):
+        best_across({}, 0.5)
     with pytest.raises(RequestError, match="a score is not finite"):
         best_across({"a": torch.tensor([1.0, torch.nan])}, 0.5)

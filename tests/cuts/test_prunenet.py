@@ -172,6 +172,15 @@ def test_what_cannot_be_done_is_refused(asked, says):
         octavo.compress(decoder(), ratio=1.3, progress=False, **asked)
 
 
+def test_weights_that_are_not_finite_are_named(trained):
+    _, cut, units, policy = trained
+    model = decoder()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    for act in (lambda: cut.observe(model), lambda: cut.scores(model, units, policy)):
+        with pytest.raises(RequestError, match=r"'model.layers.1.mlp.up_proj.weight' has values that are not finite"):
+            act()
+
+
 def test_bare_tensors_and_policies_of_another_width_are_refused(tmp_path, trained):
     from safetensors.torch import save_file
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from octavo.cuts import best, check_kept, left
+from octavo.cuts import best, check_kept, left, saved
 from octavo.cuts.structured import Structured
 from octavo.cuts.vocabulary import new_numbers
 from octavo.errors import RequestError
@@ -61,6 +61,46 @@ def test_a_config_says_what_it_can(kind, tmp_path):
     again = type(model).from_pretrained(tmp_path)
     again.config.use_cache = False
     assert torch.allclose(outputs_of(again, batch), outputs_of(thinner, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_was_cut_is_cut_again(kind):
+    """The config of some cannot say that columns went, so their number is that of the tensors."""
+    model, kinds = small(kind), ("neuron",) if kind.startswith("gemma") else ("neuron", "column")
+    for width in (32, 24):
+        units, kept, thinner = cut_of(model, kind, kinds=kinds, share=0.25)
+        assert all(part.count == width for part in units if part.kind == "column")
+        for part in units:
+            assert saved(model, [part], {part.name: kept[part.name]}) > 0
+        total, less = (sum(tensor.numel() for tensor in each.parameters()) for each in (model, thinner))
+        assert less == total - saved(model, units, kept)
+        model = thinner
+    assert torch.isfinite(outputs_of(model, batch_of(kind))).all()
+
+
+@pytest.mark.parametrize(("name", "expected"), [("Dinov2Model", ["stage2"]), ("Dinov2Backbone", ["stem", "stage2"])])
+def test_a_backbone_without_a_layer_is_saved_and_loaded(name, expected, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    stages = {"out_features": ["stage1", "stage3"]} if name == "Dinov2Backbone" else {}
+    model = getattr(transformers, name)(transformers.Dinov2Config(**MODELS["dinov2"][1], **stages)).eval()
+    batch, cut = batch_of("dinov2"), Structured(("layer",), "magnitude", compensate=False)
+    (layers,) = cut.units(model)
+    thinner = cut.apply(model, {layers.name: torch.tensor([False, True, True])}, cut.observe(model, [batch]))
+    assert thinner.config.out_features == expected and model.config.out_features[-1] == "stage3"
+    thinner.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for ours, theirs in zip(outputs_of(again, batch), outputs_of(thinner, batch), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_layers_that_compute_by_their_number_stay():
+    model = small("gpt2")
+    model.config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(RequestError, match="layers cannot be cut, since scale_attn_by_inverse_layer_idx"):
+        Structured(("layer", "head")).units(model)
+    assert len(Structured(("head", "neuron")).units(model)) == 6
 
 
 def test_fewer_heads_than_the_config_of_bert_can_say_leave_it_alone():

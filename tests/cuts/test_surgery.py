@@ -10,6 +10,7 @@ import octavo.cuts.asked
 import octavo.cuts.choosing
 import octavo.cuts.surgery
 from octavo.cuts import Slice, Units, best, resize, skeleton, trimmed, without
+from octavo.cuts.chains import chain_units
 from octavo.cuts.decoder import observe
 from octavo.cuts.modegpt import MoDeGPT
 from octavo.cuts.scores.magnitude import WeightMagnitude
@@ -84,6 +85,28 @@ def test_a_skeleton_has_other_shapes_and_leaves_the_model_alone():
 def test_shares_out_of_range_are_refused(share):
     with pytest.raises(RequestError, match="must be from 0 to below 1"):
         best({"a": torch.ones(3)}, {"a": share})
+
+
+def test_units_that_hang_on_no_tensor_are_refused():
+    """Nothing would go, and nobody would notice."""
+    net, empty = nn.Sequential(nn.Linear(3, 4)), Units("0", "neuron", 4, ())
+    for act in (without, trimmed):
+        with pytest.raises(RequestError, match="'0' names no tensor that loses its neurons, so nothing would go"):
+            act(net, [empty], {"0": torch.arange(4) < 2})
+
+
+def test_the_work_of_a_cut_is_linear_in_tensors():
+    """A state dict is made as often for many layers as for few."""
+
+    def made(count):
+        net, calls = nn.Sequential(*(nn.Linear(4, 4) for _ in range(count))), []
+        net.register_state_dict_pre_hook(lambda *_: calls.append(1))
+        units = chain_units(net)
+        calls.clear()
+        without(net, units, {part.name: torch.arange(4) < 3 for part in units})
+        return len(calls)
+
+    assert made(9) == made(3) > 0
 
 
 def test_one_unit_stays_and_scores_must_be_finite():

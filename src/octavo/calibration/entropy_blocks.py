@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from octavo.errors import RequestError
 from octavo.sources.batches import Batch, run
 from octavo.system.matmul import fast_matmul
+from octavo.system.modes import evaluating
 
 #: The most layers of a block.
 DEEPEST = 3
@@ -29,6 +30,8 @@ def activation_entropies(model: nn.Module, layers: Sequence[str], batches: Seque
 
     Parameters
     ----------
+    model
+        The model. It runs in evaluation mode, and is not changed.
     layers
         Names of modules that return (..., positions, channels), or a tuple that begins with it.
     batches
@@ -54,7 +57,7 @@ def activation_entropies(model: nn.Module, layers: Sequence[str], batches: Seque
             raise RequestError(f"layer {name!r}: returns no (positions, channels); name layers that return states")
         found[name].append(_entropy(name, states.flatten(0, -2).float()))
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, evaluating(model):
         for name in layers:
             handle = layer_of(model, name).register_forward_hook(partial(add, name))
             stack.callback(handle.remove)

@@ -20,9 +20,11 @@ from torch import Tensor
 from octavo.calibration.curvature import Curvature
 from octavo.calibration.evidence import Evidence
 from octavo.errors import RequestError
+from octavo.sources.source import DTYPES
 from octavo.system.atomic import writing
 from octavo.system.raw import raw_bytes
 from octavo.system.sealed import digest, place_in
+from octavo.system.tensor_files import Place, offsets
 
 #: Bytes of moments with factorisations cached in memory. So sites that share one, and the settings of a site, do not
 #: read and factor it again.
@@ -44,15 +46,17 @@ class EvidenceFolder(Mapping[str, Evidence]):
         self._place = place_in(path.parent, path.name)
         #: Checksums of tensors, by file.
         self._digests: dict[Path, dict[str, str]] = {}
+        #: Where the tensors of each file lie, so that its header is parsed once and not for every site.
+        self._places: dict[Path, dict[str, Place]] = {}
         self._index: dict[str, tuple[Path, dict[str, Any]]] = {}
+        #: Moments in memory, and their bytes.
         self._moments: OrderedDict[tuple[Path, str], tuple[Tensor, dict[str, Any]]] = OrderedDict()
+        self._held = 0
         for file in sorted(path.glob("*.safetensors")):
             try:
-                with safe_open(file, framework="pt") as handle:
-                    index, self._digests[file] = self._head(file, handle.metadata())
+                self._add(file)
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise _damaged(file, error) from error
-            self._index.update((site, (file, entry)) for site, entry in index.items())
 
     @property
     def samples(self) -> dict[str, int]:
@@ -95,7 +99,17 @@ class EvidenceFolder(Mapping[str, Evidence]):
         with writing(file) as aside:
             self.path.mkdir(parents=True, exist_ok=True)
             save_file(tensors, aside, {"index": texts[0], "digests": texts[1], "sha256": self._seal(file, *texts)})
-        self._digests[file] = digests
+        self._add(file)
+
+    def _add(self, file: Path) -> None:
+        """Keep what the header of a file says."""
+        with safe_open(file, framework="pt") as handle:
+            index, self._digests[file] = self._head(file, handle.metadata())
+            starts, found = offsets(file), dict[str, Place]()
+            for name, start in starts.items():
+                tensor = handle.get_slice(name)
+                found[name] = Place(file, start, DTYPES[tensor.get_dtype()], tuple(tensor.get_shape()))
+        self._places[file] = found
         self._index.update((site, (file, entry)) for site, entry in index.items())
 
     def _seal(self, file: Path, *texts: str) -> str:
@@ -106,9 +120,8 @@ class EvidenceFolder(Mapping[str, Evidence]):
             raise ValueError("checksum mismatch")
         return json.loads(head["index"]), json.loads(head["digests"])
 
-    def _tensor(self, file: Path, name: str, handle: Any) -> Tensor:
-        # Copied out of the mapping, whose pages would otherwise count as this process's memory.
-        tensor = handle.get_tensor(name).clone()
+    def _tensor(self, file: Path, name: str) -> Tensor:
+        tensor = self._places[file][name].tensor()
         if _digest(tensor) != self._digests[file][name]:
             raise ValueError(f"checksum mismatch in tensor {name}")
         return tensor
@@ -116,25 +129,25 @@ class EvidenceFolder(Mapping[str, Evidence]):
     def __getitem__(self, site: str) -> Evidence:
         file, entry = self._index[site]
         try:
-            with safe_open(file, framework="pt") as handle:
-                rows = self._tensor(file, entry["rows"], handle)
-                terms = tuple((self._tensor(file, a, handle), self._tensor(file, b, handle)) for a, b in entry["terms"])
-                parts = [self._tensor(file, name, handle) for name in entry["curvature"]]
-                if entry["columns"] is None:
-                    return Evidence(rows, None, entry["samples"], terms=terms)
-                moment, cache = self._moment(file, entry["columns"], handle)
-        except (OSError, SafetensorError, ValueError) as error:
+            rows = self._tensor(file, entry["rows"])
+            terms = tuple((self._tensor(file, a), self._tensor(file, b)) for a, b in entry["terms"])
+            parts = [self._tensor(file, name) for name in entry["curvature"]]
+            if entry["columns"] is None:
+                return Evidence(rows, None, entry["samples"], terms=terms)
+            moment, cache = self._moment(file, entry["columns"])
+        except (RequestError, ValueError) as error:
             raise _damaged(file, error) from error
         return Evidence(rows, moment, entry["samples"], cache, terms, Curvature(*parts) if parts else None)
 
-    def _moment(self, file: Path, name: str, handle: Any) -> tuple[Tensor, dict[str, Any]]:
+    def _moment(self, file: Path, name: str) -> tuple[Tensor, dict[str, Any]]:
         key = (file, name)
         if key not in self._moments:
-            self._moments[key] = (self._tensor(file, name, handle), {})
+            self._moments[key] = (self._tensor(file, name), {})
+            self._held += self._moments[key][0].nbytes
         self._moments.move_to_end(key)
         # Three times the moment: itself, its factor, and the results cached by other methods.
-        while len(self._moments) > 1 and 3 * sum(moment.nbytes for moment, _ in self._moments.values()) > _CACHE_BYTES:
-            self._moments.popitem(last=False)
+        while len(self._moments) > 1 and 3 * self._held > _CACHE_BYTES:
+            self._held -= self._moments.popitem(last=False)[1][0].nbytes
         return self._moments[key]
 
     def __iter__(self) -> Iterator[str]:

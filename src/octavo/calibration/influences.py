@@ -106,8 +106,8 @@ def influence(
     Raises
     ------
     RequestError
-        If there is no example, query or layer, a loss does not have one number per example or is not finite, or the
-        solver is not known.
+        If there is no example, query or layer, the outputs depend on no layer, a loss does not have one number per
+        example or is not finite, or the solver is not known.
 
     Examples
     --------
@@ -139,12 +139,17 @@ def influence(
             curvatures = layer_curvatures(gradients, examples, wanted, seed=seed, kind=solver)
             levels = {name: damping * float(curvature.values.mean()) for name, curvature in curvatures.items()}
             solved = {name: curvatures[name].solve(asked[name], level) for name, level in levels.items() if level > 0}
+            if not solved:
+                raise RequestError(
+                    "influence: the outputs on the examples depend on none of the layers; check the model and the data"
+                )
         else:
             matrix = GaussNewton(gradients, examples, wanted)
             solved = _iterated(matrix, asked, damping, solver, steps, seed)
         seconds = time.perf_counter() - started
         progress(2, 3)
-        scores = torch.cat([_scores(traces, solved) for traces in _traced(gradients, examples, losses)], 1)
+        traced = zip(examples, _traced(gradients, examples, losses), strict=True)
+        scores = torch.cat([_scores(traces, solved, sequences_in(batch)) for batch, traces in traced], 1)
         progress(3, 3)
     return Influence(scores, tuple(layer.name for layer in gradients.layers), gradients.left_out, seconds)
 
@@ -248,12 +253,11 @@ def _iterated(
     return gradients.unflat(lissa(matrix, vectors, ridge, most=steps, seed=seed))
 
 
-def _scores(traces: Mapping[str, Trace], solved: Mapping[str, Tensor]) -> Tensor:
-    """Products (queries, examples) of solved gradients with those of a batch."""
-    parts = []
+def _scores(traces: Mapping[str, Trace], solved: Mapping[str, Tensor], examples: int) -> Tensor:
+    """Products (queries, examples) of solved gradients with those of a batch; zeros where it uses no such layer."""
+    first = next(iter(solved.values()))
+    total = first.new_zeros(len(first), examples)
     for name, ours in solved.items():
         if name in traces:
-            parts.append(
-                torch.cat([ours.flatten(1) @ theirs.flatten(1).t() for _, theirs in traces[name].matrices()], 1)
-            )
-    return torch.stack(parts).sum(0)
+            total += torch.cat([ours.flatten(1) @ theirs.flatten(1).t() for _, theirs in traces[name].matrices()], 1)
+    return total

@@ -20,6 +20,7 @@ from octavo.sources.modules import own_tensors
 from octavo.sources.sites import Site
 from octavo.sources.source import Source
 from octavo.system.matmul import fast_matmul
+from octavo.system.modes import evaluating
 
 #: The source's outputs on all data are kept up to this size. Otherwise they are recomputed from the hidden states after
 #: the last block, which are smaller by vocabulary over width.
@@ -74,10 +75,10 @@ class InMemory(Runner):
         self._reference = self._reference or self._refer(batches, objective)
         new = {**self.folded, **self.source.placed(weights)}
         losses = []
-        with replaced(self.module, new) as change, torch.inference_mode():
+        with replaced(self.module, new) as before, torch.inference_mode():
             for number, batch in enumerate(batches):
                 outputs = objective.outputs(self.module, batch)
-                old = change.old if self.original is self.module else {}
+                old = before if self.original is self.module else {}
                 losses.append(objective.divergence(self._reference.of(number, batch, old), outputs).cpu())
         return torch.cat(losses)
 
@@ -223,34 +224,23 @@ def _reference(module: nn.Module, batches: Sequence[Batch], objective: Objective
     return _LastStates(blocks, objective, states)
 
 
-class replaced:
+@contextmanager
+def replaced(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """A context in which a module is in evaluation mode and some of its tensors have other values.
 
-    At its end everything is restored, including the mode of every submodule.
-
-    Attributes
-    ----------
-    old : dict of str to Tensor
-        The replaced values.
+    It yields the replaced values by name. At its end everything is restored, including the mode of every submodule.
     """
-
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.module, self.weights = module, weights
-
-    def __enter__(self) -> replaced:
-        self.training = [submodule for submodule in self.module.modules() if submodule.training]
-        self.module.eval()
-        self.written = _Written(self.module)
-        self.state = own_tensors(self.module)
-        self.old = {name: self.state[name].data for name in self.weights}
-        for name, weight in self.weights.items():
-            target = self.state[name]
-            target.data = weight.to(device=target.device, dtype=target.dtype)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, old in self.old.items():
-            self.state[name].data = old
-        self.written.restore()
-        for submodule in self.training:
-            submodule.training = True
+    state = own_tensors(module)
+    # What may need memory comes before the first change.
+    new = {name: weight.to(device=state[name].device, dtype=state[name].dtype) for name, weight in weights.items()}
+    old = {name: state[name].data for name in new}
+    with evaluating(module):
+        written = _Written(module)
+        try:
+            for name, weight in new.items():
+                state[name].data = weight
+            yield old
+        finally:
+            for name, before in old.items():
+                state[name].data = before
+            written.restore()

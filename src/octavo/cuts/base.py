@@ -147,6 +147,11 @@ def check_kept(units: Sequence[Units], kept: Mapping[str, Tensor]) -> None:
         if name not in known:
             raise RequestError(f"kept: {name!r} names no units of this model; they are {', '.join([*known][:3])}, ...")
     for name, mask in kept.items():
+        if not known[name].slices and not known[name].wholes:
+            raise RequestError(
+                f"kept: {name!r} names no tensor that loses its {known[name].kind}s, so nothing would go; give its "
+                "slices"
+            )
         if mask.dtype != torch.bool or tuple(mask.shape) != (known[name].count,):
             raise RequestError(
                 f"kept: {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; give bools of shape "

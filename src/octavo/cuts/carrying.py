@@ -54,8 +54,9 @@ def carry(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor], 
     """A copy in which the means of what is about to go moved into the layers that read it; nothing is removed yet.
 
     A layer ``W x`` loses ``W[:, gone] x[gone]``. The mean of that over positions and examples, padding included, is
-    added to the layer's bias, or taken from the running mean of the batch normalization behind it. Without either the
-    layer stays as it is. Nothing changes in the outputs if what goes is constant and images are not padded.
+    added to the layer's bias, or taken from the running mean of the batch normalization behind it. One that has no
+    running statistics takes it out by itself. Without any of them the layer stays as it is. Nothing changes in the
+    outputs if what goes is constant and images are not padded.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ def carry(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor], 
         mean = loss.total / loss.count
         if loss.layer.bias is not None:
             loss.layer.bias += mean.to(loss.layer.bias)
-        elif loss.norm is not None:
+        elif loss.norm is not None and loss.norm.running_mean is not None:
             loss.norm.running_mean -= mean.to(loss.norm.running_mean)
     return moved
 

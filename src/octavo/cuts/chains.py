@@ -41,15 +41,15 @@ def chain_units(model: nn.Module) -> list[Units]:
     slices: list[Slice] = []
     for name, module in _links(model, ""):
         if isinstance(module, _NORMS) and writer is not None:
-            slices += _slices(model, name, torch.arange(writer[2])[:, None])
+            slices += _slices(model, name, _places(name, module.num_features, writer))
         elif isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1:
             inputs, outputs = module.weight.shape[1], len(module.weight)
             if writer is not None:
-                reads = Slice(f"{name}.weight", 1, torch.arange(inputs).view(writer[2], -1))
+                reads = Slice(f"{name}.weight", 1, _places(name, inputs, writer))
                 units.append(Units(*writer, (*slices, reads)))
             writer = name, "neuron" if isinstance(module, nn.Linear) else "channel", outputs
             slices = _slices(model, name, torch.arange(outputs)[:, None])
-        elif next(module.parameters(), None) is not None:
+        elif isinstance(module, nn.ChannelShuffle) or next(module.parameters(), None) is not None:
             raise RequestError(
                 f"{type(model).__name__}: {name!r} ({type(module).__name__}) is not a link of a plain chain; give an "
                 "nn.Sequential of linear layers and convolutions, or list the units"
@@ -66,6 +66,17 @@ def _links(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         return
     for leaf, part in module.named_children():
         yield from _links(part, f"{name}.{leaf}".lstrip("."))
+
+
+def _places(name: str, features: int, writer: tuple[str, str, int]) -> Tensor:
+    """(count, features of each) of what a layer wrote; ``nn.Flatten`` gives each channel several in a row."""
+    before, kind, count = writer
+    if features % count:
+        raise RequestError(
+            f"{name!r}: its {features} features are not the same number for each of the {count} {kind}s of {before!r}, "
+            "so what lies between mixes them, as nn.GLU does; list the units"
+        )
+    return torch.arange(features).view(count, -1)
 
 
 def _slices(model: nn.Module, name: str, places: Tensor) -> list[Slice]:

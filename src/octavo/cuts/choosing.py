@@ -86,7 +86,8 @@ def best_across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]
     Raises
     ------
     RequestError
-        If the share is out of range, a score is not finite, or every place would lose its last unit.
+        If there are no scores, the share is out of range, a score is not finite, or every place would lose its last
+        unit.
 
     Examples
     --------
@@ -96,6 +97,8 @@ def best_across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]
     """
     if not 0 <= share < 1:
         raise RequestError(f"the share of units to remove is {share!r}; it must be from 0 to below 1")
+    if not scores:
+        raise RequestError("units: there are no scores to choose by; give those of at least one place")
     values = torch.cat([part.double() for part in scores.values()])
     if not bool(torch.isfinite(values).all()):
         raise RequestError("units: a score is not finite; check the model and the data")

@@ -70,6 +70,8 @@ class Description:
         The config field of the size of a head. None if it is the number of columns over the number of heads.
     tokens
         Patterns of tensors with one row for each token.
+    numbered
+        A config field by which the number of a layer changes what it computes. If it is true, no layer can go.
     """
 
     stacks: tuple[Stack, ...]
@@ -77,6 +79,7 @@ class Description:
     hidden: tuple[str, ...] = ("hidden_size",)
     head_size: str | None = None
     tokens: tuple[str, ...] = ()
+    numbered: str | None = None
 
 
 _BERT = Description(
@@ -176,6 +179,7 @@ _GPT2 = Description(
     ),
     hidden=("n_embd",),
     tokens=("*wte.weight", "lm_head.weight"),
+    numbered="scale_attn_by_inverse_layer_idx",
 )
 
 _DECODER = Stack(

@@ -197,6 +197,8 @@ def rows_of(model: nn.Module, part: Units) -> Tensor:
         raise RequestError(f"prunenet: {part.name!r} has no matrix that writes each {part.kind}")
     last = writing[-1]
     matrix = own[last.tensor].detach().float().cpu()
+    if not bool(torch.isfinite(matrix).all()):
+        raise RequestError(f"prunenet: {last.tensor!r} has values that are not finite; load or train the model again")
     return matrix.movedim(last.dim, 0)[last.places[:, 0].cpu()].contiguous()
 
 

@@ -170,7 +170,7 @@ class Structured(Cut[Observed]):
         if (found := anatomy(thinner)) is not None:
             if tokens is not None:
                 renumber_tokens(thinner, found.config, padding, kept[tokens.name])
-            _keep_types(found.config, units, kept)
+            _restate_layers(found.config, units, kept)
             restate_config(found)
         return thinner
 
@@ -187,9 +187,18 @@ class Structured(Cut[Observed]):
         return fitting(result, model, batches[0])
 
 
-def _keep_types(config: Any, units: Sequence[Units], kept: Mapping[str, Tensor]) -> None:
-    """A config that lists the type of every layer lists those that stay."""
-    types = getattr(config, "layer_types", None)
+def _restate_layers(config: Any, units: Sequence[Units], kept: Mapping[str, Tensor]) -> None:
+    """A config that lists something of every layer lists it of those that stay."""
     for part in units:
-        if part.kind == LAYER and part.name in kept and isinstance(types, list) and len(types) == part.count:
-            config.layer_types = [kind for kind, stays in zip(types, kept[part.name].tolist(), strict=True) if stays]
+        if part.kind != LAYER or part.name not in kept:
+            continue
+        stays = kept[part.name].tolist()
+        types, stages = getattr(config, "layer_types", None), getattr(config, "stage_names", None)
+        if isinstance(types, list) and len(types) == part.count:
+            config.layer_types = [kind for kind, stay in zip(types, stays, strict=True) if stay]
+        if isinstance(stages, list) and len(stages) == part.count + 1:
+            # Stage 0 of a backbone is before all layers. One that goes gives what the stage before it does.
+            numbers = [sum(stays[:number]) for number in range(len(stages))]
+            outputs = sorted({numbers[index] for index in config.out_indices})
+            config.stage_names = stages[: numbers[-1] + 1]
+            config.out_indices = outputs

@@ -36,12 +36,12 @@ def without(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]
     )
     """
     check_kept(units, kept)
-    thinner, whole = copy.deepcopy(model), dropped(units, kept)
+    thinner, whole, own = copy.deepcopy(model), dropped(units, kept), model.state_dict(keep_vars=True)
     smaller = {}
     for name, masks in left(model, units, kept).items():
         if name in whole:
             continue
-        tensor = model.state_dict(keep_vars=True)[name].detach()
+        tensor = own[name].detach()
         for dim, mask in enumerate(masks):
             tensor = tensor.index_select(dim, mask.nonzero()[:, 0].to(tensor.device))
         smaller[name] = tensor

@@ -58,14 +58,23 @@ class Anatomy:
         return dict(self.model.named_parameters())
 
     @property
-    def width(self) -> int:
-        """Number of columns of the residual stream."""
+    def stated_width(self) -> int:
+        """Number of columns of the residual stream by the config, which cannot always say that columns went."""
         return int(getattr(self.config, self.description.hidden[0]))
+
+    @property
+    def width(self) -> int:
+        """Number of columns that the tensors have."""
+        for tensor, parameter in self.parameters.items():
+            dims = self.streams(tensor)
+            if len(dims) == 1:
+                return int(parameter.shape[dims[0]])
+        return self.stated_width
 
     def head_size(self, stack: Stack) -> int:
         """Dimensions of a head."""
         own = getattr(self.config, self.description.head_size or "", None)
-        return int(own or self.width // getattr(self.config, stack.heads))
+        return int(own or self.stated_width // getattr(self.config, stack.heads))
 
     def list_of(self, stack: Stack) -> str:
         """Path of a stack's layers in the model; empty if it has none, as an encoder of a pair alone."""
@@ -105,8 +114,13 @@ def transformer_units(found: Anatomy, kinds: Sequence[str]) -> list[Units]:
     Raises
     ------
     RequestError
-        If a layer is built in another way than described, or columns cannot go.
+        If a layer is built in another way than described, or layers or columns cannot go.
     """
+    if LAYER in kinds and getattr(found.config, found.description.numbered or "", False):
+        raise RequestError(
+            f"{type(found.model).__name__}: layers cannot be cut, since {found.description.numbered} lets each compute "
+            f"by its number, which changes; choose other kinds of units, such as {HEAD} or {NEURON}"
+        )
     units: list[Units] = []
     for stack in found.description.stacks:
         for path, layer in found.layers(stack):
@@ -256,8 +270,8 @@ def restate_config(found: Anatomy) -> None:
     """
     config, description = found.config, found.description
     size = {stack: found.head_size(stack) for stack in description.stacks}
-    width, heads = _width(found), dict[str, tuple[int, int]]()
-    before = found.width
+    width, heads = found.width, dict[str, tuple[int, int]]()
+    before = found.stated_width
     for stack in description.stacks:
         layers = list(found.layers(stack))
         if not layers:
@@ -293,12 +307,3 @@ def restate_config(found: Anatomy) -> None:
         if description.head_size is None:
             for name, (queries, _) in heads.items():
                 setattr(config, name, queries)
-
-
-def _width(found: Anatomy) -> int:
-    """The number of columns that the stream has now."""
-    for tensor, parameter in found.parameters.items():
-        dims = found.streams(tensor)
-        if len(dims) == 1:
-            return int(parameter.shape[dims[0]])
-    return found.width

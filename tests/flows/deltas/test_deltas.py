@@ -78,7 +78,15 @@ def test_one_delta_whole_is_the_tuned_model(folder, deltas):
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [({"how": "mean"}, "choose from sum, ties"), ({"keep": 0}, "above 0 and at most 1"), ({"keep": 2}, "at most 1")],
+    [
+        ({"how": "mean"}, "choose from sum, ties"),
+        ({"keep": 0}, "above 0 and at most 1"),
+        ({"keep": 2}, "at most 1"),
+        ({"how": "sum", "keep": 0.2}, "how='sum' keeps all changes; leave keep out"),
+        ({"scale": float("nan")}, "scale is nan, with which differences are not finite"),
+        ({"how": "sum", "scale": float("inf")}, "scale is inf, with"),
+        ({"scale": 1e300}, r"scale is 1e\+300, with"),
+    ],
 )
 def test_choices_of_a_merge_are_checked(folder, deltas, how, said):
     with pytest.raises(RequestError, match=said):
@@ -111,6 +119,22 @@ def test_deltas_are_served_in_turn_and_the_base_comes_back_bit_for_bit(folder, d
     assert held == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     with pytest.raises(RequestError, match="'three' is not one of the deltas; choose from 'one', 'two'"):
         served.use("three")
+
+
+def test_the_tensors_of_a_model_are_listed_once_for_a_switch(folder, deltas):
+    class Counted(nn.Sequential):
+        calls = 0
+
+        def named_parameters(self, *args, **options):
+            self.calls += 1
+            return super().named_parameters(*args, **options)
+
+    model = Counted(*net())
+    served = octavo.Deltas(model, {"one": deltas[0], "two": deltas[1]}, base=folder / "base.safetensors")
+    for name in ("two", "one", None):
+        model.calls = 0
+        served.use(name)
+        assert model.calls == 1
 
 
 def test_a_damaged_delta_leaves_the_base(folder, deltas):

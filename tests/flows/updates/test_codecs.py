@@ -5,6 +5,7 @@ import torch
 
 from octavo import coding
 from octavo.errors import ArtifactError, RequestError
+from octavo.flows import FLOWS
 from octavo.flows.updates.fitness import Fitness, perturbations
 from octavo.flows.updates.kmeans import KMeansLevels
 from octavo.flows.updates.powersgd import PowerSGD
@@ -26,6 +27,19 @@ def carried(codec, tensors, budget):
 
 def share(sent, found):
     return float((sent - found).square().sum() / sent.square().sum())
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS.names() if getattr(FLOWS.get(name)(), "feedback", False)])
+def test_an_update_whose_rest_leaves_float32_is_refused_and_others_are_sent(name):
+    codec, sent, later = FLOWS.get(name)(), {"a": normal(70, 70).clamp(-1, 1) * 3e38}, {"a": torch.zeros(70, 70)}
+    plan = codec.fit([sent], 2000)
+    sender, untouched = codec.start(plan), codec.start(plan)
+    try:
+        codec.encode(sent, sender)
+        assert sender.missing.isfinite().all()
+    except RequestError as error:
+        assert "what is left of 'a' leaves float32" in str(error)
+        assert codec.encode(later, sender) == codec.encode(later, untouched)
 
 
 def test_threshold_sends_what_exceeds_it_in_multiples():

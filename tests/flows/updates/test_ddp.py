@@ -229,7 +229,16 @@ def test_requests_without_meaning_are_refused(alone):
     wrong = [
         (sharded, {"ratio": 50}, "in FSDP"), (nn.Linear(2, 2), {"ratio": 50}, "is a Linear"),
         (alone, {"ratio": 1e6}, "leaves no byte of 16160"),
+        (nn.parallel.DistributedDataParallel(nn.Linear(2, 2), find_unused_parameters=True), {"ratio": 2}, "drops what was"),
     ]  # fmt: skip
     for model, request, says in wrong:
         with pytest.raises(RequestError, match=says):
             octavo.updates.compress_ddp(model, **request)
+
+
+def test_a_model_is_compressed_once(alone):
+    first = octavo.updates.compress_ddp(alone, size=1000, codec="threshold")
+    with pytest.raises(RequestError, match=r"takes no communication hook, as where it has one already .* again"):
+        octavo.updates.compress_ddp(alone, size=500, codec="threshold")
+    alone(torch.randn(8, 100)).square().sum().backward()
+    assert first.steps == 1 and 500 < first.sent <= 1000

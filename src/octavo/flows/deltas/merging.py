@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from octavo.artifact import Artifact
 from octavo.errors import RequestError
 from octavo.flows.deltas.tensors import differing, opened
+from octavo.flows.schema import all_finite
 from octavo.sources.differences import added
 from octavo.sources.filling import fill
 from octavo.sources.modules import unwrapped
@@ -19,6 +20,8 @@ from octavo.verification.restoring import materialise, unless_refused
 
 #: How differences become one.
 HOW = ("sum", "ties")
+#: The share of changes that ``ties`` keeps, as in the source.
+KEEP = 0.2
 
 
 def merge(
@@ -28,7 +31,7 @@ def merge(
     base: Any = None,
     how: str = "ties",
     scale: float = 1.0,
-    keep: float = 0.2,
+    keep: float | None = None,
 ) -> Any:
     """Merge tuned models that are deltas of one base.
 
@@ -52,12 +55,13 @@ def merge(
     scale
         The factor of the merged difference.
     keep
-        For ``ties``: the share of changes that stays in every delta, above 0 and at most 1.
+        For ``ties``: the share of changes that stays in every delta, above 0 and at most 1; 0.2 if not given.
 
     Raises
     ------
     RequestError
-        If one is no delta, bases differ, tensors have different shapes, or a choice is not known.
+        If one is no delta, bases differ, tensors have different shapes, a choice is not known, or the merged difference
+        is not finite.
     ArtifactError
         If one is damaged, the base is another model, or the result does not fit ``into``.
 
@@ -75,14 +79,21 @@ def merge(
     """
     if how not in HOW:
         raise RequestError(f"how is {how!r}; choose from {', '.join(HOW)}")
-    if not 0 < keep <= 1:
-        raise RequestError(f"keep is {keep!r}; give a share above 0 and at most 1, such as 0.2")
+    if keep is not None and how != "ties":
+        raise RequestError(f"keep is {keep!r}, and how={how!r} keeps all changes; leave keep out, or choose how='ties'")
+    share = KEEP if keep is None else keep
+    if not 0 < share <= 1:
+        raise RequestError(f"keep is {keep!r}; give a share above 0 and at most 1, such as {KEEP}")
     artifacts = opened(deltas, base)
-    thresholds = [_threshold(artifact, keep) if how == "ties" else 0.0 for artifact in artifacts]
-    state = _merged(
-        artifacts,
-        lambda changes: scale * (_elected(changes, thresholds) if how == "ties" else torch.stack(changes).sum(0)),
-    )
+    thresholds = [_threshold(artifact, share) if how == "ties" else 0.0 for artifact in artifacts]
+
+    def combined(changes: list[Tensor]) -> Tensor:
+        merged = scale * (_elected(changes, thresholds) if how == "ties" else torch.stack(changes).sum(0))
+        if not all_finite(merged):
+            raise RequestError(f"scale is {scale!r}, with which differences are not finite; give a factor such as 1.0")
+        return merged
+
+    state = _merged(artifacts, combined)
     if into is None:
         return state
     module = unwrapped(into)

@@ -64,15 +64,16 @@ class Deltas:
         self._places = {name: self._placed(artifact, artifact.names()) for name, artifact in self._deltas.items()}
         #: What the model has where the base has nothing.
         self._own: dict[str, Tensor] = {}
-        seen: set[str] = set()
+        seen, held = set[str](), own_tensors(unwrapped(model))
         for artifact in self._deltas.values():
             for target, stored in self._placed(artifact, [*artifact.names(), *artifact.same]).items():
                 if target not in seen or stored in artifact.delta.whole:  # type: ignore[union-attr]
-                    self._check(artifact, target, stored)
+                    self._check(artifact, target, stored, held[target])
                 seen.add(target)
         #: The name of the active delta; None while the model is the base.
         self.active: str | None = None
 
+    @torch.no_grad()
     def use(self, name: str | None) -> nn.Module:
         """Make the model one of the tuned models, or the base again (None); it is returned.
 
@@ -87,38 +88,35 @@ class Deltas:
             raise RequestError(f"{name!r} is not one of the deltas; choose from {', '.join(map(repr, self._deltas))}")
         if name == self.active:
             return self.model
+        held = own_tensors(unwrapped(self.model))
         if name is None:
-            self._leave({})
+            self._leave(held, {})
             return self.model
         new = self._places[name]
         try:
             for target, stored in new.items():
-                self._write(target, self._deltas[name].tensor(stored))
+                held[target].copy_(self._deltas[name].tensor(stored))
         except BaseException:
             for target in new:
-                self._write(target, self._before(name, target))
-            self._leave({})
+                held[target].copy_(self._before(name, target))
+            self._leave(held, {})
             raise
-        self._leave(new)
+        self._leave(held, new)
         self.active = name
         return self.model
 
-    def _leave(self, new: Mapping[str, str]) -> None:
+    def _leave(self, held: Mapping[str, Tensor], new: Mapping[str, str]) -> None:
         """Give the base's values back to what the active delta changed and the next one does not."""
         if self.active is not None:
             for target in self._places[self.active]:
                 if target not in new:
-                    self._write(target, self._before(self.active, target))
+                    held[target].copy_(self._before(self.active, target))
         self.active = None
 
     def _before(self, name: str, target: str) -> Tensor:
         """The base's value of a tensor that a delta changes, or what the model had where the base has none."""
         stored = self._places[name][target]
         return self._own[target] if target in self._own else self._deltas[name].base.read(stored)
-
-    @torch.no_grad()
-    def _write(self, target: str, value: Tensor) -> None:
-        own_tensors(unwrapped(self.model))[target].copy_(value)
 
     def _placed(self, artifact: Artifact, names: Iterable[str]) -> dict[str, str]:
         """The model's names of tensors of a delta, and its own names of them."""
@@ -134,9 +132,8 @@ class Deltas:
             found[spelled[0]] = name
         return found
 
-    def _check(self, artifact: Artifact, target: str, stored: str) -> None:
+    def _check(self, artifact: Artifact, target: str, stored: str, own: Tensor) -> None:
         """Refuse a model of other weights or shapes, and keep what the base lacks."""
-        own = own_tensors(unwrapped(self.model))[target]
         assert artifact.delta is not None
         if stored in artifact.delta.whole:
             if artifact.tensor(stored).shape != own.shape:

@@ -151,7 +151,8 @@ class UpdateCodec(Flow[UpdateState]):
         if self.feedback:
             # As the receiver will have it, each tensor in its own dtype.
             given = self._received(payload, state.plan, state.step)
-            state.missing = flat.sub_(state.plan.schema.held_(given))
+            flat.sub_(state.plan.schema.held_(given))
+            state.missing = self._finite(flat, state.plan.schema, "what is left of {}")
         state.step, state.amount = state.step + 1, amount
         return payload
 
@@ -167,14 +168,17 @@ class UpdateCodec(Flow[UpdateState]):
         flat = schema.flat(tensors)
         if missing is not None:
             flat += missing
+        # Float64 holds larger values, and updates add up to them.
+        return self._finite(flat, schema, "{}" if missing is None else "{} with what is missing of it")
+
+    def _finite(self, flat: Tensor, schema: Schema, what: str) -> Tensor:
+        """``flat`` (elements,) again, if all of it is finite."""
         if not all_finite(flat):
-            # Float64 holds larger values, and updates add up to them.
             parts = zip(schema.names, flat.split(schema.sizes), strict=True)
             name = next(name for name, part in parts if not all_finite(part))
-            fed = "" if missing is None else " with what is missing of it"
             raise RequestError(
-                f"{self.name}: {name!r}{fed} leaves float32 (beyond {torch.finfo(torch.float32).max:.2g}); send "
-                "smaller updates; nothing was sent"
+                f"{self.name}: {what.format(repr(name))} leaves float32 (beyond {torch.finfo(torch.float32).max:.2g}); "
+                "send smaller updates; nothing was sent"
             )
         return flat
 

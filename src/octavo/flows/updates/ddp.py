@@ -173,7 +173,8 @@ def compress_ddp(
     Parameters
     ----------
     model
-        A :class:`torch.nn.parallel.DistributedDataParallel` on CPU that has made no step; call this on every worker.
+        A :class:`torch.nn.parallel.DistributedDataParallel` on CPU that has made no step, wrapped without
+        ``find_unused_parameters``; call this on every worker.
     ratio
         Bytes of the gradients over those of a payload, at least 1.
     size
@@ -189,7 +190,8 @@ def compress_ddp(
     Raises
     ------
     RequestError
-        If the model is not in DistributedDataParallel, or a request cannot be served. In a step: if a gradient is not
+        If the model is not in DistributedDataParallel, has a communication hook already or finds unused parameters, or
+        a request cannot be served. In a step: if a gradient is not
         finite, a parameter is new, the number of workers changed, or sizes or codecs differ between workers. All
         workers raise in the same step. DistributedDataParallel cannot go on after an error in a step: begin again from
         the weights before it.
@@ -205,6 +207,12 @@ def compress_ddp(
         raise RequestError(
             f"compress_ddp: the model is a {type(model).__name__}; wrap it in DistributedDataParallel first"
         )
+    if model.find_unused_parameters:
+        raise RequestError(
+            "compress_ddp: the model was wrapped with find_unused_parameters=True, which drops what was decoded for "
+            "parameters that no worker used in a step; freeze those never used, let every step use the others, and "
+            "wrap it without"
+        )
     requested = Requested.of("compress_ddp", codec, ratio, size)
     named = {parameter: name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
     if any(parameter.device.type != "cpu" for parameter in named):
@@ -213,5 +221,11 @@ def compress_ddp(
     budget, group = requested.budget(whole), model.process_group
     workers = dist.get_world_size(group)
     found = CompressedGradients(requested.codec, budget, workers, group, _model=model.module, _names=named)
-    model.register_comm_hook(state=None, hook=lambda _, bucket: found.hook(bucket))
+    try:
+        model.register_comm_hook(state=None, hook=lambda _, bucket: found.hook(bucket))
+    except RuntimeError as error:
+        raise RequestError(
+            f"compress_ddp: the model takes no communication hook, as where it has one already ({error}); wrap the "
+            "module in DistributedDataParallel again"
+        ) from error
     return found
