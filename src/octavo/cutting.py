@@ -37,6 +37,7 @@ from octavo.sources.batches import sequences_in
 from octavo.sources.memory import fits
 from octavo.sources.narrowing import Narrowing
 from octavo.sources.thinned import thinned
+from octavo.system.modes import evaluating
 from octavo.targets import TARGETS
 from octavo.targets.base import Goal
 from octavo.targets.sizes import SizeGoal
@@ -193,8 +194,9 @@ def _check_outputs(opened: Opened, units: list[Units], where: object) -> None:
     batch = opened.held_data[0]
     for part in units:
         if part.kind == COLUMN:
-            thinner = without(module, [part], {part.name: torch.arange(part.count) > 0})
-            with torch.no_grad():
+            # In training mode a pass would change the statistics of batch norms.
+            with evaluating(module), torch.no_grad():
+                thinner = without(module, [part], {part.name: torch.arange(part.count) > 0})
                 shapes = [opened.objective.outputs(one, batch).shape for one in (module, thinner)]
             if shapes[0] != shapes[1]:
                 raise RequestError(

@@ -362,3 +362,28 @@ def test_the_fingerprint_follows_names_dtypes_and_contents():
         from_module(nn.Sequential(nn.Linear(4, 4))).fingerprint()
         != from_module(nn.ModuleDict({"x": nn.Linear(4, 4)})).fingerprint()
     )
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (1.0, 0.0), (float("-inf"), 0.0), (0.0, -1e9), (-1.0, 1.0)])
+def test_masks_are_stored_exactly_and_small(tmp_path, values):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            self.register_buffer("mask", torch.full((64, 64), values[0]))
+            self.mask[torch.ones(64, 64).tril().bool()] = values[1]
+
+        def forward(self, x):
+            return self.layer(x) * self.mask.clamp(-1, 1)[: len(x)]
+
+    done = octavo.compress(Masked(), ratio=4, data=[torch.randn(32, 64)], preset="fast", objective="squared")
+    report = done.save(tmp_path / "out")
+    row = next(row for row in report.kept if row.name == "mask")
+    assert "a mask" in row.reason and row.bytes <= 64 * 64 / 8
+    assert torch.equal(octavo.load(tmp_path / "out", into=Masked()).mask, Masked().mask)
+
+
+def test_trained_weights_of_two_values_are_compressed_like_others():
+    layer = nn.Linear(64, 64)
+    layer.weight.data.copy_(torch.randn(64, 64).sign())
+    assert "weight" in [site.name for site in octavo.compress(layer, ratio=8, preset="data-free").opened.sites]

@@ -111,6 +111,13 @@ def test_both_files_take_the_bytes_that_were_planned(written):
     assert not (folder / kind / "octavo.json").exists() and not list((folder / kind).glob(".*proof*"))
 
 
+def test_its_folder_is_a_source_of_an_artifact(written, tmp_path):
+    name, folder, _, _ = written
+    octavo.compress(folder / name, bits=8, preset="data-free", progress=False).save(tmp_path / "out")
+    assert not (tmp_path / "out" / "octavo-files.json").exists()
+    octavo.verify(tmp_path / "out")
+
+
 def test_parts_that_runtimes_join_have_one_setting_and_everything_else_is_named(written):
     name, folder, done, _ = written
     points = {site: (point.method, point.setting) for site, point in done.built.plan.points.items()}

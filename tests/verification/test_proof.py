@@ -111,6 +111,14 @@ def artifact(request, tmp_path_factory):
     return folder / "out"
 
 
+def test_a_figure_says_in_which_dtype_the_model_ran(tmp_path):
+    torch.manual_seed(0)
+    MODELS["bert"]().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    done = octavo.compress(tmp_path / "source", bits=8, methods=["rtn"], data=[padded()], preset="fast")
+    loader = done.save(tmp_path / "out").quality.loader
+    assert loader == "BertModel.from_pretrained(path, dtype=torch.float32)"
+
+
 def test_what_was_not_changed_is_verified(artifact):
     found = octavo.verify(artifact)
     assert found.outputs_match is True and found.outputs_difference == 0

@@ -185,9 +185,15 @@ def allocate(
     return choices.allocate(budget, margin=margin, thorough=thorough)
 
 
-def unreachable(budget: Budget, original_bytes: int, smallest: int) -> BudgetError:
-    """The error that names the largest reachable ratio."""
+def unreachable(budget: Budget, original_bytes: int, smallest: int, *, roughly: bool = False) -> BudgetError:
+    """The error that names the largest reachable ratio; ``roughly``, one that is surely reachable."""
     limit = int(original_bytes / smallest * 100) / 100
+    if roughly:
+        return BudgetError(
+            f"{budget.asked}: the budget is {budget.bytes} {budget.unit}, far below what this source needs; ask for a "
+            f"ratio of {limit:g}, which can be reached, or try a larger one",
+            limit,
+        )
     return BudgetError(
         f"{budget.asked}: this source needs at least {smallest} {budget.unit}, the budget is {budget.bytes}; "
         f"ask for a ratio of at most {limit:g}",

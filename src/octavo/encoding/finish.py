@@ -81,12 +81,13 @@ def finish(run: Run, profile: Profile, plan: Plan, asked: Budget, *, exact: bool
     for _ in range(_RETREATS if exact else 0):
         if total <= asked.bytes:
             break
-        # Continuous settings could not be moved close enough. Points of known bytes never exceed the budget; sampled
-        # points exceed it slightly, and the next attempt leaves that much free.
+        # Continuous settings could not be moved close enough. Points of known bytes hardly exceed the budget, but sampled
+        # points are slightly off, and so are the entries of other forms in the manifest. The next attempt leaves as
+        # much free as this one took beside its points.
         known = allocate(profile, replace(asked, bytes=aim), margin=2 * MARGIN, interpolate=False)
         points, packed, contents = encode_plan(run, profile, known, None)
         total, label = count(contents), known.label
-        aim -= max(total - asked.bytes, 0)
+        aim = max(asked.bytes - max(total - known.bytes, 0), profile.smallest)
     if total > asked.bytes and exact:
         raise unreachable(asked, profile.original_bytes, total)
     if total > asked.bytes:

@@ -30,6 +30,7 @@ from octavo.encoding.learnable import Changes, learnable, rebuilt
 from octavo.sources.batches import Batch, sequences_in
 from octavo.sources.differences import Difference
 from octavo.sources.modules import own_tensors
+from octavo.system.modes import evaluating
 from octavo.system.raw import Lazily
 
 #: Positions of the calibration data to learn from, including repeats: tokens, or as much work for other models.
@@ -234,7 +235,8 @@ def _positions(run: Run, module: nn.Module) -> float:
     batch = next(pieces(opened.calibration_data[0], 1))
     if isinstance(batch, Mapping) and "input_ids" in batch:
         return calibration.tokens / max(calibration.sequences, 1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # In training mode a pass would change the statistics of batch norms.
+    with evaluating(module), FlopCounterMode(display=False) as counter, torch.no_grad():
         opened.objective.outputs(module, batch)
     weights = sum(site.rows * site.columns for site in opened.sites)
     return counter.get_total_flops() / 2 / max(weights, 1) / max(sequences_in(batch), 1)

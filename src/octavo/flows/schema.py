@@ -49,7 +49,10 @@ class Schema:
             raise RequestError("a flow carries tensors: there are none; give at least one by its name")
         for name, tensor in tensors.items():
             if tensor.dtype not in _DTYPES.values():
-                raise RequestError(f"{name!r} has dtype {tensor.dtype}; a flow carries {', '.join(_DTYPES)}")
+                raise RequestError(
+                    f"{name!r} has dtype {tensor.dtype}; a flow carries {', '.join(_DTYPES)}, so leave it out, or send "
+                    "it by other means"
+                )
         return cls(
             tuple(tensors), tuple(t.dtype for t in tensors.values()), tuple(tuple(t.shape) for t in tensors.values())
         )

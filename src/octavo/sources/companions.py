@@ -14,7 +14,7 @@ from pathlib import Path
 from octavo.sources.sentences import members
 from octavo.sources.weight_files import is_weights
 from octavo.system.paths import is_part
-from octavo.system.replacing import MANIFEST
+from octavo.system.replacing import OWN
 from octavo.system.sealed import JOB
 
 #: Lower-case names of files that are copied regardless of size.
@@ -103,8 +103,8 @@ def _reason(source: Path, relative: Path, *, adapted: bool) -> str | None:
     top = len(relative.parts) == 1
     if top and relative.name in _ADAPTER:
         return None if adapted else ""
-    # The manifest and the config of the artifact are written, not copied.
-    if is_weights(name) or (top and relative.name in (MANIFEST, "config.json")):
+    # What says how the artifact was written is its own, and so is its config.
+    if is_weights(name) or (top and relative.name in (*OWN, "config.json")):
         return ""
     if _OWN.fullmatch(name) and not _COPIED.fullmatch(name):
         return ""

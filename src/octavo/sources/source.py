@@ -38,7 +38,7 @@ DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
     "C64": torch.complex64,
 }  # fmt: skip
-#: A tensor of zeros and one number of at most this value is an additive mask.
+#: A tensor of zeros and one number of at most this value is an additive mask, even if it is trained.
 _MASK = -1e4
 #: Weights whose largest element is above this power of two, or below its inverse, are scaled first.
 _USUAL = 40
@@ -351,7 +351,7 @@ def examine(source: Source, progress: StepProgress = lambda done, total: None) -
         if name not in source.fixed and _may_be_site(tensor):
             # NaN and Inf appear in the extremes, which take no memory.
             least, most = map(float, torch.aminmax(tensor))
-            if _is_mask(tensor, least, most):
+            if _is_mask(tensor, least, most, trained=name in trained):
                 source.fixed[name] = "a mask"
             elif not (math.isfinite(least) and math.isfinite(most)):
                 if name not in buffers:
@@ -374,9 +374,12 @@ def _may_be_site(tensor: Tensor) -> bool:
     return tensor.dtype in FLOATS and tensor.ndim >= 2 and tensor.numel() >= SMALLEST_SITE
 
 
-def _is_mask(tensor: Tensor, least: float, most: float) -> bool:
-    """Whether a tensor is zero except for very negative entries that mask something."""
-    return least <= _MASK and most == 0 and bool(((tensor == 0) | (tensor == least)).all())
+def _is_mask(tensor: Tensor, least: float, most: float, *, trained: bool) -> bool:
+    """Whether a tensor has two values and is no trained weight, or is zero but for very negative entries."""
+    if not least < most or (trained and not (least <= _MASK and most == 0)):
+        return False
+    # A row tells of most tensors that they have more values.
+    return all(bool(((part == most) | (part == least)).all()) for part in (tensor[:1], tensor))
 
 
 def _not_finite(source: Source, name: str, tensor: Tensor) -> RequestError:

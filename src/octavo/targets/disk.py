@@ -32,6 +32,7 @@ class Disk(Sizes):
 
     about = "bytes of the artifact's files, as stat counts them"
     cuts = True
+    estimates = True
     unused = frozenset()
 
     def smallest(self, opened: Opened, asked: Budget) -> int | None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from octavo.allocation.budget import Budget
 from octavo.allocation.budget import budget as budget_of
@@ -36,6 +36,9 @@ class SizeGoal(Goal):
 class Sizes(Target):
     """A target that counts bytes of some kind."""
 
+    #: Whether :meth:`smallest` is an estimate where the source can be measured, and somewhat less can be reached.
+    estimates: ClassVar[bool] = False
+
     @abstractmethod
     def smallest(self, opened: Opened, asked: Budget) -> int | None:
         """The least bytes that can be reached, if a budget is surely below; None if it may be reached."""
@@ -57,7 +60,7 @@ class Sizes(Target):
         # What is close to the limit goes through, and is decided when the profile is known.
         smallest = self.smallest(opened, asked)
         if smallest is not None:
-            raise unreachable(asked, source.original_bytes, smallest)
+            raise unreachable(asked, source.original_bytes, smallest, roughly=self.estimates and opened.measurable)
         return SizeGoal(budget=asked)
 
     def prepare(self, opened: Opened, goal: Goal | None, folder: Path) -> None:

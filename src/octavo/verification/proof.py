@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from octavo.allocation.opened import Run
-from octavo.artifact import Artifact
+from octavo.artifact import Artifact, dtype_name
 from octavo.calibration.inmemory import scratch
 from octavo.errors import ArtifactError, MissingExtraError
 from octavo.integrations.transformers import load_as_users_do
 from octavo.sources.encoders import load_encoder
 from octavo.sources.memory import fits
-from octavo.sources.model_classes import is_known, require_transformers
+from octavo.sources.model_classes import is_known, read_config, require_transformers
 from octavo.sources.names import names_of
 from octavo.sources.sentences import members, transformer_folder
 from octavo.sources.skeletons import skeleton
@@ -111,13 +111,21 @@ def _of_folder(run: Run, artifact: Artifact, folder: Path) -> Proof:
             whole = encoder if source.is_encoder else loaded.model
             return Proof("SentenceTransformer(path)", run.judge(whole), outputs=outputs)
         return Proof("SentenceTransformer(path)", why=_UNCOMPARED, outputs=outputs)
-    loader = f"{type(loaded.model).__name__}.from_pretrained(path)"
+    said = "" if own is None else _dtype_said(artifact.path / inner.relative_to(folder), own.dtype)
+    loader = f"{type(loaded.model).__name__}.from_pretrained(path{said})"
     losses = run.judge(loaded.model) if run.opened.measurable else None
     # The outputs that are recorded are those on the CPU.
     loaded.model.to("cpu")
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in loaded.model.parameters()):
         loaded = load_as_users_do(artifact.path / inner.relative_to(folder), _WIDE)
     return Proof(loader, losses, "" if run.opened.measurable else _UNCOMPARED, probe(loaded.model))
+
+
+def _dtype_said(folder: Path, dtype: torch.dtype) -> str:
+    """The argument that a user must give to load a folder in this dtype; empty if its config names it."""
+    config = read_config(folder)
+    stated = str(config.get("dtype") or config.get("torch_dtype") or dtype_name(dtype)).removeprefix("torch.")
+    return "" if stated == dtype_name(dtype) else f", dtype=torch.{dtype_name(dtype)}"
 
 
 def _block_by_block(run: Run, artifact: Artifact) -> Proof:
