@@ -20,6 +20,7 @@ import octavo
 from octavo.allocation.profiles import Profile
 from octavo.cli import app
 from octavo.methods import methods
+from octavo.verification.foreign import record
 
 TEXT = "the a cat dog bird sees hears likes red blue old small house tree river and then again never"
 WORDS = TEXT.split()
@@ -277,11 +278,26 @@ def test_an_output_that_is_full_is_one_clear_error(words):
     assert done.stderr.count("error:") >= 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+def test_a_folder_of_another_runtime_has_a_report_and_no_manifest(folded, tmp_path):
+    for name in ("report.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folded[0] / name).read_bytes())
+    record(tmp_path, "other", {"model.safetensors": (tmp_path / "model.safetensors").stat().st_size}, 1 << 20, 3)
+    run("report", tmp_path)
+    assert "one.weight" in (tmp_path / "report.html").read_text()
+    assert read("verify", tmp_path)["weights_match"]
+    said = read("inspect", tmp_path, code=1)["message"]
+    assert "octavo verify checks them, and the folder's report.html lists every weight" in said
+    for command in ("report", "verify", "inspect"):
+        assert "another runtime" in " ".join(run(command, "--help").stdout.replace("│", "").split())
+
+
 def test_a_model_is_cut_by_a_command(model, tmp_path):
     source, data, _ = model
     given = ("cut", source, "--ratio", 1.2, "--units", "neuron", "--score", "magnitude", "--data", data)
     made = read(*given, "--out", tmp_path / "thin")
     assert made["artifact"]["ratio"] >= 1.2
+    card = (tmp_path / "thin" / "README.md").read_text()
+    assert "that are left are stored as they are. Budget: ratio 1.2, at most" in card
     assert json.loads((tmp_path / "thin" / "config.json").read_text())["n_inner"] < 384
     said = read("cut", source, "--ratio", 1.2, "--score", "taylr", "--out", tmp_path / "no", code=2)
     assert "did you mean 'taylor'" in said["message"]

@@ -61,6 +61,8 @@ def test_the_command_lays_files_over_the_page_and_leaves_the_data(explored: Any,
     )
     assert '"name":"other tool"' in page.read_text(encoding="utf-8")
     assert (explored.artifact / "report.json").read_bytes() == before
+    plainly = CliRunner().invoke(app, [*words[:-1], "--overwrite"])
+    assert [line.partition(":")[0] for line in plainly.stdout.splitlines()] == ["Report", *["laid over"] * 2]
     # A page that is there is replaced on request alone, and a folder without a report is named.
     assert CliRunner().invoke(app, words).exit_code == 2
     assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0

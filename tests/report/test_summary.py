@@ -70,6 +70,16 @@ def test_the_card_escapes_markdown_of_strangers(report: dict[str, Any]) -> None:
     assert "````sh\noctavo compress '```\n```' \\\n  --ratio 8\n````" in text
 
 
+def test_a_setting_that_won_stands_beside_both_of_its_figures(report: dict[str, Any]) -> None:
+    report["winner"] = "uniform"
+    said = "every site has entropy (step=0.1): 1 - cosine 0.0042 when they were compared, 0.0031 "
+    assert f"{said}as it is stored." in card(report)
+    report["sections"] = [{"name": "recovery", "title": "Recovery by distillation"}]
+    assert f"{said}after recovery." in card(report)
+    report["winner"] = "mixed"
+    assert "1 - cosine 0.0031 after recovery, against 0.0042 with the best single setting" in card(report)
+
+
 def test_one_setting_that_does_not_exist_everywhere_is_not_said_to_be(report: dict[str, Any]) -> None:
     report["winner"] = "uniform"
     report["uniform"] |= {"sites": 26, "of": 38, "moved": False}
@@ -93,3 +103,30 @@ def test_the_card_has_one_line_a_kind_of_warning(report: dict[str, Any]) -> None
     report["calibration"]["warnings"] = [f"{name}: little data ({n} for 384)" for n, name in enumerate(names)]
     text = card(report)
     assert text.count("Warning:") == 1 and f"{len(names)} sites: little data, e.g. " in text
+
+
+def test_a_budget_that_is_no_size_is_not_told_as_one(report: dict[str, Any]) -> None:
+    report["budget"] |= {"asked": "speedup 1.3", "unit": "time of one call"}
+    text = card(report)
+    assert "Budget: speedup 1.3, in time of one call; the artifact takes 11.36 MB." in text
+    assert "of which" not in text
+
+
+def test_a_cut_alone_says_what_is_left_and_what_was_asked(report: dict[str, Any]) -> None:
+    report |= {"sites": [], "uniform": None}
+    assert "Nothing was compressed: all is stored as it was given." in card(report)
+    levels = [{"share": 0.5, "weights": 163_584, "alone": 1.88, "gone": {"neuron": [426, 768]}}]
+    report["cut"] = {"name": "structured", "source": "a paper", "total": 699_264, "levels": levels, "kept": 0.5}
+    report["sections"] = [{"name": "cut", "title": "Cut"}]
+    text = card(report)
+    assert "structured removed 163,584 of 699,264 weights; the 535,680 that are left are stored as they are." in text
+    assert "Budget: ratio 8, at most 11.36 MB, of which 99.4 % is used." in text and "Nothing was" not in text
+
+
+def test_weights_of_another_runtime_are_said_to_be_measured_before(report: dict[str, Any]) -> None:
+    report["quality"]["became"] = "model.gguf"
+    assert "The weights were measured before they became model.gguf." in card(report)
+
+
+def test_the_card_says_how_latencies_were_measured(report: dict[str, Any]) -> None:
+    assert "Latency and load time: median of 9 interleaved pairs." in card(report)

@@ -72,6 +72,10 @@ def test_other_programs_read_what_was_measured(kind: str, tmp_path: Path) -> Non
     assert (tmp_path / "out/model.gguf").stat().st_size == report.artifact.bytes
     with pytest.raises(octavo.ArtifactError, match=r"another runtime.*octavo verify"):
         octavo.load(tmp_path / "out")
+    # The folder has no config.json: no call of from_pretrained(path) opens it.
+    assert (report.quality.loader, report.quality.became) == ("", "model.gguf")
+    assert octavo.verify(tmp_path / "out").quality == report.quality
+    assert report.command == 'octavo.compress(source, bits=9, target="gguf").save(path)'
     (section,) = (section for section in report.sections if section.name == "gguf")
     if not has_llama_cpp():
         assert "octavo[llama]" in section.notes[0]

@@ -12,22 +12,37 @@ from rich.table import Table
 from octavo import report
 from octavo.cli import options
 from octavo.cli.frame import command, console, show_json
+from octavo.errors import ArtifactError
 from octavo.system.paths import checked
 from octavo.verification import evaluating, verifying
+from octavo.verification.foreign import is_foreign
 from octavo.verification.inspecting import inspected
 
-ARTIFACT = Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact.")]
 BASE = Annotated[
     Path | None, typer.Option(parser=options.path, help="The model that a delta was made from. Default: OCTAVO_BASE.")
 ]
 
 
 @command
-def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
+def inspect(
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            parser=options.path,
+            help="Folder of an artifact. Files for another runtime have no manifest: see octavo verify and report.",
+        ),
+    ],
+    json_output: options.JSON = False,
+) -> None:
     """Show the content of an artifact from its manifest, without decoding.
 
     Example: octavo inspect folded
     """
+    if is_foreign(checked(artifact)):
+        raise ArtifactError(
+            f"{artifact}: holds files for another runtime, which have no manifest to show; octavo verify checks them, "
+            "and the folder's report.html lists every weight"
+        )
     found = inspected(checked(artifact))
     if json_output:
         show_json(found)
@@ -47,7 +62,13 @@ def inspect(artifact: ARTIFACT, json_output: options.JSON = False) -> None:
 
 
 @command
-def verify(artifact: ARTIFACT, base: BASE = None, json_output: options.JSON = False) -> None:
+def verify(
+    artifact: Annotated[
+        Path, typer.Argument(parser=options.path, help="Folder of an artifact, or of files for another runtime.")
+    ],
+    base: BASE = None,
+    json_output: options.JSON = False,
+) -> None:
     """Read an artifact back: sizes, checksums, weights and outputs as recorded when it was written.
 
     Example: octavo verify folded

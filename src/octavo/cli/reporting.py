@@ -17,7 +17,12 @@ from octavo.verification.recorded import REPORT
 
 @command
 def report(
-    artifact: Annotated[Path, typer.Argument(parser=options.path, help="Folder of an artifact with its report.json.")],
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            parser=options.path, help="Folder with the report.json of an artifact, or of files for another runtime."
+        ),
+    ],
     over: Annotated[
         list[Path] | None,
         typer.Option(
@@ -43,4 +48,5 @@ def report(
     if json_output:
         show_json({"report": str(file), "over": [overlay.name for overlay in overlays]})
     else:
-        console.print(f"Report: {file}" + "".join(f"\nlaid over: {overlay.name}" for overlay in overlays))
+        for line in (f"Report: {file}", *(f"laid over: {overlay.name}" for overlay in overlays)):
+            console.print(line)

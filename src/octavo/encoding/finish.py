@@ -81,9 +81,9 @@ def finish(run: Run, profile: Profile, plan: Plan, asked: Budget, *, exact: bool
     for _ in range(_RETREATS if exact else 0):
         if total <= asked.bytes:
             break
-        # Continuous settings could not be moved close enough. Points of known bytes hardly exceed the budget, but sampled
-        # points are slightly off, and so are the entries of other forms in the manifest. The next attempt leaves as
-        # much free as this one took beside its points.
+        # Continuous settings could not be moved close enough. Points of known bytes hardly exceed the budget, but
+        # sampled points are slightly off, and so are the entries of other forms in the manifest. The next attempt
+        # leaves as much free as this one took beside its points.
         known = allocate(profile, replace(asked, bytes=aim), margin=2 * MARGIN, interpolate=False)
         points, packed, contents = encode_plan(run, profile, known, None)
         total, label = count(contents), known.label

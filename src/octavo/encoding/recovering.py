@@ -73,8 +73,9 @@ def check_teaching(opened: Opened) -> None:
     count = 0 if opened.request.data is None else sum(map(sequences_in, opened.teaching))
     if count < _FEWEST:
         raise RequestError(
-            f"{where}: recover=distill teaches on unlabeled data, and {count} examples were given ({opened.text}); "
-            f"give data with at least {_FEWEST}, some thousands work well"
+            f"{where}: recover=distill teaches on unlabeled data, and of what was given {count} examples are left "
+            f"beside those that calibrate and judge (a language model's are windows of tokens); give data with at "
+            f"least {_FEWEST}, some thousands work well"
         )
 
 

@@ -93,7 +93,7 @@ def report_data(
             dense_bytes=opened.source.original.dense_bytes,
             base=opened.source.base.source.title if isinstance(opened.source, Difference) else None,
         ),
-        budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target),
+        budget=Allowed(done.budget.asked, done.budget.bytes, done.budget.target, done.budget.unit),
         artifact=WrittenArtifact(
             bytes=written,
             ratio=profile.original_bytes / written,
@@ -104,7 +104,9 @@ def report_data(
         ),
         quality=Quality(
             metric=opened.objective.metric,
-            loader=proof.loader,
+            # No call loads the artifact that was measured where only another runtime's files are kept.
+            loader="" if opened.target.foreign else proof.loader,
+            became=" and ".join(files) if opened.target.foreign else "",
             why=proof.why,
             data=f"{sum(map(sequences_in, opened.held_data))} held-out examples of {opened.text}"
             if opened.measurable
@@ -144,10 +146,12 @@ def report_data(
 
 
 def _call(budget: Budget) -> str:
-    asked, target = budget.asked.removesuffix(budget.unit.removeprefix("bytes")).replace(" ", "="), ""
-    if budget.target != "disk":
-        target = f', target="{budget.target}"'
-    return f"octavo.compress(source, {asked}{target}).save(path)"
+    words = budget.asked.removesuffix(budget.unit.removeprefix("bytes"))
+    rate = words.removesuffix(" bits per weight")
+    name, _, value = words.partition(" ") if rate == words else ("bits", " ", rate)
+    given = value if name in ("ratio", "bits", "speedup") else f'"{value}"'
+    target = "" if budget.target == "disk" else f', target="{budget.target}"'
+    return f"octavo.compress(source, {name}={given}{target}).save(path)"
 
 
 def _why_less(done: Result) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from octavo.encoding.cut_trials import CutTrials
 from octavo.encoding.section import Section
 from octavo.errors import ArtifactError
 from octavo.report.stops import Explorer
@@ -64,11 +65,24 @@ class Original:
 
 @dataclass(frozen=True)
 class Allowed:
-    """The budget: what was ``asked``, in words; the ``bytes`` that this allows; and the ``target`` they count for."""
+    """The budget.
+
+    Parameters
+    ----------
+    asked
+        The request in the user's words.
+    bytes
+        Bytes that this allows; of a budget that counts something else, those of the artifact.
+    target
+        The target that says what is counted.
+    unit
+        What is counted, in words: ``bytes in memory``.
+    """
 
     asked: str
     bytes: int
     target: str = "disk"
+    unit: str = "bytes"
 
 
 @dataclass(frozen=True)
@@ -324,7 +338,18 @@ class Report:
     @property
     def running(self) -> PackedFigures | None:
         """Figures of an artifact made for memory; None for others."""
-        return next((record_of(PackedFigures, own.figures) for own in self.sections if own.name == "running"), None)
+        own = self.section("running")
+        return None if own is None else record_of(PackedFigures, own.figures)
+
+    @property
+    def cut(self) -> CutTrials | None:
+        """What was tried of a cut; None if no cut was asked for."""
+        own = self.section("cut")
+        return None if own is None else record_of(CutTrials, plain_json(own.figures))
+
+    def section(self, name: str) -> Section | None:
+        """The section of that name; None if there is none."""
+        return next((own for own in self.sections if own.name == name), None)
 
     def to_json(self) -> dict[str, Any]:
         """The report as ``report.json`` has it; numbers that are not finite are null there."""
@@ -345,8 +370,9 @@ class Report:
         try:
             report = record_of(cls, data)
             report = replace(report, sections=tuple(_with_figures(section, data) for section in report.sections))
-            if report.running is None and data.get("running") is not None:
-                raise FieldError("running holds figures, and no section has that name")
+            for name, own in (("running", report.running), ("cut", report.cut)):
+                if own is None and data.get(name) is not None:
+                    raise FieldError(f"{name} holds figures, and no section has that name")
             return report
         except FieldError as error:
             raise ArtifactError(f"{where}: not a report: {error}") from error

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from octavo.encoding.cut_trials import CutTrials
 from octavo.encoding.section import Cell, Section
 from octavo.report.schema import Latency, Original, Report
 from octavo.report.text import (
@@ -59,7 +60,8 @@ def measured(quality: Quality) -> str:
     if not known(quality.value):
         return f"Quality was {NOT_MEASURED}{': ' + why if why else ''}.{loaded}"
     value = f"{plain(quality.metric, 60)} {figures(quality.value)}"
-    return f"{value}, measured on {plain(quality.data)}.{loaded}"
+    became = f" The weights were measured before they became {plain(quality.became)}." if quality.became else ""
+    return f"{value}, measured on {plain(quality.data)}.{loaded}{became}"
 
 
 def comparison(report: Report) -> list[Row]:
@@ -98,35 +100,49 @@ def verdict(report: Report) -> str:
     quality, uniform = report.quality, report.uniform
     metric, value, other = plain(quality.metric, 60), figures(quality.value), figures(quality.uniform)
     if not report.sites:
-        return "Nothing was compressed: all is stored as it was given."
+        return "Nothing was compressed: all is stored as it was given." if report.cut is None else _cut(report.cut)
     if uniform is None:
-        if not report.sites:
-            return "Units were removed, and every tensor that is left is stored as it is."
         return "Methods were chosen site by site, and no single setting for all was measured."
+    recovered = report.section("recovery") is not None
     named = f"{plain(uniform.method, 60)} ({setting(uniform.setting)})"
     if report.winner == "uniform":
         whole = uniform.sites is None or uniform.of is None or uniform.sites == uniform.of
         who = "every site has" if whole else f"{uniform.sites:,} of {uniform.of:,} sites have"
         rest = "" if whole else "; at the others it does not exist or saves nothing"
         moved = ", moved a little at some sites to use the budget" if uniform.moved else ""
+        # The two were compared before the weights were corrected or taught.
+        first = f"{other} when they were compared, " if known(quality.uniform) and other != value else ""
+        last = (" after recovery" if recovered else " as it is stored") if first else ""
         return (
-            f"Choosing site by site did not beat one setting for all, so {who} {named}{moved}{rest}: {metric} {value}."
+            f"Choosing site by site did not beat one setting for all, so {who} {named}{moved}{rest}: "
+            f"{metric} {first}{value}{last}."
         )
     if not known(quality.uniform):
         return f"Methods were chosen site by site; the best single setting, {named}, was {NOT_MEASURED}."
     takes = f", which takes {size(uniform.held)} in memory" if known(uniform.held) else ""
     takes = takes or (f", which takes {size(uniform.bytes)}" if known(uniform.bytes) else "")
     return (
-        f"Methods were chosen site by site: {metric} {value}, against {other} with the best single setting, "
-        f"{named}{takes}."
+        f"Methods were chosen site by site: {metric} {value}{' after recovery' if recovered else ''}, against {other} "
+        f"with the best single setting, {named}{takes}."
+    )
+
+
+def _cut(cut: CutTrials) -> str:
+    """State what a cut alone removed."""
+    gone = next((level.weights for level in cut.levels if level.share == cut.kept), 0)
+    return (
+        f"{plain(cut.name, 60)} removed {gone:,} of {cut.total:,} weights; the {cut.total - gone:,} that are left are "
+        "stored as they are."
     )
 
 
 def budget(report: Report) -> str:
     """State the requested budget and how much of it was used."""
     asked, used = report.budget, report.artifact.used
-    if not report.sites:
+    if asked.asked == "none":
         return f"No budget was given; the files take {size(asked.bytes)}."
+    if not asked.unit.startswith("bytes"):
+        return f"Budget: {plain(asked.asked)}, in {plain(asked.unit)}; the artifact takes {size(asked.bytes)}."
     return f"Budget: {plain(asked.asked)}, at most {size(asked.bytes)}, of which {percent(used)} is used."
 
 
@@ -185,6 +201,11 @@ def _base(source: Original) -> str:
     )
 
 
+def _latency(report: Report) -> str:
+    """A sentence of the card on what its latencies are."""
+    return f" Latency and load time: {_mark(report.latency.note)}." if report.latency and report.latency.note else ""
+
+
 def _card_section(section: Section) -> str:
     blocks = [f"## {_mark(section.title)}"]
     if section.text:
@@ -230,7 +251,7 @@ tags:
 |---|---:|---:|---:|
 {rows}
 
-{_mark(measured(report.quality), 600)}
+{_mark(measured(report.quality), 600)}{_latency(report)}
 
 - Source: {_mark(source.path)}, {count(source.parameters)} parameters, {_mark(source.fingerprint)}
 {_base(source)}- Methods: {families or "none"}

@@ -27,7 +27,9 @@ class Quality:
     lower_is_better
         Whether a small value is a good one.
     loader
-        How the artifact was loaded, as a user writes it; empty if it was not.
+        How the artifact was loaded, as a user writes it; empty if it was not, or is not kept.
+    became
+        Files of another runtime that the weights became after they were measured; empty if there are none.
     why
         Why nothing was measured; empty if it was.
     data
@@ -43,6 +45,7 @@ class Quality:
     metric: str
     lower_is_better: bool = True
     loader: str = ""
+    became: str = ""
     why: str = ""
     data: str = ""
     value: float | None = None

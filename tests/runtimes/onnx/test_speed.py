@@ -65,6 +65,9 @@ def test_a_latency_is_met_and_measured_from_the_file(
     assert '<section id="speed">' in page and "torch bfloat16" in page
     assert json.loads((tmp_path / "fast" / "report.json").read_text())["speed"] == speed
     assert {"torch float32", "torch bfloat16", "onnxruntime float32"} <= set(speed["runtimes"])
+    assert speed["runtimes"]["torch float32"]["seconds"] == speed["torch_seconds"]
+    assert "Budget: latency 2000ms, in time of one call with onnxruntime" in card
+    assert report.command == 'octavo.compress(source, latency="2000ms", target="speed").save(path)'
     assert {entry.name for entry in tmp_path.iterdir() if "lock" not in entry.name} == {"fast", "p", "texts.txt"}
     assert ">Speed<" in (tmp_path / "fast" / "report.html").read_text()
 

@@ -47,6 +47,7 @@ class Speed(Target):
     """
 
     about = "time of one call with onnxruntime on this machine"
+    unit = "time of one call with onnxruntime"
     budget = ("speedup", "latency", "shape")
     # Its methods are those that a kernel runs. It measures here, on the whole model.
     unused = frozenset({"base", "recover", "minutes", "methods", "preset", "plan", "curvature", "memory", "executor"})

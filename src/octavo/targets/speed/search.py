@@ -43,6 +43,8 @@ from octavo.targets.speed.asked import Asked
 
 #: The baseline that speed is counted against.
 DENSE = "torch float32"
+#: The exported graph with all weights in float32.
+WIDE = "onnxruntime float32"
 #: Plans aim this share below the latency asked for; two measurements of one file differ by as much.
 _RESERVE = 0.04
 _ROUNDS = 5
@@ -83,13 +85,13 @@ class Anchors:
 
     Parameters
     ----------
-    seconds
-        By name: PyTorch in float32 and bfloat16, and the exported graph in float32 and with all sites at their fastest.
+    dense
+        Seconds of the source in PyTorch in float32.
     fixed, scale
         A whole file takes ``fixed`` seconds and ``scale`` times what its sites take alone.
     """
 
-    seconds: dict[str, float]
+    dense: float
     fixed: float
     scale: float
 
@@ -109,7 +111,6 @@ class Timed:
     asked: Asked
     built: Built
     kernels: dict[str, str]
-    anchors: Anchors
     seconds: float
     speedup: float
 
@@ -146,7 +147,7 @@ class Search:
             found = self.candidates[name]
             costs[row, : len(found)] = [round(c.seconds * self.anchors.scale * 1e9) for c in found]
             losses[row, : len(found)] = [c.loss for c in found]
-        dense = self.anchors.seconds[DENSE]
+        dense = self.anchors.dense
         allowed = asked.allowed(dense) * (1 - _RESERVE)
         aim = allowed
         best: Timed | None = None
@@ -165,7 +166,7 @@ class Search:
             # The machine may have been slower when the baseline was measured first: the ratio is what counts.
             seconds = dense / speedup if asked.seconds is None else taken["least"]
             if seconds <= allowed and (best is None or built.quality < best.built.quality):
-                best = Timed(asked, built, kernels, self.anchors, taken["seconds"], taken["speedup"])
+                best = Timed(asked, built, kernels, taken["seconds"], taken["speedup"])
             if (attempt and best is not None) or 0.97 * allowed <= seconds <= allowed:
                 break
             if left <= int(costs.min(1).sum()) and seconds > allowed:
@@ -193,7 +194,8 @@ class Search:
         points = {name: Point(c.method, {**c.setting}, packed[name].bytes, c.loss) for name, c in chosen.items()}
         total = contents.bytes
         self.profile.fixed_bytes = total - sum(item.bytes for item in packed.values())
-        plan = Plan(Budget(total, asked.words), points, sum(c.loss for c in chosen.values()), self.profile.fixed_bytes)
+        budget = Budget(total, asked.words, opened.target.name, opened.target.unit)
+        plan = Plan(budget, points, sum(c.loss for c in chosen.values()), self.profile.fixed_bytes)
         losses = divergences(opened, session)
         built = Built(plan, packed, contents, total, total, float(losses.mean()), float(losses.quantile(0.95)))
         return built, kernels, session
@@ -258,16 +260,16 @@ class Search:
             forms[name] = self._form(name, self._encode(opened.site(name), candidate.method, candidate.setting))
         kernels = {name: candidate.kernel for name, candidate in fastest.items()}
         sessions = {
-            "onnxruntime float32": Session(lower(self.model, self.dense, {}).SerializeToString()),
-            "onnxruntime fastest": Session(lower(self.model, forms, kernels).SerializeToString()),
+            WIDE: Session(lower(self.model, self.dense, {}).SerializeToString()),
+            "fastest": Session(lower(self.model, forms, kernels).SerializeToString()),
         }
-        taken = compare(runs(opened.source, self.shape, sessions, bfloat16=True), DENSE, seconds=_SECONDS)
+        taken = compare(runs(opened.source, self.shape, sessions), DENSE, seconds=_SECONDS)
         whole, quick = (taken[name]["least"] for name in sessions)
         plain = sum(self.table.seconds(self.dense[name], FLOAT) for name in self.matrices)
         least = sum(candidate.seconds for candidate in fastest.values())
         # Alone, a site finds its weights in the cache, and does not share the rounding of its inputs with others.
         scale = max((whole - quick) / max(plain - least, 1e-9), 0.1)
-        return Anchors({name: row["least"] for name, row in taken.items()}, max(quick - scale * least, 0.0), scale)
+        return Anchors(taken[DENSE]["least"], max(quick - scale * least, 0.0), scale)
 
 
 def _points(candidates: Sequence[Candidate]) -> list[Point]:
