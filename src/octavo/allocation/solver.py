@@ -190,8 +190,8 @@ def unreachable(budget: Budget, original_bytes: int, smallest: int, *, roughly: 
     limit = int(original_bytes / smallest * 100) / 100
     if roughly:
         return BudgetError(
-            f"{budget.asked}: the budget is {budget.bytes} {budget.unit}, far below what this source needs; ask for a "
-            f"ratio of {limit:g}, which can be reached, or try a larger one",
+            f"{budget.asked}: this source needs about {smallest} {budget.unit} or somewhat less, the budget is "
+            f"{budget.bytes}; ask for a ratio of at most {limit:g}, or try a little more",
             limit,
         )
     return BudgetError(

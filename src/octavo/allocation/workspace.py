@@ -103,8 +103,8 @@ class Workspace(WorkFolder):
         since = f"; changed since then: {', '.join(named)}" if named else ""
         return RequestError(
             f"{self.path}: holds the work of another job (different: {', '.join(odd) or 'files'}){since}; repeat the "
-            "earlier request, undo the changes, choose another folder, or let octavo start over there: leave out "
-            "--resume, or make the profile again"
+            "earlier request, undo the changes, choose another folder, run without --resume to start over, or make the "
+            "profile again"
         )
 
     def part(self, name: str, job: dict[str, Any]) -> Workspace:

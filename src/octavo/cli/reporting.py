@@ -49,4 +49,4 @@ def report(
         show_json({"report": str(file), "over": [overlay.name for overlay in overlays]})
     else:
         for line in (f"Report: {file}", *(f"laid over: {overlay.name}" for overlay in overlays)):
-            console.print(line)
+            console.print(line, soft_wrap=True)

@@ -137,7 +137,8 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Time several calls alternately, so that other load on the machine affects all equally.
 
-    There are at least ``rounds`` rounds, and more until ``seconds`` have passed.
+    There are at least ``rounds`` rounds, and more until ``seconds`` have passed. Every second one goes backwards, since
+    a call finds the caches as the one before it left them.
 
     Returns
     -------
@@ -151,7 +152,8 @@ def compare(
             call()
         started = time.perf_counter()
         while len(times[base]) < rounds or (time.perf_counter() - started < seconds and len(times[base]) < 40 * rounds):
-            for name, call in runs.items():
+            order = -1 if len(times[base]) % 2 else 1
+            for name, call in list(runs.items())[::order]:
                 begin = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - begin)
