@@ -95,8 +95,8 @@ def _opened(
     if preset == DATA_FREE:
         if request.data is not None:
             raise RequestError(
-                f"{where}: preset {DATA_FREE!r} runs nothing, so calibration data cannot be used; leave the data out, or "
-                "choose another preset"
+                f"{where}: preset {DATA_FREE!r} runs nothing, so calibration data cannot be used; leave the data out, "
+                "or choose another preset"
             )
         source.module = None
     batches, text = inputs.load_data(source, request.data, limit=_TEXTS[preset], forward_args=request.forward_args)
