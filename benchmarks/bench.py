@@ -43,7 +43,7 @@ TOOLS = ("own", "torchao", "quanto", "hqq", "nncf", "llmcompressor", "gptqmodel"
 RATIOS = {
     "minilm": (4, 5.2, 7.25, 9.2, 11.05, 13.25),
     "smollm2": (5.6, 7.45, 9.25, 12.95),
-    "gemma": (7.45, 9.8, 11.1, 14.2),
+    "gemma": (3.85, 7.45, 9.8, 11.1, 14.2),
     "decoder": (4, 7.3, 9.3, 12.9),
     "whisper": (4, 7.3, 9.3, 12.9),
     "lite0": (4, 5, 7.05, 10),
