@@ -158,7 +158,6 @@ def page(rows: list[Row], run: dict[str, Any], table: Any) -> str:
 * **Layers.** Every tool gets all layers that it takes. Most take linear ones only, so EfficientNet, which is of convolutions, stays large with them.
 * **Plain** is round to nearest and GPTQ as Octavo has them, without its allocator and its coder.
 * **Share** is Octavo's quality divided by that of the best other tool of at least that size. A share of 0.5 is half the damage in no more bytes.
-  Octavo is asked for a few sizes only. Where its row is much smaller than the other's, the share may be above 1.
 * **Time and memory.** Seconds and GB are those of the tool's own work, in wall time on a shared machine. Latency is relative to float32 PyTorch in the same process. It is
   that of the tool's own runtime on one sequence: 32 tokens for the encoder, 128 for language models, one clip or crop for the others. A dash means that the tool has no runtime.
 
