@@ -23,7 +23,7 @@ CONTEXT_ELEMENTS = 16384
 # Streams that are split by bits of context are put together element by element, so this must be saved.
 SPLIT_GAIN = 0.005
 # Vectors of at most so many elements are remembered: every setting of a matrix has the same exponents of its rows and
-# columns, and every layout of its codes the same classes. Without this, packing a matrix of 384 x 384 takes a third more.
+# columns, and every layout of its codes the same classes. Without this, packing 384 x 384 codes takes a third longer.
 REMEMBERED = 4096
 
 
