@@ -243,3 +243,22 @@ def test_a_tied_model_in_bfloat16_comes_back_exactly_where_nothing_is_lost(tmp_p
     # The differences are exact in float32; other tensors than matrices keep their relative precision in 16 bits.
     for name, value in base.state_dict().items():
         assert torch.equal(found.state_dict()[name], value) or value.ndim == 1
+
+
+def test_a_change_that_matters_least_may_be_left_out():
+    """At their coarsest steps, few large changes in many rows cost more than the whole budget."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 4096, bias=False), nn.ReLU(), nn.Linear(4096, 8, bias=False))
+    tuned = deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight += 1e-3 * torch.randn(4096, 64).pow(7)
+        tuned[2].weight += 1e-4 * torch.randn(8, 4096)
+    how = {"base": base, "ratio": 160, "data": [torch.randn(32, 64) for _ in range(8)], "preset": "fast"}
+    with pytest.raises(octavo.BudgetError, match="at least"):
+        octavo.compress(tuned, methods=["entropy"], **how)
+    done = octavo.compress(tuned, **how)
+    assert {site: point.method for site, point in done.built.plan.points.items()} == {
+        "0.weight": "entropy",
+        "2.weight": "zero",
+    }
+    assert done.built.bytes <= 2 * (4096 * 64 + 8 * 4096) / 160

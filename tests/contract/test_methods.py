@@ -297,7 +297,7 @@ def test_files_have_the_bytes_that_were_stated(written, name):
     assert sum(file.stat().st_size for file in path.iterdir()) == contents.bytes == octavo.Artifact(path).bytes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "zero"])
 def test_the_finest_setting_is_the_nearest(written, name):
     """A method finds what it is asked for: its largest setting resembles the weights, and more than its smallest."""
     here = written[0][name][0]
