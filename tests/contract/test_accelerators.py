@@ -178,3 +178,23 @@ def test_a_delta_is_of_a_base_that_is_there(tmp_path):
     octavo.compress(tuned, base=base, ratio=4, preset="data-free", progress=False).save(tmp_path / "delta")
     again = octavo.load(tmp_path / "delta", base=base, into=copy.deepcopy(base))
     assert close(again.state_dict()["0.weight"], tuned.state_dict()["0.weight"], 0.1)
+
+
+@pytest.mark.parametrize("backend", ["gloo", None])
+def test_gradients_are_sent_from_where_they_are(backend):
+    dist = torch.distributed
+    dist.init_process_group(
+        backend or dist.get_default_backend_for_device(DEVICE), store=dist.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(perceptron().to(DEVICE), bucket_cap_mb=0.02)
+        sync = octavo.updates.compress_ddp(model, ratio=10)
+        for _ in range(2):
+            model.zero_grad()
+            model(drawn(96, 64).to(DEVICE)).square().mean().backward()
+        assert 0 < sync.sent <= sync.budget
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert all(gradient.device.type == DEVICE.type and bool(gradient.isfinite().all()) for gradient in gradients)
+        assert any(bool(gradient.any()) for gradient in gradients)
+    finally:
+        dist.destroy_process_group()

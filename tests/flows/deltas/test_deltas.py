@@ -83,6 +83,8 @@ def test_one_delta_whole_is_the_tuned_model(folder, deltas):
         ({"keep": 0}, "above 0 and at most 1"),
         ({"keep": 2}, "at most 1"),
         ({"how": "sum", "keep": 0.2}, "how='sum' keeps all changes; leave keep out"),
+        ({"scale": "2"}, "scale is '2'; give a number"),
+        ({"keep": "0.2"}, "keep is '0.2'; give a share"),
         ({"scale": float("nan")}, "scale is nan, with which differences are not finite"),
         ({"how": "sum", "scale": float("inf")}, "scale is inf, with"),
         ({"scale": 1e300}, r"scale is 1e\+300, with"),

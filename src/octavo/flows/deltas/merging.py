@@ -81,8 +81,10 @@ def merge(
         raise RequestError(f"how is {how!r}; choose from {', '.join(HOW)}")
     if keep is not None and how != "ties":
         raise RequestError(f"keep is {keep!r}, and how={how!r} keeps all changes; leave keep out, or choose how='ties'")
+    if not isinstance(scale, int | float):
+        raise RequestError(f"scale is {scale!r}; give a number, such as 1.0")
     share = KEEP if keep is None else keep
-    if not 0 < share <= 1:
+    if not (isinstance(share, int | float) and 0 < share <= 1):
         raise RequestError(f"keep is {keep!r}; give a share above 0 and at most 1, such as {KEEP}")
     artifacts = opened(deltas, base)
     thresholds = [_threshold(artifact, share) if how == "ties" else 0.0 for artifact in artifacts]

@@ -67,8 +67,10 @@ class CompressedGradients:
 
     def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Gather buckets; the last one sends all gradients of the step, since they share the budget."""
-        future = torch.futures.Future[Tensor]()
-        self._pending.append((bucket.buffer(), bucket.gradients(), bucket.parameters(), future))
+        buffer = bucket.buffer()
+        # A future names the devices whose streams its result waits for; the CPU has none.
+        future = torch.futures.Future[Tensor](devices=None if buffer.device.type == "cpu" else [buffer.device])
+        self._pending.append((buffer, bucket.gradients(), bucket.parameters(), future))
         if bucket.is_last():
             pending, self._pending = self._pending, []
             found = self._synchronized(pending)
@@ -95,9 +97,7 @@ class CompressedGradients:
         lengths = self._agreed(_FAILED if failure else len(payload), failure)
         assert self.plan is not None
         longest = max(lengths)
-        room = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world)]
-        own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
-        dist.all_gather(room, own, group=self.group)
+        room = self._gathered(torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8))
         # Shares are added in float32: a sum of float16 may leave its range, and bfloat16 drops small terms.
         schema, mean = self.plan.schema, torch.zeros(self.plan.schema.elements)
         for data, length, state in zip(room, lengths, self._receivers, strict=True):
@@ -105,11 +105,23 @@ class CompressedGradients:
         self.steps, self.sent = self.steps + 1, len(payload)
         return schema.split(mean)
 
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        """The tensors of all workers, on the CPU."""
+        own = own.to(self._wire)
+        room = [torch.zeros_like(own) for _ in range(self.workers)]
+        dist.all_gather(room, own, group=self.group)
+        return [tensor.cpu() for tensor in room]
+
+    @property
+    def _wire(self) -> torch.device:
+        """Where the group takes tensors from: the CPU if it can, otherwise, as with NCCL, the parameters' device."""
+        able = "gloo" in dist.get_backend(self.group) or "mpi" in dist.get_backend(self.group)
+        return torch.device("cpu") if able else next(iter(self._names)).device
+
     def _agreed(self, length: int, failure: Exception | None) -> list[int]:
         """The lengths of the payloads of all workers; raises on all of them unless all can go on together."""
         plan = 0 if self.plan is None else int.from_bytes(self.plan.digest, "little", signed=True)
-        heard = [torch.zeros(3, dtype=torch.int64) for _ in range(self.workers)]
-        dist.all_gather(heard, torch.tensor([length, self.budget, plan]), group=self.group)
+        heard = self._gathered(torch.tensor([length, self.budget, plan]))
         lengths, budgets, plans = zip(*(told.tolist() for told in heard), strict=True)
         for rank, budget in enumerate(budgets):
             if budget != budgets[0]:
@@ -173,8 +185,9 @@ def compress_ddp(
     Parameters
     ----------
     model
-        A :class:`torch.nn.parallel.DistributedDataParallel` on CPU that has made no step, wrapped without
-        ``find_unused_parameters``; call this on every worker.
+        A :class:`torch.nn.parallel.DistributedDataParallel` that has made no step, wrapped without
+        ``find_unused_parameters``; call this on every worker. Payloads are made and read on the CPU, wherever the
+        parameters are.
     ratio
         Bytes of the gradients over those of a payload, at least 1.
     size
@@ -215,8 +228,6 @@ def compress_ddp(
         )
     requested = Requested.of("compress_ddp", codec, ratio, size)
     named = {parameter: name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
-    if any(parameter.device.type != "cpu" for parameter in named):
-        raise RequestError("compress_ddp: parameters are not on the CPU, where payloads are made; move the model there")
     whole = sum(parameter.nbytes for parameter in named)
     budget, group = requested.budget(whole), model.process_group
     workers = dist.get_world_size(group)
