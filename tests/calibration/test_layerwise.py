@@ -14,7 +14,7 @@ from octavo.calibration.layerwise import change_layers, input_moments
 from octavo.calibration.objective import KL, Squared
 from octavo.errors import RequestError
 from octavo.methods import get_method
-from octavo.methods.factorize.eora import compensated_blocks
+from octavo.methods.factorize.corrections import compensated_blocks
 
 
 class Block(nn.Module):

@@ -317,6 +317,22 @@ def test_frames_are_not_masked_by_samples():
     assert torch.equal(masked, plain)
 
 
+def test_probabilities_are_compared_as_such():
+    """A softmax of probabilities would hide the loss."""
+    torch.manual_seed(0)
+    old, new, x = nn.Linear(6, 4), nn.Linear(6, 4), torch.randn(9, 6)
+    logits = KL().measure(new, [x], KL().reference(old, [x]))
+    old, new = nn.Sequential(old, nn.Softmax(1)), nn.Sequential(new, nn.Softmax(1))
+    torch.testing.assert_close(KL().measure(new, [x], KL().reference(old, [x])), logits, rtol=1e-4, atol=1e-7)
+
+
+def test_probabilities_of_zero_have_gradients():
+    logits = torch.tensor([[900.0, 0.0, -900.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    outputs = KL().read(logits.softmax(1), nn.Identity(), logits)
+    (gradient,) = torch.autograd.grad(KL().probe(outputs, torch.Generator().manual_seed(0)), logits)
+    assert bool(outputs.isfinite().all()) and bool(gradient.isfinite().all())
+
+
 def test_images_have_their_classes_in_dimension_one():
     got, old, new = divergence(KL(), lambda y: {"logits": y.movedim(-1, 1)}, (2, 3, 5, 4))
     torch.testing.assert_close(got, kl(old, new).flatten(1).mean(1), rtol=1e-4, atol=1e-9)
@@ -406,7 +422,11 @@ def test_probes_sample_the_curvature_of_every_kind_of_output(wanted, make, width
     ("make", "kind"),
     [
         (lambda y: y, KL),
+        (lambda y: torch.cat([y, y], 1).softmax(1).bfloat16(), KL),
         (lambda y: y[:, None], KL),
+        (lambda y: y[:, :4], Squared),
+        (lambda y: torch.cat([y, y], 1).sigmoid(), Squared),
+        (lambda y: nn.functional.normalize(torch.cat([y, y], 1)).bfloat16(), Cosine),
         (lambda y: y[:, :1], Squared),
         (lambda y: y[:, 0], Squared),
         (lambda y: y[:, :, None, None], Squared),

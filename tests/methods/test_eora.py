@@ -10,7 +10,7 @@ from octavo.errors import RequestError
 from octavo.forms import LowRank, Sum
 from octavo.methods import get_method
 from octavo.methods.factorize import factors
-from octavo.methods.factorize.eora import compensated, lost
+from octavo.methods.factorize.corrections import compensated, lost
 
 BASES = {
     "rtn": {"bits": 3, "group": 64},

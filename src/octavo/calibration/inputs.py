@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from octavo.calibration.blockwise import Blockwise
 from octavo.calibration.calibrating import MINIMUM_SEQUENCES
+from octavo.calibration.fitting import fitting
 from octavo.calibration.inmemory import InMemory
-from octavo.calibration.objective import Loss, Objective, fitting, objective
+from octavo.calibration.objective import Loss, Objective, objective
 from octavo.calibration.purposes import default_objective
 from octavo.calibration.runner import Runner
 from octavo.calibration.trying import returned, rows_are_examples, try_batches

@@ -28,6 +28,8 @@ _ENDS = ("start_logits", "end_logits")
 _PART = 1 << 20
 #: A finite number for the logarithm of a zero probability.
 _NEVER = -1e4
+#: The sum of probabilities in 16 bits misses one by less than this; smaller probabilities than the second are not zero.
+_ROUNDING, _LEAST = 1e-2, torch.finfo(torch.float32).tiny
 
 
 def _vocabulary(module: nn.Module) -> int:
@@ -167,8 +169,8 @@ class KL(OfOutputs):
     """``KL(source || compressed)`` of the class or next-token distribution, averaged over the positions of an example.
 
     Logits are (examples, ..., classes); with four or more dimensions they are images, with the classes in dimension 1.
-    The start and end of an answer are two distributions over tokens. If a model has several heads, every position of
-    each counts equally.
+    A module may also return the probabilities themselves. The start and end of an answer are two distributions over
+    tokens. If a model has several heads, every position of each counts equally.
     """
 
     metric = "KL divergence"
@@ -195,7 +197,7 @@ class KL(OfOutputs):
                 # Tokens are the classes, and padding cannot be chosen.
                 found = found if mask is None else found.masked_fill(mask == 0, _NEVER)
                 found, mask = found[:, None], None
-            found = found.log_softmax(-1)
+            found = _logarithms(found) if name == "" else found.log_softmax(-1)
             if found.numel() and float(found.detach().amin()) == -math.inf:
                 found = found.clamp_min(_NEVER)
             logs.append((found, mask))
@@ -226,6 +228,18 @@ class KL(OfOutputs):
         # The divergence is a mean over positions, so each sample is weighted by the square root of its share.
         positions = live.reshape(len(outputs), -1).sum(1).clamp_min(1).to(flat.dtype)
         return (picked.reshape(len(outputs), -1).sum(1) / positions.sqrt()).sum()
+
+
+def are_probabilities(values: Tensor) -> bool:
+    """Whether rows (..., classes) are distributions: a module ends in a softmax of its own."""
+    found = values.detach()
+    return bool(found.numel()) and float(found.amin()) >= 0 and float((found.sum(-1) - 1).abs().amax()) < _ROUNDING
+
+
+def _logarithms(values: Tensor) -> Tensor:
+    """Log-probabilities (..., classes) of logits, or of probabilities."""
+    # A softmax of probabilities would be nearly the same for all inputs, and so hide every loss.
+    return values.clamp_min(_LEAST).log() if are_probabilities(values) else values.log_softmax(-1)
 
 
 def _in_parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -360,14 +374,3 @@ def objective(name: str | Objective) -> Objective:
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise RequestError(f"objective {name!r} is not known; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()
-
-
-def fitting(result: Any, module: nn.Module, batch: Batch) -> Objective:
-    """The objective that fits a module's result on a batch.
-
-    KL for logits, cosine for named states and embeddings, squared error for images, single numbers and all else.
-    """
-    if isinstance(result, Tensor) and result.ndim > 3:
-        return Squared()
-    kinds = (KL, Squared) if isinstance(result, Tensor) else (KL, Cosine, Squared)
-    return next((kind() for kind in kinds if kind().read(result, module, batch) is not None), KL())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.objective import Objective, fitting
+from octavo.calibration.fitting import fitting
+from octavo.calibration.objective import Objective
 from octavo.calibration.objective import objective as objective_of
 from octavo.cuts.base import Cut, Units, check_kept, cut
 from octavo.cuts.channels import CHANNEL, channel_units

@@ -158,7 +158,7 @@ def sequences_in(batch: Batch) -> int:
     For a batch that cannot be divided, it is the rows of its tokens, beside which there are patches of images, or of
     its first floating tensor, such as the nodes of a graph.
     """
-    tensors = [tensor for tensor in _tensors(batch) if tensor.ndim]
+    tensors = [tensor for tensor in tensors_in(batch) if tensor.ndim]
     if not tensors:
         return 0
     if _indexed(tensors):
@@ -175,7 +175,7 @@ def has_rows(batch: Batch) -> bool:
     They are not if integers of another length, such as the edges of a graph, may point to rows. Other tensors of
     another length, such as a mask of positions by positions, apply to all rows.
     """
-    return not _indexed([tensor for tensor in _tensors(batch) if tensor.ndim])
+    return not _indexed([tensor for tensor in tensors_in(batch) if tensor.ndim])
 
 
 class Whole:
@@ -239,12 +239,13 @@ def _indexed(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _tensors(batch: Batch) -> Iterator[Tensor]:
+def tensors_in(batch: Batch) -> Iterator[Tensor]:
+    """All tensors of a batch, which may be nested."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping | tuple | list):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def converted(batches: Sequence[Batch], forward_args: Callable[[Batch], Any] | None) -> list[Batch]:

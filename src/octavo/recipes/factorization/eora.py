@@ -13,7 +13,7 @@ from octavo.calibration.inputs import model_of
 from octavo.calibration.objective import KL
 from octavo.forms import Form
 from octavo.methods import Setting
-from octavo.methods.factorize.eora import compensated_blocks
+from octavo.methods.factorize.corrections import compensated_blocks
 from octavo.opening import open_request
 from octavo.recipes.frame import Lab, Stored, Study, gap
 from octavo.recipes.frame.bases import minilm, pretrained_decoder
