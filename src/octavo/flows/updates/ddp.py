@@ -115,7 +115,7 @@ class CompressedGradients:
     @property
     def _wire(self) -> torch.device:
         """Where the group takes tensors from: the CPU if it can, otherwise, as with NCCL, the parameters' device."""
-        able = "gloo" in dist.get_backend(self.group) or "mpi" in dist.get_backend(self.group)
+        able = "cpu:" in dist.get_backend_config(self.group)
         return torch.device("cpu") if able else next(iter(self._names)).device
 
     def _agreed(self, length: int, failure: Exception | None) -> list[int]:
