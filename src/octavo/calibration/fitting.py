@@ -25,7 +25,7 @@ def fitting(result: Any, module: nn.Module, batch: Batch) -> Objective:
 
 
 def _of_tensor(result: Tensor, batch: Batch) -> Objective:
-    """Of a tensor without a name, (examples, ..., features) if there are several numbers an example."""
+    """The objective of a tensor without a name, (examples, ..., features) if an example has several numbers."""
     if not 2 <= result.ndim <= 3 or result.shape[-1] < 2 or not result.numel():
         return Squared()
     values = result.detach().float()
