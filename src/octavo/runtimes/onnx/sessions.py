@@ -61,6 +61,8 @@ class Session(nn.Module):
         options.inter_op_num_threads = 1
         # Warnings of its optimizer only concern authors of the graph.
         options.log_severity_level = 3
+        # Without VNNI, products of unsigned inputs and signed weights overflow 16 bits; weights are made unsigned then.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self.session = runtime.InferenceSession(
                 model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
